@@ -1,0 +1,28 @@
+"""minisgl: a compact, transparent LLM inference engine on an actor runtime.
+
+The public names are resolved on first use, so that `import minisgl` (and `python -m minisgl --help`) costs
+milliseconds and never imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "BatchClient", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from minisgl.client import BatchClient
+    from minisgl.llm import LLM
+    from minisgl.types import SamplingParams
+
+_HOME = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.types", "BatchClient": "minisgl.client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'minisgl' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

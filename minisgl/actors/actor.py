@@ -1,0 +1,92 @@
+"""An actor: private state, one mailbox, one handler per message type, one thread.  No input or output happens in this file."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+class Context(Protocol):
+    """What a runtime gives its actor: the whole world, as seen from inside."""
+
+    @property
+    def name(self) -> str: ...
+
+    def send(self, to: str, msg: Any) -> None:
+        """Put a message into another actor's mailbox; never blocks."""
+
+    def after(self, seconds: float, msg: Any) -> None:
+        """Put a message into my own mailbox later."""
+
+    def now(self) -> float:
+        """Seconds on a monotonic clock (virtual in tests)."""
+
+    def stop(self) -> None:
+        """Leave the run loop after the current handler."""
+
+
+class Unhandled(TypeError):
+    """A message reached an actor that declares no handler for it."""
+
+
+def on(msg_type: type) -> Callable[[F], F]:
+    """Mark a method as the handler of one message type."""
+
+    def mark(fn: F) -> F:
+        fn.__handles__ = msg_type  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
+class Actor:
+    """Subclass, and decorate handlers with `@on(Type)`.  Handlers return nothing and never block.
+
+    The table of handlers is built when the class is made, and a handler whose annotation is not the type it is registered
+    for is refused then: the class does not exist.
+    """
+
+    _table: ClassVar[dict[type, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls._table = dict(cls._table)
+        mine: set[type] = set()
+        for name, fn in vars(cls).items():
+            msg_type = getattr(fn, "__handles__", None)
+            if msg_type is None:
+                continue
+            hint = next((v for k, v in typing.get_type_hints(fn).items() if k != "return"), None)
+            if hint is not msg_type:
+                raise TypeError(f"{cls.__name__}.{name} handles {msg_type.__name__} but is annotated {hint}")
+            if msg_type in mine:
+                raise TypeError(f"{cls.__name__} has two handlers for {msg_type.__name__}")
+            mine.add(msg_type)
+            cls._table[msg_type] = name
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    @classmethod
+    def accepts(cls) -> frozenset[type]:
+        """The message types this actor has a handler for."""
+        return frozenset(cls._table)
+
+    def receive(self, msg: Any) -> None:
+        """Run the handler of `msg`.  Raises Unhandled if there is none."""
+        name = self._table.get(type(msg))
+        if name is None:
+            raise Unhandled(f"{type(self).__name__} got {type(msg).__name__}")
+        getattr(self, name)(msg)
+
+    def started(self) -> None:
+        """Runs once, in the actor's own process, before the first message."""
+
+    def idle(self) -> bool:
+        """Called whenever the mailbox is empty.  True: I did some work, ask again.  False: block until mail arrives."""
+        return False
+
+    def stopping(self) -> None:
+        """Runs once, after the last message, also after a failure."""

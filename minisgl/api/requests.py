@@ -1,0 +1,80 @@
+"""What the facade hands to the engine and gets back: prompts in, chunks out.
+
+`Engine` is the whole interface between the HTTP routes, the batch socket and the LLM class on one side and the ledger (gateway.py)
+on the other.  Everything runs in the api process, on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Union
+
+from minisgl.config import Config
+from minisgl.errors import RequestError
+from minisgl.types import Finish, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text to continue; `add_special` adds the tokenizer's own special tokens (BOS), as a completion does."""
+
+    text: str
+    add_special: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation for the chat template: JSON bytes of {"messages": [...], "kwargs": {...}}."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids to continue, taken as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = Union[TextPrompt, ChatPrompt, TokenPrompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """News of one request.  `finish` is Finish.NONE until the last chunk.
+
+    `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+    prompt_tokens: int
+    cached_tokens: int
+
+
+Deliver = Callable[[Chunk | RequestError], None]
+
+
+class Engine(Protocol):
+    """The ledger of open requests, as its callers see it."""
+
+    config: Config
+
+    @property
+    def state(self) -> str:
+        """ "starting", "ready", "draining" or "dead"."""
+
+    @property
+    def open_requests(self) -> int: ...
+
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver) -> int:
+        """Start a request; returns its uid.  `deliver` is called later (never from inside `open`) with chunks, the last of
+        which has a `finish`, or with one RequestError, after which nothing follows.
+
+        Raises RequestError at once where nothing needs to be asked: 503 while not ready, 429 when full, 400 when oversized.
+        """
+
+    def close(self, uid: int) -> None:
+        """Nobody listens any more: cancel the request if it is still open.  Idempotent; `deliver` is not called again."""

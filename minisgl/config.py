@@ -1,0 +1,92 @@
+"""Configuration: frozen values, built once in the root process and handed to every actor at spawn.
+
+Nothing here is mutated after start, and no actor reads the environment.  What only the running engine can know (how many
+pages fit) travels back as a message, so that "configured" and "discovered" are never confused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a checkpoint says about itself, read from its metadata without loading weights (and without torch).
+
+    Produced by `minisgl.model.resolve.resolve`.  Sizes are in elements; `max_context` in tokens.
+    """
+
+    name: str  # served name, e.g. "SmolLM2-135M-Instruct"
+    path: str  # the .gguf file, or the directory with config.json
+    format: str  # "gguf" | "safetensors"
+    architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
+    dtype: str  # dtype the weights are stored in or were trained in: "float32" | "float16" | "bfloat16"
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: str  # JSON of the checkpoint's rope scaling, "" for none
+    tie_embeddings: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]  # generation_config and tokenizer together
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, raw: str) -> ModelSpec:
+        d: dict[str, Any] = json.loads(raw)
+        return cls(**{**d, "eos_ids": tuple(d["eos_ids"])})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs: everything that scheduler and workers must agree on."""
+
+    tp: int = 1  # tensor-parallel degree: one worker process per rank
+    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"; auto is float32 on CPU
+    page_size: int = 16  # tokens of KV per page
+    max_running: int = 128  # slots: requests that can be in the running batch
+    step_tokens: int = 256  # token budget of one step: decodes first, prefill chunks fill the rest
+    lag: int = 2  # plans in flight; 1 = no overlap
+    kv_tokens: int = 0  # size of the KV cache in tokens; 0 = sized from memory_fraction
+    memory_fraction: float = 0.4  # share of the free memory, after the weights, that the KV cache may take
+    max_context: int = 0  # tokens per request; 0 = the model's own limit
+    cache: str = "radix"  # "radix" | "none"
+    threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
+    sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How the api process behaves towards its clients."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_names: tuple[str, ...] = ()  # accepted `model` values; the first is the one reported
+    drain_seconds: float = 2.0  # how long running requests may go on after SIGTERM or ^C
+    max_body_bytes: int = 8 << 20
+    max_open_requests: int = 4096  # admission bound: more are answered 429
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole tree."""
+
+    model: ModelSpec
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def max_context(self) -> int:
+        """Prompt plus completion of one request, in tokens."""
+        limit = self.engine.max_context
+        return min(limit, self.model.max_context) if limit else self.model.max_context

@@ -1,0 +1,52 @@
+"""The two kinds of error that a person is meant to read.
+
+`UserError` ends a command with one sentence; `RequestError` ends one request with an OpenAI error body.
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class UserError(Exception):
+    """A command cannot go on because of something its user can change.
+
+    The text names the flag, file or variable and the way out; it is printed without a traceback.
+    """
+
+
+class RequestError(Exception):
+    """One request cannot be served; everything else goes on.
+
+    Rendered as `{"error": {"message", "type", "param", "code"}}` with HTTP status `status`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after  # seconds, sent as the Retry-After header
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error body (`code` is always a string or null)."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class InvalidParam(RequestError):
+    """A field of a request has a value that cannot be used: 400, `param` names the field."""
+
+    def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message, param=param, code=code)

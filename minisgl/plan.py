@@ -1,0 +1,142 @@
+"""The contract between scheduler and workers: one binary record per step, in each direction.  numpy only.
+
+`StepPlan`    scheduler -> every worker, through the plan ring.   What to run at step k.
+`StepResult`  worker 0  -> scheduler,    through the token ring.  What step k sampled.
+
+A worker keeps, by *slot*, everything a decode step needs (last token, KV length, page table, sampling parameters), so a plan
+carries only what changed.  In steady state a decode plan is its 64-byte header and 12 bytes per page boundary crossed.
+
+Layout of a plan (little-endian; the arrays follow the header in this order):
+
+    header   step i64 | kind u8 | flags u8 | reserved u16 | n_join u32 | n_grant u32 | n_prefill u32 | n_decode u32 | n_ids u32
+    join     a slot gets a new owner: its KV length (the cached prefix) and sampling parameters
+    grant    page_table[slot, index] = page
+    prefill  n_ids prompt tokens of a slot, appended at its KV length; `sample`: draw a token after the last one
+    decode   slots that append their last token and draw the next; omitted under SAME: the batch of the previous plan
+    ids      i32, the prompt tokens of the prefill rows, concatenated
+
+Order within a step: joins, grants, then all rows at once.  The rows that sample are, in order: prefill rows with `sample`, then
+the decode rows; `StepResult.tokens` has one token for each of them.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.void]
+
+JOIN = np.dtype(
+    [
+        ("slot", "<u4"),
+        ("kv_len", "<i4"),
+        ("temperature", "<f4"),
+        ("top_k", "<i4"),
+        ("top_p", "<f4"),
+        ("min_p", "<f4"),
+        ("seed", "<u8"),
+    ]
+)
+GRANT = np.dtype([("slot", "<u4"), ("index", "<u4"), ("page", "<i4")])
+PREFILL = np.dtype([("slot", "<u4"), ("sample", "<u4"), ("n_ids", "<i4")])
+
+_HEADER = struct.Struct("<qBBHIIIII")
+HEADER_BYTES = 64
+_SAME = 1
+_RESULT = struct.Struct("<qii")
+
+
+class PlanKind(enum.IntEnum):
+    """What a record asks of the workers.  STOP travels in band so that all ranks leave at the same step."""
+
+    STEP = 0
+    STOP = 1
+
+
+def _rows(dtype: np.dtype[np.void]) -> Rows:
+    return np.zeros(0, dtype)
+
+
+def _ints() -> I32:
+    return np.zeros(0, np.int32)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step.  `decode=None` means "the same decode batch as in the previous plan" (never the first)."""
+
+    step: int
+    kind: PlanKind = PlanKind.STEP
+    joins: Rows = field(default_factory=lambda: _rows(JOIN))
+    grants: Rows = field(default_factory=lambda: _rows(GRANT))
+    prefill: Rows = field(default_factory=lambda: _rows(PREFILL))
+    decode: I32 | None = field(default_factory=_ints)
+    ids: I32 = field(default_factory=_ints)
+
+    def pack(self) -> bytes:
+        """The record's bytes.  Runs in the scheduler process."""
+        same = self.decode is None
+        n_decode = 0 if self.decode is None else len(self.decode)
+        head = _HEADER.pack(
+            self.step,
+            self.kind,
+            _SAME if same else 0,
+            0,
+            len(self.joins),
+            len(self.grants),
+            len(self.prefill),
+            n_decode,
+            len(self.ids),
+        )
+        parts = [head.ljust(HEADER_BYTES, b"\0"), self.joins.tobytes(), self.grants.tobytes(), self.prefill.tobytes()]
+        if self.decode is not None:
+            parts.append(self.decode.astype("<i4", copy=False).tobytes())
+        parts.append(self.ids.astype("<i4", copy=False).tobytes())
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> StepPlan:
+        """Read a record; the arrays are read-only views of `raw`.  Runs in every worker.  Raises ValueError if malformed."""
+        if len(raw) < HEADER_BYTES:
+            raise ValueError(f"a plan has at least {HEADER_BYTES} bytes, got {len(raw)}")
+        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids = _HEADER.unpack_from(raw)
+        at = HEADER_BYTES
+        joins = np.frombuffer(raw, JOIN, n_join, at)
+        at += joins.nbytes
+        grants = np.frombuffer(raw, GRANT, n_grant, at)
+        at += grants.nbytes
+        prefill = np.frombuffer(raw, PREFILL, n_prefill, at)
+        at += prefill.nbytes
+        decode = None if flags & _SAME else np.frombuffer(raw, "<i4", n_decode, at)
+        at += 0 if decode is None else decode.nbytes
+        ids = np.frombuffer(raw, "<i4", n_ids, at)
+        if at + ids.nbytes != len(raw):
+            raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at + ids.nbytes}")
+        return cls(step, PlanKind(kind), joins, grants, prefill, decode, ids)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step sampled: `tokens` i32[rows], in the order of the plan; `busy_us`: how long the step computed."""
+
+    step: int
+    tokens: I32
+    busy_us: int = 0
+
+    def pack(self) -> bytes:
+        """The record's bytes.  Runs in worker 0."""
+        head = _RESULT.pack(self.step, self.busy_us, len(self.tokens))
+        return head + self.tokens.astype("<i4", copy=False).tobytes()
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> StepResult:
+        """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
+        step, busy_us, n = _RESULT.unpack_from(raw)
+        if len(raw) != _RESULT.size + 4 * n:
+            raise ValueError(f"result {step} has {len(raw)} bytes, its header says {_RESULT.size + 4 * n}")
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy_us)

@@ -1,0 +1,86 @@
+"""Plain values that every process understands.  Standard library only."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+from minisgl.errors import InvalidParam
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_SEED = (1 << 63) - 1
+
+
+class Finish(enum.IntEnum):
+    """Why a request ended.  One byte on the wire; 0 means that it goes on."""
+
+    NONE = 0
+    STOP = 1  # an EOS token, a stop token or a stop string
+    LENGTH = 2  # max_tokens or the context was reached
+    ABORT = 3  # the client went away or cancelled
+
+    @property
+    def reason(self) -> str | None:
+        """The OpenAI `finish_reason`."""
+        return (None, "stop", "length", "abort")[self]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    `max_tokens=None` generates until the end of the context.  `temperature=0` is greedy.  `top_k=0`, `top_p=1` and
+    `min_p=0` switch those filters off; filters apply in that order, to the distribution after temperature.
+    With an explicit `seed` the same prompt gives the same text whatever else is running: the random number of a token
+    is a function of (seed, position).  Raises `InvalidParam` naming the field when a value cannot be used.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # the natural thing to write offline: stop="\n"
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 1 << 31)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_int("top_k", self.top_k, 0, 1 << 31)
+        _check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise InvalidParam("top_p", "top_p must be greater than 0 (use temperature 0 for greedy decoding).")
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -MAX_SEED, MAX_SEED)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
+        for s in self.stop:
+            if not isinstance(s, str):
+                raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
+            if not 0 < len(s) <= MAX_STOP_CHARS:
+                raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
+        for t in self.stop_token_ids:
+            _check_int("stop_token_ids", t, 0, 1 << 31)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidParam(name, f"{name} must be an integer, got {type(value).__name__}.", "invalid_type")
+    if not low <= value <= high:
+        raise InvalidParam(name, f"{name} must be between {low} and {high}, got {value}.")
+
+
+def _check_float(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidParam(name, f"{name} must be a number, got {type(value).__name__}.", "invalid_type")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidParam(name, f"{name} must be between {low:g} and {high:g}, got {value}.")
