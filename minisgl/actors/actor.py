@@ -55,7 +55,7 @@ class Actor:
         cls._table = dict(cls._table)
         mine: set[type] = set()
         for name, fn in vars(cls).items():
-            msg_type = getattr(fn, "__handles__", None)
+            msg_type: type | None = getattr(fn, "__handles__", None)
             if msg_type is None:
                 continue
             hint = next((v for k, v in typing.get_type_hints(fn).items() if k != "return"), None)

@@ -1,14 +1,14 @@
 """What the facade hands to the engine and gets back: prompts in, chunks out.
 
-`Engine` is the whole interface between the HTTP routes, the batch socket and the LLM class on one side and the ledger (gateway.py)
-on the other.  Everything runs in the api process, on one thread.
+`Engine` is the whole interface between the HTTP routes, the batch socket and the LLM class on one side and the ledger
+(gateway.py) on the other.  Everything runs in the api process, on one thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Union
+from typing import Protocol
 
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -37,7 +37,7 @@ class TokenPrompt:
     ids: tuple[int, ...]
 
 
-Prompt = Union[TextPrompt, ChatPrompt, TokenPrompt]
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
