@@ -49,8 +49,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # the natural thing to write offline: stop="\n"
-            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", _as_tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 1 << 31)
         _check_float("temperature", self.temperature, 0.0, 100.0)
@@ -64,12 +64,23 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
         for s in self.stop:
-            if not isinstance(s, str):
-                raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
-            if not 0 < len(s) <= MAX_STOP_CHARS:
-                raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
+            _check_stop(s)
         for t in self.stop_token_ids:
             _check_int("stop_token_ids", t, 0, 1 << 31)
+
+
+def _as_tuple(value: object) -> tuple[object, ...]:
+    """Offline, `stop="\n"` and `stop=["a", "b"]` are the natural things to write."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,)
+
+
+def _check_stop(value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
+    if not 0 < len(value) <= MAX_STOP_CHARS:
+        raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

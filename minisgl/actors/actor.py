@@ -59,7 +59,7 @@ class Actor:
             if msg_type is None:
                 continue
             hint = next((v for k, v in typing.get_type_hints(fn).items() if k != "return"), None)
-            if hint is not msg_type:
+            if msg_type is not hint:
                 raise TypeError(f"{cls.__name__}.{name} handles {msg_type.__name__} but is annotated {hint}")
             if msg_type in mine:
                 raise TypeError(f"{cls.__name__} has two handlers for {msg_type.__name__}")

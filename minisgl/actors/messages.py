@@ -182,6 +182,14 @@ class Stopped:
 
 
 @message
+class Failed:
+    """actor -> api: I cannot start, for a reason that a person can mend; `text` is the sentence to print."""
+
+    name: str
+    text: str
+
+
+@message
 class ActorDied:
     """supervisor -> api actor (never on a socket): a process ended without Stopped."""
 
