@@ -85,7 +85,7 @@ class LocalSystem:
         heapq.heappush(self._timers, (self.clock + seconds, self._tickets, name, encode(msg)))
 
     def step(self) -> bool:
-        """One event: deliver a message, run one `idle()`, or advance the clock to the next timer.  False: nothing can happen."""
+        """One event: deliver a message, run one `idle()`, or advance the clock to a timer.  False: nothing can happen."""
         lanes = [k for k, lane in self._lanes.items() if lane and k[1] in self.actors]
         choices: list[Any] = [*lanes, *(name for name in self.actors if name not in self._asleep)]
         if self._rng:

@@ -1,0 +1,59 @@
+"""The shared memory of a run, in one table.  Each arena has one writer per word; docs/structures.md shows it and a test compares.
+
+arena     writer      readers       holds
+plans     scheduler   worker 0..N-1 StepPlan records
+results   worker 0    scheduler     StepResult records
+prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized
+requests  api         scheduler     token ids to continue, i32, announced by Generate
+board     everybody   api           one status line per process
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from minisgl.actors.board import BoardSpec, create_board
+from minisgl.actors.ring import RingSpec, create_ring
+from minisgl.config import Config
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Arenas:
+    """Addresses of all shared memory of one run; travels in the spawn arguments."""
+
+    plans: RingSpec
+    results: RingSpec
+    prompts: RingSpec
+    requests: RingSpec
+    board: BoardSpec
+
+
+def actor_names(tp: int) -> tuple[str, ...]:
+    """The processes of a run besides api, in the order in which they are started."""
+    return ("tokenizer", "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
+
+
+def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
+    """Make the shared memory of a run.  Runs in the api process; close the descriptors when the run is over.
+
+    The memory is sparse: a page of it exists once it has been written to.
+    """
+    engine = config.engine
+    longest = 4 * 4 * config.max_context  # a prompt may reach the api four times too long, to be refused with its number
+    table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # a plan that grants every page of every slot
+    plan = min(32 * _MIB, table) + 4 * engine.step_tokens + _MIB
+    plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
+    results, fd_results = create_ring("results", 1, _MIB + 64 * engine.max_running)
+    prompts, fd_prompts = create_ring("prompts", 1, max(16 * _MIB, 3 * longest))
+    requests, fd_requests = create_ring("requests", 1, max(16 * _MIB, 3 * longest))
+    board, fd_board = create_board(("api", *actor_names(engine.tp)))
+    return Arenas(plans, results, prompts, requests, board), [fd_plans, fd_results, fd_prompts, fd_requests, fd_board]
+
+
+def close_arenas(fds: list[int]) -> None:
+    """Let go of the shared memory; what is still mapped somewhere stays until that process ends."""
+    for fd in fds:
+        os.close(fd)

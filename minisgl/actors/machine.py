@@ -1,0 +1,417 @@
+"""The step machine: everything the scheduler decides, with no clock, no socket and no thread.
+
+    output = machine.step(inbox, now)
+
+`inbox` holds what has happened since the last call (new requests, cancellations, results of steps); `output` the plan of the
+next step, if one is due, and what others must be told.  The same code runs in the scheduler process, in seeded simulation and
+under virtual time.
+
+A step of the machine, in order: cancellations and new requests; results of former steps (append tokens, find the finished,
+free what they held); then, if fewer than `lag` plans are in flight, the next plan: every decode first, then prefill chunks of
+requests already admitted, then new admissions, all within one token budget.
+
+Why a plan can be published before the former result is known (lag 2): it needs no token *values*, those live on the workers;
+it needs counts, and counts are certain until an EOS turns up.  A request that turns out to have ended computes at most lag -
+1 rows in vain, and their results are recognised by the slot's epoch.  Workers run plans in order, so pages and slots may be
+given to a new owner at once: its writes come later.  For the same reason a page is cacheable as soon as the plan that writes
+it is *published*.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.actors.table import SlotTable
+from minisgl.cache.none import NoCache
+from minisgl.cache.pages import PagePool
+from minisgl.cache.radix import RadixCache
+from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan, StepResult
+from minisgl.types import Finish, SamplingParams
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
+LOOK_PAST = 16  # waiting requests that are examined in one step behind a head that does not fit
+_NONE = np.zeros(0, np.int32)
+
+
+# ---------------- what goes in
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation request.  `ids` i32: the prompt, and after a retraction or replay also what was generated so far."""
+
+    uid: int
+    ids: I32
+    limit: int  # tokens in all, prompt included
+    seed: int
+    params: SamplingParams
+    order: int = 0  # order of arrival
+    need: int = 0  # pages it lacked when it was last looked at: more than that need not be tried
+    resumed: bool = False  # has run before
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """A new request."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Nobody wants the answer of request `uid` any more.  Unknown uids are ignored."""
+
+    uid: int
+
+
+Event = Add | Drop | StepResult
+
+
+# ---------------- what comes out
+@dataclass(slots=True)
+class News:
+    """Rows for the detokenizer: row i appends counts[i] (0 or 1) tokens to request uids[i] and may finish it."""
+
+    uids: I64
+    counts: U8
+    tokens: I32
+    finish: U8
+
+
+@dataclass(slots=True)
+class Output:
+    """What one call of `step` decided.  `started`: (uid, cached prompt tokens) of the requests admitted for the first time."""
+
+    plan: StepPlan | None = None
+    news: list[News] = field(default_factory=list)
+    started: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The sizes that bound the machine.  `step_tokens` must exceed `slots`, or decodes could starve prefills."""
+
+    slots: int
+    num_pages: int
+    page_size: int
+    max_context: int
+    step_tokens: int
+    lag: int
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    cache: str = "radix"
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """The rows of a published plan.  Results are matched to these, never to whoever owns the slot by then."""
+
+    step: int
+    slots: I32
+    epochs: I64
+
+
+class _PlanParts:
+    """A plan while it is being put together."""
+
+    def __init__(self) -> None:
+        self.joins: list[tuple[int, int, float, int, float, float, int]] = []
+        self.grants: list[npt.NDArray[np.void]] = []
+        self.prefill: list[tuple[int, int, int]] = []
+        self.ids: list[I32] = []
+        self.sampling: list[int] = []  # slots of the prefill rows that sample
+
+    def grant(self, slots: I32 | int, index: I32, pages: I32) -> None:
+        rows = np.zeros(len(pages), GRANT)
+        rows["slot"], rows["index"], rows["page"] = slots, index, pages
+        self.grants.append(rows)
+
+
+class StepMachine:
+    """The scheduler's mind.  Deterministic: the same inboxes give the same outputs."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.cache: RadixCache | NoCache = (RadixCache if limits.cache == "radix" else NoCache)(limits.page_size)
+        self.pool = PagePool(limits.num_pages)
+        max_pages = -(-limits.max_context // limits.page_size)
+        self.table = SlotTable(limits.slots, max_pages, limits.num_pages, limits.page_size, self.cache.root)
+        self.waiting: OrderedDict[int, Request] = OrderedDict()  # by uid, in order of arrival (retracted ones at the front)
+        self.running: dict[int, tuple[int, Request]] = {}  # uid -> (slot, request)
+        self.inflight: deque[_InFlight] = deque()
+        self.steps = 0
+        self.wasted_rows = 0  # computed for requests that had already ended
+        self.retractions = 0
+        self._prefilling: list[int] = []  # slots with prompt left to prefill, in order of admission
+        self._decoding: I32 = _NONE  # slots that decode, in order of admission
+        self._last_decode: I32 | None = None  # decode rows of the previous plan, None before the first
+        self._arrivals = 0
+        self._remaps: list[npt.NDArray[np.void]] = []  # grants that move rows to canonical pages, sent with the next plan
+        self._eos = np.zeros(limits.vocab_size, np.bool_)
+        self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
+        self._stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
+
+    # ---------------- the one entry
+    def step(self, inbox: Iterable[Event], now: float) -> Output:
+        """Take in what has happened, decide the next plan if one is due."""
+        out = Output()
+        for event in inbox:
+            if isinstance(event, StepResult):
+                self._take_result(event, out)
+            elif isinstance(event, Add):
+                self._arrivals += 1
+                event.request.order = self._arrivals
+                self.waiting[event.request.uid] = event.request
+            else:
+                self._drop(event.uid, out)
+        if len(self.inflight) < self.limits.lag:
+            self._plan(out)
+        return out
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, nothing waits."""
+        return not self.running and not self.waiting and not self.inflight
+
+    def fits(self, n_tokens: int) -> bool:
+        """Whether a request of this many tokens could ever run."""
+        return n_tokens <= self.limits.num_pages * self.limits.page_size
+
+    # ---------------- results
+    def _take_result(self, result: StepResult, out: Output) -> None:
+        sent = self.inflight.popleft()
+        if sent.step != result.step or len(sent.slots) != len(result.tokens):
+            raise RuntimeError(
+                f"result {result.step} ({len(result.tokens)} rows) for plan {sent.step} ({len(sent.slots)} rows)"
+            )
+        table = self.table
+        live = table.epoch[sent.slots] == sent.epochs
+        slots, tokens = sent.slots[live], result.tokens[live]
+        self.wasted_rows += len(sent.slots) - len(slots)
+        if not len(slots):
+            return
+        table.append(slots, tokens)
+        finish = np.where(table.length[slots] >= table.limit[slots], np.uint8(Finish.LENGTH), np.uint8(Finish.NONE))
+        finish[self._eos[tokens] & ~table.ignore_eos[slots]] = Finish.STOP
+        if self._stop_ids:
+            for i, slot in enumerate(slots.tolist()):
+                if int(tokens[i]) in self._stop_ids.get(slot, ()):
+                    finish[i] = Finish.STOP
+        out.news.append(News(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
+        for slot in slots[finish != 0].tolist():
+            self._release(slot)
+
+    def _drop(self, uid: int, out: Output) -> None:
+        if uid in self.running:
+            self._release(self.running[uid][0])
+        elif self.waiting.pop(uid, None) is None:
+            return
+        none = np.zeros(1, np.uint8)
+        out.news.append(News(np.array([uid], np.int64), none, _NONE, np.array([Finish.ABORT], np.uint8)))
+
+    def _release(self, slot: int) -> None:
+        """End of a stay: what is known *and* planned goes to the cache, the rest of the pages becomes free."""
+        table, size = self.table, self.limits.page_size
+        uid = int(table.uid[slot])
+        n, shared = int(table.n_pages[slot]), int(table.n_shared[slot])
+        full = min(int(table.planned[slot]), int(table.length[slot])) // size
+        if full > shared:
+            shared = self._publish_prefix(slot, full, remap=False)
+        self.pool.release(table.row(slot, shared, n))
+        self.cache.release(table.handle[slot])
+        if slot in self._prefilling:
+            self._prefilling.remove(slot)
+        else:
+            self._decoding = self._decoding[self._decoding != slot]
+        self._stop_ids.pop(slot, None)
+        self._remaps = [rows for rows in self._remaps if rows["slot"][0] != slot]
+        del self.running[uid]
+        table.give(slot)
+
+    def _publish_prefix(self, slot: int, full: int, remap: bool) -> int:
+        """Hand the first `full` pages of a slot to the cache; returns how many of them the cache now owns.
+
+        Where somebody cached the same tokens first, their pages are canonical and ours are freed; a row that goes on
+        (`remap`) is moved to the canonical pages with the next plan, before anybody can be granted the freed ones.
+        """
+        table, shared = self.table, int(self.table.n_shared[slot])
+        mine = table.row(slot, shared, full)
+        handle, canonical, duplicates = self.cache.extend(table.handle[slot], table.page_ids[mine].reshape(-1), mine)
+        if not len(canonical):  # the cache takes nothing in
+            return shared
+        table.handle[slot] = handle
+        table.n_shared[slot] = full
+        if len(duplicates):
+            self.pool.release(duplicates)
+            if remap:
+                moved = np.flatnonzero(canonical != mine)
+                rows = np.zeros(len(moved), GRANT)
+                rows["slot"], rows["index"], rows["page"] = slot, shared + moved, canonical[moved]
+                self._remaps.append(rows)
+        table.pages[slot, shared:full] = canonical
+        return full
+
+    # ---------------- the next plan
+    def _plan(self, out: Output) -> None:
+        parts = _PlanParts()
+        parts.grants, self._remaps = self._remaps, []
+        decode = self._plan_decode(parts)
+        budget = self.limits.step_tokens - len(decode)
+        for slot in list(self._prefilling):
+            if budget <= 0:
+                break
+            budget -= self._plan_chunk(slot, budget, parts)
+        self._admit(budget, parts, out)
+        if not parts.prefill and not len(decode):
+            self._remaps = parts.grants
+            if self._prefilling and not self.inflight and len(self.running) > 1:
+                self._retract()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
+                self._plan(out)
+            return
+        same = self._last_decode is not None and np.array_equal(decode, self._last_decode)
+        self._last_decode = decode
+        out.plan = StepPlan(
+            self.steps,
+            joins=np.array(parts.joins, JOIN),
+            grants=np.concatenate(parts.grants) if parts.grants else np.zeros(0, GRANT),
+            prefill=np.array(parts.prefill, PREFILL),
+            decode=None if same else decode,
+            ids=np.concatenate(parts.ids) if parts.ids else _NONE,
+        )
+        rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
+        self.inflight.append(_InFlight(self.steps, rows, self.table.epoch[rows]))
+        self.steps += 1
+        self._finish_prefills(parts)
+
+    def _plan_decode(self, parts: _PlanParts) -> I32:
+        """Every running row that still has tokens to ask for gets one; rows at a page boundary get a page."""
+        table, size = self.table, self.limits.page_size
+        while True:
+            slots = self._decoding
+            slots = slots[table.planned[slots] + 1 < table.limit[slots]]  # tokens known or asked = planned + 1
+            crossing = slots[table.planned[slots] == table.n_pages[slots] * size]
+            if self._make_room(len(crossing)):
+                break
+            self._retract()
+        if len(crossing):
+            pages = self.pool.alloc(len(crossing))
+            parts.grant(crossing, table.n_pages[crossing], pages)
+            table.grant_decode(crossing, pages)
+        table.planned[slots] += 1
+        return slots
+
+    def _make_room(self, n: int) -> bool:
+        """Have `n` free pages, evicting if needed."""
+        if (missing := n - self.pool.free) > 0 and self.cache.evictable >= missing:
+            self.pool.release(self.cache.evict(missing))
+        return self.pool.free >= n
+
+    def _retract(self) -> None:
+        """Send the youngest running request back to the queue; it resumes with the same text and the same random draws."""
+        slot, request = max(self.running.values(), key=lambda r: r[1].order)
+        prefilled = slot not in self._prefilling
+        ids = self.table.ids(slot) if prefilled else request.ids
+        self._release(slot)
+        request.ids, request.need, request.resumed = ids, 0, True
+        self.waiting[request.uid] = request
+        self.waiting.move_to_end(request.uid, last=False)
+        self.retractions += 1
+
+    def _plan_chunk(self, slot: int, budget: int, parts: _PlanParts) -> int:
+        """The next prefill chunk of a slot, as large as budget and pages allow.  Returns its tokens."""
+        table, size = self.table, self.limits.page_size
+        start, target = int(table.planned[slot]), int(table.target[slot])
+        held = int(table.n_pages[slot]) * size
+        most = min(budget, target - start)
+        room = held + (self.pool.free + self.cache.evictable) * size - start
+        n = min(most, room)
+        if n <= 0:
+            return 0
+        new = max(0, -(-(start + n - held) // size))
+        self._make_room(new)
+        pages = self.pool.alloc(new)
+        ids = self.running[int(table.uid[slot])][1].ids[start : start + n]
+        index = int(table.n_pages[slot])
+        parts.grant(slot, np.arange(index, index + new, dtype=np.int32), pages)
+        table.grant_prefill(slot, start, ids, pages)
+        table.planned[slot] = start + n
+        last = start + n == target
+        parts.prefill.append((slot, int(last), n))
+        parts.ids.append(ids)
+        if last:
+            parts.sampling.append(slot)
+        return n
+
+    def _finish_prefills(self, parts: _PlanParts) -> None:
+        """After the plan is fixed: every chunk's pages become visible to others; finished prompts start to decode."""
+        for slot, last, _ in parts.prefill:
+            full = int(self.table.planned[slot]) // self.limits.page_size
+            if full > self.table.n_shared[slot]:
+                self._publish_prefix(slot, full, remap=True)
+            if last:
+                self._prefilling.remove(slot)
+                self._decoding = np.append(self._decoding, np.int32(slot))
+
+    def _admit(self, budget: int, parts: _PlanParts, out: Output) -> None:
+        """Start waiting requests while there are slots, budget and pages; look past a few that do not fit."""
+        skipped = 0
+        while budget > 0 and self.table.free_slots and skipped < LOOK_PAST:
+            request = next(islice(self.waiting.values(), skipped, None), None)
+            if request is None:
+                return
+            slot = self._try_admit(request, parts, out)
+            if slot is None:
+                skipped += 1
+            else:
+                budget -= self._plan_chunk(slot, budget, parts)
+
+    def _try_admit(self, request: Request, parts: _PlanParts, out: Output) -> int | None:
+        """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those already promised."""
+        table, size = self.table, self.limits.page_size
+        if request.need > self.pool.free + self.cache.evictable:
+            return None
+        handle, pages = self.cache.acquire(self.cache.match(request.ids))
+        request.need = -(-(len(request.ids) + 1) // size) - len(pages)
+        promised = sum(-(-int(table.target[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
+        watermark = len(self.running)  # a page for the next boundary of each running row
+        if request.need + promised + watermark > self.pool.free + self.cache.evictable:
+            self.cache.release(handle)
+            return None
+        del self.waiting[request.uid]
+        slot, cached = table.take(), len(pages) * size
+        table.uid[slot] = request.uid
+        table.length[slot] = table.target[slot] = len(request.ids)
+        table.limit[slot] = request.limit
+        table.planned[slot] = cached
+        table.n_pages[slot] = table.n_shared[slot] = len(pages)
+        table.pages[slot, : len(pages)] = pages
+        table.tail[slot] = request.ids[-1]
+        table.ignore_eos[slot] = request.params.ignore_eos
+        table.handle[slot] = handle
+        if request.params.stop_token_ids:
+            self._stop_ids[slot] = frozenset(request.params.stop_token_ids)
+        self.running[request.uid] = (slot, request)
+        self._prefilling.append(slot)
+        p = request.params
+        parts.joins.append((slot, cached, p.temperature, p.top_k, p.top_p, p.min_p, request.seed))
+        parts.grant(slot, np.arange(len(pages), dtype=np.int32), pages)
+        if not request.resumed:
+            out.started.append((request.uid, cached))
+        return slot
+
+    # ---------------- checks
+    def check(self) -> None:
+        """Conservation: every page is free, cached or owned by one request, and in one place.  Raises AssertionError."""
+        owned = [self.table.row(s, int(self.table.n_shared[s]), int(self.table.n_pages[s])) for s, _ in self.running.values()]
+        everything = np.concatenate([self.pool.snapshot(), self.cache.check(), *owned])
+        assert len(everything) == self.limits.num_pages, f"{len(everything)} pages accounted for, of {self.limits.num_pages}"
+        assert len(np.unique(everything)) == len(everything), "a page is in two places"
+        slots = sorted([*self._prefilling, *self._decoding.tolist()])
+        assert slots == sorted(s for s, _ in self.running.values()), "the running requests and the lists of slots disagree"
+        assert self.table.free_slots + len(self.running) == self.limits.slots, "a slot is lost"

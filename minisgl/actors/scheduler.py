@@ -1,0 +1,208 @@
+"""The scheduler actor.
+
+Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); no tensors, and torch is never imported.
+Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, Wake (workers); Stop (api); results through the
+token ring.
+Sends     Track, Tokens (detokenizer); Rejected, EngineReady (api); Capacity, Wake (workers); plans through the plan ring.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from minisgl.actors.actor import Actor, Context, on
+from minisgl.actors.arenas import Arenas
+from minisgl.actors.board import Board
+from minisgl.actors.machine import Add, Drop, Event, Limits, News, Output, Request, StepMachine
+from minisgl.actors.messages import (
+    Cancel,
+    Capacity,
+    EngineReady,
+    Generate,
+    Rejected,
+    Stop,
+    Tokens,
+    Track,
+    Wake,
+    WorkerArmed,
+    WorkerLoaded,
+)
+from minisgl.actors.ring import RingReader, RingWriter
+from minisgl.config import Config
+from minisgl.errors import UserError
+from minisgl.plan import PlanKind, StepPlan, StepResult
+
+
+class SchedulerActor(Actor):
+    """Feeds the machine, publishes its plans, rings the bells."""
+
+    def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
+        super().__init__(ctx)
+        self.config = config
+        self.plans = RingWriter(arenas.plans)
+        self.results = RingReader(arenas.results)
+        self.requests = RingReader(arenas.requests)
+        self.board = Board(arenas.board, ctx.name)
+        self.machine: StepMachine | None = None  # made when the workers have said how much memory there is
+        self._inbox: list[Event] = []
+        self._unsent: StepPlan | None = None  # a plan that waits for room in the ring
+        self._max_pages: dict[int, int] = {}  # rank -> pages that fit
+        self._armed: set[int] = set()
+        self._stopping = False
+        self._armed_bells = False
+        self._pid = os.getpid()
+
+    # ---------------- start-up
+    @on(WorkerLoaded)
+    def worker_loaded(self, m: WorkerLoaded) -> None:
+        self._max_pages[m.rank] = m.max_pages
+        engine = self.config.engine
+        if len(self._max_pages) < engine.tp:
+            return
+        num_pages = min(self._max_pages.values())
+        self.machine = StepMachine(
+            Limits(
+                slots=engine.max_running,
+                num_pages=num_pages,
+                page_size=engine.page_size,
+                max_context=self.config.max_context,
+                step_tokens=engine.step_tokens,
+                lag=engine.lag,
+                vocab_size=self.config.model.vocab_size,
+                eos_ids=self.config.model.eos_ids,
+                cache=engine.cache,
+            )
+        )
+        for rank in range(engine.tp):
+            self.ctx.send(f"worker{rank}", Capacity(num_pages))
+
+    @on(WorkerArmed)
+    def worker_armed(self, m: WorkerArmed) -> None:
+        self._armed.add(m.rank)
+        if len(self._armed) == self.config.engine.tp:
+            self.ctx.send("api", EngineReady(self._machine().limits.num_pages))
+
+    def _machine(self) -> StepMachine:
+        if self.machine is None:
+            raise RuntimeError("the workers have not reported their memory yet")
+        return self.machine
+
+    # ---------------- requests
+    @on(Generate)
+    def generate(self, m: Generate) -> None:
+        ids = np.frombuffer(self.requests.take_now(), np.int32)
+        if len(ids) != m.n_ids:
+            raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
+        machine = self._machine()
+        if not machine.fits(len(ids) + 1):
+            self._reject_too_long(m)
+            return
+        limits = machine.limits
+        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, limits.num_pages * limits.page_size)
+        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params)))
+
+    def _reject_too_long(self, m: Generate) -> None:
+        limits = self._machine().limits
+        room = limits.num_pages * limits.page_size
+        text = (
+            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you requested "
+            f"{m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a larger --kv-tokens. "
+            "(context_length_exceeded)"
+        )
+        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded"))
+
+    @on(Cancel)
+    def cancel(self, m: Cancel) -> None:
+        self._inbox.append(Drop(m.uid))
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        """A bell: `idle` runs next, which is the point of it."""
+
+    @on(Stop)
+    def stop(self, m: Stop) -> None:
+        if self.machine is None or len(self._armed) < self.config.engine.tp:
+            self.ctx.stop()  # the workers do not read the ring yet
+        self._stopping = True
+
+    # ---------------- the step
+    def idle(self) -> bool:
+        """Results in, plan out.  False only when there is nothing to do and the bells are armed."""
+        if self.machine is None:
+            return False
+        while (raw := self.results.take()) is not None:
+            self._inbox.append(StepResult.unpack(raw))
+        worked = bool(self._inbox) or self._flush()
+        if self._stopping:
+            worked |= self._stop_workers()
+        elif self._unsent is None:
+            inbox, self._inbox = self._inbox, []
+            output = self.machine.step(inbox, self.ctx.now())
+            self._tell(output)
+            self._unsent = output.plan
+            worked |= output.plan is not None
+            self._flush()
+        if worked:
+            self._arm(False)
+            return True
+        return self._look_again()
+
+    def _arm(self, flag: bool) -> None:
+        """Raise or lower my flags: "ring me when there is a result" and, if a plan waits, "when there is room"."""
+        if flag != self._armed_bells:
+            self.results.park(flag)
+            self.plans.starve(flag and self._unsent is not None)
+            self._armed_bells = flag
+
+    def _look_again(self) -> bool:
+        """Flags up, then one more look: what was published before they became visible is seen now.
+
+        The flags stay up until there is work, so that the runtime's second look (see process.run) finds them long visible.
+        """
+        self._arm(True)
+        return self.results.pending() or (self._unsent is not None and self.plans.has_room(len(self._unsent.pack())))
+
+    def _flush(self) -> bool:
+        """Publish the plan that is waiting, and ring whoever sleeps.  False: a worker is so far behind that there is no room."""
+        plan = self._unsent
+        if plan is None:
+            return False
+        raw = plan.pack()
+        if not self.plans.has_room(len(raw)):
+            return False
+        self.plans.publish(raw)
+        self._unsent = None
+        for rank in self.plans.parked():
+            self.ctx.send(f"worker{rank}", Wake())
+        self.board.beat(self._pid, plan.step, bool(self._machine().inflight))
+        return True
+
+    def _stop_workers(self) -> bool:
+        """STOP goes through the ring, so that every rank leaves after the same step.  True: something was done."""
+        if self._unsent is None:
+            self._unsent = StepPlan(self._machine().steps, PlanKind.STOP)
+        last = self._unsent.kind == PlanKind.STOP
+        if self._flush() and last:
+            self.ctx.stop()
+            return True
+        return False
+
+    def _tell(self, output: Output) -> None:
+        machine = self._machine()
+        for uid, cached in output.started:
+            params = machine.running[uid][1].params
+            self.ctx.send("detokenizer", Track(uid, params.stop, params.skip_special_tokens, cached))
+        if output.news:
+            self.ctx.send("detokenizer", _join(output.news))
+
+
+def _join(news: list[News]) -> Tokens:
+    """One message per step, whatever happened in it."""
+    return Tokens(
+        np.concatenate([n.uids for n in news]),
+        np.concatenate([n.counts for n in news]),
+        np.concatenate([n.tokens for n in news]),
+        np.concatenate([n.finish for n in news]),
+    )

@@ -1,0 +1,98 @@
+"""The request table: what the scheduler knows of every running request, as numpy columns indexed by slot.
+
+Columns instead of objects, so that a step over 4,096 requests is a constant number of numpy calls.  Runs in the scheduler
+process.
+
+    position:   0 .............. planned ........ length ........ limit
+                | KV written by    | token known,   | tokens still
+                | published plans  | KV not planned | to come
+
+`planned` may run ahead of `length` by the plans in flight.  The token ids of KV page p are mirrored in `page_ids[p]`, so the
+ids of a request are read back through its page table; its newest token, which may have no page yet, is in `tail`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.cache.radix import Node
+
+I32 = npt.NDArray[np.int32]
+
+
+class SlotTable:
+    """All columns; see the module's picture.  `max_pages` is the length of a page table row."""
+
+    def __init__(self, slots: int, max_pages: int, num_pages: int, page_size: int, root: Node) -> None:
+        self.page_size = page_size
+        self.uid = np.full(slots, -1, np.int64)
+        self.epoch = np.zeros(
+            slots, np.int64
+        )  # counts the owners of a slot: tokens in flight for a former owner are recognised
+        self.length = np.zeros(slots, np.int32)  # tokens known: prompt and received
+        self.planned = np.zeros(slots, np.int32)  # KV positions written once every published plan has run
+        self.target = np.zeros(slots, np.int32)  # tokens to prefill before the first one is sampled
+        self.limit = np.zeros(slots, np.int32)  # the request ends when it has this many tokens
+        self.n_pages = np.zeros(slots, np.int32)  # pages granted
+        self.n_shared = np.zeros(slots, np.int32)  # leading pages that belong to the prefix cache
+        self.tail = np.zeros(slots, np.int32)  # newest known token
+        self.ignore_eos = np.zeros(slots, np.bool_)
+        self.pages = np.zeros((slots, max_pages), np.int32)
+        self.handle: list[Node] = [root] * slots
+        self.page_ids = np.zeros((num_pages, page_size), np.int32)
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free slot.  Raises IndexError if there is none."""
+        return self._free.pop()
+
+    def give(self, slot: int) -> None:
+        """Free a slot: from now on tokens in flight for it belong to nobody."""
+        self.epoch[slot] += 1
+        self.uid[slot] = -1
+        self._free.append(slot)
+
+    def row(self, slot: int, start: int, end: int) -> I32:
+        """Page numbers `start` to `end` of a slot (a copy)."""
+        pages: I32 = self.pages[slot, start:end].copy()
+        return pages
+
+    def ids(self, slot: int) -> I32:
+        """All known tokens of a running request, i32[length]."""
+        n = int(self.length[slot])
+        pages = self.row(slot, 0, min(-(-n // self.page_size), int(self.n_pages[slot])))
+        known = self.page_ids[pages].reshape(-1)[:n]
+        if len(known) == n:
+            return known
+        return np.append(known, self.tail[slot])  # a page is granted before its second token is known, so only one can lack it
+
+    def append(self, slots: I32, tokens: I32) -> None:
+        """Enter one sampled token for each slot (each slot at most once)."""
+        at = self.length[slots]
+        index = at // self.page_size
+        paged = index < self.n_pages[slots]
+        s = slots[paged]
+        self.page_ids[self.pages[s, index[paged]], at[paged] % self.page_size] = tokens[paged]
+        self.tail[slots] = tokens
+        self.length[slots] = at + 1
+
+    def grant_decode(self, slots: I32, pages: I32) -> None:
+        """Give each slot its next page; the token that opens it is entered if it is known already (it then is the newest)."""
+        index = self.n_pages[slots]
+        self.pages[slots, index] = pages
+        self.n_pages[slots] = index + 1
+        known = self.length[slots] > index * self.page_size
+        self.page_ids[pages[known], 0] = self.tail[slots[known]]
+
+    def grant_prefill(self, slot: int, start: int, ids: I32, pages: I32) -> None:
+        """Append `pages` to a slot and enter the prompt tokens `ids` at positions from `start` on."""
+        n = int(self.n_pages[slot])
+        self.pages[slot, n : n + len(pages)] = pages
+        self.n_pages[slot] = n + len(pages)
+        at = np.arange(start, start + len(ids))
+        self.page_ids[self.pages[slot, at // self.page_size], at % self.page_size] = ids

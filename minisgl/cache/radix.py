@@ -1,0 +1,269 @@
+"""The prefix cache: a radix tree over pages of token ids.  Runs in the scheduler process; numpy and the standard library only.
+
+A node owns a run of whole pages: `key` is their token ids as bytes (so that comparing is one memcmp), `pages` the KV pages
+that hold them.  Children are found by the bytes of their first page.  A path from the root spells a prefix; only whole pages
+are shared, so nothing is ever copied on write.
+
+    root --[system prompt: 12 pages]--+--[question A: 3 pages]--[answer A: 5 pages]
+                                      +--[question B: 2 pages]
+
+Requests hold *handles*: the node at whose end their cached prefix ends.  A handle keeps every node up to the root referenced.
+The end of a node never moves while it lives (a split gives the front part to a new parent, longer prefixes become children),
+so a handle stays true whatever others insert.
+
+Eviction takes the least recently used unreferenced leaf, page by page from its tail, from a heap whose stale entries are
+skipped: no walk over the tree, ever.
+
+The radix tree as a prefix cache is due to SGLang (Zheng et al., "SGLang: Efficient Execution of Structured Language Model
+Programs", 2023); the page-granular keys, handles and lazy heap are this implementation's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+NO_PAGES = np.zeros(0, np.int32)
+
+
+class Node:
+    """A run of cached pages.  Only RadixCache writes its fields."""
+
+    __slots__ = ("children", "key", "pages", "parent", "refs", "tick")
+
+    def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
+        self.key = key
+        self.pages = pages
+        self.parent = parent  # None for the root, and for a node that has been evicted
+        self.children: dict[bytes, Node] | None = None
+        self.refs = 0  # requests whose prefix runs through this node
+        self.tick = 0  # last use
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix of some tokens: it ends `inside` pages into `node`, `num_pages` pages from the root."""
+
+    node: Node
+    inside: int
+    num_pages: int
+
+
+class RadixCache:
+    """The tree.  `evictable` counts the pages that `evict` could free now; `num_pages` all pages the tree owns."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.root = Node(b"", NO_PAGES, None)
+        self.evictable = 0
+        self.num_pages = 0
+        self.num_nodes = 0
+        self._page_bytes = 4 * page_size
+        self._tick = 0
+        self._heap: list[tuple[int, int, Node]] = []  # (tick, ticket, leaf); an entry may be stale
+        self._ticket = 0
+
+    # ---------------- lookup (read-only)
+    def match(self, ids: I32) -> Match:
+        """The longest cached prefix of `ids`, in whole pages.  Changes nothing; valid until the tree changes.
+
+        The last token is never part of it: something must be computed to have logits to sample from.
+        """
+        step = self._page_bytes
+        end = (len(ids) - 1) // self.page_size * step
+        data = ids[: max(end, 0) // 4].tobytes()
+        node, at = self.root, 0
+        while at < end and node.children is not None:
+            child = node.children.get(data[at : at + step])
+            if child is None:
+                break
+            if data.startswith(child.key, at):
+                node, at = child, at + len(child.key)
+                continue
+            inside = self._common_pages(child.key, data, at)
+            return Match(child, inside, at // step + inside)
+        return Match(node, len(node.pages), at // step)
+
+    def _common_pages(self, key: bytes, data: bytes, at: int) -> int:
+        """How many whole pages of `key` equal `data` from `at` on (at least the first is known to)."""
+        n = min(len(key), len(data) - at)
+        same = np.frombuffer(key, np.int32, n // 4) == np.frombuffer(data, np.int32, n // 4, at)
+        return (n // 4 if same.all() else int(same.argmin())) // self.page_size
+
+    # ---------------- handles
+    def acquire(self, match: Match) -> tuple[Node, I32]:
+        """Reference a match: returns its handle and its pages, in order.
+
+        Splits the node that the match ends in, so that what lies beyond stays evictable.
+        """
+        node = match.node
+        if match.inside < len(node.pages):
+            node = self._split(node, match.inside)
+        self._tick += 1
+        runs: list[I32] = []
+        walk: Node | None = node
+        while walk is not None and walk.parent is not None:
+            if walk.refs == 0:
+                self.evictable -= len(walk.pages)
+            walk.refs += 1
+            walk.tick = self._tick
+            runs.append(walk.pages)
+            walk = walk.parent
+        return node, np.concatenate(runs[::-1]) if runs else NO_PAGES
+
+    def release(self, handle: Node) -> None:
+        """Give a handle back; what nobody references any more becomes evictable."""
+        self._tick += 1
+        walk = handle
+        while walk.parent is not None:
+            walk.refs -= 1
+            walk.tick = self._tick
+            if walk.refs == 0:
+                self.evictable += len(walk.pages)
+                if not walk.children:
+                    self._push(walk)
+            walk = walk.parent
+
+    def extend(self, handle: Node, ids: I32, pages: I32) -> tuple[Node, I32, I32]:
+        """Make whole pages that follow `handle` known to the tree, and move the handle to their end.
+
+        `ids` i32[k * page_size], `pages` i32[k], owned by the caller.  Where the tree already holds the same tokens, its
+        pages are the canonical ones and the caller's are duplicates.  Returns (new handle, canonical pages i32[k],
+        duplicates): the tree now owns the canonical pages, the caller must use them from now on and may free the duplicates.
+        """
+        self._tick += 1
+        step, data, node, at = self._page_bytes, ids.tobytes(), handle, 0
+        canonical: list[I32] = []
+        while at < len(data):
+            child = node.children.get(data[at : at + step]) if node.children else None
+            if child is None:
+                node = self._add(node, data[at:], pages[at // step :].copy())
+                canonical.append(node.pages)
+                break
+            inside = self._common_pages(child.key, data, at)
+            if inside < len(child.pages):
+                child = self._split(child, inside)
+            if child.refs == 0:
+                self.evictable -= len(child.pages)
+            child.refs += 1
+            child.tick = self._tick
+            canonical.append(child.pages)
+            node, at = child, at + len(child.key)
+        found = np.concatenate(canonical) if canonical else NO_PAGES
+        return node, found, pages[found != pages]
+
+    def _add(self, parent: Node, key: bytes, pages: I32) -> Node:
+        """A new leaf, referenced once."""
+        node = Node(key, pages, parent)
+        node.refs, node.tick = 1, self._tick
+        if parent.children is None:
+            parent.children = {}
+        parent.children[key[: self._page_bytes]] = node
+        self.num_pages += len(pages)
+        self.num_nodes += 1
+        return node
+
+    def _split(self, node: Node, k: int) -> Node:
+        """Cut `node` after `k` pages (0 < k < all).  Returns the new front node; `node` keeps its end and its handles."""
+        parent, cut = node.parent, k * self._page_bytes
+        if parent is None:
+            raise ValueError("the root cannot be split")
+        front = Node(node.key[:cut], node.pages[:k].copy(), parent)
+        front.refs, front.tick = node.refs, node.tick
+        assert parent.children is not None
+        parent.children[front.key[: self._page_bytes]] = front
+        front.children = {node.key[cut : cut + self._page_bytes]: node}
+        node.key, node.pages, node.parent = node.key[cut:], node.pages[k:].copy(), front
+        self.num_nodes += 1
+        return front
+
+    # ---------------- eviction
+    def _push(self, leaf: Node) -> None:
+        self._ticket += 1
+        heapq.heappush(self._heap, (leaf.tick, self._ticket, leaf))
+        if len(self._heap) > 64 + 2 * self.num_nodes:  # mostly stale: rebuild, which amortises to O(1) a push
+            self._heap = [e for e in self._heap if self._is_current(e)]
+            heapq.heapify(self._heap)
+
+    @staticmethod
+    def _is_current(entry: tuple[int, int, Node]) -> bool:
+        tick, _, node = entry
+        return node.refs == 0 and node.tick == tick and not node.children and node.parent is not None
+
+    def evict(self, n: int) -> I32:
+        """Free `n` pages, or all that are evictable if those are fewer; returns them.  The last leaf loses only its tail."""
+        freed: list[I32] = []
+        missing = n
+        while missing > 0 and self._heap:
+            entry = self._heap[0]
+            leaf = entry[2]
+            if not self._is_current(entry):
+                heapq.heappop(self._heap)
+                continue
+            have = len(leaf.pages)
+            if have > missing:
+                freed.append(leaf.pages[have - missing :])
+                leaf.pages = leaf.pages[: have - missing].copy()
+                leaf.key = leaf.key[: len(leaf.pages) * self._page_bytes]
+                self._forget(missing)
+                break
+            heapq.heappop(self._heap)
+            freed.append(leaf.pages)
+            self._forget(have)
+            missing -= have
+            self._remove(leaf)
+        return np.concatenate(freed) if freed else NO_PAGES
+
+    def _forget(self, n: int) -> None:
+        self.num_pages -= n
+        self.evictable -= n
+
+    def _remove(self, leaf: Node) -> None:
+        parent = leaf.parent
+        assert parent is not None
+        assert parent.children is not None
+        del parent.children[leaf.key[: self._page_bytes]]
+        leaf.parent = None
+        self.num_nodes -= 1
+        if not parent.children:
+            parent.children = None
+            if parent.refs == 0 and parent.parent is not None:
+                self._push(parent)
+
+    # ---------------- checks
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the root.  For checks and statistics; O(tree)."""
+        stack = [self.root]
+        while stack:
+            node = stack.pop()
+            if node is not self.root:
+                yield node
+            stack.extend((node.children or {}).values())
+
+    def check(self) -> I32:
+        """Verify the invariants; returns all pages of the tree.  Raises AssertionError with what is wrong."""
+        pages = [NO_PAGES]
+        evictable = 0
+        nodes = list(self.nodes())
+        for node in nodes:
+            assert len(node.key) == len(node.pages) * self._page_bytes > 0, "key and pages disagree"
+            assert node.parent is not None
+            assert node.parent.children is not None
+            assert node.parent.children[node.key[: self._page_bytes]] is node, "a node is not where its key says"
+            below = sum(c.refs for c in (node.children or {}).values())
+            assert node.refs >= below, f"{node.refs} references above {below} below"
+            evictable += len(node.pages) if node.refs == 0 else 0
+            if node.refs == 0 and not node.children:
+                assert any(e[2] is node and self._is_current(e) for e in self._heap), "an evictable leaf is not in the heap"
+            pages.append(node.pages)
+        assert evictable == self.evictable, f"{evictable} evictable pages, counted {self.evictable}"
+        assert len(nodes) == self.num_nodes, f"{len(nodes)} nodes, counted {self.num_nodes}"
+        everything = np.concatenate(pages)
+        assert len(everything) == self.num_pages, f"{len(everything)} pages, counted {self.num_pages}"
+        assert len(np.unique(everything)) == len(everything), "a page is in the tree twice"
+        return everything
