@@ -58,7 +58,7 @@ class Actor:
             msg_type: type | None = getattr(fn, "__handles__", None)
             if msg_type is None:
                 continue
-            hint = next((v for k, v in typing.get_type_hints(fn).items() if k != "return"), None)
+            hint: object = next((v for k, v in typing.get_type_hints(fn).items() if k != "return"), None)
             if msg_type is not hint:
                 raise TypeError(f"{cls.__name__}.{name} handles {msg_type.__name__} but is annotated {hint}")
             if msg_type in mine:

@@ -1,4 +1,4 @@
-"""The shared memory of a run, in one table.  Each arena has one writer per word; docs/structures.md shows it and a test compares.
+"""The shared memory of a run, in one table.  Each word has one writer; docs/structures.md shows it and a test compares.
 
 arena     writer      readers       holds
 plans     scheduler   worker 0..N-1 StepPlan records

@@ -372,7 +372,7 @@ class StepMachine:
                 budget -= self._plan_chunk(slot, budget, parts)
 
     def _try_admit(self, request: Request, parts: _PlanParts, out: Output) -> int | None:
-        """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those already promised."""
+        """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those promised."""
         table, size = self.table, self.limits.page_size
         if request.need > self.pool.free + self.cache.evictable:
             return None

@@ -1,6 +1,6 @@
 """The scheduler actor.
 
-Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); no tensors, and torch is never imported.
+Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, Wake (workers); Stop (api); results through the
 token ring.
 Sends     Track, Tokens (detokenizer); Rejected, EngineReady (api); Capacity, Wake (workers); plans through the plan ring.
@@ -31,7 +31,6 @@ from minisgl.actors.messages import (
 )
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.config import Config
-from minisgl.errors import UserError
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 
@@ -95,6 +94,8 @@ class SchedulerActor(Actor):
         ids = np.frombuffer(self.requests.take_now(), np.int32)
         if len(ids) != m.n_ids:
             raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
+        if self.requests.starved():
+            self.ctx.send("api", Wake())
         machine = self._machine()
         if not machine.fits(len(ids) + 1):
             self._reject_too_long(m)
@@ -107,8 +108,8 @@ class SchedulerActor(Actor):
         limits = self._machine().limits
         room = limits.num_pages * limits.page_size
         text = (
-            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you requested "
-            f"{m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a larger --kv-tokens. "
+            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
+            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a larger --kv-tokens. "
             "(context_length_exceeded)"
         )
         self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded"))
@@ -165,7 +166,7 @@ class SchedulerActor(Actor):
         return self.results.pending() or (self._unsent is not None and self.plans.has_room(len(self._unsent.pack())))
 
     def _flush(self) -> bool:
-        """Publish the plan that is waiting, and ring whoever sleeps.  False: a worker is so far behind that there is no room."""
+        """Publish the plan that is waiting, and ring whoever sleeps.  False: none waits, or a worker is too far behind."""
         plan = self._unsent
         if plan is None:
             return False

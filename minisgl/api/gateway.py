@@ -1,0 +1,293 @@
+"""The gateway: the actor named "api", and the ledger of open requests.
+
+Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever else dies,
+          this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Wake (scheduler); Tokenized, Rejected (tokenizer);
+          Text (detokenizer); ActorDied (supervisor, in process).
+Sends     Tokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
+
+Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
+thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.actors.actor import Actor, Context, on
+from minisgl.actors.arenas import Arenas, actor_names
+from minisgl.actors.messages import (
+    ActorDied,
+    Cancel,
+    EngineReady,
+    Failed,
+    Generate,
+    Hello,
+    Rejected,
+    Stopped,
+    Text,
+    Tokenize,
+    Tokenized,
+    Wake,
+)
+from minisgl.actors.ring import RingReader, RingWriter
+from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.config import Config
+from minisgl.errors import InvalidParam, RequestError
+from minisgl.types import Finish, SamplingParams
+
+I32 = npt.NDArray[np.int32]
+_CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
+_MIX = 0x9E3779B97F4A7C15
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One open request, in full."""
+
+    uid: int
+    params: SamplingParams
+    deliver: Deliver
+    field: str  # the request field that holds the prompt, for error messages
+    ids: I32 | None = None  # prompt ids, known once tokenized
+    max_tokens: int = 0
+    seed: int = 0
+    sent: bool = False  # the scheduler knows of it
+    delivered: list[int] = field(default_factory=list)
+
+
+class Gateway(Actor):
+    """See the module's docstring; implements the `Engine` protocol of minisgl.api.requests."""
+
+    def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
+        super().__init__(ctx)
+        self.config = config
+        self.num_pages = 0
+        self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
+        self.died: ActorDied | None = None
+        self._state = "starting"
+        self._prompts = RingReader(arenas.prompts)
+        self._requests = RingWriter(arenas.requests)
+        self._ledger: dict[int, Entry] = {}
+        self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
+        self._last_uid = 0
+        self._silent = set(actor_names(config.engine.tp))  # actors that have not said Hello
+        self._stopped: set[str] = set()
+
+    # ---------------- the Engine protocol
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._ledger)
+
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver) -> int:
+        self._check_open()
+        self._last_uid += 1
+        entry = Entry(self._last_uid, params, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
+        if isinstance(prompt, TokenPrompt):
+            ids = self._check_ids(prompt)
+            self._ledger[entry.uid] = entry
+            try:
+                self._start(entry, ids)
+            except RequestError:
+                del self._ledger[entry.uid]
+                raise
+            return entry.uid
+        size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
+        if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
+            raise self._too_long(entry, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {entry.field}")
+        self._ledger[entry.uid] = entry
+        if isinstance(prompt, TextPrompt):
+            self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
+        else:
+            self.ctx.send("tokenizer", Tokenize(entry.uid, None, prompt.payload, False))
+        return entry.uid
+
+    def close(self, uid: int) -> None:
+        entry = self._ledger.pop(uid, None)
+        if entry is not None and entry.sent:
+            self.ctx.send("scheduler", Cancel(uid))
+
+    def _check_open(self) -> None:
+        if self._state == "starting":
+            raise RequestError(
+                "The model is still being loaded; try again in a moment.",
+                status=503,
+                kind="server_error",
+                code="model_loading",
+                retry_after=2,
+            )
+        if self._state != "ready":
+            raise RequestError(
+                "The server is shutting down.", status=503, kind="server_error", code="server_draining", retry_after=5
+            )
+        if len(self._ledger) >= self.config.server.max_open_requests:
+            raise RequestError(
+                f"The server has {len(self._ledger)} open requests, its limit; try again in a moment.",
+                status=429,
+                kind="rate_limit_error",
+                code="server_overloaded",
+                retry_after=1,
+            )
+
+    def _check_ids(self, prompt: TokenPrompt) -> I32:
+        vocab = self.config.model.vocab_size
+        bad = next((t for t in prompt.ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise InvalidParam("prompt", f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
+        return np.array(prompt.ids, np.int32)
+
+    # ---------------- prompt known: check, enter, send
+    def _start(self, entry: Entry, ids: I32) -> None:
+        """Enter the ids in the ledger and pass the request on.  Raises RequestError if it cannot be served."""
+        n, context, asked = len(ids), self.config.max_context, entry.params.max_tokens
+        if n == 0:
+            raise InvalidParam(entry.field, f"{entry.field} is empty: there is nothing to continue.")
+        if n + (asked or 1) > context:
+            raise self._too_long(entry, str(n + (asked or 0)), f"{n} in the {entry.field}, {asked or 0} in the completion")
+        entry.ids = ids
+        entry.max_tokens = asked if asked is not None else context - n
+        entry.seed = self._seed(entry)
+        self._backlog.append(entry)
+        self._flush_backlog()
+
+    def _too_long(self, entry: Entry, total: str, parts: str) -> RequestError:
+        # The wording is the one that litellm and LangChain recognise as a context overflow.
+        return InvalidParam(
+            entry.field,
+            f"This model's maximum context length is {self.config.max_context} tokens. However, you requested {total} tokens "
+            f"({parts}). Please reduce the length of the {entry.field} or completion. (context_length_exceeded)",
+            "context_length_exceeded",
+        )
+
+    def _seed(self, entry: Entry) -> int:
+        """64 bits: the request's own seed, or one drawn now and kept, so that a replay draws the same numbers."""
+        if entry.params.seed is not None:
+            return entry.params.seed & 0xFFFFFFFFFFFFFFFF
+        base = self.config.engine.sample_seed
+        return (base + entry.uid * _MIX) & 0xFFFFFFFFFFFFFFFF if base else secrets.randbits(64)
+
+    def _flush_backlog(self) -> None:
+        """Send what fits in the ring; the scheduler rings when it has made room for the rest."""
+        while self._backlog:
+            entry = self._backlog[0]
+            if entry.uid not in self._ledger or entry.ids is None:
+                self._backlog.popleft()
+                continue
+            n_prompt = len(entry.ids)
+            ids = np.append(entry.ids, np.array(entry.delivered, np.int32)) if entry.delivered else entry.ids
+            raw = ids.astype("<i4", copy=False).tobytes()
+            if not self._requests.has_room(len(raw)):
+                self._requests.starve(True)
+                return
+            self._backlog.popleft()
+            self._requests.publish(raw)
+            entry.sent = True
+            message = Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params)
+            self.ctx.send("scheduler", message)
+        self._requests.starve(False)
+
+    # ---------------- from the actors
+    @on(Tokenized)
+    def tokenized(self, m: Tokenized) -> None:
+        ids = np.frombuffer(self._prompts.take_now(), np.int32)
+        if self._prompts.starved():
+            self.ctx.send("tokenizer", Wake())
+        entry = self._ledger.get(m.uid)
+        if entry is None:  # its client has left meanwhile
+            return
+        try:
+            self._start(entry, ids)
+        except RequestError as e:
+            self._fail(entry, e)
+
+    @on(Text)
+    def text(self, m: Text) -> None:
+        at = 0
+        rows = zip(m.uids.tolist(), m.counts.tolist(), m.finish.tolist(), m.cached.tolist(), m.texts, strict=True)
+        tokens = m.tokens.tolist()
+        for uid, count, finish, cached, text in rows:
+            new = tuple(tokens[at : at + count])
+            at += count
+            entry = self._ledger.get(uid)
+            if entry is None or entry.ids is None:
+                continue
+            entry.delivered.extend(new)
+            if finish == Finish.ABORT:  # nobody here asked for it
+                self._fail(entry, RequestError("The request was aborted.", status=500, kind="server_error", code="aborted"))
+                continue
+            if finish:
+                del self._ledger[uid]
+            entry.deliver(Chunk(text, new, Finish(finish), len(entry.ids), cached))
+
+    @on(Rejected)
+    def rejected(self, m: Rejected) -> None:
+        entry = self._ledger.get(m.uid)
+        if entry is not None:
+            kind = "invalid_request_error" if m.status < 500 else "server_error"
+            self._fail(entry, RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code))
+
+    def _fail(self, entry: Entry, error: RequestError) -> None:
+        del self._ledger[entry.uid]
+        entry.deliver(error)
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        self._flush_backlog()
+
+    # ---------------- life and death
+    @on(Hello)
+    def hello(self, m: Hello) -> None:
+        self._silent.discard(m.name)
+        self._become_ready()
+
+    @on(EngineReady)
+    def engine_ready(self, m: EngineReady) -> None:
+        self.num_pages = m.num_pages
+        self._become_ready()
+
+    def _become_ready(self) -> None:
+        if self._state == "starting" and self.num_pages and not self._silent:
+            self._state = "ready"
+
+    @on(Stopped)
+    def stopped(self, m: Stopped) -> None:
+        self._stopped.add(m.name)
+
+    @on(Failed)
+    def failed(self, m: Failed) -> None:
+        self.failure = m.text
+        self._end("dead", "The engine could not start.")
+
+    @on(ActorDied)
+    def actor_died(self, m: ActorDied) -> None:
+        if m.name in self._stopped or self._state in ("stopped", "dead"):
+            return
+        self.died = m
+        how = f"was killed by signal {-m.exitcode}" if m.exitcode < 0 else f"ended with exit code {m.exitcode}"
+        self.failure = f"the process {m.name} {how}"
+        self._end("dead", f"The engine failed while it served this request ({m.name} died).")
+
+    def drain(self) -> None:
+        """Take no new requests; those that are open go on."""
+        if self._state in ("starting", "ready"):
+            self._state = "draining"
+
+    def end(self) -> None:
+        """Fail whatever is still open: the server goes down."""
+        self._end("stopped", "The server was shut down before this request was finished.")
+
+    def _end(self, state: str, text: str) -> None:
+        if self._state != "dead":
+            self._state = state
+        status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
+        for entry in list(self._ledger.values()):
+            self._fail(entry, RequestError(text, status=status, kind="server_error", code=code))

@@ -1,0 +1,101 @@
+"""A running system, seen from its root: shared memory, mailbox, child processes and the gateway, started and ended together.
+
+Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`, call `pump(0)`); the LLM class by blocking in
+`pump(seconds)`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import zmq
+
+from minisgl.actors import topology
+from minisgl.actors.arenas import actor_names, close_arenas, create_arenas
+from minisgl.actors.messages import Stop
+from minisgl.actors.process import ZmqContext
+from minisgl.actors.supervisor import Supervisor, make_run_dir
+from minisgl.api.gateway import Gateway
+from minisgl.config import Config
+from minisgl.errors import UserError
+
+_LEAVE_SECONDS = 3.0  # how long actors may take to leave before they are killed
+
+
+class System:
+    """Spawns every actor on construction; `close` leaves no process, no socket file and no shared memory."""
+
+    def __init__(self, config: Config, make_worker: topology.MakeWorker = topology.make_worker) -> None:
+        self.config = config
+        self.run_dir = make_run_dir()
+        self._fds: list[int] = []
+        self._closed = False
+        try:
+            self.ctx = ZmqContext(self.run_dir, "api")
+            arenas, self._fds = create_arenas(config)
+            self.supervisor = Supervisor(self.run_dir)
+        except BaseException:
+            close_arenas(self._fds)
+            raise
+        self.gateway = Gateway(self.ctx, config, arenas)
+        try:
+            self._spawn(arenas, make_worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, arenas: topology.Arenas, make_worker: topology.MakeWorker) -> None:
+        tp, spawn = self.config.engine.tp, self.supervisor.spawn
+        for rank in range(tp):  # the workers first: they take longest to start
+            spawn(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
+        spawn("scheduler", topology.make_scheduler, self.config, arenas)
+        spawn("tokenizer", topology.make_tokenizer, self.config, arenas)
+        spawn("detokenizer", topology.make_detokenizer, self.config)
+
+    # ---------------- driving
+    def fds(self) -> list[int]:
+        """Descriptors to watch: whenever one is readable, call `pump(0)` until the next event."""
+        return [self.ctx.inbox.FD, *self.supervisor.sentinels()]
+
+    def pump(self, seconds: float) -> None:
+        """Handle what has arrived; if nothing has, wait for it, at most `seconds`."""
+        if seconds > 0 and not self.ctx.inbox.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            poller = zmq.Poller()
+            poller.register(self.ctx.inbox, zmq.POLLIN)
+            for fd in self.supervisor.sentinels():
+                poller.register(fd, zmq.POLLIN)
+            poller.poll(seconds * 1000)
+        dead = self.supervisor.reap()
+        while (msg := self.ctx.recv()) is not None:  # also what a child said before it died
+            self.gateway.receive(msg)
+        for death in dead:
+            self.gateway.actor_died(death)
+
+    def wait_ready(self, seconds: float = 600.0) -> None:
+        """Block until requests can be served.  Raises UserError with the reason if that cannot happen."""
+        end = time.monotonic() + seconds
+        while self.gateway.state == "starting":
+            if time.monotonic() > end:
+                raise UserError(f"the engine was not ready after {seconds:.0f} s")
+            self.pump(0.5)
+        if self.gateway.state != "ready":
+            raise UserError(self.gateway.failure or "the engine could not start")
+
+    # ---------------- the end
+    def close(self) -> None:
+        """Fail open requests, stop every actor in order, kill what does not leave, remove what is left.  Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        was_ready = self.gateway.num_pages > 0 and self.gateway.state != "dead"
+        self.gateway.end()
+        try:
+            if was_ready:  # otherwise a worker may be inside a long load and hears nothing
+                for name in actor_names(0):
+                    self.ctx.send(name, Stop("shutdown"))
+                self.supervisor.join(_LEAVE_SECONDS, self.pump)
+        finally:
+            self.supervisor.kill()
+            self.ctx.close()
+            close_arenas(self._fds)
+            self.supervisor.remove_run_dir()
