@@ -109,8 +109,8 @@ class SchedulerActor(Actor):
         room = limits.num_pages * limits.page_size
         text = (
             f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
-            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a larger --kv-tokens. "
-            "(context_length_exceeded)"
+            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
+            "larger --kv-tokens. (context_length_exceeded)"
         )
         self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded"))
 

@@ -1,4 +1,4 @@
-"""Who exists and how each actor is built in its own process.  Importing this module is cheap: the heavy imports are in the functions."""
+"""How each actor is built in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
 
 from __future__ import annotations
 

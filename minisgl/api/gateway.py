@@ -1,7 +1,7 @@
 """The gateway: the actor named "api", and the ledger of open requests.
 
-Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever else dies,
-          this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
+Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever
+          else dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Wake (scheduler); Tokenized, Rejected (tokenizer);
           Text (detokenizer); ActorDied (supervisor, in process).
 Sends     Tokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
@@ -53,7 +53,7 @@ class Entry:
     uid: int
     params: SamplingParams
     deliver: Deliver
-    field: str  # the request field that holds the prompt, for error messages
+    source: str  # the request field that holds the prompt, for error messages
     ids: I32 | None = None  # prompt ids, known once tokenized
     max_tokens: int = 0
     seed: int = 0
@@ -103,7 +103,7 @@ class Gateway(Actor):
             return entry.uid
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
         if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
-            raise self._too_long(entry, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {entry.field}")
+            raise self._too_long(entry, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {entry.source}")
         self._ledger[entry.uid] = entry
         if isinstance(prompt, TextPrompt):
             self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
@@ -150,9 +150,9 @@ class Gateway(Actor):
         """Enter the ids in the ledger and pass the request on.  Raises RequestError if it cannot be served."""
         n, context, asked = len(ids), self.config.max_context, entry.params.max_tokens
         if n == 0:
-            raise InvalidParam(entry.field, f"{entry.field} is empty: there is nothing to continue.")
+            raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
         if n + (asked or 1) > context:
-            raise self._too_long(entry, str(n + (asked or 0)), f"{n} in the {entry.field}, {asked or 0} in the completion")
+            raise self._too_long(entry, str(n + (asked or 0)), f"{n} in the {entry.source}, {asked or 0} in the completion")
         entry.ids = ids
         entry.max_tokens = asked if asked is not None else context - n
         entry.seed = self._seed(entry)
@@ -162,9 +162,9 @@ class Gateway(Actor):
     def _too_long(self, entry: Entry, total: str, parts: str) -> RequestError:
         # The wording is the one that litellm and LangChain recognise as a context overflow.
         return InvalidParam(
-            entry.field,
+            entry.source,
             f"This model's maximum context length is {self.config.max_context} tokens. However, you requested {total} tokens "
-            f"({parts}). Please reduce the length of the {entry.field} or completion. (context_length_exceeded)",
+            f"({parts}). Please reduce the length of the {entry.source} or completion. (context_length_exceeded)",
             "context_length_exceeded",
         )
 

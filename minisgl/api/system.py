@@ -11,7 +11,7 @@ import time
 import zmq
 
 from minisgl.actors import topology
-from minisgl.actors.arenas import actor_names, close_arenas, create_arenas
+from minisgl.actors.arenas import Arenas, actor_names, close_arenas, create_arenas
 from minisgl.actors.messages import Stop
 from minisgl.actors.process import ZmqContext
 from minisgl.actors.supervisor import Supervisor, make_run_dir
@@ -44,7 +44,7 @@ class System:
             self.close()
             raise
 
-    def _spawn(self, arenas: topology.Arenas, make_worker: topology.MakeWorker) -> None:
+    def _spawn(self, arenas: Arenas, make_worker: topology.MakeWorker) -> None:
         tp, spawn = self.config.engine.tp, self.supervisor.spawn
         for rank in range(tp):  # the workers first: they take longest to start
             spawn(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
@@ -59,12 +59,12 @@ class System:
 
     def pump(self, seconds: float) -> None:
         """Handle what has arrived; if nothing has, wait for it, at most `seconds`."""
-        if seconds > 0 and not self.ctx.inbox.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if seconds > 0 and not self.ctx.inbox.poll(0):
             poller = zmq.Poller()
             poller.register(self.ctx.inbox, zmq.POLLIN)
             for fd in self.supervisor.sentinels():
                 poller.register(fd, zmq.POLLIN)
-            poller.poll(seconds * 1000)
+            poller.poll(int(seconds * 1000) + 1)
         dead = self.supervisor.reap()
         while (msg := self.ctx.recv()) is not None:  # also what a child said before it died
             self.gateway.receive(msg)
