@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minisgl.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -63,6 +65,35 @@ class EngineConfig:
     cache: str = "radix"  # "radix" | "none"
     threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the flag (the LLM class takes the same names as keywords)."""
+        for flag, value, low, high in (
+            ("--tp", self.tp, 1, 1024),
+            ("--page-size", self.page_size, 1, 1024),
+            ("--max-running", self.max_running, 1, 65535),
+            ("--step-tokens", self.step_tokens, 2, 1 << 20),
+            ("--lag", self.lag, 1, 8),
+            ("--kv-tokens", self.kv_tokens, 0, 1 << 31),
+            ("--max-context", self.max_context, 0, 1 << 31),
+            ("--threads", self.threads, 0, 4096),
+            ("--sample-seed", self.sample_seed, 0, (1 << 63) - 1),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"{flag} must be between {low} and {high}, got {value}")
+        for flag, name, known in (
+            ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
+            ("--cache", self.cache, ("radix", "none")),
+        ):
+            if name not in known:
+                raise UserError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise UserError(f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction:g}")
+        if self.step_tokens <= self.max_running:
+            raise UserError(
+                f"--step-tokens ({self.step_tokens}) must be larger than --max-running ({self.max_running}): a step "
+                "gives every running request one token first, and a prompt could never be started"
+            )
 
 
 @dataclass(frozen=True, slots=True)

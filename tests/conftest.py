@@ -138,7 +138,7 @@ def random_traffic(world: World, seed: int, n: int = 14, abort: float = 0.15) ->
     for _ in range(n):
         ids = rng.choice(trunks) + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 12))]
         if said and rng.random() < 0.5:  # a second turn: an earlier prompt and its answer, and something new
-            ids = rng.choice(said)[: context - 22] + [rng.randrange(1, VOCAB)]
+            ids = [*rng.choice(said)[: context - 22], rng.randrange(1, VOCAB)]
         max_tokens = rng.randrange(1, 20)
         uid = world.submit(ids, max_tokens)
         want[uid] = reference(ids, max_tokens, VOCAB, (EOS,))

@@ -1,4 +1,4 @@
-"""The whole engine but the model, under seeded interleavings: real gateway, scheduler, cache and worker actors around the oracle."""
+"""The whole engine but the model, under seeded interleavings: real gateway, scheduler and worker actors around the oracle."""
 
 from __future__ import annotations
 

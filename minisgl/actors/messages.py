@@ -83,7 +83,13 @@ def registry() -> dict[str, type]:
 
 def _row(msg: Any) -> list[Any]:
     cls = type(msg)
-    return [cls.__name__, *(getattr(msg, f) for f in _FIELDS[cls])]
+    row = [cls.__name__]
+    for name, check in zip(_FIELDS[cls], _CHECKS[cls], strict=True):
+        value = getattr(msg, name)
+        if not _admits(check, value):
+            raise TypeError(f"{cls.__name__}.{name} may not be {type(value).__name__}")
+        row.append(value)
+    return row
 
 
 def _pack(obj: Any) -> msgpack.ExtType:

@@ -69,7 +69,8 @@ class Supervisor:
     def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
         """Start an actor process.  `make` must be a module-level function."""
         with _quiet_spawn():
-            proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
+            # daemon: should the root end by an exception, multiprocessing terminates its children instead of waiting for ever
+            proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name, daemon=True)
             proc.start()
         self._procs[name] = proc
 

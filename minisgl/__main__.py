@@ -1,0 +1,35 @@
+"""`python -m minisgl [serve|chat|batch] ...`: dispatch, and the one place where a UserError becomes a sentence."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from minisgl.errors import UserError
+
+COMMANDS = {
+    "serve": "minisgl.serve",
+    "chat": "minisgl.chat",
+    "batch": "minisgl.batch",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; without a command word it is `serve`.  Returns the exit code."""
+    name = "serve"
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"minisgl: unknown command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(COMMANDS[name]).run(argv))
+    except UserError as e:
+        print(f"minisgl: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The tokenizer actor.
+
+Owns      the tokenizer and the chat template; the encoded prompts that wait for room in the prompt ring.
+Receives  Tokenize, Wake (api).
+Sends     Tokenized, Rejected (api); token ids through the prompt ring, in the order of the Tokenized messages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.actors.actor import Actor, Context, on
+from minisgl.actors.messages import Rejected, Tokenize, Tokenized, Wake
+from minisgl.config import Config
+from minisgl.errors import RequestError
+from minisgl.model.tokenizer import Tokenizer, load_tokenizer
+
+I32 = npt.NDArray[np.int32]
+_FAR_TOO_LONG = 4  # times the context; up to there api refuses a prompt itself, and the prompt ring has room for it
+_log = logging.getLogger(__name__)
+
+
+class PromptRing(Protocol):
+    """What this actor needs of a RingWriter."""
+
+    def publish(self, payload: bytes) -> int: ...
+
+    def free_for(self, nbytes: int) -> bool: ...
+
+    def starve(self, flag: bool) -> None: ...
+
+
+class TokenizerActor(Actor):
+    """Turns prompts into token ids, one after the other; a prompt that cannot be encoded costs only itself."""
+
+    def __init__(self, ctx: Context, config: Config, ring: PromptRing) -> None:
+        super().__init__(ctx)
+        self.config = config
+        self._ring = ring
+        self._tokenizer: Tokenizer | None = None
+        self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
+
+    def started(self) -> None:
+        self._tokenizer = load_tokenizer(self.config.model)
+
+    @on(Tokenize)
+    def tokenize(self, m: Tokenize) -> None:
+        try:
+            ids = self._encode(m)
+            self._check_length(ids, "prompt" if m.chat is None else "messages")
+        except RequestError as e:
+            self.ctx.send("api", Rejected(m.uid, e.status, e.message, e.param, e.code))
+            return
+        except Exception as e:  # a bug in a library: it must not end everybody's service
+            _log.exception("request %d could not be tokenized", m.uid)
+            text = f"The tokenizer failed on this request ({type(e).__name__})."
+            self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error"))
+            return
+        self._backlog.append((m.uid, ids))
+        self._flush()
+
+    def _encode(self, m: Tokenize) -> I32:
+        if self._tokenizer is None:
+            raise RuntimeError("the tokenizer is not loaded yet")
+        if m.chat is not None:
+            return self._tokenizer.encode_chat(m.chat)
+        return self._tokenizer.encode(m.text or "", m.add_special)
+
+    def _check_length(self, ids: I32, field: str) -> None:
+        n, context = len(ids), self.config.max_context
+        if n > _FAR_TOO_LONG * context:
+            raise RequestError(
+                f"This model's maximum context length is {context} tokens. However, you requested {n} tokens ({n} in the "
+                f"{field}, 0 in the completion). Please reduce the length of the messages or completion. "
+                "(context_length_exceeded)",
+                param=field,
+                code="context_length_exceeded",
+            )
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        """api has made room in the ring."""
+        self._flush()
+
+    def _flush(self) -> bool:
+        """Publish what fits, in order.  While something waits, the ring says so and api rings after it has read."""
+        worked = False
+        while self._backlog:
+            uid, ids = self._backlog[0]
+            raw = ids.astype("<i4", copy=False).tobytes()
+            if not self._ring.free_for(len(raw)):
+                break
+            self._ring.publish(raw)
+            self._backlog.popleft()
+            self.ctx.send("api", Tokenized(uid, len(ids)))
+            worked = True
+        self._ring.starve(bool(self._backlog))
+        return worked
+
+    def idle(self) -> bool:
+        """Looks once more after the flag is up: room made before api could see it would otherwise never be announced."""
+        return bool(self._backlog) and self._flush()

@@ -1,0 +1,85 @@
+"""HTTP errors: whatever goes wrong, the client gets an OpenAI error body with a status, and an x-request-id.
+
+Runs in the api process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+from minisgl.api.serving import internal_error
+from minisgl.errors import RequestError
+
+log = logging.getLogger("minisgl.api")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ID_KEY = "request_id"
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Middleware: turns every exception into an error body."""
+    try:
+        return await handler(request)
+    except RequestError as e:
+        return error_response(e)
+    except web.HTTPException as e:
+        response = error_response(_from_http(e, request))
+        if "Allow" in e.headers:
+            response.headers["Allow"] = e.headers["Allow"]
+        return response
+    except Exception:
+        log.exception("request %s failed", request_id(request))
+        return error_response(internal_error())
+
+
+async def name_response(request: web.Request, response: web.StreamResponse) -> None:
+    """`on_response_prepare`: x-request-id on every answer, streams included."""
+    response.headers["x-request-id"] = request_id(request)
+
+
+def request_id(request: web.Request) -> str:
+    """The caller's own x-request-id if it is harmless in a header and a log, else one made up now; the same every time."""
+    if _ID_KEY not in request:
+        given = request.headers.get("x-request-id", "")
+        request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return str(request[_ID_KEY])
+
+
+def error_response(error: RequestError) -> web.Response:
+    """The JSON answer for a RequestError, with Retry-After where a retry makes sense."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
+    """What aiohttp refuses by itself: an unknown path or method above all."""
+    if isinstance(e, web.HTTPNotFound):
+        return RequestError(_unknown_path(request), status=404, code="unknown_path")
+    if isinstance(e, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(e.allowed_methods))
+        text = f"{request.path[:200]} does not take {request.method[:20]}; use {allowed}."
+        return RequestError(text, status=405, code="method_not_allowed")
+    kind = "invalid_request_error" if e.status < 500 else "server_error"
+    return RequestError(f"{e.reason}.", status=e.status, kind=kind)
+
+
+def body_too_large(limit: int) -> RequestError:
+    """413."""
+    return RequestError(f"The request body is larger than {limit} bytes.", status=413, code="body_too_large")
+
+
+def _unknown_path(request: web.Request) -> str:
+    paths = _paths(request.app)
+    near = difflib.get_close_matches(request.path[:200], paths, n=3, cutoff=0.5) or paths
+    return f"Unknown path {request.path[:200]}. Did you mean {' or '.join(near)}?"
+
+
+def _paths(app: web.Application) -> Sequence[str]:
+    return sorted({resource.canonical for resource in app.router.resources()})

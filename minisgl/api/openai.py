@@ -1,0 +1,272 @@
+"""OpenAI request bodies: JSON -> checked, typed values.  Pure functions; run in the api process.
+
+A field is handled in one of four ways, and the tables below say which:
+
+    used         it becomes part of the prompt or of the SamplingParams
+    harmless     it cannot change the answer (bookkeeping, cache hints): accepted, nothing happens
+    unsupported  it would change the answer, so anything but its neutral value is refused (`unsupported_parameter`)
+    unknown      accepted, and its name is reported in the X-Ignored-Params header
+
+`null` means the same as leaving the field out, everywhere.  Every refusal is a RequestError whose `param` is the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from minisgl.api.conversation import chat_prompt
+from minisgl.api.fields import Fields, json_type, parse_json, wrong_type
+from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
+from minisgl.errors import InvalidParam, RequestError
+from minisgl.types import MAX_SEED, SamplingParams
+
+MAX_PROMPTS = 1024  # of one completion request
+MAX_STOP_TOKEN_IDS = 128
+COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
+_INT32 = (1 << 31) - 1
+
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",  # makes an answer faster elsewhere, never different
+        "parallel_tool_calls",  # without tools there is nothing to run in parallel
+    }
+)
+_USED = frozenset(
+    {
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "skip_special_tokens",
+        "n",
+        "best_of",
+        "stream",
+        "stream_options",
+    }
+)
+CHAT_USED = _USED | {"messages", "chat_template_kwargs"}
+COMPLETION_USED = _USED | {"prompt", "add_special_tokens"}
+
+# Field -> the values that ask for nothing.  null always does.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "logit_bias": ({}, []),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "echo": (False,),
+}
+CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    **_UNSUPPORTED,
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"], []),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "chat_template": (),  # templates come with the model, never from a request
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+}
+COMPLETION_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    **_UNSUPPORTED,
+    "logprobs": (False,),  # 0 asks for the log probability of the chosen token
+    "suffix": ("",),
+}
+
+
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat", "parse_completion", "parse_json"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the two endpoints have in common.  `model` is the served name to report; `ignored` are unknown field names."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions; has exactly one prompt, a ChatPrompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions; choice i continues prompt i."""
+
+
+# ---------------- requests
+def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
+    """Check the body of POST /v1/chat/completions.  `served`: the names this server answers to, the main one first.
+
+    Without `max_tokens` the answer may go on to the end of the context.  Raises RequestError: 400, or 404 for the model.
+    """
+    fields = Fields(body)
+    model = _model(fields, served)
+    _refuse_unsupported(body, CHAT_UNSUPPORTED)
+    stream, include_usage, ignored = _stream(fields)
+    return ChatRequest(
+        model=model,
+        prompts=(chat_prompt(body),),
+        params=_sampling(fields, None),
+        stream=stream,
+        include_usage=include_usage,
+        ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
+    )
+
+
+def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> CompletionRequest:
+    """Check the body of POST /v1/completions: `prompt` is a string, token ids, or a list of either.
+
+    Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
+    """
+    fields = Fields(body)
+    model = _model(fields, served)
+    _refuse_unsupported(body, COMPLETION_UNSUPPORTED)
+    stream, include_usage, ignored = _stream(fields)
+    return CompletionRequest(
+        model=model,
+        prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
+        params=_sampling(fields, COMPLETION_TOKENS),
+        stream=stream,
+        include_usage=include_usage,
+        ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
+    )
+
+
+def unknown_model(name: str, served: Sequence[str]) -> RequestError:
+    """404 `model_not_found`, with the names that would do."""
+    text = f"The model `{name[:100]}` does not exist. This server serves: {', '.join(served)}."
+    return RequestError(text, status=404, param="model", code="model_not_found")
+
+
+def _model(fields: Fields, served: Sequence[str]) -> str:
+    name = fields.get("model", str, "a string")
+    if name is not None and name not in served:
+        raise unknown_model(name, served)
+    return served[0]
+
+
+def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
+    """(stream, include_usage, names of unknown stream options)."""
+    stream = fields.boolean("stream")
+    options = fields.get("stream_options", dict, "an object")
+    if not options:
+        return stream, False, ()
+    if not stream:
+        raise InvalidParam("stream_options", "stream_options is only allowed together with stream: true.")
+    include_usage = options.get("include_usage")
+    if not isinstance(include_usage, bool | None):
+        raise wrong_type("stream_options.include_usage", "a boolean", include_usage)
+    unknown = tuple(f"stream_options.{k}" for k, v in options.items() if k != "include_usage" and v is not None)
+    return stream, bool(include_usage), unknown
+
+
+def _sampling(fields: Fields, max_tokens: int | None) -> SamplingParams:
+    for name in ("n", "best_of"):
+        if fields.integer(name, -_INT32, _INT32) not in (None, 1):
+            raise InvalidParam(name, f"{name} must be 1: several answers to one prompt are not supported.", "unsupported_value")
+    asked = [fields.integer(name, 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
+    stop_token_ids = fields.get("stop_token_ids", list, "an array of integers") or []
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
+    given = {
+        "max_tokens": next((n for n in asked if n is not None), max_tokens),
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "top_k": fields.integer("top_k", -1, _INT32),
+        "min_p": fields.number("min_p", 0, 1),
+        "seed": fields.integer("seed", -MAX_SEED, MAX_SEED),
+        "stop": fields.get("stop", str | list, "a string or an array of strings"),
+        "stop_token_ids": _token_ids("stop_token_ids", stop_token_ids),
+        "ignore_eos": fields.boolean("ignore_eos"),
+        "skip_special_tokens": fields.boolean("skip_special_tokens", True),
+    }
+    if given["top_k"] == -1:  # vLLM's way of saying "off"
+        given["top_k"] = 0
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:
+    bad = next((t for t in ids if type(t) is not int), 0)
+    if type(bad) is not int:
+        raise InvalidParam(name, f"{name} must hold integers, not {json_type(bad)}.", "invalid_type")
+    if ids and not 0 <= min(ids) <= max(ids) <= _INT32:
+        raise InvalidParam(name, f"{name} holds a number that is not a token id.")
+    return tuple(ids)
+
+
+def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
+    if value is None:
+        raise InvalidParam("prompt", "prompt is required.", "missing_required_parameter")
+    if isinstance(value, str):
+        return (TextPrompt(value, add_special),)
+    if not isinstance(value, list):
+        raise wrong_type("prompt", "a string, an array of strings, token ids or an array of token ids", value)
+    if not value:
+        raise InvalidParam("prompt", "prompt is empty: there is nothing to continue.")
+    if isinstance(value[0], int):
+        return (TokenPrompt(_token_ids("prompt", value)),)
+    if len(value) > MAX_PROMPTS:
+        raise InvalidParam("prompt", f"prompt holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
+    if all(isinstance(p, str) for p in value):
+        return tuple(TextPrompt(p, add_special) for p in value)
+    if all(isinstance(p, list) for p in value):
+        return tuple(TokenPrompt(_token_ids("prompt", p)) for p in value)
+    raise InvalidParam("prompt", "the prompts of one request must be all strings or all arrays of token ids.", "invalid_type")
+
+
+# ---------------- fields that are not used
+def _refuse_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, value in body.items():
+        if name in table and value is not None and not any(_equal(value, neutral) for neutral in table[name]):
+            raise InvalidParam(name, f"{name} is not supported by this server; leave it out.", "unsupported_parameter")
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    """Python holds that 0 == False; a field that takes the one does not mean it by the other."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _unknown(body: Mapping[str, Any], known: Set[str]) -> tuple[str, ...]:
+    return tuple(name for name in body if name not in known and name not in HARMLESS)

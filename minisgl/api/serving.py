@@ -1,0 +1,166 @@
+"""What the server does, whatever the transport: request body in, answer out.  Used by HTTP and by the batch socket.
+
+Runs in the api process, on the thread of its event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from minisgl import __version__
+from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
+from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
+from minisgl.api.requests import Engine
+from minisgl.api.stream import generate_all
+from minisgl.config import Config
+from minisgl.errors import InvalidParam, RequestError
+
+log = logging.getLogger("minisgl.api")
+_STARTED = int(time.time())  # reported as the creation time of the models
+
+
+async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
+    """POST /v1/chat/completions without a stream.  Raises RequestError."""
+    return await answer(engine, _whole(parse_chat(body, served_names(engine.config))))
+
+
+async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
+    """POST /v1/completions without a stream.  Raises RequestError."""
+    return await answer(engine, _whole(parse_completion(body, served_names(engine.config))))
+
+
+ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completion,
+}
+
+
+def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
+    if request.stream:
+        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
+    return request
+
+
+async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
+    """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
+    _check_size(engine, request)
+    results = [Result() for _ in request.prompts]
+    texts: list[list[str]] = [[] for _ in request.prompts]
+    async with aclosing(generate_all(engine, request.prompts, request.params)) as stream:
+        async for news in stream:
+            for i, chunk in news:
+                results[i].add(chunk)
+                texts[i].append(chunk.text)
+    for result, parts in zip(results, texts, strict=True):
+        result.text = "".join(parts)
+    head = _head(request)
+    return chat_body(head, results[0]) if isinstance(request, ChatRequest) else completion_body(head, results)
+
+
+async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
+    """The server-sent events of a streamed answer, as bytes to be written in one piece each.
+
+    Raises RequestError as long as nothing was yielded, so that it can still become an HTTP status; later failures are told
+    inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
+    """
+    _check_size(engine, request)
+    render = EventStream(_head(request), chat=isinstance(request, ChatRequest), include_usage=request.include_usage)
+    results = [Result() for _ in request.prompts]
+    unfinished = len(results)
+    head = render.start()
+    started = False
+    try:
+        async with aclosing(generate_all(engine, request.prompts, request.params)) as stream:
+            async for news in stream:
+                out = [head]
+                head = b""
+                for i, chunk in news:
+                    results[i].add(chunk)
+                    if chunk.finish:
+                        unfinished -= 1
+                        out.append(render.finish(i, chunk.text, chunk.finish))
+                    else:
+                        out.append(render.text(i, chunk.text))
+                if not unfinished:
+                    out += [render.usage(results) if request.include_usage else b"", DONE]
+                piece = b"".join(out)
+                if piece:
+                    started = True
+                    yield piece
+    except RequestError as e:
+        if not started:
+            raise
+        yield error_event(e) + DONE
+    except Exception:
+        if not started:
+            raise
+        log.exception("a stream failed")
+        yield error_event(internal_error()) + DONE
+
+
+def internal_error() -> RequestError:
+    """What a client is told of a bug: nothing but that it happened."""
+    text = "The server failed while it handled this request; its log says why."
+    return RequestError(text, status=500, kind="server_error", code="internal_error")
+
+
+def _check_size(engine: Engine, request: GenerationRequest) -> None:
+    """More prompts than the server ever admits would be told to try again, for ever."""
+    limit = engine.config.server.max_open_requests
+    if len(request.prompts) > limit:
+        raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
+
+
+def _head(request: GenerationRequest) -> Head:
+    kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+    return Head(f"{kind}-{uuid.uuid4().hex}", int(time.time()), request.model)
+
+
+# ---------------- about the server
+def served_names(config: Config) -> tuple[str, ...]:
+    """The values of `model` that are accepted; answers report the first."""
+    return config.server.served_names or (config.model.name,)
+
+
+def list_models(config: Config) -> dict[str, Any]:
+    """GET /v1/models."""
+    return {"object": "list", "data": [_model(config, name) for name in served_names(config)]}
+
+
+def retrieve_model(config: Config, name: str) -> dict[str, Any]:
+    """GET /v1/models/{name}.  Raises RequestError (404)."""
+    if name not in served_names(config):
+        raise unknown_model(name, served_names(config))
+    return _model(config, name)
+
+
+def _model(config: Config, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "minisgl",
+        "root": config.model.name,
+        "max_model_len": config.max_context,
+    }
+
+
+def server_info(engine: Engine) -> dict[str, Any]:
+    """GET /server_info, without what only the transport knows."""
+    config = engine.config
+    return {
+        "version": __version__,
+        "state": engine.state,
+        "model": served_names(config)[0],
+        "served_names": list(served_names(config)),
+        "max_context": config.max_context,
+        "tp": config.engine.tp,
+        "dtype": config.engine.dtype,
+        "page_size": config.engine.page_size,
+        "open_requests": engine.open_requests,
+    }

@@ -1,0 +1,141 @@
+"""Offline batches: the same actors and processes as the server, driven by a blocking loop instead of HTTP.
+
+llm = LLM()                                   # or LLM("Qwen/Qwen3-0.6B", tp=2)
+for out in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=16)):
+    print(out.text)
+llm.close()                                   # or use it as a context manager
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from minisgl.actors import topology
+from minisgl.api.requests import ChatPrompt, Chunk, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.system import System
+from minisgl.cli import engine_config
+from minisgl.config import Config, ModelSpec, ServerConfig
+from minisgl.errors import RequestError, UserError
+from minisgl.types import Finish, SamplingParams
+
+_UNBOUNDED = 1 << 30
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answer to one prompt.  `error` is set, and `finish_reason` None, if the request could not be served."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    error: RequestError | None = None
+
+    def take(self, news: Chunk | RequestError) -> None:
+        """Enter what the engine delivered."""
+        if isinstance(news, RequestError):
+            self.error = news
+            return
+        self.text += news.text
+        self.token_ids.extend(news.token_ids)
+        self.prompt_tokens, self.cached_tokens = news.prompt_tokens, news.cached_tokens
+        if news.finish != Finish.NONE:
+            self.finish_reason = news.finish.reason
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+class LLM:
+    """An engine in this program's own process tree.  Keywords are the fields of EngineConfig (`tp=2`, `kv_tokens=65536`, ...).
+
+    Must be created on the main thread.  Raises UserError when the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | ModelSpec | None = None, *, revision: str | None = None, **engine: Any) -> None:
+        from minisgl.model.resolve import resolve
+        from minisgl.model.shard import check_tp
+
+        make_worker = engine.pop("make_worker", topology.make_worker)
+        spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
+        settings = _known(engine)
+        check_tp(spec, settings.get("tp", 1))
+        config = Config(spec, engine_config(settings), ServerConfig(max_open_requests=_UNBOUNDED))
+        self.system = System(config, make_worker)
+        try:
+            self.system.wait_ready()
+        except BaseException:
+            self.system.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]] | str,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continue texts or lists of token ids; one Completion each, in order.
+
+        A single SamplingParams serves all prompts.  Raises UserError if the engine dies meanwhile.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._run([TextPrompt(p) if isinstance(p, str) else TokenPrompt(tuple(p)) for p in texts], params)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template_kwargs: Any,
+    ) -> list[Completion]:
+        """Answer conversations (lists of {"role", "content"}) through the model's chat template; one Completion each."""
+        bodies = [json.dumps({"messages": list(c), "kwargs": template_kwargs}).encode() for c in conversations]
+        return self._run([ChatPrompt(b) for b in bodies], params)
+
+    def _run(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Completion]:
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one, or one for each")
+        answers = [Completion() for _ in prompts]
+        uids: list[int] = []
+        gateway = self.system.gateway
+        try:
+            for prompt, p, answer in zip(prompts, each, answers, strict=True):
+                try:
+                    uids.append(gateway.open(prompt, p, answer.take))
+                except RequestError as e:
+                    answer.error = e
+            while gateway.open_requests:
+                self.system.pump(1.0)
+        finally:
+            for uid in uids:  # ^C: leave nothing running
+                gateway.close(uid)
+        if gateway.failure is not None:
+            raise UserError(gateway.failure)
+        return answers
+
+    def close(self) -> None:
+        """End every process of this engine.  Idempotent."""
+        self.system.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _known(engine: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import fields
+
+    from minisgl.config import EngineConfig
+
+    names = {f.name for f in fields(EngineConfig)}
+    for name in engine:
+        if name not in names:
+            raise UserError(f"LLM() has no setting {name!r}; the settings are {', '.join(sorted(names))}")
+    return engine

@@ -1,0 +1,195 @@
+"""Chat templates: the Jinja program of a checkpoint that turns a conversation into the text the model was trained on.
+
+A template comes from the checkpoint, never from a request.  The sandbox keeps it away from Python, not from the CPU: one line
+can loop for hours or ask for gigabytes, and the messages it works on come from strangers.  Hence the limits on time, memory and
+output.  Runs in the tokenizer process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from minisgl.errors import InvalidParam, RequestError
+
+MAX_SECONDS = 2.0
+MAX_CHARS = 16 << 20
+MAX_MEMORY = 512 << 20  # bytes beyond what the process has mapped already
+_UNLIMITED = resource.RLIM_INFINITY
+
+
+class _LimitExceeded(Exception):
+    """The template is not done within the limits."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the assistant says, for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  declared without ClassVar by jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(fmt: str) -> str:
+    return datetime.now().strftime(fmt)
+
+
+def _environment() -> jinja2.Environment:
+    """The names and settings that templates are written for: those of Hugging Face's `apply_chat_template`."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = _strftime_now
+    return env
+
+
+class ChatTemplate:
+    """The templates of one checkpoint by name ("default", "tool_use"), and its special tokens ("bos_token", ...) as text."""
+
+    def __init__(self, sources: Mapping[str, str], specials: Mapping[str, str]) -> None:
+        self._specials = dict(specials)
+        self._templates: dict[str, jinja2.Template | str] = {}  # compiled, or why that failed
+        env = _environment()
+        for name, source in sources.items():
+            try:
+                with _bounded():  # Jinja evaluates constant expressions while it compiles
+                    self._templates[name] = env.from_string(source)
+            except Exception as e:
+                self._templates[name] = _reason(e)
+
+    def render(self, messages: Any, kwargs: Mapping[str, Any]) -> str:
+        """The text of a conversation.  `kwargs` are further variables of the template (tools, enable_thinking, ...).
+
+        With `continue_final_message` the text ends inside the last message; otherwise a generation prompt follows unless
+        `add_generation_prompt` is false.  Raises RequestError 400 (param "messages") when the template refuses the messages.
+        """
+        messages = check_messages(messages)
+        proceed = bool(kwargs.get("continue_final_message"))
+        generate = kwargs.get("add_generation_prompt", not proceed)
+        if proceed and generate:
+            raise InvalidParam("messages", "continue_final_message and add_generation_prompt exclude each other.")
+        name = "tool_use" if kwargs.get("tools") and "tool_use" in self._templates else "default"
+        template = self._templates.get(name, f"it has none named {name}")
+        if isinstance(template, str):
+            raise _refused(f"cannot be used: {template}")
+        # Templates expect tools and documents to be defined always.
+        variables = {"tools": None, "documents": None, **self._specials, **kwargs}
+        variables |= {"add_generation_prompt": generate, "messages": messages}
+        try:
+            with _bounded():
+                text = _render(template, variables)
+        except Exception as e:  # whatever it is, these messages caused it
+            raise _refused(f"cannot render these messages: {_reason(e)}") from e
+        return _cut_after(text, messages[-1]) if proceed else text
+
+
+def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    parts, size = [], 0
+    for part in template.generate(variables):
+        size += len(part)
+        if size > MAX_CHARS:
+            raise _LimitExceeded(f"the result has more than {MAX_CHARS} characters")
+        parts.append(part)
+    return "".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return f"{error}"[:500] or type(error).__name__
+
+
+def _refused(why: str) -> RequestError:
+    return RequestError(f"The chat template of this model {why}.", param="messages", code="chat_template_error")
+
+
+def _cut_after(text: str, message: Mapping[str, Any]) -> str:
+    """The text up to the end of the last message's content, whether or not the template has trimmed it."""
+    content = message.get("content")
+    core = content.strip() if isinstance(content, str) else ""
+    at = text.rfind(core) if core else -1
+    if at < 0:
+        raise InvalidParam("messages", "continue_final_message needs a last message whose content the chat template shows.")
+    tail = str(content).lstrip()
+    return text[: at + len(tail)] if text.startswith(tail, at) else text[: at + len(core)]
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages, with list contents joined into one string.  Raises InvalidParam where they are not messages."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidParam("messages", "messages must be a list with at least one message.")
+    out = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidParam("messages", f'messages[{i}] must be an object with a "role".')
+        content = message.get("content")
+        if isinstance(content, list):
+            out.append({**message, "content": "".join(_part_text(i, part) for part in content)})
+        elif content is None or isinstance(content, str):
+            out.append(message)
+        else:
+            raise InvalidParam("messages", f"messages[{i}].content must be a string or a list of text parts.")
+    return out
+
+
+def _part_text(i: int, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InvalidParam("messages", f"messages[{i}].content has a part of type {kind!r:.80}; only text can be served.")
+    text: str = part["text"]
+    return text
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Limit the time (main thread only: it takes a signal) and the memory of what runs inside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [n for n in (_mapped_bytes() + MAX_MEMORY, soft, hard) if n != _UNLIMITED]
+    timed = threading.current_thread() is threading.main_thread()
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        if timed:
+            before = signal.signal(signal.SIGALRM, _on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _on_alarm(*_: object) -> None:
+    raise _LimitExceeded(f"it takes more than {MAX_SECONDS:g} seconds")
+
+
+def _mapped_bytes() -> int:
+    """The size of this process's address space."""
+    with open("/proc/self/statm", "rb") as f:
+        return int(f.read().split()[0]) * resource.getpagesize()

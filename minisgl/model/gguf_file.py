@@ -1,0 +1,225 @@
+"""GGUF files: metadata and tensors, read through one memory map.  No torch.
+
+The `gguf` package has a reader too, but it makes several numpy objects for every element of every array: a vocabulary of
+49k tokens takes it seconds, this reader tens of milliseconds.  Its dequantisation is used as it is.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    magic "GGUF" | version u32 | n_tensors u64 | n_kv u64 | n_kv x (key str, type u32, value)
+    | n_tensors x (name str, n_dims u32, n_dims x u64, ggml type u32, offset u64) | padding to the alignment | tensor data
+
+Every count is checked against the bytes that are left before it is believed, so a damaged file fails at once, by name.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.errors import UserError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_MIN_KV_BYTES = 8 + 4 + 1  # an empty key and a one-byte value
+_MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
+MAX_DIMS = 4
+
+
+class Malformed(ValueError):
+    """The bytes are not a GGUF file; the text says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: `shape` in numpy's order (slowest first), `kind` its ggml type, `offset` and `nbytes` within the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    nbytes: int
+
+
+class _Cursor:
+    """Reads little-endian values one after the other and refuses to run off the end."""
+
+    def __init__(self, buf: mmap.mmap) -> None:
+        self.buf = buf
+        self.at = 0
+
+    def left(self) -> int:
+        return len(self.buf) - self.at
+
+    def take(self, n: int) -> int:
+        """Advance by `n` bytes; returns where they begin."""
+        if n > self.left():
+            raise Malformed(f"it ends at byte {len(self.buf)}, within a value that begins at byte {self.at}")
+        start = self.at
+        self.at += n
+        return start
+
+    def u32(self) -> int:
+        return int(_U32.unpack_from(self.buf, self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack_from(self.buf, self.take(8))[0])
+
+    def string(self) -> str:
+        n = self.u64()
+        start = self.take(n)
+        return self.buf[start : start + n].decode("utf-8", "replace")
+
+    def strings(self, n: int) -> list[str]:
+        """The hot loop: a vocabulary and its merges are 100k strings."""
+        buf, at, end, unpack = self.buf, self.at, len(self.buf), _U64.unpack_from
+        if n > self.left() // 8:
+            raise Malformed(f"an array of {n} strings at byte {at} does not fit in the file")
+        out = []
+        for _ in range(n):
+            if at + 8 > end:
+                raise Malformed(f"it ends within an array of strings at byte {at}")
+            start = at + 8
+            at = start + unpack(buf, at)[0]
+            if at > end:
+                raise Malformed(f"a string at byte {start} does not fit in the file")
+            out.append(buf[start:at].decode("utf-8", "replace"))
+        self.at = at
+        return out
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise Malformed(f"unknown value type {kind} before byte {self.at}")
+        return struct.unpack_from("<" + code, self.buf, self.take(struct.calcsize("<" + code)))[0]
+
+    def array(self) -> list[Any]:
+        kind, n = self.u32(), self.u64()
+        if kind == _STRING:
+            return self.strings(n)
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise Malformed(f"unsupported array of value type {kind} before byte {self.at}")
+        dtype = np.dtype("?" if code == "?" else "<" + code)
+        start = self.take(n * dtype.itemsize)
+        items: list[Any] = np.frombuffer(self.buf[start : self.at], dtype).tolist()
+        return items
+
+
+class GGUFFile:
+    """An open file: `fields` maps keys to scalars and lists, `tensors` names to `TensorInfo`."""
+
+    def __init__(self, path: str, buf: mmap.mmap, fields: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+        self.path = path
+        self.fields = fields
+        self.tensors = tensors
+        self._buf = buf
+
+    @classmethod
+    def open(cls, path: str) -> GGUFFile:
+        """Parse everything but the tensor data.  Raises UserError naming the file when it is damaged or no GGUF file."""
+        try:
+            with open(path, "rb") as f:
+                if os.fstat(f.fileno()).st_size == 0:
+                    raise Malformed("it is empty")
+                buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as e:
+            raise UserError(f"--model {path}: cannot read it: {e.strerror}") from e
+        except Malformed as e:
+            raise UserError(f"--model {path}: not a GGUF file: {e}.") from e
+        try:
+            return cls(path, buf, *_parse(buf))
+        except Malformed as e:
+            raise UserError(f"--model {path}: not a usable GGUF file: {e}. If it was downloaded, download it again.") from e
+
+    def data(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+        """The stored bytes of a tensor, u8[rows, bytes per row]: a read-only view of the file.  A vector is one row."""
+        info = self.tensors[name]
+        n = math.prod(info.shape[:-1])
+        raw = np.frombuffer(self._buf, np.uint8, info.nbytes, info.offset).reshape(n, -1)
+        return raw if rows is None else raw[rows[0] : rows[1]]
+
+    def dequantize(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.float32]:
+        """A tensor (or some rows of a matrix) as float32.  Raises UserError for a quantisation that gguf cannot read."""
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        info = self.tensors[name]
+        kind = GGMLQuantizationType(info.kind)
+        raw = self.data(name, rows)
+        shape = (raw.shape[0], info.shape[-1]) if len(info.shape) > 1 else info.shape
+        if kind == GGMLQuantizationType.F32:
+            return raw.view(np.float32).reshape(shape)
+        if kind == GGMLQuantizationType.F16:
+            return raw.view(np.float16).astype(np.float32).reshape(shape)
+        try:
+            out: npt.NDArray[np.float32] = dequantize(raw, kind).reshape(shape)
+        except NotImplementedError as e:
+            raise UserError(f"--model {self.path}: tensor {name} is stored as {kind.name}, which cannot be read.") from e
+        return out
+
+
+def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    c = _Cursor(buf)
+    if buf[:4] != b"GGUF":
+        raise Malformed(f"it begins with {bytes(buf[:4])!r} instead of b'GGUF'")
+    c.take(4)
+    version = c.u32()
+    if version not in (2, 3):
+        raise Malformed(f"it has version {version}; versions 2 and 3 (little-endian) are supported")
+    n_tensors, n_fields = c.u64(), c.u64()
+    if n_tensors * _MIN_TENSOR_BYTES + n_fields * _MIN_KV_BYTES > c.left():
+        raise Malformed(f"its {n_fields} keys and {n_tensors} tensors cannot fit in {len(buf)} bytes")
+    fields: dict[str, Any] = {}
+    for _ in range(n_fields):
+        key = c.string()
+        if key in fields:
+            raise Malformed(f"key {key[:64]!r} appears twice")
+        fields[key] = c.value(c.u32())
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise Malformed(f"general.alignment is {alignment!r}, not a power of two")
+    raw = [(c.string(), *_tensor_header(c)) for _ in range(n_tensors)]
+    base = -(-c.at // alignment) * alignment
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape, kind, offset in raw:
+        if name in tensors:
+            raise Malformed(f"tensor {name[:64]!r} appears twice")
+        nbytes = _nbytes(name, shape, kind)
+        if offset % alignment or base + offset + nbytes > len(buf):
+            end = base + offset + nbytes
+            raise Malformed(
+                f"tensor {name[:64]!r} should end at byte {end}, the file has {len(buf)}: it is truncated or damaged"
+            )
+        tensors[name] = TensorInfo(shape, kind, base + offset, nbytes)
+    return fields, tensors
+
+
+def _tensor_header(c: _Cursor) -> tuple[tuple[int, ...], int, int]:
+    n_dims = c.u32()
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise Malformed(f"a tensor with {n_dims} dimensions before byte {c.at}")
+    dims = [c.u64() for _ in range(n_dims)]  # ggml's order: fastest first
+    return tuple(reversed(dims)), c.u32(), c.u64()
+
+
+def _nbytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        raise Malformed(f"tensor {name[:64]!r} has the unknown type {kind}") from None
+    if 0 in shape or shape[-1] % block:
+        raise Malformed(f"tensor {name[:64]!r} has shape {shape}, which is no multiple of blocks of {block}")
+    return math.prod(shape) // block * int(block_bytes)

@@ -1,0 +1,142 @@
+"""ModelSpec of a directory in Hugging Face's layout: config.json beside safetensors.  No torch, no transformers."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from typing import Any
+
+from minisgl.config import ModelSpec
+from minisgl.errors import UserError
+from minisgl.model.archs import HF_ARCHS
+from minisgl.model.metadata import Metadata, check, rope_scaling
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
+    """Read the JSON files of a checkpoint.  Raises UserError if it is incomplete or cannot be served faithfully."""
+    source = os.path.join(path, "config.json")
+    if not os.path.isfile(source):
+        raise UserError(f"--model {path}: {_no_config(path)}")
+    config = Metadata(source, read_json(source))
+    archs = config.get("architectures")
+    arch = archs[0] if isinstance(archs, list) and archs else None
+    if arch not in HF_ARCHS:
+        raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
+    _check_weights(path)
+    config.refuse("attention_bias", (False,), "biases in the attention layers are")
+    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
+    config.refuse("hidden_act", ("silu",), "activations other than silu are")
+    config.refuse("quantization_config", (), "quantised safetensors are")
+    if config.get("use_sliding_window") is not False:
+        config.refuse("sliding_window", (), "sliding-window attention is")
+
+    rope = _mapping(config, "rope_parameters")  # transformers 5: theta and scaling in one place
+    theta = Metadata(f"{source} (rope_parameters)", rope).number("rope_theta", config.number("rope_theta", 10000.0))
+    for part in (Metadata(source, rope), config):
+        part.refuse("partial_rotary_factor", (1, 1.0), "rotating only a part of each head is")
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    spec = ModelSpec(
+        name=name or os.path.basename(os.path.normpath(path)),
+        path=path,
+        format="safetensors",
+        architecture=arch,
+        dtype=_dtype(config),
+        hidden_size=hidden,
+        intermediate_size=config.size("intermediate_size"),
+        num_layers=config.size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=config.size("num_key_value_heads", heads),
+        head_dim=config.size("head_dim", hidden // heads),
+        vocab_size=config.size("vocab_size"),
+        max_context=config.size("max_position_embeddings"),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=rope_scaling(source, rope or _mapping(config, "rope_scaling")),
+        tie_embeddings=config.get("tie_word_embeddings") is True,
+        bos_id=next(iter(config.token_ids("bos_token_id")), None),
+        eos_ids=_eos_ids(path, config),
+    )
+    return check(source, spec)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON file that must hold an object.  Raises UserError naming it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it: {e.strerror}.") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not valid JSON ({e}).") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}.")
+    return value
+
+
+def _mapping(config: Metadata, key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{config.source}: {key} should be an object, is {value!r:.80}.")
+    return value or {}
+
+
+def _dtype(config: Metadata) -> str:
+    value = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if value not in DTYPES:
+        raise UserError(f"{config.source}: dtype {value!r:.80} is not supported (known: {', '.join(DTYPES)}).")
+    return str(value)
+
+
+def _no_config(path: str) -> str:
+    ggufs = sorted(glob.glob("*.gguf", root_dir=path))
+    if ggufs:
+        return (
+            f"the directory has no config.json. For a GGUF model give the file itself: --model {os.path.join(path, ggufs[0])}"
+        )
+    return "the directory has no config.json, so it is no Hugging Face model. Check the path."
+
+
+def _check_weights(path: str) -> None:
+    if glob.glob("*.safetensors", root_dir=path) or glob.glob("*.safetensors.index.json", root_dir=path):
+        return
+    pickles = sorted(f for ext in ("*.bin", "*.pt", "*.pth") for f in glob.glob(ext, root_dir=path))
+    if pickles:
+        raise UserError(
+            f"--model {path}: its weights are pickles ({pickles[0]}), which can run code when they are loaded; "
+            "only safetensors are read. Convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)."
+        )
+    raise UserError(f"--model {path}: the directory has a config.json but no *.safetensors file.")
+
+
+def _eos_ids(path: str, config: Metadata) -> tuple[int, ...]:
+    """Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS."""
+    ids: list[int] = []
+    generation = os.path.join(path, "generation_config.json")
+    if os.path.isfile(generation):
+        ids += Metadata(generation, read_json(generation)).token_ids("eos_token_id")
+    ids += config.token_ids("eos_token_id")
+    ids += _tokenizer_eos(path)
+    return tuple(dict.fromkeys(ids))
+
+
+def _tokenizer_eos(path: str) -> list[int]:
+    """The tokenizer names its EOS by text; its id is among the added tokens of one file or the other."""
+    source = os.path.join(path, "tokenizer_config.json")
+    if not os.path.isfile(source):
+        return []
+    tokenizer = read_json(source)
+    eos = tokenizer.get("eos_token")
+    text = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(text, str):
+        return []
+    added = tokenizer.get("added_tokens_decoder")
+    if isinstance(added, dict):
+        return [int(i) for i, t in added.items() if i.isdigit() and isinstance(t, dict) and t.get("content") == text]
+    vocabulary = os.path.join(path, "tokenizer.json")
+    tokens = read_json(vocabulary).get("added_tokens") if os.path.isfile(vocabulary) else None
+    entries = [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
+    return [t["id"] for t in entries if t.get("content") == text and isinstance(t.get("id"), int)]

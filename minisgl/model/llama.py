@@ -1,0 +1,107 @@
+"""Llama: the decoder that SmolLM2, Llama 2 and 3 and many others share.  Runs in the workers.
+
+Shapes: T tokens of a step, C hidden size, H query heads and K KV heads of this rank, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.config import ModelSpec
+from minisgl.model.attention import AttentionBackend
+from minisgl.model.layers import Embedding, Linear, RMSNorm, Rope, rotate_
+from minisgl.model.loader import Weights
+from minisgl.model.parallel import Parallel
+from minisgl.model.shard import Shard, split
+
+
+class Attention:
+    """Self-attention over the paged KV cache; each rank computes its own heads and the outputs are summed."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
+        name = f"model.layers.{layer}.self_attn."
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.layer = layer
+        self.parallel = parallel
+        self.num_heads, self.num_kv_heads, self.head_dim = shard.num_heads, shard.num_kv_heads, spec.head_dim
+        self.qkv = Linear(
+            weights.take(name + "q_proj.weight", (q_size, spec.hidden_size), rows=shard.q_rows),
+            weights.take(name + "k_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
+            weights.take(name + "v_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
+        )
+        self.o = Linear(weights.take(name + "o_proj.weight", (spec.hidden_size, q_size), cols=shard.q_rows))
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> torch.Tensor:
+        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, dim)  # [T, H + 2K, D]
+        rotate_(qkv[:, : heads + kv_heads], cos, sin)
+        kv = qkv[:, heads:].view(-1, 2, kv_heads, dim)  # [T, 2, K, D]: keys, values
+        out = attend(self.layer, qkv[:, :heads], kv)  # [T, H * D]
+        return self.parallel.all_reduce_(self.o(out))
+
+
+class MLP:
+    """down(silu(gate(x)) * up(x)); each rank computes some of the inner columns and the outputs are summed."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
+        name = f"model.layers.{layer}.mlp."
+        inner, outer = spec.intermediate_size, spec.hidden_size
+        self.parallel = parallel
+        self.gate_up = Linear(
+            weights.take(name + "gate_proj.weight", (inner, outer), rows=shard.mlp),
+            weights.take(name + "up_proj.weight", (inner, outer), rows=shard.mlp),
+        )
+        self.down = Linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, inner] each
+        return self.parallel.all_reduce_(self.down(F.silu(gate).mul_(up)))
+
+
+class Layer:
+    """One decoder block with pre-norms; adds to the residual stream x [T, C] in place."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,)), spec.rms_norm_eps)
+
+        self.attn_norm = norm("input_layernorm")
+        self.attn = Attention(spec, shard, weights, layer, parallel)
+        self.mlp_norm = norm("post_attention_layernorm")
+        self.mlp = MLP(spec, shard, weights, layer, parallel)
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> None:
+        x += self.attn(self.attn_norm(x), cos, sin, attend)
+        x += self.mlp(self.mlp_norm(x))
+
+
+class Llama:
+    """LlamaForCausalLM, the part of it that `shard` owns."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, dtype: torch.dtype) -> None:
+        shape = (spec.vocab_size, spec.hidden_size)
+        table = weights.take("model.embed_tokens.weight", shape, rows=shard.vocab)
+        self.parallel = parallel
+        self.embed = Embedding(table, shard.vocab, parallel)
+        self.rope = Rope(spec, dtype)
+        self.layers = [Layer(spec, shard, weights, i, parallel) for i in range(spec.num_layers)]
+        self.norm = RMSNorm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps)
+        self.head = Linear(table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab))
+        self.vocab_widths = [end - start for start, end in split(spec.vocab_size, shard.size)]
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor, attend: AttentionBackend
+    ) -> torch.Tensor:
+        """Logits [len(sample_rows), V] of the rows that draw a token.  ids, positions: i64[T]; sample_rows: i64.
+
+        The rest of the step's metadata is with `attend`, which must have been prepared for the same step.
+        """
+        x = self.embed(ids)  # [T, C]
+        cos, sin = self.rope.at(positions)
+        for layer in self.layers:
+            layer(x, cos, sin, attend)
+        if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
+            return x.new_empty(0, sum(self.vocab_widths))
+        logits = self.head(self.norm(x[sample_rows]))
+        return self.parallel.all_gather_cols(logits, self.vocab_widths)

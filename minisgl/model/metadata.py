@@ -1,0 +1,91 @@
+"""Typed access to what a checkpoint says about itself.  No torch.
+
+A checkpoint is user input: every value is checked where it is read, and a bad one is a UserError naming the file and the key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minisgl.config import ModelSpec
+from minisgl.errors import UserError
+
+MAX_SIZE = 1 << 31
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+class Metadata:
+    """Key-value pairs from the file `source`.  A null counts as absent."""
+
+    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
+        self.source = source
+        self.values = values
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; UserError if it is absent (and has no default) or something else."""
+        value = self.get(key)
+        if value is None:
+            if default is None:
+                raise UserError(f"{self.source}: {key} is missing.")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_SIZE:
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a positive integer.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number; UserError if it is absent (and has no default) or something else."""
+        value = self.get(key)
+        if value is None:
+            if default is None:
+                raise UserError(f"{self.source}: {key} is missing.")
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a positive number.")
+        return float(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them; () if absent."""
+        value = self.get(key)
+        ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_SIZE for i in ids):
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a token id or a list of them.")
+        return ids
+
+    def refuse(self, key: str, harmless: tuple[Any, ...], why: str) -> None:
+        """UserError if `key` is set to anything but the `harmless` values: going on would give wrong answers silently."""
+        value = self.get(key)
+        if value is not None and value not in harmless:
+            raise UserError(f"{self.source}: {key} is {value!r:.80}: {why} not supported.")
+
+
+def rope_scaling(source: str, scaling: Mapping[str, Any]) -> str:
+    """The checkpoint's rope scaling as canonical JSON, "" for none.  Raises UserError for a kind that is not known."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return ""
+    if kind not in _ROPE_FIELDS:
+        known = ", ".join(["default", *_ROPE_FIELDS])
+        raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
+    fields = Metadata(f"{source} (rope scaling)", scaling)
+    return json.dumps({"rope_type": kind, **{name: fields.number(name) for name in _ROPE_FIELDS[kind]}})
+
+
+def check(source: str, spec: ModelSpec) -> ModelSpec:
+    """The relations between the sizes that every supported architecture relies on.  Raises UserError; returns `spec`."""
+    if spec.num_heads % spec.num_kv_heads:
+        raise UserError(f"{source}: {spec.num_heads} attention heads cannot be shared by {spec.num_kv_heads} KV heads.")
+    if spec.head_dim % 2:
+        raise UserError(f"{source}: a head of {spec.head_dim} dimensions cannot be rotated in pairs.")
+    bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]
+    if bad:
+        raise UserError(f"{source}: special token {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
+    return spec

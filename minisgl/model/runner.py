@@ -1,0 +1,123 @@
+"""One tensor-parallel rank on a CPU: weights, KV cache, slots.  Runs in a worker process; the only way in is `Runner`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minisgl.config import Config
+from minisgl.errors import UserError
+from minisgl.model.attention import TorchAttention
+from minisgl.model.llama import Llama
+from minisgl.model.loader import open_weights
+from minisgl.model.memory import available_bytes
+from minisgl.model.parallel import Parallel
+from minisgl.model.sampler import sample
+from minisgl.model.shard import Shard
+from minisgl.model.state import SlotState
+from minisgl.model.threads import threads_per_rank
+from minisgl.plan import StepPlan, StepResult
+
+MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MODELS = {"LlamaForCausalLM": Llama}
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A launched step.  On a CPU it is finished when `launch` returns."""
+
+    _result: StepResult
+
+    def done(self) -> bool:
+        """Whether `result` returns without waiting.  Never blocks."""
+        return True
+
+    def result(self) -> StepResult:
+        """What the step sampled."""
+        return self._result
+
+
+class Runner:
+    """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
+
+    def __init__(self, config: Config, rank: int, run_dir: str) -> None:
+        """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
+        engine, spec = config.engine, config.model
+        torch.set_num_threads(threads_per_rank(engine))
+        with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
+            torch.set_num_interop_threads(1)
+        self._config = config
+        self._dtype = _DTYPES[engine.dtype]
+        self._shard = Shard.of(spec, rank, engine.tp)
+        self._parallel = Parallel(rank, engine.tp, run_dir)
+        with torch.inference_mode():
+            weights = open_weights(spec, self._dtype)
+            self._model = _MODELS[spec.architecture](spec, self._shard, weights, self._parallel, self._dtype)
+            weights.finish()
+        self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
+        self._attention: TorchAttention | None = None
+
+    def max_pages(self) -> int:
+        """How many KV pages fit beside the weights on this rank.  Raises UserError if not even one does."""
+        engine = self._config.engine
+        page_bytes = engine.page_size * self._token_bytes()
+        if engine.kv_tokens:
+            tokens = engine.kv_tokens
+        else:
+            share = int(available_bytes() * engine.memory_fraction) // engine.tp // page_bytes * engine.page_size
+            tokens = min(share, engine.max_running * self._config.max_context, MAX_KV_TOKENS)
+        pages = -(-tokens // engine.page_size)
+        if pages < 1:
+            raise UserError(
+                f"no memory for the KV cache: one page of {engine.page_size} tokens takes {page_bytes >> 10} KiB and "
+                f"memory_fraction {engine.memory_fraction:g} of the free memory is less. Free some memory, or set kv_tokens."
+            )
+        return pages
+
+    def allocate(self, num_pages: int) -> None:
+        """Create the KV cache: `num_pages` pages, the same number on every rank."""
+        spec = self._config.model
+        self._attention = TorchAttention(
+            num_layers=spec.num_layers,
+            num_pages=num_pages,
+            page_size=self._config.engine.page_size,
+            num_heads=self._shard.num_heads,
+            num_kv_heads=self._shard.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=self._dtype,
+        )
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Run one step.  Plans come in order, each exactly once, and the same ones on every rank."""
+        if self._attention is None:
+            raise RuntimeError("launch before allocate")
+        start = time.perf_counter_ns()
+        batch = self._state.apply(plan)
+        if len(batch.ids) == 0:  # joins and grants alone
+            return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
+        with torch.inference_mode():
+            self._attention.prepare(batch)
+            logits = self._model(
+                torch.from_numpy(batch.ids),
+                torch.from_numpy(batch.positions),
+                torch.from_numpy(batch.sample_rows),
+                self._attention,
+            )
+            tokens = sample(logits, batch.sampling)
+        self._state.advance(batch, tokens)
+        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000))
+
+    def close(self) -> None:
+        """Leave the group and drop the cache.  Idempotent."""
+        self._attention = None
+        self._parallel.close()
+
+    def _token_bytes(self) -> int:
+        """Bytes of KV per token on this rank."""
+        spec = self._config.model
+        return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._dtype.itemsize

@@ -1,0 +1,65 @@
+"""Actors that test_process.py spawns in real processes (children import this module by name)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from minisgl.actors.actor import Actor, Context, on
+from minisgl.actors.arenas import Arenas
+from minisgl.actors.messages import Cancel, Tokenized, Wake
+from minisgl.actors.ring import RingReader, RingSpec
+from minisgl.errors import UserError
+
+
+class Echo(Actor):
+    """Answers Cancel with Tokenized; Wake makes it crash; Tokenized(n) makes it end by signal n."""
+
+    @on(Cancel)
+    def cancel(self, m: Cancel) -> None:
+        self.ctx.send("api", Tokenized(m.uid, os.getpid()))
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        raise RuntimeError("boom")
+
+    @on(Tokenized)
+    def tokenized(self, m: Tokenized) -> None:
+        os.kill(os.getpid(), signal.Signals(m.n))
+
+
+class RingEcho(Actor):
+    """Parks on a ring; every record it reads is answered with its length."""
+
+    def __init__(self, ctx: Context, spec: RingSpec) -> None:
+        super().__init__(ctx)
+        self.ring = RingReader(spec)
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None: ...
+
+    def idle(self) -> bool:
+        raw = self.ring.take()
+        if raw is not None:
+            self.ring.park(False)
+            self.ctx.send("api", Tokenized(0, len(raw)))
+            return True
+        self.ring.park(True)
+        return self.ring.pending()
+
+
+def make_echo(ctx: Context) -> Actor:
+    return Echo(ctx)
+
+
+def make_ring_echo(ctx: Context, spec: RingSpec) -> Actor:
+    return RingEcho(ctx, spec)
+
+
+def make_refusing(ctx: Context) -> Actor:
+    raise UserError("the file weights.gguf is damaged: download it again")
+
+
+def make_dying_worker(ctx: Context, config: object, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")

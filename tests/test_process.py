@@ -1,0 +1,217 @@
+"""The runtime with real processes: start, speak, die, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import process_actors
+import pytest
+import zmq
+
+from minisgl.actors.messages import ActorDied, Cancel, Failed, Hello, Stop, Stopped, Tokenized, Wake
+from minisgl.actors.process import ZmqContext, address
+from minisgl.actors.ring import RingWriter, create_ring
+from minisgl.actors.supervisor import Supervisor, make_run_dir
+from minisgl.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def eventually(what: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Poll until `what()` is true; the deadline only bounds a failing test."""
+    end = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.005)
+    return value
+
+
+class Root:
+    """A supervisor and the mailbox named api."""
+
+    def __init__(self) -> None:
+        self.run_dir = make_run_dir()
+        self.ctx = ZmqContext(self.run_dir, "api")
+        self.supervisor = Supervisor(self.run_dir)
+        self.seen: list[Any] = []
+
+    def pump(self, seconds: float) -> None:
+        self.ctx.inbox.poll(int(seconds * 1000))
+        dead = self.supervisor.reap()
+        while (msg := self.ctx.recv()) is not None:
+            self.seen.append(msg)
+        self.seen.extend(dead)
+
+    def wait_for(self, kind: type) -> Any:
+        def look() -> Any:
+            self.pump(0.02)
+            return next((m for m in self.seen if isinstance(m, kind)), None)
+
+        return eventually(look)
+
+    def close(self) -> None:
+        self.supervisor.kill()
+        self.ctx.close()
+        self.supervisor.remove_run_dir()
+
+
+@pytest.fixture
+def root() -> Iterator[Root]:
+    r = Root()
+    yield r
+    r.close()
+
+
+def test_an_actor_says_hello_answers_and_leaves_when_asked(root: Root) -> None:
+    root.supervisor.spawn("echo", process_actors.make_echo)
+    hello = root.wait_for(Hello)
+    pid = root.supervisor.pids["echo"]
+    assert hello.pid == pid
+    assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"minisgl::echo")
+    root.ctx.send("echo", Cancel(5))
+    assert root.wait_for(Tokenized).uid == 5
+    root.ctx.send("echo", Stop("done"))
+    assert root.wait_for(Stopped).name == "echo"
+    assert root.supervisor.join(5, root.pump)
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("message", "exitcode"), [(Wake(), 70), (Tokenized(0, int(signal.SIGKILL)), -9), (Tokenized(0, int(signal.SIGSEGV)), -11)]
+)
+def test_a_death_becomes_a_message_with_its_exit_code(root: Root, message: object, exitcode: int) -> None:
+    root.supervisor.spawn("echo", process_actors.make_echo)
+    root.wait_for(Hello)
+    root.ctx.send("echo", message)
+    died = root.wait_for(ActorDied)
+    assert (died.name, died.exitcode) == ("echo", exitcode)
+    assert root.supervisor.pids == {}
+
+
+def test_an_actor_that_cannot_start_says_why(root: Root) -> None:
+    root.supervisor.spawn("worker0", process_actors.make_refusing)
+    assert root.wait_for(Failed).text == "the file weights.gguf is damaged: download it again"
+
+
+def test_a_stranger_cannot_crash_an_actor_through_its_socket(root: Root) -> None:
+    root.supervisor.spawn("echo", process_actors.make_echo)
+    root.wait_for(Hello)
+    push = zmq.Context.instance().socket(zmq.PUSH)
+    push.linger = 0
+    push.connect(address(root.run_dir, "echo"))
+    for raw in (b"", b"\x01", b"\x01\xdd\xff\xff\xff\xff", b"garbage" * 1000):
+        push.send(raw)
+    root.ctx.send("echo", Cancel(6))
+    assert root.wait_for(Tokenized).uid == 6
+    push.close()
+
+
+def test_a_parked_actor_uses_no_cpu_and_hears_the_bell(root: Root) -> None:
+    spec, fd = create_ring("t", 1, 4096)
+    root.supervisor.spawn("echo", process_actors.make_ring_echo, spec)
+    root.wait_for(Hello)
+    writer = RingWriter(spec)
+    pid = root.supervisor.pids["echo"]
+
+    def switches() -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.MULTILINE)[1])
+
+    for n in range(1, 30):
+        eventually(writer.parked)
+        writer.publish(bytes(n))
+        if writer.parked():
+            root.ctx.send("echo", Wake())
+        root.seen.clear()
+        assert root.wait_for(Tokenized).n == n
+    eventually(writer.parked)
+    before = switches()
+    root.pump(0.4)  # an idle poll loop of 5 ms would wake up 80 times in this time
+    assert switches() - before <= 8
+    os.close(fd)
+
+
+def test_the_run_directory_is_private_and_paths_that_are_too_long_are_refused(monkeypatch, tmp_path) -> None:
+    run_dir = make_run_dir()
+    assert stat.S_IMODE(os.stat(run_dir).st_mode) == 0o700
+    os.rmdir(run_dir)
+    with pytest.raises(UserError, match="XDG_RUNTIME_DIR"):
+        address("/" + "x" * 120, "api")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert make_run_dir().startswith(str(tmp_path))
+
+
+def test_control_c_is_the_roots_business_and_nobody_survives_a_killed_root(tmp_path: Path) -> None:
+    script = tmp_path / "root.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import signal, sys, time
+            sys.path.insert(0, sys.argv[1])
+            from test_process import Root
+            import process_actors
+            from minisgl.actors.messages import Hello
+            root = Root()          # no `if __name__ == "__main__"`: children do not import this script
+            for i in range(3):
+                root.supervisor.spawn(f"echo{i}", process_actors.make_echo)
+            while sum(isinstance(m, Hello) for m in root.seen) < 3:
+                root.pump(0.05)
+            signal.signal(signal.SIGINT, lambda *_: print("root saw it", flush=True))
+            print(*root.supervisor.pids.values(), flush=True)
+            while True:
+                time.sleep(60)
+            """
+        )
+    )
+    env = os.environ | {"PYTHONPATH": str(HERE.parent), "XDG_RUNTIME_DIR": str(tmp_path)}
+    proc = subprocess.Popen(
+        [sys.executable, str(script), str(HERE)], stdout=subprocess.PIPE, text=True, start_new_session=True, env=env
+    )
+    assert proc.stdout is not None
+    pids = [int(x) for x in proc.stdout.readline().split()]
+    assert len(pids) == 3
+    os.killpg(proc.pid, signal.SIGINT)
+    assert proc.stdout.readline().strip() == "root saw it"
+    assert all(map(alive, pids))
+    proc.kill()
+    proc.wait()
+    eventually(lambda: not any(map(alive, pids)))
+    proc.stdout.close()
+
+
+def test_an_exception_in_the_root_ends_everything(tmp_path: Path) -> None:
+    code = (
+        "import process_actors; from test_process import Root; from minisgl.actors.messages import Hello\n"
+        "root = Root(); root.supervisor.spawn('echo', process_actors.make_echo); root.wait_for(Hello)\n"
+        "print(root.supervisor.pids['echo'], flush=True); raise KeyError('a bug')"
+    )
+    env = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert "KeyError: 'a bug'" in done.stderr
+    assert not alive(int(done.stdout))
+
+
+def test_the_scheduler_never_imports_torch() -> None:
+    code = (
+        "import sys, minisgl.actors.topology, minisgl.actors.scheduler, minisgl.api.system, minisgl.api.gateway\n"
+        "heavy = {'torch', 'transformers', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)

@@ -1,0 +1,107 @@
+"""Small random checkpoints and a driver that turns prompts into plans, for the tests of the model room."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from minisgl.config import Config, EngineConfig
+from minisgl.model.resolve import resolve
+from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def save_llama(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False, rope: dict[str, Any] | None = None) -> Any:
+    """Write a random LlamaForCausalLM to `path` and return it (transformers, float32, eval)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=203,
+        hidden_size=48,
+        intermediate_size=71,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # norms of one would hide a norm that is not applied
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return model
+
+
+def config_for(path: Any, **engine: Any) -> Config:
+    engine = {"threads": 1, "page_size": 4, "max_running": 8, "kv_tokens": 512, "max_context": 128, **engine}
+    return Config(resolve(os.fspath(path)), EngineConfig(**engine))
+
+
+class Driver:
+    """Writes plans the way a scheduler does, with page tables scattered by `seed`."""
+
+    def __init__(self, num_pages: int, page_size: int, seed: int = 0) -> None:
+        self.page_size = page_size
+        self.step = 0
+        self.free = list(np.random.default_rng(seed).permutation(num_pages))
+        self.kv_len: dict[int, int] = {}
+        self.pages: dict[int, list[int]] = {}
+        self.joins: list[tuple[Any, ...]] = []
+        self.grants: list[tuple[int, int, int]] = []
+
+    def join(self, slot: int, *, kv_len: int = 0, pages: list[int] | None = None, **params: Any) -> None:
+        p = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, **params}
+        self.joins.append((slot, kv_len, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
+        self.kv_len[slot] = kv_len
+        self.pages[slot] = []
+        for page in pages or []:
+            self._grant(slot, page)
+
+    def plan(
+        self,
+        prefill: list[tuple[int, list[int], bool]] = (),  # type: ignore[assignment]
+        decode: list[int] | None = (),  # type: ignore[assignment]
+        same: list[int] = (),  # type: ignore[assignment]
+    ) -> StepPlan:
+        """`prefill`: (slot, ids, sample).  `decode=None` repeats the former batch, which the caller names as `same`."""
+        for slot, ids, _ in prefill:
+            self._append(slot, len(ids))
+        for slot in same if decode is None else decode:
+            self._append(slot, 1)
+        self.step += 1
+        plan = StepPlan(
+            self.step,
+            joins=np.array(self.joins, JOIN),
+            grants=np.array(self.grants, GRANT),
+            prefill=np.array([(slot, int(sample), len(ids)) for slot, ids, sample in prefill], PREFILL),
+            decode=None if decode is None else np.array(decode, np.int32),
+            ids=np.array([t for _, ids, _ in prefill for t in ids], np.int32),
+        )
+        self.joins, self.grants = [], []
+        return StepPlan.unpack(plan.pack())  # read-only arrays, as in a worker
+
+    def _append(self, slot: int, n: int) -> None:
+        self.kv_len[slot] += n
+        while len(self.pages[slot]) * self.page_size < self.kv_len[slot]:
+            self._grant(slot, int(self.free.pop()))
+
+    def _grant(self, slot: int, page: int) -> None:
+        self.grants.append((slot, len(self.pages[slot]), page))
+        self.pages[slot].append(page)
