@@ -86,12 +86,14 @@ class _Server:
         self.announced = False
 
     async def main(self) -> int:
+        import setproctitle
         from aiohttp import web
 
         from minisgl.api.batch import BatchServer
-        from minisgl.api.server import RUNNER_OPTIONS, build_app
+        from minisgl.api.server import RUN_KWARGS, build_app
         from minisgl.api.system import System
 
+        setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
@@ -99,7 +101,9 @@ class _Server:
         self.system = System(self.config)
         try:
             batch = BatchServer(self.system.ctx, self.system.run_dir, self.system.gateway)
-            runner = web.AppRunner(build_app(self.system.gateway, batch.address), **RUNNER_OPTIONS)
+            runner = web.AppRunner(
+                build_app(self.system.gateway, batch.address), access_log=None, shutdown_timeout=1.0, **RUN_KWARGS
+            )
             await runner.setup()
             await web.SockSite(runner, self.sock).start()
             self.pump()

@@ -11,7 +11,8 @@ from tests.tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model import runner as runner_module
-from minisgl.model.layers import Linear, inverse_frequencies
+from minisgl.model.gguf_file import GGUFFile
+from minisgl.model.layers import Linear
 from minisgl.model.loader import halves_from_pairs, open_weights
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
@@ -217,21 +218,19 @@ def test_pairs_become_halves():
 
 # ---------------------------------------------------------------- the embedded model
 PROMPTS = (
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-    "Once upon a time, there was a little",
-    "def fibonacci(n):\n",
+    "The Ġcapital Ġof ĠFrance Ġis",
+    "Once Ġupon Ġa Ġtime , Ġthere Ġwas",
+    "<|im_start|> user Ċ Hello Ġthere <|im_end|> Ċ <|im_start|> ass istant Ċ",
 )
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    """(spec, transformers' model, its tokenizer) of the embedded file; skipped where the package is not installed."""
-    pytest.importorskip("gguf")
+    """The spec of the embedded file and transformers' model of it; skipped where the package is not installed."""
     try:
         spec = resolve(None)
     except UserError as e:
         pytest.skip(str(e))
-    from tokenizers import Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -243,7 +242,7 @@ def embedded():
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
     model.tie_weights()
-    return spec, model, Tokenizer
+    return spec, model
 
 
 def _hf_config(cls, spec):
@@ -262,9 +261,33 @@ def _hf_config(cls, spec):
 
 
 def test_the_embedded_model_loads_the_weights_that_transformers_loads(embedded):
-    spec, model, _ = embedded
+    spec, model = embedded
     weights = open_weights(spec, torch.float32)
     for name, theirs in model.state_dict().items():
         if name != "lm_head.weight":
             assert torch.equal(weights.take(name, tuple(theirs.shape)), theirs), name
     weights.finish()
+
+
+def test_the_embedded_model_says_what_transformers_says(embedded):
+    spec, model = embedded
+    vocabulary = {t: i for i, t in enumerate(GGUFFile.open(spec.path).fields["tokenizer.ggml.tokens"])}
+    prompts = [[vocabulary[t] for t in p.split()] for p in PROMPTS]
+    n = 20
+    theirs = [
+        model.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=2)[
+            0, len(p) :
+        ].tolist()
+        for p in prompts
+    ]
+    config = Config(spec, EngineConfig(kv_tokens=512, max_running=4, max_context=128))
+    runner = Runner(config, 0, "")
+    runner.allocate(runner.max_pages())
+    driver = Driver(runner.max_pages(), config.engine.page_size)
+    for slot in range(3):
+        driver.join(slot)
+    steps = [runner.launch(driver.plan(prefill=[(s, p, True) for s, p in enumerate(prompts)])).result().tokens]
+    steps.append(runner.launch(driver.plan(decode=[0, 1, 2])).result().tokens)
+    while len(steps) < n:
+        steps.append(runner.launch(driver.plan(decode=None, same=[0, 1, 2])).result().tokens)
+    assert np.stack(steps).T.tolist() == theirs

@@ -383,7 +383,7 @@ def test_what_is_no_conversation_is_refused(payload: bytes) -> None:
     ("template", "reason"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].nothing.at.all }}", "undefined"),
+        ("{{ messages[0].nothing.at.all }}", "no attribute .nothing"),
         ("{{ messages[0].content + 3 }}", "str"),
         ("{% if %}", "cannot be used"),
         ("{{ messages.append(1) }}", "not callable|unsafe|safely"),
@@ -405,7 +405,7 @@ def test_a_template_that_refuses_says_why(template: str, reason: str) -> None:
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}",
         "{{ lipsum(n=99999999) }}",
-        "{{ (9 ** 9 ** 9) | string }}",
+        "{{ (9 ** (9 ** 9)) | string }}",
         "{{ range(99999999) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",

@@ -151,15 +151,11 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _leave_on_sigterm(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)
-
-
 def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, ...], parent: int) -> None:
     """What a child process runs.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
     _die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; only the root acts on it
-    signal.signal(signal.SIGTERM, _leave_on_sigterm)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group; only the root acts on them
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     setproctitle.setproctitle(f"minisgl::{name}")

@@ -5,7 +5,9 @@ Runs in the api process, on its main thread: PR_SET_PDEATHSIG fires when the *th
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -65,12 +67,15 @@ class Supervisor:
         self.run_dir = run_dir
         self._mp = mp.get_context("spawn")
         self._procs: dict[str, BaseProcess] = {}
+        # Should the root end by an exception, the exit handler of multiprocessing would wait for the children for ever.
+        # Handlers
+        # run in reverse order of registration, and that one is registered by the import of multiprocessing.util above.
+        atexit.register(self.kill)
 
     def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
         """Start an actor process.  `make` must be a module-level function."""
         with _quiet_spawn():
-            # daemon: should the root end by an exception, multiprocessing terminates its children instead of waiting for ever
-            proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name, daemon=True)
+            proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
             proc.start()
         self._procs[name] = proc
 

@@ -8,7 +8,10 @@ requests cancelled.  Runs in the api process, on its event loop.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +19,12 @@ import zmq
 
 from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
 from minisgl.actors.process import ZmqContext, address
+from minisgl.api.fields import parse_json
 from minisgl.api.requests import Engine
-from minisgl.api.serving import answer
+from minisgl.api.serving import ENDPOINTS, internal_error
+from minisgl.errors import RequestError
 
+log = logging.getLogger("minisgl.api")
 SILENT_SECONDS = 10.0
 _MAX_FRAME = 16 << 20
 
@@ -87,8 +93,19 @@ class BatchServer:
             self._send(identity, BatchRefused(f"{type(msg).__name__} is not for the batch socket"))
 
     async def _serve(self, identity: bytes, m: BatchSubmit) -> None:
-        status, request_id, body = await answer(self._engine, m.url, m.body)
-        self._send(identity, BatchResult(m.custom_id, status, request_id, body))
+        try:
+            handler = ENDPOINTS.get(m.url)
+            if handler is None:
+                raise RequestError(f"url must be one of {', '.join(ENDPOINTS)}.", param="url", code="invalid_value")
+            status, body = 200, await handler(self._engine, parse_json(m.body))
+        except RequestError as e:
+            status, body = e.status, e.body()
+            if e.retry_after is not None:
+                body["error"]["retry_after"] = e.retry_after
+        except Exception:
+            log.exception("a batch request failed")
+            status, body = 500, internal_error().body()
+        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", json.dumps(body).encode()))
         # The descriptor signals edges, and sending may have consumed one: look for mail that arrived meanwhile.
         self._drain()
 

@@ -19,7 +19,6 @@ from minisgl.errors import RequestError
 log = logging.getLogger("minisgl.api")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ID_KEY = "request_id"
 
 
 @web.middleware
@@ -35,21 +34,19 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             response.headers["Allow"] = e.headers["Allow"]
         return response
     except Exception:
-        log.exception("request %s failed", request_id(request))
-        return error_response(internal_error())
+        response = error_response(internal_error())
+        await name_response(request, response)
+        log.exception("request %s failed", response.headers["x-request-id"])
+        return response
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """`on_response_prepare`: x-request-id on every answer, streams included."""
-    response.headers["x-request-id"] = request_id(request)
+    """`on_response_prepare`: x-request-id on every answer, streams included.
 
-
-def request_id(request: web.Request) -> str:
-    """The caller's own x-request-id if it is harmless in a header and a log, else one made up now; the same every time."""
-    if _ID_KEY not in request:
-        given = request.headers.get("x-request-id", "")
-        request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    return str(request[_ID_KEY])
+    It is the caller's own if that is harmless in a header and in a log, else one made up here.
+    """
+    given = request.headers.get("x-request-id", "")
+    response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
 
 
 def error_response(error: RequestError) -> web.Response:

@@ -48,7 +48,7 @@ async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: Sampli
 
 
 class _Mailbox:
-    """Chunks that nobody has taken yet.  Holds at most the completions of one request, as one merged chunk each."""
+    """Chunks that nobody has taken yet: at most the completions of one request, so bounded by its `max_tokens`."""
 
     def __init__(self) -> None:
         self._chunks: dict[int, list[Chunk]] = {}

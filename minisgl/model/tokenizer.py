@@ -115,7 +115,7 @@ class Tokenizer:
 
     @property
     def _strips_space(self) -> bool:
-        return self._decoders[-1]["type"] == "Strip"
+        return bool(self._decoders[-1]["type"] == "Strip")
 
     @cached_property
     def _table(self) -> list[bytes] | None:
@@ -144,7 +144,7 @@ def _is_sentencepiece(settings: list[dict[str, Any]]) -> bool:
     replace, strip = settings[0], settings[-1]
     if (replace["pattern"], replace["content"]) != ({"String": _SPACE}, " "):
         return False
-    return kinds[-1] == "Fuse" or bool(strip == {"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return kinds[-1] == "Fuse" or strip == {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def _byte_alphabet() -> dict[str, int]:

