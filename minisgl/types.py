@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 
 from minisgl.errors import InvalidParam
@@ -11,6 +10,7 @@ from minisgl.errors import InvalidParam
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_SEED = (1 << 63) - 1
+_MAX_INT = (1 << 31) - 1  # what the 32-bit fields of a plan hold
 
 
 class Finish(enum.IntEnum):
@@ -52,9 +52,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 1 << 31)
+            _check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
         _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, 1 << 31)
+        _check_int("top_k", self.top_k, 0, _MAX_INT)
         _check_float("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise InvalidParam("top_p", "top_p must be greater than 0 (use temperature 0 for greedy decoding).")
@@ -66,7 +66,7 @@ class SamplingParams:
         for s in self.stop:
             _check_stop(s)
         for t in self.stop_token_ids:
-            _check_int("stop_token_ids", t, 0, 1 << 31)
+            _check_int("stop_token_ids", t, 0, _MAX_INT)
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
@@ -93,5 +93,5 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 def _check_float(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidParam(name, f"{name} must be a number, got {type(value).__name__}.", "invalid_type")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high:  # also refuses NaN
         raise InvalidParam(name, f"{name} must be between {low:g} and {high:g}, got {value}.")

@@ -273,13 +273,12 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
     spec, model = embedded
     vocabulary = {t: i for i, t in enumerate(GGUFFile.open(spec.path).fields["tokenizer.ggml.tokens"])}
     prompts = [[vocabulary[t] for t in p.split()] for p in PROMPTS]
-    n = 20
-    theirs = [
-        model.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=2)[
-            0, len(p) :
-        ].tolist()
-        for p in prompts
-    ]
+    n = 12
+    theirs = []
+    for p in prompts:
+        ids = torch.tensor([p])  # the mask is given because generate() would take <|im_end|>, its padding, out of the prompt
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, eos_token_id=None)
+        theirs.append(out[0, len(p) :].tolist())
     config = Config(spec, EngineConfig(kv_tokens=512, max_running=4, max_context=128))
     runner = Runner(config, 0, "")
     runner.allocate(runner.max_pages())

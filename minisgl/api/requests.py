@@ -64,7 +64,7 @@ class Engine(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting", "ready", "draining" or "dead"."""
+        """ "starting", "ready", "draining", then "stopped"; or "dead"."""
 
     @property
     def open_requests(self) -> int: ...
