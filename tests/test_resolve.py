@@ -153,7 +153,7 @@ def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(model):
 
 @pytest.mark.parametrize("model", ["gpt2", "org/", "a b/c", "https://x"])
 def test_what_is_neither_path_nor_hub_id_is_refused(model):
-    with pytest.raises(UserError, match="neither|no such file"):
+    with pytest.raises(UserError, match=r"neither|no such file"):
         resolve(model)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
@@ -18,6 +17,7 @@ from minisgl.model.runner import MAX_KV_TOKENS, Runner
 from minisgl.model.state import SlotState
 from minisgl.model.threads import prepare_environment, threads_per_rank
 from minisgl.plan import StepPlan
+from tests.tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)] for i in range(4)]
 
@@ -124,7 +124,7 @@ def test_kv_tokens_are_rounded_up_to_pages(checkpoint):
     ("free", "engine", "pages"),
     [
         (1 << 50, {"max_running": 8, "max_context": 128}, 8 * 128 // 4),  # what the slots can use
-        (1 << 50, {"max_running": 4096, "max_context": 256}, MAX_KV_TOKENS // 4),  # the limit of a CPU
+        (1 << 50, {"max_running": 4096, "max_context": 256, "step_tokens": 8192}, MAX_KV_TOKENS // 4),  # the limit of a CPU
         (3072 * 100, {"memory_fraction": 0.5}, 50),  # 2 layers x 2 x 3 heads x 16 x 4 bytes x 4 tokens = 3 KiB a page
         (3072 * 100 - 1, {"memory_fraction": 0.5}, 49),
     ],
@@ -203,7 +203,8 @@ def test_half_precision_runs_and_agrees_roughly(checkpoint):
     def first(dtype: str) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
         runner, driver = make(checkpoint, dtype=dtype)
-        runner._model = (lambda model: lambda *a: seen.append(model(*a)) or seen[-1])(runner._model)
+        model = runner._model
+        runner._model = lambda *args: seen.append(model(*args)) or seen[-1]
         driver.join(0)
         runner.launch(driver.plan(prefill=[(0, PROMPTS[3], True)]))
         runner.launch(driver.plan(decode=[0]))

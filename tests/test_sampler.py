@@ -85,18 +85,18 @@ def test_large_and_wrapped_seeds_are_accepted():
 
 @settings(max_examples=200, deadline=None)
 @given(
+    seed=st.integers(0, 2**64 - 1),
     logits=st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=1, max_size=40),
     temperature=st.sampled_from([0.1, 0.7, 1.0, 3.0]),
     top_k=st.integers(0, 45),
     top_p=st.sampled_from([0.05, 0.31, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.11, 0.53, 1.0]),
-    seed=st.integers(0, 2**64 - 1),
 )
-def test_draws_follow_the_reference(logits, temperature, top_k, top_p, min_p, seed):
-    r = rows(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=11)
+def test_draws_follow_the_reference(seed, logits, **filters):
+    r = rows(1, seed=seed, position=11, **filters)
     token = int(sample(torch.tensor([logits]), r)[0])
-    exact = [float(getattr(r, f)[0]) for f in ("temperature", "top_p", "min_p")]
-    probs = reference_distribution(logits, exact[0], top_k, exact[1], exact[2])
+    temperature, top_p, min_p = (float(getattr(r, f)[0]) for f in ("temperature", "top_p", "min_p"))  # as float32
+    probs = reference_distribution(logits, temperature, filters["top_k"], top_p, min_p)
     u = float(uniform(r.seed, r.positions)[0])
     # Float32 probabilities may tip a draw that lies on the very edge between two tokens.
     assert token in {reference_draw(probs, max(0.0, min(u + e, 1 - 1e-9))) for e in (-1e-6, 0.0, 1e-6)}

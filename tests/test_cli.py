@@ -1,0 +1,103 @@
+"""The command line: instant help, flags that agree with the configuration, errors that name the flag."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from minisgl.cli import _ENGINE_FLAGS, engine_config, flag
+from minisgl.config import EngineConfig, ModelSpec
+from minisgl.errors import InvalidParam, UserError
+from minisgl.model.resolve import resolve
+from minisgl.serve import parser
+from minisgl.types import SamplingParams
+
+
+@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["chat", "--help"], ["batch", "--help"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom minisgl.__main__ import main\n"
+        f"try: main({command!r})\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'aiohttp', 'zmq', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: minisgl" in done.stdout
+
+
+def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
+    assert [name for name, *_ in _ENGINE_FLAGS] == [f.name for f in fields(EngineConfig)]
+    args = vars(parser().parse_args([]))
+    assert engine_config(args) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("tp", 0),
+        ("page_size", 0),
+        ("max_running", 0),
+        ("max_running", 70000),
+        ("step_tokens", 128),  # not above max_running
+        ("lag", 9),
+        ("kv_tokens", -1),
+        ("memory_fraction", 0.0),
+        ("memory_fraction", 1.5),
+        ("dtype", "float8"),
+        ("cache", "magic"),
+        ("threads", -1),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(setting: str, value: object) -> None:
+    with pytest.raises(UserError, match=flag(setting)):
+        EngineConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(("value", "lag"), [("1", 1), ("0", 2), ("", 2)])
+def test_the_environment_can_switch_overlap_off(monkeypatch: pytest.MonkeyPatch, value: str, lag: int) -> None:
+    monkeypatch.setenv("MINISGL_DISABLE_OVERLAP_SCHEDULING", value)
+    assert engine_config({}).lag == lag
+
+
+def test_a_model_spec_survives_json() -> None:
+    spec = resolve(None)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("max_tokens", 1 << 31),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", 10**400),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("top_k", 1 << 31),
+        ("min_p", float("inf")),
+        ("seed", 1 << 63),
+        ("stop", ("",)),
+        ("stop", (5,)),
+        ("stop", ("x",) * 17),
+        ("stop", ("x" * 257,)),
+        ("stop_token_ids", (-1,)),
+    ],
+)
+def test_a_sampling_parameter_out_of_range_names_its_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidParam) as refused:
+        SamplingParams(**{field: value})
+    assert refused.value.param == field
+
+
+def test_a_single_stop_string_may_be_written_as_one() -> None:
+    assert SamplingParams(stop="\n").stop == ("\n",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")

@@ -1,0 +1,157 @@
+"""docs/structures.md is true: messages, edges, arenas and imports are read from its tables and compared with the code."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses as dc
+import re
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from conftest import World, oracle_config, random_traffic
+
+from minisgl.actors import arenas
+from minisgl.actors.detokenizer import DetokenizerActor
+from minisgl.actors.local import LocalSystem
+from minisgl.actors.messages import registry
+from minisgl.actors.ring import RingWriter
+from minisgl.actors.scheduler import SchedulerActor
+from minisgl.actors.tokenizer import TokenizerActor
+from minisgl.actors.worker import WorkerActor
+from minisgl.api.gateway import Gateway
+from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
+from minisgl.config import Config, EngineConfig
+from minisgl.model.oracle import OracleRunner
+from minisgl.model.resolve import resolve
+from minisgl.types import SamplingParams
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minisgl"
+
+
+def tables() -> dict[str, list[list[str]]]:
+    """First header cell -> rows."""
+    rows: dict[str, list[list[str]]] = defaultdict(list)
+    head = None
+    for line in (ROOT / "docs/structures.md").read_text().splitlines():
+        if not line.startswith("|"):
+            head = None
+            continue
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if head is None:
+            head = cells[0]
+        elif set(cells[0]) != {"-"}:
+            rows[head].append(cells)
+    return rows
+
+
+TABLES = tables()
+
+
+def fields_of(name: str) -> str:
+    return " ".join(f.name for f in dc.fields(registry()[name]))
+
+
+def observed_edges() -> set[tuple[str, str, str]]:
+    """Every edge seen while all real actors work in one deterministic system, text, chat and trouble included."""
+    config = Config(resolve(None), EngineConfig(kv_tokens=512, max_context=256, max_running=8, step_tokens=64))
+    shared, fds = arenas.create_arenas(config)
+    system = LocalSystem(3)
+    gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))
+    system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts)))
+    system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
+    system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
+    system.spawn("worker0", lambda ctx: WorkerActor(ctx, 0, shared, lambda: OracleRunner(config, 32)))
+    gateway._silent.clear()
+    system.run()
+    seen: list[object] = []
+    greedy = SamplingParams(max_tokens=60)
+    gateway.open(TextPrompt("Once upon a time"), greedy, seen.append)
+    gateway.open(ChatPrompt(b'{"messages": [{"role": "user", "content": "Hi"}], "kwargs": {}}'), greedy, seen.append)
+    gateway.open(ChatPrompt(b'{"messages": 5, "kwargs": {}}'), greedy, seen.append)
+    gateway.open(TextPrompt("x"), SamplingParams(max_tokens=60, stop=tuple("aeiou nrst")), seen.append)
+    victim = gateway.open(TokenPrompt((1, 2, 3)), greedy, seen.append)
+    gateway.close(victim)
+    system.run()
+    arenas.close_arenas(fds)
+    small = World(0, oracle_config(tp=1, kv_tokens=16))
+    small.submit(list(range(1, 20)), 2)
+    random_traffic(small, 0)
+    edges = system.edges | small.system.edges
+    small.close()
+    return {(name, re.sub(r"\d+$", "", src), re.sub(r"\d+$", "", dst)) for name, src, dst in edges}
+
+
+def test_the_message_table_is_what_the_actors_really_say() -> None:
+    documented = {(name, src, dst) for name, src, dst, _ in TABLES["message"]}
+    assert observed_edges() == documented
+    for name, _, _, fields in TABLES["message"]:
+        assert fields == fields_of(name), name
+
+
+def test_every_message_of_the_registry_is_documented() -> None:
+    runtime = {name: fields for name, _, fields in TABLES["runtime message"]}
+    for name, fields in runtime.items():
+        assert fields == fields_of(name), name
+    assert {r[0] for r in TABLES["message"]} | set(runtime) == set(registry()) - {"SamplingParams"}
+
+
+def test_the_arena_table_is_the_arenas() -> None:
+    assert [r[0] for r in TABLES["arena"]] == [f.name for f in dc.fields(arenas.Arenas)]
+    for row in TABLES["arena"]:  # the module's own docstring has the same table
+        assert re.search(r"\s+".join(map(re.escape, row)), arenas.__doc__ or ""), row[0]
+
+
+def modules() -> dict[str, ast.Module]:
+    out = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            out[name] = ast.parse(path.read_text())
+    return out
+
+
+def room_of(module: str) -> str:
+    rooms = [room for room, members, _ in TABLES["room"] if any(fnmatch(module, m) for m in members.split())]
+    assert len(rooms) == 1, f"{module} is in {rooms or 'no room'}"
+    return rooms[0]
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+    return names
+
+
+@pytest.mark.parametrize(("module", "tree"), modules().items())
+def test_no_room_imports_upwards(module: str, tree: ast.Module) -> None:
+    allowed = {row[0]: set(row[2].split()) for row in TABLES["room"]}
+    mine = room_of(module)
+    known = modules()
+    for name in imports_of(tree):
+        target = name.removeprefix("minisgl.")
+        if name.startswith("minisgl.") and target in known:
+            assert room_of(target) in {mine} | allowed[mine], f"{module} imports {target}"
+
+
+def test_torch_is_imported_on_the_workers_side_only() -> None:
+    users = {m for m, tree in modules().items() if any(n == "torch" or n.startswith("torch.") for n in imports_of(tree))}
+    assert users == {row[0] for row in TABLES["torch"]}
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    banned = {"pickle", "marshal", "dill", "cloudpickle", "shelve", "yaml"}
+    for module, tree in modules().items():
+        assert not imports_of(tree) & banned, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                assert name not in {"recv_pyobj", "send_pyobj"}, module
+                if isinstance(node.func, ast.Name):
+                    assert name not in {"eval", "exec"}, module
