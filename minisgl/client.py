@@ -88,7 +88,10 @@ class BatchClient:
         return [c["message"]["content"] for c in self._choices("/v1/chat/completions", bodies)]
 
     def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[str]:
-        """The continuations of prompts, in order.  Raises RequestError if one of them cannot be served."""
+        """The continuations of prompts, in order.  Without `max_tokens` the server's default for completions holds: 16.
+
+        Raises RequestError if one of them cannot be served.
+        """
         fields = {k: v for k, v in asdict(params or SamplingParams()).items() if v is not None}
         return [c["text"] for c in self._choices("/v1/completions", [{"prompt": p, **fields} for p in prompts])]
 

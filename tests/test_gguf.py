@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 from minisgl.errors import UserError
 from minisgl.model.gguf_file import GGUFFile
@@ -17,7 +18,6 @@ from minisgl.model.layers import inverse_frequencies
 from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
-from tests.tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 
 def pairs_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:

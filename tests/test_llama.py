@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
@@ -15,7 +16,6 @@ from minisgl.model.layers import Linear
 from minisgl.model.loader import halves_from_pairs, open_weights
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
-from tests.tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
 
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, 203, 43)]
 VARIANTS = {

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas, actor_names
+from minisgl.actors.board import Board
 from minisgl.actors.messages import (
     ActorDied,
     Cancel,
@@ -73,6 +74,7 @@ class Gateway(Actor):
         self._state = "starting"
         self._prompts = RingReader(arenas.prompts)
         self._requests = RingWriter(arenas.requests)
+        self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
         self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
         self._last_uid = 0
@@ -273,7 +275,7 @@ class Gateway(Actor):
             return
         self.died = m
         how = f"was killed by signal {-m.exitcode}" if m.exitcode < 0 else f"ended with exit code {m.exitcode}"
-        self.failure = f"the process {m.name} {how}"
+        self.failure = f"the process {m.name} {how} (after step {self._board.line(m.name).step})"
         self._end("dead", f"The engine failed while it served this request ({m.name} died).")
 
     def drain(self) -> None:
