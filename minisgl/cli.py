@@ -20,6 +20,8 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("memory_fraction", float, "F", "share of the memory left after the weights that the KV cache may take"),
     ("max_context", int, "TOKENS", "longest prompt plus completion; 0: the model's own limit"),
     ("cache", str, "KIND", "prefix cache: radix, or none"),
+    ("order", str, "KIND", "who starts first: prefix (longest cached prefix), or arrival"),
+    ("itl_target_ms", float, "MS", "keep the time between a request's tokens near this by smaller prefill chunks; 0: off"),
     ("threads", int, "N", "CPU threads over all ranks; 0: as many as this process may use"),
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
@@ -61,6 +63,17 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--max-open-requests", type=int, metavar="N", default=d.max_open_requests, help="more are answered 429 (%(default)s)"
     )
 
+    server.add_argument(
+        "--max-queue", type=int, metavar="N", default=d.max_queue, help="waiting requests; more are answered 429 (%(default)s)"
+    )
+    server.add_argument(
+        "--max-queued-tokens",
+        type=int,
+        metavar="N",
+        default=d.max_queued_tokens,
+        help="prompt tokens of waiting requests; more are answered 429 (%(default)s)",
+    )
+
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
     """EngineConfig from flag values, with the one environment variable that is part of the interface.  Raises UserError."""
@@ -78,5 +91,7 @@ def config_from(args: argparse.Namespace, model: ModelSpec) -> Config:
         served_names=tuple(args.served_model_name or (model.name,)),
         drain_seconds=args.drain_seconds,
         max_open_requests=args.max_open_requests,
+        max_queue=args.max_queue,
+        max_queued_tokens=args.max_queued_tokens,
     )
     return Config(model, engine_config(vars(args)), server)

@@ -63,6 +63,8 @@ class EngineConfig:
     memory_fraction: float = 0.4  # share of the free memory, after the weights, that the KV cache may take
     max_context: int = 0  # tokens per request; 0 = the model's own limit
     cache: str = "radix"  # "radix" | "none"
+    order: str = "prefix"  # who starts first among equal priorities: "prefix" = longest cached prefix, "arrival"
+    itl_target_ms: float = 0.0  # prefill chunks shrink so that running requests get a token this often; 0 = fixed budget
     threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
 
@@ -84,11 +86,14 @@ class EngineConfig:
         for flag, name, known in (
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--cache", self.cache, ("radix", "none")),
+            ("--order", self.order, ("prefix", "arrival")),
         ):
             if name not in known:
                 raise UserError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise UserError(f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction:g}")
+        if not 0.0 <= self.itl_target_ms <= 60_000:
+            raise UserError(f"--itl-target-ms must be between 0 and 60000, got {self.itl_target_ms:g}")
         if self.step_tokens <= self.max_running:
             raise UserError(
                 f"--step-tokens ({self.step_tokens}) must be larger than --max-running ({self.max_running}): a step "
@@ -106,6 +111,8 @@ class ServerConfig:
     drain_seconds: float = 2.0  # how long running requests may go on after SIGTERM or ^C
     max_body_bytes: int = 8 << 20
     max_open_requests: int = 4096  # admission bound: more are answered 429
+    max_queue: int = 2048  # requests waiting to be started: more are answered 429; 0 = no bound
+    max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
 
 
 @dataclass(frozen=True, slots=True)

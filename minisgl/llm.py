@@ -66,7 +66,9 @@ class LLM:
         spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
         settings = _known(engine)
         check_tp(spec, settings.get("tp", 1))
-        config = Config(spec, engine_config(settings), ServerConfig(max_open_requests=_UNBOUNDED))
+        config = Config(
+            spec, engine_config(settings), ServerConfig(max_open_requests=_UNBOUNDED, max_queue=0, max_queued_tokens=0)
+        )
         self.system = System(config, make_worker)
         try:
             self.system.wait_ready()

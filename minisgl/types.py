@@ -10,6 +10,8 @@ from minisgl.errors import InvalidParam
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_SEED = (1 << 63) - 1
+MAX_PRIORITY = 100  # and down to its negative: a bounded number of lanes
+MAX_SALT_CHARS = 256
 _MAX_INT = (1 << 31) - 1  # what the 32-bit fields of a plan hold
 
 
@@ -20,11 +22,34 @@ class Finish(enum.IntEnum):
     STOP = 1  # an EOS token, a stop token or a stop string
     LENGTH = 2  # max_tokens or the context was reached
     ABORT = 3  # the client went away or cancelled
+    TIMEOUT = 4  # its deadline passed
 
     @property
     def reason(self) -> str | None:
-        """The OpenAI `finish_reason`."""
-        return (None, "stop", "length", "abort")[self]
+        """The OpenAI `finish_reason`; ABORT and TIMEOUT reach clients as errors."""
+        return (None, "stop", "length", "abort", "timeout")[self]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How a request is treated, apart from its text.
+
+    `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
+    none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
+    Raises `InvalidParam` naming the field when a value cannot be used.
+    """
+
+    priority: int = 0
+    timeout: float = 0.0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check_float("timeout", self.timeout, 0.0, 1e6)
+        if not isinstance(self.cache_salt, str):
+            raise InvalidParam("cache_salt", "cache_salt must be a string.", "invalid_type")
+        if len(self.cache_salt) > MAX_SALT_CHARS:
+            raise InvalidParam("cache_salt", f"cache_salt may have at most {MAX_SALT_CHARS} characters.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +120,6 @@ def _check_float(name: str, value: object, low: float, high: float) -> None:
         raise InvalidParam(name, f"{name} must be a number, got {type(value).__name__}.", "invalid_type")
     if not low <= value <= high:  # also refuses NaN
         raise InvalidParam(name, f"{name} must be between {low:g} and {high:g}, got {value}.")
+
+
+DEFAULT_OPTIONS = RequestOptions()

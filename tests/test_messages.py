@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.actors import messages as m
-from minisgl.types import SamplingParams
+from minisgl.types import RequestOptions, SamplingParams
 
 
 def _value(hint: object) -> st.SearchStrategy:
@@ -25,6 +25,10 @@ def _value(hint: object) -> st.SearchStrategy:
         if c is np.ndarray:
             dtype = np.dtype(typing.get_args(typing.get_args(hint)[1])[0])
             arms.append(st.lists(st.integers(0, 200), max_size=5).map(lambda v, d=dtype: np.array(v, d)))
+        elif c is RequestOptions:
+            arms.append(
+                st.builds(RequestOptions, priority=st.integers(-9, 9), timeout=st.floats(0, 99), cache_salt=st.text(max_size=5))
+            )
         elif c is SamplingParams:
             arms.append(
                 st.builds(
@@ -52,7 +56,7 @@ def _value(hint: object) -> st.SearchStrategy:
 def _messages() -> st.SearchStrategy:
     builds = []
     for cls in m.registry().values():
-        if cls is not SamplingParams:
+        if cls not in (SamplingParams, RequestOptions):
             hints = typing.get_type_hints(cls)
             builds.append(st.builds(cls, **{f.name: _value(hints[f.name]) for f in dc.fields(cls)}))
     return st.one_of(builds)

@@ -59,7 +59,7 @@ def test_every_page_size_gives_the_same_text(page_size: int) -> None:
 
 
 def test_the_tight_pool_really_retracts_and_evicts() -> None:
-    retracted = sum(run_world(seed, kv_tokens=TIGHT).machine.retractions for seed in range(20))
+    retracted = sum(run_world(seed, kv_tokens=TIGHT).machine.counters.retractions for seed in range(20))
     assert retracted > 10
 
 

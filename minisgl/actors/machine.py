@@ -19,43 +19,32 @@ it is *published*.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import heapq
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.actors.costs import F64, StepCosts, features
+from minisgl.actors.queue import Request, WaitQueue
 from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
 from minisgl.cache.pages import PagePool
-from minisgl.cache.radix import RadixCache
+from minisgl.cache.radix import Match, RadixCache
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan, StepResult
-from minisgl.types import Finish, SamplingParams
+from minisgl.types import Finish
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
-LOOK_PAST = 16  # waiting requests that are examined in one step behind a head that does not fit
+WINDOW = 16  # waiting requests that are looked at in one step
+MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
 
 # ---------------- what goes in
-@dataclass(slots=True, eq=False)
-class Request:
-    """One generation request.  `ids` i32: the prompt, and after a retraction or replay also what was generated so far."""
-
-    uid: int
-    ids: I32
-    limit: int  # tokens in all, prompt included
-    seed: int
-    params: SamplingParams
-    order: int = 0  # order of arrival
-    need: int = 0  # pages it lacked when it was last looked at: more than that need not be tried
-    resumed: bool = False  # has run before
-
-
 @dataclass(frozen=True, slots=True)
 class Add:
     """A new request."""
@@ -95,7 +84,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The sizes that bound the machine.  `step_tokens` must exceed `slots`, or decodes could starve prefills."""
+    """The sizes that bound the machine.  `step_tokens` must exceed `slots`, or decodes could starve prefills.
+
+    `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.
+    `order`: "prefix" starts the requests with the longest cached prefix first (among the first WINDOW of equal priority),
+    "arrival" does not look.  `share`: a prompt whose beginning is just being computed by another request waits for its pages.
+    """
 
     slots: int
     num_pages: int
@@ -106,6 +100,25 @@ class Limits:
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     cache: str = "radix"
+    itl_target: float = 0.0
+    order: str = "prefix"
+    share: bool = True
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start.  Tokens are counted when they are planned."""
+
+    steps: int = 0
+    admitted: int = 0
+    retractions: int = 0
+    timeouts: int = 0
+    wasted_rows: int = 0  # computed for requests that had already ended
+    prompt_tokens: int = 0  # of requests when they were first admitted
+    cached_tokens: int = 0  # of these, found in the cache
+    prefill_tokens: int = 0  # computed
+    decode_tokens: int = 0
+    misses: dict[str, int] = field(default_factory=dict)  # prompt tokens not found at first admission, by reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +128,7 @@ class _InFlight:
     step: int
     slots: I32
     epochs: I64
+    cost: F64
 
 
 class _PlanParts:
@@ -142,16 +156,18 @@ class StepMachine:
         self.pool = PagePool(limits.num_pages)
         max_pages = -(-limits.max_context // limits.page_size)
         self.table = SlotTable(limits.slots, max_pages, limits.num_pages, limits.page_size, self.cache.root)
-        self.waiting: OrderedDict[int, Request] = OrderedDict()  # by uid, in order of arrival (retracted ones at the front)
+        self.waiting = WaitQueue()
         self.running: dict[int, tuple[int, Request]] = {}  # uid -> (slot, request)
         self.inflight: deque[_InFlight] = deque()
-        self.steps = 0
-        self.wasted_rows = 0  # computed for requests that had already ended
-        self.retractions = 0
+        self.counters = Counters()
+        self.costs = StepCosts()
+        self.prefill_rate = 0.0  # prompt tokens per second over the last steps; 0 = not known yet
+        self._rate_mark: tuple[float, int] | None = None  # (when, prefill tokens then)
         self._prefilling: list[int] = []  # slots with prompt left to prefill, in order of admission
         self._decoding: I32 = _NONE  # slots that decode, in order of admission
         self._last_decode: I32 | None = None  # decode rows of the previous plan, None before the first
         self._arrivals = 0
+        self._deadlines: list[tuple[float, int]] = []  # (when, uid); entries of ended requests are skipped
         self._remaps: list[npt.NDArray[np.void]] = []  # grants that move rows to canonical pages, sent with the next plan
         self._eos = np.zeros(limits.vocab_size, np.bool_)
         self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
@@ -165,23 +181,41 @@ class StepMachine:
             if isinstance(event, StepResult):
                 self._take_result(event, out)
             elif isinstance(event, Add):
-                self._arrivals += 1
-                event.request.order = self._arrivals
-                self.waiting[event.request.uid] = event.request
+                self._arrive(event.request, now)
             else:
-                self._drop(event.uid, out)
+                self._end(event.uid, Finish.ABORT, out)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.counters.timeouts += self._end(heapq.heappop(self._deadlines)[1], Finish.TIMEOUT, out)
         if len(self.inflight) < self.limits.lag:
             self._plan(out)
+            self._measure_rate(now)
         return out
+
+    def _measure_rate(self, now: float) -> None:
+        """Prompt tokens per second, over windows of half a second in which something was waiting."""
+        done = self.counters.prefill_tokens + self.counters.cached_tokens
+        if self._rate_mark is None or not len(self.waiting):
+            self._rate_mark = (now, done)
+        elif now - self._rate_mark[0] >= 0.5:
+            rate = (done - self._rate_mark[1]) / (now - self._rate_mark[0])
+            self.prefill_rate = rate if not self.prefill_rate else 0.5 * (self.prefill_rate + rate)
+            self._rate_mark = (now, done)
 
     @property
     def idle(self) -> bool:
         """Nothing runs, nothing waits."""
-        return not self.running and not self.waiting and not self.inflight
+        return not self.running and not len(self.waiting) and not self.inflight
 
     def fits(self, n_tokens: int) -> bool:
         """Whether a request of this many tokens could ever run."""
         return n_tokens <= self.limits.num_pages * self.limits.page_size
+
+    def _arrive(self, request: Request, now: float) -> None:
+        self._arrivals += 1
+        request.order, request.arrived = self._arrivals, now
+        if request.options.timeout:
+            heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
+        self.waiting.add(request)
 
     # ---------------- results
     def _take_result(self, result: StepResult, out: Output) -> None:
@@ -191,9 +225,11 @@ class StepMachine:
                 f"result {result.step} ({len(result.tokens)} rows) for plan {sent.step} ({len(sent.slots)} rows)"
             )
         table = self.table
+        if result.busy_us:
+            self.costs.observe(sent.cost, result.busy_us * 1e-6)
         live = table.epoch[sent.slots] == sent.epochs
         slots, tokens = sent.slots[live], result.tokens[live]
-        self.wasted_rows += len(sent.slots) - len(slots)
+        self.counters.wasted_rows += len(sent.slots) - len(slots)
         if not len(slots):
             return
         table.append(slots, tokens)
@@ -207,13 +243,15 @@ class StepMachine:
         for slot in slots[finish != 0].tolist():
             self._release(slot)
 
-    def _drop(self, uid: int, out: Output) -> None:
+    def _end(self, uid: int, finish: Finish, out: Output) -> bool:
+        """End a request from outside.  False if it has ended already."""
         if uid in self.running:
             self._release(self.running[uid][0])
-        elif self.waiting.pop(uid, None) is None:
-            return
+        elif self.waiting.remove(uid) is None:
+            return False
         none = np.zeros(1, np.uint8)
-        out.news.append(News(np.array([uid], np.int64), none, _NONE, np.array([Finish.ABORT], np.uint8)))
+        out.news.append(News(np.array([uid], np.int64), none, _NONE, np.array([finish], np.uint8)))
+        return True
 
     def _release(self, slot: int) -> None:
         """End of a stay: what is known *and* planned goes to the cache, the rest of the pages becomes free."""
@@ -262,7 +300,8 @@ class StepMachine:
         parts = _PlanParts()
         parts.grants, self._remaps = self._remaps, []
         decode = self._plan_decode(parts)
-        budget = self.limits.step_tokens - len(decode)
+        context = int(self.table.planned[decode].sum())
+        budget = self._prefill_budget(len(decode), context)
         for slot in list(self._prefilling):
             if budget <= 0:
                 break
@@ -277,7 +316,7 @@ class StepMachine:
         same = self._last_decode is not None and np.array_equal(decode, self._last_decode)
         self._last_decode = decode
         out.plan = StepPlan(
-            self.steps,
+            self.counters.steps,
             joins=np.array(parts.joins, JOIN),
             grants=np.concatenate(parts.grants) if parts.grants else np.zeros(0, GRANT),
             prefill=np.array(parts.prefill, PREFILL),
@@ -285,9 +324,21 @@ class StepMachine:
             ids=np.concatenate(parts.ids) if parts.ids else _NONE,
         )
         rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
-        self.inflight.append(_InFlight(self.steps, rows, self.table.epoch[rows]))
-        self.steps += 1
+        prefilled = len(out.plan.ids)
+        cost = features(prefilled, len(decode), context)
+        self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost))
+        self.counters.steps += 1
+        self.counters.prefill_tokens += prefilled
+        self.counters.decode_tokens += len(decode)
         self._finish_prefills(parts)
+
+    def _prefill_budget(self, decode_rows: int, context: int) -> int:
+        """Prompt tokens that this step may take beside its decodes; at least a page, so that prompts always get on."""
+        budget = self.limits.step_tokens - decode_rows
+        target = self.limits.itl_target
+        if target and decode_rows and self.costs.known:
+            budget = min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
+        return budget
 
     def _plan_decode(self, parts: _PlanParts) -> I32:
         """Every running row that still has tokens to ask for gets one; rows at a page boundary get a page."""
@@ -313,15 +364,16 @@ class StepMachine:
         return self.pool.free >= n
 
     def _retract(self) -> None:
-        """Send the youngest running request back to the queue; it resumes with the same text and the same random draws."""
-        slot, request = max(self.running.values(), key=lambda r: r[1].order)
-        prefilled = slot not in self._prefilling
-        ids = self.table.ids(slot) if prefilled else request.ids
+        """Send the least important, youngest running request back to the queue.
+
+        It resumes with the same text and the same random draws: its tokens so far become its prompt.
+        """
+        slot, request = max(self.running.values(), key=lambda r: (-r[1].options.priority, r[1].order))
+        ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
         request.ids, request.need, request.resumed = ids, 0, True
-        self.waiting[request.uid] = request
-        self.waiting.move_to_end(request.uid, last=False)
-        self.retractions += 1
+        self.waiting.add(request, front=True)
+        self.counters.retractions += 1
 
     def _plan_chunk(self, slot: int, budget: int, parts: _PlanParts) -> int:
         """The next prefill chunk of a slot, as large as budget and pages allow.  Returns its tokens."""
@@ -358,32 +410,57 @@ class StepMachine:
                 self._prefilling.remove(slot)
                 self._decoding = np.append(self._decoding, np.int32(slot))
 
+    # ---------------- admission
     def _admit(self, budget: int, parts: _PlanParts, out: Output) -> None:
-        """Start waiting requests while there are slots, budget and pages; look past a few that do not fit."""
-        skipped = 0
-        while budget > 0 and self.table.free_slots and skipped < LOOK_PAST:
-            request = next(islice(self.waiting.values(), skipped, None), None)
+        """Start waiting requests while there are slots, budget and pages, looking past a few that do not fit."""
+        if budget <= 0 or not self.table.free_slots or not len(self.waiting):
+            return
+        left: set[int] = set()  # looked at in this step and left waiting
+        while budget > 0 and self.table.free_slots and len(left) < WINDOW:
+            request = self._next_candidate(left)
             if request is None:
                 return
             slot = self._try_admit(request, parts, out)
             if slot is None:
-                skipped += 1
-            else:
-                budget -= self._plan_chunk(slot, budget, parts)
+                left.add(request.uid)
+                if request.passed >= MAX_PASSED:
+                    return  # it has been overtaken often enough: those behind it wait until it fits
+                continue
+            for other in self.waiting.front(WINDOW):
+                other.passed += other.order < request.order
+            budget -= self._plan_chunk(slot, budget, parts)
+
+    def _next_candidate(self, left: set[int]) -> Request | None:
+        """Whom to try next: the front of the queue, or by longest cached prefix among those of equal standing at the front."""
+        window = [r for r in self.waiting.front(WINDOW) if r.uid not in left]
+        if not window:
+            return None
+        first = window[0]
+        if self.limits.order == "arrival" or first.passed >= MAX_PASSED or first.resumed or len(window) == 1:
+            return first
+        equals = [r for r in window if r.options.priority == first.options.priority]
+        return max(equals, key=lambda r: (self._match(r).num_pages, -r.order))
+
+    def _match(self, request: Request) -> Match:
+        return self.cache.match(request.ids, request.options.cache_salt)
 
     def _try_admit(self, request: Request, parts: _PlanParts, out: Output) -> int | None:
         """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those promised."""
         table, size = self.table, self.limits.page_size
         if request.need > self.pool.free + self.cache.evictable:
             return None
-        handle, pages = self.cache.acquire(self.cache.match(request.ids))
+        match = self._match(request)
+        if self.limits.share and self._is_being_computed(request, match):
+            return None
+        why = self.cache.why_missed(request.ids, match)
+        handle, pages = self.cache.acquire(match)
         request.need = -(-(len(request.ids) + 1) // size) - len(pages)
         promised = sum(-(-int(table.target[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
         watermark = len(self.running)  # a page for the next boundary of each running row
         if request.need + promised + watermark > self.pool.free + self.cache.evictable:
             self.cache.release(handle)
             return None
-        del self.waiting[request.uid]
+        self.waiting.remove(request.uid)
         slot, cached = table.take(), len(pages) * size
         table.uid[slot] = request.uid
         table.length[slot] = table.target[slot] = len(request.ids)
@@ -402,8 +479,29 @@ class StepMachine:
         parts.joins.append((slot, cached, p.temperature, p.top_k, p.top_p, p.min_p, request.seed))
         parts.grant(slot, np.arange(len(pages), dtype=np.int32), pages)
         if not request.resumed:
+            self.counters.admitted += 1
+            self.counters.prompt_tokens += len(request.ids)
+            self.counters.cached_tokens += cached
+            self.counters.misses[why] = self.counters.misses.get(why, 0) + len(request.ids) - cached
             out.started.append((request.uid, cached))
         return slot
+
+    def _is_being_computed(self, request: Request, match: Match) -> bool:
+        """Whether a running prefill is about to publish the very page that this request would compute first.
+
+        Its place in the tree is where our match ends, and its next page has our next tokens; a step later the match is longer.
+        """
+        size, at = self.limits.page_size, match.num_pages * self.limits.page_size
+        if at + size >= len(request.ids):  # the last token is computed in any case
+            return False
+        ours = request.ids[at : at + size]
+        for slot in self._prefilling:
+            leader = self.running[int(self.table.uid[slot])][1]
+            if int(self.table.n_shared[slot]) == match.num_pages and self.table.handle[slot] is match.node:
+                theirs = leader.ids[at : at + size]
+                if len(theirs) == size and (theirs == ours).all():
+                    return True
+        return False
 
     # ---------------- checks
     def check(self) -> None:

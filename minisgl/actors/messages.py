@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import dataclass_transform
 
-from minisgl.types import SamplingParams
+from minisgl.types import RequestOptions, SamplingParams
 
 PROTOCOL = 1
 MAX_BYTES = 64 << 20  # larger frames are refused before they are parsed
@@ -162,6 +162,7 @@ I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
 register(SamplingParams)
+register(RequestOptions)
 
 
 # ---------------- lifecycle (every actor)
@@ -270,6 +271,7 @@ class Rejected:
     text: str
     param: str | None
     code: str | None
+    retry_after: int | None
 
 
 @message
@@ -286,6 +288,7 @@ class Generate:
     max_tokens: int
     seed: int
     params: SamplingParams
+    options: RequestOptions
 
 
 @message

@@ -15,7 +15,7 @@ import numpy as np
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas
 from minisgl.actors.board import Board
-from minisgl.actors.machine import Add, Drop, Event, Limits, News, Output, Request, StepMachine
+from minisgl.actors.machine import Add, Drop, Event, Limits, News, Output, StepMachine
 from minisgl.actors.messages import (
     Cancel,
     Capacity,
@@ -29,6 +29,7 @@ from minisgl.actors.messages import (
     WorkerArmed,
     WorkerLoaded,
 )
+from minisgl.actors.queue import Request
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
@@ -72,6 +73,8 @@ class SchedulerActor(Actor):
                 vocab_size=self.config.model.vocab_size,
                 eos_ids=self.config.model.eos_ids,
                 cache=engine.cache,
+                itl_target=engine.itl_target_ms / 1000,
+                order=engine.order,
             )
         )
         for rank in range(engine.tp):
@@ -102,7 +105,26 @@ class SchedulerActor(Actor):
             return
         limits = machine.limits
         limit = min(m.n_prompt + m.max_tokens, self.config.max_context, limits.num_pages * limits.page_size)
-        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params)))
+        if (retry := self._overload(len(ids))) is not None:
+            text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
+            self.ctx.send("api", Rejected(m.uid, 429, text, None, "server_overloaded", retry))
+            return
+        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options)))
+
+    def _overload(self, n_ids: int) -> int | None:
+        """Seconds after which a client should try again, if the queue is full; None if it is not.
+
+        Tokens are the bound that matters: they are the time that a newcomer would wait.  An empty queue takes any request.
+        """
+        machine, server = self._machine(), self.config.server
+        adds = [e.request for e in self._inbox if isinstance(e, Add)]
+        waiting = len(machine.waiting) + len(adds)
+        tokens = machine.waiting.tokens + sum(len(r.ids) for r in adds)
+        full = server.max_queue and waiting >= server.max_queue
+        heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
+        if not full and not heavy:
+            return None
+        return max(1, min(30, round(tokens / machine.prefill_rate))) if machine.prefill_rate else 5
 
     def _reject_too_long(self, m: Generate) -> None:
         limits = self._machine().limits
@@ -112,7 +134,7 @@ class SchedulerActor(Actor):
             f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
             "larger --kv-tokens. (context_length_exceeded)"
         )
-        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded"))
+        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None))
 
     @on(Cancel)
     def cancel(self, m: Cancel) -> None:
@@ -183,7 +205,7 @@ class SchedulerActor(Actor):
     def _stop_workers(self) -> bool:
         """STOP goes through the ring, so that every rank leaves after the same step.  True: something was done."""
         if self._unsent is None:
-            self._unsent = StepPlan(self._machine().steps, PlanKind.STOP)
+            self._unsent = StepPlan(self._machine().counters.steps, PlanKind.STOP)
         last = self._unsent.kind == PlanKind.STOP
         if self._flush() and last:
             self.ctx.stop()

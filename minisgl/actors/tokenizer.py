@@ -54,12 +54,12 @@ class TokenizerActor(Actor):
             ids = self._encode(m)
             self._check_length(ids, "prompt" if m.chat is None else "messages")
         except RequestError as e:
-            self.ctx.send("api", Rejected(m.uid, e.status, e.message, e.param, e.code))
+            self.ctx.send("api", Rejected(m.uid, e.status, e.message, e.param, e.code, None))
             return
         except Exception as e:  # a bug in a library: it must not end everybody's service
             _log.exception("request %d could not be tokenized", m.uid)
             text = f"The tokenizer failed on this request ({type(e).__name__})."
-            self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error"))
+            self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
         self._backlog.append((m.uid, ids))
         self._flush()

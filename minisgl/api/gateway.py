@@ -40,7 +40,7 @@ from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import Finish, SamplingParams
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
 _CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
@@ -53,6 +53,7 @@ class Entry:
 
     uid: int
     params: SamplingParams
+    options: RequestOptions
     deliver: Deliver
     source: str  # the request field that holds the prompt, for error messages
     ids: I32 | None = None  # prompt ids, known once tokenized
@@ -90,10 +91,10 @@ class Gateway(Actor):
     def open_requests(self) -> int:
         return len(self._ledger)
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self._check_open()
         self._last_uid += 1
-        entry = Entry(self._last_uid, params, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
+        entry = Entry(self._last_uid, params, options, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
         if isinstance(prompt, TokenPrompt):
             ids = self._check_ids(prompt)
             self._ledger[entry.uid] = entry
@@ -193,7 +194,7 @@ class Gateway(Actor):
             self._backlog.popleft()
             self._requests.publish(raw)
             entry.sent = True
-            message = Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params)
+            message = Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params, entry.options)
             self.ctx.send("scheduler", message)
         self._requests.starve(False)
 
@@ -226,6 +227,9 @@ class Gateway(Actor):
             if finish == Finish.ABORT:  # nobody here asked for it
                 self._fail(entry, RequestError("The request was aborted.", status=500, kind="server_error", code="aborted"))
                 continue
+            if finish == Finish.TIMEOUT:
+                self._fail(entry, _timed_out(entry))
+                continue
             if finish:
                 del self._ledger[uid]
             entry.deliver(Chunk(text, new, Finish(finish), len(entry.ids), cached))
@@ -234,8 +238,10 @@ class Gateway(Actor):
     def rejected(self, m: Rejected) -> None:
         entry = self._ledger.get(m.uid)
         if entry is not None:
-            kind = "invalid_request_error" if m.status < 500 else "server_error"
-            self._fail(entry, RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code))
+            kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
+            self._fail(
+                entry, RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
+            )
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
         del self._ledger[entry.uid]
@@ -293,3 +299,11 @@ class Gateway(Actor):
         status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
         for entry in list(self._ledger.values()):
             self._fail(entry, RequestError(text, status=status, kind="server_error", code=code))
+
+
+def _timed_out(entry: Entry) -> RequestError:
+    text = (
+        f"The request was not finished within its timeout of {entry.options.timeout:g} s "
+        f"({len(entry.delivered)} tokens were generated)."
+    )
+    return RequestError(text, status=504, kind="server_error", param="timeout", code="timeout")

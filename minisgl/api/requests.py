@@ -12,7 +12,7 @@ from typing import Protocol
 
 from minisgl.config import Config
 from minisgl.errors import RequestError
-from minisgl.types import Finish, SamplingParams
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Engine(Protocol):
     @property
     def open_requests(self) -> int: ...
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Start a request; returns its uid.  `deliver` is called later (never from inside `open`) with chunks, the last of
         which has a `finish`, or with one RequestError, after which nothing follows.
 

@@ -13,9 +13,13 @@ class NoCache:
         self.root = Node(b"", NO_PAGES, None)
         self.evictable = 0
         self.num_pages = 0
+        self.evicted_pages = 0
 
-    def match(self, ids: I32) -> Match:
+    def match(self, ids: I32, salt: str = "") -> Match:
         return Match(self.root, 0, 0)
+
+    def why_missed(self, ids: I32, match: Match) -> str:
+        return "off"
 
     def acquire(self, match: Match) -> tuple[Node, I32]:
         return self.root, NO_PAGES
@@ -28,6 +32,9 @@ class NoCache:
         return handle, NO_PAGES, NO_PAGES
 
     def evict(self, n: int) -> I32:
+        return NO_PAGES
+
+    def flush(self) -> I32:
         return NO_PAGES
 
     def check(self) -> I32:

@@ -11,6 +11,9 @@ Requests hold *handles*: the node at whose end their cached prefix ends.  A hand
 The end of a node never moves while it lives (a split gives the front part to a new parent, longer prefixes become children),
 so a handle stays true whatever others insert.
 
+Each `cache_salt` has a root of its own: tenants with different salts never share a page, nor learn from a hit that somebody
+else has asked the same.
+
 Eviction takes the least recently used unreferenced leaf, page by page from its tail, from a heap whose stale entries are
 skipped: no walk over the tree, ever.
 
@@ -28,19 +31,21 @@ import numpy as np
 import numpy.typing as npt
 
 I32 = npt.NDArray[np.int32]
+MAX_GHOSTS = 64  # evicted continuations that a node remembers
 NO_PAGES = np.zeros(0, np.int32)
 
 
 class Node:
     """A run of cached pages.  Only RadixCache writes its fields."""
 
-    __slots__ = ("children", "key", "pages", "parent", "refs", "tick")
+    __slots__ = ("children", "ghosts", "key", "pages", "parent", "refs", "tick")
 
     def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
-        self.key = key
+        self.key = key  # of a root: its salt
         self.pages = pages
-        self.parent = parent  # None for the root, and for a node that has been evicted
+        self.parent = parent  # None for a root, and for a node that has been evicted
         self.children: dict[bytes, Node] | None = None
+        self.ghosts: set[bytes] | None = None  # first pages of continuations that have been evicted
         self.refs = 0  # requests whose prefix runs through this node
         self.tick = 0  # last use
 
@@ -52,6 +57,7 @@ class Match:
     node: Node
     inside: int
     num_pages: int
+    salt: str = ""
 
 
 class RadixCache:
@@ -63,21 +69,23 @@ class RadixCache:
         self.evictable = 0
         self.num_pages = 0
         self.num_nodes = 0
+        self.evicted_pages = 0
+        self._salted: dict[str, Node] = {}  # a root for each cache_salt that has pages or users
         self._page_bytes = 4 * page_size
         self._tick = 0
         self._heap: list[tuple[int, int, Node]] = []  # (tick, ticket, leaf); an entry may be stale
         self._ticket = 0
 
     # ---------------- lookup (read-only)
-    def match(self, ids: I32) -> Match:
-        """The longest cached prefix of `ids`, in whole pages.  Changes nothing; valid until the tree changes.
+    def match(self, ids: I32, salt: str = "") -> Match:
+        """The longest cached prefix of `ids` under `salt`, in whole pages.  Changes nothing; valid until the tree changes.
 
         The last token is never part of it: something must be computed to have logits to sample from.
         """
         step = self._page_bytes
         end = (len(ids) - 1) // self.page_size * step
         data = ids[: max(end, 0) // 4].tobytes()
-        node, at = self.root, 0
+        node, at = self._root(salt), 0
         while at < end and node.children is not None:
             child = node.children.get(data[at : at + step])
             if child is None:
@@ -86,8 +94,22 @@ class RadixCache:
                 node, at = child, at + len(child.key)
                 continue
             inside = self._common_pages(child.key, data, at)
-            return Match(child, inside, at // step + inside)
-        return Match(node, len(node.pages), at // step)
+            return Match(child, inside, at // step + inside, salt)
+        return Match(node, len(node.pages), at // step, salt)
+
+    def _root(self, salt: str) -> Node:
+        """The tree of a salt; a new one is entered when somebody acquires a place in it."""
+        return (self._salted.get(salt) or Node(salt.encode(), NO_PAGES, None)) if salt else self.root
+
+    def why_missed(self, ids: I32, match: Match) -> str:
+        """Why a match is no longer: "whole" (it is not), "short" (no whole page is left), "evicted" (it was here), or "new"."""
+        at = match.num_pages * self.page_size
+        if at >= len(ids) - 1:
+            return "whole"
+        if at + self.page_size > len(ids) - 1:
+            return "short"
+        ghosts = match.node.ghosts if match.inside == len(match.node.pages) else None
+        return "evicted" if ghosts and ids[at : at + self.page_size].tobytes() in ghosts else "new"
 
     def _common_pages(self, key: bytes, data: bytes, at: int) -> int:
         """How many whole pages of `key` equal `data` from `at` on (at least the first is known to)."""
@@ -104,16 +126,19 @@ class RadixCache:
         node = match.node
         if match.inside < len(node.pages):
             node = self._split(node, match.inside)
+        if match.salt and node.parent is None:
+            node = self._salted.setdefault(match.salt, node)
         self._tick += 1
         runs: list[I32] = []
-        walk: Node | None = node
-        while walk is not None and walk.parent is not None:
+        walk = node
+        while walk.parent is not None:
             if walk.refs == 0:
                 self.evictable -= len(walk.pages)
             walk.refs += 1
             walk.tick = self._tick
             runs.append(walk.pages)
             walk = walk.parent
+        walk.refs += 1
         return node, np.concatenate(runs[::-1]) if runs else NO_PAGES
 
     def release(self, handle: Node) -> None:
@@ -128,6 +153,12 @@ class RadixCache:
                 if not walk.children:
                     self._push(walk)
             walk = walk.parent
+        walk.refs -= 1
+        self._forget_root(walk)
+
+    def _forget_root(self, root: Node) -> None:
+        if root.key and not root.refs and not root.children:
+            self._salted.pop(root.key.decode(), None)
 
     def extend(self, handle: Node, ids: I32, pages: I32) -> tuple[Node, I32, I32]:
         """Make whole pages that follow `handle` known to the tree, and move the handle to their end.
@@ -163,7 +194,10 @@ class RadixCache:
         node.refs, node.tick = 1, self._tick
         if parent.children is None:
             parent.children = {}
-        parent.children[key[: self._page_bytes]] = node
+        first = key[: self._page_bytes]
+        parent.children[first] = node
+        if parent.ghosts is not None:
+            parent.ghosts.discard(first)
         self.num_pages += len(pages)
         self.num_nodes += 1
         return node
@@ -207,9 +241,11 @@ class RadixCache:
                 continue
             have = len(leaf.pages)
             if have > missing:
+                cut = (have - missing) * self._page_bytes
                 freed.append(leaf.pages[have - missing :])
                 leaf.pages = leaf.pages[: have - missing].copy()
-                leaf.key = leaf.key[: len(leaf.pages) * self._page_bytes]
+                self._remember(leaf, leaf.key[cut : cut + self._page_bytes])
+                leaf.key = leaf.key[:cut]
                 self._forget(missing)
                 break
             heapq.heappop(self._heap)
@@ -219,29 +255,45 @@ class RadixCache:
             self._remove(leaf)
         return np.concatenate(freed) if freed else NO_PAGES
 
+    def flush(self) -> I32:
+        """Free every page that no request is using."""
+        return self.evict(self.evictable)
+
     def _forget(self, n: int) -> None:
         self.num_pages -= n
         self.evictable -= n
+        self.evicted_pages += n
+
+    def _remember(self, node: Node, first_page: bytes) -> None:
+        """Note that a continuation of `node` was evicted: statistics can then tell a lost prefix from a new one."""
+        if node.ghosts is None:
+            node.ghosts = set()
+        if len(node.ghosts) < MAX_GHOSTS:
+            node.ghosts.add(first_page)
 
     def _remove(self, leaf: Node) -> None:
         parent = leaf.parent
         assert parent is not None
         assert parent.children is not None
-        del parent.children[leaf.key[: self._page_bytes]]
+        first = leaf.key[: self._page_bytes]
+        del parent.children[first]
+        self._remember(parent, first)
         leaf.parent = None
         self.num_nodes -= 1
         if not parent.children:
             parent.children = None
-            if parent.refs == 0 and parent.parent is not None:
+            if parent.parent is None:
+                self._forget_root(parent)
+            elif parent.refs == 0:
                 self._push(parent)
 
     # ---------------- checks
     def nodes(self) -> Iterator[Node]:
         """Every node but the root.  For checks and statistics; O(tree)."""
-        stack = [self.root]
+        stack = [self.root, *self._salted.values()]
         while stack:
             node = stack.pop()
-            if node is not self.root:
+            if node.parent is not None:
                 yield node
             stack.extend((node.children or {}).values())
 

@@ -30,8 +30,8 @@ MAX_MEMORY = 512 << 20  # bytes beyond what the process has mapped already
 _UNLIMITED = resource.RLIM_INFINITY
 
 
-class _LimitExceeded(Exception):
-    """The template is not done within the limits."""
+class _LimitExceeded(BaseException):
+    """The template is not done within the limits.  No Exception: Jinja's constant folding would swallow it and go on."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -78,7 +78,7 @@ class ChatTemplate:
             try:
                 with _bounded():  # Jinja evaluates constant expressions while it compiles
                     self._templates[name] = env.from_string(source)
-            except Exception as e:
+            except (Exception, _LimitExceeded) as e:
                 self._templates[name] = _reason(e)
 
     def render(self, messages: Any, kwargs: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ class ChatTemplate:
         try:
             with _bounded():
                 text = _render(template, variables)
-        except Exception as e:  # whatever it is, these messages caused it
+        except (Exception, _LimitExceeded) as e:  # whatever it is, these messages caused it
             raise _refused(f"cannot render these messages: {_reason(e)}") from e
         return _cut_after(text, messages[-1]) if proceed else text
 
@@ -117,7 +117,7 @@ def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs too much memory"
     return f"{error}"[:500] or type(error).__name__
@@ -168,20 +168,20 @@ def _part_text(i: int, part: Any) -> str:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Limit the time (main thread only: it takes a signal) and the memory of what runs inside."""
+    """Limit the CPU time (main thread only: it takes a signal) and the memory of what runs inside."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limits = [n for n in (_mapped_bytes() + MAX_MEMORY, soft, hard) if n != _UNLIMITED]
     timed = threading.current_thread() is threading.main_thread()
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         if timed:
-            before = signal.signal(signal.SIGALRM, _on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+            before = signal.signal(signal.SIGPROF, _on_alarm)
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
         yield
     finally:
         if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

@@ -1,0 +1,60 @@
+"""What a step costs, learned from measured steps.  Pure; runs in the scheduler process and in the simulator.
+
+    seconds = c0 + c1 * prefill tokens + c2 * decode rows + c3 * context of the decode rows
+
+fitted by recursive least squares with forgetting (Plackett 1950; see Ljung, "System Identification", 11.2), so that it
+follows a machine that warms up or is shared.  Four numbers and a 4 x 4 matrix: about 10 us per step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+_FORGET = 0.995
+_MIN_SAMPLES = 16
+_SCALE = np.array([1.0, 1e-2, 1e-1, 1e-5])  # brings the features to the same size
+F64 = npt.NDArray[np.float64]
+
+
+def features(prefill_tokens: int, decode_rows: int, context: int) -> F64:
+    """The row of the regression for one step."""
+    x: F64 = np.array([1.0, prefill_tokens, decode_rows, context]) * _SCALE
+    return x
+
+
+class StepCosts:
+    """The fit.  `observe` measured steps, then ask how many prefill tokens fit in a time."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._w: F64 = np.zeros(4)
+        self._p: F64 = np.eye(4) * 1e4
+
+    def observe(self, x: F64, seconds: float) -> None:
+        """Take in one step with `features` x.  Outliers (ten times the expected: a stopped process) are left out."""
+        self.samples += 1
+        expected = float(self._w @ x)
+        if self.samples > _MIN_SAMPLES and seconds > 10 * max(expected, 1e-6):
+            return
+        gain = self._p @ x
+        gain /= _FORGET + float(x @ gain)
+        self._w = self._w + gain * (seconds - expected)
+        self._p = (self._p - np.outer(gain, x @ self._p)) / _FORGET
+        np.clip(self._p, -1e6, 1e6, out=self._p)  # a feature that never varies would otherwise wind up
+
+    @property
+    def known(self) -> bool:
+        """Whether enough has been seen to rely on it."""
+        return self.samples >= _MIN_SAMPLES
+
+    def seconds(self, prefill_tokens: int, decode_rows: int, context: int) -> float:
+        """The expected time of a step."""
+        return float(self._w @ features(prefill_tokens, decode_rows, context))
+
+    def prefill_within(self, seconds: float, decode_rows: int, context: int) -> int:
+        """How many prefill tokens a step with these decodes can take in `seconds`; may be negative."""
+        per_token = float(self._w[1] * _SCALE[1])
+        if per_token <= 0:
+            return 1 << 30
+        return int((seconds - self.seconds(0, decode_rows, context)) / per_token)
