@@ -95,7 +95,7 @@ class _Server:
 
         setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
         self.say(f"minisgl {__version__}: loading {self.config.model.name}")
         self.system = System(self.config)

@@ -12,6 +12,7 @@ MAX_STOP_CHARS = 256
 MAX_SEED = (1 << 63) - 1
 MAX_PRIORITY = 100  # and down to its negative: a bounded number of lanes
 MAX_SALT_CHARS = 256
+MAX_TIMEOUT = 1e6  # seconds
 _MAX_INT = (1 << 31) - 1  # what the 32-bit fields of a plan hold
 
 
@@ -45,11 +46,12 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
-        _check_float("timeout", self.timeout, 0.0, 1e6)
+        _check_float("timeout", self.timeout, 0.0, MAX_TIMEOUT)
         if not isinstance(self.cache_salt, str):
             raise InvalidParam("cache_salt", "cache_salt must be a string.", "invalid_type")
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise InvalidParam("cache_salt", f"cache_salt may have at most {MAX_SALT_CHARS} characters.")
+        _check_text("cache_salt", self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,14 @@ def _check_stop(value: object) -> None:
         raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
     if not 0 < len(value) <= MAX_STOP_CHARS:
         raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
+    _check_text("stop", value)
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise InvalidParam(name, f"{name} holds half of a surrogate pair, which is not text.") from e
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -89,6 +89,7 @@ def test_a_model_spec_survives_json() -> None:
         ("stop", (5,)),
         ("stop", ("x",) * 17),
         ("stop", ("x" * 257,)),
+        ("stop", ("\ud83d",)),
         ("stop_token_ids", (-1,)),
     ],
 )

@@ -14,7 +14,7 @@ from minisgl.api.conversation import MAX_MESSAGES
 from minisgl.api.openai import parse_chat, parse_completion, parse_json
 from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
+from minisgl.types import MAX_STOP_CHARS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 
 SERVED = ("oracle", "alias")
 USER = [{"role": "user", "content": "hi"}]
@@ -435,3 +435,16 @@ def test_refusals_are_invalid_params_with_an_openai_body() -> None:
             "code": "invalid_value",
         }
     }
+
+
+def test_priority_timeout_and_salt_become_options() -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "priority": 3, "timeout": 2.5, "cache_salt": "tenant"}
+    assert parse_chat(body, ["m"]).options == RequestOptions(priority=3, timeout=2.5, cache_salt="tenant")
+    assert parse_chat({**body, "priority": None, "timeout": None, "cache_salt": None}, ["m"]).options == RequestOptions()
+
+
+@pytest.mark.parametrize(("field", "value"), [("priority", 101), ("priority", "high"), ("timeout", -1), ("cache_salt", 5)])
+def test_an_option_out_of_range_is_named(field: str, value: object) -> None:
+    with pytest.raises(InvalidParam) as refused:
+        parse_chat({"messages": [{"role": "user", "content": "x"}], field: value}, ["m"])
+    assert refused.value.param == field

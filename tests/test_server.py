@@ -24,7 +24,7 @@ from minisgl.api.server import RUN_KWARGS, build_app
 from minisgl.api.stream import generate, generate_all
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
-from minisgl.types import Finish, SamplingParams
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -61,7 +61,9 @@ class FakeEngine:
     def open_requests(self) -> int:
         return len(self.live)
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver) -> int:
+    def open(
+        self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
         if self.refuse is not None and len(self.opened) >= self.admit:
             raise self.refuse
         uid = len(self.opened)

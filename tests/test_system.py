@@ -55,7 +55,10 @@ def test_text_goes_through_the_real_tokenizer_and_comes_back_as_text(llm: LLM) -
 
 
 def test_each_refused_request_says_why_and_the_others_are_served(llm: LLM) -> None:
-    empty, long, odd, good = llm.generate([[], list(range(1, 600)), [10**9], [1, 2, 3]], SamplingParams(max_tokens=4))
+    prompts = [[], list(range(1, 600)), [10**9], "half a \ud83d pair", [1, 2, 3]]
+    empty, long, odd, half, good = llm.generate(prompts, SamplingParams(max_tokens=4))
+    assert half.error is not None
+    assert half.error.param == "prompt"
     assert empty.error is not None
     assert "empty" in empty.error.message
     assert long.error is not None
@@ -154,7 +157,7 @@ class ServerProcess:
         return {args: int(pid) for ppid, pid, args in rows if int(ppid) == self.proc.pid}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_six_named_processes_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
     server = ServerProcess(tmp_path, "--tp", "2")
     children = server.children()
@@ -170,13 +173,15 @@ def test_a_signal_ends_the_six_named_processes_within_five_seconds(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_no_process_and_no_socket(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     children = server.children()
     assert len(children) >= 4
+    assert len(list(tmp_path.iterdir())) == 1
     server.proc.kill()
     server.proc.wait()
     eventually(lambda: not any(map(alive, children.values())))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_worker_ends_the_server_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:

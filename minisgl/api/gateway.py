@@ -107,11 +107,14 @@ class Gateway(Actor):
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
         if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
             raise self._too_long(entry, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {entry.source}")
+        try:
+            if isinstance(prompt, TextPrompt):
+                self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
+            else:
+                self.ctx.send("tokenizer", Tokenize(entry.uid, None, prompt.payload, False))
+        except UnicodeEncodeError as e:
+            raise InvalidParam(entry.source, f"{entry.source} holds half of a surrogate pair, which is not text.") from e
         self._ledger[entry.uid] = entry
-        if isinstance(prompt, TextPrompt):
-            self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
-        else:
-            self.ctx.send("tokenizer", Tokenize(entry.uid, None, prompt.payload, False))
         return entry.uid
 
     def close(self, uid: int) -> None:

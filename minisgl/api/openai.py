@@ -20,7 +20,7 @@ from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, json_type, parse_json, wrong_type
 from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_SEED, SamplingParams
+from minisgl.types import MAX_PRIORITY, MAX_SEED, MAX_TIMEOUT, RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # of one completion request
 MAX_STOP_TOKEN_IDS = 128
@@ -58,6 +58,9 @@ _USED = frozenset(
         "best_of",
         "stream",
         "stream_options",
+        "priority",
+        "timeout",
+        "cache_salt",
     }
 )
 CHAT_USED = _USED | {"messages", "chat_template_kwargs"}
@@ -120,6 +123,7 @@ class GenerationRequest:
     model: str
     prompts: tuple[Prompt, ...]
     params: SamplingParams
+    options: RequestOptions
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
@@ -149,6 +153,7 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
         model=model,
         prompts=(chat_prompt(body),),
         params=_sampling(fields, None),
+        options=_options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
@@ -168,6 +173,7 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> Completi
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
         params=_sampling(fields, COMPLETION_TOKENS),
+        options=_options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
@@ -225,6 +231,16 @@ def _sampling(fields: Fields, max_tokens: int | None) -> SamplingParams:
     if given["top_k"] == -1:  # vLLM's way of saying "off"
         given["top_k"] = 0
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _options(fields: Fields) -> RequestOptions:
+    """`priority`: higher is served first; `timeout` in seconds; `cache_salt`: whom to share cached prefixes with."""
+    given = {
+        "priority": fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
+        "timeout": fields.number("timeout", 0, MAX_TIMEOUT),
+        "cache_salt": fields.get("cache_salt", str, "a string"),
+    }
+    return RequestOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def _token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:

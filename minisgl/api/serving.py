@@ -51,7 +51,7 @@ async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     _check_size(engine, request)
     results = [Result() for _ in request.prompts]
     texts: list[list[str]] = [[] for _ in request.prompts]
-    async with aclosing(generate_all(engine, request.prompts, request.params)) as stream:
+    async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
         async for news in stream:
             for i, chunk in news:
                 results[i].add(chunk)
@@ -75,7 +75,7 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     head = render.start()
     started = False
     try:
-        async with aclosing(generate_all(engine, request.prompts, request.params)) as stream:
+        async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
             async for news in stream:
                 out = [head]
                 head = b""

@@ -12,22 +12,26 @@ from contextlib import aclosing
 
 from minisgl.api.requests import Chunk, Engine, Prompt
 from minisgl.errors import RequestError
-from minisgl.types import Finish, SamplingParams
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 News = list[tuple[int, Chunk]]  # (index of the prompt, what it has said since)
 
 
-async def generate(engine: Engine, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+async def generate(
+    engine: Engine, prompt: Prompt, params: SamplingParams, options: RequestOptions = DEFAULT_OPTIONS
+) -> AsyncGenerator[Chunk, None]:
     """Continue one prompt.  Ends after the chunk with a `finish`, which is STOP or LENGTH; raises RequestError instead if the
     request fails.  However the consumer leaves, the request is closed, once; use `contextlib.aclosing` to have that at once.
     """
-    async with aclosing(generate_all(engine, [prompt], params)) as stream:
+    async with aclosing(generate_all(engine, [prompt], params, options)) as stream:
         async for news in stream:
             for _, chunk in news:
                 yield chunk
 
 
-async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> AsyncGenerator[News, None]:
+async def generate_all(
+    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, options: RequestOptions = DEFAULT_OPTIONS
+) -> AsyncGenerator[News, None]:
     """Continue several prompts at the same time.  Each item is all there is to tell, at most one chunk for each prompt.
 
     Ends when every prompt has its `finish`; raises RequestError, and closes the others, if one of them fails.
@@ -36,7 +40,7 @@ async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: Sampli
     uids: list[int] = []
     try:
         for i, prompt in enumerate(prompts):
-            uids.append(engine.open(prompt, params, functools.partial(mailbox.put, i)))
+            uids.append(engine.open(prompt, params, functools.partial(mailbox.put, i), options))
         unfinished = len(prompts)
         while unfinished:
             news = await mailbox.take()

@@ -14,16 +14,17 @@ so a handle stays true whatever others insert.
 Each `cache_salt` has a root of its own: tenants with different salts never share a page, nor learn from a hit that somebody
 else has asked the same.
 
-Eviction takes the least recently used unreferenced leaf, page by page from its tail, from a heap whose stale entries are
-skipped: no walk over the tree, ever.
+Eviction is strictly by least recent use and never walks the tree: all unreferenced nodes stand in one ordered dictionary.
+When a request leaves, its nodes are appended from the leaf up to the root, so that a node always stands behind everything
+below it, and whatever stands first is a leaf.  From that leaf pages are taken off the tail.
 
 The radix tree as a prefix cache is due to SGLang (Zheng et al., "SGLang: Efficient Execution of Structured Language Model
-Programs", 2023); the page-granular keys, handles and lazy heap are this implementation's.
+Programs", 2023); the page-granular keys, the handles and the eviction order are this implementation's.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ NO_PAGES = np.zeros(0, np.int32)
 class Node:
     """A run of cached pages.  Only RadixCache writes its fields."""
 
-    __slots__ = ("children", "ghosts", "key", "pages", "parent", "refs", "tick")
+    __slots__ = ("children", "ghosts", "key", "pages", "parent", "refs")
 
     def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
         self.key = key  # of a root: its salt
@@ -47,7 +48,6 @@ class Node:
         self.children: dict[bytes, Node] | None = None
         self.ghosts: set[bytes] | None = None  # first pages of continuations that have been evicted
         self.refs = 0  # requests whose prefix runs through this node
-        self.tick = 0  # last use
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,7 @@ class RadixCache:
         self.evicted_pages = 0
         self._salted: dict[str, Node] = {}  # a root for each cache_salt that has pages or users
         self._page_bytes = 4 * page_size
-        self._tick = 0
-        self._heap: list[tuple[int, int, Node]] = []  # (tick, ticket, leaf); an entry may be stale
-        self._ticket = 0
+        self._unused: OrderedDict[Node, None] = OrderedDict()  # nodes without references, least recently used first
 
     # ---------------- lookup (read-only)
     def match(self, ids: I32, salt: str = "") -> Match:
@@ -128,14 +126,10 @@ class RadixCache:
             node = self._split(node, match.inside)
         if match.salt and node.parent is None:
             node = self._salted.setdefault(match.salt, node)
-        self._tick += 1
         runs: list[I32] = []
         walk = node
         while walk.parent is not None:
-            if walk.refs == 0:
-                self.evictable -= len(walk.pages)
-            walk.refs += 1
-            walk.tick = self._tick
+            self._hold(walk)
             runs.append(walk.pages)
             walk = walk.parent
         walk.refs += 1
@@ -143,18 +137,21 @@ class RadixCache:
 
     def release(self, handle: Node) -> None:
         """Give a handle back; what nobody references any more becomes evictable."""
-        self._tick += 1
         walk = handle
-        while walk.parent is not None:
+        while walk.parent is not None:  # from the leaf up: see the module's word on eviction
             walk.refs -= 1
-            walk.tick = self._tick
             if walk.refs == 0:
                 self.evictable += len(walk.pages)
-                if not walk.children:
-                    self._push(walk)
+                self._unused[walk] = None
             walk = walk.parent
         walk.refs -= 1
         self._forget_root(walk)
+
+    def _hold(self, node: Node) -> None:
+        if node.refs == 0:
+            self.evictable -= len(node.pages)
+            del self._unused[node]
+        node.refs += 1
 
     def _forget_root(self, root: Node) -> None:
         if root.key and not root.refs and not root.children:
@@ -167,7 +164,6 @@ class RadixCache:
         pages are the canonical ones and the caller's are duplicates.  Returns (new handle, canonical pages i32[k],
         duplicates): the tree now owns the canonical pages, the caller must use them from now on and may free the duplicates.
         """
-        self._tick += 1
         step, data, node, at = self._page_bytes, ids.tobytes(), handle, 0
         canonical: list[I32] = []
         while at < len(data):
@@ -179,10 +175,7 @@ class RadixCache:
             inside = self._common_pages(child.key, data, at)
             if inside < len(child.pages):
                 child = self._split(child, inside)
-            if child.refs == 0:
-                self.evictable -= len(child.pages)
-            child.refs += 1
-            child.tick = self._tick
+            self._hold(child)
             canonical.append(child.pages)
             node, at = child, at + len(child.key)
         found = np.concatenate(canonical) if canonical else NO_PAGES
@@ -191,7 +184,7 @@ class RadixCache:
     def _add(self, parent: Node, key: bytes, pages: I32) -> Node:
         """A new leaf, referenced once."""
         node = Node(key, pages, parent)
-        node.refs, node.tick = 1, self._tick
+        node.refs = 1
         if parent.children is None:
             parent.children = {}
         first = key[: self._page_bytes]
@@ -203,12 +196,15 @@ class RadixCache:
         return node
 
     def _split(self, node: Node, k: int) -> Node:
-        """Cut `node` after `k` pages (0 < k < all).  Returns the new front node; `node` keeps its end and its handles."""
+        """Cut `node` after `k` pages (0 < k < all).  Returns the new front node; `node` keeps its end and its handles.
+
+        The caller references the front at once, so it needs no place among the unused.
+        """
         parent, cut = node.parent, k * self._page_bytes
         if parent is None:
             raise ValueError("the root cannot be split")
         front = Node(node.key[:cut], node.pages[:k].copy(), parent)
-        front.refs, front.tick = node.refs, node.tick
+        front.refs = node.refs
         assert parent.children is not None
         parent.children[front.key[: self._page_bytes]] = front
         front.children = {node.key[cut : cut + self._page_bytes]: node}
@@ -217,28 +213,12 @@ class RadixCache:
         return front
 
     # ---------------- eviction
-    def _push(self, leaf: Node) -> None:
-        self._ticket += 1
-        heapq.heappush(self._heap, (leaf.tick, self._ticket, leaf))
-        if len(self._heap) > 64 + 2 * self.num_nodes:  # mostly stale: rebuild, which amortises to O(1) a push
-            self._heap = [e for e in self._heap if self._is_current(e)]
-            heapq.heapify(self._heap)
-
-    @staticmethod
-    def _is_current(entry: tuple[int, int, Node]) -> bool:
-        tick, _, node = entry
-        return node.refs == 0 and node.tick == tick and not node.children and node.parent is not None
-
     def evict(self, n: int) -> I32:
         """Free `n` pages, or all that are evictable if those are fewer; returns them.  The last leaf loses only its tail."""
         freed: list[I32] = []
         missing = n
-        while missing > 0 and self._heap:
-            entry = self._heap[0]
-            leaf = entry[2]
-            if not self._is_current(entry):
-                heapq.heappop(self._heap)
-                continue
+        while missing > 0 and self._unused:
+            leaf = next(iter(self._unused))
             have = len(leaf.pages)
             if have > missing:
                 cut = (have - missing) * self._page_bytes
@@ -248,7 +228,7 @@ class RadixCache:
                 leaf.key = leaf.key[:cut]
                 self._forget(missing)
                 break
-            heapq.heappop(self._heap)
+            del self._unused[leaf]
             freed.append(leaf.pages)
             self._forget(have)
             missing -= have
@@ -284,8 +264,6 @@ class RadixCache:
             parent.children = None
             if parent.parent is None:
                 self._forget_root(parent)
-            elif parent.refs == 0:
-                self._push(parent)
 
     # ---------------- checks
     def nodes(self) -> Iterator[Node]:
@@ -310,9 +288,11 @@ class RadixCache:
             below = sum(c.refs for c in (node.children or {}).values())
             assert node.refs >= below, f"{node.refs} references above {below} below"
             evictable += len(node.pages) if node.refs == 0 else 0
-            if node.refs == 0 and not node.children:
-                assert any(e[2] is node and self._is_current(e) for e in self._heap), "an evictable leaf is not in the heap"
+            assert (node.refs == 0) == (node in self._unused), "the unused nodes and the references disagree"
             pages.append(node.pages)
+        place = {node: i for i, node in enumerate(self._unused)}
+        for node in place:
+            assert all(place[child] < place[node] for child in (node.children or {}).values()), "a node stands before its child"
         assert evictable == self.evictable, f"{evictable} evictable pages, counted {self.evictable}"
         assert len(nodes) == self.num_nodes, f"{len(nodes)} nodes, counted {self.num_nodes}"
         everything = np.concatenate(pages)

@@ -1,0 +1,183 @@
+"""The product as its users meet it: the embedded model behind a real server at TP 2, the openai SDK, the batch client, LLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from test_process import HERE, eventually
+
+from minisgl import LLM, BatchClient, SamplingParams
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+TOPICS = ("the sea", "bread", "a red bicycle", "winter", "the number 12", "chess")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server on a free port, as `scripts/launch.sh --tp 2` starts it."""
+    run = tmp_path_factory.mktemp("run")
+    env = os.environ | {"XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(HERE.parent)}
+    flags = ["--port", "0", "--tp", "2", "--kv-tokens", "16384"]
+    server = subprocess.Popen([sys.executable, "-m", "minisgl", *flags], stderr=subprocess.PIPE, text=True, env=env)
+    assert server.stderr is not None
+    lines: list[str] = []
+    address = ""
+    for line in server.stderr:
+        lines.append(line)
+        if line.startswith("ready"):
+            address = line.split()[4].removesuffix("/v1")
+            break
+    assert address, "".join(lines)
+    threading.Thread(target=server.stderr.read, daemon=True).start()  # keep the pipe empty
+    yield address
+    server.terminate()
+    assert server.wait(timeout=20) == 0
+    assert list(run.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(kv_tokens=8192) as engine:
+        yield engine
+
+
+def info(url: str) -> dict[str, object]:
+    with urllib.request.urlopen(f"{url}/server_info") as answer:
+        return dict(json.load(answer))
+
+
+def test_a_streamed_answer_says_paris_and_the_second_time_the_prompt_is_cached(client: openai.OpenAI) -> None:
+    cached = []
+    for _ in range(2):
+        text, reason, usage = "", None, None
+        for chunk in client.chat.completions.create(
+            model="SmolLM2-135M-Instruct",
+            messages=QUESTION,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                reason = choice.finish_reason or reason
+        assert "Paris" in text
+        assert reason == "stop"
+        assert usage is not None
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (37, 8, 45)
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached[1] == 32 >= cached[0]
+
+
+def test_two_ranks_give_the_answers_of_one(client: openai.OpenAI, llm: LLM) -> None:
+    chats = [[{"role": "user", "content": f"Write two sentences about {topic}."}] for topic in TOPICS]
+    alone = [a.text for a in llm.chat(chats, SamplingParams(temperature=0, max_tokens=40))]
+    for chat, expected in zip(chats, alone, strict=True):
+        answer = client.chat.completions.create(model="SmolLM2-135M-Instruct", messages=chat, temperature=0, max_tokens=40)
+        assert answer.choices[0].message.content == expected
+
+
+def test_max_tokens_ends_by_length_and_a_stop_string_ends_before_it(client: openai.OpenAI) -> None:
+    first = client.completions.create(model="SmolLM2-135M-Instruct", prompt="1, 2, 3, 4,", max_tokens=12, temperature=0)
+    assert first.choices[0].finish_reason == "length"
+    assert first.usage is not None
+    assert first.usage.completion_tokens == 12
+    cut = first.choices[0].text[4:7]
+    second = client.completions.create(
+        model="SmolLM2-135M-Instruct", prompt="1, 2, 3, 4,", max_tokens=12, temperature=0, stop=[cut]
+    )
+    assert second.choices[0].finish_reason == "stop"
+    assert second.choices[0].text == first.choices[0].text.partition(cut)[0]
+
+
+def test_a_seed_makes_a_sampled_answer_repeatable_whatever_runs_beside_it(llm: LLM) -> None:
+    seeded = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=24)
+    alone = llm.generate(["Once upon a time"], seeded)[0]
+    others = SamplingParams(temperature=1.0, seed=1, max_tokens=24)
+    crowd = llm.generate(["Once upon a time", *[f"{t} is" for t in TOPICS]], [seeded, *[others] * len(TOPICS)])[0]
+    assert alone.token_ids == crowd.token_ids
+    different = llm.generate(["Once upon a time"], SamplingParams(temperature=1.0, top_p=0.95, seed=8, max_tokens=24))[0]
+    assert different.token_ids != alone.token_ids
+
+
+def test_a_client_that_leaves_mid_stream_frees_the_engine(client: openai.OpenAI, url: str) -> None:
+    stream = client.completions.create(
+        model="SmolLM2-135M-Instruct", prompt="Count:", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert info(url)["open_requests"] == 1
+    stream.close()
+    eventually(lambda: info(url)["open_requests"] == 0)
+
+
+def test_a_deadline_ends_a_request_with_an_error_that_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match=r"timeout of 0\.3 s"):
+        client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt="Count:", max_tokens=4000, extra_body={"ignore_eos": True, "timeout": 0.3}
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "param"),
+    [
+        ({"model": "gpt-5"}, openai.NotFoundError, "model"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 9000}]}, openai.BadRequestError, "messages"),
+        ({"max_tokens": 9000}, openai.BadRequestError, "messages"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_server_goes_on(client: openai.OpenAI, change: dict, error: type, param: str) -> None:
+    good = {"model": "SmolLM2-135M-Instruct", "messages": QUESTION, "temperature": 0, "max_tokens": 8}
+    with pytest.raises(error) as refused:
+        client.chat.completions.create(**{**good, **change})
+    assert refused.value.body["param"] == param
+    answer = client.chat.completions.create(**good)
+    assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_a_batch_over_the_socket_answers_every_prompt(url: str) -> None:
+    with BatchClient(url) as batch:
+        answers = batch.chat(
+            [QUESTION, *[[{"role": "user", "content": f"Say {t}."}] for t in TOPICS]], temperature=0, max_tokens=8
+        )
+    assert len(answers) == 1 + len(TOPICS)
+    assert "Paris" in answers[0]
+
+
+def test_the_batch_command_resumes_where_it_ended(url: str, tmp_path: Path) -> None:
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def line(i: int) -> str:
+        body = {"prompt": f"{i} + 1 =", "max_tokens": 2, "temperature": 0}
+        return json.dumps({"custom_id": f"q{i}", "method": "POST", "url": "/v1/completions", "body": body}) + "\n"
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "minisgl", "batch", str(requests), str(results), "--url", url]
+        return subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=100, check=False)
+
+    requests.write_text("".join(map(line, range(10))))
+    assert run().returncode == 0
+    with results.open("a") as f:
+        f.write('{"id": "batch_req_torn')  # as if the machine had gone down in the middle of a line
+    requests.write_text("".join(map(line, range(30))))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "10 of 30 requests are answered" in done.stderr
+    ids = [json.loads(row)["custom_id"] for row in results.read_text().splitlines()]
+    assert sorted(ids) == sorted(f"q{i}" for i in range(30))
