@@ -150,7 +150,7 @@ class RadixCache:
     def _hold(self, node: Node) -> None:
         if node.refs == 0:
             self.evictable -= len(node.pages)
-            del self._unused[node]
+            self._unused.pop(node, None)  # the front of a split has never stood there
         node.refs += 1
 
     def _forget_root(self, root: Node) -> None:
@@ -291,8 +291,8 @@ class RadixCache:
             assert (node.refs == 0) == (node in self._unused), "the unused nodes and the references disagree"
             pages.append(node.pages)
         place = {node: i for i, node in enumerate(self._unused)}
-        for node in place:
-            assert all(place[child] < place[node] for child in (node.children or {}).values()), "a node stands before its child"
+        for node, i in place.items():
+            assert all(place[child] < i for child in (node.children or {}).values()), "a node stands before its child"
         assert evictable == self.evictable, f"{evictable} evictable pages, counted {self.evictable}"
         assert len(nodes) == self.num_nodes, f"{len(nodes)} nodes, counted {self.num_nodes}"
         everything = np.concatenate(pages)
