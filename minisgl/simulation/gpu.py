@@ -1,0 +1,159 @@
+"""What a step costs on a GPU that nobody has to own: a roofline per model, or coefficients fitted to a real machine.
+
+The roofline is that of Williams, Waterman and Patterson (2009): an operation takes the longer of moving its bytes and doing its
+arithmetic.  A step has three (all linear layers, attention, the LM head), one after the other, and a fixed overhead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.errors import UserError
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step computes, in tokens and rows.
+
+    `pairs`: for every prefill token the tokens it attends to, summed; `prefill_context`: tokens of KV that the prefill chunks
+    read; `decode_context`: the same of the decode rows (one query each, so also their pairs); `samples`: rows with logits.
+    """
+
+    prefill_tokens: int = 0
+    pairs: int = 0
+    prefill_context: int = 0
+    decode_rows: int = 0
+    decode_context: int = 0
+    samples: int = 0
+
+
+class CostModel(Protocol):
+    """Anything that says how long a step takes."""
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of GPU time."""
+
+
+# ---------------- roofline
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Attainable rates.  The defaults were measured on one H200; see docs/simulator.md."""
+
+    bandwidth: float = 4.26e12  # bytes/s: device-to-device copy
+    kv_bandwidth: float = 3.8e12  # bytes/s: paged decode attention, 256 rows of 850 tokens
+    flops: float = 690e12  # bf16 GEMM, 16384 x 34816 x 5120
+    attention_flops: float = 500e12  # paged prefill attention, 8k tokens
+    kernel_seconds: float = 1.5e-6  # per kernel in a CUDA graph
+    step_seconds: float = 150e-6  # launch of a step
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A dense decoder in bf16 on one GPU: sizes as in its config.json."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    machine: Machine = Machine()
+
+    @property
+    def layer_params(self) -> int:
+        attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV per token."""
+        return 4 * self.kv_heads * self.head_dim * self.layers
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of GPU time."""
+        m, tokens = self.machine, work.prefill_tokens + work.decode_rows
+        linear = max(2 * self.layer_params / m.bandwidth, 2 * self.layer_params * tokens / m.flops)
+        per_pair = 4 * self.heads * self.head_dim * self.layers
+        prefill = max(work.prefill_context * self.kv_bytes / m.kv_bandwidth, work.pairs * per_pair / m.attention_flops)
+        decode = max(work.decode_context * self.kv_bytes / m.kv_bandwidth, work.decode_context * per_pair / m.attention_flops)
+        head_params = self.hidden * self.vocab
+        logits = 4 * work.samples * self.vocab  # bf16, written by the GEMM and read by the sampler
+        head = max((2 * head_params + logits) / m.bandwidth, 2 * head_params * work.samples / m.flops) if work.samples else 0.0
+        return linear + prefill + decode + head + (9 * self.layers + 6) * m.kernel_seconds + m.step_seconds
+
+
+PRESETS: dict[str, Roofline] = {
+    "qwen3-0.6b": Roofline(1024, 28, 16, 8, 128, 3072, 151_936),
+    "qwen3-8b": Roofline(4096, 36, 32, 8, 128, 12288, 151_936),
+    "qwen3-14b": Roofline(5120, 40, 40, 8, 128, 17408, 151_936),
+    "llama-3.1-8b": Roofline(4096, 32, 32, 8, 128, 14336, 128_256),
+}
+
+
+# ---------------- fitted
+@dataclass(frozen=True, slots=True)
+class FittedCosts:
+    """c0 + c1 * prefill tokens + c2 * decode rows + c3 * decode context + c4 * prefill pairs, in seconds."""
+
+    c0: float
+    c1: float
+    c2: float
+    c3: float
+    c4: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of GPU time."""
+        linear = self.c0 + self.c1 * work.prefill_tokens + self.c2 * work.decode_rows
+        return linear + self.c3 * work.decode_context + self.c4 * work.pairs
+
+    def to_json(self) -> str:
+        """What `read_costs` reads."""
+        return json.dumps(asdict(self))
+
+
+def read_costs(path: str) -> FittedCosts:
+    """The coefficients in a file {"c0": seconds, "c1": ..., "c2": ..., "c3": ..., optionally "c4"}.  Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            row = json.load(file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--cost-json {path}: cannot be read ({e}).") from e
+    if not isinstance(row, dict):
+        raise UserError(f'--cost-json {path}: an object {{"c0": seconds, "c1": ..., "c2": ..., "c3": ...}} is expected.')
+    values = {"c4": 0.0, **row}
+    for name in ("c0", "c1", "c2", "c3", "c4"):
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise UserError(f"--cost-json {path}: {name} must be a number of seconds, not negative, got {value!r}.")
+    costs = FittedCosts(*(float(values[name]) for name in ("c0", "c1", "c2", "c3", "c4")))
+    if costs.seconds(Work(1, 1, 1, 1, 1, 1)) <= 0:
+        raise UserError(f"--cost-json {path}: a step must take some time; all coefficients are 0.")
+    return costs
+
+
+def fit(works: list[Work], seconds: list[float]) -> FittedCosts:
+    """Least squares of measured steps, with no negative coefficients.
+
+    A negative one is dropped (a step never takes less time for doing more) and the rest fitted again, the most negative first.
+    """
+    rows = [[1, w.prefill_tokens, w.decode_rows, w.decode_context, w.pairs] for w in works]
+    x: F64 = np.array(rows, np.float64).reshape(-1, 5)
+    scale = np.maximum(np.abs(x).max(axis=0, initial=0.0), 1e-12)
+    keep = list(range(5))
+    coefficients = np.zeros(5)
+    while keep:
+        solved = np.linalg.lstsq(x[:, keep] / scale[keep], np.array(seconds), rcond=None)[0]
+        if solved.min() >= 0:
+            coefficients[keep] = solved / scale[keep]
+            break
+        keep.pop(int(solved.argmin()))
+    return FittedCosts(*coefficients.tolist())
