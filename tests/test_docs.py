@@ -75,6 +75,12 @@ def observed_edges() -> set[tuple[str, str, str]]:
     victim = gateway.open(TokenPrompt((1, 2, 3)), greedy, seen.append)
     gateway.close(victim)
     system.run()
+    gateway.flush_cache()
+    system.run()
+    assert gateway.stats["admitted"] >= 3
+    assert gateway.stats["cached_pages"] == 0
+    assert gateway.stats["free_pages"] == gateway.stats["total_pages"]
+    assert gateway.stats["evicted_pages"] > 0
     arenas.close_arenas(fds)
     small = World(0, oracle_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)

@@ -54,16 +54,19 @@ class FakeEngine:
         self.opened: list[tuple[Prompt, SamplingParams]] = []
         self.closed: list[int] = []
         self.live: dict[int, Deliver] = {}
+        self.stats = {"running_requests": 0}
+        self.flushed = False
         self.changed = asyncio.Condition()
         self.tasks: list[asyncio.Task[None]] = []
+
+    def flush_cache(self) -> None:
+        self.flushed = True
 
     @property
     def open_requests(self) -> int:
         return len(self.live)
 
-    def open(
-        self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS
-    ) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         if self.refuse is not None and len(self.opened) >= self.admit:
             raise self.refuse
         uid = len(self.opened)
@@ -677,3 +680,14 @@ def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
         assert engine.closed == [0, 1, 2]
 
     asyncio.run(main())
+
+
+def test_flush_cache_reaches_the_engine_and_server_info_has_its_statistics() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        status, _, _ = await ask(http, "/flush_cache")
+        assert status == 200
+        assert engine.flushed
+        _, _, body = await ask(http, "/server_info", method="GET")
+        assert json.loads(body)["stats"] == {"running_requests": 0}
+
+    play(scene)

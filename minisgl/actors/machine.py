@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,12 @@ class Drop:
     uid: int
 
 
-Event = Add | Drop | StepResult
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Empty the prefix cache, but for what running requests use."""
+
+
+Event = Add | Drop | Flush | StepResult
 
 
 # ---------------- what comes out
@@ -182,6 +187,8 @@ class StepMachine:
                 self._take_result(event, out)
             elif isinstance(event, Add):
                 self._arrive(event.request, now)
+            elif isinstance(event, Flush):
+                self.pool.release(self.cache.flush())
             else:
                 self._end(event.uid, Finish.ABORT, out)
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -503,7 +510,22 @@ class StepMachine:
                     return True
         return False
 
-    # ---------------- checks
+    # ---------------- statistics and checks
+    def stats(self) -> dict[str, int]:
+        """Where things stand, and what has happened since the start.  Tokens unless the name says otherwise."""
+        counters = {name: value for name, value in asdict(self.counters).items() if isinstance(value, int)}
+        return {
+            "running_requests": len(self.running),
+            "waiting_requests": len(self.waiting),
+            "waiting_tokens": self.waiting.tokens,
+            "total_pages": self.limits.num_pages,
+            "free_pages": self.pool.free,
+            "cached_pages": self.cache.num_pages,
+            "evicted_pages": self.cache.evicted_pages,
+            **counters,
+            **{f"missed_{why}_tokens": n for why, n in self.counters.misses.items()},
+        }
+
     def check(self) -> None:
         """Conservation: every page is free, cached or owned by one request, and in one place.  Raises AssertionError."""
         owned = [self.table.row(s, int(self.table.n_shared[s]), int(self.table.n_pages[s])) for s, _ in self.running.values()]

@@ -299,6 +299,22 @@ class Cancel:
 
 
 @message
+class FlushCache:
+    """api -> scheduler: empty the prefix cache, but for what running requests use."""
+
+
+@message
+class Stats:
+    """scheduler -> api, at most once a second while it works and once when it becomes idle.
+
+    `values[i]` belongs to `names[i]`; counters count from the start, tokens unless the name says otherwise.
+    """
+
+    names: tuple[str, ...]
+    values: I64
+
+
+@message
 class Track:
     """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text."""
 

@@ -15,13 +15,15 @@ import numpy as np
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas
 from minisgl.actors.board import Board
-from minisgl.actors.machine import Add, Drop, Event, Limits, News, Output, StepMachine
+from minisgl.actors.machine import Add, Drop, Event, Flush, Limits, News, Output, StepMachine
 from minisgl.actors.messages import (
     Cancel,
     Capacity,
     EngineReady,
+    FlushCache,
     Generate,
     Rejected,
+    Stats,
     Stop,
     Tokens,
     Track,
@@ -33,6 +35,8 @@ from minisgl.actors.queue import Request
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
+
+STATS_SECONDS = 1.0
 
 
 class SchedulerActor(Actor):
@@ -52,6 +56,8 @@ class SchedulerActor(Actor):
         self._armed: set[int] = set()
         self._stopping = False
         self._armed_bells = False
+        self._reported = -STATS_SECONDS
+        self._stats: dict[str, int] = {}
         self._pid = os.getpid()
 
     # ---------------- start-up
@@ -140,6 +146,10 @@ class SchedulerActor(Actor):
     def cancel(self, m: Cancel) -> None:
         self._inbox.append(Drop(m.uid))
 
+    @on(FlushCache)
+    def flush_cache(self, m: FlushCache) -> None:
+        self._inbox.append(Flush())
+
     @on(Wake)
     def wake(self, m: Wake) -> None:
         """A bell: `idle` runs next, which is the point of it."""
@@ -169,8 +179,23 @@ class SchedulerActor(Actor):
             self._flush()
         if worked:
             self._arm(False)
+            self._report(STATS_SECONDS)
             return True
-        return self._look_again()
+        if self._look_again():
+            return True
+        self._report(0.0)
+        return False
+
+    def _report(self, seconds: float) -> None:
+        """Tell api the statistics, unless they are as before or it heard them less than `seconds` ago."""
+        now = self.ctx.now()
+        if now - self._reported < seconds:
+            return
+        self._reported, stats = now, self._machine().stats()
+        if stats == self._stats:
+            return
+        self._stats = stats
+        self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower my flags: "ring me when there is a result" and, if a plan waits, "when there is room"."""

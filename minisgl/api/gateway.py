@@ -27,9 +27,11 @@ from minisgl.actors.messages import (
     Cancel,
     EngineReady,
     Failed,
+    FlushCache,
     Generate,
     Hello,
     Rejected,
+    Stats,
     Stopped,
     Text,
     Tokenize,
@@ -72,6 +74,7 @@ class Gateway(Actor):
         self.num_pages = 0
         self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
         self.died: ActorDied | None = None
+        self.stats: dict[str, int] = {}  # the scheduler's, at most a second old while it works
         self._state = "starting"
         self._prompts = RingReader(arenas.prompts)
         self._requests = RingWriter(arenas.requests)
@@ -121,6 +124,9 @@ class Gateway(Actor):
         entry = self._ledger.pop(uid, None)
         if entry is not None and entry.sent:
             self.ctx.send("scheduler", Cancel(uid))
+
+    def flush_cache(self) -> None:
+        self.ctx.send("scheduler", FlushCache())
 
     def _check_open(self) -> None:
         if self._state == "starting":
@@ -249,6 +255,10 @@ class Gateway(Actor):
     def _fail(self, entry: Entry, error: RequestError) -> None:
         del self._ledger[entry.uid]
         entry.deliver(error)
+
+    @on(Stats)
+    def keep_stats(self, m: Stats) -> None:
+        self.stats = dict(zip(m.names, m.values.tolist(), strict=True))
 
     @on(Wake)
     def wake(self, m: Wake) -> None:

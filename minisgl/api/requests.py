@@ -61,6 +61,7 @@ class Engine(Protocol):
     """The ledger of open requests, as its callers see it."""
 
     config: Config
+    stats: dict[str, int]  # of the scheduler, by name; at most a second old while it works
 
     @property
     def state(self) -> str:
@@ -78,3 +79,6 @@ class Engine(Protocol):
 
     def close(self, uid: int) -> None:
         """Nobody listens any more: cancel the request if it is still open.  Idempotent; `deliver` is not called again."""
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, but for what running requests use."""

@@ -4,7 +4,8 @@ POST /v1/chat/completions, /v1/completions     generate; `stream: true` answers 
 GET  /v1/models, /v1/models/{name}             the names that `model` may have
 GET  /health                                   200 while the process can still become or be useful, 503 when dead
 GET  /ready                                    200 when requests are served, 503 otherwise
-GET  /server_info                              what runs here
+GET  /server_info                              what runs here, and the scheduler's statistics
+POST /flush_cache                              empty the prefix cache
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def build_app(engine: Engine, batch_socket: str | None = None) -> web.Applicatio
     app.router.add_get("/health", routes.health)
     app.router.add_get("/ready", routes.ready)
     app.router.add_get("/server_info", routes.server_info)
+    app.router.add_post("/flush_cache", routes.flush_cache)
     return app
 
 
@@ -78,6 +80,10 @@ class _Routes:
     async def server_info(self, request: web.Request) -> web.Response:
         info = serving.server_info(self._engine)
         return web.json_response({**info, "pid": os.getpid(), "batch_socket": self._batch_socket})
+
+    async def flush_cache(self, request: web.Request) -> web.Response:
+        self._engine.flush_cache()
+        return web.json_response({"flushed": True})
 
     async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
         body = parse_json(await self._body(request))

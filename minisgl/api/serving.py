@@ -163,4 +163,5 @@ def server_info(engine: Engine) -> dict[str, Any]:
         "dtype": config.engine.dtype,
         "page_size": config.engine.page_size,
         "open_requests": engine.open_requests,
+        "stats": engine.stats,
     }

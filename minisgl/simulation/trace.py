@@ -104,7 +104,9 @@ def _mooncake(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
             raise _bad(source, at, f"not JSON ({e.msg})") from e
         names = ("timestamp", "input_length", "output_length", "hash_ids")
         if not isinstance(row, dict) or (missing := [n for n in names if n not in row]):
-            raise _bad(source, at, f"an object with {', '.join(names)} is expected" + (f"; {missing[0]} is missing" if row else ""))
+            raise _bad(
+                source, at, f"an object with {', '.join(names)} is expected" + (f"; {missing[0]} is missing" if row else "")
+            )
         when = row["timestamp"]
         if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 1e15:
             raise _bad(source, at, f"timestamp must be milliseconds, got {when!r}")
