@@ -101,6 +101,23 @@ def test_timers_run_in_virtual_time() -> None:
     assert system.clock == 3600
 
 
+def test_a_message_sent_on_the_way_to_sleep_is_delivered() -> None:
+    class Sleepy(Actor):
+        sent = False
+
+        def idle(self) -> bool:
+            if not self.sent:
+                self.sent = True
+                self.ctx.send("echo", Cancel(1))
+            return False
+
+    system = LocalSystem()
+    echo = system.spawn("echo", Echo)
+    system.spawn("sleepy", Sleepy)
+    system.run()
+    assert echo.seen == [1]
+
+
 def test_a_stopped_actor_leaves_and_later_mail_is_a_dead_letter() -> None:
     system = LocalSystem()
     system.spawn("echo", Echo)

@@ -97,6 +97,8 @@ class LocalSystem:
             if self.actors[choice].idle():
                 return True
             self._asleep.add(choice)
+        if any(lane and dst in self.actors for (_, dst), lane in self._lanes.items()):
+            return True  # somebody sent a last message before going to sleep
         if self._timers:
             self.clock, _, name, raw = heapq.heappop(self._timers)
             if name in self.actors:
