@@ -48,7 +48,7 @@ class Ring:
         self.records: list[list[int]] = []
         self.starved = False
 
-    def free_for(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int) -> bool:
         return self.room > 0
 
     def publish(self, payload: bytes) -> int:

@@ -107,9 +107,6 @@ class RingWriter(_Mapped):
         """Whether a record of `nbytes` can be published now."""
         return sum(self._needed(nbytes)) <= self._free()
 
-    # The name under which the tokenizer actor asks.
-    free_for = has_room
-
     def publish(self, payload: bytes) -> int:
         """Append one record and return its position.
 

@@ -30,7 +30,7 @@ class PromptRing(Protocol):
 
     def publish(self, payload: bytes) -> int: ...
 
-    def free_for(self, nbytes: int) -> bool: ...
+    def has_room(self, nbytes: int) -> bool: ...
 
     def starve(self, flag: bool) -> None: ...
 
@@ -93,7 +93,7 @@ class TokenizerActor(Actor):
         while self._backlog:
             uid, ids = self._backlog[0]
             raw = ids.astype("<i4", copy=False).tobytes()
-            if not self._ring.free_for(len(raw)):
+            if not self._ring.has_room(len(raw)):
                 break
             self._ring.publish(raw)
             self._backlog.popleft()
