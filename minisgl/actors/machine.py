@@ -222,7 +222,14 @@ class StepMachine:
         request.order, request.arrived = self._arrivals, now
         if request.options.timeout:
             heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
+            self._forget_old_deadlines()
         self.waiting.add(request)
+
+    def _forget_old_deadlines(self) -> None:
+        """Entries of ended requests go when they are most of the heap, so it never outgrows what is open."""
+        if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):
+            self._deadlines = [d for d in self._deadlines if d[1] in self.running or d[1] in self.waiting]
+            heapq.heapify(self._deadlines)
 
     # ---------------- results
     def _take_result(self, result: StepResult, out: Output) -> None:
@@ -423,8 +430,11 @@ class StepMachine:
         if budget <= 0 or not self.table.free_slots or not len(self.waiting):
             return
         left: set[int] = set()  # looked at in this step and left waiting
+        cached: dict[
+            int, int
+        ] = {}  # pages that each request of the window would find; nothing is cached before the plan is made
         while budget > 0 and self.table.free_slots and len(left) < WINDOW:
-            request = self._next_candidate(left)
+            request = self._next_candidate(left, cached)
             if request is None:
                 return
             slot = self._try_admit(request, parts, out)
@@ -437,7 +447,7 @@ class StepMachine:
                 other.passed += other.order < request.order
             budget -= self._plan_chunk(slot, budget, parts)
 
-    def _next_candidate(self, left: set[int]) -> Request | None:
+    def _next_candidate(self, left: set[int], cached: dict[int, int]) -> Request | None:
         """Whom to try next: the front of the queue, or by longest cached prefix among those of equal standing at the front."""
         window = [r for r in self.waiting.front(WINDOW) if r.uid not in left]
         if not window:
@@ -446,7 +456,10 @@ class StepMachine:
         if self.limits.order == "arrival" or first.passed >= MAX_PASSED or first.resumed or len(window) == 1:
             return first
         equals = [r for r in window if r.options.priority == first.options.priority]
-        return max(equals, key=lambda r: (self._match(r).num_pages, -r.order))
+        for request in equals:
+            if request.uid not in cached:
+                cached[request.uid] = self._match(request).num_pages
+        return max(equals, key=lambda r: (cached[r.uid], -r.order))
 
     def _match(self, request: Request) -> Match:
         return self.cache.match(request.ids, request.options.cache_salt)
