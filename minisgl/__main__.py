@@ -1,4 +1,4 @@
-"""`python -m minisgl [serve|chat|batch] ...`: dispatch, and the one place where a UserError becomes a sentence."""
+"""`python -m minisgl [serve|chat|batch|simulate] ...`: dispatch, and the one place where a UserError becomes a sentence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": "minisgl.serve",
     "chat": "minisgl.chat",
     "batch": "minisgl.batch",
+    "simulate": "minisgl.simulate",
 }
 
 

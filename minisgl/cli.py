@@ -11,7 +11,8 @@ from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig
 
 _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("tp", int, "N", "tensor-parallel degree: one worker process per rank"),
-    ("dtype", str, "TYPE", "auto, float32, bfloat16 or float16; auto is float32 on a CPU"),
+    ("device", str, "KIND", "cpu, or cuda (NVIDIA GPUs: experimental)"),
+    ("dtype", str, "TYPE", "auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a GPU"),
     ("page_size", int, "TOKENS", "tokens per page of the KV cache"),
     ("max_running", int, "N", "requests that may run at the same time"),
     ("step_tokens", int, "TOKENS", "token budget of a step; decodes come first, prompts fill the rest"),

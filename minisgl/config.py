@@ -54,7 +54,8 @@ class EngineConfig:
     """How the engine runs: everything that scheduler and workers must agree on."""
 
     tp: int = 1  # tensor-parallel degree: one worker process per rank
-    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"; auto is float32 on CPU
+    device: str = "cpu"  # "cpu" | "cuda"
+    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"; auto: float32 on a CPU, the checkpoint's on a GPU
     page_size: int = 16  # tokens of KV per page
     max_running: int = 128  # slots: requests that can be in the running batch
     step_tokens: int = 256  # token budget of one step: decodes first, prefill chunks fill the rest
@@ -84,6 +85,7 @@ class EngineConfig:
             if not low <= value <= high:
                 raise UserError(f"{flag} must be between {low} and {high}, got {value}")
         for flag, name, known in (
+            ("--device", self.device, ("cpu", "cuda")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--cache", self.cache, ("radix", "none")),
             ("--order", self.order, ("prefix", "arrival")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas, close_arenas, create_arenas
 from minisgl.actors.local import LocalSystem
+from minisgl.actors.machine import Add, Drop, Event, Flush, Limits, Output, StepMachine
 from minisgl.actors.messages import Text, Tokens, Track
+from minisgl.actors.queue import Request
 from minisgl.actors.scheduler import SchedulerActor
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.gateway import Gateway
@@ -20,7 +23,8 @@ from minisgl.api.requests import Chunk, TokenPrompt
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import RequestError
 from minisgl.model.oracle import OracleRunner, reference
-from minisgl.types import Finish, SamplingParams
+from minisgl.plan import StepPlan, StepResult
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 VOCAB, EOS = 23, 0
 
@@ -105,7 +109,7 @@ class World:
     def machine(self) -> Any:
         return self.scheduler.machine
 
-    def submit(self, ids: list[int], max_tokens: int, **params: Any) -> int:
+    def submit(self, ids: list[int], max_tokens: int, options: RequestOptions = DEFAULT_OPTIONS, **params: Any) -> int:
         uid: int = -1
         tokens: list[int] = []
 
@@ -119,13 +123,104 @@ class World:
             if chunk.finish:
                 self.ends[uid] = chunk.finish
 
-        uid = self.gateway.open(TokenPrompt(tuple(ids)), SamplingParams(max_tokens=max_tokens, **params), deliver)
+        uid = self.gateway.open(TokenPrompt(tuple(ids)), SamplingParams(max_tokens=max_tokens, **params), deliver, options)
         self.answers[uid] = tokens
         return uid
 
     def close(self) -> None:
         self.machine.check()
         close_arenas(self._fds)
+
+
+class Loop:
+    """A StepMachine with the oracle as its worker: no actors and no wire, every step in the test's hand.
+
+    After each step the machine's books are checked, and that the plan keeps to the contract of plans.
+    """
+
+    def __init__(self, **limits: Any) -> None:
+        settings = {"slots": 4, "num_pages": 40, "page_size": 4, "max_context": 64, "step_tokens": 9, "lag": 2} | limits
+        self.limits = Limits(**settings, vocab_size=VOCAB, eos_ids=(EOS,))
+        lim = self.limits
+        self.machine = StepMachine(lim)
+        engine = EngineConfig(page_size=lim.page_size, max_running=lim.slots, step_tokens=lim.step_tokens)
+        self.runner = OracleRunner(Config(oracle_spec(lim.max_context), engine), lim.num_pages)
+        self.runner.allocate(lim.num_pages)
+        self.now = 0.0
+        self.asked: dict[int, tuple[list[int], int]] = {}
+        self.said: dict[int, list[int]] = {}
+        self.ends: dict[int, Finish] = {}
+        self.started: dict[int, int] = {}  # uid -> cached tokens, in order of admission
+        self.plans: list[StepPlan] = []
+        self.pending: deque[StepResult] = deque()
+        self._events: list[Event] = []
+
+    def add(self, ids: list[int], max_tokens: int, options: RequestOptions = DEFAULT_OPTIONS, **params: Any) -> int:
+        lim, uid = self.limits, len(self.asked) + 1
+        limit = min(len(ids) + max_tokens, lim.max_context, lim.num_pages * lim.page_size)
+        self.asked[uid], self.said[uid] = (list(ids), limit - len(ids)), []
+        request = Request(uid, np.array(ids, np.int32), limit, 0, SamplingParams(max_tokens=max_tokens, **params), options)
+        self._events.append(Add(request))
+        return uid
+
+    def drop(self, uid: int) -> None:
+        self._events.append(Drop(uid))
+
+    def flush(self) -> None:
+        self._events.append(Flush())
+
+    def step(self, deliver: int = 1) -> Output:
+        """One call of the machine with the oldest `deliver` results; its plan runs at once, its result waits for delivery."""
+        results = [self.pending.popleft() for _ in range(min(deliver, len(self.pending)))]
+        inbox, self._events = [*self._events, *results], []
+        out = self.machine.step(inbox, self.now)
+        for news in out.news:
+            tokens = iter(news.tokens.tolist())
+            for uid, count, finish in zip(news.uids.tolist(), news.counts.tolist(), news.finish.tolist(), strict=True):
+                assert uid not in self.ends, "something came after the end"
+                self.said[uid].extend(next(tokens) for _ in range(count))
+                if finish:
+                    self.ends[uid] = Finish(finish)
+        for uid, cached in out.started:
+            assert uid not in self.started, "a request was announced twice"
+            self.started[uid] = cached
+        if out.plan is not None:
+            self._launch(out.plan)
+        self.machine.check()
+        return out
+
+    def _launch(self, plan: StepPlan) -> None:
+        places = list(zip(plan.grants["slot"].tolist(), plan.grants["index"].tolist(), strict=True))
+        assert len(places) == len(set(places)), "one plan grants a place of the page table twice"
+        assert len(plan.ids) == int(plan.prefill["n_ids"].sum())
+        self.plans.append(plan)
+        self.pending.append(self.runner.launch(plan).result())
+
+    def run(self, most: int = 3000) -> None:
+        """Until everything has ended."""
+        for _ in range(most):
+            self.step()
+            if self.machine.idle and not self._events:
+                return
+        raise AssertionError(f"not idle after {most} steps")
+
+    def check_answers(self) -> None:
+        """Every request ended, and said what the reference says (a beginning of it, if it was cut off)."""
+        assert self.ends.keys() == self.asked.keys(), "a request was never answered"
+        for uid, end in self.ends.items():
+            ids, most = self.asked[uid]
+            want, got = reference(ids, most, VOCAB, (EOS,)), self.said[uid]
+            if end in (Finish.ABORT, Finish.TIMEOUT):
+                assert got == want[: len(got)]
+            else:
+                assert got == want
+                assert end is (Finish.STOP if want[-1] == EOS else Finish.LENGTH)
+        counters = self.machine.counters
+        assert counters.cached_tokens + sum(counters.misses.values()) == counters.prompt_tokens
+
+    def prefilled(self) -> int:
+        """Prompt tokens computed so far."""
+        return sum(len(plan.ids) for plan in self.plans)
 
 
 def random_traffic(world: World, seed: int, n: int = 14, abort: float = 0.15) -> dict[int, list[int]]:

@@ -423,3 +423,15 @@ def test_a_hostile_template_costs_a_400_and_little_else(template: str, monkeypat
 def test_a_request_cannot_replace_the_messages_or_the_template() -> None:
     template = ChatTemplate({"default": CHATML}, {})
     assert "evil" not in template.render(user("x"), {"chat_template": "evil", "messages": user("evil")})
+
+
+def test_random_weights_have_a_tokenizer_of_bytes() -> None:
+    from dataclasses import replace
+
+    from minisgl.model.resolve import resolve
+
+    tokenizer = load_tokenizer(replace(resolve(None), format="random", path="", vocab_size=1000, bos_id=None, eos_ids=(2,)))
+    text = "naïve 🦊\x00 text"
+    ids = tokenizer.encode(text, add_special=True)
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids, skip_special=True) == text

@@ -312,8 +312,9 @@ class StepMachine:
     # ---------------- the next plan
     def _plan(self, out: Output) -> None:
         parts = _PlanParts()
-        parts.grants, self._remaps = self._remaps, []
         decode = self._plan_decode(parts)
+        parts.grants += self._remaps  # only now: rows retracted by the decodes have withdrawn theirs
+        self._remaps = []
         context = int(self.table.planned[decode].sum())
         budget = self._prefill_budget(len(decode), context)
         for slot in list(self._prefilling):
@@ -444,7 +445,9 @@ class StepMachine:
                     return  # it has been overtaken often enough: those behind it wait until it fits
                 continue
             for other in self.waiting.front(WINDOW):
-                other.passed += other.order < request.order
+                other.passed += other.options.priority > request.options.priority or (
+                    other.options.priority == request.options.priority and other.order < request.order
+                )
             budget -= self._plan_chunk(slot, budget, parts)
 
     def _next_candidate(self, left: set[int], cached: dict[int, int]) -> Request | None:
@@ -472,14 +475,13 @@ class StepMachine:
         match = self._match(request)
         if self.limits.share and self._is_being_computed(request, match):
             return None
-        why = self.cache.why_missed(request.ids, match)
-        handle, pages = self.cache.acquire(match)
-        request.need = -(-(len(request.ids) + 1) // size) - len(pages)
+        request.need = -(-(len(request.ids) + 1) // size) - match.num_pages
         promised = sum(-(-int(table.target[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
         watermark = len(self.running)  # a page for the next boundary of each running row
-        if request.need + promised + watermark > self.pool.free + self.cache.evictable:
-            self.cache.release(handle)
-            return None
+        if request.need + promised + watermark > self.pool.free + self.cache.evictable - match.unreferenced:
+            return None  # the cache was only looked at: a request that waits keeps nothing from being evicted
+        why = self.cache.why_missed(request.ids, match)
+        handle, pages = self.cache.acquire(match)
         self.waiting.remove(request.uid)
         slot, cached = table.take(), len(pages) * size
         table.uid[slot] = request.uid

@@ -33,7 +33,7 @@ class Request:
     arrived: float = 0.0  # seconds on the machine's clock
     order: int = 0  # order of arrival
     need: int = 0  # pages it lacked when it was last looked at: with fewer it need not be tried
-    passed: int = 0  # requests that arrived later and were started before it
+    passed: int = 0  # requests behind it in the queue (less important, or as important and younger) that were started first
     resumed: bool = False  # has run before
 
 

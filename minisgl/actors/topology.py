@@ -45,6 +45,10 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     prepare_environment(threads_per_rank(config.engine))
 
     def runner() -> Any:
+        if config.engine.device == "cuda":
+            from minisgl.model.cuda_runner import CudaRunner
+
+            return CudaRunner(config, rank, run_dir)
         from minisgl.model.runner import Runner
 
         return Runner(config, rank, run_dir)

@@ -59,6 +59,16 @@ class Match:
     num_pages: int
     salt: str = ""
 
+    @property
+    def unreferenced(self) -> int:
+        """Pages of it that no request holds: to acquire it makes so many fewer evictable."""
+        node, pages, total = self.node, self.inside, 0
+        while node.parent is not None and node.refs == 0:
+            total += pages
+            node = node.parent
+            pages = len(node.pages)
+        return total
+
 
 class RadixCache:
     """The tree.  `evictable` counts the pages that `evict` could free now; `num_pages` all pages the tree owns."""
@@ -224,6 +234,7 @@ class RadixCache:
                 cut = (have - missing) * self._page_bytes
                 freed.append(leaf.pages[have - missing :])
                 leaf.pages = leaf.pages[: have - missing].copy()
+                leaf.ghosts = None  # they continued the end that goes
                 self._remember(leaf, leaf.key[cut : cut + self._page_bytes])
                 leaf.key = leaf.key[:cut]
                 self._forget(missing)

@@ -16,6 +16,7 @@ from minisgl.config import ModelSpec
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Range
 
+CPU = torch.device("cpu")
 BATCH_HINT = 16  # rows that oneDNN lays a packed weight out for; good from 1 to a few hundred
 
 
@@ -86,9 +87,9 @@ class Embedding:
 class Rope:
     """Rotary position embedding in the rotate-half layout: dimensions i and i + D/2 turn together by position * freq[i]."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        self._freqs = inverse_frequencies(spec).repeat(2)  # [D]
-        self._sign = torch.ones(spec.head_dim)
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._freqs = inverse_frequencies(spec).repeat(2).to(device)  # [D]
+        self._sign = torch.ones(spec.head_dim, device=device)
         self._sign[: spec.head_dim // 2] = -1
         self._dtype = dtype
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
 from minisgl.model.attention import AttentionBackend
-from minisgl.model.layers import Embedding, Linear, RMSNorm, Rope, rotate_
+from minisgl.model.layers import CPU, Embedding, Linear, RMSNorm, Rope, rotate_
 from minisgl.model.loader import Weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Shard, split
@@ -79,21 +79,30 @@ class Layer:
 class Llama:
     """LlamaForCausalLM, the part of it that `shard` owns."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: Weights,
+        parallel: Parallel,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+    ) -> None:
         shape = (spec.vocab_size, spec.hidden_size)
         table = weights.take("model.embed_tokens.weight", shape, rows=shard.vocab)
         self.parallel = parallel
         self.embed = Embedding(table, shard.vocab, parallel)
-        self.rope = Rope(spec, dtype)
+        self.rope = Rope(spec, dtype, device)
         self.layers = [Layer(spec, shard, weights, i, parallel) for i in range(spec.num_layers)]
         self.norm = RMSNorm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps)
         self.head = Linear(table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab))
         self.vocab_widths = [end - start for start, end in split(spec.vocab_size, shard.size)]
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor, attend: AttentionBackend
+        self, ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor | None, attend: AttentionBackend
     ) -> torch.Tensor:
-        """Logits [len(sample_rows), V] of the rows that draw a token.  ids, positions: i64[T]; sample_rows: i64.
+        """Logits [len(sample_rows), V] of the rows that draw a token (None: all).  ids, positions: i64[T]; sample_rows: i64.
 
         The rest of the step's metadata is with `attend`, which must have been prepared for the same step.
         """
@@ -101,6 +110,8 @@ class Llama:
         cos, sin = self.rope.at(positions)
         for layer in self.layers:
             layer(x, cos, sin, attend)
+        if sample_rows is None:
+            return self.parallel.all_gather_cols(self.head(self.norm(x)), self.vocab_widths)
         if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
             return x.new_empty(0, sum(self.vocab_widths))
         logits = self.head(self.norm(x[sample_rows]))

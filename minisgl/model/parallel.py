@@ -14,7 +14,7 @@ TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
 class Parallel:
     """One rank of `size`.  A single rank needs no process group, and its collectives do nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1, run_dir: str = "") -> None:
+    def __init__(self, rank: int = 0, size: int = 1, run_dir: str = "", backend: str = "gloo") -> None:
         """Join the group; returns when all ranks have.  `run_dir`: a private directory that is new for every engine start.
 
         The ranks find each other through a file there instead of a TCP port, so nobody outside can join and no port can
@@ -26,7 +26,7 @@ class Parallel:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             path = os.path.join(run_dir, "tp")
             store = dist.FileStore(path, size)  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place."""

@@ -51,6 +51,7 @@ class Batch:
     pages: I32  # [P + B, pages of the longest row]; valid for the first kv_len tokens of each row
     sample_rows: I64  # [R] the tokens whose logits are wanted, in the order of StepResult.tokens
     sample_slots: I64  # [R]
+    decode_slots: I64  # [B] slot of each decode row
     sampling: SamplingRows
 
 
@@ -113,6 +114,7 @@ class SlotState:
             pages=self.page_table[slots, :longest],
             sample_rows=np.concatenate(((starts + lens - 1)[sampling_prompts], n_prompt_ids + position_of)).astype(np.int64),
             sample_slots=sample_slots,
+            decode_slots=decode,
             sampling=SamplingRows(
                 temperature=self.temperature[sample_slots],
                 top_k=self.top_k[sample_slots],

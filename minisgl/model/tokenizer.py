@@ -176,7 +176,7 @@ def _sentencepiece_bytes(token: str) -> bytes:
 # ---------------- loading
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """Read the tokenizer that belongs to a checkpoint.  Raises UserError naming the file that is missing or unusable."""
-    load = _from_gguf if spec.format == "gguf" else _from_directory
+    load = {"gguf": _from_gguf, "random": _from_nothing}.get(spec.format, _from_directory)
     backend, sources, specials = load(spec)
     for name, ids in (("bos_token", (spec.bos_id,)), ("eos_token", spec.eos_ids)):
         token = next((backend.id_to_token(i) for i in ids if i is not None), None)
@@ -204,6 +204,16 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
     short = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     specials = {short[name]: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     return gguf_tokenizer.build(fields, spec.path), sources, specials
+
+
+def _from_nothing(spec: ModelSpec) -> _Loaded:
+    """For random weights: every byte is a token."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(models.BPE({c: b for c, b in _ALPHABET.items()}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend, {}, {}
 
 
 def _from_directory(spec: ModelSpec) -> _Loaded:

@@ -29,7 +29,7 @@ _MAX_TOKENS = 1 << 24  # of one request: more is a broken line
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One arrival.  `arrival` in seconds from the start; `tokens`, `counts` i32[runs]: the prompt; `output` tokens to generate."""
+    """One arrival.  `arrival`: seconds from the start; `tokens`, `counts` i32[runs]: the prompt; `output`: tokens to make."""
 
     arrival: float
     output: int
@@ -195,13 +195,13 @@ class _Trie:
         self.longest: dict[int, int] = {}
 
 
-def ideal_hits(requests: list[TraceRequest], page_size: int) -> int:
-    """Prompt tokens that an unbounded cache of whole pages finds, if every prompt is cached the moment it arrives.
+def ideal_hits(requests: list[TraceRequest], page_size: int) -> npt.NDArray[np.int64]:
+    """For every request the prompt tokens that an unbounded cache of whole pages finds, if a prompt is cached when it arrives.
 
     As in the engine, the last token of a prompt is always computed.
     """
-    root, hits = _Trie(), 0
-    for request in requests:
+    root, hits = _Trie(), np.zeros(len(requests), np.int64)
+    for i, request in enumerate(requests):
         node: _Trie = root
         common, diverged = 0, False
         for token, count in zip(request.tokens.tolist(), request.counts.tolist(), strict=True):
@@ -210,5 +210,5 @@ def ideal_hits(requests: list[TraceRequest], page_size: int) -> int:
                 common += min(count, node.longest.get(token, 0)) if diverged else count
             node.longest[token] = max(count, node.longest.get(token, 0))
             node = node.children.setdefault((token, count), _Trie())
-        hits += min(common, request.input - 1) // page_size * page_size
+        hits[i] = min(common, request.input - 1) // page_size * page_size
     return hits

@@ -1,0 +1,34 @@
+"""A checkpoint of random weights: for benchmarks of a model's shape where its files are not at hand.  Runs in the workers.
+
+Normal with standard deviation 0.02, norms 1.  A tensor's values follow from its name alone, so every rank and every run has
+the same.  The text that comes out is noise; speed does not depend on it.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from minisgl.model.shard import Range
+
+STD = 0.02
+
+
+class RandomWeights:
+    """The Weights interface of minisgl.model.loader without a file."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        whole = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, STD, generator=generator)
+        part = whole[slice(*rows)] if rows else whole[:, slice(*cols)] if cols else whole
+        return part.contiguous()
+
+    def finish(self) -> None:
+        """Nothing can be left over."""

@@ -1,0 +1,81 @@
+"""A run: a trace through one or more replicas behind a router, on one virtual clock.
+
+Deterministic: nothing here reads a clock or draws a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minisgl.actors.machine import Limits
+from minisgl.actors.queue import Request
+from minisgl.simulation.gpu import CostModel
+from minisgl.simulation.replica import I64, Log, Replica
+from minisgl.simulation.router import PrefixRouter, RoundRobin
+from minisgl.simulation.trace import TraceRequest, ideal_hits
+from minisgl.types import SamplingParams
+
+LATENCY = 100e-6  # seconds that a call of the scheduler takes
+ROUTERS = ("prefix", "round-robin")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a simulation leaves behind.  Rows of `log`, `inputs` and `ideal` belong to the requests of the trace, in order."""
+
+    limits: Limits
+    replicas: list[Replica]
+    log: Log
+    inputs: I64  # prompt tokens
+    ideal: I64  # of these, what an unbounded cache would have found
+    refused: I64  # uids of requests that fit into no replica
+
+
+def simulate(
+    requests: list[TraceRequest],
+    limits: Limits,
+    costs: CostModel,
+    *,
+    replicas: int = 1,
+    router: str = "prefix",
+    latency: float = LATENCY,
+) -> Run:
+    """Run a trace to its end.  Requests that could never fit are refused, as the scheduler does.
+
+    Raises RuntimeError if a request neither ends nor gets on, AssertionError if a page or slot is lost: bugs of the scheduler.
+    """
+    room = min(limits.max_context, limits.num_pages * limits.page_size)
+    inputs = np.array([r.input for r in requests], np.int64)
+    fits = inputs + np.array([r.output for r in requests], np.int64) <= room
+    log = Log(len(requests))
+    log.arrival[:] = [r.arrival for r in requests]
+    fleet = [Replica(limits, costs, latency, log) for _ in range(replicas)]
+    route: PrefixRouter | RoundRobin = RoundRobin(replicas)
+    if router == "prefix" and replicas > 1:
+        route = PrefixRouter(replicas, limits.num_pages * limits.page_size)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    coming = iter([(uid, r) for uid, r in enumerate(requests) if fits[uid]])
+    head = next(coming, None)
+    while True:
+        due = min(fleet, key=lambda replica: replica.wake)
+        if head is not None and head[1].arrival <= due.wake:
+            uid, request = head
+            ids = request.ids()
+            limit = len(ids) + request.output
+            fleet[route.route(uid, ids)].submit(Request(uid, ids, limit, uid, params), request.arrival)
+            head = next(coming, None)
+        elif due.wake == np.inf:
+            break
+        else:
+            first, ended = due.call()
+            for uid in first:
+                route.started(uid)
+            for uid in ended:
+                route.finished(uid)
+    for replica in fleet:
+        replica.machine.check()
+        if not replica.machine.idle:
+            raise RuntimeError(f"{len(replica.machine.waiting)} requests wait and {len(replica.machine.running)} run for ever")
+    return Run(limits, fleet, log, inputs, ideal_hits(requests, limits.page_size), np.flatnonzero(~fits))

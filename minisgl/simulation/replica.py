@@ -1,0 +1,156 @@
+"""One replica under virtual time: the real StepMachine before a virtual GPU.
+
+    arrivals --> machine.step(inbox, now) --> plan --> GPU: starts when it is free and the plan is published --> StepResult
+                        ^                                                                                           |
+                        +-------------------------------------------------------------------------------------------+
+
+The scheduler is one thread: a call of `step` takes `latency` seconds, and what happens meanwhile is seen by the next call.  The
+GPU runs plans in order, one at a time; up to `lag` of them are published.  A result takes no time to come back.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.actors.machine import Add, Event, Limits, News, StepMachine
+from minisgl.actors.queue import Request
+from minisgl.plan import StepPlan, StepResult
+from minisgl.simulation.gpu import CostModel, Work
+from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+
+class Log:
+    """What happened to the requests of a run, as columns by uid (the index in the trace).  Times in virtual seconds."""
+
+    def __init__(self, n: int) -> None:
+        self.arrival: F64 = np.zeros(n)
+        self.first: F64 = np.full(n, np.nan)  # the first token
+        self.last: F64 = np.full(n, np.nan)  # the newest token
+        self.tokens: I64 = np.zeros(n, np.int64)
+        self.cached: I64 = np.full(n, -1, np.int64)  # prompt tokens found in the cache; -1: never admitted
+        self.finish: npt.NDArray[np.uint8] = np.zeros(n, np.uint8)
+        self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
+
+    def enter(self, news: News, now: float) -> tuple[list[int], list[int]]:
+        """Enter one token for each row that has one.  Returns the uids that had their first, and those that ended."""
+        uids = news.uids[news.counts > 0]
+        old = self.tokens[uids] > 0
+        self.gaps.append(now - self.last[uids[old]])
+        fresh = uids[~old]
+        self.first[fresh] = now
+        self.last[uids] = now
+        self.tokens[uids] += 1
+        self.finish[news.uids] = news.finish
+        return fresh.tolist(), news.uids[news.finish > 0].tolist()
+
+
+@dataclass(slots=True)
+class Steps:
+    """One entry per step: start, waiting and running requests, pages of running requests, all pages in use."""
+
+    time: array[float] = field(default_factory=lambda: array("d"))
+    waiting: array[int] = field(default_factory=lambda: array("q"))
+    running: array[int] = field(default_factory=lambda: array("q"))
+    active: array[int] = field(default_factory=lambda: array("q"))
+    used: array[int] = field(default_factory=lambda: array("q"))
+
+
+class Replica:
+    """A machine, its GPU, and what is on the way between them.  `wake` says when `call` is due."""
+
+    def __init__(self, limits: Limits, costs: CostModel, latency: float, log: Log) -> None:
+        self.machine = StepMachine(limits)
+        self.steps = Steps()
+        self.requests = 0
+        self.busy = 0.0  # seconds of GPU time
+        self.starved = 0  # longest run of steps between two tokens of a running request, decode after decode
+        self._costs = costs
+        self._latency = latency
+        self._log = log
+        self._arrivals: deque[tuple[float, Request]] = deque()
+        self._results: deque[tuple[float, StepResult]] = deque()
+        self._scheduler_free = 0.0
+        self._gpu_free = 0.0
+        self._again = False  # the last call made a plan and another may be due
+        self._decode: I32 = np.zeros(0, np.int32)
+        self._served: I64 = np.zeros(limits.slots, np.int64)  # step of a slot's last token
+
+    def submit(self, request: Request, now: float) -> None:
+        """A request reaches the scheduler."""
+        self.requests += 1
+        self._arrivals.append((now, request))
+
+    @property
+    def wake(self) -> float:
+        """When the scheduler next has something to do; infinity if nothing is on the way."""
+        if self._again:
+            return self._scheduler_free
+        arrival = self._arrivals[0][0] if self._arrivals else math.inf
+        result = self._results[0][0] if self._results else math.inf
+        return max(self._scheduler_free, min(arrival, result))
+
+    def call(self) -> tuple[list[int], list[int]]:
+        """One call of `StepMachine.step`, at `wake`.  Returns the uids that had their first token, and those that ended."""
+        now = self.wake
+        inbox: list[Event] = []
+        while self._results and self._results[0][0] <= now:
+            inbox.append(self._results.popleft()[1])
+        while self._arrivals and self._arrivals[0][0] <= now:
+            inbox.append(Add(self._arrivals.popleft()[1]))
+        out = self.machine.step(inbox, now)
+        self._scheduler_free = now + self._latency
+        for uid, cached in out.started:
+            self._log.cached[uid] = cached
+        if out.plan is not None:
+            self._run(out.plan)
+        self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.lag
+        first: list[int] = []
+        ended: list[int] = []
+        for news in out.news:
+            a, b = self._log.enter(news, now)
+            first += a
+            ended += b
+        return first, ended
+
+    def _run(self, plan: StepPlan) -> None:
+        """Queue a plan on the GPU and its result for the scheduler."""
+        machine, table = self.machine, self.machine.table
+        if plan.decode is not None:
+            self._decode = plan.decode
+        slots, n = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"].astype(np.int64)
+        context = table.planned[slots].astype(np.int64)  # at the end of each chunk
+        sampling = slots[plan.prefill["sample"] > 0]
+        work = Work(
+            prefill_tokens=int(n.sum()),
+            pairs=int((n * (context - n) + n * (n + 1) // 2).sum()),
+            prefill_context=int(context.sum()),
+            decode_rows=len(self._decode),
+            decode_context=int(table.planned[self._decode].sum()),
+            samples=len(sampling) + len(self._decode),
+        )
+        seconds = self._costs.seconds(work)
+        start = max(self._gpu_free, self._scheduler_free)
+        self._gpu_free = start + seconds
+        self.busy += seconds
+        rows = np.concatenate([sampling, self._decode])
+        tokens = (table.uid[rows] % FIRST_PROMPT_TOKEN).astype(np.int32)  # no two requests of a trace answer the same
+        self._results.append((self._gpu_free, StepResult(plan.step, tokens, max(1, round(seconds * 1e6)))))
+        if len(self._decode):
+            self.starved = max(self.starved, int((plan.step - self._served[self._decode]).max()) - 1)
+        self._served[rows] = plan.step
+        self.steps.time.append(start)
+        self.steps.waiting.append(len(machine.waiting))
+        self.steps.running.append(len(machine.running))
+        used = machine.limits.num_pages - machine.pool.free
+        self.steps.used.append(used)
+        self.steps.active.append(used - machine.cache.evictable)
