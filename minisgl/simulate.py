@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     from minisgl.simulation.fleet import simulate
     from minisgl.simulation.gpu import PRESETS, read_costs
     from minisgl.simulation.policies import POLICIES
-    from minisgl.simulation.report import comparison, summarise, table
+    from minisgl.simulation.report import Summary, comparison, summarise, table
     from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, load
 
     if args.plot:
@@ -104,16 +104,22 @@ def run(argv: list[str]) -> int:
         itl_target=args.itl_target_ms / 1000,
         order=args.order,
     )
-    results = {}
+    results: dict[str, Summary] = {}
+    known: dict[Limits, Summary] = {}  # policies that change nothing here need no run of their own
     for name in names:
-        start = time.perf_counter()
         changed = POLICIES[name](limits)
-        done = simulate(requests, changed, costs, replicas=args.replicas, router=args.router, latency=args.latency_us * 1e-6)
-        results[name] = summarise(done) | {"wall_seconds": time.perf_counter() - start}
+        if changed not in known:
+            start = time.perf_counter()
+            done = simulate(
+                requests, changed, costs, replicas=args.replicas, router=args.router, latency=args.latency_us * 1e-6
+            )
+            known[changed] = summarise(done) | {"wall_seconds": time.perf_counter() - start}
+            if args.plot:
+                gpu = args.cost_json or args.gpu
+                plots.plot(done, args.plot, f"{args.trace.rpartition('/')[2]}, {args.replicas} x {gpu}")
+        results[name] = known[changed]
         if args.json:
             print(json.dumps({"policy": name, "trace": args.trace, **results[name]}), flush=True)
-        if args.plot:
-            plots.plot(done, args.plot, f"{args.trace.rpartition('/')[2]}, {args.replicas} x {args.cost_json or args.gpu}")
     if not args.json:
         print(comparison(results) if args.compare else table(results["as given"]))
     return 0

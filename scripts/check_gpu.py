@@ -3,8 +3,9 @@
     python scripts/check_gpu.py [--bench] [--shape llama-3.1-8b]
 
 Checks, each one JSON line with ok true or false; exit code 1 if one fails:
-  logits    prefill in chunks over a cached prefix and decode steps, bfloat16 on the GPU against float32 on the CPU, as a ratio of norms
-  graph     a decode step replayed from a CUDA graph against the same step run eagerly: the same tokens and logits
+  logits    prefill in chunks over a cached prefix and decode steps: bfloat16 on the GPU against float32 on the CPU, as a
+            ratio of norms
+  graph     a decode step replayed from a CUDA graph against the same step run eagerly: the same tokens
   sampling  the distribution of drawn tokens against softmax, and the same token whatever the batch mates
 With --bench: tokens per second of the offline benchmark (256 requests, 100 to 1024 tokens in and out, seed 0) through all
 processes.
@@ -47,7 +48,7 @@ def tiny(directory: str, heads: int, kv_heads: int, dim: int) -> ModelSpec:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=256,
+        hidden_size=384,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=heads,

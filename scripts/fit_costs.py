@@ -3,8 +3,8 @@
     python scripts/fit_costs.py [--model M] [--requests 24] [--out costs.json]
 
 Runs the real scheduler core and the real model in one process: StepMachine + Runner under the wall clock, with timed arrivals.
-A first workload gives the coefficients (least squares over all its steps); a second one, with other lengths and arrivals, is
-measured and then simulated with them.  Prints measured and predicted mean TTFT, mean gap and throughput with relative errors,
+Two workloads, of half and twice the rate, give the coefficients (least squares over all their steps).  Between them a third,
+with other lengths and arrivals, is measured, and then simulated with them: a machine that drifts does so for all.  Prints measured and predicted mean TTFT, mean gap and throughput with relative errors,
 then one JSON line.  `python -m minisgl simulate TRACE --cost-json costs.json` uses the file.
 """
 
@@ -138,20 +138,26 @@ def main() -> None:
         step_tokens=args.step_tokens,
         lag=args.lag,
     )
-    shape = f"rate={args.rate},input={args.input},output={args.output},shared=64,n={args.requests}"
+
+    def workload(rate: float, seed: int) -> list[TraceRequest]:
+        shape = f"input={args.input},output={args.output},shared=64,n={args.requests}"
+        return load(f"synthetic:rate={rate},{shape},seed={seed}")
+
     with tempfile.TemporaryDirectory() as run_dir:
         engine = Engine(Config(resolve(args.model), engine_config), run_dir)
         engine.serve(load("synthetic:input=64,output=4,n=2"))  # warms everything up
-        _, works, seconds = engine.serve(load(f"synthetic:{shape},seed={args.seed}"))
-        costs = fit(works, seconds)
-        Path(args.out).write_text(costs.to_json() + "\n")
-        requests = load(f"synthetic:{shape},seed={args.seed + 1}")
+        _, works, seconds = engine.serve(workload(args.rate / 2, args.seed))
+        requests = workload(args.rate, args.seed + 1)
         log, again, busy = engine.serve(requests)
+        _, more_works, more_seconds = engine.serve(workload(args.rate * 2, args.seed + 2))
         limits = engine.limits(FIRST_PROMPT_TOKEN)
         engine.runner.close()
+    works, seconds = works + more_works, seconds + more_seconds
+    costs = fit(works, seconds)
+    Path(args.out).write_text(costs.to_json() + "\n")
     predicted: Summary = summarise(simulate(requests, limits, costs))
     error = float(np.mean([abs(costs.seconds(w) - s) for w, s in zip(again, busy, strict=True)]) / np.mean(busy))
-    print(f"{len(works)} steps fitted, {args.out} written; mean error of a step of the second workload {error:.1%}")
+    print(f"{len(works)} steps fitted, {args.out} written; mean error of a step of the third workload {error:.1%}")
     rows = {"steps": len(works), "step_error": error, "costs": json.loads(costs.to_json())}
     for name, value in measures(log).items():
         off = predicted[name] / value - 1

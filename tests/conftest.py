@@ -154,6 +154,7 @@ class Loop:
         self.plans: list[StepPlan] = []
         self.pending: deque[StepResult] = deque()
         self._events: list[Event] = []
+        self._planned = False
 
     def add(self, ids: list[int], max_tokens: int, options: RequestOptions = DEFAULT_OPTIONS, **params: Any) -> int:
         lim, uid = self.limits, len(self.asked) + 1
@@ -169,8 +170,13 @@ class Loop:
     def flush(self) -> None:
         self._events.append(Flush())
 
-    def step(self, deliver: int = 1) -> Output:
-        """One call of the machine with the oldest `deliver` results; its plan runs at once, its result waits for delivery."""
+    def step(self, deliver: int | None = None) -> Output:
+        """One call of the machine with the oldest `deliver` results; its plan runs at once, its result waits for delivery.
+
+        By default as late as can be: a result comes when `lag` plans are in flight, or no plan was made without it.
+        """
+        if deliver is None:
+            deliver = int(len(self.pending) >= self.limits.lag or not self._planned)
         results = [self.pending.popleft() for _ in range(min(deliver, len(self.pending)))]
         inbox, self._events = [*self._events, *results], []
         out = self.machine.step(inbox, self.now)
@@ -184,6 +190,7 @@ class Loop:
         for uid, cached in out.started:
             assert uid not in self.started, "a request was announced twice"
             self.started[uid] = cached
+        self._planned = out.plan is not None
         if out.plan is not None:
             self._launch(out.plan)
         self.machine.check()

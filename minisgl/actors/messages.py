@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import dataclass_transform
 
 from minisgl.types import RequestOptions, SamplingParams
@@ -157,9 +156,10 @@ def decode(raw: bytes) -> Any:
         raise BadMessage(f"not a message: {e}") from e
 
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
+# Spelled out: numpy's NDArray is an alias whose form at run time differs between versions.
+I32 = np.ndarray[Any, np.dtype[np.int32]]
+I64 = np.ndarray[Any, np.dtype[np.int64]]
+U8 = np.ndarray[Any, np.dtype[np.uint8]]
 
 register(SamplingParams)
 register(RequestOptions)

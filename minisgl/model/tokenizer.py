@@ -210,7 +210,7 @@ def _from_nothing(spec: ModelSpec) -> _Loaded:
     """For random weights: every byte is a token."""
     from tokenizers import decoders, models, pre_tokenizers
 
-    backend = tokenizers.Tokenizer(models.BPE({c: b for c, b in _ALPHABET.items()}, []))
+    backend = tokenizers.Tokenizer(models.BPE(dict(_ALPHABET), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return backend, {}, {}
