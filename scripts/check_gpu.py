@@ -206,6 +206,53 @@ def check_sampling() -> None:
     report("greedy rows are argmax", all(alone[i] == int(wide[i].float().argmax()) for i in range(0, 33, 3)))
 
 
+def check_kernels() -> None:
+    """Each fused kernel against plain torch in float32."""
+    import torch.nn.functional as F
+
+    from minisgl.model.cuda_kernels import add_rms_norm, rope_and_store, silu_mul
+    from minisgl.model.layers import rotate_
+
+    torch.manual_seed(4)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def error(got: torch.Tensor, want: torch.Tensor) -> float:
+        return float((got.float() - want.float()).norm() / want.float().norm())
+
+    for tokens, width in ((1, 576), (7, 4096), (300, 5120)):
+        x, delta, weight = rand(tokens, width), rand(tokens, width), rand(width)
+        total = (x + delta).float()
+        want = F.rms_norm(total, (width,), weight.float(), 1e-5)
+        kept = x.clone()
+        got = add_rms_norm(kept, delta, weight, 1e-5)
+        plain = add_rms_norm(x, None, weight, 1e-5)
+        ok = error(got, want) < 5e-3 and torch.equal(kept, x + delta)
+        ok &= error(plain, F.rms_norm(x.float(), (width,), weight.float(), 1e-5)) < 5e-3
+        report("kernel add_rms_norm", ok, shape=[tokens, width], error=round(error(got, want), 5))
+        gate_up = rand(tokens, 2 * width)
+        gate, up = gate_up.float().chunk(2, -1)
+        bad = error(silu_mul(gate_up), F.silu(gate) * up)
+        report("kernel silu_mul", bad < 5e-3, shape=[tokens, width], error=round(bad, 5))
+    for heads, kv_heads, dim in ((8, 2, 64), (5, 1, 80), (40, 8, 128)):
+        tokens = 33
+        qkv = rand(tokens, heads + 2 * kv_heads, dim)
+        angles = torch.rand(tokens, 1, dim // 2, device="cuda") * 6
+        cos = torch.cat([angles.cos()] * 2, -1).bfloat16()
+        sin = torch.cat([-angles.sin(), angles.sin()], -1).bfloat16()
+        index = torch.randperm(200, device="cuda")[:tokens]
+        cache = torch.zeros(200, 2, kv_heads, dim, device="cuda", dtype=torch.bfloat16)
+        want = qkv.float()
+        rotate_(want[:, : heads + kv_heads], cos.float(), sin.float())
+        q = rope_and_store(qkv, cos, sin, cache, index, num_heads=heads)
+        bad = max(error(q, want[:, :heads]), error(cache[index].view(tokens, -1, dim), want[:, heads:]))
+        untouched = torch.ones(200, dtype=torch.bool, device="cuda")
+        untouched[index] = False
+        ok = bad < 5e-3 and not bool(cache[untouched].any())
+        report("kernel rope_and_store", ok, heads=[heads, kv_heads, dim], error=round(bad, 5))
+
+
 def bench(shape: str) -> None:
     from minisgl import LLM, SamplingParams
 
@@ -301,6 +348,7 @@ def main() -> int:
                 check_logits(name, spec, page_size=1)
                 check_graph(spec)
     check_sampling()
+    check_kernels()
     if args.bench:
         for shape in args.shape:
             bench(shape)

@@ -4,8 +4,10 @@
 
 Runs the real scheduler core and the real model in one process: StepMachine + Runner under the wall clock, with timed arrivals.
 Two workloads, of half and twice the rate, give the coefficients (least squares over all their steps).  Between them a third,
-with other lengths and arrivals, is measured, and then simulated with them: a machine that drifts does so for all.  Prints measured and predicted mean TTFT, mean gap and throughput with relative errors,
-then one JSON line.  `python -m minisgl simulate TRACE --cost-json costs.json` uses the file.
+with other lengths and arrivals, is measured, and then simulated with them: a machine that drifts does so for all.
+
+Prints measured and predicted mean TTFT, mean gap and throughput with relative errors, then one JSON line.
+`python -m minisgl simulate TRACE --cost-json costs.json` uses the file.
 """
 
 from __future__ import annotations

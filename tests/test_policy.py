@@ -1,9 +1,10 @@
-"""Who runs when: admission, fairness, priorities, deadlines, shared prefixes, memory.  All on virtual steps and virtual time."""
+"""Who runs when: admission, fairness, priorities, deadlines, shared prefixes, memory.  On virtual steps and virtual time."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -210,12 +211,12 @@ def test_the_pool_never_overflows_whatever_the_page_size() -> None:
         loop.check_answers()
 
 
-def unfittable_head(options: RequestOptions = RequestOptions()) -> tuple[Loop, int]:
+def unfittable_head() -> tuple[Loop, int]:
     """One request holds most of the pool, the next in the queue needs all of it."""
     loop = Loop(slots=8, num_pages=24, max_context=96, step_tokens=60)
     loop.add(talker(40, 30), 30, RequestOptions(priority=9))
     loop.step()
-    big = loop.add(prompt(70, 3), 2, options)
+    big = loop.add(prompt(70, 3), 2)
     return loop, big
 
 
@@ -251,8 +252,12 @@ def test_a_request_that_was_overtaken_often_enough_is_not_overtaken_again(monkey
     assert overtaken(monkeypatch, RequestOptions(), RequestOptions()) <= 31 + 10 + 8
 
 
-def test_an_important_request_that_does_not_fit_is_not_passed_by_all_the_others_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert overtaken(monkeypatch, RequestOptions(priority=1), RequestOptions()) <= 1 + 10 + 8  # slots: those that start in the same step
+def test_an_important_request_that_does_not_fit_is_not_passed_by_all_the_others_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (
+        overtaken(monkeypatch, RequestOptions(priority=1), RequestOptions()) <= 1 + 10 + 8
+    )  # slots: those that start in the same step
 
 
 def test_a_request_that_waits_for_pages_leaves_the_order_of_eviction_alone() -> None:
@@ -628,8 +633,12 @@ def _reserve_all(self: StepMachine, request: Request, *args: Any) -> int | None:
     return TRY(self, request, *args) if promised <= self.limits.num_pages * self.limits.page_size else None
 
 
-def _promise_tokens(self: StepMachine, request: Request, *args: Any) -> int | None:
-    return TRY(self, request, *args) if self.pool.free else None
+def _endless_pages(self: StepMachine, request: Request, *args: Any) -> int | None:
+    real, self.pool = self.pool, SimpleNamespace(free=1 << 30)  # type: ignore[assignment]
+    try:
+        return TRY(self, request, *args)
+    finally:
+        self.pool = real
 
 
 def _prompts_first(self: StepMachine, parts: Any) -> Any:
@@ -666,6 +675,12 @@ MUTANTS: dict[str, tuple[type, str, Any, Check]] = {
         test_chunks_shrink_so_that_steps_with_decodes_keep_to_the_target,
     ),
     "max_tokens are reserved": (StepMachine, "_try_admit", _reserve_all, test_admission_does_not_reserve_max_tokens),
+    "pages are not counted at admission": (
+        StepMachine,
+        "_try_admit",
+        _endless_pages,
+        test_admission_counts_pages_and_not_tokens,
+    ),
     "prompts go before decodes": (
         StepMachine,
         "_plan_decode",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from minisgl.cache.pages import PagePool
-from minisgl.cache.radix import RadixCache
+from minisgl.cache.radix import MAX_GHOSTS, Match, RadixCache
 
 SIZE = 2
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -168,3 +172,214 @@ def test_a_page_that_comes_back_twice_is_an_error() -> None:
         pool.release(pages[:1])
     with pytest.raises(MemoryError):
         pool.alloc(3)
+
+
+# ---------------- salts
+def test_a_salt_has_a_tree_of_its_own_and_is_forgotten_with_its_last_page() -> None:
+    cache, ids = RadixCache(1), i32([1, 2, 3, 4])
+    for n, salt in enumerate(("", "a", "b")):
+        handle, pages = cache.acquire(cache.match(ids, salt))
+        assert len(pages) == 0
+        handle, canonical, duplicates = cache.extend(handle, ids, np.arange(10 * n, 10 * n + 4, dtype=np.int32))
+        assert canonical.tolist() == [10 * n + i for i in range(4)]
+        assert len(duplicates) == 0
+        cache.release(handle)
+    cache.check()
+    for n, salt in enumerate(("", "a", "b")):
+        handle, pages = cache.acquire(cache.match(i32([1, 2, 3, 9]), salt))
+        assert pages.tolist() == [10 * n + i for i in range(3)]
+        cache.release(handle)
+    assert cache.match(ids, "c").num_pages == 0
+    assert sorted(cache._salted) == ["a", "b"], "a lookup enters nothing"
+    assert len(cache.flush()) == 12
+    assert not cache._salted
+    cache.check()
+
+
+def test_a_salt_in_use_survives_a_flush_and_a_salt_that_computed_nothing_leaves_no_trace() -> None:
+    cache = RadixCache(1)
+    first, _ = cache.acquire(cache.match(i32([1, 2]), "a"))
+    second, _ = cache.acquire(cache.match(i32([3, 4]), "a"))
+    assert first is second
+    cache.flush()
+    cache.release(first)
+    assert "a" in cache._salted
+    cache.release(second)
+    assert not cache._salted
+
+
+# ---------------- why a match is no longer
+def test_why_missed_tells_whole_short_new_and_evicted_apart() -> None:
+    cache = RadixCache(2)
+    why = lambda ids: cache.why_missed(i32(ids), cache.match(i32(ids)))  # noqa: E731
+    assert why([1]) == "whole"
+    assert why([1, 2]) == "short"
+    assert why([1, 2, 3]) == "new"
+    fill(cache, [1, 2, 3, 4, 5, 6], 0)
+    assert why([1, 2, 3, 4, 5, 6, 7]) == "whole"
+    assert why([1, 2, 3, 4, 5, 6, 7, 8]) == "short"
+    assert why([1, 2, 3, 4, 9, 9, 9]) == "new"
+    cache.evict(1)
+    assert why([1, 2, 3, 4, 5, 6, 7]) == "evicted"
+    assert why([1, 2, 3, 4, 9, 9, 9]) == "new"
+    cache.evict(2)
+    assert why([1, 2, 3]) == "evicted"
+    fill(cache, [1, 2], 0)
+    assert why([1, 2, 3]) == "whole"
+
+
+def test_what_was_evicted_beyond_a_tail_that_is_evicted_too_is_forgotten() -> None:
+    cache = RadixCache(1)
+    fill(cache, [1, 2, 3], 0)
+    fill(cache, [1, 2, 3, 8], 0)
+    handle, _ = cache.acquire(cache.match(i32([1, 2, 3, 0])))
+    assert len(cache.evict(1)) == 1  # 8, after 3
+    cache.release(handle)
+    assert len(cache.evict(1)) == 1  # 3, after 2
+    lost = cache.match(i32([1, 2, 8, 8]))
+    assert cache.why_missed(i32([1, 2, 8, 8]), lost) == "new"
+    assert cache.why_missed(i32([1, 2, 3, 8]), cache.match(i32([1, 2, 3, 8]))) == "evicted"
+
+
+def test_a_node_remembers_a_bounded_number_of_evicted_continuations() -> None:
+    cache = RadixCache(1)
+    for t in range(500):
+        fill(cache, [t], t)
+    cache.flush()
+    assert cache.root.ghosts is not None
+    assert len(cache.root.ghosts) <= MAX_GHOSTS
+
+
+# ---------------- flush, matching, eviction
+def test_a_flush_frees_all_that_is_unused_and_nothing_else() -> None:
+    cache = RadixCache(1)
+    fill(cache, [1, 2, 3, 4], 0)
+    fill(cache, [5, 6], 10)
+    handle, pages = cache.acquire(cache.match(i32([1, 2, 9])))
+    assert sorted(cache.flush().tolist()) == [2, 3, 10, 11]
+    assert cache.check().tolist() == pages.tolist() == [0, 1]
+    cache.release(handle)
+    assert sorted(cache.flush().tolist()) == [0, 1]
+    assert len(cache.flush()) == 0
+
+
+def test_a_match_knows_how_much_less_could_be_evicted_if_it_were_taken() -> None:
+    cache = RadixCache(1)
+    fill(cache, [1, 2, 3, 4, 5, 6], 0)
+    for held in range(7):
+        handle, _ = cache.acquire(cache.match(i32([*range(1, held + 1), 0])))
+        for n in range(7):
+            match = cache.match(i32([*range(1, n + 1), 0]))
+            before = cache.evictable
+            said = match.unreferenced
+            taken, _ = cache.acquire(match)
+            assert before - cache.evictable == said
+            cache.release(taken)
+        cache.release(handle)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=25), st.integers(1, 4))
+def test_no_page_is_evicted_before_one_that_was_used_longer_ago(uses: list[list[int]], at_once: int) -> None:
+    cache, next_page = RadixCache(1), 0
+    last_use: dict[tuple[int, ...], int] = {}
+    for now, ids in enumerate(uses):
+        fill(cache, ids, next_page)
+        next_page += 10
+        for n in range(1, len(ids) + 1):
+            last_use[tuple(ids[:n])] = now
+    where = {}
+    for prefix, when in last_use.items():
+        match = cache.match(i32([*prefix, 9]))
+        where[int(match.node.pages[match.inside - 1])] = when  # the page that holds the last token of the prefix
+    order: list[int] = []
+    while cache.num_pages:
+        order.extend(where[int(p)] for p in sorted(cache.evict(at_once).tolist(), key=lambda p: where[p]))
+    assert order == sorted(order)
+
+
+def lines_executed(call: Any) -> int:
+    """Python lines that a call runs: a measure of its cost that no other process disturbs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def bush(leaves: int) -> RadixCache:
+    """A root with so many leaves of one page, all unused."""
+    cache = RadixCache(1)
+    for t in range(leaves):
+        handle, _ = cache.acquire(cache.match(i32([t])))
+        handle, _, _ = cache.extend(handle, i32([t]), i32([t]))
+        cache.release(handle)
+    return cache
+
+
+def test_eviction_costs_the_same_in_a_large_tree_as_in_a_small_one() -> None:
+    small, large = bush(1000), bush(64_000)
+    costs = [lines_executed(lambda c=c: c.evict(100)) for c in (small, large)]
+    assert costs[0] > 100, "nothing was measured"
+    assert costs[1] == costs[0]
+    costs = [lines_executed(lambda c=c: c.match(i32([500, 7]))) for c in (small, large)]
+    assert costs[1] == costs[0]
+
+
+# ---------------- the tests notice
+def _evict_the_newest_first(self: RadixCache, n: int) -> np.ndarray:
+    for node in list(self._unused)[::-1]:
+        if not node.children:
+            self._unused.move_to_end(node)
+    for node in list(self._unused):
+        if not node.children:
+            self._unused.move_to_end(node, last=False)
+            break
+    return EVICT(self, n)
+
+
+def _evict_by_walking(self: RadixCache, n: int) -> np.ndarray:
+    min((node for node in self.nodes() if not node.children), key=id)
+    return EVICT(self, n)
+
+
+def _ignore_salts(self: RadixCache, ids: np.ndarray, salt: str = "") -> Match:
+    return MATCH(self, ids)
+
+
+def _never_remember(self: RadixCache, node: Any, first_page: bytes) -> None:
+    return None
+
+
+EVICT, MATCH = RadixCache.evict, RadixCache.match
+MUTANTS = {
+    "eviction takes recent pages": (
+        "evict",
+        _evict_the_newest_first,
+        test_no_page_is_evicted_before_one_that_was_used_longer_ago,
+    ),
+    "eviction walks the tree": ("evict", _evict_by_walking, test_eviction_costs_the_same_in_a_large_tree_as_in_a_small_one),
+    "salts are ignored": ("match", _ignore_salts, test_a_salt_has_a_tree_of_its_own_and_is_forgotten_with_its_last_page),
+    "nobody remembers evictions": ("_remember", _never_remember, test_why_missed_tells_whole_short_new_and_evicted_apart),
+    "a salt is never forgotten": (
+        "_forget_root",
+        lambda *_: None,
+        test_a_salt_in_use_survives_a_flush_and_a_salt_that_computed_nothing_leaves_no_trace,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_test_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, broken, check = MUTANTS[name]
+    monkeypatch.setattr(RadixCache, method, broken)
+    with pytest.raises(AssertionError):
+        check()

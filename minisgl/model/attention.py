@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minisgl.model.layers import rotate_
 from minisgl.model.state import Batch
 
 GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough to stay in the caches
@@ -25,8 +26,11 @@ class AttentionBackend(Protocol):
     def prepare(self, batch: Batch) -> None:
         """Compute whatever all layers of the step share.  Once per step, before the first layer."""
 
-    def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """Store the step's keys and values kv [T, 2, K, D], then attend with q [T, H, D] -> [T, H * D]."""
+    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate the queries and keys of qkv [T, H + 2K, D], store keys and values, attend -> [T, H * D].
+
+        cos and signed sin [T, 1, D]: see Rope.at.  Takes `qkv` over: it may be rotated in place.
+        """
 
 
 @dataclass(slots=True)
@@ -107,7 +111,10 @@ class TorchAttention:
         if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
             self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
 
-    def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = self._kv_heads * self._group
+        rotate_(qkv[:, : heads + self._kv_heads], cos, sin)
+        q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         out = [self._prefill(layer, c, q[c.start : c.end], kv) for c in self._chunks]
         out += [self._decode(layer, g, q[g.start : g.end]) for g in self._groups]

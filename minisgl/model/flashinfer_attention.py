@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minisgl.model.cuda_kernels import rope_and_store
 from minisgl.model.state import Batch
 
 WORKSPACE_BYTES = 256 << 20  # of FlashInfer, for partial results; shared by all wrappers (one stream, one after the other)
@@ -143,13 +144,13 @@ class FlashInferAttention:
         )
 
     # ---------------- running (device)
-    def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        self._by_token[layer].index_copy_(0, self._kv_index, kv)
+    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q = rope_and_store(qkv, cos, sin, self._by_token[layer], self._kv_index, num_heads=self._heads)
         cache = (self._keys[layer], self._values[layer])
         parts = []
         if self._prefill is not None:
-            parts.append(self._prefill.run(q[: self._split].contiguous(), cache))
+            parts.append(self._prefill.run(q[: self._split], cache))
         if self._decode is not None:
-            parts.append(self._decode.run(q[self._split :].contiguous(), cache))
+            parts.append(self._decode.run(q[self._split :], cache))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out.view(len(q), self._heads * self._dim)

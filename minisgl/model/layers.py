@@ -57,14 +57,30 @@ class Linear:
 
 
 class RMSNorm:
-    """x / rms(x) * weight, over the last dimension."""
+    """x / rms(x) * weight, over the last dimension; first adds a `delta` to x in place, if given."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight = weight
         self._eps = eps
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        if x.is_cuda:
+            from minisgl.model.cuda_kernels import add_rms_norm
+
+            return add_rms_norm(x, delta, self._weight, self._eps)
+        if delta is not None:
+            x += delta
         return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 I] (gate, up) -> silu(gate) * up, [T, I]."""
+    if gate_up.is_cuda:
+        from minisgl.model import cuda_kernels
+
+        return cuda_kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class Embedding:

@@ -6,11 +6,10 @@ Shapes: T tokens of a step, C hidden size, H query heads and K KV heads of this 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
 from minisgl.model.attention import AttentionBackend
-from minisgl.model.layers import CPU, Embedding, Linear, RMSNorm, Rope, rotate_
+from minisgl.model.layers import CPU, Embedding, Linear, RMSNorm, Rope, silu_mul
 from minisgl.model.loader import Weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Shard, split
@@ -35,9 +34,7 @@ class Attention:
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> torch.Tensor:
         heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, dim)  # [T, H + 2K, D]
-        rotate_(qkv[:, : heads + kv_heads], cos, sin)
-        kv = qkv[:, heads:].view(-1, 2, kv_heads, dim)  # [T, 2, K, D]: keys, values
-        out = attend(self.layer, qkv[:, :heads], kv)  # [T, H * D]
+        out = attend(self.layer, qkv, cos, sin)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
 
@@ -55,12 +52,15 @@ class MLP:
         self.down = Linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, inner] each
-        return self.parallel.all_reduce_(self.down(F.silu(gate).mul_(up)))
+        return self.parallel.all_reduce_(self.down(silu_mul(self.gate_up(x))))
 
 
 class Layer:
-    """One decoder block with pre-norms; adds to the residual stream x [T, C] in place."""
+    """One decoder block with pre-norms.
+
+    The residual stream x [T, C] is updated in place, one addition late: what the MLP contributes is returned and added by the
+    next norm, together with which it is one kernel on a GPU.
+    """
 
     def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
         def norm(name: str) -> RMSNorm:
@@ -71,9 +71,11 @@ class Layer:
         self.mlp_norm = norm("post_attention_layernorm")
         self.mlp = MLP(spec, shard, weights, layer, parallel)
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> None:
-        x += self.attn(self.attn_norm(x), cos, sin, attend)
-        x += self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend
+    ) -> torch.Tensor:
+        delta = self.attn(self.attn_norm(x, delta), cos, sin, attend)
+        return self.mlp(self.mlp_norm(x, delta))
 
 
 class Llama:
@@ -108,11 +110,13 @@ class Llama:
         """
         x = self.embed(ids)  # [T, C]
         cos, sin = self.rope.at(positions)
+        delta: torch.Tensor | None = None
         for layer in self.layers:
-            layer(x, cos, sin, attend)
+            delta = layer(x, delta, cos, sin, attend)
+        assert delta is not None
         if sample_rows is None:
-            return self.parallel.all_gather_cols(self.head(self.norm(x)), self.vocab_widths)
+            return self.parallel.all_gather_cols(self.head(self.norm(x, delta)), self.vocab_widths)
         if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
             return x.new_empty(0, sum(self.vocab_widths))
-        logits = self.head(self.norm(x[sample_rows]))
+        logits = self.head(self.norm(x[sample_rows], delta[sample_rows]))
         return self.parallel.all_gather_cols(logits, self.vocab_widths)
