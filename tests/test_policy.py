@@ -235,12 +235,12 @@ def overtaken(monkeypatch: pytest.MonkeyPatch, options: RequestOptions, others: 
     loop = Loop(slots=8, num_pages=24, max_context=96, step_tokens=60)
     loop.add(prompt(5), 3)
     loop.step()
-    early = [loop.add(prompt(9, i), 6, others) for i in range(30)]  # waiting before it, in a lane of their own perhaps
+    early = [loop.add(prompt(9, i), 3 + 5 * i % 11, others) for i in range(30)]  # of many lengths: the pool is never empty
     big = loop.add(prompt(90, 3), 2, options)
     late = []
     while big not in loop.started:
         if len(late) < 400:
-            late.append(loop.add(prompt(9, len(late)), 6, others))
+            late.append(loop.add(prompt(9, len(late)), 3 + 5 * len(late) % 11, others))
         loop.step()
     assert early
     loop.run()

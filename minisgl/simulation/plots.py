@@ -65,11 +65,17 @@ def _label(axis: Any, x: str, y: str) -> None:
 
 def _distribution(axis: Any, values: F64, name: str) -> None:
     """A cumulative distribution on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     values = np.sort(values[values > 0])
     if len(values):
         at = np.unique(np.linspace(0, len(values) - 1, _POINTS).astype(int))
         axis.plot(values[at], 100 * (at + 1) / len(values))
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", labelrotation=45, labelsize="small")
     _label(axis, name, "% at most")
     axis.set_ylim(0, 101)
 
