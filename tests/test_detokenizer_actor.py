@@ -85,12 +85,16 @@ def test_a_step_becomes_one_text_with_a_row_per_request(world: Setup) -> None:
     assert text.cached.tolist() == [5, 0]
 
 
-def test_strangers_are_ignored(world: Setup) -> None:
+def test_tokens_of_strangers_are_ignored(world: Setup) -> None:
     world.track(1)
     (x,) = world.ids("x")
-    assert world.step((9, [x], GO), (1, [x], GO), (9, [], ABORT)) == [(1, [x], 0, "x")]
+    assert world.step((9, [x], GO), (1, [x], GO)) == [(1, [x], 0, "x")]
     assert world.step((9, [x], GO)) == []
     assert world.ctx.sent == []
+
+
+def test_the_end_of_a_request_that_was_never_started_reaches_api(world: Setup) -> None:
+    assert world.step((9, [], Finish.TIMEOUT)) == [(9, [], Finish.TIMEOUT, "")]
 
 
 def test_a_character_across_steps_appears_when_it_is_whole(world: Setup) -> None:

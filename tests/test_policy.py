@@ -51,6 +51,17 @@ def test_a_burst_of_equal_prompts_computes_the_prefix_once() -> None:
     burst_computes_once()
 
 
+def test_those_who_wait_for_a_prefix_do_not_stand_in_the_way_of_others() -> None:
+    loop = Loop(slots=40, num_pages=200, step_tokens=60)
+    for _ in range(30):  # more than a window of followers behind one leader
+        loop.add([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], 2)
+    other = loop.add([9, 9, 9], 2)
+    loop.step()
+    assert other in loop.started
+    loop.run()
+    loop.check_answers()
+
+
 def test_without_sharing_a_burst_in_one_step_is_computed_by_each_and_still_right() -> None:
     loop = Loop(slots=8, num_pages=200, step_tokens=250, share=False)
     for _ in range(6):

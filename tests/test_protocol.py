@@ -147,6 +147,25 @@ def test_a_tiny_plan_ring_never_loses_a_wake_up(monkeypatch: pytest.MonkeyPatch)
         run_world(seed, lag=4)
 
 
+def test_results_that_come_while_a_plan_waits_for_room_are_not_a_livelock(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minisgl.actors import arenas
+
+    real = arenas.create_ring
+    monkeypatch.setattr(arenas, "create_ring", lambda name, readers, n: real(name, readers, 4096 if name == "plans" else n))
+    w = World(None, oracle_config(lag=4))
+    silent = w.system.actors["worker1"]
+    idle = silent.idle
+    silent.idle = lambda: False  # one rank falls far behind
+    for i in range(8):
+        w.submit([i + 1] * 30, 10, ignore_eos=True)
+    assert w.system.run(max_events=20_000) < 20_000, "somebody spins"
+    silent.idle = idle
+    w.system._asleep.discard("worker1")
+    w.system.run()
+    assert len(w.ends) == 8
+    w.close()
+
+
 # ---------------- the tests notice: each mutant breaks one rule of the protocol
 def _by_slot(self: StepMachine, result, out) -> None:
     sent = self.inflight[0]

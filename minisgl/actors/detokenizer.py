@@ -57,6 +57,8 @@ class DetokenizerActor(Actor):
             at += count
             stream = self._streams.get(uid)
             if stream is None:
+                if finish:  # it ended before it was started: its deadline passed in the queue
+                    rows.append((uid, 0, finish, 0, ""))
                 continue
             if finish:
                 del self._streams[uid]

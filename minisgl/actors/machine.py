@@ -40,6 +40,7 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 WINDOW = 16  # waiting requests that are looked at in one step
+MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
 MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
@@ -430,15 +431,20 @@ class StepMachine:
         """Start waiting requests while there are slots, budget and pages, looking past a few that do not fit."""
         if budget <= 0 or not self.table.free_slots or not len(self.waiting):
             return
-        left: set[int] = set()  # looked at in this step and left waiting
-        cached: dict[
-            int, int
-        ] = {}  # pages that each request of the window would find; nothing is cached before the plan is made
-        while budget > 0 and self.table.free_slots and len(left) < WINDOW:
-            request = self._next_candidate(left, cached)
+        left: set[int] = set()  # looked at in this step, and does not fit
+        followers: set[int] = set()  # looked at, and waits for pages that are being computed: stands in nobody's way
+        found: dict[int, int] = {}  # pages that a request would find in the cache; nothing is entered before the plan is made
+        while budget > 0 and self.table.free_slots and len(left) < WINDOW and len(followers) < MAX_FOLLOWERS:
+            request = self._next_candidate(left | followers, found)
             if request is None:
                 return
-            slot = self._try_admit(request, parts, out)
+            slot = None
+            if request.need <= self.pool.free + self.cache.evictable:
+                match = self._match(request)
+                if self.limits.share and self._is_being_computed(request, match):
+                    followers.add(request.uid)
+                    continue
+                slot = self._try_admit(request, match, parts, out)
             if slot is None:
                 left.add(request.uid)
                 if request.passed >= MAX_PASSED:
@@ -450,9 +456,9 @@ class StepMachine:
                 )
             budget -= self._plan_chunk(slot, budget, parts)
 
-    def _next_candidate(self, left: set[int], cached: dict[int, int]) -> Request | None:
+    def _next_candidate(self, seen: set[int], found: dict[int, int]) -> Request | None:
         """Whom to try next: the front of the queue, or by longest cached prefix among those of equal standing at the front."""
-        window = [r for r in self.waiting.front(WINDOW) if r.uid not in left]
+        window = [r for r in self.waiting.front(WINDOW + len(seen)) if r.uid not in seen][:WINDOW]
         if not window:
             return None
         first = window[0]
@@ -460,21 +466,16 @@ class StepMachine:
             return first
         equals = [r for r in window if r.options.priority == first.options.priority]
         for request in equals:
-            if request.uid not in cached:
-                cached[request.uid] = self._match(request).num_pages
-        return max(equals, key=lambda r: (cached[r.uid], -r.order))
+            if request.uid not in found:
+                found[request.uid] = self._match(request).num_pages
+        return max(equals, key=lambda r: (found[r.uid], -r.order))
 
     def _match(self, request: Request) -> Match:
         return self.cache.match(request.ids, request.options.cache_salt)
 
-    def _try_admit(self, request: Request, parts: _PlanParts, out: Output) -> int | None:
+    def _try_admit(self, request: Request, match: Match, parts: _PlanParts, out: Output) -> int | None:
         """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those promised."""
         table, size = self.table, self.limits.page_size
-        if request.need > self.pool.free + self.cache.evictable:
-            return None
-        match = self._match(request)
-        if self.limits.share and self._is_being_computed(request, match):
-            return None
         request.need = -(-(len(request.ids) + 1) // size) - match.num_pages
         promised = sum(-(-int(table.target[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
         watermark = len(self.running)  # a page for the next boundary of each running row

@@ -124,7 +124,7 @@ class SchedulerActor(Actor):
         """
         machine, server = self._machine(), self.config.server
         adds = [e.request for e in self._inbox if isinstance(e, Add)]
-        waiting = len(machine.waiting) + len(adds)
+        waiting = len(machine.waiting) + max(0, len(adds) - machine.table.free_slots)
         tokens = machine.waiting.tokens + sum(len(r.ids) for r in adds)
         full = server.max_queue and waiting >= server.max_queue
         heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
@@ -165,13 +165,15 @@ class SchedulerActor(Actor):
         """Results in, plan out.  False only when there is nothing to do and the bells are armed."""
         if self.machine is None:
             return False
+        worked = self._flush()
         while (raw := self.results.take()) is not None:
             self._inbox.append(StepResult.unpack(raw))
-        worked = bool(self._inbox) or self._flush()
+            worked = True
         if self._stopping:
             worked |= self._stop_workers()
-        elif self._unsent is None:
+        elif self._unsent is None:  # while a plan waits for room in the ring, so does everything else
             inbox, self._inbox = self._inbox, []
+            worked |= bool(inbox)
             output = self.machine.step(inbox, self.ctx.now())
             self._tell(output)
             self._unsent = output.plan

@@ -32,21 +32,20 @@ import numpy as np
 import numpy.typing as npt
 
 I32 = npt.NDArray[np.int32]
-MAX_GHOSTS = 64  # evicted continuations that a node remembers
+MAX_GHOSTS = 1 << 15  # evicted runs that are remembered
 NO_PAGES = np.zeros(0, np.int32)
 
 
 class Node:
     """A run of cached pages.  Only RadixCache writes its fields."""
 
-    __slots__ = ("children", "ghosts", "key", "pages", "parent", "refs")
+    __slots__ = ("children", "key", "pages", "parent", "refs")
 
     def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
         self.key = key  # of a root: its salt
         self.pages = pages
         self.parent = parent  # None for a root, and for a node that has been evicted
         self.children: dict[bytes, Node] | None = None
-        self.ghosts: set[bytes] | None = None  # first pages of continuations that have been evicted
         self.refs = 0  # requests whose prefix runs through this node
 
 
@@ -82,6 +81,7 @@ class RadixCache:
         self.evicted_pages = 0
         self._salted: dict[str, Node] = {}  # a root for each cache_salt that has pages or users
         self._page_bytes = 4 * page_size
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._unused: OrderedDict[Node, None] = OrderedDict()  # nodes without references, least recently used first
 
     # ---------------- lookup (read-only)
@@ -116,8 +116,7 @@ class RadixCache:
             return "whole"
         if at + self.page_size > len(ids) - 1:
             return "short"
-        ghosts = match.node.ghosts if match.inside == len(match.node.pages) else None
-        return "evicted" if ghosts and ids[at : at + self.page_size].tobytes() in ghosts else "new"
+        return "evicted" if ids[at : at + self.page_size].tobytes() in self._ghosts else "new"
 
     def _common_pages(self, key: bytes, data: bytes, at: int) -> int:
         """How many whole pages of `key` equal `data` from `at` on (at least the first is known to)."""
@@ -199,8 +198,6 @@ class RadixCache:
             parent.children = {}
         first = key[: self._page_bytes]
         parent.children[first] = node
-        if parent.ghosts is not None:
-            parent.ghosts.discard(first)
         self.num_pages += len(pages)
         self.num_nodes += 1
         return node
@@ -234,8 +231,7 @@ class RadixCache:
                 cut = (have - missing) * self._page_bytes
                 freed.append(leaf.pages[have - missing :])
                 leaf.pages = leaf.pages[: have - missing].copy()
-                leaf.ghosts = None  # they continued the end that goes
-                self._remember(leaf, leaf.key[cut : cut + self._page_bytes])
+                self._remember(leaf.key[cut : cut + self._page_bytes])
                 leaf.key = leaf.key[:cut]
                 self._forget(missing)
                 break
@@ -255,12 +251,12 @@ class RadixCache:
         self.evictable -= n
         self.evicted_pages += n
 
-    def _remember(self, node: Node, first_page: bytes) -> None:
-        """Note that a continuation of `node` was evicted: statistics can then tell a lost prefix from a new one."""
-        if node.ghosts is None:
-            node.ghosts = set()
-        if len(node.ghosts) < MAX_GHOSTS:
-            node.ghosts.add(first_page)
+    def _remember(self, first_page: bytes) -> None:
+        """Note how an evicted run began: statistics can then tell a prefix that was lost from one that never was."""
+        self._ghosts[first_page] = None
+        self._ghosts.move_to_end(first_page)
+        if len(self._ghosts) > MAX_GHOSTS:
+            self._ghosts.popitem(last=False)
 
     def _remove(self, leaf: Node) -> None:
         parent = leaf.parent
@@ -268,7 +264,7 @@ class RadixCache:
         assert parent.children is not None
         first = leaf.key[: self._page_bytes]
         del parent.children[first]
-        self._remember(parent, first)
+        self._remember(first)
         leaf.parent = None
         self.num_nodes -= 1
         if not parent.children:
