@@ -435,7 +435,7 @@ class StepMachine:
         followers: set[int] = set()  # looked at, and waits for pages that are being computed: stands in nobody's way
         found: dict[int, int] = {}  # pages that a request would find in the cache; nothing is entered before the plan is made
         while budget > 0 and self.table.free_slots and len(left) < WINDOW and len(followers) < MAX_FOLLOWERS:
-            request = self._next_candidate(left | followers, found)
+            request = self._next_candidate(left, followers, found)
             if request is None:
                 return
             slot = None
@@ -456,9 +456,9 @@ class StepMachine:
                 )
             budget -= self._plan_chunk(slot, budget, parts)
 
-    def _next_candidate(self, seen: set[int], found: dict[int, int]) -> Request | None:
+    def _next_candidate(self, left: set[int], followers: set[int], found: dict[int, int]) -> Request | None:
         """Whom to try next: the front of the queue, or by longest cached prefix among those of equal standing at the front."""
-        window = [r for r in self.waiting.front(WINDOW + len(seen)) if r.uid not in seen][:WINDOW]
+        window = [r for r in self.waiting.front(WINDOW + len(followers)) if r.uid not in left and r.uid not in followers]
         if not window:
             return None
         first = window[0]
