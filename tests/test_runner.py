@@ -17,7 +17,7 @@ from minisgl.model import runner as runner_module
 from minisgl.model.memory import available_bytes
 from minisgl.model.runner import MAX_KV_TOKENS, Runner
 from minisgl.model.state import SlotState
-from minisgl.model.threads import prepare_environment, threads_per_rank
+from minisgl.model.threads import SPIN_COUNT, prepare_environment, threads_per_rank
 from minisgl.plan import StepPlan
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)] for i in range(4)]
@@ -186,10 +186,11 @@ def test_threads_are_divided_over_the_ranks(monkeypatch):
     assert threads_per_rank(EngineConfig()) >= 1
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     prepare_environment(3)
     assert os.environ["OMP_NUM_THREADS"] == "7"  # the user's choice
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
 
 
 def test_launching_without_a_cache_is_a_bug_that_says_so(checkpoint):

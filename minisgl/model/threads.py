@@ -6,7 +6,6 @@ import os
 
 from minisgl.config import EngineConfig
 
-
 SPIN_COUNT = 20_000  # some tens of microseconds
 
 
