@@ -50,3 +50,16 @@ class InvalidParam(RequestError):
 
     def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message, param=param, code=code)
+
+
+def context_overflow(field: str, context: int, total: int | str, parts: str) -> InvalidParam:
+    """The prompt in `field`, with the completion, does not fit in `context` tokens: 400 with both numbers.
+
+    The wording is the one that litellm and LangChain recognise as a context overflow.
+    """
+    return InvalidParam(
+        field,
+        f"This model's maximum context length is {context} tokens. However, you requested {total} tokens ({parts}). "
+        f"Please reduce the length of the {field} or completion. (context_length_exceeded)",
+        "context_length_exceeded",
+    )

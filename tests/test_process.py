@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -69,7 +70,7 @@ class Root:
     def close(self) -> None:
         self.supervisor.kill()
         self.ctx.close()
-        self.supervisor.remove_run_dir()
+        shutil.rmtree(self.run_dir)
 
 
 @pytest.fixture

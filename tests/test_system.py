@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,24 @@ def test_max_tokens_is_the_rest_of_the_context_when_nothing_is_asked(llm: LLM) -
     answer = llm.generate([[5] * 500], SamplingParams(ignore_eos=True))[0]
     assert len(answer.token_ids) == 12
     assert answer.finish_reason == "length"
+
+
+def test_an_engine_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            LLM(make_worker=topology.make_oracle_worker, **ENGINE)
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=start)  # children would die with the thread that spawned them
+    thread.start()
+    thread.join()
+    assert isinstance(errors[0], UserError)
+    assert "main thread" in str(errors[0])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_settings_are_named() -> None:

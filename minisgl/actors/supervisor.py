@@ -9,7 +9,6 @@ import atexit
 import multiprocessing as mp
 import multiprocessing.util
 import os
-import shutil
 import signal
 import stat
 import sys
@@ -68,8 +67,7 @@ class Supervisor:
         self._mp = mp.get_context("spawn")
         self._procs: dict[str, BaseProcess] = {}
         # Should the root end by an exception, the exit handler of multiprocessing would wait for the children for ever.
-        # Handlers
-        # run in reverse order of registration, and that one is registered by the import of multiprocessing.util above.
+        # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
         atexit.register(self.kill)
 
     def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
@@ -111,12 +109,4 @@ class Supervisor:
         for proc in self._procs.values():
             proc.join()
         self._procs.clear()
-
-    def dump_stacks(self) -> None:
-        """Ask every child to print the Python stack of each of its threads on stderr."""
-        for pid in self.pids.values():
-            os.kill(pid, signal.SIGUSR1)
-
-    def remove_run_dir(self) -> None:
-        """Remove the sockets and their directory."""
-        shutil.rmtree(self.run_dir, ignore_errors=True)
+        atexit.unregister(self.kill)  # nothing is left to do: a program may make many engines, one after the other

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.messages import Rejected, Tokenize, Tokenized, Wake
 from minisgl.config import Config
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, context_overflow
 from minisgl.model.tokenizer import Tokenizer, load_tokenizer
 
 I32 = npt.NDArray[np.int32]
@@ -74,13 +74,7 @@ class TokenizerActor(Actor):
     def _check_length(self, ids: I32, field: str) -> None:
         n, context = len(ids), self.config.max_context
         if n > _FAR_TOO_LONG * context:
-            raise RequestError(
-                f"This model's maximum context length is {context} tokens. However, you requested {n} tokens ({n} in the "
-                f"{field}, 0 in the completion). Please reduce the length of the messages or completion. "
-                "(context_length_exceeded)",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise context_overflow(field, context, n, f"{n} in the {field}, 0 in the completion")
 
     @on(Wake)
     def wake(self, m: Wake) -> None:

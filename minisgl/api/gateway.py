@@ -41,7 +41,7 @@ from minisgl.actors.messages import (
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import InvalidParam, RequestError, context_overflow
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
@@ -109,7 +109,12 @@ class Gateway(Actor):
             return entry.uid
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
         if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
-            raise self._too_long(entry, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {entry.source}")
+            raise context_overflow(
+                entry.source,
+                self.config.max_context,
+                f"more than {size // _CHARS_PER_TOKEN}",
+                f"{size} characters in the {entry.source}",
+            )
         try:
             if isinstance(prompt, TextPrompt):
                 self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
@@ -164,21 +169,13 @@ class Gateway(Actor):
         if n == 0:
             raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
         if n + (asked or 1) > context:
-            raise self._too_long(entry, str(n + (asked or 0)), f"{n} in the {entry.source}, {asked or 0} in the completion")
+            parts = f"{n} in the {entry.source}, {asked or 0} in the completion"
+            raise context_overflow(entry.source, context, n + (asked or 0), parts)
         entry.ids = ids
         entry.max_tokens = asked if asked is not None else context - n
         entry.seed = self._seed(entry)
         self._backlog.append(entry)
         self._flush_backlog()
-
-    def _too_long(self, entry: Entry, total: str, parts: str) -> RequestError:
-        # The wording is the one that litellm and LangChain recognise as a context overflow.
-        return InvalidParam(
-            entry.source,
-            f"This model's maximum context length is {self.config.max_context} tokens. However, you requested {total} tokens "
-            f"({parts}). Please reduce the length of the {entry.source} or completion. (context_length_exceeded)",
-            "context_length_exceeded",
-        )
 
     def _seed(self, entry: Entry) -> int:
         """64 bits: the request's own seed, or one drawn now and kept, so that a replay draws the same numbers."""

@@ -6,7 +6,9 @@ Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`,
 
 from __future__ import annotations
 
+import shutil
 import time
+from contextlib import ExitStack
 
 import zmq
 
@@ -27,22 +29,19 @@ class System:
 
     def __init__(self, config: Config, make_worker: topology.MakeWorker = topology.make_worker) -> None:
         self.config = config
-        self.run_dir = make_run_dir()
-        self._fds: list[int] = []
         self._closed = False
-        try:
-            self.ctx = ZmqContext(self.run_dir, "api")
-            arenas, self._fds = create_arenas(config)
+        with ExitStack() as undo:  # what has been made so far, should the rest fail
+            self.run_dir = make_run_dir()
+            undo.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
             self.supervisor = Supervisor(self.run_dir)
-        except BaseException:
-            close_arenas(self._fds)
-            raise
-        self.gateway = Gateway(self.ctx, config, arenas)
-        try:
+            self.ctx = ZmqContext(self.run_dir, "api")
+            undo.callback(self.ctx.close)
+            arenas, self._fds = create_arenas(config)
+            undo.callback(close_arenas, self._fds)
+            self.gateway = Gateway(self.ctx, config, arenas)
+            undo.callback(self.supervisor.kill)
             self._spawn(arenas, make_worker)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _spawn(self, arenas: Arenas, make_worker: topology.MakeWorker) -> None:
         tp, spawn = self.config.engine.tp, self.supervisor.spawn
@@ -98,4 +97,4 @@ class System:
             self.supervisor.kill()
             self.ctx.close()
             close_arenas(self._fds)
-            self.supervisor.remove_run_dir()
+            shutil.rmtree(self.run_dir, ignore_errors=True)
