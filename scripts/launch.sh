@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 extras=()
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    extras+=(gpu)
+    extras+=(gpu-lean)
 fi
 ensure_env ${extras[@]+"${extras[@]}"}
 exec "$venv/bin/python" -m minisgl "$@"
