@@ -1,4 +1,4 @@
-"""`python -m minisgl [serve|chat|batch|simulate] ...`: dispatch, and the one place where a UserError becomes a sentence."""
+"""`python -m minisgl [serve|chat|batch|simulate|prebuild]`: dispatch; the one place where a UserError becomes a sentence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "minisgl.chat",
     "batch": "minisgl.batch",
     "simulate": "minisgl.simulate",
+    "prebuild": "minisgl.prebuild",
 }
 
 
