@@ -17,12 +17,13 @@ from minisgl.errors import UserError
 class ModelSpec:
     """What a checkpoint says about itself, read from its metadata without loading weights (and without torch).
 
-    Produced by `minisgl.model.resolve.resolve`.  Sizes are in elements; `max_context` in tokens.
+    Produced by `minisgl.model.resolve.resolve`, or by `minisgl.model.shapes.random_shape` for a checkpoint of random weights.
+    Sizes are in elements; `max_context` in tokens.
     """
 
     name: str  # served name, e.g. "SmolLM2-135M-Instruct"
-    path: str  # the .gguf file, or the directory with config.json
-    format: str  # "gguf" | "safetensors"
+    path: str  # the .gguf file, or the directory with config.json; "" for random weights
+    format: str  # "gguf" | "safetensors" | "random"
     architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
     dtype: str  # dtype the weights are stored in or were trained in: "float32" | "float16" | "bfloat16"
     hidden_size: int
@@ -39,6 +40,7 @@ class ModelSpec:
     tie_embeddings: bool
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
+    qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,4 +1,7 @@
-"""The product as its users meet it: the embedded model behind a real server at TP 2, the openai SDK, the batch client, LLM."""
+"""The product as its users meet it: the embedded model behind a real server at TP 2, the openai SDK, the batch client, LLM.
+
+And LLM with tiny models of other kinds.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from pathlib import Path
 import openai
 import pytest
 from test_process import HERE, eventually
+from tiny_models import save_byte_tokenizer, save_qwen3
 
 from minisgl import LLM, BatchClient, SamplingParams
+from minisgl.model.resolve import resolve
+from minisgl.model.tokenizer import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOPICS = ("the sea", "bread", "a red bicycle", "winter", "the number 12", "chess")
@@ -181,3 +187,34 @@ def test_the_batch_command_resumes_where_it_ended(url: str, tmp_path: Path) -> N
     assert "10 of 30 requests are answered" in done.stderr
     ids = [json.loads(row)["custom_id"] for row in results.read_text().splitlines()]
     assert sorted(ids) == sorted(f"q{i}" for i in range(30))
+
+
+# ---------------------------------------------------------------- other models
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str], list[list[int]]]:
+    """The directory of a random Qwen3, prompts, and the 60 tokens that transformers continues each with."""
+    import torch
+
+    path = tmp_path_factory.mktemp("qwen3")
+    model = save_qwen3(path, heads=15, kv_heads=3)
+    save_byte_tokenizer(path)
+    prompts = ["Hi", "The quick brown fox jumps over the lazy dog, and back again. " * 2, "Say", "Hello world, this is"]
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt.encode())])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
+        answers.append(out[0, ids.shape[1] :].tolist())
+    assert sum(len(set(a)) > 15 for a in answers) >= 2  # loops of a few tokens would show less
+    return str(path), prompts, answers
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_qwen3_gives_the_greedy_text_of_transformers_on_any_number_of_ranks(
+    tp: int, qwen3: tuple[str, list[str], list[list[int]]]
+) -> None:
+    path, prompts, expected = qwen3
+    tokenizer = load_tokenizer(resolve(path))
+    with LLM(path, tp=tp, kv_tokens=2048, page_size=4, max_running=4, step_tokens=24) as engine:
+        got = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=60))
+    assert [a.token_ids for a in got] == expected
+    assert [a.text for a in got] == [tokenizer.decode(ids, skip_special=True) for ids in expected]

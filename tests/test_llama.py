@@ -1,4 +1,4 @@
-"""The Llama model against transformers: logits, and greedy tokens of the embedded checkpoint."""
+"""The Llama model against transformers, as Llama and as Qwen3: logits, and greedy tokens of the embedded checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
@@ -19,13 +19,18 @@ from minisgl.model.runner import Runner
 
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, 203, 43)]
 VARIANTS = {
-    "untied": {},
-    "tied": {"tied": True},
-    "llama3 rope": {"rope": LLAMA3_ROPE},
-    "linear rope": {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "no groups": {"heads": 3, "kv_heads": 3},
-    "one kv head": {"heads": 4, "kv_heads": 1},
+    "untied": (save_llama, {}),
+    "tied": (save_llama, {"tied": True}),
+    "llama3 rope": (save_llama, {"rope": LLAMA3_ROPE}),
+    "linear rope": (save_llama, {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "no groups": (save_llama, {"heads": 3, "kv_heads": 3}),
+    "one kv head": (save_llama, {"heads": 4, "kv_heads": 1}),
+    "qwen3 untied": (save_qwen3, {}),
+    "qwen3 tied": (save_qwen3, {"tied": True}),
+    "qwen3 groups of five": (save_qwen3, {"heads": 10, "kv_heads": 2}),
+    "qwen3 one kv head": (save_qwen3, {"heads": 4, "kv_heads": 1}),
 }
+ARCHITECTURES = pytest.mark.parametrize("save", [save_llama, save_qwen3], ids=["llama", "qwen3"])
 
 
 class Spy:
@@ -60,7 +65,8 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_prefill_and_decode_give_the_logits_of_transformers(variant, tmp_path, monkeypatch):
-    model = save_llama(tmp_path, **VARIANTS[variant])
+    save, settings = VARIANTS[variant]
+    model = save(tmp_path, **settings)
     theirs = reference(model, PROMPT)
     runner, spy, driver = start(tmp_path, monkeypatch)
     driver.join(3)
@@ -73,9 +79,10 @@ def test_prefill_and_decode_give_the_logits_of_transformers(variant, tmp_path, m
         assert close(logits[0], theirs[39 + i]), i
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("sizes", [[1, 42], [17, 9, 17], [4, 4, 35]])
-def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(sizes, tmp_path, monkeypatch):
-    theirs = reference(save_llama(tmp_path), PROMPT)
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(sizes, save, tmp_path, monkeypatch):
+    theirs = reference(save(tmp_path), PROMPT)
     runner, spy, driver = start(tmp_path, monkeypatch)
     driver.join(0)
     spy.forced = [[], [], [0]][-len(sizes) :]
@@ -87,8 +94,9 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(sizes, tmp_path, monke
     assert close(spy.logits[-1][0], theirs[-1])
 
 
-def test_rows_of_a_mixed_batch_do_not_see_each_other(tmp_path, monkeypatch):
-    model = save_llama(tmp_path)
+@ARCHITECTURES
+def test_rows_of_a_mixed_batch_do_not_see_each_other(save, tmp_path, monkeypatch):
+    model = save(tmp_path)
     prompts = [PROMPT[:5], PROMPT[5:30], PROMPT[30:32]]
     runner, spy, driver = start(tmp_path, monkeypatch)
     for slot in range(3):
@@ -117,8 +125,44 @@ def test_many_groups_of_decode_rows_give_the_same_logits_as_one(tmp_path, monkey
     assert close(seen[0], seen[1])
 
 
-def test_a_cached_prefix_is_read_from_the_pages_of_its_first_owner(tmp_path, monkeypatch):
-    model = save_llama(tmp_path)
+def _double(weights, name):
+    weights[name] = 2 * weights[name]
+
+
+def _swap(weights, first, second):
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+Q_NORM, K_NORM = (f"model.layers.1.self_attn.{part}_norm.weight" for part in "qk")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: _double(w, Q_NORM),
+        lambda w: _double(w, K_NORM),
+        lambda w: _swap(w, Q_NORM, K_NORM),
+        lambda w: _swap(w, Q_NORM, Q_NORM.replace("layers.1", "layers.0")),
+    ],
+    ids=["queries", "keys", "swapped", "of another layer"],
+)
+def test_the_norms_of_queries_and_keys_are_used_where_they_belong(change, tmp_path, monkeypatch):
+    model = save_qwen3(tmp_path)
+    theirs = reference(model, PROMPT)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    runner, spy, driver = start(tmp_path, monkeypatch)
+    driver.join(0)
+    spy.forced = [[0]]
+    runner.launch(driver.plan(prefill=[(0, PROMPT, True)]))
+    assert (spy.logits[0][0] - theirs[-1]).abs().max() > 1e-2 * theirs[-1].abs().max()
+    assert close(spy.logits[0][0], reference(type(model).from_pretrained(tmp_path), PROMPT)[-1])
+
+
+@ARCHITECTURES
+def test_a_cached_prefix_is_read_from_the_pages_of_its_first_owner(save, tmp_path, monkeypatch):
+    model = save(tmp_path)
     runner, spy, driver = start(tmp_path, monkeypatch)
     driver.join(0)
     spy.forced = [[1], [2]]
@@ -168,16 +212,31 @@ def test_rows_and_columns_of_a_weight_are_read_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("save", "change", "complaint"),
     [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor model.layers.1.mlp.up_proj.weight"),
-        (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}), "no place for: model.layers.0"),
-        (lambda w: w.update({"model.norm.weight": torch.zeros(7)}), r"model.norm.weight has shape \(7,\)"),
-        (lambda w: w.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), "model.norm.weight has dtype I8"),
+        (
+            save_llama,
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            "lacks the tensor model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            save_llama,
+            lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}),
+            "no place for: model.layers.0",
+        ),
+        (save_llama, lambda w: w.update({K_NORM: torch.ones(16)}), f"no place for: {K_NORM}"),
+        (save_llama, lambda w: w.update({"model.norm.weight": torch.zeros(7)}), r"model.norm.weight has shape \(7,\)"),
+        (
+            save_llama,
+            lambda w: w.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}),
+            "model.norm.weight has dtype I8",
+        ),
+        (save_qwen3, lambda w: w.pop(Q_NORM), f"lacks the tensor {Q_NORM}"),
+        (save_qwen3, lambda w: w.update({K_NORM: torch.ones(48)}), rf"{K_NORM} has shape \(48,\), .* \(16,\)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(change, complaint, tmp_path):
-    save_llama(tmp_path)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(save, change, complaint, tmp_path):
+    save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")

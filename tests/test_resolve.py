@@ -52,6 +52,14 @@ def test_a_directory_is_read_without_its_weights(tmp_path):
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
+def test_qwen3_normalises_queries_and_keys_and_has_heads_of_its_own_size(tmp_path):
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "sliding_window": None, "use_sliding_window": False}
+    spec = resolve(checkpoint(tmp_path / "a", **qwen3, head_dim=32, tie_word_embeddings=True))
+    assert (spec.architecture, spec.head_dim, spec.qk_norm, spec.tie_embeddings) == ("Qwen3ForCausalLM", 32, True, True)
+    assert resolve(checkpoint(tmp_path / "b", **{**qwen3, "sliding_window": 128}, head_dim=32)).head_dim == 32  # is off
+    assert not resolve(checkpoint(tmp_path / "c")).qk_norm
+
+
 def test_every_eos_id_is_collected_once(tmp_path):
     added = {"7": {"content": "<end>"}, "8": {"content": "<other>"}}
     path = checkpoint(
@@ -97,6 +105,9 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 128}, "sliding_window is 128"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "head_dim is missing"),
+        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported.*default, linear, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),

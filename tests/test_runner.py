@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
@@ -27,6 +27,13 @@ PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     save_llama(path, rope=LLAMA3_ROPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    save_qwen3(path)
     return path
 
 
@@ -243,8 +250,9 @@ def _plans(config: Config) -> list[bytes]:
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-def test_ranks_together_compute_what_one_rank_computes(tp, checkpoint, tmp_path):
-    config = config_for(checkpoint)
+@pytest.mark.parametrize("model", ["checkpoint", "qwen3"])
+def test_ranks_together_compute_what_one_rank_computes(model, tp, request, tmp_path):
+    config = config_for(request.getfixturevalue(model))
     plans = _plans(config)
     alone = Runner(config, 0, "")
     alone.allocate(alone.max_pages())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,24 +24,51 @@ LLAMA3_ROPE = {
 
 def save_llama(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False, rope: dict[str, Any] | None = None) -> Any:
     """Write a random LlamaForCausalLM to `path` and return it (transformers, float32, eval)."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=203,
-        hidden_size=48,
-        intermediate_size=71,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
-    )
+    rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
+    return _save(path, LlamaForCausalLM, LlamaConfig(**_sizes(heads, kv_heads), tie_word_embeddings=tied, rope_parameters=rope))
+
+
+def save_qwen3(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False) -> Any:
+    """Write a random Qwen3ForCausalLM to `path` and return it (transformers, float32, eval).
+
+    Its eps is large enough to matter, and its theta is Qwen3's.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = Qwen3Config(**_sizes(heads, kv_heads), rms_norm_eps=0.1, tie_word_embeddings=tied, rope_parameters=rope)
+    return _save(path, Qwen3ForCausalLM, config)
+
+
+def save_byte_tokenizer(path: Any) -> None:
+    """Write a tokenizer.json in which every byte is a token, with the byte's value as its id."""
+    from minisgl.model.tokenizer import load_tokenizer
+
+    spec = replace(resolve(os.fspath(path)), format="random")
+    load_tokenizer(spec)._backend.save(os.path.join(path, "tokenizer.json"))
+
+
+def _sizes(heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 203,
+        "hidden_size": 48,
+        "intermediate_size": 71,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 16,  # hidden_size / heads with three heads only
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+
+
+def _save(path: Any, cls: Any, config: Any) -> Any:
+    import torch
+
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = cls(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():  # norms of one would hide a norm that is not applied
             if "norm" in name:

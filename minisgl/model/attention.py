@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.model.layers import rotate_
+from minisgl.model.layers import QKNorm, rotate_
 from minisgl.model.state import Batch
 
 GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough to stay in the caches
@@ -26,10 +26,13 @@ class AttentionBackend(Protocol):
     def prepare(self, batch: Batch) -> None:
         """Compute whatever all layers of the step share.  Once per step, before the first layer."""
 
-    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
+    ) -> torch.Tensor:
         """Rotate the queries and keys of qkv [T, H + 2K, D], store keys and values, attend -> [T, H * D].
 
-        cos and signed sin [T, 1, D]: see Rope.at.  Takes `qkv` over: it may be rotated in place.
+        cos and signed sin [T, 1, D]: see Rope.at.  With `qk_norm`, queries and keys are normalised head by head before they
+        are rotated.  Takes `qkv` over: it may be changed in place.
         """
 
 
@@ -111,8 +114,14 @@ class TorchAttention:
         if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
             self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
 
-    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
+    ) -> torch.Tensor:
         heads = self._kv_heads * self._group
+        if qk_norm is not None:
+            queries, keys = qkv[:, :heads], qkv[:, heads : heads + self._kv_heads]
+            queries.copy_(F.rms_norm(queries, (self._dim,), qk_norm.q, qk_norm.eps))
+            keys.copy_(F.rms_norm(keys, (self._dim,), qk_norm.k, qk_norm.eps))
         rotate_(qkv[:, : heads + self._kv_heads], cos, sin)
         q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from minisgl.model.cuda_kernels import rope_and_store
+from minisgl.model.layers import QKNorm
 from minisgl.model.state import Batch
 
 WORKSPACE_BYTES = 256 << 20  # of FlashInfer, for partial results; shared by all wrappers (one stream, one after the other)
@@ -144,7 +145,11 @@ class FlashInferAttention:
         )
 
     # ---------------- running (device)
-    def __call__(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
+    ) -> torch.Tensor:
+        if qk_norm is not None:
+            raise NotImplementedError("models that normalise queries and keys (Qwen3) do not run on a GPU yet")
         q = rope_and_store(qkv, cos, sin, self._by_token[layer], self._kv_index, num_heads=self._heads)
         cache = (self._keys[layer], self._values[layer])
         parts = []

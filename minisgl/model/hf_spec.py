@@ -9,7 +9,7 @@ from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.archs import HF_ARCHS
+from minisgl.model.archs import HF_ARCHS, QK_NORM_ARCHS
 from minisgl.model.metadata import Metadata, check, rope_scaling
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,12 +32,15 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
     config.refuse("quantization_config", (), "quantised safetensors are")
     if config.get("use_sliding_window") is not False:
         config.refuse("sliding_window", (), "sliding-window attention is")
+        config.refuse("use_sliding_window", (), "sliding-window attention is")  # without a width it has the default one
 
     rope = _mapping(config, "rope_parameters")  # transformers 5: theta and scaling in one place
     theta = Metadata(f"{source} (rope_parameters)", rope).number("rope_theta", config.number("rope_theta", 10000.0))
     for part in (Metadata(source, rope), config):
         part.refuse("partial_rotary_factor", (1, 1.0), "rotating only a part of each head is")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    # Qwen3's heads do not follow from the hidden size, so its configs always say their size.
+    head_dim = config.size("head_dim", None if arch == "Qwen3ForCausalLM" else hidden // heads)
     spec = ModelSpec(
         name=name or os.path.basename(os.path.normpath(path)),
         path=path,
@@ -49,7 +52,7 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
         num_layers=config.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=config.size("num_key_value_heads", heads),
-        head_dim=config.size("head_dim", hidden // heads),
+        head_dim=head_dim,
         vocab_size=config.size("vocab_size"),
         max_context=config.size("max_position_embeddings"),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
@@ -58,6 +61,7 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
         tie_embeddings=config.get("tie_word_embeddings") is True,
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=_eos_ids(path, config),
+        qk_norm=arch in QK_NORM_ARCHS,
     )
     return check(source, spec)
 

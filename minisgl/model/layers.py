@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +72,15 @@ class RMSNorm:
         if delta is not None:
             x += delta
         return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """The RMSNorms of one layer's query and key heads: weights `q` and `k` [D], shared by all heads."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Llama: the decoder that SmolLM2, Llama 2 and 3 and many others share.  Runs in the workers.
+"""Llama: the decoder that SmolLM2, Llama 2 and 3, Qwen3 and many others share.  Runs in the workers.
+
+What differs between them is in the ModelSpec: Qwen3's `qk_norm` (Qwen3 technical report, arXiv:2505.09388, section 2).
 
 Shapes: T tokens of a step, C hidden size, H query heads and K KV heads of this rank, D head size, V vocabulary.
 """
@@ -9,7 +11,7 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model.attention import AttentionBackend
-from minisgl.model.layers import CPU, Embedding, Linear, RMSNorm, Rope, silu_mul
+from minisgl.model.layers import CPU, Embedding, Linear, QKNorm, RMSNorm, Rope, silu_mul
 from minisgl.model.loader import Weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Shard, split
@@ -30,11 +32,15 @@ class Attention:
             weights.take(name + "v_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
         )
         self.o = Linear(weights.take(name + "o_proj.weight", (spec.hidden_size, q_size), cols=shard.q_rows))
+        self.qk_norm: QKNorm | None = None
+        if spec.qk_norm:  # the same for all heads, so every rank has it whole
+            q, k = (weights.take(f"{name}{part}_norm.weight", (spec.head_dim,)) for part in "qk")
+            self.qk_norm = QKNorm(q, k, spec.rms_norm_eps)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> torch.Tensor:
         heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, dim)  # [T, H + 2K, D]
-        out = attend(self.layer, qkv, cos, sin)  # [T, H * D]
+        out = attend(self.layer, qkv, cos, sin, self.qk_norm)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
 
@@ -79,7 +85,7 @@ class Layer:
 
 
 class Llama:
-    """LlamaForCausalLM, the part of it that `shard` owns."""
+    """LlamaForCausalLM or Qwen3ForCausalLM, the part of it that `shard` owns."""
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.hf_spec import read_json
+from minisgl.model.random_weights import RandomWeights
 from minisgl.model.shard import Range
 
 
@@ -35,7 +36,9 @@ class Weights(Protocol):
 
 
 def open_weights(spec: ModelSpec, dtype: torch.dtype) -> Weights:
-    """Open the checkpoint that `spec` was read from; tensors come out as `dtype`."""
+    """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU."""
+    if spec.format == "random":
+        return RandomWeights(dtype, torch.device("cpu"))
     return GGUFWeights(spec, dtype) if spec.format == "gguf" else SafetensorsWeights(spec, dtype)
 
 

@@ -24,7 +24,7 @@ from minisgl.plan import StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MODELS = {"LlamaForCausalLM": Llama}
+_MODELS = {"LlamaForCausalLM": Llama, "Qwen3ForCausalLM": Llama}
 
 
 @dataclass(frozen=True, slots=True)
