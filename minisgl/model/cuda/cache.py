@@ -1,0 +1,37 @@
+"""The paged KV cache of one rank on its GPU.  Runs in the workers."""
+
+from __future__ import annotations
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+
+
+class KVCache:
+    """[layer, page, keys and values, K, page_size, D]: a page of one head is contiguous, as the tensor cores like to read it.
+
+    One page more than the scheduler knows of, number `num_pages`: padding rows of graphs write there.  Zeroed, so that what is
+    read behind a row's end is finite.
+    """
+
+    def __init__(
+        self, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.dtype = dtype
+        shape = (layers, num_pages + 1, 2, kv_heads, page_size, head_dim)
+        raw = torch.zeros(shape, dtype=torch.uint8 if dtype == FP8 else dtype, device=device)
+        self._cache = raw.view(dtype)
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[pages, K, page_size, D] of one layer."""
+        return self._cache[layer, :, 0]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[pages, K, page_size, D] of one layer."""
+        return self._cache[layer, :, 1]
+
+
+def page_bytes(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize

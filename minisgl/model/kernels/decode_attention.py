@@ -1,0 +1,202 @@
+"""Attention of decode rows over a paged KV cache: one query token a row.
+
+Bytes: every key and value once, 2 * kv_len * K * D * itemsize a row; nothing else of size.  The work is bound by memory, so
+the kernel's one task is to keep many loads in flight: a program reads blocks of BLOCK tokens of one row and one KV head,
+software-pipelined, and all query heads of the group share them.
+
+A row is cut into `splits` even parts where there are fewer rows than processors ("flash decoding", Dao et al. 2023).  Each part
+leaves its result with its softmax statistics in a workspace; the program that finishes last (a counter tells) adds the parts up,
+in the order of the parts, so the result does not depend on timing.
+
+No plan, no host: rows, page tables and lengths are read from device memory, so one CUDA graph serves every batch of its size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.model.kernels.pdl import begin, launch_options
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
+    q,
+    keys,
+    values,
+    page_table,
+    slots,
+    kv_lens,
+    out,
+    part_out,
+    part_lse,
+    counters,
+    scale,
+    v_scale,
+    table_stride,
+    page_stride,
+    head_stride,
+    token_stride,
+    splits,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    KV_MAJOR: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys."""
+    head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(0) * GROUP
+    begin(PDL)
+    n = tl.load(kv_lens + row)
+    slot = tl.load(slots + row).to(tl.int64)
+    blocks = tl.cdiv(n, BLOCK)
+    per_part = tl.cdiv(blocks, splits)
+    used = tl.cdiv(blocks, per_part)
+    start = part * per_part * BLOCK
+    end = tl.minimum(n, start + per_part * BLOCK)
+    if start < end:
+        g = tl.arange(0, GROUP_PAD)
+        d = tl.arange(0, DIM_PAD)
+        at_q = (row * heads + head * GROUP + g)[:, None] * DIM + d[None, :]
+        in_q = (g < GROUP)[:, None] & (d < DIM)[None, :]
+        query = tl.load(q + at_q, mask=in_q, other=0.0)
+        best = tl.full([GROUP_PAD], -float("inf"), tl.float32)
+        total = tl.zeros([GROUP_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+        acc_t = tl.zeros([DIM_PAD, GROUP_PAD], tl.float32)
+        tokens = tl.arange(0, BLOCK)
+        table = page_table + slot * table_stride
+        first_key = keys + head.to(tl.int64) * head_stride
+        first_value = values + head.to(tl.int64) * head_stride
+        for at in range(start, end, BLOCK):
+            index = at + tokens
+            page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
+            where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
+            if DIM == DIM_PAD:
+                k = tl.load(first_key + where)
+                v = tl.load(first_value + where)
+            else:
+                k = tl.load(first_key + where, mask=(d < DIM)[None, :], other=0.0)
+                v = tl.load(first_value + where, mask=(d < DIM)[None, :], other=0.0)
+            if KV_MAJOR:
+                score = tl.dot(k.to(query.dtype), tl.trans(query)) * scale
+                score = tl.where((index < end)[:, None], score, -float("inf"))
+                new_best = tl.maximum(best, tl.max(score, 0))
+                shrink = tl.exp2(best - new_best)
+                p = tl.exp2(score - new_best[None, :])
+                total = total * shrink + tl.sum(p, 0)
+                acc_t = tl.dot(tl.trans(v.to(query.dtype)), p.to(query.dtype), acc_t * shrink[None, :])
+            else:
+                score = tl.dot(query, tl.trans(k.to(query.dtype))) * scale
+                score = tl.where((index < end)[None, :], score, -float("inf"))
+                new_best = tl.maximum(best, tl.max(score, 1))
+                shrink = tl.exp2(best - new_best)
+                p = tl.exp2(score - new_best[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc * shrink[:, None])
+            best = new_best
+        if KV_MAJOR:
+            acc = tl.trans(acc_t)
+        acc = acc * (v_scale / total)[:, None]
+        if used == 1:
+            tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=in_q)
+        else:
+            # [row, head, part, DIM]
+            at_part = (row * heads + head * GROUP + g) * splits + part
+            tl.store(part_out + at_part[:, None] * DIM + d[None, :], acc, mask=in_q)
+            tl.store(part_lse + at_part, best + tl.log2(total), mask=g < GROUP)
+            tl.debug_barrier()  # every thread's part is written before one thread says so
+            ready = tl.atomic_add(counters + row * tl.num_programs(0) + head, 1, sem="acq_rel", scope="gpu")
+            if ready == used - 1:
+                tl.debug_barrier()
+                tl.store(counters + row * tl.num_programs(0) + head, 0)  # for the next launch
+                s = tl.arange(0, SPLITS_PAD)
+                for i in range(GROUP):
+                    first = (row * heads + head * GROUP + i) * splits
+                    lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
+                    weight = tl.exp2(lse - tl.max(lse, 0))
+                    weight = weight / tl.sum(weight, 0)
+                    parts = tl.load(
+                        part_out + (first + s)[:, None] * DIM + d[None, :],
+                        mask=(s < used)[:, None] & (d < DIM)[None, :],
+                        other=0.0,
+                    )
+                    merged = tl.sum(parts * weight[:, None], 0)
+                    at_out = (row * heads + head * GROUP + i) * DIM + d
+                    tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=d < DIM)
+
+
+class DecodeWorkspace:
+    """Room for the parts of `rows` rows cut into at most `splits` parts; shared by all layers of a graph."""
+
+    def __init__(self, rows: int, splits: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.splits = splits
+        parts = rows * num_heads * splits if splits > 1 else 1
+        self.out = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
+        self.lse = torch.empty(parts, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(rows * num_kv_heads, dtype=torch.int32, device=device)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    block: int = 64,
+    warps: int = 4,
+    stages: int = 3,
+    kv_major: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over the first kv_lens[r] tokens of each row -> [R, H, D], of q's dtype.
+
+    q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
+    contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
+    `k_scale` and `v_scale` multiply what is stored.  Pages behind a row's length are not read; page 0 must hold finite values.
+    """
+    rows, heads, dim = q.shape
+    kv_heads, page_size = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    out = torch.empty_like(q)
+    _decode[(kv_heads, workspace.splits, rows)](
+        q,
+        keys,
+        values,
+        page_table,
+        slots,
+        kv_lens,
+        out,
+        workspace.out,
+        workspace.lse,
+        workspace.counters,
+        dim**-0.5 * 1.4426950408889634 * k_scale,
+        v_scale,
+        page_table.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        workspace.splits,
+        GROUP=group,
+        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        PAGE=page_size,
+        BLOCK=block,
+        SPLITS_PAD=triton.next_power_of_2(workspace.splits),
+        KV_MAJOR=kv_major,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(q),
+    )
+    return out

@@ -1,0 +1,329 @@
+"""The small operations between the matrix products of a decoder layer, fused.
+
+A layer is: add_rms_norm, QKV product, prepare_heads, attention, output product, add_rms_norm, gate-up product, silu_mul, down
+product.  Bytes moved, of 2-byte elements: add_rms_norm reads 2 T C and writes 2 T C; prepare_heads reads and writes
+T (H + 2K) D; silu_mul reads 2 T I and writes T I.
+
+Each takes its input also as the f32 parts [parts, T, N] that a product with a split sum leaves (see linear), and adds them up.
+`quantize` makes the result the left side of an FP8 product: float8_e4m3fn values and one f32 scale a row, value = q * scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.model.kernels.pdl import begin, launch_options
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_parts(at, parts, stride, mask):  # type: ignore[no-untyped-def]
+    """The sum of `parts` tiles that lie `stride` apart, in their order."""
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for part in range(1, parts):
+        value += tl.load(at + part * stride, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_rms_norm(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    x,
+    delta,
+    weight,
+    out,
+    scales,
+    eps,
+    width,
+    parts,
+    part_stride,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per row: x += delta (kept in x), out = x / rms(x) * weight."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    begin(PDL)
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        first = delta + row * width + at
+        if SPLIT:
+            added = _sum_parts(first, parts, part_stride, inside)
+            value += added.to(x.dtype.element_ty).to(tl.float32)  # rounded as an unsplit product would be
+        else:
+            value += tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)  # the norm is of what is kept
+        tl.store(x + row * width + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    normed = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)) * w
+    if QUANTIZE:
+        scale = tl.maximum(tl.max(tl.abs(normed), 0), 1e-12) / 448.0
+        tl.store(scales + row, scale)
+        normed = normed / scale
+    tl.store(out + row * width + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, *, quantize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [T, C] += delta in place, if there is one; returns RMSNorm(x) [T, C] and, with `quantize`, its scales f32[T, 1].
+
+    delta [T, C] or f32 parts [parts, T, C].  All contiguous.
+    """
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=FP8 if quantize else x.dtype)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if quantize else None
+    split = delta is not None and delta.dim() == 3
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(rows,)](
+        x,
+        x if delta is None else delta,
+        weight,
+        out,
+        out if scales is None else scales,
+        eps,
+        width,
+        len(delta) if delta is not None and split else 1,
+        rows * width,
+        BLOCK=block,
+        ADD=delta is not None,
+        SPLIT=split,
+        QUANTIZE=quantize,
+        num_warps=min(16, max(4 if rows < 64 else 1, block // 512)),
+        **launch_options(x),
+    )
+    return out, scales
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _silu_mul(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    gate_up, out, width, parts, part_stride, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr
+):
+    """One program per (row, block of columns)."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    first = gate_up + row * 2 * width + at
+    if SPLIT:
+        gate = _sum_parts(first, parts, part_stride, inside).to(out.dtype.element_ty).to(tl.float32)
+        up = _sum_parts(first + width, parts, part_stride, inside).to(out.dtype.element_ty).to(tl.float32)
+    else:
+        gate = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(first + width, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + at, (silu * up).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(gate, up) [T, 2 I], or its f32 parts [parts, T, 2 I] -> silu(gate) * up, [T, I] of `dtype`.  Contiguous."""
+    rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
+    split = gate_up.dim() == 3
+    out = torch.empty(rows, width, dtype=dtype, device=gate_up.device)
+    block = 256 if rows <= 16 else 1024
+    _silu_mul[(rows, triton.cdiv(width, block))](
+        gate_up,
+        out,
+        width,
+        len(gate_up) if split else 1,
+        rows * 2 * width,
+        BLOCK=block,
+        SPLIT=split,
+        num_warps=4,
+        **launch_options(gate_up),
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _prepare_heads(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    qkv,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    q_out,
+    keys,
+    values,
+    kv_index,
+    eps,
+    k_inverse,
+    v_inverse,
+    parts,
+    part_stride,
+    page_stride,
+    head_stride,
+    token_stride,
+    HEADS: tl.constexpr,
+    KV: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per (token, BLOCK heads of queries, keys and values); both halves of each head side by side."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, HALF)
+    is_q, is_v = head < HEADS, head >= HEADS + KV
+    inside = (head < HEADS + 2 * KV)[:, None] & (d < DIM // 2)[None, :]
+    if NORM:
+        wq_low = tl.load(q_weight + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wq_high = tl.load(q_weight + DIM // 2 + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_low = tl.load(k_weight + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_high = tl.load(k_weight + DIM // 2 + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
+    begin(PDL)
+    first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + d[None, :]
+    if SPLIT:
+        low = _sum_parts(first, parts, part_stride, inside).to(q_out.dtype.element_ty).to(tl.float32)
+        high = _sum_parts(first + DIM // 2, parts, part_stride, inside).to(q_out.dtype.element_ty).to(tl.float32)
+    else:
+        low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(first + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        rms = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)
+        n_low = low * rms[:, None] * tl.where(is_q[:, None], wq_low[None, :], wk_low[None, :])
+        n_high = high * rms[:, None] * tl.where(is_q[:, None], wq_high[None, :], wk_high[None, :])
+        low = tl.where(is_v[:, None], low, n_low.to(q_out.dtype.element_ty).to(tl.float32))
+        high = tl.where(is_v[:, None], high, n_high.to(q_out.dtype.element_ty).to(tl.float32))
+    c = tl.load(cos + token * (DIM // 2) + d, mask=d < DIM // 2, other=0.0)[None, :]
+    s = tl.load(sin + token * (DIM // 2) + d, mask=d < DIM // 2, other=0.0)[None, :]
+    r_low = tl.where(is_v[:, None], low, low * c - high * s)
+    r_high = tl.where(is_v[:, None], high, high * c + low * s)
+    at_q = q_out + (token * HEADS + head)[:, None] * DIM + d[None, :]
+    tl.store(at_q, r_low.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
+    tl.store(at_q + DIM // 2, r_high.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
+    index = tl.load(kv_index + token)
+    where = (index // PAGE) * page_stride + (index % PAGE) * token_stride
+    is_k = (head >= HEADS) & (head < HEADS + KV)
+    at_k = keys + where + ((head - HEADS).to(tl.int64) * head_stride)[:, None] + d[None, :]
+    at_v = values + where + ((head - HEADS - KV).to(tl.int64) * head_stride)[:, None] + d[None, :]
+    tl.store(at_k, _stored(r_low * k_inverse, keys), mask=inside & is_k[:, None])
+    tl.store(at_k + DIM // 2, _stored(r_high * k_inverse, keys), mask=inside & is_k[:, None])
+    tl.store(at_v, _stored(r_low * v_inverse, values), mask=inside & is_v[:, None])
+    tl.store(at_v + DIM // 2, _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _stored(value, target):  # type: ignore[no-untyped-def]
+    """Converted to the cache's dtype; float8 has no infinity, so what is too large becomes its largest value."""
+    if target.dtype.element_ty == tl.float8e4nv:
+        value = tl.clamp(value, -448.0, 448.0)
+    return value.to(target.dtype.element_ty)
+
+
+def prepare_heads(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kv_index: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    eps: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """Normalise (if there are weights) and rotate queries and keys, write keys and values to the cache -> queries [T, H, D].
+
+    qkv [T, (H + 2K) D] or f32 parts [parts, T, (H + 2K) D]; cos and sin f32 [T, D/2]; q_weight and k_weight [D]; keys and
+    values of one layer, views [pages, K, page_size, D] with D contiguous, of `dtype` or float8_e4m3fn (then value / scale is
+    stored); kv_index i64[T]: page * page_size + offset.
+    """
+    split = qkv.dim() == 3
+    tokens, (_, kv_heads, page_size, dim) = qkv.shape[-2], keys.shape
+    heads = qkv.shape[-1] // dim - 2 * kv_heads
+    q_out = torch.empty(tokens, heads, dim, dtype=dtype, device=qkv.device)
+    block = 8 if tokens <= 64 else 16
+    _prepare_heads[(tokens, triton.cdiv(heads + 2 * kv_heads, block))](
+        qkv,
+        cos,
+        sin,
+        cos if q_weight is None else q_weight,
+        cos if k_weight is None else k_weight,
+        q_out,
+        keys,
+        values,
+        kv_index,
+        eps,
+        1.0 / k_scale,
+        1.0 / v_scale,
+        len(qkv) if split else 1,
+        qkv.shape[-2] * qkv.shape[-1],
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        HEADS=heads,
+        KV=kv_heads,
+        DIM=dim,
+        HALF=triton.next_power_of_2(dim // 2),
+        BLOCK=block,
+        PAGE=page_size,
+        NORM=q_weight is not None,
+        SPLIT=split,
+        num_warps=4,
+        **launch_options(qkv),
+    )
+    return q_out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    """One program per row, which is read twice: the second time from the L2 cache."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    top = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        value = tl.load(x + row * width + first + at, mask=first + at < width, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(value))
+    scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    for first in range(0, width, BLOCK):
+        value = tl.load(x + row * width + first + at, mask=first + at < width, other=0.0).to(tl.float32)
+        tl.store(out + row * width + first + at, (value / scale).to(out.dtype.element_ty), mask=first + at < width)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, N] -> float8_e4m3fn [T, N] and scales f32 [T, 1], x = q * scale."""
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=FP8)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=8, **launch_options(x))
+    return out, scales
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rope_tables(positions, freqs, cos, sin, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    begin(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, PAD)
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(freqs + d, mask=d < HALF, other=0.0)
+    tl.store(cos + token * HALF + d, tl.cos(angle), mask=d < HALF)
+    tl.store(sin + token * HALF + d, tl.sin(angle), mask=d < HALF)
+
+
+def rope_tables(positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin f32 [T, D/2] of positions i64[T] times freqs f32[D/2]."""
+    half = len(freqs)
+    cos = torch.empty(len(positions), half, dtype=torch.float32, device=positions.device)
+    sin = torch.empty_like(cos)
+    _rope_tables[(len(positions),)](
+        positions, freqs, cos, sin, HALF=half, PAD=triton.next_power_of_2(half), num_warps=1, **launch_options(positions)
+    )
+    return cos, sin

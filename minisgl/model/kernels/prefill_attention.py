@@ -1,0 +1,159 @@
+"""Causal attention of prompt chunks over a paged KV cache, cached prefix included, in one pass.
+
+Flops: 4 * T * S * H * D for a chunk of T tokens that sees S (half of it where the chunk is its own context).  A program holds
+BLOCK_Q query tokens of all heads of one group, BLOCK_Q * GROUP rows of the matrix unit, and walks over the keys with an online
+softmax (Dao et al., FlashAttention, 2022).  Which chunk and which tokens a program serves is a table made on the host
+(`tiles`), padded with empty entries where a CUDA graph fixes the number of programs.
+
+It serves short prompts inside graphs, head sizes and dtypes that FlashInfer has no kernel for, and machines without it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.model.kernels.pdl import begin, launch_options
+
+I32 = npt.NDArray[np.int32]
+TILE_ROWS = 64  # rows of the matrix unit that a program fills
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _prefill(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
+    q,
+    keys,
+    values,
+    page_table,
+    tiles,
+    out,
+    scale,
+    v_scale,
+    table_stride,
+    page_stride,
+    head_stride,
+    token_stride,
+    GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per (KV head, tile).  tiles i32 [n, 4]: first token, tokens, slot, position of the first token."""
+    head, tile = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(0) * GROUP
+    begin(PDL)
+    first = tl.load(tiles + tile * 4).to(tl.int64)
+    count = tl.load(tiles + tile * 4 + 1)
+    slot = tl.load(tiles + tile * 4 + 2).to(tl.int64)
+    position = tl.load(tiles + tile * 4 + 3)
+    if count > 0:
+        r = tl.arange(0, ROWS)
+        token, g = r // GROUP, r % GROUP
+        d = tl.arange(0, DIM_PAD)
+        in_rows = (token < count) & (token < BLOCK_Q)
+        at_q = ((first + token) * heads + head * GROUP + g)[:, None] * DIM + d[None, :]
+        in_q = in_rows[:, None] & (d < DIM)[None, :]
+        query = tl.load(q + at_q, mask=in_q, other=0.0)
+        best = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        tokens = tl.arange(0, BLOCK)
+        end = position + count
+        table = page_table + slot * table_stride
+        first_key = keys + head.to(tl.int64) * head_stride
+        first_value = values + head.to(tl.int64) * head_stride
+        for at in range(0, end, BLOCK):
+            index = at + tokens
+            page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
+            where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
+            if DIM == DIM_PAD:
+                k = tl.load(first_key + where)
+                v = tl.load(first_value + where)
+            else:
+                k = tl.load(first_key + where, mask=(d < DIM)[None, :], other=0.0)
+                v = tl.load(first_value + where, mask=(d < DIM)[None, :], other=0.0)
+            score = tl.dot(query, tl.trans(k.to(query.dtype))) * scale
+            score = tl.where(index[None, :] <= position + token[:, None], score, -float("inf"))
+            new_best = tl.maximum(best, tl.max(score, 1))
+            shrink = tl.exp2(best - new_best)
+            p = tl.exp2(score - new_best[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc * shrink[:, None])
+            best = new_best
+        tl.store(out + at_q, (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty), mask=in_q)
+
+
+def block_q(group: int) -> int:
+    """Query tokens of one tile, for `group` query heads per KV head."""
+    return max(1, TILE_ROWS // group)
+
+
+def tiles_of(chunk_lens: I32, slots: I32, kv_lens: I32, group: int, pad_to: int = 0) -> I32:
+    """The tile table i32 [n, 4] of chunks of chunk_lens[i] tokens of slots[i] that end at kv_lens[i]; longest contexts first."""
+    size = block_q(group)
+    counts = -(-chunk_lens // size)
+    chunk = np.repeat(np.arange(len(chunk_lens)), counts)
+    offset = (np.arange(len(chunk)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+    starts = np.cumsum(chunk_lens) - chunk_lens
+    tiles = np.zeros((max(pad_to, len(chunk)), 4), np.int32)
+    filled = tiles[: len(chunk)]
+    filled[:, 0] = starts[chunk] + offset
+    filled[:, 1] = np.minimum(size, chunk_lens[chunk] - offset)
+    filled[:, 2] = slots[chunk]
+    filled[:, 3] = (kv_lens - chunk_lens)[chunk] + offset
+    filled[:] = filled[np.argsort(-filled[:, 3], kind="stable")]
+    return tiles
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    tiles: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """Each token attends to the keys of its slot up to its own position -> [T, H, D].  The chunk's keys are in the cache already.
+
+    q [T, H, D] contiguous; keys, values, page_table and scales as for decode_attention; tiles: see `tiles_of`.
+    """
+    _, heads, dim = q.shape
+    kv_heads, page_size = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    rows = max(TILE_ROWS, triton.next_power_of_2(group))
+    pad = triton.next_power_of_2(dim)
+    out = torch.empty_like(q)
+    _prefill[(kv_heads, len(tiles))](
+        q,
+        keys,
+        values,
+        page_table,
+        tiles,
+        out,
+        dim**-0.5 * 1.4426950408889634 * k_scale,
+        v_scale,
+        page_table.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        GROUP=group,
+        BLOCK_Q=block_q(group),
+        ROWS=rows,
+        DIM=dim,
+        DIM_PAD=pad,
+        PAGE=page_size,
+        BLOCK=64 if pad <= 128 and q.dtype != torch.float32 else 32,
+        num_warps=4,
+        num_stages=2,
+        **launch_options(q),
+    )
+    return out
