@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 from dataclasses import fields
 from typing import Any
@@ -11,7 +12,7 @@ from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig
 
 _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("tp", int, "N", "tensor-parallel degree: one worker process per rank"),
-    ("device", str, "KIND", "cpu, or cuda (NVIDIA GPUs: experimental)"),
+    ("device", str, "KIND", "auto (a GPU where there is one), cpu or cuda"),
     ("dtype", str, "TYPE", "auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a GPU"),
     ("page_size", int, "TOKENS", "tokens per page of the KV cache"),
     ("max_running", int, "N", "requests that may run at the same time"),
@@ -24,8 +25,26 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("order", str, "KIND", "who starts first: prefix (longest cached prefix), or arrival"),
     ("itl_target_ms", float, "MS", "keep the time between a request's tokens near this by smaller prefill chunks; 0: off"),
     ("threads", int, "N", "CPU threads over all ranks; 0: as many as this process may use"),
+    ("attention_backend", str, "NAME", "auto, triton, flashinfer or torch (GPU)"),
+    ("quantization", str, "KIND", "none, or fp8: 8-bit weights and activations of the linear layers (GPU)"),
+    ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
+
+# A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
+GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that the driver shows to this process, without loading torch.  0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def flag(name: str) -> str:
@@ -41,9 +60,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     engine = parser.add_argument_group("engine")
-    defaults = {f.name: f.default for f in fields(EngineConfig)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(EngineConfig)} | {"device": "auto"}
     for name, kind, metavar, text in _ENGINE_FLAGS:
-        engine.add_argument(flag(name), type=kind, metavar=metavar, default=defaults[name], help=f"{text} (%(default)s)")
+        default = f"{defaults[name]}" + (f", on a GPU {GPU_DEFAULTS[name]}" if name in GPU_DEFAULTS else "")
+        engine.add_argument(flag(name), type=kind, metavar=metavar, help=f"{text} ({default})")
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +97,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
-    """EngineConfig from flag values, with the one environment variable that is part of the interface.  Raises UserError."""
-    chosen = {name: values[name] for name, *_ in _ENGINE_FLAGS if name in values}
+    """EngineConfig from the values that were given (None: not), and the one environment variable that is part of the interface.
+
+    What was not given has the default of the device.  Raises UserError.
+    """
+    chosen = {name: values[name] for name, *_ in _ENGINE_FLAGS if values.get(name) is not None}
+    if chosen.get("device", "auto") == "auto":
+        chosen["device"] = "cuda" if gpu_count() else "cpu"
+    if chosen["device"] == "cuda":
+        chosen = GPU_DEFAULTS | chosen
     if os.environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING", "") not in ("", "0"):
         chosen["lag"] = 1
     return EngineConfig(**chosen)

@@ -63,12 +63,15 @@ class EngineConfig:
     step_tokens: int = 256  # token budget of one step: decodes first, prefill chunks fill the rest
     lag: int = 2  # plans in flight; 1 = no overlap
     kv_tokens: int = 0  # size of the KV cache in tokens; 0 = sized from memory_fraction
-    memory_fraction: float = 0.4  # share of the free memory, after the weights, that the KV cache may take
+    memory_fraction: float = 0.4  # share of the memory left by weights (and, on a GPU, the largest step) for the KV cache
     max_context: int = 0  # tokens per request; 0 = the model's own limit
     cache: str = "radix"  # "radix" | "none"
     order: str = "prefix"  # who starts first among equal priorities: "prefix" = longest cached prefix, "arrival"
     itl_target_ms: float = 0.0  # prefill chunks shrink so that running requests get a token this often; 0 = fixed budget
     threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
+    attention_backend: str = "auto"  # of a GPU: "auto" | "triton" | "flashinfer" | "torch"
+    quantization: str = "none"  # of the linear layers on a GPU: "none" | "fp8"
+    kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
 
     def __post_init__(self) -> None:
@@ -88,12 +91,23 @@ class EngineConfig:
                 raise UserError(f"{flag} must be between {low} and {high}, got {value}")
         for flag, name, known in (
             ("--device", self.device, ("cpu", "cuda")),
+            ("--attention-backend", self.attention_backend, ("auto", "triton", "flashinfer", "torch")),
+            ("--quantization", self.quantization, ("none", "fp8")),
+            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "fp8")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--cache", self.cache, ("radix", "none")),
             ("--order", self.order, ("prefix", "arrival")),
         ):
             if name not in known:
                 raise UserError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
+        if self.device == "cpu":
+            for flag, name, off in (
+                ("--attention-backend", self.attention_backend, "auto"),
+                ("--quantization", self.quantization, "none"),
+                ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
+            ):
+                if name != off:
+                    raise UserError(f"{flag} {name} needs a GPU: --device cuda (this server runs on the CPU)")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise UserError(f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction:g}")
         if not 0.0 <= self.itl_target_ms <= 60_000:

@@ -48,7 +48,7 @@ PREFILL = np.dtype([("slot", "<u4"), ("sample", "<u4"), ("n_ids", "<i4")])
 _HEADER = struct.Struct("<qBBHIIIII")
 HEADER_BYTES = 64
 _SAME = 1
-_RESULT = struct.Struct("<qii")
+_RESULT = struct.Struct("<qiiii")
 
 
 class PlanKind(enum.IntEnum):
@@ -122,21 +122,27 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step sampled: `tokens` i32[rows], in the order of the plan; `busy_us`: how long the step computed."""
+    """What one step sampled: `tokens` i32[rows], in the order of the plan, and what it took, in microseconds.
+
+    `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
+    where nothing was to be done; `launch_us`: CPU time of the launch.
+    """
 
     step: int
     tokens: I32
     busy_us: int = 0
+    idle_us: int = 0
+    launch_us: int = 0
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in worker 0."""
-        head = _RESULT.pack(self.step, self.busy_us, len(self.tokens))
+        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us)
         return head + self.tokens.astype("<i4", copy=False).tobytes()
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, busy_us, n = _RESULT.unpack_from(raw)
+        step, n, *times = _RESULT.unpack_from(raw)
         if len(raw) != _RESULT.size + 4 * n:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {_RESULT.size + 4 * n}")
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy_us)
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), *times)

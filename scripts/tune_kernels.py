@@ -85,8 +85,15 @@ def linear_settings(rows: int, n: int, k: int) -> Iterator[dict[str, Any]]:
             if pre and (rows > 16 or block_k == 64 or k // splits < 256 or k > 4000):
                 continue
             warps = 8 if block_m * block_n >= 128 * 128 else 4
-            yield {"splits": splits, "block_m": block_m, "block_n": block_n, "block_k": block_k, "stages": stages,
-                   "prefetch_k": pre, "warps": warps}
+            yield {
+                "splits": splits,
+                "block_m": block_m,
+                "block_n": block_n,
+                "block_k": block_k,
+                "stages": stages,
+                "prefetch_k": pre,
+                "warps": warps,
+            }
 
 
 def attention_settings(fp8: bool) -> Iterator[dict[str, Any]]:
@@ -142,11 +149,14 @@ def compile_share(job: tuple[int, int, bool, bool]) -> None:
         try:
             if kind == "linear":
                 _, rows, (n, k), setting = args
-                run_linear(setting, torch.zeros(rows, k, device="cuda", dtype=torch.bfloat16),
-                           torch.zeros(n, k, device="cuda", dtype=torch.bfloat16))
+                run_linear(
+                    setting,
+                    torch.zeros(rows, k, device="cuda", dtype=torch.bfloat16),
+                    torch.zeros(n, k, device="cuda", dtype=torch.bfloat16),
+                )
             else:
                 (heads, kv, rows, _), fp8, hnd, splits, setting = args
-                (q, keys, values, table, slots, lens, _), = attention_inputs(heads, kv, 2, 40, fp8, hnd, 1)
+                ((q, keys, values, table, slots, lens, _),) = attention_inputs(heads, kv, 2, 40, fp8, hnd, 1)
                 ws = DecodeWorkspace(2, splits, heads, kv, 128, q.device)
                 decode_attention(q, keys, values, table, slots, lens, ws, **setting)
         except Exception as e:  # a setting that does not fit is reported when it is timed
@@ -197,7 +207,14 @@ def tune_attention() -> None:
                     say(attention=name, fp8=fp8, hnd=hnd, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2), **setting)
                 best_q = [r for r in results if not r[1]["kv_major"]][:1]
                 for us, setting in best_q:
-                    say(attention=name + " q-major", fp8=fp8, hnd=hnd, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2), **setting)
+                    say(
+                        attention=name + " q-major",
+                        fp8=fp8,
+                        hnd=hnd,
+                        us=round(us, 1),
+                        tb_s=round(nbytes / us / 1e6, 2),
+                        **setting,
+                    )
         flashinfer_decode(name, heads, kv, rows, context)
 
 
@@ -219,8 +236,17 @@ def flashinfer_decode(name: str, heads: int, kv: int, rows: int, context: int) -
                 space = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
                 wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "HND", use_tensor_cores=cores)
                 dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-                wrapper.plan(indptr, indices, (lens - (counts - 1) * 16).int(), heads, kv, 128, 16,
-                             q_data_type=torch.bfloat16, kv_data_type=dtype)
+                wrapper.plan(
+                    indptr,
+                    indices,
+                    (lens - (counts - 1) * 16).int(),
+                    heads,
+                    kv,
+                    128,
+                    16,
+                    q_data_type=torch.bfloat16,
+                    kv_data_type=dtype,
+                )
                 us = graph_us([lambda i=i: wrapper.run(i[0], (i[1], i[2])) for i in inputs])
                 nbytes = int(lens.sum()) * kv * 128 * 2 * (1 if fp8 else 2)
                 say(flashinfer=name, fp8=fp8, tensor_cores=cores, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2))
@@ -251,8 +277,15 @@ def tune_linear() -> None:
                 results.sort(key=lambda r: r[0])
                 limit = max(n * k * 2 / 4.3e6, 2 * rows * n * k / 700e6)
                 for us, error, setting in results[:3]:
-                    say(linear=f"{model} {name}", rows=rows, us=round(us, 2), library_us=round(library, 2), limit_us=round(limit, 2),
-                        error=round(error, 5), **setting)
+                    say(
+                        linear=f"{model} {name}",
+                        rows=rows,
+                        us=round(us, 2),
+                        library_us=round(library, 2),
+                        limit_us=round(limit, 2),
+                        error=round(error, 5),
+                        **setting,
+                    )
                 one = [r for r in results if r[2].get("splits", 2) == 1][:1]
                 for us, error, setting in one:
                     say(linear=f"{model} {name}", rows=rows, one_part=True, us=round(us, 2), error=round(error, 5), **setting)

@@ -6,7 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is declared
 
-from triton.runtime import interpreter  # noqa: E402
+from triton.runtime import interpreter
 
 _set_attr = interpreter._LangPatchScope.set_attr
 

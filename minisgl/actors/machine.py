@@ -124,6 +124,9 @@ class Counters:
     cached_tokens: int = 0  # of these, found in the cache
     prefill_tokens: int = 0  # computed
     decode_tokens: int = 0
+    busy_us: int = 0  # as measured by the device, of all steps together
+    idle_us: int = 0
+    launch_us: int = 0
     misses: dict[str, int] = field(default_factory=dict)  # prompt tokens not found at first admission, by reason
 
 
@@ -240,6 +243,9 @@ class StepMachine:
                 f"result {result.step} ({len(result.tokens)} rows) for plan {sent.step} ({len(sent.slots)} rows)"
             )
         table = self.table
+        self.counters.busy_us += result.busy_us
+        self.counters.idle_us += result.idle_us
+        self.counters.launch_us += result.launch_us
         if result.busy_us:
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         live = table.epoch[sent.slots] == sent.epochs

@@ -46,7 +46,7 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 
     def runner() -> Any:
         if config.engine.device == "cuda":
-            from minisgl.model.cuda_runner import CudaRunner
+            from minisgl.model.cuda.runner import CudaRunner
 
             return CudaRunner(config, rank, run_dir)
         from minisgl.model.runner import Runner

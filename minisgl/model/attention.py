@@ -21,18 +21,15 @@ GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough
 
 
 class AttentionBackend(Protocol):
-    """Owns the KV cache and knows where the rows of the current step keep theirs."""
-
-    def prepare(self, batch: Batch) -> None:
-        """Compute whatever all layers of the step share.  Once per step, before the first layer."""
+    """Owns the KV cache and knows where the rows of the current step keep theirs: it is told before the first layer."""
 
     def __call__(
         self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
     ) -> torch.Tensor:
-        """Rotate the queries and keys of qkv [T, H + 2K, D], store keys and values, attend -> [T, H * D].
+        """Rotate the queries and keys of qkv [T, (H + 2K) * D], store keys and values, attend -> [T, H * D].
 
-        cos and signed sin [T, 1, D]: see Rope.at.  With `qk_norm`, queries and keys are normalised head by head before they
-        are rotated.  Takes `qkv` over: it may be changed in place.
+        cos and sin: from the `rope` of the same blocks (see minisgl.model.blocks).  With `qk_norm`, queries and keys are
+        normalised head by head before they are rotated.  Takes `qkv` over: it may be changed in place.
         """
 
 
@@ -93,6 +90,7 @@ class TorchAttention:
         self._groups: list[_DecodeGroup] = []
 
     def prepare(self, batch: Batch) -> None:
+        """Compute whatever all layers of the step share.  Once per step, before the first layer."""
         self._kv_index = torch.from_numpy(batch.kv_index)
         ends = np.cumsum(batch.chunk_lens)
         self._chunks = [
@@ -118,6 +116,7 @@ class TorchAttention:
         self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
     ) -> torch.Tensor:
         heads = self._kv_heads * self._group
+        qkv = qkv.view(-1, heads + 2 * self._kv_heads, self._dim)
         if qk_norm is not None:
             queries, keys = qkv[:, :heads], qkv[:, heads : heads + self._kv_heads]
             queries.copy_(F.rms_norm(queries, (self._dim,), qk_norm.q, qk_norm.eps))

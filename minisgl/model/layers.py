@@ -17,7 +17,6 @@ from minisgl.config import ModelSpec
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Range
 
-CPU = torch.device("cpu")
 BATCH_HINT = 16  # rows that oneDNN lays a packed weight out for; good from 1 to a few hundred
 
 
@@ -65,10 +64,6 @@ class RMSNorm:
         self._eps = eps
 
     def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        if x.is_cuda:
-            from minisgl.model.cuda_kernels import add_rms_norm
-
-            return add_rms_norm(x, delta, self._weight, self._eps)
         if delta is not None:
             x += delta
         return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
@@ -85,10 +80,6 @@ class QKNorm:
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[T, 2 I] (gate, up) -> silu(gate) * up, [T, I]."""
-    if gate_up.is_cuda:
-        from minisgl.model import cuda_kernels
-
-        return cuda_kernels.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -113,9 +104,9 @@ class Embedding:
 class Rope:
     """Rotary position embedding in the rotate-half layout: dimensions i and i + D/2 turn together by position * freq[i]."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        self._freqs = inverse_frequencies(spec).repeat(2).to(device)  # [D]
-        self._sign = torch.ones(spec.head_dim, device=device)
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self._freqs = inverse_frequencies(spec).repeat(2)  # [D]
+        self._sign = torch.ones(spec.head_dim)
         self._sign[: spec.head_dim // 2] = -1
         self._dtype = dtype
 

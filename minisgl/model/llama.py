@@ -11,7 +11,8 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model.attention import AttentionBackend
-from minisgl.model.layers import CPU, Embedding, Linear, QKNorm, RMSNorm, Rope, silu_mul
+from minisgl.model.blocks import Blocks, Norm, Rows
+from minisgl.model.layers import Embedding, QKNorm
 from minisgl.model.loader import Weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Shard, split
@@ -20,45 +21,47 @@ from minisgl.model.shard import Shard, split
 class Attention:
     """Self-attention over the paged KV cache; each rank computes its own heads and the outputs are summed."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
+    def __init__(
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+    ) -> None:
         name = f"model.layers.{layer}.self_attn."
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.layer = layer
         self.parallel = parallel
-        self.num_heads, self.num_kv_heads, self.head_dim = shard.num_heads, shard.num_kv_heads, spec.head_dim
-        self.qkv = Linear(
+        self.qkv = blocks.linear(
             weights.take(name + "q_proj.weight", (q_size, spec.hidden_size), rows=shard.q_rows),
             weights.take(name + "k_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
             weights.take(name + "v_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
         )
-        self.o = Linear(weights.take(name + "o_proj.weight", (spec.hidden_size, q_size), cols=shard.q_rows))
+        self.o = blocks.linear(weights.take(name + "o_proj.weight", (spec.hidden_size, q_size), cols=shard.q_rows))
         self.qk_norm: QKNorm | None = None
         if spec.qk_norm:  # the same for all heads, so every rank has it whole
             q, k = (weights.take(f"{name}{part}_norm.weight", (spec.head_dim,)) for part in "qk")
             self.qk_norm = QKNorm(q, k, spec.rms_norm_eps)
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> torch.Tensor:
-        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, dim)  # [T, H + 2K, D]
-        out = attend(self.layer, qkv, cos, sin, self.qk_norm)  # [T, H * D]
+    def __call__(self, x: Rows, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> Rows:
+        out = attend(self.layer, self.qkv(x), cos, sin, self.qk_norm)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
 
 class MLP:
     """down(silu(gate(x)) * up(x)); each rank computes some of the inner columns and the outputs are summed."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
+    def __init__(
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+    ) -> None:
         name = f"model.layers.{layer}.mlp."
         inner, outer = spec.intermediate_size, spec.hidden_size
         self.parallel = parallel
-        self.gate_up = Linear(
+        self.silu_mul = blocks.silu_mul
+        self.gate_up = blocks.linear(
             weights.take(name + "gate_proj.weight", (inner, outer), rows=shard.mlp),
             weights.take(name + "up_proj.weight", (inner, outer), rows=shard.mlp),
         )
-        self.down = Linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
+        self.down = blocks.linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.parallel.all_reduce_(self.down(silu_mul(self.gate_up(x))))
+    def __call__(self, x: Rows) -> Rows:
+        return self.parallel.all_reduce_(self.down(self.silu_mul(self.gate_up(x))))
 
 
 class Layer:
@@ -68,18 +71,20 @@ class Layer:
     next norm, together with which it is one kernel on a GPU.
     """
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, layer: int, parallel: Parallel) -> None:
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,)), spec.rms_norm_eps)
+    def __init__(
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+    ) -> None:
+        def norm(name: str) -> Norm:
+            return blocks.norm(weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,)), spec.rms_norm_eps)
 
         self.attn_norm = norm("input_layernorm")
-        self.attn = Attention(spec, shard, weights, layer, parallel)
+        self.attn = Attention(spec, shard, weights, parallel, blocks, layer=layer)
         self.mlp_norm = norm("post_attention_layernorm")
-        self.mlp = MLP(spec, shard, weights, layer, parallel)
+        self.mlp = MLP(spec, shard, weights, parallel, blocks, layer=layer)
 
     def __call__(
-        self, x: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, delta: Rows | None, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend
+    ) -> Rows:
         delta = self.attn(self.attn_norm(x, delta), cos, sin, attend)
         return self.mlp(self.mlp_norm(x, delta))
 
@@ -93,18 +98,18 @@ class Llama:
         shard: Shard,
         weights: Weights,
         parallel: Parallel,
-        dtype: torch.dtype,
-        *,
-        device: torch.device = CPU,
+        blocks: Blocks,
     ) -> None:
         shape = (spec.vocab_size, spec.hidden_size)
         table = weights.take("model.embed_tokens.weight", shape, rows=shard.vocab)
         self.parallel = parallel
         self.embed = Embedding(table, shard.vocab, parallel)
-        self.rope = Rope(spec, dtype, device)
-        self.layers = [Layer(spec, shard, weights, i, parallel) for i in range(spec.num_layers)]
-        self.norm = RMSNorm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps)
-        self.head = Linear(table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab))
+        self.rope = blocks.rope(spec)
+        self.layers = [Layer(spec, shard, weights, parallel, blocks, layer=i) for i in range(spec.num_layers)]
+        self.norm = blocks.norm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps, last=True)
+        self.head = blocks.linear(
+            table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab), last=True
+        )
         self.vocab_widths = [end - start for start, end in split(spec.vocab_size, shard.size)]
 
     def __call__(
@@ -115,8 +120,8 @@ class Llama:
         The rest of the step's metadata is with `attend`, which must have been prepared for the same step.
         """
         x = self.embed(ids)  # [T, C]
-        cos, sin = self.rope.at(positions)
-        delta: torch.Tensor | None = None
+        cos, sin = self.rope(positions)
+        delta: Rows | None = None
         for layer in self.layers:
             delta = layer(x, delta, cos, sin, attend)
         assert delta is not None
@@ -124,5 +129,6 @@ class Llama:
             return self.parallel.all_gather_cols(self.head(self.norm(x, delta)), self.vocab_widths)
         if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
             return x.new_empty(0, sum(self.vocab_widths))
-        logits = self.head(self.norm(x[sample_rows], delta[sample_rows]))
+        # Parts of a product [parts, T, C] have their rows in the last dimension but one, as plain rows have.
+        logits = self.head(self.norm(x[sample_rows], delta[..., sample_rows, :]))
         return self.parallel.all_gather_cols(logits, self.vocab_widths)

@@ -28,7 +28,7 @@ class RandomWeights:
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         whole = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, STD, generator=generator)
         part = whole[slice(*rows)] if rows else whole[:, slice(*cols)] if cols else whole
-        return part.contiguous()
+        return part if part is whole else part.clone()  # a view would keep the whole alive
 
     def finish(self) -> None:
         """Nothing can be left over."""

@@ -12,6 +12,7 @@ import torch
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.attention import TorchAttention
+from minisgl.model.blocks import CpuBlocks
 from minisgl.model.llama import Llama
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
@@ -57,7 +58,7 @@ class Runner:
         self._parallel = Parallel(rank, engine.tp, run_dir)
         with torch.inference_mode():
             weights = open_weights(spec, self._dtype)
-            self._model = _MODELS[spec.architecture](spec, self._shard, weights, self._parallel, self._dtype)
+            self._model = _MODELS[spec.architecture](spec, self._shard, weights, self._parallel, CpuBlocks(self._dtype))
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._attention: TorchAttention | None = None

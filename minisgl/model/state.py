@@ -72,6 +72,16 @@ class SlotState:
 
     def apply(self, plan: StepPlan) -> Batch:
         """Take in one plan: update the slots and lay out its rows.  Plans must come in order, each exactly once."""
+        self._update(plan)
+        return self._lay_out(plan)
+
+    def advance_decode(self, plan: StepPlan) -> I32:
+        """`apply` for a plan without prompts, where nothing need be laid out: the slots that decode, in the plan's order."""
+        self._update(plan)
+        self.kv_len[self._decode] += 1
+        return self._decode.astype(np.int32)
+
+    def _update(self, plan: StepPlan) -> None:
         j = plan.joins
         self.kv_len[j["slot"]] = j["kv_len"]
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
@@ -79,7 +89,6 @@ class SlotState:
         self.page_table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
         if plan.decode is not None:
             self._decode = plan.decode.astype(np.int64)
-        return self._lay_out(plan)
 
     def advance(self, batch: Batch, tokens: I32) -> None:
         """Remember what the rows of a batch sampled: the next decode step feeds it."""

@@ -1,1 +1,1 @@
-"""The worker's side of an NVIDIA GPU: layers on the kernels of minisgl.model.kernels, attention backends, graphs, the runner."""
+"""An NVIDIA GPU's side of the worker: layers on the kernels of minisgl.model.kernels, attention, graphs, the runner."""

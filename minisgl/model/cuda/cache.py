@@ -15,7 +15,15 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype = dtype

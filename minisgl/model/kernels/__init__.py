@@ -1,1 +1,1 @@
-"""The kernels of the GPU worker, in Triton: few, each in one file with the bytes it moves.  Also run by Triton's interpreter."""
+"""The kernels of the GPU worker, in Triton: few, each with the bytes it moves.  Triton's interpreter runs them on a CPU."""

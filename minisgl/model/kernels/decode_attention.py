@@ -4,9 +4,9 @@ Bytes: every key and value once, 2 * kv_len * K * D * itemsize a row; nothing el
 the kernel's one task is to keep many loads in flight: a program reads blocks of BLOCK tokens of one row and one KV head,
 software-pipelined, and all query heads of the group share them.
 
-A row is cut into `splits` even parts where there are fewer rows than processors ("flash decoding", Dao et al. 2023).  Each part
-leaves its result with its softmax statistics in a workspace; the program that finishes last (a counter tells) adds the parts up,
-in the order of the parts, so the result does not depend on timing.
+A row is cut into `splits` even parts where there are fewer rows than processors ("flash decoding", Dao et al. 2023).  Each
+part leaves its result with its softmax statistics in a workspace; the program that finishes last (a counter tells) adds the
+parts up, in the order of the parts, so the result does not depend on timing.
 
 No plan, no host: rows, page tables and lengths are read from device memory, so one CUDA graph serves every batch of its size.
 """
@@ -17,11 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.pdl import begin, launch_options
+from minisgl.model.kernels.float8 import halves
+from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
+@triton.jit
+def _decode(
     q,
     keys,
     values,
@@ -43,10 +44,14 @@ def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
-    KV_MAJOR: tl.constexpr,
+    FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys."""
@@ -62,14 +67,18 @@ def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
     end = tl.minimum(n, start + per_part * BLOCK)
     if start < end:
         g = tl.arange(0, GROUP_PAD)
-        d = tl.arange(0, DIM_PAD)
-        at_q = (row * heads + head * GROUP + g)[:, None] * DIM + d[None, :]
-        in_q = (g < GROUP)[:, None] & (d < DIM)[None, :]
+        d = tl.arange(0, WIDTH_PAD)
+        at_q = (row * heads + head * GROUP + g)[:, None] * DIM + d[None, :] * (DIM // WIDTH)
+        in_q = (g < GROUP)[:, None] & (d < WIDTH)[None, :]
         query = tl.load(q + at_q, mask=in_q, other=0.0)
+        query_odd = query
+        if FP8:  # a unit of the cache is two dimensions: see `halves`
+            query_odd = tl.load(q + at_q + 1, mask=in_q, other=0.0).to(tl.float16)
+            query = query.to(tl.float16)
         best = tl.full([GROUP_PAD], -float("inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
-        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-        acc_t = tl.zeros([DIM_PAD, GROUP_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, WIDTH_PAD], tl.float32)
+        acc_odd = acc
         tokens = tl.arange(0, BLOCK)
         table = page_table + slot * table_stride
         first_key = keys + head.to(tl.int64) * head_stride
@@ -78,38 +87,42 @@ def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
             index = at + tokens
             page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
             where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
-            if DIM == DIM_PAD:
+            if WIDTH == WIDTH_PAD:
                 k = tl.load(first_key + where)
                 v = tl.load(first_value + where)
             else:
-                k = tl.load(first_key + where, mask=(d < DIM)[None, :], other=0.0)
-                v = tl.load(first_value + where, mask=(d < DIM)[None, :], other=0.0)
-            if KV_MAJOR:
-                score = tl.dot(k.to(query.dtype), tl.trans(query)) * scale
-                score = tl.where((index < end)[:, None], score, -float("inf"))
-                new_best = tl.maximum(best, tl.max(score, 0))
-                shrink = tl.exp2(best - new_best)
-                p = tl.exp2(score - new_best[None, :])
-                total = total * shrink + tl.sum(p, 0)
-                acc_t = tl.dot(tl.trans(v.to(query.dtype)), p.to(query.dtype), acc_t * shrink[None, :])
+                k = tl.load(first_key + where, mask=(d < WIDTH)[None, :], other=0)
+                v = tl.load(first_value + where, mask=(d < WIDTH)[None, :], other=0)
+            if FP8:
+                k_even, k_odd = halves(k, INTERPRET)
+                score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
             else:
-                score = tl.dot(query, tl.trans(k.to(query.dtype))) * scale
-                score = tl.where((index < end)[None, :], score, -float("inf"))
-                new_best = tl.maximum(best, tl.max(score, 1))
-                shrink = tl.exp2(best - new_best)
-                p = tl.exp2(score - new_best[:, None])
-                total = total * shrink + tl.sum(p, 1)
-                acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc * shrink[:, None])
+                score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+            score = tl.where((index < end)[None, :], score * scale, -float("inf"))
+            new_best = tl.maximum(best, tl.max(score, 1))
+            shrink = tl.exp2(best - new_best)
+            p = tl.exp2(score - new_best[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            if FP8:
+                v_even, v_odd = halves(v, INTERPRET)
+                acc = tl.dot(p.to(tl.float16), v_even, acc * shrink[:, None])
+                acc_odd = tl.dot(p.to(tl.float16), v_odd, acc_odd * shrink[:, None])
+            else:
+                acc = tl.dot(p.to(query.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             best = new_best
-        if KV_MAJOR:
-            acc = tl.trans(acc_t)
-        acc = acc * (v_scale / total)[:, None]
+        share = (v_scale / total)[:, None]
+        acc, acc_odd = acc * share, acc_odd * share
         if used == 1:
             tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=in_q)
+            if FP8:
+                tl.store(out + at_q + 1, acc_odd.to(out.dtype.element_ty), mask=in_q)
         else:
             # [row, head, part, DIM]
             at_part = (row * heads + head * GROUP + g) * splits + part
-            tl.store(part_out + at_part[:, None] * DIM + d[None, :], acc, mask=in_q)
+            at_part_out = part_out + at_part[:, None] * DIM + d[None, :] * (DIM // WIDTH)
+            tl.store(at_part_out, acc, mask=in_q)
+            if FP8:
+                tl.store(at_part_out + 1, acc_odd, mask=in_q)
             tl.store(part_lse + at_part, best + tl.log2(total), mask=g < GROUP)
             tl.debug_barrier()  # every thread's part is written before one thread says so
             ready = tl.atomic_add(counters + row * tl.num_programs(0) + head, 1, sem="acq_rel", scope="gpu")
@@ -117,19 +130,20 @@ def _decode(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
                 tl.debug_barrier()
                 tl.store(counters + row * tl.num_programs(0) + head, 0)  # for the next launch
                 s = tl.arange(0, SPLITS_PAD)
+                whole = tl.arange(0, DIM_PAD)
                 for i in range(GROUP):
                     first = (row * heads + head * GROUP + i) * splits
                     lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
                     weight = tl.exp2(lse - tl.max(lse, 0))
                     weight = weight / tl.sum(weight, 0)
                     parts = tl.load(
-                        part_out + (first + s)[:, None] * DIM + d[None, :],
-                        mask=(s < used)[:, None] & (d < DIM)[None, :],
+                        part_out + (first + s)[:, None] * DIM + whole[None, :],
+                        mask=(s < used)[:, None] & (whole < DIM)[None, :],
                         other=0.0,
                     )
                     merged = tl.sum(parts * weight[:, None], 0)
-                    at_out = (row * heads + head * GROUP + i) * DIM + d
-                    tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=d < DIM)
+                    at_out = (row * heads + head * GROUP + i) * DIM + whole
+                    tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=whole < DIM)
 
 
 class DecodeWorkspace:
@@ -155,9 +169,8 @@ def decode_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     block: int = 64,
-    warps: int = 4,
+    warps: int = 2,
     stages: int = 3,
-    kv_major: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the first kv_lens[r] tokens of each row -> [R, H, D], of q's dtype.
 
@@ -168,6 +181,8 @@ def decode_attention(
     rows, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
+    if fp8 := keys.dtype == torch.float8_e4m3fn:
+        keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)
     _decode[(kv_heads, workspace.splits, rows)](
         q,
@@ -191,10 +206,14 @@ def decode_attention(
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
+        WIDTH=keys.shape[-1],
+        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
         PAGE=page_size,
         BLOCK=block,
         SPLITS_PAD=triton.next_power_of_2(workspace.splits),
-        KV_MAJOR=kv_major,
+        FP8=fp8,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # concerns float32 alone
+        INTERPRET=INTERPRETED,
         num_warps=warps,
         num_stages=stages,
         **launch_options(q),

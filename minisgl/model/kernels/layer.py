@@ -20,8 +20,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum_parts(at, parts, stride, mask):  # type: ignore[no-untyped-def]
+@triton.jit
+def _sum_parts(at, parts, stride, mask):
     """The sum of `parts` tiles that lie `stride` apart, in their order."""
     value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     for part in range(1, parts):
@@ -29,8 +29,8 @@ def _sum_parts(at, parts, stride, mask):  # type: ignore[no-untyped-def]
     return value
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_rms_norm(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+@triton.jit
+def _add_rms_norm(
     x,
     delta,
     weight,
@@ -103,10 +103,8 @@ def add_rms_norm(
     return out, scales
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    gate_up, out, width, parts, part_stride, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr
-):
+@triton.jit
+def _silu_mul(gate_up, out, width, parts, part_stride, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -143,8 +141,8 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _prepare_heads(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+@triton.jit
+def _prepare_heads(
     qkv,
     cos,
     sin,
@@ -215,8 +213,8 @@ def _prepare_heads(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     tl.store(at_v + DIM // 2, _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _stored(value, target):  # type: ignore[no-untyped-def]
+@triton.jit
+def _stored(value, target):
     """Converted to the cache's dtype; float8 has no infinity, so what is too large becomes its largest value."""
     if target.dtype.element_ty == tl.float8e4nv:
         value = tl.clamp(value, -448.0, 448.0)
@@ -281,8 +279,8 @@ def prepare_heads(
     return q_out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+@triton.jit
+def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per row, which is read twice: the second time from the L2 cache."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -308,8 +306,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scales
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rope_tables(positions, freqs, cos, sin, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+@triton.jit
+def _rope_tables(positions, freqs, cos, sin, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PAD)

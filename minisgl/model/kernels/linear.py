@@ -1,14 +1,16 @@
 """Matrix products with few rows (decode), which read far more weights than anything else.
 
-Bytes: N * K weights once.  A library product treats the rows as the large side of a tile and wastes most of it; here the weights
-are the large side, and the rows, at least 16 for the matrix unit, the small one.  Where N / BLOCK_N programs would not fill the
-processors, the sum over K is cut into parts that the *next* kernel adds up (all of those are element-wise and read the product
-once anyway), so no extra launch and no atomics: the sum's order is fixed.
+Bytes: N * K weights once.  A library product treats the rows as the large side of a tile and wastes most of it; here the
+weights are the large side, and the rows, at least 16 for the matrix unit, the small one.  Where N / BLOCK_N programs would not
+fill the processors, the sum over K is cut into parts that the *next* kernel adds up (all of those are element-wise and read
+the product once anyway), so no extra launch and no atomics: the sum's order is fixed.
 
 The weights of a program are requested before it waits for its predecessor (see pdl).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +19,19 @@ import triton.language as tl
 from minisgl.model.kernels.pdl import launch_options, prefetch, release, wait
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gemv(x, weight, y, width, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+@triton.jit
+def _gemv(
+    x,
+    weight,
+    y,
+    scales,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One row: a program per BLOCK_N outputs.  The first tile of weights is loaded before the wait."""
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -32,14 +45,18 @@ def _gemv(x, weight, y, width, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.con
         more = first + k < K
         tile = tl.load(at + first, mask=inside & more[None, :], other=0.0)
         acc += tile.to(tl.float32) * tl.load(x + first + k, mask=more, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < N)
+    total = tl.sum(acc, 1)
+    if SCALED:
+        total *= tl.load(scales + n, mask=n < N, other=0.0)
+    tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _skinny(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+@triton.jit
+def _skinny(
     x,
     weight,
     y,
+    scales,
     rows,
     N,
     K: tl.constexpr,
@@ -48,6 +65,7 @@ def _skinny(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N]."""
@@ -68,21 +86,60 @@ def _skinny(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     for _ in range(0, WIDTH, BLOCK_K):
         w = tl.load(at_w)
         xs = tl.load(at_x, mask=in_x, other=0.0)
-        acc = tl.dot(w, tl.trans(xs), acc)
+        acc = tl.dot(w.to(xs.dtype), tl.trans(xs), acc)
         at_w += BLOCK_K
         at_x += BLOCK_K
+    if SCALED:
+        acc *= tl.load(scales + n, mask=n < N, other=0.0)[:, None]
     at_y = y + ((part.to(tl.int64) * rows + m) * N)[None, :] + n[:, None]
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=(m < rows)[None, :] & (n < N)[:, None])
 
 
-def gemv(x: torch.Tensor, weight: torch.Tensor, *, block_n: int = 4, block_k: int = 1024, warps: int = 4) -> torch.Tensor:
-    """x [1, K] @ weight [N, K].T -> [1, N]."""
+GEMV_WEIGHTS = 1 << 29  # elements; a product that reads a gigabyte gains nothing over the library
+SMALL_WEIGHTS, NARROW = 1 << 23, 2048
+
+
+def choose(rows: int, n: int, k: int, *, whole: bool, fp8: bool = False) -> dict[str, Any] | None:
+    """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
+
+    From scripts/tune_kernels.py on an H200: up to 16 rows ours, but for very large weights; up to 64 where the weights are
+    small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `whole` forbids
+    parts; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
+    """
+    if rows == 1:
+        if n * k > GEMV_WEIGHTS and not fp8:
+            return None
+        return {"block_n": 4 if k <= 1024 else 2, "block_k": 1024, "warps": 2 if k <= 1024 or n > 4096 else 4}
+    narrow = n <= NARROW and k <= 2 * NARROW
+    fast = n * k <= GEMV_WEIGHTS if rows <= 16 else n * k <= SMALL_WEIGHTS if rows <= 64 else narrow and rows <= 256
+    if not fp8 and (not fast or k % 128):
+        return None
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
+    splits, tiles = 1, triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
+    while not whole and splits < 8 and 2 * splits * tiles <= 256 and k % (2 * splits * block_k) == 0 and k // splits > 256:
+        splits *= 2
+    stages = 5 if rows <= 16 or rows > 64 else 4 if rows <= 32 else 3
+    return {"splits": splits, "block_m": block_m, "block_n": 64, "block_k": block_k, "stages": stages}
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    scales: torch.Tensor | None = None,
+    block_n: int = 4,
+    block_k: int = 1024,
+    warps: int = 4,
+) -> torch.Tensor:
+    """x [1, K] @ weight [N, K].T -> [1, N].  Weights of x's dtype, or float8 with `scales` f32, one for each output."""
     n, k = weight.shape
     y = torch.empty(1, n, dtype=x.dtype, device=x.device)
     block_k = min(block_k, triton.next_power_of_2(k))
     _gemv[(triton.cdiv(n, block_n),)](
-        x, weight, y, 0, N=n, K=k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, **launch_options(x)
-    )
+        x, weight, y, y if scales is None else scales, N=n, K=k, BLOCK_N=block_n, BLOCK_K=block_k,
+        SCALED=scales is not None, num_warps=warps, **launch_options(x),
+    )  # fmt: skip
     return y
 
 
@@ -90,6 +147,7 @@ def skinny(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     splits: int = 1,
     block_m: int = 16,
     block_n: int = 64,
@@ -98,24 +156,16 @@ def skinny(
     stages: int = 4,
     prefetch_k: int = 0,
 ) -> torch.Tensor:
-    """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 parts [splits, R, N] whose sum it is."""
+    """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 parts [splits, R, N] whose sum it is.
+
+    Weights as for `gemv`; K a multiple of splits * block_k.
+    """
     rows, k = x.shape
     n = len(weight)
     y = torch.empty(splits, rows, n, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     _skinny[(triton.cdiv(n, block_n), splits, triton.cdiv(rows, block_m))](
-        x,
-        weight,
-        y,
-        rows,
-        n,
-        K=k,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        SPLITS=splits,
-        PREFETCH=prefetch_k,
-        num_warps=warps,
-        num_stages=stages,
+        x, weight, y, y if scales is None else scales, rows, n, K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None, num_warps=warps, num_stages=stages,
         **launch_options(x),
-    )
+    )  # fmt: skip
     return y[0] if splits == 1 else y

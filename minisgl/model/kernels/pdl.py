@@ -19,30 +19,30 @@ import triton.language as tl
 from triton.language.extra import cuda as _cuda
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def begin(PDL: tl.constexpr):
     """Let the next kernel start, then wait for the previous ones."""
     if PDL:
         _cuda.gdc_launch_dependents()
         _cuda.gdc_wait()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def release(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def release(PDL: tl.constexpr):
     """The first half of `begin`: what stands between it and `wait` must read nothing that a kernel writes."""
     if PDL:
         _cuda.gdc_launch_dependents()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def wait(PDL: tl.constexpr):
     """The second half of `begin`."""
     if PDL:
         _cuda.gdc_wait()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def prefetch(pointers):  # type: ignore[no-untyped-def]
+@triton.jit
+def prefetch(pointers):
     """Ask for the cache lines of `pointers` (i64) to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1

@@ -16,14 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.pdl import begin, launch_options
+from minisgl.model.kernels.float8 import halves
+from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
 I32 = npt.NDArray[np.int32]
 TILE_ROWS = 64  # rows of the matrix unit that a program fills
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _prefill(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
+@triton.jit
+def _prefill(
     q,
     keys,
     values,
@@ -40,9 +41,13 @@ def _prefill(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
     BLOCK_Q: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (KV head, tile).  tiles i32 [n, 4]: first token, tokens, slot, position of the first token."""
@@ -56,14 +61,19 @@ def _prefill(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
     if count > 0:
         r = tl.arange(0, ROWS)
         token, g = r // GROUP, r % GROUP
-        d = tl.arange(0, DIM_PAD)
+        d = tl.arange(0, WIDTH_PAD)
         in_rows = (token < count) & (token < BLOCK_Q)
-        at_q = ((first + token) * heads + head * GROUP + g)[:, None] * DIM + d[None, :]
-        in_q = in_rows[:, None] & (d < DIM)[None, :]
+        at_q = ((first + token) * heads + head * GROUP + g)[:, None] * DIM + d[None, :] * (DIM // WIDTH)
+        in_q = in_rows[:, None] & (d < WIDTH)[None, :]
         query = tl.load(q + at_q, mask=in_q, other=0.0)
+        query_odd = query
+        if FP8:
+            query_odd = tl.load(q + at_q + 1, mask=in_q, other=0.0).to(tl.float16)
+            query = query.to(tl.float16)
         best = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        acc = tl.zeros([ROWS, WIDTH_PAD], tl.float32)
+        acc_odd = acc
         tokens = tl.arange(0, BLOCK)
         end = position + count
         table = page_table + slot * table_stride
@@ -73,21 +83,33 @@ def _prefill(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, PLR0917
             index = at + tokens
             page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
             where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
-            if DIM == DIM_PAD:
+            if WIDTH == WIDTH_PAD:
                 k = tl.load(first_key + where)
                 v = tl.load(first_value + where)
             else:
-                k = tl.load(first_key + where, mask=(d < DIM)[None, :], other=0.0)
-                v = tl.load(first_value + where, mask=(d < DIM)[None, :], other=0.0)
-            score = tl.dot(query, tl.trans(k.to(query.dtype))) * scale
-            score = tl.where(index[None, :] <= position + token[:, None], score, -float("inf"))
+                k = tl.load(first_key + where, mask=(d < WIDTH)[None, :], other=0)
+                v = tl.load(first_value + where, mask=(d < WIDTH)[None, :], other=0)
+            if FP8:
+                k_even, k_odd = halves(k, INTERPRET)
+                score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
+            else:
+                score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+            score = tl.where(index[None, :] <= position + token[:, None], score * scale, -float("inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
             shrink = tl.exp2(best - new_best)
             p = tl.exp2(score - new_best[:, None])
             total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc * shrink[:, None])
+            if FP8:
+                v_even, v_odd = halves(v, INTERPRET)
+                acc = tl.dot(p.to(tl.float16), v_even, acc * shrink[:, None])
+                acc_odd = tl.dot(p.to(tl.float16), v_odd, acc_odd * shrink[:, None])
+            else:
+                acc = tl.dot(p.to(query.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             best = new_best
-        tl.store(out + at_q, (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty), mask=in_q)
+        share = (v_scale / total)[:, None]
+        tl.store(out + at_q, (acc * share).to(out.dtype.element_ty), mask=in_q)
+        if FP8:
+            tl.store(out + at_q + 1, (acc_odd * share).to(out.dtype.element_ty), mask=in_q)
 
 
 def block_q(group: int) -> int:
@@ -96,7 +118,7 @@ def block_q(group: int) -> int:
 
 
 def tiles_of(chunk_lens: I32, slots: I32, kv_lens: I32, group: int, pad_to: int = 0) -> I32:
-    """The tile table i32 [n, 4] of chunks of chunk_lens[i] tokens of slots[i] that end at kv_lens[i]; longest contexts first."""
+    """The tiles i32 [n, 4] of chunks of chunk_lens[i] tokens of slots[i] that end at kv_lens[i]; longest contexts first."""
     size = block_q(group)
     counts = -(-chunk_lens // size)
     chunk = np.repeat(np.arange(len(chunk_lens)), counts)
@@ -122,13 +144,15 @@ def prefill_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Each token attends to the keys of its slot up to its own position -> [T, H, D].  The chunk's keys are in the cache already.
+    """Each token attends to the keys of its slot up to its own position -> [T, H, D].  The chunk's keys are in the cache.
 
     q [T, H, D] contiguous; keys, values, page_table and scales as for decode_attention; tiles: see `tiles_of`.
     """
     _, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
+    if fp8 := keys.dtype == torch.float8_e4m3fn:
+        keys, values = keys.view(torch.int16), values.view(torch.int16)
     rows = max(TILE_ROWS, triton.next_power_of_2(group))
     pad = triton.next_power_of_2(dim)
     out = torch.empty_like(q)
@@ -149,9 +173,13 @@ def prefill_attention(
         BLOCK_Q=block_q(group),
         ROWS=rows,
         DIM=dim,
-        DIM_PAD=pad,
+        WIDTH=keys.shape[-1],
+        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
         PAGE=page_size,
         BLOCK=64 if pad <= 128 and q.dtype != torch.float32 else 32,
+        FP8=fp8,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # concerns float32 alone
+        INTERPRET=INTERPRETED,
         num_warps=4,
         num_stages=2,
         **launch_options(q),

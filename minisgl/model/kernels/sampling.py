@@ -4,9 +4,9 @@ Temperature sampling by the Gumbel-max trick: argmax of logits / T + g, where g 
 with the request's seed as the key and (token id, position) as the counter (Salmon et al., SC 2011).  A row's token depends on
 its own logits, seed and position alone.  T = 0 is the argmax of the logits themselves, the smallest token id winning ties.
 
-top-k, top-p and min-p, in this order and after temperature, become one bound per row below which no logit may be drawn.  It is
-found by bisection over the *bits* of the logits (floats order as their bits do), which needs no sort, is exact, and keeps ties
-as the CPU's sampler does: at most 32 passes over a row that lies in the L2 cache, 16 for bfloat16, none for rows without filter.
+top-k, top-p and min-p, in this order and after temperature, become one bound per row below which no logit may be drawn.
+It is found by bisection over the *bits* of the logits (floats order as their bits do), which needs no sort, is exact, and keeps
+ties as the CPU's sampler does: at most 32 passes over a row in the L2 cache, 16 for bfloat16, none for rows without filter.
 
 Bytes: the logits once, R * V * itemsize, and once per pass for rows that filter.
 """
@@ -22,23 +22,34 @@ from minisgl.model.kernels.pdl import begin, launch_options
 _BLOCK = 4096
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _key(value):  # type: ignore[no-untyped-def]
+@triton.jit
+def _key(value):
     """Order-preserving integer of a float: u32, larger for larger values."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _value(key):  # type: ignore[no-untyped-def]
+@triton.jit
+def _value(key):
     """The inverse of `_key`."""
     bits = tl.where(key >= 0x80000000, key ^ 0x80000000, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _filter_bounds(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    logits, stride, vocab, slots, temperature, top_k, top_p, min_p, bounds, LOW_BIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+@triton.jit
+def _filter_bounds(
+    logits,
+    stride,
+    vocab,
+    slots,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    bounds,
+    LOW_BIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per row: the smallest logit that the row's filters keep, -inf without filters."""
     begin(PDL)
@@ -91,9 +102,20 @@ def _filter_bounds(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     tl.store(bounds + row, bound)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gumbel_argmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
-    logits, stride, vocab, slots, temperature, seed, kv_lens, bounds, best_value, best_index, BLOCK: tl.constexpr, PDL: tl.constexpr
+@triton.jit
+def _gumbel_argmax(
+    logits,
+    stride,
+    vocab,
+    slots,
+    temperature,
+    seed,
+    kv_lens,
+    bounds,
+    best_value,
+    best_index,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (row, part of the vocabulary): the best token of the part."""
     begin(PDL)
@@ -116,9 +138,20 @@ def _gumbel_argmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     tl.store(best_index + row * parts + part, part * BLOCK + where)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _commit(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
-    best_value, best_index, parts, slots, targets, tokens, last_token, kv_len, ADVANCE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+@triton.jit
+def _commit(
+    best_value,
+    best_index,
+    parts,
+    slots,
+    targets,
+    tokens,
+    last_token,
+    kv_len,
+    spare,
+    ADVANCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per row: the best of its parts becomes the slot's newest token."""
     begin(PDL)
@@ -131,7 +164,7 @@ def _commit(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     tl.store(tokens + tl.load(targets + row), token)
     tl.store(last_token + slot, token)
     if ADVANCE:
-        tl.store(kv_len + slot, tl.load(kv_len + slot) + 1)
+        tl.store(kv_len + slot, tl.load(kv_len + slot) + 1, mask=slot != spare)  # the spare one stays where it is
 
 
 def sample(
@@ -164,7 +197,7 @@ def sample(
         logits, logits.stride(0), vocab, slots, s.temperature, s.seed, kv_lens, bounds, value, index, BLOCK=_BLOCK, **options
     )
     _commit[(rows,)](
-        value, index, parts, slots, targets, tokens, s.last_token, s.kv_len,
+        value, index, parts, slots, targets, tokens, s.last_token, s.kv_len, len(s.kv_len) - 1,
         ADVANCE=advance, PARTS=triton.next_power_of_2(parts), num_warps=1, **options,
     )  # fmt: skip
 

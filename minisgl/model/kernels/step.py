@@ -17,8 +17,8 @@ from minisgl.model.kernels.sampling import SamplingState
 JOIN_WORDS, GRANT_WORDS = 8, 3  # 32-bit words of one row of plan.JOIN and plan.GRANT
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _apply_plan(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+@triton.jit
+def _apply_plan(
     words,
     kv_len,
     temperature,
@@ -66,9 +66,21 @@ def apply_plan(words: torch.Tensor, n_join: int, n_grant: int, state: SamplingSt
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _decode_inputs(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
-    slots, last_token, kv_len, page_table, table_stride, ids, positions, kv_index, kv_lens, rows, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+@triton.jit
+def _decode_inputs(
+    slots,
+    last_token,
+    kv_len,
+    page_table,
+    table_stride,
+    ids,
+    positions,
+    kv_index,
+    kv_lens,
+    rows,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     begin(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,3 +107,41 @@ def decode_inputs(
         PAGE=page_size, BLOCK=128, **launch_options(slots),
     )  # fmt: skip
     return ids, positions, kv_index, kv_lens
+
+
+@triton.jit
+def _mixed_inputs(
+    raw_ids, raw_positions, raw_index, last_token, ids, positions, kv_index, tokens, row_slots, row_lens, kv_len, rows,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tokens
+    token = tl.load(raw_ids + at, mask=inside, other=0)
+    newest = tl.load(last_token + tl.maximum(-1 - token, 0), mask=inside & (token < 0), other=0)
+    tl.store(ids + at, tl.where(token < 0, newest, token).to(tl.int64), mask=inside)
+    tl.store(positions + at, tl.load(raw_positions + at, mask=inside, other=0).to(tl.int64), mask=inside)
+    tl.store(kv_index + at, tl.load(raw_index + at, mask=inside, other=0).to(tl.int64), mask=inside)
+    slot = tl.load(row_slots + at, mask=at < rows, other=0)
+    tl.store(kv_len + slot, tl.load(row_lens + at, mask=at < rows, other=0), mask=at < rows)
+
+
+def mixed_inputs(
+    raw_ids: torch.Tensor,
+    raw_positions: torch.Tensor,
+    raw_index: torch.Tensor,
+    row_slots: torch.Tensor,
+    row_lens: torch.Tensor,
+    state: SamplingState,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token ids, positions, kv_index), i64[T] each, of a step with prompt chunks; enters the rows' KV lengths.
+
+    All inputs i32; an id of -1 - s stands for the last token of slot s.
+    """
+    tokens, rows = len(raw_ids), len(row_slots)
+    out = torch.empty(3, tokens, dtype=torch.int64, device=raw_ids.device)
+    _mixed_inputs[(triton.cdiv(max(tokens, rows), 256),)](
+        raw_ids, raw_positions, raw_index, state.last_token, out[0], out[1], out[2], tokens, row_slots, row_lens,
+        state.kv_len, rows, BLOCK=256, **launch_options(raw_ids),
+    )  # fmt: skip
+    return out[0], out[1], out[2]

@@ -1,0 +1,198 @@
+"""Attention on a GPU: what every backend offers, and the part that all share.  Runs in the workers.
+
+`PagedAttention` is what the model calls: it normalises and rotates the heads, writes keys and values to the cache, and hands
+prompt chunks to one backend and decode rows to another.  A backend is one file:
+
+    triton      (attention_triton)      our kernels: decode at the bandwidth of the memory, no plan on the host, any head size
+    flashinfer  (attention_flashinfer)  prefill with FA3 or FA2 at the rate of the matrix units
+    torch       (attention_torch)       the readable reference
+
+`choose` takes, for each of the two tasks, the first of them that can do it; `--attention-backend` names one for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.errors import UserError
+from minisgl.model.cuda.cache import FP8, KVCache
+from minisgl.model.kernels.layer import prepare_heads
+from minisgl.model.layers import QKNorm
+from minisgl.plan import I32
+
+BACKENDS = ("triton", "flashinfer", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a backend must be able to do.  `capability`: 90 for compute capability 9.0."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    capability: int
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Prompt chunks of a step, on the host: the tokens of chunk i are the last chunk_lens[i] of kv_lens[i] in slots[i]."""
+
+    chunk_lens: I32
+    kv_lens: I32
+    slots: I32
+    pages: I32  # [P, pages of the longest row]
+    tiles: torch.Tensor | None = None  # on the device, for backends that want them; fixed in number inside a graph
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Decode rows of a step, on the device, and their lengths as the host knows them (None inside a graph)."""
+
+    slots: torch.Tensor  # i32[B]
+    kv_lens: torch.Tensor  # i32[B]
+    splits: int  # parts that each row is cut into
+    host_kv_lens: I32 | None = None
+    host_pages: I32 | None = None
+
+
+class Backend(Protocol):
+    """Attention over a KVCache.  `plan_*` once per step, then `prefill` or `decode` for every layer."""
+
+    graphs: ClassVar[bool]  # whether `decode` can be part of a CUDA graph, planned or not
+
+    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+        """page_table i32 [slots, pages per slot] is read when a step runs."""
+
+    @classmethod
+    def refuses(cls, heads: Heads, task: str) -> str | None:
+        """Why this backend cannot do `task` ("prefill" or "decode") for these heads here; None if it can."""
+
+    def plan_prefill(self, chunks: Chunks) -> None:
+        """Prepare a step's chunks."""
+
+    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """Causal attention of the chunks' queries [T, H, D] -> [T, H, D]."""
+
+    def plan_decode(self, rows: DecodeRows) -> None:
+        """Prepare a step's decode rows."""
+
+    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """Attention of one query per row [B, H, D] -> [B, H, D]."""
+
+
+def find(name: str) -> type[Backend]:
+    """The class of a backend.  The import of FlashInfer, which takes a second, is inside its module."""
+    if name == "triton":
+        from minisgl.model.cuda.attention_triton import TritonAttention
+
+        return TritonAttention
+    if name == "flashinfer":
+        from minisgl.model.cuda.attention_flashinfer import FlashInferAttention
+
+        return FlashInferAttention
+    from minisgl.model.cuda.attention_torch import TorchReference
+
+    return TorchReference
+
+
+def choose(asked: str, heads: Heads) -> tuple[str, str, str]:
+    """(backend for prefill, backend for decode, a line to tell where a preferred one is missing or "").  Raises UserError."""
+    if asked != "auto":
+        for task in ("prefill", "decode"):
+            if (why := find(asked).refuses(heads, task)) is not None:
+                raise UserError(f"--attention-backend {asked} cannot do {task} here: {why}. Use --attention-backend auto.")
+        return asked, asked, ""
+    why = find("flashinfer").refuses(heads, "prefill")
+    if why is None:
+        return "flashinfer", "triton", ""
+    return "triton", "triton", f"prefill runs on the Triton kernels, FlashInfer is not used: {why}"
+
+
+class PagedAttention:
+    """The AttentionBackend of a model on a GPU, over one cache."""
+
+    def __init__(self, heads: Heads, cache: KVCache, prefill: Backend, decode: Backend, short: Backend) -> None:
+        """`short`: the backend for the chunks of steps that are captured as graphs."""
+        self.heads, self.cache = heads, cache
+        self._backends = {"prefill": prefill, "short": short}
+        self._decode_backend = decode
+        self._prefill_backend = prefill
+        self._kv_index = torch.empty(0)
+        self._split = 0  # tokens of the step that belong to prompt chunks
+        self._rows = 0
+
+    def plan(self, kv_index: torch.Tensor, chunks: Chunks | None, rows: DecodeRows | None, *, short: bool = False) -> None:
+        """Prepare a step: chunks first, then decode rows.  kv_index i64 or i32 [T]: page * page_size + offset of each token.
+
+        `short`: the chunks' tokens include the decode rows' (as chunks of one token); used inside graphs.
+        """
+        self._kv_index = kv_index
+        self._rows = 0 if rows is None else len(rows.slots)
+        self._split = len(kv_index) - self._rows
+        if chunks is not None:
+            self._prefill_backend = self._backends["short" if short else "prefill"]
+            self._prefill_backend.plan_prefill(chunks)
+        if rows is not None:
+            self._decode_backend.plan_decode(rows)
+
+    def __call__(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
+    ) -> torch.Tensor:
+        q = prepare_heads(
+            qkv,
+            cos,
+            sin,
+            None if qk_norm is None else qk_norm.q,
+            None if qk_norm is None else qk_norm.k,
+            self.cache.keys(layer),
+            self.cache.values(layer),
+            self._kv_index,
+            dtype=self.heads.dtype,
+            eps=0.0 if qk_norm is None else qk_norm.eps,
+        )
+        parts = []
+        if self._split:
+            parts.append(self._prefill_backend.prefill(q[: self._split], layer))
+        if self._rows:
+            parts.append(self._decode_backend.decode(q[self._split :], layer))
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
+
+
+def splits_for(rows: int, heads: Heads, max_len: int, processors: int) -> int:
+    """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
+
+    A program's share of an evenly spread step is kv_heads * rows / (4 * processors) of a row.
+    """
+    most = triton_parts(max_len)
+    wanted = max(1, round(4 * processors / (rows * heads.num_kv_heads)))
+    return min(most, 1 << (wanted - 1).bit_length() if wanted > 1 else 1)
+
+
+def triton_parts(max_len: int) -> int:
+    """The most parts that make sense: at least 64 tokens in each, 64 parts at most."""
+    return max(1, min(64, 1 << (max(1, max_len // 64)).bit_length() - 1))
+
+
+def kv_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """--kv-cache-dtype: "auto" is the model's own."""
+    return FP8 if name == "fp8" else dtype
+
+
+def paging(kv_lens: npt.NDArray[np.int32], pages: I32, page_size: int) -> tuple[I32, I32, I32]:
+    """(indptr i32[rows + 1], page numbers of all rows on end, tokens in each row's last page)."""
+    counts = -(-kv_lens // page_size)
+    mine = np.arange(pages.shape[1]) < counts[:, None]
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return indptr, pages[mine].astype(np.int32), (kv_lens - (counts - 1) * page_size).astype(np.int32)

@@ -1,0 +1,103 @@
+"""Decoder layers on an NVIDIA GPU.  Runs in the workers.
+
+Between layers travel plain rows [T, N], f32 parts [parts, T, N] of a product whose sum over K was cut, or `Quantized` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.config import ModelSpec
+from minisgl.model.blocks import Norm as NormLayer
+from minisgl.model.blocks import Positions, Rows
+from minisgl.model.kernels import layer
+from minisgl.model.kernels.linear import choose, gemv, skinny
+from minisgl.model.layers import inverse_frequencies
+
+FP8 = torch.float8_e4m3fn
+WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Rows as float8_e4m3fn [T, N] and a scale f32 [T, 1] for each."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+class Linear:
+    """Few rows through our kernels, where they are faster, many through cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
+        self._weight, self._whole = weight, whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        n, k = self._weight.shape
+        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, whole=self._whole)
+        if settings is None:
+            return F.linear(x, self._weight)
+        return (gemv if len(x) == 1 else skinny)(x, self._weight, **settings)
+
+
+class Fp8Linear:
+    """W8A8: a scale for each output channel and for each row; up to WEIGHT_ONLY_ROWS rows W8A16."""
+
+    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
+        self._weight, scales = layer.quantize_rows(weight)
+        self._scales = scales.view(1, -1)
+        self._whole = whole
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        if not isinstance(x, Quantized):
+            if len(x) <= WEIGHT_ONLY_ROWS:
+                n, k = self._weight.shape
+                settings = choose(len(x), n, k, whole=self._whole, fp8=True)
+                return (gemv if len(x) == 1 else skinny)(x, self._weight, scales=self._scales, **(settings or {}))
+            x = Quantized(*layer.quantize_rows(x))
+        y: torch.Tensor = torch._scaled_mm(
+            x.values,
+            self._weight.t(),
+            scale_a=x.scales,
+            scale_b=self._scales,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return y
+
+
+class Norm:
+    """RMSNorm; hands on float8 rows where the next layer wants them."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, quantize: bool) -> None:
+        self._weight, self._eps, self._quantize = weight, eps, quantize
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> Rows:
+        quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
+        rows, scales = layer.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
+        return rows if scales is None else Quantized(rows, scales)
+
+
+class CudaBlocks:
+    """`whole`: products are never handed on in parts: ranks add theirs up first.  `fp8`: for all layers but the last."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, whole: bool = False, fp8: bool = False) -> None:
+        self._dtype, self._device, self._whole, self._fp8 = dtype, device, whole, fp8
+
+    def linear(self, *weights: torch.Tensor, last: bool = False) -> Callable[[Rows], Rows]:
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return Fp8Linear(weight, self._whole) if self._fp8 and not last else Linear(weight, self._whole or last)
+
+    def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> NormLayer:
+        return Norm(weight, eps, self._fp8 and not last)
+
+    def silu_mul(self, gate_up: Rows) -> Rows:
+        return layer.silu_mul(gate_up, self._dtype)
+
+    def rope(self, spec: ModelSpec) -> Positions:
+        freqs = inverse_frequencies(spec).to(self._device)
+        return lambda positions: layer.rope_tables(positions, freqs)

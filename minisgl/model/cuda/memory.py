@@ -1,0 +1,58 @@
+"""How a GPU's memory is divided, measured instead of guessed.  Runs in the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisgl.errors import UserError
+
+GRAPHS = 1 << 30  # kept free for the buffers of CUDA graphs, which come into being while the server runs
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Bytes of one GPU.  `other`: what was taken before the engine came, by other programs and by CUDA itself."""
+
+    total: int
+    other: int
+    weights: int
+    step: int  # the largest step's activations, measured by running it
+    page: int  # one page of the KV cache over all layers
+    page_size: int
+
+    @property
+    def room(self) -> int:
+        """What is left for the KV cache and for staying free."""
+        return self.total - self.other - self.weights - self.step - GRAPHS
+
+    def pages(self, kv_tokens: int, fraction: float, device: int) -> int:
+        """How many pages to make: for kv_tokens, or for `fraction` of the room.  Raises UserError naming what to change."""
+        most = max(0, self.room // self.page)
+        if kv_tokens:
+            wanted = -(-kv_tokens // self.page_size)
+            if wanted > most:
+                raise UserError(
+                    f"--kv-tokens {kv_tokens}: GPU {device} has room for {most * self.page_size} tokens. {self.describe(0)}. "
+                    f"Use --kv-tokens {most * self.page_size} or less, a smaller --step-tokens, or a larger --tp."
+                )
+            return wanted
+        pages = int(self.room * fraction) // self.page if self.room > 0 else 0
+        if pages < 1:
+            raise UserError(
+                f"no memory for the KV cache on GPU {device}: {self.describe(0)}. "
+                "Use a smaller --step-tokens, --quantization fp8, a larger --tp, or a smaller model."
+            )
+        return pages
+
+    def describe(self, pages: int) -> str:
+        """One line with every entry, in GiB."""
+
+        def gib(n: int) -> str:
+            return f"{n / _GIB:.1f}"
+
+        kv = pages * self.page
+        return (
+            f"{gib(self.total)} GiB = {gib(self.other)} taken before + {gib(self.weights)} weights + {gib(self.step)} largest "
+            f"step + {gib(GRAPHS)} graphs + {gib(kv)} KV cache ({pages * self.page_size} tokens) + {gib(self.room - kv)} free"
+        )
