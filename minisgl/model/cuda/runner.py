@@ -40,7 +40,7 @@ from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.step import decode_inputs, mixed_inputs
 from minisgl.model.llama import Llama
 from minisgl.model.loader import Weights, open_weights
-from minisgl.model.parallel import Parallel
+from minisgl.model.parallel import make_parallel
 from minisgl.model.random_weights import RandomWeights
 from minisgl.model.shard import Range, Shard
 from minisgl.model.state import Batch, SlotState
@@ -117,7 +117,7 @@ class CudaRunner:
         torch.cuda.set_device(self._device)
         self._dtype = _DTYPES[spec.dtype if engine.dtype == "auto" else engine.dtype]
         self._shard = Shard.of(spec, rank, engine.tp)
-        self._parallel = Parallel(rank, engine.tp, run_dir, backend="nccl")
+        self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
         properties = torch.cuda.get_device_properties(self._device)
         self._processors = properties.multi_processor_count
         self._heads = Heads(

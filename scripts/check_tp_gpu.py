@@ -1,0 +1,241 @@
+"""Tensor-parallel collectives on GPUs: several ranks on GPU 0, or one rank per GPU over NCCL.
+
+    python scripts/check_tp_gpu.py [--backend nccl] [--ranks 2 3] [--deadline 300] [--bench]
+
+Checks, each one JSON line with ok true or false; exit code 1 if one fails or a rank does not finish:
+  eager     50 sums (or gathers) in a row without waiting, ranks delayed in turn, so that a buffer reused too early shows
+  graph     the same from one CUDA graph with three collectives, replayed 50 times with changing inputs
+Each compares with a sum in float32 (a gather: exactly), and the ranks' results with each other, bit by bit.  `one_shot` tells
+whether sums of that shape went through symmetric memory.
+With --backend nccl --bench: microseconds per sum in a graph, one-shot and over NCCL, by size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minisgl.model.cuda_parallel import ONE_SHOT_BYTES, CudaParallel
+from minisgl.model.parallel import Kind, Parallel, make_parallel
+
+REPEATS = 50
+SUMS = [  # rows, width, dtype
+    (1, 64, torch.float32),
+    (1, 4096, torch.bfloat16),
+    (7, 576, torch.bfloat16),
+    (3, 5, torch.bfloat16),  # 30 bytes: not whole vectors
+    (8, 2048, torch.float16),  # not a dtype of the one-shot kernel
+    (32, 4096, torch.bfloat16),  # 256 KiB: the largest that is one-shot
+    (33, 4096, torch.bfloat16),
+    (520, 4096, torch.float32),  # more than the 8 MiB of a shared GPU's buffer
+]
+GATHERS = [(1, 1001, torch.float32), (5, 16_032, torch.bfloat16), (33, 49_152, torch.bfloat16)]  # rows, columns in all, dtype
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+failed: list[str] = []
+
+
+def report(check: str, ok: bool, **numbers: object) -> None:
+    print(json.dumps({"check": check, "ok": bool(ok), **numbers}), flush=True)
+    if not ok:
+        failed.append(check)
+
+
+# ---------------------------------------------------------------- in the ranks
+def values(rank: int, step: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What `rank` contributes in `step`: every rank can tell, so every rank can compute the reference."""
+    generator = torch.Generator("cuda").manual_seed(1000 * step + rank)
+    return torch.randn(rows, width, generator=generator, device="cuda").to(dtype)
+
+
+class Rank:
+    """The checks of one rank, on its current device.  Calls `tell(check, ok, numbers, digest of all results)`."""
+
+    def __init__(self, parallel: Parallel, tell: Callable[..., None]) -> None:
+        self.parallel, self.tell = parallel, tell
+        self.rank, self.size = parallel.rank, parallel.size
+
+    def compare(
+        self, check: str, got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float, **numbers: object
+    ) -> None:
+        errors = [float((g.float() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
+        digest = hashlib.sha256(b"".join(g.contiguous().view(torch.uint8).cpu().numpy().tobytes() for g in got)).hexdigest()
+        self.tell(check, all(e <= tolerance for e in errors), {**numbers, "error": float(f"{max(errors):.2g}")}, digest)
+
+    def run(
+        self, check: str, inputs: list[torch.Tensor], want: list[torch.Tensor], tolerance: float, **numbers: object
+    ) -> None:
+        """The collective on every input, eagerly and from a graph.  `check` begins with its name."""
+        got = []
+        for step, x in enumerate(inputs):
+            if step % self.size == self.rank:
+                torch.cuda._sleep(200_000)  # about 0.1 ms: this rank is late
+            got.append(self.collective(check, x.clone()))
+        self.compare(f"eager {check}", got, want, tolerance, **numbers)
+
+        fixed = [torch.empty_like(inputs[0]) for _ in range(3)]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = [self.collective(check, x.clone()) for x in fixed]
+        got = []
+        for step in range(len(inputs)):
+            for i, x in enumerate(fixed):
+                x.copy_(inputs[(step + i) % len(inputs)])
+            if step % self.size == self.rank:
+                torch.cuda._sleep(200_000)
+            graph.replay()
+            got += [x.clone() for x in out]
+        expected = [want[(step + i) % len(want)] for step in range(len(want)) for i in range(3)]
+        self.compare(f"graph {check}", got, expected, tolerance, **numbers)
+        torch.cuda.synchronize()
+        del graph  # before the group goes
+
+    def collective(self, check: str, x: torch.Tensor) -> torch.Tensor:
+        return self.parallel.all_gather_cols(x, self.widths) if check.startswith("gather") else self.parallel.all_reduce_(x)
+
+    def sums(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        steps = REPEATS if rows * width < 1 << 20 else 10
+        inputs = [values(self.rank, step, rows, width, dtype) for step in range(steps)]
+        want = [sum(values(r, step, rows, width, dtype).float() for r in range(self.size)) for step in range(steps)]
+        name = str(dtype).removeprefix("torch.")
+        one_shot = isinstance(self.parallel, CudaParallel) and self.parallel.is_one_shot(inputs[0])
+        self.run(f"sum {rows}x{width} {name}", inputs, want, TOLERANCE[dtype], one_shot=one_shot)
+
+    def gathers(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Uneven: the first ranks have one column more, and rank 0 another 16."""
+        base = (width - 16) // self.size
+        self.widths = [base + 16 * (r == 0) + (r < (width - 16) % self.size) for r in range(self.size)]
+        steps = 10
+        inputs = [values(self.rank, step, rows, self.widths[self.rank], dtype) for step in range(steps)]
+        want = [
+            torch.cat([values(r, step, rows, w, dtype) for r, w in enumerate(self.widths)], dim=1).float()
+            for step in range(steps)
+        ]
+        self.run(f"gather {rows}x{width} {str(dtype).removeprefix('torch.')}", inputs, want, 0, widths=self.widths)
+
+    def bench(self, other: CudaParallel) -> None:
+        for kib in (8, 32, 64, 128, 256, 512, 1024):
+            x = torch.zeros(kib * 512, dtype=torch.bfloat16, device="cuda")
+            micros = {}
+            for name, parallel in (("one_shot", self.parallel), ("nccl", other)):
+                parallel.all_reduce_(x)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for _ in range(20):
+                        parallel.all_reduce_(x)
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                graph.replay()
+                start.record()
+                for _ in range(10):
+                    graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                micros[name] = round(start.elapsed_time(end) * 1e3 / 200, 2)
+                del graph
+            self.tell(f"bench {kib} KiB", True, {"us": micros}, "")
+
+
+def rank_main(rank: int, kind: Kind, size: int, run_dir: str, *, bench: bool, results: Any) -> None:
+    def tell(check: str, ok: bool, numbers: dict[str, object], digest: str) -> None:
+        results.put((rank, check, ok, numbers, digest))
+
+    try:
+        device = torch.device("cuda", 0 if kind == "shared-gpu" else rank)
+        torch.cuda.set_device(device)
+        limit = 1 << 20 if bench else ONE_SHOT_BYTES
+        parallel = make_parallel(kind, rank, size, run_dir, device, one_shot_bytes=limit)
+        checks = Rank(parallel, tell)
+        with torch.inference_mode():
+            for case in SUMS:
+                checks.sums(*case)
+            for case in GATHERS:
+                checks.gathers(*case)
+            if bench and kind == "nccl":
+                checks.bench(CudaParallel(rank, size, torch.distributed.group.WORLD, None))
+        torch.cuda.synchronize()
+        parallel.close()
+        tell("close", True, {}, "")
+    except Exception:
+        traceback.print_exc()
+        tell("close", False, {}, "")
+        results.close()
+        results.join_thread()
+        os._exit(1)  # a process whose peers are stuck in a kernel cannot clean up
+
+
+# ---------------------------------------------------------------- in the parent
+def check(kind: Kind, size: int, seconds: float, bench: bool) -> None:
+    """One group of ranks.  Whatever they do, it is over after `seconds`."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="minisgl-") as run_dir:
+        more = {"bench": bench, "results": results}
+        ranks = [
+            context.Process(target=rank_main, args=(r, kind, size, run_dir), kwargs=more, daemon=True) for r in range(size)
+        ]
+        heard: dict[str, dict[int, tuple[bool, dict[str, object], str]]] = {}
+        try:
+            for p in ranks:
+                p.start()
+            while len(heard.get("close", ())) < size:
+                try:
+                    rank, name, ok, numbers, digest = results.get(timeout=1)
+                except queue.Empty:
+                    if time.monotonic() > deadline or any(p.exitcode for p in ranks):
+                        break
+                    continue
+                answers = heard.setdefault(name, {})
+                answers[rank] = (ok, numbers, digest)
+                if len(answers) == size and name != "close":
+                    digests = {d for _, _, d in answers.values()}
+                    right = all(ok for ok, _, _ in answers.values())
+                    same = len(digests) == 1
+                    report(name, right and same, backend=kind, ranks=size, same_bits=same, **answers[0][1])
+                if name == "close" and not ok:
+                    break  # the others wait for this one in vain
+            for p in ranks:
+                p.join(max(0.0, min(10.0, deadline - time.monotonic())))
+        finally:
+            for p in ranks:
+                p.kill()
+                p.join(10)
+        closed = [r for r, (ok, _, _) in heard.get("close", {}).items() if ok]
+        unfinished = [name for name, answers in heard.items() if len(answers) < size]
+        exits = [p.exitcode for p in ranks]
+        ok = len(closed) == size and exits == [0] * size
+        report("all ranks finish", ok, backend=kind, ranks=size, exit_codes=exits, unfinished=unfinished)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", choices=["shared-gpu", "nccl"], default="shared-gpu")
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 2 and 3 on a shared GPU, else one per GPU")
+    parser.add_argument("--deadline", type=float, default=300, help="seconds for each number of ranks")
+    parser.add_argument("--bench", action="store_true", help="with --backend nccl")
+    args = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    needed = max(args.ranks or [2]) if args.backend == "nccl" else 1
+    if gpus < needed:
+        print(f"check_tp_gpu: --backend {args.backend} needs {needed} GPUs and {gpus} are visible", file=sys.stderr)
+        return 2
+    for size in args.ranks or ([2, 3] if args.backend == "shared-gpu" else [gpus]):
+        check(args.backend, size, args.deadline, args.bench)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
