@@ -97,12 +97,12 @@ def linear_settings(rows: int, n: int, k: int) -> Iterator[dict[str, Any]]:
 
 
 def attention_settings(fp8: bool) -> Iterator[dict[str, Any]]:
-    for kv_major, block, warps, stages in itertools.product((False, True), (32, 64, 128), (1, 2, 4), (2, 3, 4)):
-        if (kv_major and (block < 64 or warps != 4)) or (not kv_major and (block > 64 or block // 16 < warps)):
+    for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (2, 3, 4)):
+        if block // 16 < warps or (block > 64 and warps < 2):
             continue
         if block * 512 * stages // (2 if fp8 else 1) > 200_000:
             continue
-        yield {"block": block, "warps": warps, "stages": stages, "kv_major": kv_major}
+        yield {"block": block, "warps": warps, "stages": stages}
 
 
 def run_linear(setting: dict[str, Any], x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ def attention_inputs(heads: int, kv: int, rows: int, context: int, fp8: bool, hn
 
 
 def splits_for(rows: int, kv: int) -> tuple[int, ...]:
-    return (1,) if rows >= 64 else (4,) if rows >= 16 else (16, 32)
+    return (1,) if rows > 128 else (1, 2) if rows > 64 else (1, 2, 4) if rows > 32 else (2, 4, 8) if rows > 8 else (16, 32)
 
 
 def compile_share(job: tuple[int, int, bool, bool]) -> None:
@@ -185,7 +185,7 @@ def work(attention: bool, linear: bool) -> Iterator[tuple[str, Any]]:
 def tune_attention() -> None:
     for name, (heads, kv, rows, context) in ATTENTION.items():
         for fp8 in (False, True):
-            for hnd in (True, False):
+            for hnd in (True,):
                 item = 1 if fp8 else 2
                 sets = max(2, -(-CACHE_BYTES // (rows * context * kv * 128 * 2 * item)))
                 inputs = attention_inputs(heads, kv, rows, context, fp8, hnd, min(sets, 24))
@@ -194,8 +194,6 @@ def tune_attention() -> None:
                 for splits in splits_for(rows, kv):
                     ws = DecodeWorkspace(rows, splits, heads, kv, 128, torch.device("cuda"))
                     for setting in attention_settings(fp8):
-                        if not hnd and (setting["kv_major"] or setting["stages"] == 4):
-                            continue
                         try:
                             us = graph_us([lambda i=i: decode_attention(*i[:6], ws, **setting) for i in inputs], 9)
                         except Exception as e:
@@ -205,16 +203,6 @@ def tune_attention() -> None:
                 results.sort(key=lambda r: r[0])
                 for us, setting in results[:4]:
                     say(attention=name, fp8=fp8, hnd=hnd, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2), **setting)
-                best_q = [r for r in results if not r[1]["kv_major"]][:1]
-                for us, setting in best_q:
-                    say(
-                        attention=name + " q-major",
-                        fp8=fp8,
-                        hnd=hnd,
-                        us=round(us, 1),
-                        tb_s=round(nbytes / us / 1e6, 2),
-                        **setting,
-                    )
         flashinfer_decode(name, heads, kv, rows, context)
 
 

@@ -29,6 +29,7 @@ from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
 
 HEAD_DIMS = (64, 128, 256)  # that FlashInfer's kernels are used for; our own Triton kernels serve all others
+CUDA_CORE_GROUPS = (1, 2, 4, 8)  # query heads per KV head that its decode kernel knows; others take the one of prefill
 FP8 = "float8_e4m3fn"
 NOTE = "minisgl.json"  # beside a library: {"flashinfer": version, "machine": "x86_64", "archs": ["9.0a"]}
 INSTALL = (
@@ -90,20 +91,23 @@ def parse_arch(text: str) -> str:
 def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decode: bool = False) -> list[ModuleSpec]:
     """The modules for `spec` on GPUs of the compute capabilities `archs`, e.g. ("9.0",).  Raises UserError for a malformed one.
 
-    `decode`: the engine uses FlashInfer for decode steps too.  Empty where FlashInfer is not used: float32, other head sizes.
+    `decode`: also for decode steps, which the engine asks for with --attention-backend flashinfer.  Empty where FlashInfer is
+    not used: float32, other head sizes.
     """
     q = spec.dtype if engine.dtype == "auto" else engine.dtype
     if q not in _SHORT or spec.head_dim not in HEAD_DIMS or not archs:
         return []
-    kv = FP8 if getattr(engine, "kv_cache_dtype", "auto") == "fp8" else q
+    kv = FP8 if engine.kv_cache_dtype == "fp8" else q
     every = tuple(sorted({parse_arch(a) for a in archs}, key=_arch_key))
     hopper = tuple(a for a in every if a == "9.0a")
     modules = []
     if hopper and kv == q:
         modules.append(ModuleSpec("fa3", spec.head_dim, q, kv, hopper))
-    if kv != q or hopper != every:
+    decode |= engine.attention_backend == "flashinfer"
+    on_tensor_cores = spec.num_heads // spec.num_kv_heads not in CUDA_CORE_GROUPS
+    if kv != q or hopper != every or (decode and on_tensor_cores):
         modules.append(ModuleSpec("fa2", spec.head_dim, q, kv, every))
-    if decode:
+    if decode and not on_tensor_cores:
         modules.append(ModuleSpec("decode", spec.head_dim, q, kv, every))
     return modules
 

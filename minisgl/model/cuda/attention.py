@@ -173,11 +173,10 @@ class PagedAttention:
 def splits_for(rows: int, heads: Heads, max_len: int, processors: int) -> int:
     """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
 
-    A program's share of an evenly spread step is kv_heads * rows / (4 * processors) of a row.
+    Eight programs for each processor keep its loads in flight even where they are short.
     """
-    most = triton_parts(max_len)
-    wanted = max(1, round(4 * processors / (rows * heads.num_kv_heads)))
-    return min(most, 1 << (wanted - 1).bit_length() if wanted > 1 else 1)
+    wanted = 8 * processors // (rows * heads.num_kv_heads)
+    return min(triton_parts(max_len), 1 << (wanted.bit_length() - 1) if wanted > 1 else 1)
 
 
 def triton_parts(max_len: int) -> int:

@@ -4,9 +4,9 @@ Prefill: ragged queries over paged keys, causal from the end, so that a cached p
 On Hopper FA3 wherever it has a kernel (head sizes 64, 128, 256 and a cache of the model's own dtype): 1.3 to 1.5 times FA2 in
 every case measured; otherwise FA2, for a float8 cache too.
 
-Decode: through tensor cores, which handle every group of query heads (the other kernel knows 1, 2, 4 and 8 only).  Each step is
-planned on the host; inside a graph into fixed buffers.  The Triton backend needs no plan and is faster, so this is used only
-when asked for.
+Decode: its kernel for CUDA cores where that knows the group of query heads, otherwise the one of prefill.  Each step is planned
+on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster (docs/benchmarks.md), so this one is
+used for decode only when asked for.
 
 FlashInfer's `plan` fills a pinned host buffer and copies it asynchronously; planning again before that copy has run would
 corrupt it, so an event after the copies is waited for first.  That wait is short: plan k is published after the result of
@@ -18,13 +18,14 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads, paging
 from minisgl.model.cuda.cache import KVCache
+from minisgl.model.flashinfer_modules import CUDA_CORE_GROUPS, HEAD_DIMS
 
 WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
-HEAD_DIMS = (64, 128, 256)
 
 
 class FlashInferAttention:
@@ -42,7 +43,9 @@ class FlashInferAttention:
         self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             self._workspace, "HND", backend="fa3" if fa3 else "fa2"
         )
-        self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "HND", use_tensor_cores=True)
+        self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "HND", use_tensor_cores=heads.group not in CUDA_CORE_GROUPS
+        )
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # after the copies of the latest plan
 
     @classmethod
@@ -60,7 +63,7 @@ class FlashInferAttention:
     def plan_prefill(self, chunks: Chunks) -> None:
         indptr, indices, last = paging(chunks.kv_lens, chunks.pages, self._cache.page_size)
         starts = torch.zeros(len(chunks.chunk_lens) + 1, dtype=torch.int32)
-        starts[1:] = torch.from_numpy(chunks.chunk_lens).cumsum(0)
+        starts[1:] = torch.from_numpy(np.cumsum(chunks.chunk_lens))
         h = self._heads
         self._copied.synchronize()
         self._prefill.plan(

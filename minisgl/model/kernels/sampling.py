@@ -103,6 +103,17 @@ def _filter_bounds(
 
 
 @triton.jit
+def _noisy(source, index, vocab, t, bound, bits):
+    """Logits over temperature with Gumbel noise, plain logits where t is 0; -inf outside and below the bound."""
+    value = tl.load(source + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
+    if t > 0:
+        uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0) + (0.5 / 16777216.0)  # in (0, 1), never 0 or 1
+        noisy = value / t - tl.log(-tl.log(uniform))
+        value = tl.where((index < vocab) & (value >= bound), noisy, -float("inf"))
+    return value
+
+
+@triton.jit
 def _gumbel_argmax(
     logits,
     stride,
@@ -122,20 +133,26 @@ def _gumbel_argmax(
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     slot = tl.load(slots + row)
     t = tl.load(temperature + slot)
-    index = part * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
+    key, position, bound = tl.load(seed + slot), tl.load(kv_lens + row).to(tl.uint32), tl.load(bounds + row)
+    # A call of Philox makes four words: quarter j of the part takes word j.
+    lane = tl.arange(0, BLOCK // 4)
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    a, b, c, d = zero, zero, zero, zero
     if t > 0:
-        key = tl.load(seed + slot)
-        position = tl.load(kv_lens + row).to(tl.uint32)  # of the new token
-        bound = tl.load(bounds + row)
-        zero = tl.zeros([BLOCK], tl.uint32)
-        bits, _, _, _ = tl.philox(key, index.to(tl.uint32), zero + position, zero, zero)
-        uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0) + (0.5 / 16777216.0)  # in (0, 1), never 0 or 1
-        noisy = value / t - tl.log(-tl.log(uniform))
-        value = tl.where((index < vocab) & (value >= bound), noisy, -float("inf"))
-    best, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best_value + row * parts + part, best)
-    tl.store(best_index + row * parts + part, part * BLOCK + where)
+        a, b, c, d = tl.philox(key, (part * (BLOCK // 4) + lane).to(tl.uint32), zero + position, zero, zero)
+    source = logits + row.to(tl.int64) * stride
+    index = part * BLOCK + lane
+    best = _noisy(source, index, vocab, t, bound, a)
+    where = index
+    for j in tl.static_range(1, 4):
+        index += BLOCK // 4
+        value = _noisy(source, index, vocab, t, bound, b if j == 1 else c if j == 2 else d)
+        where = tl.where(value > best, index, where)
+        best = tl.maximum(best, value)
+    top = tl.max(best, 0)
+    first = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)  # the smallest of equals
+    tl.store(best_value + row * parts + part, top)
+    tl.store(best_index + row * parts + part, first)
 
 
 @triton.jit
