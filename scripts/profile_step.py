@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import numpy as np
 import torch
@@ -61,16 +61,20 @@ def main() -> int:
         grants = np.array([(s, i, order[s * pages_each + i]) for s in range(rows) for i in range(pages_each)], GRANT)
         plan = StepPlan(step, joins=joins, grants=grants, decode=np.arange(rows, dtype=np.int32))
         launches, busy = [], []
-        for i in range(40):
-            pending = runner.launch(plan)
+        running = deque([runner.launch(plan)])
+        for i in range(60):  # two in flight, as in the engine, so that launches are hidden
+            step += 1
+            running.append(runner.launch(StepPlan(step, decode=None)))
+            pending = running.popleft()
             while not pending.done():
                 pass
             result = pending.result()
             if i >= 10:
                 launches.append(result.launch_us)
                 busy.append(result.busy_us)
-            step += 1
-            plan = StepPlan(step, decode=None)
+        while not running[-1].done():
+            pass
+        step += 1
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
                 pending = runner.launch(StepPlan(step, decode=None))

@@ -66,6 +66,10 @@ class OracleRunner:
     def allocate(self, num_pages: int) -> None:
         self.kv = np.full((num_pages, self._size), _POISON, np.int32)
 
+    def prepare(self) -> bool:
+        """Nothing is left to be prepared."""
+        return False
+
     def close(self) -> None:
         """Nothing to free."""
 

@@ -113,6 +113,10 @@ class Runner:
         self._state.advance(batch, tokens)
         return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000))
 
+    def prepare(self) -> bool:
+        """Nothing is left to be prepared."""
+        return False
+
     def close(self) -> None:
         """Leave the group and drop the cache.  Idempotent."""
         self._attention = None

@@ -4,9 +4,9 @@ Prefill: ragged queries over paged keys, causal from the end, so that a cached p
 On Hopper FA3 wherever it has a kernel (head sizes 64, 128, 256 and a cache of the model's own dtype): 1.3 to 1.5 times FA2 in
 every case measured; otherwise FA2, for a float8 cache too.
 
-Decode: its kernel for CUDA cores where that knows the group of query heads, otherwise the one of prefill.  Each step is planned
-on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster (docs/benchmarks.md), so this one is
-used for decode only when asked for.
+Decode: its kernel for CUDA cores where that knows the group of query heads, otherwise the one of prefill.  Each step is
+planned on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster (docs/benchmarks.md), so
+this one is used for decode only when asked for.
 
 FlashInfer's `plan` fills a pinned host buffer and copies it asynchronously; planning again before that copy has run would
 corrupt it, so an event after the copies is waited for first.  That wait is short: plan k is published after the result of

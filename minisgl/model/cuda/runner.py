@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,10 @@ class _Sizes:
     rows: int
     samples: int
     tiles: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return (self.tokens, self.rows, self.samples, self.tiles)
 
     @property
     def words(self) -> int:
@@ -307,39 +312,45 @@ class CudaRunner:
             self._run_mixed(buffer, sizes, chunks if n_chunks else None, batch)
         else:
             rows = FEW_ROWS if len(row_slots) <= FEW_ROWS else self._config.engine.max_running
-            sizes = _Sizes(bucket, rows, rows, bucket // block_q(self._heads.group) + rows)
+            sizes = self._short_sizes(bucket, rows)
             lens = np.concatenate((batch.chunk_lens, np.ones(len(batch.decode_slots), np.int32)))
             tiles = tiles_of(lens, row_slots, batch.kv_lens, self._heads.group, pad_to=sizes.tiles)
-            if sizes not in self._short_inputs:
-                self._short_inputs[sizes] = torch.zeros(sizes.words, dtype=torch.int32, device=self._device)
-            buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, tiles), into=self._short_inputs[sizes])
-            self._replay((bucket, rows, sizes.tiles), lambda: self._run_mixed(buffer, sizes, None, None))
+            buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, tiles), into=self._short_input(sizes))
+            self._replay(sizes.key, lambda: self._run_mixed(buffer, sizes, None, None))
         self._inputs.turn()
         return samples
 
     def _pack(self, sizes: _Sizes, batch: Batch, ids: I32, row_slots: I32, tiles: I32 | None) -> list[I32]:
         """The arrays of `_run_mixed` in order, padded to `sizes`: padding rows are the spare slot's, on the spare page."""
-        spare = self._state.spare
-        assert self._cache is not None
-
-        def padded(array: np.ndarray, size: int, value: int) -> I32:
-            out = np.full(size, value, np.int32)
-            out[: len(array)] = array
-            return out
-
-        s, t, r = sizes.samples, sizes.tokens, sizes.rows
-        arrays = [
-            padded(ids, t, 0),
-            padded(batch.positions, t, 0),
-            padded(batch.kv_index, t, self._cache.num_pages * self._cache.page_size),
-            padded(row_slots, r, spare),
-            padded(batch.kv_lens, r, 0),
-            padded(batch.sample_rows, s, 0),
-            padded(batch.sample_slots, s, spare),
-            padded(batch.sampling.positions, s, 1),
-            padded(np.arange(len(batch.sample_slots)), s, len(self._tokens) - 1),
+        arrays: list[np.ndarray] = [ids, batch.positions, batch.kv_index, row_slots, batch.kv_lens]
+        sampling: list[np.ndarray] = [
+            batch.sample_rows,
+            batch.sample_slots,
+            batch.sampling.positions,
+            np.arange(len(batch.sample_slots)),
         ]
-        return arrays if tiles is None else [*arrays, tiles]
+        return self._padded(sizes, [*arrays, *sampling], tiles)
+
+    def _padded(self, sizes: _Sizes, arrays: list[np.ndarray], tiles: I32 | None) -> list[I32]:
+        assert self._cache is not None
+        spare, page = self._state.spare, self._cache.num_pages * self._cache.page_size
+        t, r, s = sizes.tokens, sizes.rows, sizes.samples
+        paddings = ((t, 0), (t, 0), (t, page), (r, spare), (r, 0), (s, 0), (s, spare), (s, 1), (s, len(self._tokens) - 1))
+        out = []
+        for array, (size, value) in zip(arrays, paddings, strict=True):
+            whole = np.full(size, value, np.int32)
+            whole[: len(array)] = array
+            out.append(whole)
+        return out if tiles is None else [*out, tiles]
+
+    def _short_sizes(self, tokens: int, rows: int) -> _Sizes:
+        return _Sizes(tokens, rows, rows, tokens // block_q(self._heads.group) + rows)
+
+    def _short_input(self, sizes: _Sizes) -> torch.Tensor:
+        """The fixed buffer of one kind of graph with prompt chunks."""
+        if sizes not in self._short_inputs:
+            self._short_inputs[sizes] = torch.zeros(sizes.words, dtype=torch.int32, device=self._device)
+        return self._short_inputs[sizes]
 
     def _run_mixed(self, buffer: torch.Tensor, sizes: _Sizes, chunks: Chunks | None, batch: Batch | None) -> None:
         """A step from its arrays on the device.  In a graph there is no batch, and every row is a chunk with tiles."""
@@ -367,21 +378,51 @@ class CudaRunner:
 
     # ---------------- graphs
     def _replay(self, key: tuple[int, ...], step: Callable[[], None]) -> None:
-        """Run `step` as a graph.  The first time it runs once eagerly (libraries and kernels tune themselves), then is
-        captured; what that run did to the slots is undone, for the replay does it again."""
+        """Run `step` as a graph, captured when it is first needed."""
         if key not in self._graphs:
-            state = self._state
-            kept = [t.clone() for t in (state.last_token, state.kv_len)]
-            step()
-            state.last_token.copy_(kept[0])
-            state.kv_len.copy_(kept[1])
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                step()
-            self._pool = self._pool or graph.pool()
-            self._graphs[key] = graph
+            self._capture(key, step)
         self._graphs[key].replay()
+
+    def _capture(self, key: tuple[int, ...], step: Callable[[], None]) -> None:
+        """Record a graph.  The step runs eagerly first (libraries and kernels tune themselves), and what that did to the slots
+        is undone, for the replay does it again."""
+        state = self._state
+        kept = [t.clone() for t in (state.last_token, state.kv_len)]
+        step()
+        state.last_token.copy_(kept[0])
+        state.kv_len.copy_(kept[1])
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
+
+    def prepare(self) -> bool:
+        """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.
+
+        The rows are all the spare slot's: those of former requests would write to pages that others own by now.  Ranks are idle
+        at different moments, and a graph has collectives in it, so only a single rank does this.
+        """
+        if self._parallel.size > 1 or self._attention is None or not self._graphs_ok:
+            return False
+        with torch.inference_mode():
+            for bucket in sorted({bucket_of(rows) for rows in range(1, self._config.engine.max_running + 1)}):
+                splits = splits_for(bucket, self._heads, 1 << 20, self._processors)
+                if (bucket, splits) not in self._graphs:
+                    self._state.decode_rows.fill_(self._state.spare)
+                    self._resent = True
+                    self._capture((bucket, splits), partial(self._run_decode, bucket, splits))
+                    return True
+            for tokens in SHORT_STEPS if self._short_ok else ():
+                sizes = self._short_sizes(tokens, FEW_ROWS)
+                if sizes not in self._short_inputs:
+                    nothing = self._padded(sizes, [np.zeros(0, np.int32)] * 9, np.zeros(4 * sizes.tiles, np.int32))
+                    buffer = self._short_input(sizes)
+                    buffer.copy_(torch.from_numpy(np.concatenate(nothing)))
+                    self._capture(sizes.key, partial(self._run_mixed, buffer, sizes, None, None))
+                    return True
+        return False
 
     def close(self) -> None:
         """Drop the graphs before the group: a graph holds on to its communicator.  Idempotent."""

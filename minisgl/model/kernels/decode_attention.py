@@ -21,7 +21,7 @@ from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "kv_lens", "splits"])
 def _decode(
     q,
     keys,
@@ -168,8 +168,8 @@ def decode_attention(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
-    block: int = 64,
-    warps: int = 2,
+    block: int = 0,
+    warps: int = 0,
     stages: int = 3,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the first kv_lens[r] tokens of each row -> [R, H, D], of q's dtype.
@@ -181,6 +181,11 @@ def decode_attention(
     rows, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
+    if not block:  # from scripts/tune_kernels.py on an H200
+        many = rows > 128
+        block, warps = (64, 1) if many and keys.dtype != q.dtype else (32, 2) if many else (64, 2)
+        if not many and keys.dtype != q.dtype and rows > 4:
+            block, warps = 128, 4
     if fp8 := keys.dtype == torch.float8_e4m3fn:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)

@@ -21,15 +21,15 @@ FP8_MAX = 448.0
 
 
 @triton.jit
-def _sum_parts(at, parts, stride, mask):
-    """The sum of `parts` tiles that lie `stride` apart, in their order."""
+def _sum_parts(at, PARTS: tl.constexpr, stride, mask):
+    """The sum of PARTS tiles that lie `stride` apart, in their order; all loads are in flight at once."""
     value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for part in range(1, parts):
+    for part in tl.static_range(1, PARTS):
         value += tl.load(at + part * stride, mask=mask, other=0.0).to(tl.float32)
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm(
     x,
     delta,
@@ -38,11 +38,10 @@ def _add_rms_norm(
     scales,
     eps,
     width,
-    parts,
-    part_stride,
+    rows,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -55,8 +54,8 @@ def _add_rms_norm(
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         first = delta + row * width + at
-        if SPLIT:
-            added = _sum_parts(first, parts, part_stride, inside)
+        if PARTS > 1:
+            added = _sum_parts(first, PARTS, rows * width, inside)
             value += added.to(x.dtype.element_ty).to(tl.float32)  # rounded as an unsplit product would be
         else:
             value += tl.load(first, mask=inside, other=0.0).to(tl.float32)
@@ -91,29 +90,28 @@ def add_rms_norm(
         out if scales is None else scales,
         eps,
         width,
-        len(delta) if delta is not None and split else 1,
-        rows * width,
+        rows,
         BLOCK=block,
         ADD=delta is not None,
-        SPLIT=split,
+        PARTS=len(delta) if delta is not None and split else 1,
         QUANTIZE=quantize,
-        num_warps=min(16, max(4 if rows < 64 else 1, block // 512)),
+        num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
         **launch_options(x),
     )
     return out, scales
 
 
-@triton.jit
-def _silu_mul(gate_up, out, width, parts, part_stride, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _silu_mul(gate_up, out, width, rows, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     first = gate_up + row * 2 * width + at
-    if SPLIT:
-        gate = _sum_parts(first, parts, part_stride, inside).to(out.dtype.element_ty).to(tl.float32)
-        up = _sum_parts(first + width, parts, part_stride, inside).to(out.dtype.element_ty).to(tl.float32)
+    if PARTS > 1:
+        gate = _sum_parts(first, PARTS, rows * 2 * width, inside).to(out.dtype.element_ty).to(tl.float32)
+        up = _sum_parts(first + width, PARTS, rows * 2 * width, inside).to(out.dtype.element_ty).to(tl.float32)
     else:
         gate = tl.load(first, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(first + width, mask=inside, other=0.0).to(tl.float32)
@@ -131,17 +129,16 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         gate_up,
         out,
         width,
-        len(gate_up) if split else 1,
-        rows * 2 * width,
+        rows,
         BLOCK=block,
-        SPLIT=split,
+        PARTS=len(gate_up) if split else 1,
         num_warps=4,
         **launch_options(gate_up),
     )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "kv_index"])
 def _prepare_heads(
     qkv,
     cos,
@@ -155,8 +152,7 @@ def _prepare_heads(
     eps,
     k_inverse,
     v_inverse,
-    parts,
-    part_stride,
+    rows,
     page_stride,
     head_stride,
     token_stride,
@@ -167,7 +163,7 @@ def _prepare_heads(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     NORM: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (token, BLOCK heads of queries, keys and values); both halves of each head side by side."""
@@ -183,9 +179,13 @@ def _prepare_heads(
         wk_high = tl.load(k_weight + DIM // 2 + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
     begin(PDL)
     first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + d[None, :]
-    if SPLIT:
-        low = _sum_parts(first, parts, part_stride, inside).to(q_out.dtype.element_ty).to(tl.float32)
-        high = _sum_parts(first + DIM // 2, parts, part_stride, inside).to(q_out.dtype.element_ty).to(tl.float32)
+    if PARTS > 1:
+        low = _sum_parts(first, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
+        high = (
+            _sum_parts(first + DIM // 2, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside)
+            .to(q_out.dtype.element_ty)
+            .to(tl.float32)
+        )
     else:
         low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(first + DIM // 2, mask=inside, other=0.0).to(tl.float32)
@@ -260,8 +260,7 @@ def prepare_heads(
         eps,
         1.0 / k_scale,
         1.0 / v_scale,
-        len(qkv) if split else 1,
-        qkv.shape[-2] * qkv.shape[-1],
+        tokens,
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
@@ -272,7 +271,7 @@ def prepare_heads(
         BLOCK=block,
         PAGE=page_size,
         NORM=q_weight is not None,
-        SPLIT=split,
+        PARTS=len(qkv) if split else 1,
         num_warps=4,
         **launch_options(qkv),
     )
@@ -306,7 +305,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _rope_tables(positions, freqs, cos, sin, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)

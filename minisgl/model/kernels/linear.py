@@ -51,7 +51,7 @@ def _gemv(
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _skinny(
     x,
     weight,

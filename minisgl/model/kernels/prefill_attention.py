@@ -23,7 +23,7 @@ I32 = npt.NDArray[np.int32]
 TILE_ROWS = 64  # rows of the matrix unit that a program fills
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _prefill(
     q,
     keys,

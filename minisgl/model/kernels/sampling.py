@@ -36,7 +36,7 @@ def _value(key):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _filter_bounds(
     logits,
     stride,
@@ -113,7 +113,7 @@ def _noisy(source, index, vocab, t, bound, bits):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "kv_lens"])
 def _gumbel_argmax(
     logits,
     stride,
@@ -155,7 +155,7 @@ def _gumbel_argmax(
     tl.store(best_index + row * parts + part, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "targets", "tokens", "parts", "spare"])
 def _commit(
     best_value,
     best_index,

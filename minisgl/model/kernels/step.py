@@ -17,7 +17,7 @@ from minisgl.model.kernels.sampling import SamplingState
 JOIN_WORDS, GRANT_WORDS = 8, 3  # 32-bit words of one row of plan.JOIN and plan.GRANT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "n_join", "n_grant"])
 def _apply_plan(
     words,
     kv_len,
@@ -66,7 +66,7 @@ def apply_plan(words: torch.Tensor, n_join: int, n_grant: int, state: SamplingSt
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_inputs(
     slots,
     last_token,
@@ -109,7 +109,20 @@ def decode_inputs(
     return ids, positions, kv_index, kv_lens
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "raw_ids",
+        "raw_positions",
+        "raw_index",
+        "ids",
+        "positions",
+        "kv_index",
+        "tokens",
+        "row_slots",
+        "row_lens",
+        "rows",
+    ]
+)
 def _mixed_inputs(
     raw_ids, raw_positions, raw_index, last_token, ids, positions, kv_index, tokens, row_slots, row_lens, kv_len, rows,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
