@@ -186,6 +186,7 @@ def measure(name: str, args: argparse.Namespace, passes: int, with_latency: bool
     limit = roof.offline(list(map(len, prompts)), outs, 16_384)
     start = time.perf_counter()
     with LLM(spec, **engine) as llm:
+        time.sleep(args.settle)
         about = {"settings": settings, "ready_s": round(time.perf_counter() - start, 1)}
         offline(llm, spec, passes, limit, **about)
         if with_latency:
@@ -202,6 +203,7 @@ def main() -> int:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--lag", type=int, default=2)
+    parser.add_argument("--settle", type=float, default=5.0, help="seconds before the first pass, for graphs to be captured")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes/s of the roofline (an H200's measured copy)")
     parser.add_argument("--flops", type=float, default=790e12, help="bf16 flop/s of the roofline; float8 counts twice")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
 
-@triton.jit(do_not_specialize=["slots", "kv_lens", "splits"])
+@triton.jit(do_not_specialize=["slots", "kv_lens"])
 def _decode(
     q,
     keys,
@@ -39,7 +39,6 @@ def _decode(
     page_stride,
     head_stride,
     token_stride,
-    splits,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -48,7 +47,7 @@ def _decode(
     WIDTH_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two
     FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -61,7 +60,7 @@ def _decode(
     n = tl.load(kv_lens + row)
     slot = tl.load(slots + row).to(tl.int64)
     blocks = tl.cdiv(n, BLOCK)
-    per_part = tl.cdiv(blocks, splits)
+    per_part = tl.cdiv(blocks, SPLITS)
     used = tl.cdiv(blocks, per_part)
     start = part * per_part * BLOCK
     end = tl.minimum(n, start + per_part * BLOCK)
@@ -112,13 +111,13 @@ def _decode(
             best = new_best
         share = (v_scale / total)[:, None]
         acc, acc_odd = acc * share, acc_odd * share
-        if used == 1:
+        if SPLITS == 1 or used == 1:
             tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=in_q)
             if FP8:
                 tl.store(out + at_q + 1, acc_odd.to(out.dtype.element_ty), mask=in_q)
         else:
             # [row, head, part, DIM]
-            at_part = (row * heads + head * GROUP + g) * splits + part
+            at_part = (row * heads + head * GROUP + g) * SPLITS + part
             at_part_out = part_out + at_part[:, None] * DIM + d[None, :] * (DIM // WIDTH)
             tl.store(at_part_out, acc, mask=in_q)
             if FP8:
@@ -129,10 +128,10 @@ def _decode(
             if ready == used - 1:
                 tl.debug_barrier()
                 tl.store(counters + row * tl.num_programs(0) + head, 0)  # for the next launch
-                s = tl.arange(0, SPLITS_PAD)
+                s = tl.arange(0, SPLITS)
                 whole = tl.arange(0, DIM_PAD)
                 for i in range(GROUP):
-                    first = (row * heads + head * GROUP + i) * splits
+                    first = (row * heads + head * GROUP + i) * SPLITS
                     lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
                     weight = tl.exp2(lse - tl.max(lse, 0))
                     weight = weight / tl.sum(weight, 0)
@@ -147,7 +146,7 @@ def _decode(
 
 
 class DecodeWorkspace:
-    """Room for the parts of `rows` rows cut into at most `splits` parts; shared by all layers of a graph."""
+    """Room for the parts of `rows` rows cut into `splits` parts (a power of two); shared by all layers of a graph."""
 
     def __init__(self, rows: int, splits: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
         self.splits = splits
@@ -206,7 +205,6 @@ def decode_attention(
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
-        workspace.splits,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         DIM=dim,
@@ -215,9 +213,9 @@ def decode_attention(
         WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
         PAGE=page_size,
         BLOCK=block,
-        SPLITS_PAD=triton.next_power_of_2(workspace.splits),
+        SPLITS=workspace.splits,
         FP8=fp8,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # concerns float32 alone
+        PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
         INTERPRET=INTERPRETED,
         num_warps=warps,
         num_stages=stages,

@@ -111,13 +111,15 @@ def choose(rows: int, n: int, k: int, *, whole: bool, fp8: bool = False) -> dict
             return None
         return {"block_n": 4 if k <= 1024 else 2, "block_k": 1024, "warps": 2 if k <= 1024 or n > 4096 else 4}
     narrow = n <= NARROW and k <= 2 * NARROW
-    fast = n * k <= GEMV_WEIGHTS if rows <= 16 else n * k <= SMALL_WEIGHTS if rows <= 64 else narrow and rows <= 256
+    most = GEMV_WEIGHTS if rows <= 16 else SMALL_WEIGHTS if rows <= 64 else SMALL_WEIGHTS // 2 if rows <= 128 else 0
+    fast = n * k <= most or (narrow and rows <= 256)
     if not fp8 and (not fast or k % 128):
         return None
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
     splits, tiles = 1, triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
-    while not whole and splits < 8 and 2 * splits * tiles <= 256 and k % (2 * splits * block_k) == 0 and k // splits > 256:
+    splittable = not whole and (narrow or rows <= 64)
+    while splittable and splits < 8 and 2 * splits * tiles <= 256 and k % (2 * splits * block_k) == 0 and k // splits > 256:
         splits *= 2
     stages = 5 if rows <= 16 or rows > 64 else 4 if rows <= 32 else 3
     return {"splits": splits, "block_m": block_m, "block_n": 64, "block_k": block_k, "stages": stages}
