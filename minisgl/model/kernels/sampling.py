@@ -1,8 +1,9 @@
 """Drawing the next tokens on the GPU, inside the graph of a step.
 
-Temperature sampling by the Gumbel-max trick: argmax of logits / T + g, where g = -log(-log(u)) and u comes from Philox4x32-10
-with the request's seed as the key and (token id, position) as the counter (Salmon et al., SC 2011).  A row's token depends on
-its own logits, seed and position alone.  T = 0 is the argmax of the logits themselves, the smallest token id winning ties.
+Temperature sampling by the Gumbel-max trick: argmax of logits / T + g, where g = -log(-log(u)) and u comes from Philox4x32-7
+with the request's seed as the key and (token id, position) as the counter (Salmon et al., SC 2011: seven rounds pass BigCrush).
+A row's token depends on its own logits, seed and position alone.  T = 0 is the argmax of the logits themselves, the smallest
+token id winning ties.
 
 top-k, top-p and min-p, in this order and after temperature, become one bound per row below which no logit may be drawn.
 It is found by bisection over the *bits* of the logits (floats order as their bits do), which needs no sort, is exact, and keeps
@@ -17,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.pdl import begin, launch_options
+from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
 _BLOCK = 4096
 
@@ -103,12 +104,33 @@ def _filter_bounds(
 
 
 @triton.jit
-def _noisy(source, index, vocab, t, bound, bits):
+def gumbel_noise(bits, INTERPRET: tl.constexpr):
+    """Standard Gumbel noise from 32 random bits.
+
+    Of a hundred thousand tokens the largest noise wins, so its tail must be right: there -log(u), an exponential variable, is
+    tiny and u rounds to 1.  With x = 1 - u taken from the bits, small values keep all their digits.
+    """
+    x = tl.minimum((bits.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), 0.99999994)
+    exponential = tl.where(x < 0.01, x * (1.0 + x * (0.5 + x * (1.0 / 3.0))), -_log(1.0 - x, INTERPRET))
+    return -_log(exponential, INTERPRET)
+
+
+@triton.jit
+def _log(x, INTERPRET: tl.constexpr):
+    """The processor's own logarithm, one instruction: its error of 2^-22 is harmless here."""
+    if INTERPRET:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y * 0.6931471805599453
+
+
+@triton.jit
+def _noisy(source, index, vocab, t, bound, bits, INTERPRET: tl.constexpr):
     """Logits over temperature with Gumbel noise, plain logits where t is 0; -inf outside and below the bound."""
     value = tl.load(source + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
     if t > 0:
-        uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0) + (0.5 / 16777216.0)  # in (0, 1), never 0 or 1
-        noisy = value / t - tl.log(-tl.log(uniform))
+        noisy = value * (1.0 / t) + gumbel_noise(bits, INTERPRET)
         value = tl.where((index < vocab) & (value >= bound), noisy, -float("inf"))
     return value
 
@@ -126,6 +148,7 @@ def _gumbel_argmax(
     best_value,
     best_index,
     BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (row, part of the vocabulary): the best token of the part."""
@@ -139,14 +162,14 @@ def _gumbel_argmax(
     zero = tl.zeros([BLOCK // 4], tl.uint32)
     a, b, c, d = zero, zero, zero, zero
     if t > 0:
-        a, b, c, d = tl.philox(key, (part * (BLOCK // 4) + lane).to(tl.uint32), zero + position, zero, zero)
+        a, b, c, d = tl.philox(key, (part * (BLOCK // 4) + lane).to(tl.uint32), zero + position, zero, zero, n_rounds=7)
     source = logits + row.to(tl.int64) * stride
     index = part * BLOCK + lane
-    best = _noisy(source, index, vocab, t, bound, a)
+    best = _noisy(source, index, vocab, t, bound, a, INTERPRET)
     where = index
     for j in tl.static_range(1, 4):
         index += BLOCK // 4
-        value = _noisy(source, index, vocab, t, bound, b if j == 1 else c if j == 2 else d)
+        value = _noisy(source, index, vocab, t, bound, b if j == 1 else c if j == 2 else d, INTERPRET)
         where = tl.where(value > best, index, where)
         best = tl.maximum(best, value)
     top = tl.max(best, 0)
@@ -211,7 +234,19 @@ def sample(
         LOW_BIT=low_bit, BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=16, **options,
     )  # fmt: skip
     _gumbel_argmax[(rows, parts)](
-        logits, logits.stride(0), vocab, slots, s.temperature, s.seed, kv_lens, bounds, value, index, BLOCK=_BLOCK, **options
+        logits,
+        logits.stride(0),
+        vocab,
+        slots,
+        s.temperature,
+        s.seed,
+        kv_lens,
+        bounds,
+        value,
+        index,
+        BLOCK=_BLOCK,
+        INTERPRET=INTERPRETED,
+        **options,
     )
     _commit[(rows,)](
         value, index, parts, slots, targets, tokens, s.last_token, s.kv_len, len(s.kv_len) - 1,
