@@ -281,7 +281,7 @@ def check_accuracy(spec: ModelSpec, tokenizer: Any) -> None:
     ids = list(tokenizer.encode(inspect.getsource(json.decoder) + inspect.getsource(random), False))[:1900]
 
     def distributions(**engine: Any) -> torch.Tensor:
-        with gpu(spec, eager=True, dtype="bfloat16", **engine) as harness:
+        with gpu(spec, eager=True, dtype="bfloat16", attention_backend="triton", **engine) as harness:
             inner = harness.runner._model
             kept: list[torch.Tensor] = []
 
@@ -372,10 +372,14 @@ def soak(seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument("--only-soak", action="store_true")
     parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
     shapes = [("llama", 8, 2, 64), ("qwen3", 10, 2, 128), ("llama", 5, 1, 80), ("qwen3", 7, 1, 96), ("llama", 4, 2, 256)]
+    if args.only_soak:
+        soak(args.soak)
+        return 1 if failed else 0
     for kind, heads, kv_heads, dim in shapes[:2] if args.quick else shapes:
         with tempfile.TemporaryDirectory() as directory:
             spec = tiny(directory, kind, heads, kv_heads, dim)
@@ -387,14 +391,16 @@ def main() -> int:
 
             check(2e-4, dtype="float32")
             check(2e-4, dtype="float32", attention_backend="torch")
-            check(2.5e-2)
+            if dim in (64, 128):
+                check(2.5e-2)
             check(2.5e-2, attention_backend="triton")
             if dim in (64, 128):
                 check(2.5e-2, attention_backend="flashinfer")
                 check(2.5e-2, attention_backend="flashinfer", page_size=1)
-            check(2.5e-2, page_size=64)
-            check(8e-2, kv_cache_dtype="fp8")
-            check(0.15, quantization="fp8")
+            ours = "triton"  # FlashInfer would compile a module for each of the rest
+            check(2.5e-2, page_size=64, attention_backend=ours)
+            check(8e-2, kv_cache_dtype="fp8", attention_backend="auto" if dim == 128 else ours)
+            check(0.15, quantization="fp8", attention_backend=ours)
             if kind == "qwen3" and dim == 128:
                 check_paths(spec)
     try:
