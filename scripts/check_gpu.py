@@ -126,6 +126,7 @@ class Harness:
 
 def both(spec: ModelSpec, **engine: object) -> tuple[Harness, Harness]:
     from minisgl.model.cuda_runner import CudaRunner
+
     from minisgl.model.runner import Runner
 
     settings = {"max_running": 40, "step_tokens": 512, "kv_tokens": 32_768, "page_size": 16} | engine

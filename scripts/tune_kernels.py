@@ -1,6 +1,6 @@
 """Times the decode kernels over their settings, beside the libraries, on the shapes of real models; one JSON line each.
 
-    python scripts/tune_kernels.py [--attention] [--linear] [--jobs 16] [--out FILE]
+    python scripts/tune_kernels.py [--attention] [--linear] [--jobs 16] > FILE
 
 Kernels are compiled by several processes first.  Each figure is the median over replays of a CUDA graph that runs the kernel
 once for each of several sets of inputs, together larger than the L2 cache.
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,15 +38,10 @@ ATTENTION = {
     "14b B32": (40, 8, 32, 1400),
 }
 CACHE_BYTES = 200 << 20
-out_file: Any = None
 
 
 def say(**line: Any) -> None:
-    text = json.dumps(line)
-    print(text, flush=True)
-    if out_file:
-        out_file.write(text + "\n")
-        out_file.flush()
+    print(json.dumps(line), flush=True)
 
 
 def graph_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
@@ -110,7 +106,7 @@ def run_linear(setting: dict[str, Any], x: torch.Tensor, w: torch.Tensor) -> tor
     return gemv(x, w, **options) if setting.get("gemv") else skinny(x, w, **options)
 
 
-def attention_inputs(heads: int, kv: int, rows: int, context: int, fp8: bool, hnd: bool, sets: int) -> list[tuple[Any, ...]]:
+def attention_inputs(heads: int, kv: int, rows: int, context: int, *, fp8: bool, sets: int) -> list[tuple[Any, ...]]:
     size, dim = 16, 128
     table_width = -(-2 * context // size)
     torch.manual_seed(0)
@@ -127,11 +123,10 @@ def attention_inputs(heads: int, kv: int, rows: int, context: int, fp8: bool, hn
     slots = torch.arange(rows, device="cuda").int()
     out = []
     for _ in range(sets):
-        shape = (pages, 2, kv, size, dim) if hnd else (pages, size, 2, kv, dim)
-        cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        cache = torch.randn((pages, 2, kv, size, dim), device="cuda", dtype=torch.bfloat16)
         if fp8:
             cache = cache.to(torch.float8_e4m3fn)
-        keys, values = (cache[:, 0], cache[:, 1]) if hnd else (cache[:, :, 0].transpose(1, 2), cache[:, :, 1].transpose(1, 2))
+        keys, values = cache[:, 0], cache[:, 1]
         q = torch.randn(rows, heads, dim, device="cuda", dtype=torch.bfloat16)
         out.append((q, keys, values, table, slots, lens, cache))
     return out
@@ -155,8 +150,8 @@ def compile_share(job: tuple[int, int, bool, bool]) -> None:
                     torch.zeros(n, k, device="cuda", dtype=torch.bfloat16),
                 )
             else:
-                (heads, kv, rows, _), fp8, hnd, splits, setting = args
-                ((q, keys, values, table, slots, lens, _),) = attention_inputs(heads, kv, 2, 40, fp8, hnd, 1)
+                (heads, kv, _, _), fp8, splits, setting = args
+                ((q, keys, values, table, slots, lens, _),) = attention_inputs(heads, kv, 2, 40, fp8=fp8, sets=1)
                 ws = DecodeWorkspace(2, splits, heads, kv, 128, q.device)
                 decode_attention(q, keys, values, table, slots, lens, ws, **setting)
         except Exception as e:  # a setting that does not fit is reported when it is timed
@@ -173,7 +168,7 @@ def work(attention: bool, linear: bool) -> Iterator[tuple[str, Any]]:
                         key = (heads, kv, fp8, splits > 1, splits, tuple(setting.values()))
                         if key not in seen:
                             seen.add(key)
-                            yield "attention", ((heads, kv, rows, context), fp8, False, splits, setting)
+                            yield "attention", ((heads, kv, rows, context), fp8, splits, setting)
     if linear:
         for model, shapes in LINEAR.items():
             for name, shape in shapes.items():
@@ -185,24 +180,23 @@ def work(attention: bool, linear: bool) -> Iterator[tuple[str, Any]]:
 def tune_attention() -> None:
     for name, (heads, kv, rows, context) in ATTENTION.items():
         for fp8 in (False, True):
-            for hnd in (True,):
-                item = 1 if fp8 else 2
-                sets = max(2, -(-CACHE_BYTES // (rows * context * kv * 128 * 2 * item)))
-                inputs = attention_inputs(heads, kv, rows, context, fp8, hnd, min(sets, 24))
-                nbytes = int(inputs[0][5].sum()) * kv * 128 * 2 * item
-                results = []
-                for splits in splits_for(rows, kv):
-                    ws = DecodeWorkspace(rows, splits, heads, kv, 128, torch.device("cuda"))
-                    for setting in attention_settings(fp8):
-                        try:
-                            us = graph_us([lambda i=i: decode_attention(*i[:6], ws, **setting) for i in inputs], 9)
-                        except Exception as e:
-                            print(name, setting, repr(e)[:120], file=sys.stderr)
-                            continue
-                        results.append((us, {"splits": splits, **setting}))
-                results.sort(key=lambda r: r[0])
-                for us, setting in results[:4]:
-                    say(attention=name, fp8=fp8, hnd=hnd, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2), **setting)
+            item = 1 if fp8 else 2
+            sets = max(2, -(-CACHE_BYTES // (rows * context * kv * 128 * 2 * item)))
+            inputs = attention_inputs(heads, kv, rows, context, fp8=fp8, sets=min(sets, 24))
+            nbytes = int(inputs[0][5].sum()) * kv * 128 * 2 * item
+            results = []
+            for splits in splits_for(rows, kv):
+                ws = DecodeWorkspace(rows, splits, heads, kv, 128, torch.device("cuda"))
+                for setting in attention_settings(fp8):
+                    try:
+                        us = graph_us([partial(decode_attention, *i[:6], ws, **setting) for i in inputs], 9)
+                    except Exception as e:
+                        print(name, setting, repr(e)[:120], file=sys.stderr)
+                        continue
+                    results.append((us, {"splits": splits, **setting}))
+            results.sort(key=lambda r: r[0])
+            for us, setting in results[:4]:
+                say(attention=name, fp8=fp8, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2), **setting)
         flashinfer_decode(name, heads, kv, rows, context)
 
 
@@ -216,7 +210,7 @@ def flashinfer_decode(name: str, heads: int, kv: int, rows: int, context: int) -
             if not cores and heads // kv not in (1, 2, 4, 8):
                 continue
             try:
-                inputs = attention_inputs(heads, kv, rows, context, fp8, True, 2)
+                inputs = attention_inputs(heads, kv, rows, context, fp8=fp8, sets=2)
                 lens, table = inputs[0][5].cpu(), inputs[0][3].cpu()
                 counts = (lens + 15) // 16
                 indptr = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
@@ -235,7 +229,7 @@ def flashinfer_decode(name: str, heads: int, kv: int, rows: int, context: int) -
                     q_data_type=torch.bfloat16,
                     kv_data_type=dtype,
                 )
-                us = graph_us([lambda i=i: wrapper.run(i[0], (i[1], i[2])) for i in inputs])
+                us = graph_us([partial(wrapper.run, i[0], (i[1], i[2])) for i in inputs])
                 nbytes = int(lens.sum()) * kv * 128 * 2 * (1 if fp8 else 2)
                 say(flashinfer=name, fp8=fp8, tensor_cores=cores, us=round(us, 1), tb_s=round(nbytes / us / 1e6, 2))
             except Exception as e:
@@ -249,7 +243,7 @@ def tune_linear() -> None:
             weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(sets)]
             for rows in ROWS[model]:
                 x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-                library = graph_us([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+                library = graph_us([partial(torch.nn.functional.linear, x, w) for w in weights])
                 results = []
                 for setting in linear_settings(rows, n, k):
                     try:
@@ -257,7 +251,7 @@ def tune_linear() -> None:
                         got = got.sum(0) if got.dim() == 3 else got.float()
                         want = x.float() @ weights[0].float().T
                         error = float((got - want).norm() / want.norm())
-                        us = graph_us([lambda w=w: run_linear(setting, x, w) for w in weights], 9)
+                        us = graph_us([partial(run_linear, setting, x, w) for w in weights], 9)
                     except Exception as e:
                         print(name, rows, setting, repr(e)[:120], file=sys.stderr)
                         continue
@@ -281,14 +275,11 @@ def tune_linear() -> None:
 
 
 def main() -> int:
-    global out_file
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--linear", action="store_true")
     parser.add_argument("--jobs", type=int, default=16)
-    parser.add_argument("--out")
     args = parser.parse_args()
-    out_file = open(args.out, "w") if args.out else None
     jobs = [(i, args.jobs, args.attention, args.linear) for i in range(args.jobs)]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         pool.map(compile_share, jobs, chunksize=1)
