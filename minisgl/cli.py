@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig
+from minisgl.errors import UserError
 
 _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("tp", int, "N", "tensor-parallel degree: one worker process per rank"),
@@ -45,6 +46,19 @@ def gpu_count() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def _check_gpus(gpus: int, tp: int) -> None:
+    if gpus == 0:
+        raise UserError(
+            "--device cuda: no NVIDIA GPU is visible. Check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, "
+            "or use --device cpu."
+        )
+    if tp > gpus:
+        raise UserError(
+            f"--tp {tp}: every rank needs a GPU of its own, and {gpus} {'is' if gpus == 1 else 'are'} visible. "
+            f"Use --tp {gpus} or less, or --device cpu."
+        )
 
 
 def flag(name: str) -> str:
@@ -102,9 +116,12 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
     What was not given has the default of the device.  Raises UserError.
     """
     chosen = {name: values[name] for name, *_ in _ENGINE_FLAGS if values.get(name) is not None}
-    if chosen.get("device", "auto") == "auto":
-        chosen["device"] = "cuda" if gpu_count() else "cpu"
-    if chosen["device"] == "cuda":
+    device = chosen.get("device", "auto")
+    gpus = gpu_count() if device in ("auto", "cuda") else 0
+    if device == "auto":
+        chosen["device"] = device = "cuda" if gpus else "cpu"
+    if device == "cuda":
+        _check_gpus(gpus, chosen.get("tp", 1))
         chosen = GPU_DEFAULTS | chosen
     if os.environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING", "") not in ("", "0"):
         chosen["lag"] = 1

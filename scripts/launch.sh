@@ -11,4 +11,5 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q 
     extras+=(gpu-lean)
 fi
 ensure_env ${extras[@]+"${extras[@]}"}
+export PATH="$venv/bin:$PATH" # ninja, for kernels that are compiled at the first start
 exec "$venv/bin/python" -m minisgl "$@"

@@ -83,6 +83,24 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.einsum("tkgs,skd->tkgd", scores.softmax(-1), v).reshape(t, heads, dim)
 
 
+@pytest.mark.parametrize("task", ["decode", "prefill"])
+def test_attention_reads_no_token_but_the_rows_own(task: str) -> None:
+    c = Cache([3, 37], 1, 64, 16)
+    mine = torch.zeros(c.cache.shape[0], 16, dtype=torch.bool, device=DEVICE)
+    for i, n in enumerate([3, 37]):
+        at = torch.arange(n, device=DEVICE)
+        mine[c.page_table[c.slots[i].long()][at // 16].long(), at % 16] = True
+    c.cache.permute(0, 3, 1, 2, 4)[~mine] = torch.nan
+    if task == "decode":
+        workspace = DecodeWorkspace(2, 2, 4, 1, 64, DEVICE)
+        got = decode_attention(rand(2, 4, 64), c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace)
+    else:
+        lens = np.array([3, 37], np.int32)
+        tiles = torch.from_numpy(tiles_of(lens, c.slots.cpu().numpy(), lens, 4)).to(DEVICE)
+        got = prefill_attention(rand(40, 4, 64), c.keys, c.values, c.page_table, tiles)
+    assert bool(got.isfinite().all())
+
+
 SHAPES = [(2, 2, 64), (4, 2, 64), (5, 1, 128), (7, 1, 80), (10, 2, 96), (16, 1, 128), (4, 1, 256)]
 
 
@@ -159,6 +177,14 @@ def test_skinny_products_and_the_sum_of_their_parts(rows: int, splits: int) -> N
     got = skinny(x, w, splits=splits, block_k=64)
     assert got.shape == ((rows, 130) if splits == 1 else (splits, rows, 130))
     assert error(got if splits == 1 else got.sum(0), x.float() @ w.float().T) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_products_with_float8_weights_multiply_by_the_scale_of_each_output(rows: int) -> None:
+    x, w = rand(rows, 512), rand(130, 512) * torch.rand(130, 1, device=DEVICE).to(HALF)
+    q, scales = layer.quantize_rows(w)
+    got = gemv(x, q, scales=scales.view(-1)) if rows == 1 else skinny(x, q, scales=scales.view(-1), splits=2).sum(0)
+    assert error(got, x.float() @ (q.float() * scales).T) < TOLERANCE
 
 
 def parts_of(x: torch.Tensor, parts: int) -> torch.Tensor:
@@ -295,6 +321,14 @@ def test_greedy_rows_take_the_first_of_the_largest() -> None:
     logits = rand(3, 9000)
     logits[1, 4097] = logits[1, 8000] = 100
     assert draw(logits, [{}, {}, {}]) == logits.float().argmax(-1).tolist()
+
+
+def test_a_row_of_nan_draws_a_token_of_the_vocabulary() -> None:
+    logits = rand(2, 5000)
+    logits[0] = torch.nan
+    first, second = draw(logits, [{}, {}])
+    assert 0 <= first < 5000
+    assert second == int(logits[1].argmax())
 
 
 def test_a_row_draws_the_same_token_whatever_stands_beside_it() -> None:

@@ -266,6 +266,15 @@ def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directo
         say(f"{line} {time.monotonic() - start:.0f} s")
 
 
+def build_missing(spec: ModelSpec, engine: EngineConfig, arch: str, say: Callable[[str], None]) -> None:
+    """Compile what a start on a GPU of `arch` needs and does not find, telling the user.  Runs in rank 0.  Raises UserError."""
+    states = status(needed(spec, engine, (arch,)))
+    missing = [module for module, state in states.items() if state in (State.MISSING, State.STALE)]
+    if missing:
+        say(announce(missing))
+        build_all(missing, say)
+
+
 def announce(missing: Sequence[ModuleSpec]) -> str:
     """One line for a start that has to compile; "" if nothing is missing."""
     if not missing:

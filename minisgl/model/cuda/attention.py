@@ -12,6 +12,7 @@ prompt chunks to one backend and decode rows to another.  A backend is one file:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -106,17 +107,37 @@ def find(name: str) -> type[Backend]:
     return TorchReference
 
 
-def choose(asked: str, heads: Heads) -> tuple[str, str, str]:
-    """(backend for prefill, backend for decode, a line to tell where a preferred one is missing or "").  Raises UserError."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backends of the two tasks, and a line for the user where a better one is missing."""
+
+    prefill: str
+    decode: str
+    remark: str = ""
+
+
+def choose(asked: str, heads: Heads, compile_flashinfer: Callable[[], None]) -> Choice:
+    """The backends for `asked` (--attention-backend); "auto": FlashInfer for prefill where it can be had, Triton for the rest.
+
+    `compile_flashinfer` makes FlashInfer's modules, if they are not there; it raises UserError where that cannot be done, and
+    so does this if a backend was named that cannot do the work.
+    """
     if asked != "auto":
         for task in ("prefill", "decode"):
             if (why := find(asked).refuses(heads, task)) is not None:
                 raise UserError(f"--attention-backend {asked} cannot do {task} here: {why}. Use --attention-backend auto.")
-        return asked, asked, ""
+        if asked == "flashinfer":
+            compile_flashinfer()
+        return Choice(asked, asked)
     why = find("flashinfer").refuses(heads, "prefill")
     if why is None:
-        return "flashinfer", "triton", ""
-    return "triton", "triton", f"prefill runs on the Triton kernels, FlashInfer is not used: {why}"
+        try:
+            compile_flashinfer()
+        except UserError as e:
+            why = str(e)
+    if why is None:
+        return Choice("flashinfer", "triton")
+    return Choice("triton", "triton", f"prefill runs on our Triton kernels, without FlashInfer: {why}")
 
 
 class PagedAttention:

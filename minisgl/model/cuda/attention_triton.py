@@ -34,7 +34,9 @@ class TritonAttention:
         tiles = chunks.tiles
         if tiles is None:
             table = tiles_of(chunks.chunk_lens, chunks.slots, chunks.kv_lens, self._heads.group)
-            tiles = torch.from_numpy(table).pin_memory().to(self._page_table.device, non_blocking=True)
+            tiles = torch.from_numpy(table)
+            if self._page_table.is_cuda:
+                tiles = tiles.pin_memory().to(self._page_table.device, non_blocking=True)
         self._tiles = tiles
 
     def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:

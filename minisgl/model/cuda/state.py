@@ -21,7 +21,8 @@ class Uploads:
 
     def __init__(self, words: int, lag: int, device: torch.device) -> None:
         self._device = device
-        self._ring = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(lag + 1)]
+        pinned = device.type == "cuda"
+        self._ring = [torch.empty(words, dtype=torch.int32, pin_memory=pinned) for _ in range(lag + 1)]
         self._staging = torch.empty(words, dtype=torch.int32, device=device)
         self._next = 0
 
@@ -29,8 +30,8 @@ class Uploads:
         """Copy int32 arrays, one behind the other, to the device, without waiting; valid for the step being launched."""
         total = sum(p.size for p in parts)
         if total > len(self._staging):  # a plan that grants very many pages: seldom
-            whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts])).pin_memory()
-            return whole.to(self._device, non_blocking=True)
+            whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
+            return (whole.pin_memory() if self._ring[0].is_pinned() else whole).to(self._device, non_blocking=True)
         pinned = self._ring[self._next]
         host, at = pinned.numpy(), 0
         for part in parts:

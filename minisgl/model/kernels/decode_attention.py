@@ -84,8 +84,9 @@ def _decode(
         first_value = values + head.to(tl.int64) * head_stride
         for at in range(start, end, BLOCK):
             index = at + tokens
-            page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
-            where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
+            own = tl.minimum(index, end - 1)  # what is masked out below reads the row's own last token, never others' pages
+            page = tl.load(table + own // PAGE).to(tl.int64)
+            where = (page * page_stride + (own % PAGE) * token_stride)[:, None] + d[None, :]
             if WIDTH == WIDTH_PAD:
                 k = tl.load(first_key + where)
                 v = tl.load(first_value + where)
@@ -175,7 +176,7 @@ def decode_attention(
 
     q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
     contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
-    `k_scale` and `v_scale` multiply what is stored.  Pages behind a row's length are not read; page 0 must hold finite values.
+    `k_scale` and `v_scale` multiply what is stored.  Nothing but a row's own tokens is read, so no other request's NaN spreads.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]

@@ -81,8 +81,9 @@ def _prefill(
         first_value = values + head.to(tl.int64) * head_stride
         for at in range(0, end, BLOCK):
             index = at + tokens
-            page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
-            where = (page * page_stride + (index % PAGE) * token_stride)[:, None] + d[None, :]
+            own = tl.minimum(index, end - 1)  # what is masked out below reads the row's own last token, never others' pages
+            page = tl.load(table + own // PAGE).to(tl.int64)
+            where = (page * page_stride + (own % PAGE) * token_stride)[:, None] + d[None, :]
             if WIDTH == WIDTH_PAD:
                 k = tl.load(first_key + where)
                 v = tl.load(first_value + where)

@@ -173,7 +173,7 @@ def _gumbel_argmax(
         where = tl.where(value > best, index, where)
         best = tl.maximum(best, value)
     top = tl.max(best, 0)
-    first = tl.min(tl.where(best == top, where, 0x7FFFFFFF), 0)  # the smallest of equals
+    first = tl.min(tl.where(best == top, where, vocab - 1), 0)  # the smallest of equals; a token also if all are NaN
     tl.store(best_value + row * parts + part, top)
     tl.store(best_index + row * parts + part, first)
 
@@ -199,7 +199,7 @@ def _commit(
     part = tl.arange(0, PARTS)
     value = tl.load(best_value + row * parts + part, mask=part < parts, other=-float("inf"))
     _, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.load(best_index + row * parts + where)
+    token = tl.load(best_index + row * parts + tl.minimum(where, parts - 1))
     slot = tl.load(slots + row)
     tl.store(tokens + tl.load(targets + row), token)
     tl.store(last_token + slot, token)

@@ -1,0 +1,45 @@
+"""CUDA graphs by key: a step is recorded the first time it is needed, or while there is nothing else to do.  In the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from minisgl.model.kernels.sampling import SamplingState
+
+
+class Graphs:
+    """Replays steps.  What a step reads and writes must keep its address: everything else lives in a pool of the graphs'."""
+
+    def __init__(self, state: SamplingState, device: torch.device) -> None:
+        self._state, self._device = state, device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None  # of memory, shared by all graphs: they run one after another, and keep nothing for the next
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def replay(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run `step`, captured under `key` when it is first needed."""
+        if key not in self._graphs:
+            self.capture(key, step)
+        self._graphs[key].replay()
+
+    def capture(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Record a graph.  The step runs eagerly first (libraries and kernels tune themselves), and what that did to the slots
+        is undone, for the replay does it again."""
+        kept = [t.clone() for t in (self._state.last_token, self._state.kv_len)]
+        step()
+        self._state.last_token.copy_(kept[0])
+        self._state.kv_len.copy_(kept[1])
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
+
+    def clear(self) -> None:
+        self._graphs.clear()
