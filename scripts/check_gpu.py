@@ -400,8 +400,8 @@ def main() -> int:
                 check(2.5e-2, attention_backend="flashinfer", page_size=1)
             ours = "triton"  # FlashInfer would compile a module for each of the rest
             check(2.5e-2, page_size=64, attention_backend=ours)
-            # Rounding to float8 itself moves the logits of these models that much (0.28 for weights and activations of the first,
-            # emulated in float32); what it costs a trained model is in `accuracy`.
+            # Rounding to float8 itself moves the logits of these models that much (0.28 for weights and activations of the
+            # first, emulated in float32); what it costs a trained model is in `accuracy`.
             check(0.15, kv_cache_dtype="fp8", attention_backend="auto" if dim == 128 else ours)
             check(0.4, quantization="fp8", attention_backend=ours)
             if kind == "qwen3" and dim == 128:

@@ -10,8 +10,8 @@ FP8 = torch.float8_e4m3fn
 class KVCache:
     """[layer, page, keys and values, K, page_size, D]: a page of one head is contiguous, as the tensor cores like to read it.
 
-    One page more than the scheduler knows of, number `num_pages`: padding rows of graphs write there.  Zeroed, because FlashInfer
-    reads whole pages and multiplies what is behind a row's end by zero, which must be finite.
+    One page more than the scheduler knows of, number `num_pages`: padding rows of graphs write there.  Zeroed, because
+    FlashInfer reads whole pages and multiplies what is behind a row's end by zero, which must be finite.
     """
 
     def __init__(
