@@ -35,6 +35,32 @@ def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
     assert engine_config(args) == EngineConfig()
 
 
+def test_a_visible_gpu_is_used_with_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.cli.gpu_count", lambda: 2)
+    on_gpu = engine_config(vars(parser().parse_args(["--tp", "2", "--max-running", "9"])))
+    assert (on_gpu.device, on_gpu.tp, on_gpu.max_running) == ("cuda", 2, 9)
+    assert (on_gpu.step_tokens, on_gpu.memory_fraction) == (8192, 0.9)
+    assert engine_config({"device": "cpu"}) == EngineConfig()
+
+
+@pytest.mark.parametrize(("gpus", "settings", "named"), [(0, {"device": "cuda"}, "--device cuda"), (1, {"tp": 2}, "--tp 2")])
+def test_gpus_that_are_not_there_are_missed_before_anything_starts(
+    gpus: int, settings: dict[str, object], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisgl.cli.gpu_count", lambda: gpus)
+    with pytest.raises(UserError, match=named):
+        engine_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("attention_backend", "triton"), ("quantization", "fp8"), ("kv_cache_dtype", "fp8")]
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag(setting)} {value} needs a GPU"):
+        EngineConfig(**{setting: value})
+    assert EngineConfig(**{setting: value, "device": "cuda"}).device == "cuda"
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -48,6 +74,10 @@ def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
         ("memory_fraction", 0.0),
         ("memory_fraction", 1.5),
         ("dtype", "float8"),
+        ("device", "tpu"),
+        ("attention_backend", "magic"),
+        ("quantization", "int3"),
+        ("kv_cache_dtype", "int8"),
         ("cache", "magic"),
         ("threads", -1),
     ],

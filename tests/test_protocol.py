@@ -227,3 +227,21 @@ def test_a_result_that_does_not_match_its_plan_is_refused() -> None:
         w.system.step()
     with pytest.raises(RuntimeError, match="result"):
         w.machine.step([StepResult(99, np.zeros(1, np.int32))], 0.0)
+
+
+def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> None:
+    from minisgl.plan import StepResult
+
+    sent = StepResult(7, np.array([5, 9], np.int32), busy_us=1200, idle_us=3, launch_us=80)
+    got = StepResult.unpack(sent.pack())
+    assert (got.step, got.tokens.tolist(), got.busy_us, got.idle_us, got.launch_us) == (7, [5, 9], 1200, 3, 80)
+    with pytest.raises(ValueError, match="header says"):
+        StepResult.unpack(sent.pack() + b"\0")
+    w = World(None, oracle_config(tp=1))
+    w.submit([1, 2, 3], 1)
+    while not w.machine.inflight:
+        w.system.step()
+    inflight = w.machine.inflight[0]
+    w.machine.step([StepResult(inflight.step, np.zeros(1, np.int32), busy_us=1200, idle_us=3, launch_us=80)], 0.0)
+    stats = w.machine.stats()
+    assert (stats["busy_us"], stats["idle_us"], stats["launch_us"]) == (1200, 3, 80)
