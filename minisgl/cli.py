@@ -29,6 +29,7 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("attention_backend", str, "NAME", "auto, triton, flashinfer or torch (GPU)"),
     ("quantization", str, "KIND", "none, or fp8: 8-bit weights and activations of the linear layers (GPU)"),
     ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),
+    ("graphs", str, "STATE", "on, or off: no CUDA graphs, for comparisons (GPU)"),
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
 

@@ -72,6 +72,7 @@ class EngineConfig:
     attention_backend: str = "auto"  # of a GPU: "auto" | "triton" | "flashinfer" | "torch"
     quantization: str = "none"  # of the linear layers on a GPU: "none" | "fp8"
     kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
+    graphs: str = "on"  # CUDA graphs on a GPU: "on" | "off" (every step is launched kernel by kernel)
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
 
     def __post_init__(self) -> None:
@@ -94,6 +95,7 @@ class EngineConfig:
             ("--attention-backend", self.attention_backend, ("auto", "triton", "flashinfer", "torch")),
             ("--quantization", self.quantization, ("none", "fp8")),
             ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "fp8")),
+            ("--graphs", self.graphs, ("on", "off")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--cache", self.cache, ("radix", "none")),
             ("--order", self.order, ("prefix", "arrival")),
@@ -105,6 +107,7 @@ class EngineConfig:
                 ("--attention-backend", self.attention_backend, "auto"),
                 ("--quantization", self.quantization, "none"),
                 ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
+                ("--graphs", self.graphs, "on"),
             ):
                 if name != off:
                     raise UserError(f"{flag} {name} needs a GPU: --device cuda (this server runs on the CPU)")

@@ -164,6 +164,7 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
 ABLATIONS: dict[str, dict[str, Any]] = {
     "overlap off (lag 1)": {"lag": 1},
     "lag 3": {"lag": 3},
+    "CUDA graphs off": {"graphs": "off"},
     "page size 1": {"page_size": 1},
     "page size 64": {"page_size": 64},
     "FlashInfer for everything": {"attention_backend": "flashinfer"},

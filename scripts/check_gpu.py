@@ -80,7 +80,8 @@ class Harness:
         self.free = list(np.random.default_rng(5).permutation(pages))
         self.tables: dict[int, list[int]] = {}
         self.lens: dict[int, int] = {}
-        inner = runner._model  # type: ignore[attr-defined]
+        owner = getattr(runner, "_steps", runner)  # of the model: the steps on a GPU, the runner on a CPU
+        inner = owner._model
 
         def spy(ids: torch.Tensor, positions: torch.Tensor, rows: object, attend: object) -> torch.Tensor:
             out = inner(ids, positions, rows, attend)
@@ -88,7 +89,7 @@ class Harness:
                 self.logits.append(out.float().cpu())
             return out
 
-        runner._model = spy  # type: ignore[attr-defined]
+        owner._model = spy
 
     def last(self, rows: int) -> torch.Tensor:
         """Logits of the latest eager step, without padding rows.  Decode rows stand in the runner's own order."""
@@ -142,11 +143,11 @@ def both(spec: ModelSpec, **engine: object) -> tuple[Harness, Harness]:
 def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harness]:
     """A GPU runner; `eager` without any graph."""
     settings: dict[str, Any] = {"max_running": 40, "step_tokens": 2048, "kv_tokens": 32_768, "page_size": 16} | engine
-    runner = CudaRunner(Config(spec, EngineConfig(device="cuda", memory_fraction=0.9, **settings)), 0, "")
+    runner = CudaRunner(
+        Config(spec, EngineConfig(device="cuda", memory_fraction=0.9, graphs="off" if eager else "on", **settings)), 0, ""
+    )
     pages = runner.max_pages()
     runner.allocate(pages)
-    if eager:
-        runner._graphs_ok = runner._short_ok = False
     yield Harness(runner, pages, settings["page_size"])
     runner.close()
     torch.cuda.empty_cache()
@@ -191,7 +192,7 @@ def check_logits(name: str, spec: ModelSpec, tolerance: float, reference: Harnes
                 theirs = harness.run([], slots)
                 agree += sum(a == b for a, b in zip(tokens, theirs, strict=True))
                 total += len(tokens)
-                harness.runner._state.last_token[: len(slots)] = torch.tensor(tokens, dtype=torch.int32)
+                harness.runner._steps.state.last_token[: len(slots)] = torch.tensor(tokens, dtype=torch.int32)
             decode = error(harness.last(len(slots)), reference.last(len(slots)))
             report(
                 f"logits {name}",
@@ -228,7 +229,7 @@ def check_paths(spec: ModelSpec) -> None:
         harness.run([(0, text[:150], True)], [], join=True)
         steps = []
         for token in text[150:]:
-            harness.runner._state.last_token[0] = token
+            harness.runner._steps.state.last_token[0] = token
             harness.run([], [0])
             steps.append(harness.last(1))
         whole = []
@@ -283,7 +284,7 @@ def check_accuracy(spec: ModelSpec, tokenizer: Any) -> None:
 
     def distributions(**engine: Any) -> torch.Tensor:
         with gpu(spec, eager=True, dtype="bfloat16", attention_backend="triton", **engine) as harness:
-            inner = harness.runner._model
+            inner = harness.runner._steps._model
             kept: list[torch.Tensor] = []
 
             def every_row(ids: torch.Tensor, positions: torch.Tensor, rows: object, attend: object) -> torch.Tensor:
@@ -291,7 +292,7 @@ def check_accuracy(spec: ModelSpec, tokenizer: Any) -> None:
                 kept.append(torch.log_softmax(logits.float(), -1))
                 return logits[rows]
 
-            harness.runner._model = every_row
+            harness.runner._steps._model = every_row
             harness.run([(0, ids[:1000], False)], [], join=True)
             harness.run([(0, ids[1000:], True)], [])
         return torch.cat(kept[-2:])

@@ -50,8 +50,8 @@ def main() -> int:
     runner = CudaRunner(Config(spec, engine), 0, "")
     runner.allocate(runner.max_pages())
     ready = time.perf_counter() - start
-    assert runner._cache is not None
-    raw = runner._cache._cache
+    assert runner._steps._attention is not None
+    raw = runner._steps._attention.cache._cache
     for layer in range(len(raw)):
         raw[layer].copy_(torch.randn(raw[layer].shape, device="cuda", dtype=torch.bfloat16))
     order = np.random.default_rng(0).permutation(most * pages_each)

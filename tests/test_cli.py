@@ -53,7 +53,8 @@ def test_gpus_that_are_not_there_are_missed_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("attention_backend", "triton"), ("quantization", "fp8"), ("kv_cache_dtype", "fp8")]
+    ("setting", "value"),
+    [("attention_backend", "triton"), ("quantization", "fp8"), ("kv_cache_dtype", "fp8"), ("graphs", "off")],
 )
 def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{flag(setting)} {value} needs a GPU"):
@@ -78,6 +79,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: str, value: str) -> None:
         ("attention_backend", "magic"),
         ("quantization", "int3"),
         ("kv_cache_dtype", "int8"),
+        ("graphs", "perhaps"),
         ("cache", "magic"),
         ("threads", -1),
     ],

@@ -194,7 +194,8 @@ class CudaRunner:
         made = {name: find(name)(heads, cache, self._steps.state.page_table) for name in {prefill, decode}}
         short = made.get("triton") or made[prefill]
         attention = PagedAttention(heads, cache, made[prefill], made[decode], short)
-        self._steps.use(attention, self._graphs, decode_graphs=made[decode].graphs, short_graphs=short.graphs)
+        on = self._config.engine.graphs == "on"
+        self._steps.use(attention, self._graphs, decode_graphs=on and made[decode].graphs, short_graphs=on and short.graphs)
         self._ready = True
 
     # ---------------- steps
