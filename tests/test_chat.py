@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -213,6 +214,7 @@ def _own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C becomes a signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a test run in the background has inherited as ignored
 
 
 def test_a_terminal_session_with_interrupts(server: FakeServer, tmp_path: Path) -> None:
