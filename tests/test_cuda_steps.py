@@ -22,13 +22,15 @@ import interpreter  # noqa: F401  before the kernels
 import numpy as np
 from tiny_models import Driver, config_for, save_llama, save_qwen3
 
+from minisgl.config import EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.cuda.attention import Heads, PagedAttention, choose, paging, splits_for
+from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, paging, splits_for
 from minisgl.model.cuda.attention_torch import TorchReference
 from minisgl.model.cuda.attention_triton import TritonAttention
 from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import FP8, KVCache
 from minisgl.model.cuda.memory import GRAPHS, Ledger
+from minisgl.model.cuda.state import Uploads
 from minisgl.model.cuda.steps import Steps, bucket_of
 from minisgl.model.llama import Llama
 from minisgl.model.loader import open_weights
@@ -304,6 +306,38 @@ def test_without_flashinfer_one_line_says_why(change: dict[str, Any], why: str) 
     choice = choose("auto", heads(**change), nothing)
     assert (choice.prefill, choice.decode) == ("triton", "triton")
     assert why in choice.remark
+
+
+def test_a_gpu_that_no_kernel_serves_falls_back_to_torch_and_says_so() -> None:
+    choice = choose("auto", heads(capability=70), nothing)
+    assert (choice.prefill, choice.decode) == ("torch", "torch")
+    assert "plain torch" in choice.remark
+    assert "8.0" in choice.remark
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "capability", "named"),
+    [
+        ({"quantization": "fp8"}, torch.bfloat16, 80, "--quantization fp8.*8.0"),
+        ({"kv_cache_dtype": "fp8"}, torch.bfloat16, 86, "--kv-cache-dtype fp8.*8.6"),
+        ({"quantization": "fp8"}, torch.float16, 90, "--dtype bfloat16"),
+    ],
+)
+def test_float8_is_refused_where_it_cannot_be_computed(
+    settings: dict[str, str], dtype: torch.dtype, capability: int, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        check_float8(EngineConfig(device="cuda", **settings), dtype, capability)
+    check_float8(EngineConfig(device="cuda", **settings), torch.bfloat16, 90)
+
+
+def test_uploads_larger_than_their_buffer_arrive_too() -> None:
+    uploads, target = Uploads(4, 2, CPU), torch.zeros(6, dtype=torch.int32)
+    parts = [np.arange(3, dtype=np.int32), np.arange(3, 6, dtype=np.int32)]
+    assert uploads.send(parts).tolist() == [0, 1, 2, 3, 4, 5]
+    assert uploads.send(parts, into=target) is target
+    assert target.tolist() == [0, 1, 2, 3, 4, 5]
+    assert uploads.send(parts[:1]).tolist() == [0, 1, 2]
 
 
 def test_kernels_that_cannot_be_compiled_are_done_without_unless_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

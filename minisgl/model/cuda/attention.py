@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.cuda.cache import FP8, KVCache
 from minisgl.model.kernels.layer import prepare_heads
@@ -135,9 +136,25 @@ def choose(asked: str, heads: Heads, compile_flashinfer: Callable[[], None]) -> 
             compile_flashinfer()
         except UserError as e:
             why = str(e)
+    decode = "triton" if find("triton").refuses(heads, "decode") is None else "torch"
     if why is None:
-        return Choice("flashinfer", "triton")
-    return Choice("triton", "triton", f"prefill runs on our Triton kernels, without FlashInfer: {why}")
+        return Choice("flashinfer", decode)
+    name = {"triton": "our Triton kernels", "torch": "plain torch, slowly"}[decode]
+    return Choice(decode, decode, f"attention runs on {name}; prefill without FlashInfer, because {why}")
+
+
+def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int) -> None:
+    """Raises UserError where float8 was asked for and the GPU, or its library, cannot do it."""
+    for flag, wanted in (
+        (f"--quantization {engine.quantization}", engine.quantization == "fp8"),
+        (f"--kv-cache-dtype {engine.kv_cache_dtype}", engine.kv_cache_dtype == "fp8"),
+    ):
+        if wanted and capability < 89:
+            raise UserError(
+                f"{flag}: this GPU has compute capability {capability / 10:.1f}, float8 needs 8.9 or newer. Leave the flag out."
+            )
+    if engine.quantization == "fp8" and dtype != torch.bfloat16:
+        raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
 
 
 class PagedAttention:

@@ -18,7 +18,7 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.cuda.attention import Heads, PagedAttention, choose, find, kv_dtype_of
+from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, find, kv_dtype_of
 from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import KVCache, page_bytes
 from minisgl.model.cuda.graphs import Graphs
@@ -96,6 +96,7 @@ class CudaRunner:
             kv_dtype=kv_dtype_of(engine.kv_cache_dtype, self._dtype),
             capability=10 * properties.major + properties.minor,
         )
+        check_float8(engine, self._dtype, self._heads.capability)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free

@@ -31,7 +31,8 @@ class Uploads:
         total = sum(p.size for p in parts)
         if total > len(self._staging):  # a plan that grants very many pages: seldom
             whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
-            return (whole.pin_memory() if self._ring[0].is_pinned() else whole).to(self._device, non_blocking=True)
+            whole = whole.pin_memory() if self._ring[0].is_pinned() else whole
+            return whole.to(self._device, non_blocking=True) if into is None else into.copy_(whole, non_blocking=True)
         pinned = self._ring[self._next]
         host, at = pinned.numpy(), 0
         for part in parts:
