@@ -24,14 +24,19 @@ from tiny_models import Driver, config_for, save_llama, save_qwen3
 
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
+from minisgl.model.cuda import state as state_module
+from minisgl.model.cuda import steps as steps_module
 from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, paging, splits_for
 from minisgl.model.cuda.attention_torch import TorchReference
 from minisgl.model.cuda.attention_triton import TritonAttention
 from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import FP8, KVCache
 from minisgl.model.cuda.memory import GRAPHS, Ledger
-from minisgl.model.cuda.state import Uploads
+from minisgl.model.cuda.state import DeviceState, Uploads
 from minisgl.model.cuda.steps import Steps, bucket_of
+from minisgl.model.kernels.prefill_attention import tiles_of
+from minisgl.model.kernels.sampling import sample
+from minisgl.model.kernels.step import apply_plan
 from minisgl.model.llama import Llama
 from minisgl.model.loader import open_weights
 from minisgl.model.parallel import Parallel
@@ -357,3 +362,61 @@ def test_kernels_that_cannot_be_compiled_are_done_without_unless_they_were_asked
 def test_a_backend_that_cannot_do_the_work_is_refused_by_name(asked: str, change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"--attention-backend {asked} cannot do"):
         choose(asked, heads(**change), nothing)
+
+
+# ---------------- planted bugs
+def _decode_rows_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    send, sent = DeviceState.set_decode, []
+    monkeypatch.setattr(DeviceState, "set_decode", lambda *a: None if sent else (sent.append(1), send(*a))[1])
+
+
+def _tokens_go_to_the_sorted_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = DeviceState.set_decode
+    monkeypatch.setattr(DeviceState, "set_decode", lambda s, slots, order: send(s, slots[order], np.arange(len(order))))
+
+
+def _lengths_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_module, "sample", lambda *a, advance: sample(*a, advance=False))
+
+
+def _grants_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "apply_plan", lambda words, joins, grants, *a: apply_plan(words, joins, 0, *a))
+
+
+def _padding_writes_to_a_page_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = DeviceState.set_decode
+
+    def set_decode(self: DeviceState, slots: Any, order: Any) -> None:
+        self.page_table[self.spare] = self.page_table[int(slots[0])]
+        send(self, slots, order)
+
+    monkeypatch.setattr(DeviceState, "set_decode", set_decode)
+
+
+def _a_chunk_starts_at_its_own_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_module, "tiles_of", lambda lens, slots, kv, *a, **k: tiles_of(lens, slots, lens, *a, **k))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _decode_rows_are_not_sent_again,
+        _tokens_go_to_the_sorted_places,
+        _lengths_do_not_grow,
+        _grants_are_lost,
+        _padding_writes_to_a_page_of_others,
+        _a_chunk_starts_at_its_own_beginning,
+    ],
+)
+def test_planted_bugs_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    save_llama(tmp_path)
+    plant(monkeypatch)
+    ours, theirs = Interpreted(tmp_path), cpu_runner(tmp_path)
+    noticed = False
+    for plan in random_plans(0, 16):
+        want = theirs.launch(plan).result().tokens.tolist()
+        if noticed := ours.run(plan) != want:
+            break
+    assert noticed
