@@ -19,7 +19,7 @@ import triton.language as tl
 
 from minisgl.model.kernels import layer
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
-from minisgl.model.kernels.linear import gemv, skinny
+from minisgl.model.kernels.linear import choose, gemv, skinny
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 from minisgl.model.kernels.sampling import SamplingState, gumbel_noise, sample
 from minisgl.model.kernels.step import apply_plan, decode_inputs
@@ -177,6 +177,20 @@ def test_skinny_products_and_the_sum_of_their_parts(rows: int, splits: int) -> N
     got = skinny(x, w, splits=splits, block_k=64)
     assert got.shape == ((rows, 130) if splits == 1 else (splits, rows, 130))
     assert error(got if splits == 1 else got.sum(0), x.float() @ w.float().T) < TOLERANCE
+
+
+def test_the_chosen_settings_divide_the_products_they_are_chosen_for() -> None:
+    shapes = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (5120, 17_408), (34_816, 5120), (960, 576), (576, 1536)]
+    for rows in (1, 2, 8, 16, 17, 64, 65, 128, 129, 256, 257):
+        for n, k in shapes:
+            for whole in (False, True):
+                settings = choose(rows, n, k, whole=whole)
+                if settings is None or rows == 1:
+                    continue
+                assert k % (settings["splits"] * settings["block_k"]) == 0
+                assert settings["prefetch_k"] <= k // settings["splits"]
+                assert settings["splits"] == 1 or not whole
+                assert (settings["block_m"] + 64) * settings["block_k"] * 2 * settings["stages"] < 227 << 10  # of shared memory
 
 
 @pytest.mark.parametrize("rows", [1, 7])

@@ -122,7 +122,8 @@ def choose(rows: int, n: int, k: int, *, whole: bool, fp8: bool = False) -> dict
     while splittable and splits < 8 and 2 * splits * tiles <= 256 and k % (2 * splits * block_k) == 0 and k // splits > 256:
         splits *= 2
     stages = 5 if rows <= 16 or rows > 64 else 4 if rows <= 32 else 3
-    return {"splits": splits, "block_m": block_m, "block_n": 64, "block_k": block_k, "stages": stages}
+    early = 256 if rows <= 16 and k <= 4096 and k // splits >= 256 and not fp8 else 0
+    return {"splits": splits, "block_m": block_m, "block_n": 64, "block_k": block_k, "stages": stages, "prefetch_k": early}
 
 
 def gemv(
