@@ -125,20 +125,6 @@ class Harness:
         return [int(t) for t in pending.result().tokens]
 
 
-def both(spec: ModelSpec, **engine: object) -> tuple[Harness, Harness]:
-    from minisgl.model.cuda_runner import CudaRunner
-
-    from minisgl.model.runner import Runner
-
-    settings = {"max_running": 40, "step_tokens": 512, "kv_tokens": 32_768, "page_size": 16} | engine
-    harnesses = []
-    for device, make in (("cpu", Runner), ("cuda", CudaRunner)):
-        runner = make(Config(spec, EngineConfig(device=device, **settings)), 0, "")
-        runner.allocate(runner.max_pages())
-        harnesses.append(Harness(runner, runner.max_pages(), settings["page_size"]))
-    return harnesses[0], harnesses[1]
-
-
 @contextlib.contextmanager
 def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harness]:
     """A GPU runner; `eager` without any graph."""
@@ -213,13 +199,14 @@ def check_paths(spec: ModelSpec) -> None:
         with gpu(spec, eager=eager) as harness:
             rng = random.Random(2)
             texts = [(s, [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 90))], True) for s in range(23)]
-            out = [harness.run(texts[:3], [], join=True), harness.run(texts[3:], [], join=True)]
+            warm = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+            out = [harness.run(texts[:3], [], join=True), harness.run(texts[3:], [], join=True, **warm)]
             for n in (23, 23, 5, 1, 17, 23):  # several graphs, and back
                 out.append(harness.run([], list(range(n))))
             out.append(harness.run([(30, [7, 8, 9], True)], list(range(20)), join=True))  # mixed
             out.append(harness.run([], [*range(20), 30]))
             out.append(harness.run([(31, [rng.randrange(VOCAB) for _ in range(1500)], True)], list(range(20)), join=True))
-            out.append(harness.run([], [31, *range(20), 30], temperature=0.9))
+            out.append(harness.run([], [31, *range(20), 30]))
             outs[eager] = [t for row in out for t in row]
     same = sum(a == b for a, b in zip(outs[True], outs[False], strict=True))
     report("graph equals eager", same == len(outs[True]), same=same, of=len(outs[True]))

@@ -248,10 +248,38 @@ def heads(**change: Any) -> Heads:
 
 
 def test_rows_are_cut_into_parts_only_where_there_are_too_few_of_them() -> None:
-    assert splits_for(256, heads(), 4096, 132) == 1
-    assert splits_for(16, heads(), 4096, 132) == 8
-    assert splits_for(1, heads(), 100, 132) == 1  # one part of a short context
-    assert splits_for(1, heads(), 1 << 20, 132) == 64
+    assert splits_for(256, 8, 4096, 132) == 1
+    assert splits_for(16, 8, 4096, 132) == 8
+    assert splits_for(1, 8, 100, 132) == 1  # one part of a short context
+    assert splits_for(1, 8, 1 << 20, 132) == 64
+
+
+def test_ranks_of_uneven_shards_choose_the_same_graphs(tmp_path: Path) -> None:
+    """A rank that captures while another replays runs its collectives once more than the other."""
+    save_llama(tmp_path)  # 3 KV heads: 2 and 1
+    config = config_for(tmp_path, tp=2)
+    ranks = []
+    for rank in range(2):
+        shard = Shard.of(config.model, rank, 2)
+        mine = heads(num_heads=shard.num_heads, num_kv_heads=shard.num_kv_heads)
+        ranks.append(Steps(config, None, mine, 132, CPU))  # type: ignore[arg-type]
+    assert ranks[0]._heads != ranks[1]._heads
+    for rows, longest, others in ((80, 5000, 50), (256, 5000, 200), (128, 5000, 200), (1, 9, 9)):
+        a, b = (steps._splits(bucket_of(rows), rows, longest, longest + (rows - 1) * others) for steps in ranks)
+        assert a == b
+
+
+def test_a_row_with_a_long_context_keeps_a_short_step_out_of_the_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps_module, "SHORT_CONTEXT", 20)
+    save_llama(tmp_path)
+    worker, theirs, driver = Interpreted(tmp_path), cpu_runner(tmp_path), Driver(PAGES, 4)
+    driver.join(0)
+    for n, graphs in ((18, 1), (5, 1), (2, 1)):
+        plan = driver.plan([(0, list(range(n)), True)], [])
+        assert worker.run(plan) == theirs.launch(plan).result().tokens.tolist()
+        assert len(worker.graphs.keys) == graphs
 
 
 def test_paging_lists_the_pages_that_hold_tokens() -> None:
@@ -334,6 +362,11 @@ def test_float8_is_refused_where_it_cannot_be_computed(
     with pytest.raises(UserError, match=named):
         check_float8(EngineConfig(device="cuda", **settings), dtype, capability)
     check_float8(EngineConfig(device="cuda", **settings), torch.bfloat16, 90)
+
+
+def test_float8_wants_sizes_that_the_library_can_multiply() -> None:
+    with pytest.raises(UserError, match=r"--quantization fp8.*--tp 3.*4779"):
+        check_float8(EngineConfig(device="cuda", quantization="fp8", tp=3), torch.bfloat16, 90, [4096, 4779])
 
 
 def test_uploads_larger_than_their_buffer_arrive_too() -> None:

@@ -21,6 +21,7 @@ from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 _BREATHE_SECONDS = 20e-6
+_PAUSE_SECONDS = 0.05  # without plans, after which the runner may prepare for later ones
 
 
 class Pending(Protocol):
@@ -69,7 +70,8 @@ class WorkerActor(Actor):
         self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
         self._armed = False
-        self._ready = False
+        self._ready = self._prepared = False
+        self._planned = float("-inf")  # when the latest plan came
         self._pid = os.getpid()
 
     def started(self) -> None:
@@ -96,12 +98,22 @@ class WorkerActor(Actor):
         if not worked and self._running:
             time.sleep(_BREATHE_SECONDS)  # a step is in flight: poll, do not park
             worked = True
-        worked = worked or (self._ready and self._runner is not None and self._runner.prepare())
+        worked = worked or self._prepare()
         if worked:
             self._arm(False)
             return True
         self._arm(True)
         return self.plans.pending()  # one more look with the flag up
+
+    def _prepare(self) -> bool:
+        """Let the runner prepare, not between two steps but after a pause, for which it stays awake.  False: it is done."""
+        if self._runner is None or not self._ready or self._prepared:
+            return False
+        if self.ctx.now() - self._planned < _PAUSE_SECONDS:
+            time.sleep(_BREATHE_SECONDS)
+            return True
+        self._prepared = not self._runner.prepare()
+        return not self._prepared
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower my "ring me" flag; it stays up until there is work (see process.run)."""
@@ -118,6 +130,7 @@ class WorkerActor(Actor):
         if self._runner is None:
             raise RuntimeError(f"plan {plan.step} arrived before the model was loaded")
         self.board.beat(self._pid, plan.step, True)
+        self._planned = self.ctx.now()
         self._running.append(self._runner.launch(plan))
 
     def _post_finished(self) -> bool:

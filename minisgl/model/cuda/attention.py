@@ -12,7 +12,7 @@ prompt chunks to one backend and decode rows to another.  A backend is one file:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -143,8 +143,11 @@ def choose(asked: str, heads: Heads, compile_flashinfer: Callable[[], None]) -> 
     return Choice(decode, decode, f"attention runs on {name}; prefill without FlashInfer, because {why}")
 
 
-def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int) -> None:
-    """Raises UserError where float8 was asked for and the GPU, or its library, cannot do it."""
+def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int, widths: Sequence[int] = ()) -> None:
+    """Raises UserError where float8 was asked for and the GPU, or its library, cannot do it.
+
+    `widths`: rows and columns of this rank's linear layers.
+    """
     for flag, wanted in (
         (f"--quantization {engine.quantization}", engine.quantization == "fp8"),
         (f"--kv-cache-dtype {engine.kv_cache_dtype}", engine.kv_cache_dtype == "fp8"),
@@ -155,6 +158,12 @@ def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int) -> N
             )
     if engine.quantization == "fp8" and dtype != torch.bfloat16:
         raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
+    uneven = [width for width in widths if width % 16]
+    if engine.quantization == "fp8" and uneven:
+        raise UserError(
+            f"--quantization fp8 needs layers whose sizes are multiples of 16, and with --tp {engine.tp} a rank has one of "
+            f"{uneven[0]}. Use another --tp, or leave --quantization out."
+        )
 
 
 class PagedAttention:
@@ -208,12 +217,13 @@ class PagedAttention:
         return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
 
 
-def splits_for(rows: int, heads: Heads, max_len: int, processors: int) -> int:
+def splits_for(rows: int, kv_heads: int, max_len: int, processors: int) -> int:
     """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
 
-    Eight programs for each processor keep its loads in flight even where they are short.
+    Eight programs for each processor keep its loads in flight even where they are short.  `kv_heads` must be the same number on
+    all ranks: the parts are part of a graph's key, and ranks that capture at different steps would mix up their collectives.
     """
-    wanted = 8 * processors // (rows * heads.num_kv_heads)
+    wanted = 8 * processors // (rows * kv_heads)
     return min(triton_parts(max_len), 1 << (wanted.bit_length() - 1) if wanted > 1 else 1)
 
 

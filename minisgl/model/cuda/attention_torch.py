@@ -9,6 +9,8 @@ import torch
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads
 from minisgl.model.cuda.cache import KVCache
 
+BLOCK = 256  # query tokens at a time
+
 
 class TorchReference:
     """A Backend, float32 inside."""
@@ -44,9 +46,12 @@ class TorchReference:
             keys = self._cache.keys(layer)[pages, :, at % size].float()  # [S, K, D]
             values = self._cache.values(layer)[pages, :, at % size].float()
             query = q[start : start + n].float().view(n, h.num_kv_heads, h.group, h.head_dim)
-            scores = torch.einsum("tkgd,skd->tkgs", query, keys) * h.head_dim**-0.5
-            seen = at <= torch.arange(kv_len - n, kv_len, device=q.device)[:, None]
-            weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-            out.append(torch.einsum("tkgs,skd->tkgd", weights, values).reshape(n, h.num_heads, h.head_dim).to(q.dtype))
+            for first in range(0, n, BLOCK):  # the scores of a whole chunk would be gigabytes
+                part = query[first : first + BLOCK]
+                scores = torch.einsum("tkgd,skd->tkgs", part, keys) * h.head_dim**-0.5
+                seen = at <= kv_len - n + first + torch.arange(len(part), device=q.device)[:, None]
+                weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+                mixed = torch.einsum("tkgs,skd->tkgd", weights, values)
+                out.append(mixed.reshape(len(part), h.num_heads, h.head_dim).to(q.dtype))
             start += n
         return torch.cat(out)

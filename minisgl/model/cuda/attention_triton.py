@@ -45,11 +45,13 @@ class TritonAttention:
 
     def plan_decode(self, rows: DecodeRows) -> None:
         self._rows = rows
-        key = (len(rows.slots), rows.splits)
-        if key not in self._workspaces:  # kept: graphs hold on to its address
-            h = self._heads
-            self._workspaces[key] = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
-        self._workspace = self._workspaces[key]
+        key, h = (len(rows.slots), rows.splits), self._heads
+        workspace = self._workspaces.get(key)
+        if workspace is None:
+            workspace = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
+            if rows.host_kv_lens is None:  # graphs hold on to its address
+                self._workspaces[key] = workspace
+        self._workspace = workspace
 
     def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         assert self._rows is not None

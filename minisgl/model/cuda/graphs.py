@@ -16,6 +16,7 @@ class Graphs:
     def __init__(self, state: SamplingState, device: torch.device) -> None:
         self._state, self._device = state, device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.captures = 0
         self._pool: Any = None  # of memory, shared by all graphs: they run one after another, and keep nothing for the next
 
     def __contains__(self, key: Hashable) -> bool:
@@ -40,6 +41,7 @@ class Graphs:
             step()
         self._pool = self._pool or graph.pool()
         self._graphs[key] = graph
+        self.captures += 1
 
     def clear(self) -> None:
         self._graphs.clear()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minisgl.errors import UserError
 
-GRAPHS = 1 << 30  # kept free for the buffers of CUDA graphs, which come into being while the server runs
+GRAPHS = 1 << 30  # kept free for the buffers of CUDA graphs, which come into being while the server runs, beside their logits
 _GIB = 1 << 30
 
 
@@ -20,16 +20,17 @@ class Ledger:
     step: int  # the largest step's activations, measured by running it
     page: int  # one page of the KV cache over all layers
     page_size: int
+    graphs: int = GRAPHS
 
     @property
     def room(self) -> int:
         """What is left for the KV cache and for staying free."""
-        return self.total - self.other - self.weights - self.step - GRAPHS
+        return self.total - self.other - self.weights - self.step - self.graphs
 
     def pages(self, kv_tokens: int, fraction: float, device: int) -> int:
         """How many pages to make: for kv_tokens, or for `fraction` of the room.  Raises UserError naming what to change."""
         most = max(0, self.room // self.page)
-        if kv_tokens:
+        if kv_tokens and most:
             wanted = -(-kv_tokens // self.page_size)
             if wanted > most:
                 raise UserError(
@@ -37,7 +38,7 @@ class Ledger:
                     f"Use --kv-tokens {most * self.page_size} or less, a smaller --step-tokens, or a larger --tp."
                 )
             return wanted
-        pages = int(self.room * fraction) // self.page if self.room > 0 else 0
+        pages = int(self.room * fraction) // self.page if most else 0
         if pages < 1:
             raise UserError(
                 f"no memory for the KV cache on GPU {device}: {self.describe(0)}. "
@@ -54,5 +55,6 @@ class Ledger:
         kv = pages * self.page
         return (
             f"{gib(self.total)} GiB = {gib(self.other)} taken before + {gib(self.weights)} weights + {gib(self.step)} largest "
-            f"step + {gib(GRAPHS)} graphs + {gib(kv)} KV cache ({pages * self.page_size} tokens) + {gib(self.room - kv)} free"
+            f"step + {gib(self.graphs)} graphs + {gib(kv)} KV cache ({pages * self.page_size} tokens) + "
+            f"{gib(self.room - kv)} free"
         )

@@ -22,7 +22,7 @@ from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, ch
 from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import KVCache, page_bytes
 from minisgl.model.cuda.graphs import Graphs
-from minisgl.model.cuda.memory import Ledger
+from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.steps import Steps
 from minisgl.model.llama import Llama
 from minisgl.model.loader import Weights, open_weights
@@ -58,6 +58,7 @@ class CudaPending:
     end: torch.cuda.Event
     before: torch.cuda.Event | None  # the end of the step before, None where none has been
     launch_us: int
+    timed: bool
 
     def done(self) -> bool:
         """Never blocks."""
@@ -69,7 +70,7 @@ class CudaPending:
         return StepResult(
             self.step,
             self.tokens.numpy().copy(),
-            busy_us=int(self.start.elapsed_time(self.end) * 1000),
+            busy_us=int(self.start.elapsed_time(self.end) * 1000) if self.timed else 0,
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
         )
@@ -96,7 +97,8 @@ class CudaRunner:
             kv_dtype=kv_dtype_of(engine.kv_cache_dtype, self._dtype),
             capability=10 * properties.major + properties.minor,
         )
-        check_float8(engine, self._dtype, self._heads.capability)
+        widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
+        check_float8(engine, self._dtype, self._heads.capability, widths)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
@@ -116,8 +118,8 @@ class CudaRunner:
                 "larger --tp, --quantization fp8, or a smaller model."
             ) from e
         torch.cuda.empty_cache()
-        self._weights = torch.cuda.memory_allocated(self._device)
         self._steps = Steps(config, self._model, self._heads, properties.multi_processor_count, self._device)
+        self._weights = torch.cuda.memory_allocated(self._device)  # and the state of the slots, which is small
         self._graphs = Graphs(self._steps.state, self._device)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.
         self._results = [torch.zeros_like(self._steps.tokens, device="cpu").pin_memory() for _ in range(engine.lag + 1)]
@@ -158,7 +160,9 @@ class CudaRunner:
             raise UserError(
                 f"a step of --step-tokens {engine.step_tokens} does not fit GPU {self._rank} beside the weights; use less."
             ) from e
-        self._ledger = Ledger(self._total, self._other, self._weights, step, page, engine.page_size)
+        # Logits of the largest decode step and of the largest short one; ranks also gather and join theirs.
+        logits = engine.max_running * spec.vocab_size * self._dtype.itemsize * (2 if engine.tp == 1 else 6)
+        self._ledger = Ledger(self._total, self._other, self._weights, step, page, engine.page_size, GRAPHS + logits)
         return self._ledger.pages(engine.kv_tokens, engine.memory_fraction, self._rank)
 
     def _largest_step(self, page: int) -> int:
@@ -176,7 +180,13 @@ class CudaRunner:
 
     def allocate(self, num_pages: int) -> None:
         """Create the KV cache: `num_pages` pages, the same number on every rank."""
-        self._use_cache(num_pages)
+        try:
+            self._use_cache(num_pages)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"GPU {self._rank} had room for a KV cache of {num_pages} pages when it was measured and no longer has: does "
+                "another program use it? Start again, or set --kv-tokens."
+            ) from e
         b = self._backends
         self._say(f"GPU 0: {self._ledger.describe(num_pages)}; attention: {b.prefill} (prefill), {b.decode} (decode)")
 
@@ -208,13 +218,15 @@ class CudaRunner:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.inference_mode():
             start.record()
+            captures = self._graphs.captures
             count = self._steps.run(plan)
             self._launched += 1
             host = self._results[self._launched % len(self._results)][:count]
             host.copy_(self._steps.tokens[:count], non_blocking=True)
             end.record()
         before, self._last = self._last, end
-        return CudaPending(plan.step, host, start, end, before, int((time.perf_counter() - began) * 1e6))
+        timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
+        return CudaPending(plan.step, host, start, end, before, int((time.perf_counter() - began) * 1e6), timed)
 
     def prepare(self) -> bool:
         """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.

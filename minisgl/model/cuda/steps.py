@@ -24,6 +24,7 @@ from minisgl.model.state import Batch, SlotState
 from minisgl.plan import I32, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
+SHORT_CONTEXT = 4096  # of any of their rows: they walk over a context with one program, which a long one would stall
 FEW_ROWS = 16  # rows of such a graph; a second one takes as many as there are slots
 
 
@@ -59,6 +60,7 @@ class Steps:
     def __init__(self, config: Config, model: Llama, heads: Heads, processors: int, device: torch.device) -> None:
         engine = config.engine
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
+        self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
         self._max_running, self._step_tokens = engine.max_running, engine.step_tokens
         self.mirror = SlotState(engine.max_running, config.max_context, engine.page_size)
         self.state = DeviceState(engine.max_running, config.max_context, engine.page_size, engine.lag, device)
@@ -108,7 +110,7 @@ class Steps:
         """
         buckets = sorted({bucket_of(rows) for rows in range(1, self._max_running + 1)}) if self._decode_graphs else []
         for bucket in buckets:
-            splits = splits_for(bucket, self._heads, 1 << 20, self._processors)
+            splits = splits_for(bucket, self._kv_heads, 1 << 20, self._processors)
             if (bucket, splits) not in self._graphs:
                 self.state.decode_rows.fill_(self.state.spare)
                 self._resent = True
@@ -142,7 +144,7 @@ class Steps:
 
     def _splits(self, bucket: int, rows: int, longest: int, total: int) -> int:
         """Parts of a row.  Where one row is much longer than the others, four times as many keep it from being the last."""
-        splits = splits_for(bucket, self._heads, 1 << 20, self._processors)
+        splits = splits_for(bucket, self._kv_heads, 1 << 20, self._processors)
         return splits if longest * rows < 8 * total * splits else min(64, 4 * splits)
 
     def _run_decode(self, bucket: int, splits: int) -> None:
@@ -164,7 +166,8 @@ class Steps:
         row_slots = np.concatenate((plan.prefill["slot"].astype(np.int32), batch.decode_slots.astype(np.int32)))
         ids = batch.ids.astype(np.int32)
         ids[tokens - len(batch.decode_slots) :] = -1 - batch.decode_slots
-        bucket = next((t for t in SHORT_STEPS if t >= tokens), 0)
+        longest = int(batch.kv_lens.max(initial=0))
+        bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if longest <= SHORT_CONTEXT else 0
         if not bucket or not self._short_graphs:
             sizes = Sizes(tokens, len(row_slots), samples, 0)
             buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, None))
@@ -229,7 +232,7 @@ class Steps:
             first = 0 if chunks is None else len(chunks.chunk_lens)
             if batch is not None and len(batch.decode_slots):
                 lens = batch.kv_lens[first:]
-                splits = splits_for(len(lens), self._heads, int(lens.max()), self._processors)
+                splits = splits_for(len(lens), self._kv_heads, int(lens.max()), self._processors)
                 rows = DecodeRows(row_slots[first:], row_lens[first:], splits, lens, batch.pages[first:])
             attention.plan(kv_index, chunks, rows)
         logits = self._model(ids, positions, sample_rows.long(), attention)

@@ -130,7 +130,7 @@ def _noisy(source, index, vocab, t, bound, bits, INTERPRET: tl.constexpr):
     """Logits over temperature with Gumbel noise, plain logits where t is 0; -inf outside and below the bound."""
     value = tl.load(source + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
     if t > 0:
-        noisy = value * (1.0 / t) + gumbel_noise(bits, INTERPRET)
+        noisy = value * (1.0 / tl.maximum(t, 1e-6)) + gumbel_noise(bits, INTERPRET)
         value = tl.where((index < vocab) & (value >= bound), noisy, -float("inf"))
     return value
 
