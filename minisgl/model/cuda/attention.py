@@ -27,8 +27,6 @@ from minisgl.model.kernels.layer import prepare_heads
 from minisgl.model.layers import QKNorm
 from minisgl.plan import I32
 
-BACKENDS = ("triton", "flashinfer", "torch")
-
 
 @dataclass(frozen=True, slots=True)
 class Heads:

@@ -24,6 +24,7 @@ import torch
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads, paging
 from minisgl.model.cuda.cache import KVCache
 from minisgl.model.flashinfer_modules import CUDA_CORE_GROUPS, HEAD_DIMS
+from minisgl.plan import I32
 
 WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
 
@@ -36,7 +37,6 @@ class FlashInferAttention:
     def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
         import flashinfer
 
-        self._fi: Any = flashinfer
         self._heads, self._cache, self._device = heads, cache, page_table.device
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         fa3 = heads.capability == 90 and heads.kv_dtype == heads.dtype
@@ -61,25 +61,9 @@ class FlashInferAttention:
         return None
 
     def plan_prefill(self, chunks: Chunks) -> None:
-        indptr, indices, last = paging(chunks.kv_lens, chunks.pages, self._cache.page_size)
         starts = torch.zeros(len(chunks.chunk_lens) + 1, dtype=torch.int32)
         starts[1:] = torch.from_numpy(np.cumsum(chunks.chunk_lens))
-        h = self._heads
-        self._copied.synchronize()
-        self._prefill.plan(
-            starts,
-            torch.from_numpy(indptr),
-            torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True),
-            torch.from_numpy(last),
-            h.num_heads,
-            h.num_kv_heads,
-            h.head_dim,
-            self._cache.page_size,
-            causal=True,
-            q_data_type=h.dtype,
-            kv_data_type=h.kv_dtype,
-        )
-        self._copied.record()
+        self._plan(self._prefill, (starts,), chunks.kv_lens, chunks.pages, causal=True)
 
     def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         out: torch.Tensor = self._prefill.run(q, (self._cache.keys(layer), self._cache.values(layer)))
@@ -88,10 +72,19 @@ class FlashInferAttention:
     def plan_decode(self, rows: DecodeRows) -> None:
         if rows.host_kv_lens is None or rows.host_pages is None:
             raise RuntimeError("FlashInfer plans decode rows on the host")
-        indptr, indices, last = paging(rows.host_kv_lens, rows.host_pages, self._cache.page_size)
+        self._plan(self._decode, (), rows.host_kv_lens, rows.host_pages)
+
+    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        out: torch.Tensor = self._decode.run(q, (self._cache.keys(layer), self._cache.values(layer)))
+        return out
+
+    def _plan(self, wrapper: Any, first: tuple[torch.Tensor, ...], kv_lens: I32, pages: I32, **more: Any) -> None:
+        """Plan rows of kv_lens[r] tokens in `pages`; `first` and `more` are what the two kinds of wrappers do not share."""
+        indptr, indices, last = paging(kv_lens, pages, self._cache.page_size)
         h = self._heads
         self._copied.synchronize()
-        self._decode.plan(
+        wrapper.plan(
+            *first,
             torch.from_numpy(indptr),
             torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True),
             torch.from_numpy(last),
@@ -101,9 +94,6 @@ class FlashInferAttention:
             self._cache.page_size,
             q_data_type=h.dtype,
             kv_data_type=h.kv_dtype,
+            **more,
         )
         self._copied.record()
-
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        out: torch.Tensor = self._decode.run(q, (self._cache.keys(layer), self._cache.values(layer)))
-        return out

@@ -18,7 +18,6 @@ from minisgl.model.kernels import layer
 from minisgl.model.kernels.linear import choose, gemv, skinny
 from minisgl.model.layers import inverse_frequencies
 
-FP8 = torch.float8_e4m3fn
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
 
 
