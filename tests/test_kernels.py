@@ -222,12 +222,26 @@ def test_add_rms_norm_adds_in_place_and_normalises_what_is_kept(tokens: int, wid
     assert error(plain, F.rms_norm(x.float(), (width,), weight.float(), 1e-5)) < TOLERANCE
 
 
-@pytest.mark.parametrize("parts", [0, 2])
-def test_silu_mul_gates(parts: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("width", [64, 88])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gated_products_end_in_silu_times_the_other_half(rows: int, width: int, fp8: bool) -> None:
+    x, w = rand(rows, 256), rand(2 * width, 256) * 0.1
+    scales: torch.Tensor | None = None
+    if fp8:
+        w, scales = layer.quantize_rows(w)
+    gate, up = (x.float() @ (w.float() * (1 if scales is None else scales)).T).chunk(2, -1)
+    product = gemv if rows == 1 else skinny
+    got = product(x, w, scales=None if scales is None else scales.view(-1), block_k=64, gated=True)
+    assert error(got, F.silu(gate) * up) < TOLERANCE
+
+
+def test_silu_mul_gates() -> None:
     gate_up = rand(5, 2 * 333)
     gate, up = gate_up.float().chunk(2, -1)
-    got = layer.silu_mul(parts_of(gate_up, parts) if parts else gate_up, HALF)
-    assert error(got, F.silu(gate) * up) < TOLERANCE
+    assert error(layer.silu_mul(gate_up), F.silu(gate) * up) < TOLERANCE
+    values, scales = layer.silu_mul_quantized(gate_up)
+    assert error(values.float() * scales, F.silu(gate) * up) < FP8_TOLERANCE
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -29,8 +29,8 @@ class Blocks(Protocol):
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
         """RMSNorm of x, after a delta has been added to it in place; `last`: what follows is the last linear layer."""
 
-    def silu_mul(self, gate_up: Rows) -> Rows:
-        """[T, 2 I] (gate, up) -> silu(gate) * up."""
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
+        """silu(x @ gate.T) * (x @ up.T) for weights [I, in]: the first half of a gated MLP."""
 
     def rope(self, spec: ModelSpec) -> Positions:
         """positions i64[T] -> what the attention backend needs to rotate the heads at them."""
@@ -48,8 +48,9 @@ class CpuBlocks:
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
         return layers.RMSNorm(weight, eps)
 
-    def silu_mul(self, gate_up: Rows) -> Rows:
-        return layers.silu_mul(gate_up)
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
+        both = layers.Linear(gate, up)
+        return lambda x: layers.silu_mul(both(x))
 
     def rope(self, spec: ModelSpec) -> Positions:
         return layers.Rope(spec, self._dtype).at

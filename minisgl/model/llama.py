@@ -53,15 +53,14 @@ class MLP:
         name = f"model.layers.{layer}.mlp."
         inner, outer = spec.intermediate_size, spec.hidden_size
         self.parallel = parallel
-        self.silu_mul = blocks.silu_mul
-        self.gate_up = blocks.linear(
+        self.gated = blocks.gated(
             weights.take(name + "gate_proj.weight", (inner, outer), rows=shard.mlp),
             weights.take(name + "up_proj.weight", (inner, outer), rows=shard.mlp),
         )
         self.down = blocks.linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
 
     def __call__(self, x: Rows) -> Rows:
-        return self.parallel.all_reduce_(self.down(self.silu_mul(self.gate_up(x))))
+        return self.parallel.all_reduce_(self.down(self.gated(x)))
 
 
 class Layer:

@@ -43,6 +43,14 @@ class Linear:
         return (gemv if len(x) == 1 else skinny)(x, self._weight, **settings)
 
 
+def scaled_product(x: Quantized, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T -> bfloat16 [T, N], for float8 weights [N, K] with scales f32 [1, N]."""
+    y: torch.Tensor = torch._scaled_mm(
+        x.values, weight.t(), scale_a=x.scales, scale_b=scales, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y
+
+
 class Fp8Linear:
     """W8A8: a scale for each output channel and for each row; up to WEIGHT_ONLY_ROWS rows W8A16."""
 
@@ -58,15 +66,36 @@ class Fp8Linear:
                 settings = choose(len(x), n, k, whole=self._whole, fp8=True)
                 return (gemv if len(x) == 1 else skinny)(x, self._weight, scales=self._scales, **(settings or {}))
             x = Quantized(*layer.quantize_rows(x))
-        y: torch.Tensor = torch._scaled_mm(
-            x.values,
-            self._weight.t(),
-            scale_a=x.scales,
-            scale_b=self._scales,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return y
+        return scaled_product(x, self._weight, self._scales)
+
+
+class Gated:
+    """silu(gate) * up of [gate, up] weights: in the product's own kernel where that is ours."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        n, k = self._weight.shape
+        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, gated=True)
+        if settings is None:
+            return layer.silu_mul(F.linear(x, self._weight))
+        return (gemv if len(x) == 1 else skinny)(x, self._weight, gated=True, **settings)
+
+
+class Fp8Gated:
+    """As Gated; what it hands on is float8, too, where the next layer wants that."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight, scales = layer.quantize_rows(weight)
+        self._scales = scales.view(1, -1)
+
+    def __call__(self, x: Rows) -> Rows:
+        if not isinstance(x, Quantized):
+            n, k = self._weight.shape
+            settings = choose(len(x), n, k, gated=True, fp8=True) or {}
+            return (gemv if len(x) == 1 else skinny)(x, self._weight, scales=self._scales, gated=True, **settings)
+        return Quantized(*layer.silu_mul_quantized(scaled_product(x, self._weight, self._scales)))
 
 
 class Norm:
@@ -94,8 +123,9 @@ class CudaBlocks:
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> NormLayer:
         return Norm(weight, eps, self._fp8 and not last)
 
-    def silu_mul(self, gate_up: Rows) -> Rows:
-        return layer.silu_mul(gate_up, self._dtype)
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
+        weight = torch.cat((gate, up))
+        return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
     def rope(self, spec: ModelSpec) -> Positions:
         freqs = inverse_frequencies(spec).to(self._device)

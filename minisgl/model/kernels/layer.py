@@ -1,11 +1,12 @@
 """The small operations between the matrix products of a decoder layer, fused.
 
-A layer is: add_rms_norm, QKV product, prepare_heads, attention, output product, add_rms_norm, gate-up product, silu_mul, down
-product.  Bytes moved, of 2-byte elements: add_rms_norm reads 2 T C and writes 2 T C; prepare_heads reads and writes
-T (H + 2K) D; silu_mul reads 2 T I and writes T I.
+A layer is: add_rms_norm, QKV product, prepare_heads, attention, output product, add_rms_norm, gate-up product, silu_mul (part
+of the product where that is ours: see linear), down product.  Bytes moved, of 2-byte elements: add_rms_norm reads 2 T C and
+writes 2 T C; prepare_heads reads and writes T (H + 2K) D; silu_mul reads 2 T I and writes T I.
 
-Each takes its input also as the f32 parts [parts, T, N] that a product with a split sum leaves (see linear), and adds them up.
-`quantize` makes the result the left side of an FP8 product: float8_e4m3fn values and one f32 scale a row, value = q * scale.
+The first two take their input also as the f32 parts [parts, T, N] that a product with a split sum leaves (see linear), and add
+them up.  What is quantised becomes the left side of an FP8 product: float8_e4m3fn values and one f32 scale a row,
+value = q * scale.
 """
 
 from __future__ import annotations
@@ -101,41 +102,62 @@ def add_rms_norm(
     return out, scales
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _silu_mul(gate_up, out, width, rows, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+@triton.jit
+def gate(gate, up, out):
+    """silu(gate) * up, rounded to the dtype of `out` at each step, as separate operations would be."""
+    gate = gate.to(out.dtype.element_ty).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+    return silu * up.to(out.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
     begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    first = gate_up + row * 2 * width + at
-    if PARTS > 1:
-        gate = _sum_parts(first, PARTS, rows * 2 * width, inside).to(out.dtype.element_ty).to(tl.float32)
-        up = _sum_parts(first + width, PARTS, rows * 2 * width, inside).to(out.dtype.element_ty).to(tl.float32)
-    else:
-        gate = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(first + width, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + at, (silu * up).to(out.dtype.element_ty), mask=inside)
+    value = _gated(gate_up + tl.program_id(0).to(tl.int64) * 2 * width, at, width, gate_up)
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + at, value.to(out.dtype.element_ty), mask=at < width)
 
 
-def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(gate, up) [T, 2 I], or its f32 parts [parts, T, 2 I] -> silu(gate) * up, [T, I] of `dtype`.  Contiguous."""
-    rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
-    split = gate_up.dim() == 3
-    out = torch.empty(rows, width, dtype=dtype, device=gate_up.device)
+@triton.jit
+def _gated(row, at, width, like):
+    first = tl.load(row + at, mask=at < width, other=0.0).to(tl.float32)
+    return gate(first, tl.load(row + width + at, mask=at < width, other=0.0).to(tl.float32), like)
+
+
+@triton.jit
+def _silu_mul_quantized(gate_up, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program per row, which is read twice: the second time from the L2 cache."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    top = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        top = tl.maximum(top, tl.abs(_gated(gate_up + row * 2 * width, first + at, width, gate_up)))
+    scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    for first in range(0, width, BLOCK):
+        value = _gated(gate_up + row * 2 * width, first + at, width, gate_up) / scale
+        tl.store(out + row * width + first + at, value.to(out.dtype.element_ty), mask=first + at < width)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """(gate, up) [T, 2 I] -> silu(gate) * up [T, I].  Contiguous."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = 256 if rows <= 16 else 1024
-    _silu_mul[(rows, triton.cdiv(width, block))](
-        gate_up,
-        out,
-        width,
-        rows,
-        BLOCK=block,
-        PARTS=len(gate_up) if split else 1,
-        num_warps=4,
-        **launch_options(gate_up),
-    )
+    _silu_mul[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block, num_warps=4, **launch_options(gate_up))
     return out
+
+
+def silu_mul_quantized(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `silu_mul`, into float8_e4m3fn [T, I] and scales f32 [T, 1]."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=FP8, device=gate_up.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _silu_mul_quantized[(rows,)](gate_up, out, scales, width, BLOCK=block, num_warps=8, **launch_options(gate_up))
+    return out, scales
 
 
 @triton.jit(do_not_specialize=["rows", "kv_index"])

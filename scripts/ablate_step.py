@@ -1,0 +1,238 @@
+"""What each part of a step costs: the step without it.  One worker, no other processes; one JSON line a measurement.
+
+    python scripts/ablate_step.py [--shape qwen3-0.6b] [--points 256x600 140x1010 54x1340 1x300] [--prefill 16384] [--tries]
+
+A part is replaced by nothing (its result is a buffer that stands ready), the step is captured again and timed, two in flight;
+"costs" is the difference to the whole step, so it includes the borders between kernels, which no profile of single kernels
+shows.  --tries replaces settings instead of removing parts.  Points are decode steps, rows x context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from reference import provenance
+
+from minisgl.config import Config, EngineConfig
+from minisgl.model.cuda.blocks import Linear
+from minisgl.model.cuda.runner import CudaRunner
+from minisgl.model.kernels import linear
+from minisgl.model.kernels.layer import silu_mul
+from minisgl.model.shapes import random_shape
+from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
+
+PAGE = 16
+
+
+class Ready:
+    """Stands in for a part: gives out a buffer of the right shape."""
+
+    def __init__(self, width: int) -> None:
+        self._width, self._made = width, {}  # type: ignore[var-annotated]
+
+    def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
+        rows = x.values if hasattr(x, "values") else x
+        shape = (rows.shape[-2], self._width)
+        if shape not in self._made:
+            self._made[shape] = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+        return self._made[shape]
+
+
+class Bench:
+    def __init__(self, shape: str, points: list[tuple[int, int]], tokens: int, **engine: Any) -> None:
+        self.spec = random_shape(shape)
+        self.most = max([rows for rows, _ in points] + [-(-tokens // 558)])
+        self.each = -(-max([c for _, c in points] + [558]) // PAGE) + 40
+        settings = EngineConfig(
+            device="cuda", max_running=self.most, step_tokens=max(8192, tokens), kv_tokens=self.most * self.each * PAGE,
+            page_size=PAGE, memory_fraction=0.95, **engine,
+        )  # fmt: skip
+        self.runner = CudaRunner(Config(self.spec, settings), 0, "")
+        self.runner.allocate(self.runner.max_pages())
+        assert self.runner._steps._attention is not None
+        for layer in self.runner._steps._attention.cache._cache:
+            layer.copy_(torch.randn(layer.shape, device="cuda", dtype=torch.bfloat16))
+        self.order = np.random.default_rng(0).permutation(self.most * self.each)
+        self.step = 0
+
+    def grants(self, slots: range) -> np.ndarray:
+        return np.array([(s, i, self.order[s * self.each + i]) for s in slots for i in range(self.each)], GRANT)
+
+    def decode(self, rows: int, context: int) -> float:
+        """Microseconds of a decode step, captured anew."""
+        self.runner._graphs.clear()
+        self.runner._graphs._pool = None
+        lens = np.linspace(0.6 * context, 1.4 * context, rows).astype(int) if rows > 1 else [context]
+        joins = np.array([(s, min(lens[s], self.each * PAGE - 200), 0.6, 0, 1.0, 0.0, s) for s in range(rows)], JOIN)
+        plan = StepPlan(self.step, joins=joins, grants=self.grants(range(rows)), decode=np.arange(rows, dtype=np.int32))
+        return self._time(lambda i: plan if i == 0 else StepPlan(self.step, decode=None), 50)
+
+    def prefill(self, tokens: int) -> float:
+        """Microseconds of a prefill step of chunks of 558 tokens."""
+        lens = [558] * (tokens // 558) + ([tokens % 558] if tokens % 558 else [])
+
+        def plan(_: int) -> StepPlan:
+            return StepPlan(
+                self.step,
+                joins=np.array([(s, 0, 0.6, 0, 1.0, 0.0, s) for s in range(len(lens))], JOIN),
+                grants=self.grants(range(len(lens))),
+                prefill=np.array([(s, 1, n) for s, n in enumerate(lens)], PREFILL),
+                decode=np.zeros(0, np.int32),
+                ids=np.zeros(tokens, np.int32),
+            )
+
+        return self._time(plan, 12)
+
+    def _time(self, plan: Callable[[int], StepPlan], steps: int) -> float:
+        busy: list[int] = []
+        running: deque[Any] = deque()
+        for i in range(steps):
+            running.append(self.runner.launch(plan(i)))
+            self.step += 1
+            if len(running) > 2:
+                busy.append(self._finish(running.popleft()))
+        while running:
+            busy.append(self._finish(running.popleft()))
+        return float(np.median(busy[len(busy) // 4 :]))
+
+    @staticmethod
+    def _finish(pending: Any) -> int:
+        while not pending.done():
+            pass
+        return int(pending.result().busy_us)
+
+
+def parts(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
+    """(name, patches that take it out)."""
+    spec, model = bench.spec, bench.runner._model
+    attention = bench.runner._steps._attention
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layers = model.layers
+    assert attention is not None
+
+    def same(q: torch.Tensor, layer: int) -> torch.Tensor:
+        return q
+
+    def heads(qkv: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return Ready(q)(qkv).view(-1, spec.num_heads, spec.head_dim)
+
+    yield (
+        "attention",
+        [
+            mock.patch.object(b, n, same)
+            for b, n in ((attention._decode_backend, "decode"), (attention._backends["prefill"], "prefill"))
+        ],
+    )
+    yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.prepare_heads", heads)]
+    ready = Ready(spec.hidden_size)
+    yield "norms", [mock.patch.object(la, n, ready) for la in layers for n in ("attn_norm", "mlp_norm")]
+    yield "qkv", [mock.patch.object(la.attn, "qkv", Ready(q + 2 * kv)) for la in layers]
+    yield "o", [mock.patch.object(la.attn, "o", ready) for la in layers]
+    yield "gate, up, silu", [mock.patch.object(la.mlp, "gated", Ready(spec.intermediate_size)) for la in layers]
+    yield "down", [mock.patch.object(la.mlp, "down", ready) for la in layers]
+    yield "head", [mock.patch.object(model, "head", Ready(spec.vocab_size))]
+    yield "sampling", [mock.patch("minisgl.model.cuda.steps.sample")]
+
+
+def tries(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
+    """(name, patches) of other settings for the products."""
+
+    def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        product = Linear(gated._weight, True)
+        return lambda x: silu_mul(product(x))
+
+    def with_settings(change: Callable[..., dict[str, Any] | None]) -> list[Any]:
+        inner = linear.choose
+
+        def choose(rows: int, n: int, k: int, **options: Any) -> dict[str, Any] | None:
+            return change(inner(rows, n, k, **options), rows, n, k, **options)
+
+        return [mock.patch("minisgl.model.cuda.blocks.choose", choose)]
+
+    def early(least: int) -> Callable[..., dict[str, Any] | None]:
+        def change(found: dict[str, Any] | None, rows: int, n: int, k: int, **_: Any) -> dict[str, Any] | None:
+            if found is None or rows == 1:
+                return found
+            width = k // found["splits"]
+            return {**found, "prefetch_k": min(least, 1 << (width.bit_length() - 1))}
+
+        return change
+
+    def ours(kind: str, **more: Any) -> Callable[..., dict[str, Any] | None]:
+        def change(found: dict[str, Any] | None, rows: int, n: int, k: int, **options: Any) -> dict[str, Any] | None:
+            gated = options.get("gated", False)
+            if found is not None or n > 40_000 or rows > 256 or (kind == "gated") != gated:
+                return {**found, **more} if found is not None and (kind == "gated") == gated and rows > 1 else found
+            return {**linear.settings(rows, n, k, **options), **more}
+
+        return change
+
+    mlps = [la.mlp for la in bench.runner._model.layers]
+    yield "no silu in the product", [mock.patch.object(m, "gated", apart(m.gated)) for m in mlps]
+    yield "weights requested ahead: none", with_settings(early(0))
+    yield "weights requested ahead: 256", with_settings(early(256))
+    yield "weights requested ahead: 1024", with_settings(early(1024))
+    yield "library everywhere", with_settings(lambda *_, **__: None)
+    for block_m in (64, 128):
+        for stages in (3, 4):
+            for warps in (4, 8):
+                more = {"block_m": block_m, "stages": stages, "warps": warps}
+                yield f"gated ours {more}", with_settings(ours("gated", **more))
+    for more in (
+        {"block_m": 64},
+        {"block_m": 128, "stages": 3},
+        {"block_m": 128, "stages": 3, "warps": 8},
+        {"block_n": 128, "block_m": 64, "stages": 3},
+    ):
+        yield f"qkv ours {more}", with_settings(ours("plain", **more))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--points", nargs="*", default=["256x600", "140x1010", "54x1340", "1x300"], metavar="ROWSxCONTEXT")
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--tries", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--attention-backend", default="auto")
+    args = parser.parse_args()
+    points = [(int(rows), int(context)) for rows, context in (p.split("x") for p in args.points)]
+    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    bench = Bench(args.shape, points, args.prefill, **engine)
+    print(json.dumps({"shape": args.shape, **engine, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
+    runs = [(f"decode {r} rows, context {c}", lambda r=r, c=c: bench.decode(r, c)) for r, c in points]
+    if args.prefill:
+        runs.append((f"prefill {args.prefill}", lambda: bench.prefill(args.prefill)))
+    variants = tries if args.tries else parts
+    for name, run in runs:
+        run()
+        whole = run()
+        print(json.dumps({"step": name, "us": whole}), flush=True)
+        for part, patches in variants(bench):
+            with ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(patch)
+                try:
+                    us = run()
+                except Exception as e:
+                    print(json.dumps({"step": name, "without": part, "failed": repr(e)[:200]}), flush=True)
+                    continue
+            print(
+                json.dumps({"step": name, "tries" if args.tries else "without": part, "us": us, "costs": whole - us}),
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
