@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from unittest import mock
 import numpy as np
 import torch
 from reference import provenance
+from tune_kernels import linear_settings
 
 from minisgl.config import Config, EngineConfig
-from minisgl.model.cuda.blocks import Linear
+from minisgl.model.cuda.blocks import Linear, Quantized
 from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import linear
 from minisgl.model.kernels.layer import silu_mul
+from minisgl.model.kernels.linear import skinny
 from minisgl.model.shapes import random_shape
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
 
@@ -40,7 +43,7 @@ class Ready:
         self._width, self._made = width, {}  # type: ignore[var-annotated]
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
-        rows = x.values if hasattr(x, "values") else x
+        rows = x.values if isinstance(x, Quantized) else x
         shape = (rows.shape[-2], self._width)
         if shape not in self._made:
             self._made[shape] = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
@@ -111,7 +114,7 @@ class Bench:
         return int(pending.result().busy_us)
 
 
-def parts(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
+def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches that take it out)."""
     spec, model = bench.spec, bench.runner._model
     attention = bench.runner._steps._attention
@@ -143,7 +146,7 @@ def parts(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
     yield "sampling", [mock.patch("minisgl.model.cuda.steps.sample")]
 
 
-def tries(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
+def tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches) of other settings for the products."""
 
     def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -158,42 +161,50 @@ def tries(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
 
         return [mock.patch("minisgl.model.cuda.blocks.choose", choose)]
 
-    def early(least: int) -> Callable[..., dict[str, Any] | None]:
-        def change(found: dict[str, Any] | None, rows: int, n: int, k: int, **_: Any) -> dict[str, Any] | None:
-            if found is None or rows == 1:
-                return found
-            width = k // found["splits"]
-            return {**found, "prefetch_k": min(least, 1 << (width.bit_length() - 1))}
-
-        return change
-
-    def ours(kind: str, **more: Any) -> Callable[..., dict[str, Any] | None]:
-        def change(found: dict[str, Any] | None, rows: int, n: int, k: int, **options: Any) -> dict[str, Any] | None:
-            gated = options.get("gated", False)
-            if found is not None or n > 40_000 or rows > 256 or (kind == "gated") != gated:
-                return {**found, **more} if found is not None and (kind == "gated") == gated and rows > 1 else found
-            return {**linear.settings(rows, n, k, **options), **more}
+    def only(shape: tuple[int, int], gated: bool, setting: dict[str, Any] | None) -> Callable[..., dict[str, Any] | None]:
+        def change(found: dict[str, Any] | None, _: int, n: int, k: int, **options: Any) -> dict[str, Any] | None:
+            return setting if (n, k) == shape and options.get("gated", False) == gated else found
 
         return change
 
     mlps = [la.mlp for la in bench.runner._model.layers]
     yield "no silu in the product", [mock.patch.object(m, "gated", apart(m.gated)) for m in mlps]
-    yield "weights requested ahead: none", with_settings(early(0))
-    yield "weights requested ahead: 256", with_settings(early(256))
-    yield "weights requested ahead: 1024", with_settings(early(1024))
     yield "library everywhere", with_settings(lambda *_, **__: None)
-    for block_m in (64, 128):
-        for stages in (3, 4):
-            for warps in (4, 8):
-                more = {"block_m": block_m, "stages": stages, "warps": warps}
-                yield f"gated ours {more}", with_settings(ours("gated", **more))
-    for more in (
-        {"block_m": 64},
-        {"block_m": 128, "stages": 3},
-        {"block_m": 128, "stages": 3, "warps": 8},
-        {"block_n": 128, "block_m": 64, "stages": 3},
-    ):
-        yield f"qkv ours {more}", with_settings(ours("plain", **more))
+    for name, (n, k, gated) in products(bench.spec).items():
+        yield f"{name}: library", with_settings(only((n, k), gated, None))
+        for setting in linear_settings(rows, n, k, gated=gated):
+            if "gemv" not in setting:
+                yield f"{name}: {json.dumps(setting)}", with_settings(only((n, k), gated, setting))
+
+
+def products(spec: Any) -> dict[str, tuple[int, int, bool]]:
+    """name -> (N, K, gated)."""
+    q, kv, c, inner = (
+        spec.num_heads * spec.head_dim,
+        spec.num_kv_heads * spec.head_dim,
+        spec.hidden_size,
+        spec.intermediate_size,
+    )
+    return {"qkv": (q + 2 * kv, c, False), "o": (c, q, False), "gate_up": (2 * inner, c, True), "down": (c, inner, False)}
+
+
+def compile_share(job: tuple[str, list[int], int, int]) -> None:
+    """One process's share of the kernels that `tries` will want."""
+    shape, row_counts, index, jobs = job
+    wanted = {
+        (rows, n, k, gated, tuple(setting.items()))
+        for rows in row_counts
+        for n, k, gated in products(random_shape(shape)).values()
+        for setting in linear_settings(rows, n, k, gated=gated)
+    }
+    unique = {(n, k, gated, setting): rows for rows, n, k, gated, setting in sorted(wanted)}
+    for at, ((n, k, gated, setting), rows) in enumerate(sorted(unique.items())):
+        if at % jobs == index and "gemv" not in dict(setting):
+            x, w = (torch.zeros(size, k, device="cuda", dtype=torch.bfloat16) for size in (rows, n))
+            try:
+                skinny(x, w, gated=gated, **dict(setting))
+            except Exception as e:  # a setting that does not fit is reported when it is timed
+                print(n, k, setting, repr(e)[:100], file=sys.stderr)
 
 
 def main() -> int:
@@ -208,17 +219,21 @@ def main() -> int:
     args = parser.parse_args()
     points = [(int(rows), int(context)) for rows, context in (p.split("x") for p in args.points)]
     engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    if args.tries:
+        jobs = [(args.shape, [rows for rows, _ in points], i, 16) for i in range(16)]
+        with multiprocessing.get_context("spawn").Pool(16) as pool:
+            pool.map(compile_share, jobs, chunksize=1)
     bench = Bench(args.shape, points, args.prefill, **engine)
     print(json.dumps({"shape": args.shape, **engine, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
-    runs = [(f"decode {r} rows, context {c}", lambda r=r, c=c: bench.decode(r, c)) for r, c in points]
+    runs = [(f"decode {r} rows, context {c}", r, lambda r=r, c=c: bench.decode(r, c)) for r, c in points]
     if args.prefill:
-        runs.append((f"prefill {args.prefill}", lambda: bench.prefill(args.prefill)))
+        runs.append((f"prefill {args.prefill}", args.prefill, lambda: bench.prefill(args.prefill)))
     variants = tries if args.tries else parts
-    for name, run in runs:
+    for name, rows, run in runs:
         run()
         whole = run()
         print(json.dumps({"step": name, "us": whole}), flush=True)
-        for part, patches in variants(bench):
+        for part, patches in variants(bench, rows):
             with ExitStack() as stack:
                 for patch in patches:
                     stack.enter_context(patch)
@@ -228,7 +243,7 @@ def main() -> int:
                     print(json.dumps({"step": name, "without": part, "failed": repr(e)[:200]}), flush=True)
                     continue
             print(
-                json.dumps({"step": name, "tries" if args.tries else "without": part, "us": us, "costs": whole - us}),
+                json.dumps({"step": name, "tries" if args.tries else "without": part, "us": us, "costs": round(whole - us, 1)}),
                 flush=True,
             )
     return 0

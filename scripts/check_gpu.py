@@ -51,7 +51,7 @@ def tiny(directory: str, kind: str, heads: int, kv_heads: int, dim: int) -> Mode
     torch.manual_seed(0)
     config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind](
         vocab_size=VOCAB,
-        hidden_size=384,
+        hidden_size=640,  # a multiple of every number of heads but 7
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=heads,
@@ -195,8 +195,8 @@ def check_logits(name: str, spec: ModelSpec, tolerance: float, reference: Harnes
 def check_paths(spec: ModelSpec) -> None:
     """Graph equals eager, decode equals prefill, cached equals uncached."""
     outs = {}
-    for eager in (False, True):
-        with gpu(spec, eager=eager) as harness:
+    for eager in (False, True):  # in float32, where rows that are padded in a graph round alike
+        with gpu(spec, eager=eager, dtype="float32") as harness:
             rng = random.Random(2)
             texts = [(s, [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 90))], True) for s in range(23)]
             warm = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}

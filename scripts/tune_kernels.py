@@ -64,30 +64,32 @@ def graph_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
     return sorted(times[3:])[len(times[3:]) // 2] * 1000 / len(calls)
 
 
-def linear_settings(rows: int, n: int, k: int) -> Iterator[dict[str, Any]]:
+def linear_settings(rows: int, n: int, k: int, gated: bool = False) -> Iterator[dict[str, Any]]:
     if rows == 1:
         for block_n, block_k, warps in itertools.product((2, 4, 8), (512, 1024), (2, 4, 8)):
             if block_k <= max(1024, k) and 512 <= block_n * block_k <= 16_384:
                 yield {"gemv": True, "block_n": block_n, "block_k": block_k, "warps": warps}
         return
-    for splits, block_n, block_k, pre in itertools.product((1, 2, 4, 8), (64, 128), (64, 128), (0, 256)):
-        for block_m, depth in itertools.product(
-            {min(max(16, rows), 128), min(max(16, rows), 64)}, (100 << 10,) if rows <= 64 else (100 << 10, 190 << 10)
-        ):
-            tiles = -(-n // block_n) * splits * -(-rows // block_m)
-            stages = min(6, depth // ((block_m + block_n) * block_k * 2))
-            if stages < 3 or k % (splits * block_k) or (splits > 1 and (tiles > 300 or n > 40_000)) or tiles < 64:
+    tallest = min(256, 1 << max(4, (rows - 1).bit_length()))
+    heights = {tallest, min(tallest, 128), min(tallest, 64)}
+    for block_m, block_n, block_k, splits in itertools.product(heights, (64, 128), (64, 128), (1, 2, 4)):
+        tiles = -(-n // block_n) * splits * -(-rows // block_m)
+        if k % (splits * block_k) or not 48 <= tiles <= 300 or (splits > 1 and (gated or n > 40_000)) or k // splits < 256:
+            continue
+        warps = 8 if block_m * block_n >= 128 * 64 else 4
+        for stages in (3, 4, 6):
+            room = stages * (block_m + block_n) * block_k * 2
+            if room > 220 << 10 or (room < 64 << 10 and stages < 6) or block_m * block_n > 128 * 32 * warps:
                 continue
-            if pre and (rows > 16 or block_k == 64 or k // splits < 256 or k > 4000):
+            if stages == 6 and room > 110 << 10:
                 continue
-            warps = 8 if block_m * block_n >= 128 * 128 else 4
             yield {
                 "splits": splits,
                 "block_m": block_m,
                 "block_n": block_n,
                 "block_k": block_k,
                 "stages": stages,
-                "prefetch_k": pre,
+                "prefetch_k": 256,
                 "warps": warps,
             }
 
