@@ -90,7 +90,7 @@ class Bench:
                 grants=self.grants(range(len(lens))),
                 prefill=np.array([(s, 1, n) for s, n in enumerate(lens)], PREFILL),
                 decode=np.zeros(0, np.int32),
-                ids=np.zeros(tokens, np.int32),
+                ids=np.random.default_rng(1).integers(0, 9000, tokens).astype(np.int32),
             )
 
         return self._time(plan, 12)

@@ -72,24 +72,22 @@ def linear_settings(rows: int, n: int, k: int, gated: bool = False) -> Iterator[
         return
     tallest = min(256, 1 << max(4, (rows - 1).bit_length()))
     heights = {tallest, min(tallest, 128), min(tallest, 64)}
-    for block_m, block_n, block_k, splits in itertools.product(heights, (64, 128), (64, 128), (1, 2, 4)):
-        tiles = -(-n // block_n) * splits * -(-rows // block_m)
-        if k % (splits * block_k) or not 48 <= tiles <= 300 or (splits > 1 and (gated or n > 40_000)) or k // splits < 256:
+    for block_m, block_k, splits, early in itertools.product(heights, (128,), (1, 2, 4, 8), (0, 256)):
+        tiles = -(-n // 64) * splits * -(-rows // block_m)
+        if k % (splits * block_k) or not 48 <= tiles <= 264 or (splits > 1 and (gated or n > 40_000)) or k // splits < 256:
             continue
-        warps = 8 if block_m * block_n >= 128 * 64 else 4
-        for stages in (3, 4, 6):
-            room = stages * (block_m + block_n) * block_k * 2
-            if room > 220 << 10 or (room < 64 << 10 and stages < 6) or block_m * block_n > 128 * 32 * warps:
-                continue
-            if stages == 6 and room > 110 << 10:
+        warps = 8 if block_m >= 128 else 4
+        for stages in (3, 4, 5, 6):
+            room = stages * (block_m + 64) * block_k * 2
+            if room > 220 << 10 or (room < 80 << 10 and stages < 6):
                 continue
             yield {
                 "splits": splits,
                 "block_m": block_m,
-                "block_n": block_n,
+                "block_n": 64,
                 "block_k": block_k,
                 "stages": stages,
-                "prefetch_k": 256,
+                "prefetch_k": early,
                 "warps": warps,
             }
 

@@ -14,25 +14,16 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from minisgl.model.kernels import layer
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.linear import choose, gemv, skinny
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
-from minisgl.model.kernels.sampling import SamplingState, gumbel_noise, sample
+from minisgl.model.kernels.sampling import SamplingState, sample
 from minisgl.model.kernels.step import apply_plan, decode_inputs
 from minisgl.model.sampler import sample as cpu_sample
 from minisgl.model.state import SamplingRows
 from minisgl.plan import GRANT, JOIN
-
-
-@triton.jit
-def _noise(bits, out, INTERPRET: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, 64)
-    tl.store(out + at, gumbel_noise(tl.load(bits + at).to(tl.uint32), INTERPRET))
-
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the interpreter is exact in float32
@@ -420,16 +411,26 @@ def kept(logits: torch.Tensor, settings: dict[str, float]) -> set[int]:
     return set((logits.float() >= bounds[0]).nonzero()[:, 0].tolist())
 
 
-def test_gumbel_noise_is_right_to_the_end_of_its_tail() -> None:
-    """Where -log(u) is tiny: noise that rounds to infinity there would draw an arbitrary token of a large vocabulary."""
-    from minisgl.model.kernels.pdl import INTERPRETED
-
-    words = [0, 1, 2, 255, 1 << 16, 1 << 25, 42_949_672, 42_949_673, 1 << 31, (1 << 32) - 1000, (1 << 32) - 1]
-    words += [i * 81_000_000 for i in range(64 - len(words))]
-    out = torch.empty(64, device=DEVICE)
-    _noise[(1,)](torch.tensor(words, device=DEVICE), out, INTERPRET=INTERPRETED)
-    x = np.minimum((np.array(words, np.float64) + 0.5) / 2**32, 0.99999994)
-    np.testing.assert_allclose(out.cpu().numpy(), -np.log(-np.log1p(-x)), rtol=1e-4, atol=2e-3)
+@pytest.mark.parametrize("vocab", [100, 9000])
+def test_the_same_seed_draws_the_token_that_the_sampler_of_the_cpu_draws(vocab: int) -> None:
+    torch.manual_seed(4)
+    n = 24
+    logits = torch.randn(n, vocab, device=DEVICE) * 2
+    rng = np.random.default_rng(5)
+    rows = [
+        {"temperature": t, "seed": int(rng.integers(1 << 62)), "top_k": k, "top_p": p, "min_p": m}
+        for t, k, p, m in zip([0.2, 1.0, 5.0] * 8, [0, 0, 50] * 8, [1.0, 0.8] * 12, [0.0, 0.0, 0.0, 0.01] * 6, strict=True)
+    ]
+    columns = {k: np.array([r[k] for r in rows]) for k in rows[0]}
+    settings = SamplingRows(
+        temperature=columns["temperature"].astype(np.float32),
+        top_k=columns["top_k"].astype(np.int32),
+        top_p=columns["top_p"].astype(np.float32),
+        min_p=columns["min_p"].astype(np.float32),
+        seed=columns["seed"].astype(np.uint64),
+        positions=np.full(n, 7, np.int64),
+    )
+    assert draw(logits, rows) == cpu_sample(logits.cpu(), settings).tolist()
 
 
 def test_drawn_tokens_are_distributed_as_softmax() -> None:

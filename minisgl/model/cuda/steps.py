@@ -116,8 +116,11 @@ class Steps:
                 self._resent = True
                 self._graphs.capture((bucket, splits), partial(self._run_decode, bucket, splits))
                 return True
-        for tokens in SHORT_STEPS if self._short_graphs else ():
-            sizes = self._short_sizes(tokens, FEW_ROWS)
+        short = (
+            [(rows, tokens) for rows in (FEW_ROWS, self._max_running) for tokens in SHORT_STEPS] if self._short_graphs else []
+        )
+        for rows, tokens in short:
+            sizes = self._short_sizes(tokens, rows)
             if sizes not in self._graphs:
                 nothing = self._padded(sizes, [np.zeros(0, np.int32)] * 9, np.zeros(4 * sizes.tiles, np.int32))
                 buffer = self._short_input(sizes)

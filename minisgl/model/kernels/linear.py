@@ -129,18 +129,19 @@ def _skinny(
 
 GEMV_WEIGHTS = 1 << 29  # elements; a product that reads a gigabyte gains nothing over the library
 SMALL_WEIGHTS, NARROW = 1 << 23, 2048
+PROCESSORS = 132  # of an H100 or H200
 
 
 def choose(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = False, gated: bool = False) -> dict[str, Any] | None:
     """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
 
-    From scripts/tune_kernels.py on an H200: up to 16 rows ours, but for very large weights; up to 64 where the weights are
+    From scripts/ablate_step.py on an H200: up to 16 rows ours, but for very large weights; up to 128 where the weights are
     small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `whole` forbids
     parts, as `gated` does; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
     """
     if rows == 1:
         return settings(rows, n, k, gated=gated) if n * k <= GEMV_WEIGHTS or fp8 else None
-    most = GEMV_WEIGHTS if rows <= 16 else SMALL_WEIGHTS if rows <= 64 else SMALL_WEIGHTS // 2 if rows <= 128 else 0
+    most = GEMV_WEIGHTS if rows <= 16 else SMALL_WEIGHTS if rows <= 128 else 0
     fast = n * k <= most or (is_narrow(n, k) and rows <= 256)
     return settings(rows, n, k, whole=whole, fp8=fp8, gated=gated) if fp8 or (fast and k % 128 == 0) else None
 
@@ -150,18 +151,24 @@ def is_narrow(n: int, k: int) -> bool:
 
 
 def settings(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = False, gated: bool = False) -> dict[str, Any]:
-    """The best settings known for a product, whether or not the library is faster."""
+    """The best settings known for a product, whether or not the library is faster.
+
+    Above 16 rows: one program for each processor, whose shared memory holds as many loads in flight as fit.
+    """
     if rows == 1:
         return {"block_n": 4 if k <= 1024 and not gated else 2, "block_k": 1024, "warps": 2 if k <= 1024 or n > 4096 else 4}
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
-    splits, tiles = 1, triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
+    block_m, warps = min(64, max(16, triton.next_power_of_2(rows))), 4
+    tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
+    if rows > 64 and tiles > PROCESSORS:
+        block_m, warps, tiles = 128, 8, triton.cdiv(n, 64) * triton.cdiv(rows, 128)
+    most, splits = (256 if rows <= 16 else PROCESSORS), 1
     splittable = not whole and not gated and (is_narrow(n, k) or rows <= 64)
-    while splittable and splits < 8 and 2 * splits * tiles <= 256 and k % (2 * splits * block_k) == 0 and k // splits > 256:
+    while splittable and splits < 8 and 2 * splits * tiles <= most and k % (2 * splits * block_k) == 0 and k // splits > 256:
         splits *= 2
-    stages = 5 if rows <= 16 or rows > 64 else 4 if rows <= 32 else 3
-    early = 256 if rows <= 16 and k <= 4096 and k // splits >= 256 and not fp8 else 0
-    return {"splits": splits, "block_m": block_m, "block_n": 64, "block_k": block_k, "stages": stages, "prefetch_k": early}
+    early = 256 if k <= 4096 and k // splits >= 256 and not fp8 else 0
+    shape = {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": warps, "stages": 5 if rows <= 16 else 4}
+    return {"splits": splits, **shape, "prefetch_k": early}
 
 
 def gemv(

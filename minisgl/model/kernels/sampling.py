@@ -1,9 +1,10 @@
 """Drawing the next tokens on the GPU, inside the graph of a step.
 
-Temperature sampling by the Gumbel-max trick: argmax of logits / T + g, where g = -log(-log(u)) and u comes from Philox4x32-7
-with the request's seed as the key and (token id, position) as the counter (Salmon et al., SC 2011: seven rounds pass BigCrush).
-A row's token depends on its own logits, seed and position alone.  T = 0 is the argmax of the logits themselves, the smallest
-token id winning ties.
+A drawn token is where the cumulative distribution, in the order of the vocabulary, passes the row's random number, as on the
+CPU and with the same number: 53 bits of Philox4x32-10 with the request's seed as the key and the position as the counter
+(Salmon et al., SC 2011).  That needs one exponential a token and no noise: a first kernel weighs parts of the vocabulary, a
+second one finds the part, and the token in it.  A row's token depends on its own logits, parameters, seed and position alone.
+T = 0 is the largest logit, the smallest token id winning ties.
 
 top-k, top-p and min-p, in this order and after temperature, become one bound per row below which no logit may be drawn.
 It is found by bisection over the *bits* of the logits (floats order as their bits do), which needs no sort, is exact, and keeps
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
+from minisgl.model.kernels.pdl import begin, launch_options
 
 _BLOCK = 4096
 
@@ -103,87 +104,57 @@ def _filter_bounds(
     tl.store(bounds + row, bound)
 
 
-@triton.jit
-def gumbel_noise(bits, INTERPRET: tl.constexpr):
-    """Standard Gumbel noise from 32 random bits.
-
-    Of a hundred thousand tokens the largest noise wins, so its tail must be right: there -log(u), an exponential variable, is
-    tiny and u rounds to 1.  With x = 1 - u taken from the bits, small values keep all their digits.
-    """
-    x = tl.minimum((bits.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), 0.99999994)
-    exponential = tl.where(x < 0.01, x * (1.0 + x * (0.5 + x * (1.0 / 3.0))), -_log(1.0 - x, INTERPRET))
-    return -_log(exponential, INTERPRET)
-
-
-@triton.jit
-def _log(x, INTERPRET: tl.constexpr):
-    """The processor's own logarithm, one instruction: its error of 2^-22 is harmless here."""
-    if INTERPRET:
-        y = tl.log2(x)
-    else:
-        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y * 0.6931471805599453
-
-
-@triton.jit
-def _noisy(source, index, vocab, t, bound, bits, INTERPRET: tl.constexpr):
-    """Logits over temperature with Gumbel noise, plain logits where t is 0; -inf outside and below the bound."""
-    value = tl.load(source + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
-    if t > 0:
-        noisy = value * (1.0 / tl.maximum(t, 1e-6)) + gumbel_noise(bits, INTERPRET)
-        value = tl.where((index < vocab) & (value >= bound), noisy, -float("inf"))
-    return value
-
-
-@triton.jit(do_not_specialize=["slots", "kv_lens"])
-def _gumbel_argmax(
+@triton.jit(do_not_specialize=["slots"])
+def _weigh(
     logits,
     stride,
     vocab,
     slots,
     temperature,
-    seed,
-    kv_lens,
     bounds,
     best_value,
     best_index,
+    weights,
     BLOCK: tl.constexpr,
-    INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per (row, part of the vocabulary): the best token of the part."""
+    """One program per (row, part of the vocabulary): its most likely token, and what the part weighs in the draw, as a sum of
+    exp((logit - the part's largest) / T)."""
     begin(PDL)
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     slot = tl.load(slots + row)
-    t = tl.load(temperature + slot)
-    key, position, bound = tl.load(seed + slot), tl.load(kv_lens + row).to(tl.uint32), tl.load(bounds + row)
-    # A call of Philox makes four words: quarter j of the part takes word j.
-    lane = tl.arange(0, BLOCK // 4)
-    zero = tl.zeros([BLOCK // 4], tl.uint32)
-    a, b, c, d = zero, zero, zero, zero
-    if t > 0:
-        a, b, c, d = tl.philox(key, (part * (BLOCK // 4) + lane).to(tl.uint32), zero + position, zero, zero, n_rounds=7)
-    source = logits + row.to(tl.int64) * stride
-    index = part * BLOCK + lane
-    best = _noisy(source, index, vocab, t, bound, a, INTERPRET)
-    where = index
-    for j in tl.static_range(1, 4):
-        index += BLOCK // 4
-        value = _noisy(source, index, vocab, t, bound, b if j == 1 else c if j == 2 else d, INTERPRET)
-        where = tl.where(value > best, index, where)
-        best = tl.maximum(best, value)
-    top = tl.max(best, 0)
-    first = tl.min(tl.where(best == top, where, vocab - 1), 0)  # the smallest of equals; a token also if all are NaN
+    t, bound = tl.load(temperature + slot), tl.load(bounds + row)
+    index = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
+    top = tl.max(value, 0)
+    first = tl.min(tl.where(value == top, index, vocab - 1), 0)  # the smallest of equals; a token also if all are NaN
     tl.store(best_value + row * parts + part, top)
     tl.store(best_index + row * parts + part, first)
+    if t > 0:
+        tl.store(weights + row * parts + part, tl.sum(_weight(value, top, bound, t), 0))
 
 
-@triton.jit(do_not_specialize=["slots", "targets", "tokens", "parts", "spare"])
-def _commit(
+@triton.jit
+def _weight(value, top, bound, t):
+    """Of a token in the draw, relative to one with the logit `top`."""
+    shift = tl.where(top == -float("inf"), 0.0, top)  # nothing is left
+    return tl.where(value >= bound, tl.exp((value - shift) / t), 0.0)
+
+
+@triton.jit(do_not_specialize=["slots", "kv_lens", "targets", "tokens", "parts", "spare"])
+def _draw(
+    logits,
+    stride,
+    vocab,
     best_value,
     best_index,
+    weights,
     parts,
     slots,
+    temperature,
+    seed,
+    kv_lens,
+    bounds,
     targets,
     tokens,
     last_token,
@@ -191,16 +162,38 @@ def _commit(
     spare,
     ADVANCE: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per row: the best of its parts becomes the slot's newest token."""
+    """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest."""
     begin(PDL)
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     value = tl.load(best_value + row * parts + part, mask=part < parts, other=-float("inf"))
-    _, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.load(best_index + row * parts + tl.minimum(where, parts - 1))
     slot = tl.load(slots + row)
+    t = tl.load(temperature + slot)
+    top, best = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    token = tl.load(best_index + row * parts + tl.minimum(best, parts - 1))
+    if t > 0:
+        zero = tl.zeros([1], tl.uint32)
+        a, b, _, _ = tl.philox(tl.load(seed + slot), zero + tl.load(kv_lens + row).to(tl.uint32), zero, zero, zero)
+        u = ((a >> 5).to(tl.float64) * 67108864.0 + (b >> 6).to(tl.float64)) * 1.1102230246251565e-16  # 53 bits
+        weight = tl.load(weights + row * parts + part, mask=part < parts, other=0.0)
+        weight = (weight * _weight(value, top, -float("inf"), t)).to(tl.float64)
+        weight = tl.where(part < parts, weight, 0.0)
+        passed = tl.cumsum(weight, 0)
+        target = u * tl.sum(weight, 0)
+        chosen = tl.sum((passed <= target).to(tl.int32), 0)
+        chosen = tl.minimum(chosen, tl.max(tl.where(weight > 0, part, 0), 0))  # where rounding passes the end
+        left = target - tl.max(tl.where(part < chosen, passed, 0.0), 0)
+        at = tl.arange(0, BLOCK)
+        index = chosen * BLOCK + at
+        bound = tl.load(bounds + row)
+        source = logits + row.to(tl.int64) * stride
+        inside = tl.load(source + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
+        weight = _weight(inside, top, bound, t).to(tl.float64)
+        place = tl.sum((tl.cumsum(weight, 0) <= left).to(tl.int32), 0)
+        token = chosen * BLOCK + tl.minimum(place, tl.max(tl.where(weight > 0, at, 0), 0))
     tl.store(tokens + tl.load(targets + row), token)
     tl.store(last_token + slot, token)
     if ADVANCE:
@@ -226,6 +219,7 @@ def sample(
     device, options = logits.device, launch_options(logits)
     bounds = torch.empty(rows, dtype=torch.float32, device=device)
     value = torch.empty(rows, parts, dtype=torch.float32, device=device)
+    weights = torch.empty_like(value)
     index = torch.empty(rows, parts, dtype=torch.int32, device=device)
     s = state
     low_bit = 16 if logits.dtype == torch.bfloat16 else 13 if logits.dtype == torch.float16 else 0
@@ -233,24 +227,13 @@ def sample(
         logits, logits.stride(0), vocab, slots, s.temperature, s.top_k, s.top_p, s.min_p, bounds,
         LOW_BIT=low_bit, BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=16, **options,
     )  # fmt: skip
-    _gumbel_argmax[(rows, parts)](
-        logits,
-        logits.stride(0),
-        vocab,
-        slots,
-        s.temperature,
-        s.seed,
-        kv_lens,
-        bounds,
-        value,
-        index,
-        BLOCK=_BLOCK,
-        INTERPRET=INTERPRETED,
-        **options,
-    )
-    _commit[(rows,)](
-        value, index, parts, slots, targets, tokens, s.last_token, s.kv_len, len(s.kv_len) - 1,
-        ADVANCE=advance, PARTS=triton.next_power_of_2(parts), num_warps=1, **options,
+    _weigh[(rows, parts)](
+        logits, logits.stride(0), vocab, slots, s.temperature, bounds, value, index, weights, BLOCK=_BLOCK, **options,
+    )  # fmt: skip
+    _draw[(rows,)](
+        logits, logits.stride(0), vocab, value, index, weights, parts, slots, s.temperature, s.seed, kv_lens, bounds, targets,
+        tokens, s.last_token, s.kv_len, len(s.kv_len) - 1,
+        ADVANCE=advance, PARTS=triton.next_power_of_2(parts), BLOCK=_BLOCK, **options,
     )  # fmt: skip
 
 
