@@ -156,7 +156,11 @@ def settings(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = Fals
     One program for each processor, whose shared memory holds as many loads in flight as fit.
     """
     if rows == 1:
-        return {"block_n": 4 if k <= 1024 and not gated else 2, "block_k": 1024, "warps": 2 if k <= 1024 or n > 4096 else 4}
+        return {
+            "block_n": (4 if k <= 1024 else 2) // (2 if gated else 1),
+            "block_k": 1024,
+            "warps": 2 if k <= 1024 or n > 4096 else 4,
+        }
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
     block_m, warps = min(64, max(16, triton.next_power_of_2(rows))), 4
     tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
