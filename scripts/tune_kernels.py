@@ -275,7 +275,7 @@ def tune_linear() -> None:
 
 
 def time_library() -> None:
-    """cuBLAS over numbers of rows, per product of a model: bfloat16, float8 scaled by rows and channels, float8 scaled as a whole."""
+    """cuBLAS over numbers of rows: bfloat16, float8 with scales of rows and channels, float8 with one scale."""
     for model, shapes in LINEAR.items():
         for name, (n, k) in shapes.items():
             sets = min(28, max(2, -(-CACHE_BYTES // (n * k))))
