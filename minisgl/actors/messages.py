@@ -1,7 +1,7 @@
 """Every message of the system, in one file.  A message is a frozen value; on the wire it is a msgpack array.
 
 Wire:    one version byte, then msgpack [class name, field 0, field 1, ...]
-Fields:  int, float, str, bytes, bool, None, a tuple of str or int, a numpy array of one dimension (copied, never
+Fields:  int, float, str, bytes, bool, None, a tuple of these or of such tuples, a numpy array of one dimension (copied, never
          aliased), or one of the plain value types registered below (SamplingParams).  No dict, no callable, no pickle.
 
 The registry is closed: decoding looks a name up among the classes declared here and checks every field against its
@@ -43,7 +43,7 @@ def _checker(hint: Any) -> Any:
     if origin in (typing.Union, pytypes.UnionType):
         return tuple(c for arm in typing.get_args(hint) for c in _checker(arm))
     if origin is tuple:
-        return ("tuple", _checker(typing.get_args(hint)[0]))
+        return ("tuple", tuple(c for arm in typing.get_args(hint) if arm is not ... for c in _checker(arm)))
     if origin is np.ndarray:
         return (np.ndarray,)
     if hint is float:
@@ -53,7 +53,10 @@ def _checker(hint: Any) -> Any:
 
 def _admits(check: Any, value: Any) -> bool:
     if check[0] == "tuple":
-        return type(value) is tuple and all(type(v) in check[1] for v in value)
+        inner = check[1]
+        if type(value) is not tuple:
+            return False
+        return all(_admits(inner, v) for v in value) if inner[:1] == ("tuple",) else all(type(v) in inner for v in value)
     return type(value) in check
 
 
