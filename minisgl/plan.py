@@ -22,7 +22,7 @@ Layout of a plan (little-endian; the arrays follow the header in this order):
     targets  i32, for each prefill row with SCORE the tokens that follow each of its tokens in the prompt: n_ids of them, one
              less where the row draws
 
-Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with `DRAW`,
+Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
 then the decode rows; `StepResult.tokens` has one token for each of them.
 """
 
@@ -228,9 +228,9 @@ class StepResult:
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, n, *times = _RESULT.unpack_from(raw)
+        step, n, busy, idle, launch = _RESULT.unpack_from(raw)
         end = _RESULT.size + 4 * n
         if len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
         scores = Scores.unpack(raw, end) if len(raw) > end else None
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), *times, scores)
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores)

@@ -12,9 +12,9 @@ from test_tokenizer_actor import Recorder
 
 from minisgl.actors import detokenizer as module
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import Cancel, Text, Tokens, Track, decode, encode
+from minisgl.actors.messages import Cancel, Scores, Text, Tokens, Track, decode, encode
 from minisgl.model.tokenizer import Tokenizer
-from minisgl.types import Finish
+from minisgl.types import Finish, SamplingParams
 
 Row = tuple[int, list[int], Finish]
 
@@ -38,7 +38,7 @@ class Setup:
         self.actor.started()
 
     def track(self, uid: int, *stop: str, skip: bool = True, cached: int = 0) -> None:
-        self.actor.receive(Track(uid, stop, skip, cached))
+        self.actor.receive(Track(uid, cached, np.zeros(0, np.int32), SamplingParams(stop=stop, skip_special_tokens=skip)))
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tok.encode(text, add_special=False).tolist()
@@ -215,4 +215,4 @@ def test_state_is_dropped_for_any_end(world: Setup) -> None:
 
 
 def test_the_actor_handles_what_the_protocol_sends_it() -> None:
-    assert DetokenizerActor.accepts() == {Track, Tokens}
+    assert DetokenizerActor.accepts() == {Track, Scores, Tokens}

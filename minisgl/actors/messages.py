@@ -163,6 +163,7 @@ def decode(raw: bytes) -> Any:
 I32 = np.ndarray[Any, np.dtype[np.int32]]
 I64 = np.ndarray[Any, np.dtype[np.int64]]
 U8 = np.ndarray[Any, np.dtype[np.uint8]]
+F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 register(SamplingParams)
 register(RequestOptions)
@@ -319,12 +320,15 @@ class Stats:
 
 @message
 class Track:
-    """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text."""
+    """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text.
+
+    `prompt`: the prompt's tokens if they are to stand before the text (echo), else none.
+    """
 
     uid: int
-    stop: tuple[str, ...]
-    skip_special: bool
     n_cached: int
+    prompt: I32
+    params: SamplingParams
 
 
 @message
@@ -335,6 +339,43 @@ class Tokens:
     counts: U8
     tokens: I32
     finish: U8
+
+
+@message
+class Scores:
+    """scheduler -> detokenizer, before the Tokens of the same step, and only when a request wants log probabilities.
+
+    Entry i is about the next token of the prompt of request uids[i], or about its next token in that Tokens (`drawn`), and has
+    widths[i] alternatives, one behind the other in `top_ids` and `top_logprobs`.
+    """
+
+    uids: I64
+    drawn: U8
+    tokens: I32
+    logprobs: F32
+    widths: U8
+    top_ids: I32
+    top_logprobs: F32
+
+
+@message
+class Logprobs:
+    """detokenizer -> api, before the Text that brings the tokens meant: log probabilities with the bytes of all tokens.
+
+    Entry i is about token tokens[i] of request uids[i], whose text begins offsets[i] characters behind the beginning; the first
+    token of a prompt has NaN.  The bytes of the token and of its widths[i] alternatives stand one behind the other in `pieces`,
+    `sizes` of them each.
+    """
+
+    uids: I64
+    tokens: I32
+    offsets: I32
+    logprobs: F32
+    widths: U8
+    top_ids: I32
+    top_logprobs: F32
+    sizes: I32
+    pieces: bytes
 
 
 @message

@@ -12,6 +12,7 @@ A field is handled in one of four ways, and the tables below say which:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,23 @@ from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, json_type, parse_json, wrong_type
 from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_PRIORITY, MAX_SEED, MAX_TIMEOUT, RequestOptions, SamplingParams
+from minisgl.types import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TIMEOUT,
+    RequestOptions,
+    SamplingParams,
+)
 
 MAX_PROMPTS = 1024  # of one completion request
-MAX_STOP_TOKEN_IDS = 128
+MAX_CHOICES = 128  # n
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
 _INT32 = (1 << 31) - 1
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 HARMLESS = frozenset(
     {
@@ -54,6 +66,12 @@ _USED = frozenset(
         "stop_token_ids",
         "ignore_eos",
         "skip_special_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_tokens",
+        "logprobs",
         "n",
         "best_of",
         "stream",
@@ -63,18 +81,13 @@ _USED = frozenset(
         "cache_salt",
     }
 )
-CHAT_USED = _USED | {"messages", "chat_template_kwargs"}
-COMPLETION_USED = _USED | {"prompt", "add_special_tokens"}
+CHAT_USED = _USED | {"messages", "chat_template_kwargs", "top_logprobs"}
+COMPLETION_USED = _USED | {"prompt", "add_special_tokens", "echo"}
 
 # Field -> the values that ask for nothing.  null always does.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({}, []),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (),
@@ -85,12 +98,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": ([],),
     "guided_grammar": (),
-    "echo": (False,),
 }
 CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **_UNSUPPORTED,
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -108,7 +119,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 COMPLETION_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **_UNSUPPORTED,
-    "logprobs": (False,),  # 0 asks for the log probability of the chosen token
     "suffix": ("",),
 }
 
@@ -118,10 +128,14 @@ __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat"
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the two endpoints have in common.  `model` is the served name to report; `ignored` are unknown field names."""
+    """What the two endpoints have in common.
+
+    `model` is the served name to report; `n` the number of answers to each prompt; `ignored` are unknown field names.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
+    n: int
     params: SamplingParams
     options: RequestOptions
     stream: bool
@@ -136,7 +150,7 @@ class ChatRequest(GenerationRequest):
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions; choice i continues prompt i."""
+    """POST /v1/completions; choice i continues prompt i // n."""
 
 
 # ---------------- requests
@@ -152,7 +166,8 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
     return ChatRequest(
         model=model,
         prompts=(chat_prompt(body),),
-        params=_sampling(fields, None),
+        n=_choices(fields),
+        params=_sampling(fields, None, logprobs=_chat_logprobs(fields)),
         options=_options(fields),
         stream=stream,
         include_usage=include_usage,
@@ -172,7 +187,8 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> Completi
     return CompletionRequest(
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
-        params=_sampling(fields, COMPLETION_TOKENS),
+        n=_choices(fields),
+        params=_sampling(fields, COMPLETION_TOKENS, logprobs=_completion_logprobs(fields), echo=fields.boolean("echo") or None),
         options=_options(fields),
         stream=stream,
         include_usage=include_usage,
@@ -208,11 +224,50 @@ def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
     return stream, bool(include_usage), unknown
 
 
-def _sampling(fields: Fields, max_tokens: int | None) -> SamplingParams:
-    for name in ("n", "best_of"):
-        if fields.integer(name, -_INT32, _INT32) not in (None, 1):
-            raise InvalidParam(name, f"{name} must be 1: several answers to one prompt are not supported.", "unsupported_value")
-    asked = [fields.integer(name, 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
+def _choices(fields: Fields) -> int:
+    n = fields.integer("n", 1, MAX_CHOICES) or 1
+    if fields.integer("best_of", 1, MAX_CHOICES) not in (None, 1, n):
+        raise InvalidParam("best_of", "best_of must be n: every answer that is made is given.", "unsupported_value")
+    return n
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    """How many alternatives to each token are wanted, None without log probabilities."""
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    if top and not wanted:
+        raise InvalidParam("top_logprobs", "top_logprobs is only allowed together with logprobs: true.")
+    return top or 0 if wanted else None
+
+
+def _completion_logprobs(fields: Fields) -> int | None:
+    """0 asks for the log probability of the chosen token alone; false, which some clients send, for nothing."""
+    return None if fields.get("logprobs", object, "") is False else fields.integer("logprobs", 0, MAX_LOGPROBS)
+
+
+def _logit_bias(fields: Fields) -> dict[int, float] | None:
+    """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100."""
+    given = fields.get("logit_bias", dict | list, "an object")
+    if isinstance(given, list) and given:
+        raise wrong_type("logit_bias", "an object", given)
+    if not given:
+        return None
+    if len(given) > MAX_LOGIT_BIAS:
+        raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
+    if not all(_TOKEN_ID.fullmatch(key) for key in given):
+        raise InvalidParam("logit_bias", "the names in logit_bias must be token ids.")
+    for value in given.values():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong_type("logit_bias", "numbers by token id", value)
+        if not -100 <= value <= 100:
+            raise InvalidParam("logit_bias", "logit_bias must be between -100 and 100.")
+    bias = {int(key): float(value) for key, value in given.items()}
+    if len(bias) < len(given):
+        raise InvalidParam("logit_bias", "logit_bias names a token twice.")
+    return bias
+
+
+def _sampling(fields: Fields, max_tokens: int | None, *, logprobs: int | None, echo: bool | None = None) -> SamplingParams:
+    asked = [fields.integer(name, 0 if echo else 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
     stop_token_ids = fields.get("stop_token_ids", list, "an array of integers") or []
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
@@ -227,6 +282,13 @@ def _sampling(fields: Fields, max_tokens: int | None) -> SamplingParams:
         "stop_token_ids": _token_ids("stop_token_ids", stop_token_ids),
         "ignore_eos": fields.boolean("ignore_eos"),
         "skip_special_tokens": fields.boolean("skip_special_tokens", True),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "repetition_penalty": fields.number("repetition_penalty", 0, MAX_REPETITION_PENALTY),
+        "logit_bias": _logit_bias(fields),
+        "min_tokens": fields.integer("min_tokens", 0, _INT32),
+        "logprobs": logprobs,
+        "echo": echo,
     }
     if given["top_k"] == -1:  # vLLM's way of saying "off"
         given["top_k"] = 0

@@ -1,8 +1,8 @@
 """Biases and penalties: what requests add to the logits of a model before a token is drawn.  Runs in the CPU workers.
 
-Per slot: penalties, a short list of biases, and `seen`, one int32 for each token of the vocabulary: 2 * (how often the answer has
-it) + (1 if the prompt has it).  `seen` is kept by the worker, because only it knows the tokens of the steps in flight; a slot
-that joins brings what was there before, so a request that was retracted goes on as if it had not been.
+Per slot: penalties, a short list of biases, and `seen`, one int32 for each token of the vocabulary: 2 * (how often the answer
+has it) + (1 if the prompt has it).  `seen` is kept by the worker, because only it knows the tokens of the steps in flight; a
+slot that joins brings what was there before, so a request that was retracted goes on as if it had not been.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.plan import DRAW, SCORE, I32, StepPlan
+from minisgl.plan import DRAW, I32, SCORE, StepPlan
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -152,7 +152,7 @@ class SlotState:
 
 
 def _score_rows(plan: StepPlan) -> I64:
-    """The tokens of a step to which the plan's `targets` belong: all of the rows with SCORE, less the last of one that draws."""
+    """The tokens of a step to which the plan's `targets` belong: all of rows with SCORE, less the last of one that draws."""
     lens = plan.prefill["n_ids"]
     scored = np.repeat(plan.prefill["sample"] & SCORE, lens) > 0
     drawing = (plan.prefill["sample"] & DRAW) > 0
