@@ -67,6 +67,7 @@ EXTRA = np.dtype(
 BIAS = np.dtype([("token", "<i4"), ("value", "<f4"), ("until", "<i4")])
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
 DRAW, SCORE = 1, 2  # flags of a prefill row's `sample`
+SCORED_TOKENS = 256  # `targets` of one step at most: each has a row of logits, for which workers set memory aside
 
 _HEADER = struct.Struct("<qBBHIIIIIII")
 HEADER_BYTES = 64

@@ -11,6 +11,7 @@ from minisgl.errors import InvalidParam
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_EOS_IDS = 128  # of a model, that `min_tokens` can make impossible
 MAX_LOGIT_BIAS = 1024  # tokens with a bias
 MAX_LOGPROBS = 20  # alternatives to a token that may be asked for
 MAX_REPETITION_PENALTY = 100.0

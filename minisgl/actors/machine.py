@@ -34,8 +34,8 @@ from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match, RadixCache
-from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, PREFILL, SCORE, StepPlan, StepResult
-from minisgl.types import Finish
+from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, PREFILL, SCORE, SCORED_TOKENS, StepPlan, StepResult
+from minisgl.types import MAX_EOS_IDS, Finish
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -43,7 +43,6 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
-SCORED_TOKENS = 256  # prompt tokens of a step that may be scored: each has a row of logits, for which workers set memory aside
 MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
@@ -217,8 +216,8 @@ class StepMachine:
         self._deadlines: list[tuple[float, int]] = []  # (when, uid); entries of ended requests are skipped
         self._remaps: list[npt.NDArray[np.void]] = []  # grants that move rows to canonical pages, sent with the next plan
         self._eos = np.zeros(limits.vocab_size, np.bool_)
-        self._eos_ids = tuple(t for t in limits.eos_ids if t < limits.vocab_size)
-        self._eos[list(self._eos_ids)] = True
+        self._eos_ids = tuple(t for t in limits.eos_ids if t < limits.vocab_size)[:MAX_EOS_IDS]
+        self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
         self._stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
         self._scoring = 0  # running requests that want log probabilities
 

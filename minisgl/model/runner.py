@@ -121,6 +121,8 @@ class Runner:
     def _draw(self, logits: torch.Tensor, batch: Batch) -> I32:
         """A token for each row, from its logits as its slot's biases and penalties make them."""
         slots = batch.sample_slots
+        if not self._state.extras:
+            return sample(logits, batch.sampling)
         rows = np.flatnonzero(self._state.adjusted[slots])
         if len(rows):
             adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
@@ -133,6 +135,8 @@ class Runner:
 
     def _score(self, logits: torch.Tensor, batch: Batch, tokens: I32) -> Scores | None:
         """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""
+        if not self._state.extras:
+            return None
         rows = np.flatnonzero(self._state.logprobs[batch.sample_slots] >= 0)
         if not len(rows) and not len(batch.targets):
             return None

@@ -72,6 +72,7 @@ class SlotState:
         self.top_p: F32 = np.ones(max_running, np.float32)
         self.min_p: F32 = np.zeros(max_running, np.float32)
         self.seed: U64 = np.zeros(max_running, np.uint64)
+        self.extras = False  # whether any slot has ever had an extra: without, nobody need look at the next three
         self.logprobs: I32 = np.full(max_running, -1, np.int32)  # alternatives that are wanted, -1: not even the token's own
         self.adjusted = np.zeros(max_running, np.bool_)  # has biases or penalties
         self.counted = np.zeros(max_running, np.bool_)  # has penalties
@@ -94,6 +95,7 @@ class SlotState:
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             getattr(self, name)[j["slot"]] = j[name]
         if len(plan.extras):
+            self.extras = True
             e, slots = plan.extras, plan.extras["slot"]
             self.logprobs[slots] = e["logprobs"]
             self.counted[slots] = (e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)
