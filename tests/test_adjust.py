@@ -19,7 +19,13 @@ import test_cuda_steps as gpu
 from tiny_models import Driver, save_llama
 
 from minisgl.model.cuda import steps as steps_module
+from minisgl.model.cuda.state import DeviceState
+from minisgl.model.kernels import adjust as kernels
+from minisgl.model.kernels import sampling
+from minisgl.model.kernels import score as score_kernel
+from minisgl.model.kernels.score import SCORE_WORDS
 from minisgl.model.runner import Runner
+from minisgl.model.sampler import score
 from minisgl.plan import DRAW, SCORE, Scores, StepPlan
 
 VOCAB = 203
@@ -155,22 +161,28 @@ def wrong_step(traffic: Traffic, worker: Spied) -> str:
     return ""
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_cpu_worker_draws_what_the_reference_prefers_and_scores_what_was_asked(tmp_path: Path, seed: int) -> None:
-    save_llama(tmp_path)
-    traffic, worker = Traffic(seed), Spied(tmp_path)
+def steps(traffic: Traffic, worker: Spied) -> None:
     for _ in range(40):
         assert not wrong_step(traffic, worker)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cpu_worker_draws_what_the_reference_prefers_and_scores_what_was_asked(tmp_path: Path, seed: int) -> None:
+    save_llama(tmp_path)
+    steps(Traffic(seed), Spied(tmp_path))
+
+
+# ---------------- the GPU's worker and kernels
 @pytest.mark.parametrize("graphs", [True, False])
-def test_the_gpu_worker_draws_and_scores_what_the_cpu_worker_does(tmp_path: Path, graphs: bool, monkeypatch: Any) -> None:
+def test_the_gpu_worker_draws_and_scores_what_the_cpu_worker_does(
+    tmp_path: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(steps_module, "SHORT_STEPS", (8, 32))
     monkeypatch.setattr(steps_module, "FEW_ROWS", 4)
     save_llama(tmp_path)
     traffic, ours, theirs = Traffic(7 + graphs), gpu.Interpreted(tmp_path, graphs=graphs), gpu.cpu_runner(tmp_path)
     kinds: Counter[object] = Counter()
-    for _ in range(16):
+    for _ in range(10 if graphs else 6):
         plan, slots, _ = traffic.plan()
         want = theirs.launch(plan).result()
         assert ours.run(plan) == want.tokens.tolist()
@@ -185,3 +197,223 @@ def test_the_gpu_worker_draws_and_scores_what_the_cpu_worker_does(tmp_path: Path
         kinds[ours.steps._kind(np.array(slots, np.int64))] += 1
     assert kinds[steps_module.COUNTED] > 2
     assert kinds["targets"] > 5
+
+
+class Slots:
+    """The state of a GPU worker's slots, entered as plans bring it, and what it must be."""
+
+    def __init__(self, seed: int, slots: int = 5) -> None:
+        self.rng, self.n = random.Random(seed), slots
+        self.driver = Driver(60, 4, seed)
+        self.state = DeviceState(slots, 64, 4, 2, gpu.CPU, vocab=VOCAB)
+        self.params: list[tuple[dict[str, Any], list[int], list[int]]] = []
+        torch.manual_seed(seed)
+        self.logits = torch.randn(slots, VOCAB) * 3
+        self.logits[:, 50:60] = 4.0  # ties
+        self.order = torch.tensor(self.rng.sample(range(slots), slots), dtype=torch.int32)
+
+    def join(self) -> None:
+        """New owners for all slots, in one plan."""
+        self.params = []
+        for slot in range(self.n):
+            p = random_extra(self.rng)
+            words = [[self.rng.randrange(VOCAB) for _ in range(n)] for n in (self.rng.choice([0, 9, 300]), 40)]
+            prompt, output = words if {"presence", "repetition"} & p.keys() else ([], [])
+            prompt = prompt if "repetition" in p else []
+            self.params.append((p, prompt, output))
+            self.driver.join(slot, **p, **({"prompt": prompt, "output": output} if p else {}))
+        self.state.apply(self.driver.plan())
+
+    def adjusted(self, position: int) -> torch.Tensor:
+        lens = torch.full((self.n,), position, dtype=torch.int32)
+        return kernels.adjust(self.logits, self.order, lens, self.state, counted=True)
+
+    def wrong(self) -> bool:
+        """After three rounds of owners, and tokens drawn in each: whether any logit is not as it should be."""
+        tokens = torch.zeros(self.n, dtype=torch.int32)
+        places = torch.arange(self.n, dtype=torch.int32)
+        for _ in range(3):
+            self.join()
+            for position in (19, 20):
+                got = self.adjusted(position)
+                for row, slot in enumerate(self.order.tolist()):
+                    p, prompt, output = self.params[slot]
+                    want = reference(self.logits[row].tolist(), p, prompt, output, position)
+                    if not np.allclose(got[row].numpy(), want, atol=1e-4):
+                        return True
+                sampling.sample(
+                    got, self.order, torch.full_like(places, position), places, self.state, tokens, advance=False, counted=True
+                )
+                for row, slot in enumerate(self.order.tolist()):
+                    if "presence" in self.params[slot][0] or "repetition" in self.params[slot][0]:
+                        self.params[slot][2].append(int(tokens[row]))
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a vocabulary, a list of biases and a history have several."""
+    monkeypatch.setattr(kernels, "_BLOCK", 64)
+    monkeypatch.setattr(kernels, "_ENTRIES", 32)
+    monkeypatch.setattr(score_kernel, "_BLOCK", 64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adjusted_logits_are_those_of_the_reference_through_several_owners_of_a_slot(seed: int) -> None:
+    assert not Slots(seed).wrong()
+
+
+def test_a_row_is_adjusted_and_scored_alike_alone_and_in_a_batch() -> None:
+    slots = Slots(4)
+    slots.join()
+    together = slots.adjusted(20)
+    lines = torch.zeros(5, SCORE_WORDS, dtype=torch.int32)
+    tokens = torch.arange(5, dtype=torch.int32)
+    score_kernel.score(slots.logits, slots.order, tokens, tokens, slots.state, lines)
+    for i in range(5):
+        one, lens = slots.order[i : i + 1], torch.tensor([20], dtype=torch.int32)
+        alone = kernels.adjust(slots.logits[i : i + 1], one, lens, slots.state, counted=True)
+        assert torch.equal(alone[0], together[i])
+        line = torch.zeros(5, SCORE_WORDS, dtype=torch.int32)
+        score_kernel.score(slots.logits[i : i + 1], one, tokens, tokens[i : i + 1], slots.state, line)
+        assert torch.equal(line[i], lines[i])
+
+
+def test_the_gpu_scores_as_the_cpu_does_ties_and_impossible_tokens_included() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(4, 300) * 2
+    logits[:, 100:130] = 3.5
+    logits[1, 7:] = -torch.inf
+    logits[2] = 0.25
+    tokens, widths = np.array([100, 3, 299, 0], np.int32), np.array([20, 20, 0, 5], np.int32)
+    state = sampling.SamplingState(4, gpu.CPU)
+    state.logprobs.copy_(torch.from_numpy(widths))
+    lines = torch.zeros(4, SCORE_WORDS, dtype=torch.int32)
+    rows = torch.arange(4, dtype=torch.int32)
+    score_kernel.score(logits, rows, torch.from_numpy(tokens), rows, state, lines)
+    want = score(logits, tokens, widths)
+    got = steps_module.Scored(np.arange(4), 4, 0, 20).read(lines.numpy())
+    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
+    for i, width in enumerate(widths):
+        assert got.top_ids[i, :width].tolist() == want.top_ids[i, :width].tolist()
+        assert got.top_logprobs[i, :width] == pytest.approx(want.top_logprobs[i, :width], abs=1e-5)
+    state.logprobs.fill_(-1)
+    before = lines.clone()
+    score_kernel.score(logits, rows, torch.from_numpy(tokens), rows, state, lines)
+    assert torch.equal(lines, before)
+
+
+def test_half_precision_logits_are_adjusted_in_single_precision() -> None:
+    slots = Slots(5)
+    slots.join()
+    slots.logits = slots.logits.bfloat16()
+    out = slots.adjusted(30)
+    assert out.dtype == torch.float32
+    for row, slot in enumerate(slots.order.tolist()):
+        want = reference(slots.logits[row].tolist(), *slots.params[slot], 30)
+        assert np.allclose(out[row].numpy(), want, atol=1e-4)
+
+
+def test_a_step_without_special_rows_is_the_plain_graph_whoever_else_runs(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    worker, driver = gpu.Interpreted(tmp_path), Driver(gpu.PAGES, 4)
+    driver.join(0, presence=1.0)
+    driver.join(1)
+    driver.join(2, logprobs=0)
+    worker.run(driver.plan([(s, [1, 2, 3], 1) for s in range(3)]))
+    worker.graphs.keys.clear()
+    for slots, kind in (([1], None), ([1, 2], steps_module.EXTRAS), ([0, 1], steps_module.COUNTED)):
+        worker.run(driver.plan([], slots))
+        (key,) = worker.graphs.keys
+        assert key[2:] == (() if kind is None else (kind,))  # type: ignore[index]
+        worker.graphs.keys.clear()
+    driver.join(0)
+    driver.join(2)
+    worker.run(driver.plan([(0, [1], 1), (2, [1], 1)]))
+    worker.graphs.keys.clear()
+    worker.run(driver.plan([], [0, 1, 2]))
+    assert [len(key) for key in worker.graphs.keys] == [2]  # type: ignore[arg-type]
+
+
+# ---------------- planted bugs
+def _kernel_forgets_nothing(plant: Any) -> None:
+    class Nothing:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *a, **k: None
+
+    plant.setattr(kernels, "_forget_seen", Nothing())
+
+
+def _history_is_not_entered(plant: Any) -> None:
+    real = kernels._enter_extras
+
+    class Uncounted:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *a, **k: real[grid](*a, **{**k, "COUNTED": False})
+
+    plant.setattr(kernels, "_enter_extras", Uncounted())
+
+
+def _biases_come_last(plant: Any) -> None:
+    real = kernels._add_bias
+
+    class Uncounted:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *a, **k: real[grid](*a, **{**k, "COUNTED": False})
+
+    plant.setattr(kernels, "_add_bias", Uncounted())
+
+
+def _draws_are_not_counted(plant: Any) -> None:
+    real = sampling.sample
+    plant.setattr(sampling, "sample", lambda *a, counted, **k: real(*a, counted=False, **k))
+
+
+def _biases_begin_at_the_wrong_place(plant: Any) -> None:
+    real = DeviceState._lay_out
+
+    def lay_out(self: DeviceState, plan: StepPlan) -> list[Any]:
+        extras, starts, *rest = real(self, plan)
+        return [extras, np.repeat(starts.reshape(-1, 2)[:1], len(plan.extras), 0).ravel(), *rest]
+
+    plant.setattr(DeviceState, "_lay_out", lay_out)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _kernel_forgets_nothing,
+        _history_is_not_entered,
+        _biases_come_last,
+        _draws_are_not_counted,
+        _biases_begin_at_the_wrong_place,
+    ],
+)
+def test_planted_bugs_are_noticed(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    assert any(Slots(seed).wrong() for seed in range(4))
+
+
+def _by_alternatives_of_others(plant: Any) -> None:
+    plant.setattr(
+        "minisgl.model.runner.score", lambda logits, tokens, widths: score(logits, np.roll(tokens, 1), np.roll(widths, 1))
+    )
+
+
+def _after_the_penalties(plant: Any) -> None:
+    def adjusted_scores(self: Runner, logits: torch.Tensor, batch: Any, tokens: Any) -> Any:
+        rows = np.flatnonzero(self._state.logprobs[batch.sample_slots] >= 0)
+        positions = batch.sampling.positions
+        mine = self._adjustments.apply(logits[: len(positions)], batch.sample_slots, positions)
+        return score(mine[rows], tokens[rows], self._state.logprobs[batch.sample_slots[rows]]) if len(rows) else None
+
+    plant.setattr(Runner, "_score", adjusted_scores)
+
+
+@pytest.mark.parametrize("plant", [_by_alternatives_of_others, _after_the_penalties])
+def test_planted_bugs_of_scores_are_noticed(plant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path)
+    plant(monkeypatch)
+    traffic, worker = Traffic(0), Spied(tmp_path)
+    with pytest.raises(AssertionError):
+        steps(traffic, worker)

@@ -14,6 +14,7 @@ from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.model.kernels.sampling import SamplingState
 from minisgl.types import MAX_LOGPROBS
 
+_BLOCK = 4096
 SCORE_WORDS = 1 + 2 * MAX_LOGPROBS  # of one row: its token's log probability, ids of alternatives, their log probabilities
 
 
@@ -84,5 +85,5 @@ def score(
     rows, vocab = logits.shape
     _score[(rows,)](
         logits, logits.stride(0), vocab, slots, state.logprobs, tokens, targets, out, WORDS=SCORE_WORDS, MOST=MAX_LOGPROBS,
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=16, **launch_options(logits),
+        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=16, **launch_options(logits),
     )  # fmt: skip
