@@ -210,6 +210,22 @@ def test_a_prompt_is_scored_in_bounded_chunks_beside_others(model: Model, monkey
     assert max(len(plan.targets) for plan in loop.plans) == 5
 
 
+def test_a_plan_never_has_more_biases_and_histories_than_its_ring_has_room_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_module, "EXTRA_BYTES", 400)
+    loop = ModelLoop(model, num_pages=60)
+    for i in range(6):
+        bias = dict.fromkeys(range(12 + 4 * (i % 2)), 1.0)
+        loop.ask([9 + i, 30, 31], SamplingParams(max_tokens=4, temperature=0, logit_bias=bias, presence_penalty=0.5))
+    loop.ask([7] * 20, SamplingParams(max_tokens=4, temperature=0, logit_bias=dict.fromkeys(range(40), 1.0)))
+    loop.run()
+    assert not loop.wrong()
+    sizes = [plan.bias.nbytes + plan.history.nbytes for plan in loop.plans if len(plan.extras)]
+    assert len(sizes) == 4  # by twos, and the last alone although it is larger
+    assert [size <= 400 for size in sizes] == [True, True, True, False]
+
+
 # ---------------- planted bugs
 def _forget_what_was_said(plant: Callable[..., None]) -> None:
     real = machine_module.extra_of

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from minisgl.actors.queue import Request
 from minisgl.plan import BIAS, NO_EXTRA
+from minisgl.types import MAX_EOS_IDS
 
 I32 = npt.NDArray[np.int32]
 
@@ -23,6 +24,13 @@ class Extra:
 
 
 NOTHING = Extra(NO_EXTRA, np.zeros(0, BIAS), np.zeros(0, np.int32))
+
+
+def extra_bytes(request: Request) -> int:
+    """At most so many bytes of a plan, beside the row itself."""
+    p = request.params
+    ends = MAX_EOS_IDS + len(p.stop_token_ids) if p.min_tokens else 0
+    return BIAS.itemsize * (len(p.logit_bias) + ends) + (4 * len(request.ids) if p.penalised else 0)
 
 
 def extra_of(request: Request, eos_ids: tuple[int, ...]) -> Extra:

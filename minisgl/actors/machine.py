@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.costs import F64, StepCosts, features
-from minisgl.actors.extras import NOTHING, Extra, extra_of
+from minisgl.actors.extras import NOTHING, Extra, extra_bytes, extra_of
 from minisgl.actors.queue import Request, WaitQueue
 from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
@@ -43,6 +43,7 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
+EXTRA_BYTES = 1 << 20  # of a plan's biases and histories; a single request may have more
 MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
@@ -186,6 +187,7 @@ class _PlanParts:
         self.extras: list[tuple[int, Extra]] = []  # (slot, extra)
         self.targets: list[tuple[int, int, I32]] = []  # (slot, position of the first, tokens of a prompt to be scored)
         self.score_room = SCORED_TOKENS
+        self.extra_room = EXTRA_BYTES
 
     def grant(self, slots: I32 | int, index: I32, pages: I32) -> None:
         rows = np.zeros(len(pages), GRANT)
@@ -589,6 +591,9 @@ class StepMachine:
         watermark = len(self.running)  # a page for the next boundary of each running row
         if request.need + promised + watermark > self.pool.free + self.cache.evictable - match.unreferenced:
             return None  # the cache was only looked at: a request that waits keeps nothing from being evicted
+        if (weight := extra_bytes(request)) > parts.extra_room < EXTRA_BYTES:
+            return None  # the next plan has room
+        parts.extra_room -= weight
         why = self.cache.why_missed(request.ids, match)
         handle, pages = self.cache.acquire(match)
         self.waiting.remove(request.uid)
