@@ -65,8 +65,8 @@ class Traffic:
     Requests stop and come back in other slots with what they have said (a retraction), beside plain ones in reused slots.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
+    def __init__(self, seed: int, *, draws: bool = False) -> None:
+        self.rng, self.draws = random.Random(seed), draws
         self.driver = Driver(gpu.PAGES, 4, seed)
         self.running: dict[int, tuple[dict[str, Any], list[int], list[int]]] = {}  # slot -> (parameters, prompt, output)
         self.stopped: list[tuple[dict[str, Any], list[int], list[int]]] = []
@@ -84,7 +84,7 @@ class Traffic:
         for slot in [s for s in range(6) if s not in self.running]:
             if rng.random() < 0.5 and len(driver.free) > 20:
                 again = self.stopped and rng.random() < 0.6
-                request = self.stopped.pop() if again else (random_extra(rng), self._words(), [])
+                request = self.stopped.pop() if again else (self._parameters(), self._words(), [])
                 p, prompt, output = request
                 known = (
                     {"prompt": prompt if p.get("repetition", 1) != 1 else [], "output": output} if p.keys() - {"bias"} else {}
@@ -101,6 +101,12 @@ class Traffic:
         self.last = decode
         plan = driver.plan(prefill, None if same else decode, decode, targets)
         return plan, [s for s, _, _ in prefill] + decode, scored
+
+    def _parameters(self) -> dict[str, Any]:
+        p = random_extra(self.rng)
+        if self.draws and self.rng.random() < 0.5:
+            p |= {"temperature": 0.8, "seed": self.rng.randrange(1 << 40), "top_k": self.rng.choice([0, 40])}
+        return p
 
     def _words(self) -> list[int]:
         return [self.rng.randrange(VOCAB) for _ in range(self.rng.randrange(2, 12))]
@@ -180,7 +186,7 @@ def test_the_gpu_worker_draws_and_scores_what_the_cpu_worker_does(
     monkeypatch.setattr(steps_module, "SHORT_STEPS", (8, 32))
     monkeypatch.setattr(steps_module, "FEW_ROWS", 4)
     save_llama(tmp_path)
-    traffic, ours, theirs = Traffic(7 + graphs), gpu.Interpreted(tmp_path, graphs=graphs), gpu.cpu_runner(tmp_path)
+    traffic, ours, theirs = Traffic(7 + graphs, draws=True), gpu.Interpreted(tmp_path, graphs=graphs), gpu.cpu_runner(tmp_path)
     kinds: Counter[object] = Counter()
     for _ in range(10 if graphs else 6):
         plan, slots, _ = traffic.plan()
