@@ -186,6 +186,26 @@ def test_every_parameter_has_its_effect_whatever_runs_beside_it_and_through_retr
     assert not loop.machine._scoring
 
 
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_request_that_is_replayed_after_a_restart_goes_on_where_it_was(model: Model, after: int) -> None:
+    """Its prompt and what was delivered, in a new scheduler and worker: the rest of the answer is the same."""
+    rng, first = random.Random(5), ModelLoop(model, num_pages=60)
+    params = [replace(random_params(rng), echo=False, min_tokens=8, logprobs=None) for _ in range(8)]
+    for i, p in enumerate(params):
+        first.ask([9 + i, 40, 41, 9 + i], p)
+    first.run()
+    second = ModelLoop(model, num_pages=60)
+    for uid, (prompt, most) in first.asked.items():
+        ids = np.array(prompt + first.said[uid][:after], np.int32)
+        second.asked[uid], second.said[uid] = (prompt, most), first.said[uid][:after]
+        p = second.params[uid] = params[uid - 1]
+        request = Request(uid, ids, len(prompt) + most, p.seed or 0, p, n_prompt=len(prompt))
+        second._events.append(machine_module.Add(request))
+    second.run()
+    assert not second.wrong()
+    assert second.said == first.said
+
+
 def test_a_plan_and_a_result_of_plain_requests_carry_nothing_for_the_others(model: Model) -> None:
     loop = ModelLoop(model)
     for _ in range(3):
