@@ -298,7 +298,7 @@ def test_the_gpu_scores_as_the_cpu_does_ties_and_impossible_tokens_included() ->
     rows = torch.arange(4, dtype=torch.int32)
     score_kernel.score(logits, rows, torch.from_numpy(tokens), rows, state, lines)
     want = score(logits, tokens, widths)
-    got = steps_module.Scored(np.arange(4), 4, 0, 20).read(lines.numpy())
+    got = score_kernel.Scored(np.arange(4), 4, 0, 20).read(lines.numpy())
     assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
     for i, width in enumerate(widths):
         assert got.top_ids[i, :width].tolist() == want.top_ids[i, :width].tolist()

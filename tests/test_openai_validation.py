@@ -13,8 +13,9 @@ from minisgl.api import openai as api
 from minisgl.api.conversation import MAX_MESSAGES
 from minisgl.api.openai import parse_chat, parse_completion, parse_json
 from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
+from minisgl.api.sampling import MAX_CHOICES
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from minisgl.types import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, RequestOptions, SamplingParams
 
 SERVED = ("oracle", "alias")
 USER = [{"role": "user", "content": "hi"}]
@@ -245,10 +246,10 @@ def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
         ("stop_token_ids", [True], "invalid_type"),
         ("stop_token_ids", [-1], "invalid_value"),
         ("stop_token_ids", [1 << 31], "invalid_value"),
-        ("stop_token_ids", [1] * (api.MAX_STOP_TOKEN_IDS + 1), "invalid_value"),
+        ("stop_token_ids", [1] * (MAX_STOP_TOKEN_IDS + 1), "invalid_value"),
         ("ignore_eos", 1, "invalid_type"),
         ("n", 0, "invalid_value"),
-        ("n", api.MAX_CHOICES + 1, "invalid_value"),
+        ("n", MAX_CHOICES + 1, "invalid_value"),
         ("best_of", "2", "invalid_type"),
         ("presence_penalty", 2.1, "invalid_value"),
         ("presence_penalty", "0", "invalid_type"),

@@ -22,8 +22,9 @@ from tiny_models import config_for, save_llama
 
 from minisgl.actors import machine as machine_module
 from minisgl.actors.extras import NOTHING, Extra
-from minisgl.actors.machine import Output, ScoreNews, StepMachine
+from minisgl.actors.machine import Output, StepMachine
 from minisgl.actors.queue import Request
+from minisgl.actors.scores import ScoreNews
 from minisgl.model.adjust import Adjustments
 from minisgl.model.runner import Runner
 from minisgl.model.sampler import uniform

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from minisgl.actors.costs import F64, StepCosts, features
 from minisgl.actors.extras import NOTHING, Extra, extra_bytes, extra_of
 from minisgl.actors.queue import Request, WaitQueue
+from minisgl.actors.scores import Scored, ScoreNews
 from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
 from minisgl.cache.pages import PagePool
@@ -40,7 +41,6 @@ from minisgl.types import MAX_EOS_IDS, Finish
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
 EXTRA_BYTES = 1 << 20  # of a plan's biases and histories; a single request may have more
@@ -80,21 +80,6 @@ class News:
     counts: U8
     tokens: I32
     finish: U8
-
-
-@dataclass(slots=True)
-class ScoreNews:
-    """Log probabilities for the detokenizer, of M tokens: each is the next token of the prompt of uids[i], or the token `drawn`
-    that the news of the same step bring.  The first widths[i] of the row's alternatives are meant.
-    """
-
-    uids: I64
-    drawn: U8
-    tokens: I32
-    logprobs: F32
-    widths: U8
-    top_ids: I32  # [M, W]
-    top_logprobs: F32  # [M, W]
 
 
 @dataclass(slots=True)
@@ -157,22 +142,7 @@ class _InFlight:
     slots: I32
     epochs: I64
     cost: F64
-    scored: _Scored | None  # what log probabilities come with the result
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """Whose log probabilities a step computes, in the order of plan.Scores.
-
-    `rows`: of the drawn tokens, indices of the step's rows.  For the M tokens of prompts `slots`, their `epochs`, the tokens
-    themselves, and their positions in the prompt.
-    """
-
-    rows: I64
-    slots: I32
-    epochs: I64
-    tokens: I32
-    positions: I32
+    scored: Scored | None  # what log probabilities come with the result
 
 
 class _PlanParts:
@@ -292,9 +262,9 @@ class StepMachine:
         live = table.epoch[sent.slots] == sent.epochs
         slots, tokens = sent.slots[live], result.tokens[live]
         self.counters.wasted_rows += len(sent.slots) - len(slots)
+        if sent.scored is not None and (told := sent.scored.news(result, table, self.running)):
+            out.scores.append(told)
         if not len(slots):
-            if sent.scored is not None:
-                self._take_scores(sent, sent.scored, result, out)
             return
         table.append(slots, tokens)
         finish = np.where(table.length[slots] >= table.limit[slots], np.uint8(Finish.LENGTH), np.uint8(Finish.NONE))
@@ -303,41 +273,9 @@ class StepMachine:
             for i, slot in enumerate(slots.tolist()):
                 if int(tokens[i]) in self._stop_ids.get(slot, ()):
                     finish[i] = Finish.STOP
-        if sent.scored is not None:
-            self._take_scores(sent, sent.scored, result, out)
         out.news.append(News(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
         for slot in slots[finish != 0].tolist():
             self._release(slot)
-
-    def _take_scores(self, sent: _InFlight, scored: _Scored, result: StepResult, out: Output) -> None:
-        """Pass on the log probabilities of requests that are still there.  Those of a prompt chunk that was computed again,
-        after a retraction, are passed on once."""
-        table, scores = self.table, result.scores
-        if scores is None or len(scores.logprobs) != len(scored.rows) + len(scored.slots):
-            raise RuntimeError(f"result {result.step} lacks log probabilities that plan {sent.step} asked for")
-        slots = np.concatenate((scored.slots, sent.slots[scored.rows]))
-        order = np.roll(np.arange(len(slots)), len(scored.slots))  # tokens of prompts first
-        tokens = np.concatenate((scored.tokens, result.tokens[scored.rows]))
-        live = table.epoch[slots] == np.concatenate((scored.epochs, sent.epochs[scored.rows]))
-        for i in np.flatnonzero(live[: len(scored.slots)]).tolist():
-            request = self.running[int(table.uid[slots[i]])][1]
-            live[i] = scored.positions[i] == request.scored
-            request.scored += int(live[i])
-        keep = np.flatnonzero(live)
-        if not len(keep):
-            return
-        at = order[keep]
-        out.scores.append(
-            ScoreNews(
-                table.uid[slots[keep]],
-                (keep >= len(scored.slots)).astype(np.uint8),
-                tokens[keep].astype(np.int32),
-                scores.logprobs[at],
-                table.logprobs[slots[keep]].astype(np.uint8),
-                scores.top_ids[at],
-                scores.top_logprobs[at],
-            )
-        )
 
     def _end(self, uid: int, finish: Finish, out: Output) -> bool:
         """End a request from outside.  False if it has ended already."""
@@ -431,22 +369,12 @@ class StepMachine:
         rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
         prefilled = len(out.plan.ids)
         cost = features(prefilled, len(decode), context)
-        scored = self._scored(rows, parts, out.plan) if self._scoring else None
+        scored = Scored.of(rows, parts.targets, self.table) if self._scoring else None
         self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost, scored))
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += len(decode)
         self._finish_prefills(parts)
-
-    def _scored(self, rows: I32, parts: _PlanParts, plan: StepPlan) -> _Scored | None:
-        """Whose log probabilities a plan's result brings; None if it brings none."""
-        drawn = np.flatnonzero(self.table.logprobs[rows] >= 0)
-        if not len(drawn) and not parts.targets:
-            return None
-        slots = [np.full(len(tokens), slot, np.int32) for slot, _, tokens in parts.targets]
-        positions = [np.arange(first, first + len(tokens), dtype=np.int32) for _, first, tokens in parts.targets]
-        of = np.concatenate([_NONE, *slots])
-        return _Scored(drawn, of, self.table.epoch[of], plan.targets, np.concatenate([_NONE, *positions]))
 
     def _prefill_budget(self, decode_rows: int, context: int) -> int:
         """Prompt tokens that this step may take beside its decodes; at least a page, so that prompts always get on."""

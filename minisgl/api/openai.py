@@ -12,32 +12,19 @@ A field is handled in one of four ways, and the tables below say which:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from minisgl.api.conversation import chat_prompt
-from minisgl.api.fields import Fields, json_type, parse_json, wrong_type
+from minisgl.api.fields import Fields, parse_json, wrong_type
 from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
+from minisgl.api.sampling import chat_logprobs, choices, completion_logprobs, options, sampling, token_ids
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import (
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_REPETITION_PENALTY,
-    MAX_SEED,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TIMEOUT,
-    RequestOptions,
-    SamplingParams,
-)
+from minisgl.types import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # of one completion request
-MAX_CHOICES = 128  # n
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
-_INT32 = (1 << 31) - 1
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 HARMLESS = frozenset(
     {
@@ -166,9 +153,9 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
     return ChatRequest(
         model=model,
         prompts=(chat_prompt(body),),
-        n=_choices(fields),
-        params=_sampling(fields, None, logprobs=_chat_logprobs(fields)),
-        options=_options(fields),
+        n=choices(fields),
+        params=sampling(fields, None, logprobs=chat_logprobs(fields)),
+        options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
@@ -187,9 +174,9 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> Completi
     return CompletionRequest(
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
-        n=_choices(fields),
-        params=_sampling(fields, COMPLETION_TOKENS, logprobs=_completion_logprobs(fields), echo=fields.boolean("echo") or None),
-        options=_options(fields),
+        n=choices(fields),
+        params=sampling(fields, COMPLETION_TOKENS, logprobs=completion_logprobs(fields), echo=fields.boolean("echo") or None),
+        options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
@@ -224,96 +211,6 @@ def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
     return stream, bool(include_usage), unknown
 
 
-def _choices(fields: Fields) -> int:
-    n = fields.integer("n", 1, MAX_CHOICES) or 1
-    if fields.integer("best_of", 1, MAX_CHOICES) not in (None, 1, n):
-        raise InvalidParam("best_of", "best_of must be n: every answer that is made is given.", "unsupported_value")
-    return n
-
-
-def _chat_logprobs(fields: Fields) -> int | None:
-    """How many alternatives to each token are wanted, None without log probabilities."""
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
-    if top and not wanted:
-        raise InvalidParam("top_logprobs", "top_logprobs is only allowed together with logprobs: true.")
-    return top or 0 if wanted else None
-
-
-def _completion_logprobs(fields: Fields) -> int | None:
-    """0 asks for the log probability of the chosen token alone; false, which some clients send, for nothing."""
-    return None if fields.get("logprobs", object, "") is False else fields.integer("logprobs", 0, MAX_LOGPROBS)
-
-
-def _logit_bias(fields: Fields) -> dict[int, float] | None:
-    """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100."""
-    given = fields.get("logit_bias", dict | list, "an object")
-    if isinstance(given, list) and given:
-        raise wrong_type("logit_bias", "an object", given)
-    if not given:
-        return None
-    if len(given) > MAX_LOGIT_BIAS:
-        raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
-    if not all(_TOKEN_ID.fullmatch(key) for key in given):
-        raise InvalidParam("logit_bias", "the names in logit_bias must be token ids.")
-    for value in given.values():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong_type("logit_bias", "numbers by token id", value)
-        if not -100 <= value <= 100:
-            raise InvalidParam("logit_bias", "logit_bias must be between -100 and 100.")
-    bias = {int(key): float(value) for key, value in given.items()}
-    if len(bias) < len(given):
-        raise InvalidParam("logit_bias", "logit_bias names a token twice.")
-    return bias
-
-
-def _sampling(fields: Fields, max_tokens: int | None, *, logprobs: int | None, echo: bool | None = None) -> SamplingParams:
-    asked = [fields.integer(name, 0 if echo else 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
-    stop_token_ids = fields.get("stop_token_ids", list, "an array of integers") or []
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
-    given = {
-        "max_tokens": next((n for n in asked if n is not None), max_tokens),
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
-        "top_k": fields.integer("top_k", -1, _INT32),
-        "min_p": fields.number("min_p", 0, 1),
-        "seed": fields.integer("seed", -MAX_SEED, MAX_SEED),
-        "stop": fields.get("stop", str | list, "a string or an array of strings"),
-        "stop_token_ids": _token_ids("stop_token_ids", stop_token_ids),
-        "ignore_eos": fields.boolean("ignore_eos"),
-        "skip_special_tokens": fields.boolean("skip_special_tokens", True),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "repetition_penalty": fields.number("repetition_penalty", 0, MAX_REPETITION_PENALTY),
-        "logit_bias": _logit_bias(fields),
-        "min_tokens": fields.integer("min_tokens", 0, _INT32),
-        "logprobs": logprobs,
-        "echo": echo,
-    }
-    if given["top_k"] == -1:  # vLLM's way of saying "off"
-        given["top_k"] = 0
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-def _options(fields: Fields) -> RequestOptions:
-    """`priority`: higher is served first; `timeout` in seconds; `cache_salt`: whom to share cached prefixes with."""
-    given = {
-        "priority": fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
-        "timeout": fields.number("timeout", 0, MAX_TIMEOUT),
-        "cache_salt": fields.get("cache_salt", str, "a string"),
-    }
-    return RequestOptions(**{name: value for name, value in given.items() if value is not None})
-
-
-def _token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:
-    bad = next((t for t in ids if type(t) is not int), 0)
-    if type(bad) is not int:
-        raise InvalidParam(name, f"{name} must hold integers, not {json_type(bad)}.", "invalid_type")
-    if ids and not 0 <= min(ids) <= max(ids) <= _INT32:
-        raise InvalidParam(name, f"{name} holds a number that is not a token id.")
-    return tuple(ids)
-
-
 def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
     if value is None:
         raise InvalidParam("prompt", "prompt is required.", "missing_required_parameter")
@@ -324,13 +221,13 @@ def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
     if not value:
         raise InvalidParam("prompt", "prompt is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(_token_ids("prompt", value)),)
+        return (TokenPrompt(token_ids("prompt", value)),)
     if len(value) > MAX_PROMPTS:
         raise InvalidParam("prompt", f"prompt holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
         return tuple(TextPrompt(p, add_special) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(_token_ids("prompt", p)) for p in value)
+        return tuple(TokenPrompt(token_ids("prompt", p)) for p in value)
     raise InvalidParam("prompt", "the prompts of one request must be all strings or all arrays of token ids.", "invalid_type")
 
 

@@ -23,8 +23,9 @@ from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import KVCache, page_bytes
 from minisgl.model.cuda.graphs import Graphs
 from minisgl.model.cuda.memory import GRAPHS, Ledger
-from minisgl.model.cuda.steps import Scored, Steps
+from minisgl.model.cuda.steps import Steps
 from minisgl.model.kernels.sampling import Extras
+from minisgl.model.kernels.score import Scored
 from minisgl.model.llama import Llama
 from minisgl.model.loader import Weights, open_weights
 from minisgl.model.parallel import make_parallel

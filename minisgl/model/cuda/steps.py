@@ -20,12 +20,11 @@ from minisgl.model.cuda.state import DeviceState, Uploads
 from minisgl.model.kernels.adjust import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
-from minisgl.model.kernels.score import SCORE_WORDS, score
+from minisgl.model.kernels.score import SCORE_WORDS, Scored, score
 from minisgl.model.kernels.step import decode_inputs, mixed_inputs
 from minisgl.model.llama import Llama
 from minisgl.model.state import Batch, SlotState
-from minisgl.plan import I32, SCORED_TOKENS, Scores, StepPlan
-from minisgl.types import MAX_LOGPROBS
+from minisgl.plan import I32, SCORED_TOKENS, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
 SHORT_CONTEXT = 4096  # of any of their rows: they walk over a context with one program, which a long one would stall
@@ -59,24 +58,6 @@ class Sizes:
 
 
 PLAIN, EXTRAS, COUNTED = 0, 1, 2  # what the rows of a step want of sampling: nothing special; biases or scores; penalties too
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Which lines of `Steps.scores` a step has written: of the `drawn` tokens, by row, and of `targets` tokens of prompts from
-    line `first` on.  `width`: alternatives of the row that wants most."""
-
-    drawn: npt.NDArray[np.int64]
-    first: int
-    targets: int
-    width: int
-
-    def read(self, lines: I32) -> Scores:
-        """Of lines i32[first + targets, SCORE_WORDS] on the host."""
-        mine = lines[np.concatenate((self.drawn, self.first + np.arange(self.targets)))]
-        floats = mine.view(np.float32)
-        end = 1 + MAX_LOGPROBS
-        return Scores(floats[:, 0].copy(), mine[:, 1 : 1 + self.width].copy(), floats[:, end : end + self.width].copy())
 
 
 class Steps:

@@ -6,12 +6,17 @@ cache, none for rows that want nothing.  Equal logits come in the order of their
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.model.kernels.sampling import SamplingState
+from minisgl.plan import I32, Scores
 from minisgl.types import MAX_LOGPROBS
 
 _BLOCK = 4096
@@ -87,3 +92,21 @@ def score(
         logits, logits.stride(0), vocab, slots, state.logprobs, tokens, targets, out, WORDS=SCORE_WORDS, MOST=MAX_LOGPROBS,
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=16, **launch_options(logits),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Which lines of `Steps.scores` a step has written: of the `drawn` tokens, by row, and of `targets` tokens of prompts from
+    line `first` on.  `width`: alternatives of the row that wants most."""
+
+    drawn: npt.NDArray[np.int64]
+    first: int
+    targets: int
+    width: int
+
+    def read(self, lines: I32) -> Scores:
+        """Of lines i32[first + targets, SCORE_WORDS] on the host."""
+        mine = lines[np.concatenate((self.drawn, self.first + np.arange(self.targets)))]
+        floats = mine.view(np.float32)
+        end = 1 + MAX_LOGPROBS
+        return Scores(floats[:, 0].copy(), mine[:, 1 : 1 + self.width].copy(), floats[:, end : end + self.width].copy())
