@@ -736,10 +736,10 @@ def test_any_json_in_any_field_is_answered_or_refused_and_never_a_500() -> None:
 
 # ---------------- stream.py and serving.py, without HTTP
 def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
-    async def main() -> list[Chunk]:
+    async def main(params: SamplingParams) -> list[Chunk]:
         engine = FakeEngine()
         got = []
-        async with aclosing(generate(engine, TextPrompt("x"), SamplingParams())) as stream:
+        async with aclosing(generate(engine, TextPrompt("x"), params)) as stream:
             async for chunk in stream:
                 got.append(chunk)
                 for _ in range(10):  # meanwhile the rest is delivered
@@ -747,7 +747,10 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
         assert engine.closed == [0]
         return got
 
-    assert asyncio.run(main()) == [
+    assert asyncio.run(main(SamplingParams(logprobs=0)))[1].logprobs == tuple(
+        t for at in (1, 2, 3) for t in FakeEngine()._told(SamplingParams(logprobs=0), at)
+    )
+    assert asyncio.run(main(SamplingParams())) == [
         Chunk("Hel", (0,), Finish.NONE, 3, 2),
         Chunk("lo wörld\u2028", (1, 2, 3), Finish.STOP, 3, 2),
     ]
