@@ -41,6 +41,7 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
+    weight_format: str = ""  # JSON of how quantised safetensors store linear layers (minisgl.model.quant_spec), "" if plain
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
 from minisgl.errors import UserError
 from minisgl.model.gguf_file import GGUFFile
@@ -36,6 +36,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -46,10 +48,10 @@ GGUF_NAMES = {
 }
 
 
-def write_llama(path, model, *, divisors=None, overrides=None) -> str:
-    """Convert a small LlamaForCausalLM of transformers to a GGUF file, as llama.cpp does."""
+def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None) -> str:
+    """Convert a small model of transformers to a GGUF file, as llama.cpp does."""
     c = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), arch)
     sizes = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,
@@ -61,22 +63,22 @@ def write_llama(path, model, *, divisors=None, overrides=None) -> str:
         "attention.value_length": c.head_dim,
     }
     for key, value in {**sizes, **(overrides or {})}.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
-    writer.add_float32("llama.rope.freq_base", 10000.0)
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", c.rope_parameters["rope_theta"])
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}é" for i in range(c.vocab_size)])
     writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
     writer.add_uint32("tokenizer.ggml.eot_token_id", 5)
     for name, tensor in model.state_dict().items():
         data = tensor.numpy()
-        parts = name.removesuffix(".weight").split(".")
+        *parts, kind = name.split(".")
         layer = f"blk.{parts[2]}." if "layers" in parts else ""
         stored = GGUF_NAMES[".".join(parts[3:]) if layer else parts[-1]]
-        if stored in ("attn_q", "attn_k"):
+        if stored in ("attn_q", "attn_k") and arch == "llama":  # Qwen's stay as they are
             data = pairs_from_halves(data, c.head_dim)
         if not (stored == "output" and c.tie_word_embeddings):
-            writer.add_tensor(f"{layer}{stored}.weight", np.ascontiguousarray(data))
+            writer.add_tensor(f"{layer}{stored}.{kind}", np.ascontiguousarray(data))
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
     writer.write_header_to_file()
@@ -149,7 +151,7 @@ def test_the_embedded_file_is_parsed_at_once():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_converted_model_gives_back_its_weights_and_its_spec(tied, tmp_path):
     model = save_llama(tmp_path / "hf", tied=tied)
-    spec = resolve(write_llama(tmp_path / "tiny-model.Q8_0.gguf", model))
+    spec = resolve(write_gguf(tmp_path / "tiny-model.Q8_0.gguf", model))
     assert spec.name == "tiny-model"
     assert spec.dtype == "float32"
     assert (spec.bos_id, spec.eos_ids) == (1, (2, 5))
@@ -171,16 +173,17 @@ def test_frequency_divisors_give_the_rotation_of_the_original(tmp_path):
     original = resolve(str(tmp_path / "hf"))
     plain = 10000.0 ** -(torch.arange(0, 16, 2).float() / 16)
     divisors = (plain / model.model.rotary_emb.inv_freq).numpy()
-    spec = resolve(write_llama(tmp_path / "m.gguf", model, divisors=divisors))
+    spec = resolve(write_gguf(tmp_path / "m.gguf", model, divisors=divisors))
     assert torch.allclose(inverse_frequencies(original), model.model.rotary_emb.inv_freq)
     assert torch.allclose(inverse_frequencies(spec), inverse_frequencies(original))
     open_weights(spec, torch.float32)
 
 
-def test_a_gguf_model_says_the_same_as_its_original(tmp_path):
-    model = save_llama(tmp_path / "hf")
+@pytest.mark.parametrize(("arch", "save"), [("llama", save_llama), ("qwen3", save_qwen3)])
+def test_a_gguf_model_says_the_same_as_its_original(arch, save, tmp_path):
+    model = save(tmp_path / "hf")
     answers = []
-    for path in (tmp_path / "hf", write_llama(tmp_path / "m.gguf", model)):
+    for path in (tmp_path / "hf", write_gguf(tmp_path / "m.gguf", model, arch=arch)):
         runner = Runner(config_for(path), 0, "")
         runner.allocate(runner.max_pages())
         driver = Driver(runner.max_pages(), 4)
@@ -204,7 +207,7 @@ def test_a_gguf_model_says_the_same_as_its_original(tmp_path):
     ],
 )
 def test_a_model_that_would_be_silently_wrong_is_refused(overrides, complaint, tmp_path):
-    path = write_llama(tmp_path / "m.gguf", save_llama(tmp_path / "hf"), overrides=overrides)
+    path = write_gguf(tmp_path / "m.gguf", save_llama(tmp_path / "hf"), overrides=overrides)
     with pytest.raises(UserError, match=complaint):
         resolve(path)
 
@@ -221,7 +224,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    path = write_llama(folder / "m.gguf", save_llama(folder / "hf"))
+    path = write_gguf(folder / "m.gguf", save_llama(folder / "hf"))
     first = min(t.offset for t in GGUFFile.open(path).tensors.values())
     with open(path, "rb") as f:
         return f.read(), first, folder / "damaged.gguf"

@@ -12,8 +12,9 @@ from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model import runner as runner_module
 from minisgl.model.gguf_file import GGUFFile
+from minisgl.model.gguf_weights import halves_from_pairs
 from minisgl.model.layers import Linear
-from minisgl.model.loader import halves_from_pairs, open_weights
+from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
 

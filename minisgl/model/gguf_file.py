@@ -149,24 +149,30 @@ class GGUFFile:
         raw = np.frombuffer(self._buf, np.uint8, info.nbytes, info.offset).reshape(n, -1)
         return raw if rows is None else raw[rows[0] : rows[1]]
 
-    def dequantize(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.float32]:
-        """A tensor (or some rows of a matrix) as float32.  Raises UserError for a quantisation that gguf cannot read."""
-        from gguf.constants import GGMLQuantizationType
+    def dequantize(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """A tensor as float32: all of it, or some rows and columns of a matrix; no block outside of them is read.
+
+        Raises UserError for a quantisation that the gguf package cannot read.
+        """
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         info = self.tensors[name]
         kind = GGMLQuantizationType(info.kind)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
         raw = self.data(name, rows)
-        shape = (raw.shape[0], info.shape[-1]) if len(info.shape) > 1 else info.shape
-        if kind == GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(shape)
-        if kind == GGMLQuantizationType.F16:
-            return raw.view(np.float16).astype(np.float32).reshape(shape)
-        try:
-            out: npt.NDArray[np.float32] = dequantize(raw, kind).reshape(shape)
+        start, end = cols or (0, info.shape[-1])
+        first = start // block
+        raw = raw[:, first * block_bytes : -(-end // block) * block_bytes]
+        out: npt.NDArray[np.float32]
+        try:  # the bytes of some columns do not lie together, which the package expects of a row's
+            out = raw.view(np.float32) if kind == GGMLQuantizationType.F32 else dequantize(np.ascontiguousarray(raw), kind)
         except NotImplementedError as e:
             raise UserError(f"--model {self.path}: tensor {name} is stored as {kind.name}, which cannot be read.") from e
-        return out
+        out = out[:, start - first * block : end - first * block]
+        return out.reshape(info.shape if rows is None and cols is None else out.shape)
 
 
 def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

@@ -8,7 +8,7 @@ import re
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.archs import GGUF_ARCHS
+from minisgl.model.archs import GGUF_ARCHS, QK_NORM_ARCHS
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.metadata import Metadata, check, rope_scaling
 
@@ -68,6 +68,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
         tie_embeddings="output.weight" not in file.tensors,
         bos_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
+        qk_norm=GGUF_ARCHS[arch] in QK_NORM_ARCHS,
     )
     return check(path, spec)
 

@@ -11,6 +11,7 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.archs import HF_ARCHS, QK_NORM_ARCHS
 from minisgl.model.metadata import Metadata, check, rope_scaling
+from minisgl.model.quant_spec import weight_format
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -24,12 +25,16 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
     archs = config.get("architectures")
     arch = archs[0] if isinstance(archs, list) and archs else None
     if arch not in HF_ARCHS:
+        if config.get("auto_map"):
+            raise UserError(
+                f"{source}: architecture {arch!r:.80} is Python code in the checkpoint (auto_map), which is never run. "
+                f"Supported: {', '.join(HF_ARCHS)}."
+            )
         raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
     _check_weights(path)
     config.refuse("attention_bias", (False,), "biases in the attention layers are")
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
     config.refuse("hidden_act", ("silu",), "activations other than silu are")
-    config.refuse("quantization_config", (), "quantised safetensors are")
     if config.get("use_sliding_window") is not False:
         config.refuse("sliding_window", (), "sliding-window attention is")
         config.refuse("use_sliding_window", (), "sliding-window attention is")  # without a width it has the default one
@@ -62,6 +67,7 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_ids=_eos_ids(path, config),
         qk_norm=arch in QK_NORM_ARCHS,
+        weight_format=weight_format(source, config.get("quantization_config")),
     )
     return check(source, spec)
 
@@ -103,8 +109,30 @@ def _no_config(path: str) -> str:
     return "the directory has no config.json, so it is no Hugging Face model. Check the path."
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def weight_files(path: str) -> list[str]:
+    """The *.safetensors files of a directory: those of its index, else model.safetensors, else all.  Raises UserError."""
+    index = os.path.join(path, INDEX)
+    if not os.path.isfile(index):
+        single = os.path.join(path, SINGLE)
+        return [single] if os.path.isfile(single) else sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and os.path.basename(n) == n for n in names.values()):
+        raise UserError(f"{index}: weight_map should map tensor names to file names in the same directory.")
+    return [os.path.join(path, n) for n in sorted(set(names.values()))]
+
+
 def _check_weights(path: str) -> None:
-    if glob.glob("*.safetensors", root_dir=path) or glob.glob("*.safetensors.index.json", root_dir=path):
+    files = weight_files(path)
+    absent = [os.path.basename(f) for f in files if not os.path.isfile(f)]
+    if absent:
+        raise UserError(
+            f"--model {path}: {len(absent)} of the {len(files)} files that its index names are missing ({absent[0]}). "
+            "Is the download complete?"
+        )
+    if files:
         return
     pickles = sorted(f for ext in ("*.bin", "*.pt", "*.pth") for f in glob.glob(ext, root_dir=path))
     if pickles:
