@@ -48,8 +48,8 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None) -> str:
-    """Convert a small model of transformers to a GGUF file, as llama.cpp does."""
+def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind=None) -> str:
+    """Convert a small model of transformers to a GGUF file, as llama.cpp does; matrices quantised as `kind` where they fit."""
     c = model.config
     writer = gguf.GGUFWriter(str(path), arch)
     sizes = {
@@ -72,13 +72,16 @@ def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None) -> s
     writer.add_uint32("tokenizer.ggml.eot_token_id", 5)
     for name, tensor in model.state_dict().items():
         data = tensor.numpy()
-        *parts, kind = name.split(".")
+        *parts, last = name.split(".")
         layer = f"blk.{parts[2]}." if "layers" in parts else ""
         stored = GGUF_NAMES[".".join(parts[3:]) if layer else parts[-1]]
         if stored in ("attn_q", "attn_k") and arch == "llama":  # Qwen's stay as they are
             data = pairs_from_halves(data, c.head_dim)
         if not (stored == "output" and c.tie_word_embeddings):
-            writer.add_tensor(f"{layer}{stored}.{kind}", np.ascontiguousarray(data))
+            data = np.ascontiguousarray(data)
+            quantised = kind is not None and data.ndim == 2 and data.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+            data = gguf.quantize(data, kind) if quantised else data
+            writer.add_tensor(f"{layer}{stored}.{last}", data, raw_dtype=kind if quantised else None)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
     writer.write_header_to_file()

@@ -22,12 +22,25 @@ LLAMA3_ROPE = {
 }
 
 
-def save_llama(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False, rope: dict[str, Any] | None = None) -> Any:
+def save_llama(
+    path: Any,
+    *,
+    heads: int = 6,
+    kv_heads: int = 3,
+    tied: bool = False,
+    rope: dict[str, Any] | None = None,
+    layers: int = 2,
+    hidden: int = 48,
+    inner: int = 71,
+    vocab: int = 203,
+) -> Any:
     """Write a random LlamaForCausalLM to `path` and return it (transformers, float32, eval)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
-    return _save(path, LlamaForCausalLM, LlamaConfig(**_sizes(heads, kv_heads), tie_word_embeddings=tied, rope_parameters=rope))
+    sizes = _sizes(heads, kv_heads) | {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+    sizes["vocab_size"] = vocab
+    return _save(path, LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=tied, rope_parameters=rope))
 
 
 def save_qwen3(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False) -> Any:
