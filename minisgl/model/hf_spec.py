@@ -16,8 +16,11 @@ from minisgl.model.quant_spec import weight_format
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
-    """Read the JSON files of a checkpoint.  Raises UserError if it is incomplete or cannot be served faithfully."""
+def spec_from_directory(path: str, name: str | None = None, *, weights: bool = True) -> ModelSpec:
+    """Read the JSON files of a checkpoint.  Raises UserError if it is incomplete or cannot be served faithfully.
+
+    `weights=False`: they need not be there yet.
+    """
     source = os.path.join(path, "config.json")
     if not os.path.isfile(source):
         raise UserError(f"--model {path}: {_no_config(path)}")
@@ -31,7 +34,8 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
                 f"Supported: {', '.join(HF_ARCHS)}."
             )
         raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
-    _check_weights(path)
+    if weights:
+        _check_weights(path)
     config.refuse("attention_bias", (False,), "biases in the attention layers are")
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
     config.refuse("hidden_act", ("silu",), "activations other than silu are")
