@@ -30,6 +30,13 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("quantization", str, "KIND", "none, or fp8: 8-bit weights and activations of the linear layers (GPU)"),
     ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),
     ("graphs", str, "STATE", "on, or off: no CUDA graphs, for comparisons (GPU)"),
+    ("chat_template", str, "FILE", "a Jinja chat template to use instead of the model's own"),
+    (
+        "generation_config",
+        str,
+        "KIND",
+        "sampling parameters of requests that do not say: auto (the model's generation_config.json), or none",
+    ),
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
 
@@ -77,7 +84,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     defaults: dict[str, Any] = {f.name: f.default for f in fields(EngineConfig)} | {"device": "auto"}
     for name, kind, metavar, text in _ENGINE_FLAGS:
-        default = f"{defaults[name]}" + (f", on a GPU {GPU_DEFAULTS[name]}" if name in GPU_DEFAULTS else "")
+        default = (f"{defaults[name]}" or "the model's") + (f", on a GPU {GPU_DEFAULTS[name]}" if name in GPU_DEFAULTS else "")
         engine.add_argument(flag(name), type=kind, metavar=metavar, help=f"{text} ({default})")
 
 

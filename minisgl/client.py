@@ -88,12 +88,13 @@ class BatchClient:
         return [c["message"]["content"] for c in self._choices("/v1/chat/completions", bodies)]
 
     def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[str]:
-        """The continuations of prompts, in order.  Without `max_tokens` the server's default for completions holds: 16.
+        """The continuations of prompts, in order.  Without `params` the server's defaults hold; without `max_tokens`, 16.
 
         Raises RequestError if one of them cannot be served.
         """
-        fields = {k: v for k, v in asdict(params or SamplingParams()).items() if v is not None}
-        fields["logit_bias"] = {str(token): value for token, value in fields["logit_bias"]}
+        fields = {k: v for k, v in asdict(params).items() if v is not None} if params else {}
+        if "logit_bias" in fields:
+            fields["logit_bias"] = {str(token): value for token, value in fields["logit_bias"]}
         return [c["text"] for c in self._choices("/v1/completions", [{"prompt": p, **fields} for p in prompts])]
 
     def _choices(self, url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -7,10 +7,11 @@ pages fit) travels back as a message, so that "configured" and "discovered" are 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
+from minisgl.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
+    generation: str = ""  # JSON of the sampling parameters that the checkpoint recommends (generation_config.json), "" for none
     weight_format: str = ""  # JSON of how quantised safetensors store linear layers (minisgl.model.quant_spec), "" if plain
 
     def to_json(self) -> str:
@@ -74,6 +76,8 @@ class EngineConfig:
     quantization: str = "none"  # of the linear layers on a GPU: "none" | "fp8"
     kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
     graphs: str = "on"  # CUDA graphs on a GPU: "on" | "off" (every step is launched kernel by kernel)
+    chat_template: str = ""  # file of a chat template that replaces the checkpoint's; "" = the checkpoint's
+    generation_config: str = "auto"  # sampling parameters of requests that do not say: "auto" = the checkpoint's | "none"
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
 
     def __post_init__(self) -> None:
@@ -97,6 +101,7 @@ class EngineConfig:
             ("--quantization", self.quantization, ("none", "fp8")),
             ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "fp8")),
             ("--graphs", self.graphs, ("on", "off")),
+            ("--generation-config", self.generation_config, ("auto", "none")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--cache", self.cache, ("radix", "none")),
             ("--order", self.order, ("prefix", "arrival")),
@@ -150,3 +155,10 @@ class Config:
         """Prompt plus completion of one request, in tokens."""
         limit = self.engine.max_context
         return min(limit, self.model.max_context) if limit else self.model.max_context
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of SamplingParams for requests that do not set them: what the checkpoint recommends, unless switched off."""
+        known = {f.name for f in fields(SamplingParams)}
+        found: dict[str, Any] = json.loads(self.model.generation or "{}")
+        return {k: v for k, v in found.items() if k in known} if self.engine.generation_config == "auto" else {}

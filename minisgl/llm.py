@@ -71,6 +71,7 @@ class LLM:
         config = Config(
             spec, engine_config(settings), ServerConfig(max_open_requests=_UNBOUNDED, max_queue=0, max_queued_tokens=0)
         )
+        self._defaults = config.sampling_defaults
         self.system = System(config, make_worker)
         try:
             self.system.wait_ready()
@@ -85,7 +86,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue texts or lists of token ids; one Completion each, in order.
 
-        A single SamplingParams serves all prompts.  Raises UserError if the engine dies meanwhile.
+        A single SamplingParams serves all prompts; without one, what the checkpoint recommends holds.  Raises UserError
+        if the engine dies meanwhile.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self._run([TextPrompt(p) if isinstance(p, str) else TokenPrompt(tuple(p)) for p in texts], params)
@@ -101,7 +103,7 @@ class LLM:
         return self._run([ChatPrompt(b) for b in bodies], params)
 
     def _run(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Completion]:
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        each = [params or SamplingParams(**self._defaults)] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one, or one for each")
         answers = [Completion() for _ in prompts]

@@ -144,7 +144,9 @@ class _Server:
         self.say(
             f"ready in {time.monotonic() - self.start:.1f} s: {url}/v1   "
             f"(tp {engine.tp}, context {self.config.max_context}, KV cache {gateway.num_pages * engine.page_size} tokens, "
-            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'})"
+            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'}"
+            + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
+            + ")"
         )
 
     @staticmethod

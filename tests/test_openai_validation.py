@@ -496,3 +496,13 @@ def test_an_option_out_of_range_is_named(field: str, value: object) -> None:
     with pytest.raises(InvalidParam) as refused:
         parse_chat({"messages": [{"role": "user", "content": "x"}], field: value}, ["m"])
     assert refused.value.param == field
+
+
+def test_defaults_hold_where_the_request_says_nothing():
+    defaults = {"temperature": 0.6, "top_k": 20}
+    for parse, body in ((parse_chat, {"messages": USER}), (parse_completion, {"prompt": "hi"})):
+        assert parse(body, SERVED, defaults).params.temperature == 0.6
+        params = parse({**body, "temperature": 0, "top_k": None, "top_p": 0.5}, SERVED, defaults).params
+        assert (params.temperature, params.top_k, params.top_p) == (0.0, 20, 0.5)
+        assert parse({**body, "top_k": -1}, SERVED, defaults).params.top_k == 0
+        assert parse(body, SERVED).params.temperature == 1.0

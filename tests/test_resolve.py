@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from minisgl.config import ModelSpec
+from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.gguf_spec import served_name
 from minisgl.model.resolve import resolve
@@ -69,6 +69,25 @@ def test_every_eos_id_is_collected_once(tmp_path):
         eos_token_id=[6, 2],
     )
     assert resolve(path).eos_ids == (5, 6, 2, 7)
+
+
+def test_recommended_sampling_parameters_hold_unless_switched_off(tmp_path):
+    spec = resolve(checkpoint(tmp_path / "a", generation={"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_length": 9}))
+    assert Config(spec).sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert Config(spec, EngineConfig(generation_config="none")).sampling_defaults == {}
+    assert Config(resolve(checkpoint(tmp_path / "b"))).sampling_defaults == {}
+    greedy = resolve(checkpoint(tmp_path / "c", generation={"do_sample": False, "temperature": 0.6}))
+    assert Config(greedy).sampling_defaults == {"temperature": 0.0}
+    with pytest.raises(UserError, match="--generation-config must be one of auto, none, got 'x'"):
+        EngineConfig(generation_config="x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", "hot"), ("top_p", 1.5), ("top_k", 2.5), ("top_k", -1), ("min_p", True)]
+)
+def test_impossible_sampling_parameters_are_refused_by_name(key, value, tmp_path):
+    with pytest.raises(UserError, match=rf"generation_config\.json: {key} is .*, which is no {key}"):
+        resolve(checkpoint(tmp_path, generation={key: value}))
 
 
 def test_the_eos_of_a_tokenizer_without_ids_is_found_in_tokenizer_json(tmp_path):

@@ -124,6 +124,29 @@ def test_bos_is_added_once_and_only_where_asked_for() -> None:
     assert tok.encode_chat(chat(user("h"))).tolist().count(bos) == 1
 
 
+@pytest.mark.parametrize("template", ["x{{ messages[0].content }}", "{{ bos_token }}x", "{{ bos_token }}{{ bos_token }}x", ""])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_conversation_has_one_bos_where_the_tokenizer_adds_it_and_else_what_the_template_writes(template, added) -> None:
+    fields = byte_level_fields(add_bos_token=added)
+    bos = fields["tokenizer.ggml.bos_token_id"]
+    chat_template = ChatTemplate({"default": template}, {"bos_token": "<s>"})
+    backend = gguf_tokenizer.build(fields, "x")
+    ids = Tokenizer(backend, vocab_size=1 << 20, bos_id=bos, eos_ids=(), template=chat_template).encode_chat(chat(user("h")))
+    assert ids.tolist().count(bos) == (1 if added else template.count("bos_token"))
+    assert ids.dtype == np.int32
+    assert not added or ids[0] == bos
+
+
+def test_a_prompt_that_begins_with_bos_is_not_given_another() -> None:
+    fields = byte_level_fields(add_bos_token=True)
+    bos = fields["tokenizer.ggml.bos_token_id"]
+    backend = gguf_tokenizer.build(fields, "x")
+    tok = Tokenizer(backend, vocab_size=1 << 20, bos_id=bos, eos_ids=(), template=None)
+    assert tok.encode("<s>h", add_special=True).tolist() == tok.encode("h", add_special=True).tolist()
+    assert tok.encode("<s><s>h", add_special=True).tolist().count(bos) == 2  # the first is the tokenizer's
+    assert tok.encode("", add_special=True).tolist() == [bos]
+
+
 def test_llama3_adds_bos_by_default_and_prefers_whole_tokens() -> None:
     fields = byte_level_fields(pre="llama-bpe", merges=["h e"])
     ids = gguf_tokenizer.build(fields, "x").encode("hel").ids
@@ -262,7 +285,7 @@ def test_a_directory_is_read_without_transformers(tmp_path: Path) -> None:
 def test_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
     def rendered(**kwargs: Any) -> str:
         tok = load_tokenizer(spec)
-        return tok.decode(tok.encode_chat(chat(user("?"), **kwargs)), skip_special=False)
+        return tok.decode(tok.encode_chat(chat(user("?"), **kwargs)), skip_special=False).removeprefix("<s>")
 
     spec = directory(tmp_path)
     with pytest.raises(RequestError, match="/v1/completions") as e:
@@ -275,6 +298,33 @@ def test_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
     assert rendered() == "json"
     (tmp_path / "chat_template.jinja").write_text("jinja {{ bos_token }}")
     assert rendered() == "jinja <s>"  # from the ids of the spec: nothing else names it
+
+
+def test_a_template_file_replaces_those_of_the_checkpoint(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    spec, file = directory(tmp_path, {"chat_template": named, "bos_token": "<s>"}), tmp_path / "mine.jinja"
+    file.write_text("{{ bos_token }}mine {{ mood }}")
+    tok = load_tokenizer(spec, str(file))
+    ids = tok.encode_chat(chat(user("?"), tools=[{}], mood="good"))
+    assert tok.decode(ids, skip_special=False) == "<s>mine good"
+    for content, complaint in ((b"{% if %}", "cannot be used: Expected an expression"), (b"\xff", "is not UTF-8 text")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"--chat-template \S+mine\.jinja: {complaint}"):
+            load_tokenizer(spec, str(file))
+    with pytest.raises(UserError, match=r"--chat-template \S+none\.jinja: cannot read it: No such file"):
+        load_tokenizer(spec, str(tmp_path / "none.jinja"))
+
+
+def test_the_code_of_a_checkpoint_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer class that only the checkpoint's own module has: transformers would offer to import it."""
+    auto = {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}
+    spec = directory(tmp_path, {"tokenizer_class": "XTokenizer", "auto_map": auto})
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenization_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"Add the model's tokenizer\.json"):
+        load_tokenizer(spec)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_or_missing_tokenizer_is_a_sentence(tmp_path: Path) -> None:

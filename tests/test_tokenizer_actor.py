@@ -66,7 +66,7 @@ class Ring:
 def make(monkeypatch: pytest.MonkeyPatch) -> Any:
     def build(ring: Any, template: str | None = CHATML, max_context: int = 64) -> tuple[TokenizerActor, list[tuple[str, Any]]]:
         tok = small(template)
-        monkeypatch.setattr(module, "load_tokenizer", lambda spec: tok)
+        monkeypatch.setattr(module, "load_tokenizer", lambda spec, template: tok)
         ctx = Recorder()
         config = Config(dataclasses.replace(oracle_spec(), max_context=max_context), EngineConfig())
         actor = TokenizerActor(ctx, config, ring)

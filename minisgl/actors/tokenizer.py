@@ -46,7 +46,7 @@ class TokenizerActor(Actor):
         self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
 
     def started(self) -> None:
-        self._tokenizer = load_tokenizer(self.config.model)
+        self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
 
     @on(Tokenize)
     def tokenize(self, m: Tokenize) -> None:

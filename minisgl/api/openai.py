@@ -140,11 +140,15 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions; choice i continues prompt i // n."""
 
 
+_NONE: Mapping[str, Any] = {}
+
+
 # ---------------- requests
-def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
+def parse_chat(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> ChatRequest:
     """Check the body of POST /v1/chat/completions.  `served`: the names this server answers to, the main one first.
 
-    Without `max_tokens` the answer may go on to the end of the context.  Raises RequestError: 400, or 404 for the model.
+    `defaults`: sampling parameters that hold where the body has none.  Without `max_tokens` the answer may go
+    on to the end of the context.  Raises RequestError: 400, or 404 for the model.
     """
     fields = Fields(body)
     model = _model(fields, served)
@@ -154,7 +158,7 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
         model=model,
         prompts=(chat_prompt(body),),
         n=choices(fields),
-        params=sampling(fields, None, logprobs=chat_logprobs(fields)),
+        params=sampling(fields, None, defaults, logprobs=chat_logprobs(fields)),
         options=options(fields),
         stream=stream,
         include_usage=include_usage,
@@ -162,10 +166,10 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
     )
 
 
-def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> CompletionRequest:
+def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> CompletionRequest:
     """Check the body of POST /v1/completions: `prompt` is a string, token ids, or a list of either.
 
-    Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
+    `defaults` as for a chat.  Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
     """
     fields = Fields(body)
     model = _model(fields, served)
@@ -175,7 +179,9 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> Completi
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
         n=choices(fields),
-        params=sampling(fields, COMPLETION_TOKENS, logprobs=completion_logprobs(fields), echo=fields.boolean("echo") or None),
+        params=sampling(
+            fields, COMPLETION_TOKENS, defaults, logprobs=completion_logprobs(fields), echo=fields.boolean("echo") or None
+        ),
         options=options(fields),
         stream=stream,
         include_usage=include_usage,

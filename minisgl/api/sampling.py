@@ -6,6 +6,7 @@ Pure functions; run in the api process.  Every refusal is an InvalidParam that n
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from minisgl.api.fields import Fields, json_type, wrong_type
@@ -70,8 +71,15 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return bias
 
 
-def sampling(fields: Fields, max_tokens: int | None, *, logprobs: int | None, echo: bool | None = None) -> SamplingParams:
-    """The parameters of a request; `max_tokens` where it does not say, None for the rest of the context."""
+def sampling(
+    fields: Fields,
+    max_tokens: int | None,
+    defaults: Mapping[str, Any],
+    *,
+    logprobs: int | None,
+    echo: bool | None = None,
+) -> SamplingParams:
+    """The parameters of a request; `max_tokens` (None for the rest of the context) and `defaults` where it does not say."""
     asked = [fields.integer(name, 0 if echo else 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
     stop_token_ids = fields.get("stop_token_ids", list, "an array of integers") or []
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -97,7 +105,7 @@ def sampling(fields: Fields, max_tokens: int | None, *, logprobs: int | None, ec
     }
     if given["top_k"] == -1:  # vLLM's way of saying "off"
         given["top_k"] = 0
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    return SamplingParams(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
 def options(fields: Fields) -> RequestOptions:

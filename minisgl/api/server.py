@@ -31,7 +31,7 @@ RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress"
 _BODY_SECONDS = 30.0  # how long a client may take to send a body
 _MAX_IGNORED = 32  # names in X-Ignored-Params
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-Parse = Callable[[Mapping[str, Any], Sequence[str]], GenerationRequest]
+Parse = Callable[[Mapping[str, Any], Sequence[str], Mapping[str, Any]], GenerationRequest]
 
 
 def build_app(engine: Engine, batch_socket: str | None = None) -> web.Application:
@@ -87,7 +87,8 @@ class _Routes:
 
     async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
         body = parse_json(await self._body(request))
-        parsed = parse(body, serving.served_names(self._engine.config))
+        config = self._engine.config
+        parsed = parse(body, serving.served_names(config), config.sampling_defaults)
         headers = _ignored_header(parsed.ignored)
         if parsed.stream:
             return await self._stream(request, parsed, headers)

@@ -28,12 +28,12 @@ _STARTED = int(time.time())  # reported as the creation time of the models
 
 async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_chat(body, served_names(engine.config))))
+    return await answer(engine, _whole(parse_chat(body, served_names(engine.config), engine.config.sampling_defaults)))
 
 
 async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_completion(body, served_names(engine.config))))
+    return await answer(engine, _whole(parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)))
 
 
 ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
@@ -192,6 +192,8 @@ def server_info(engine: Engine) -> dict[str, Any]:
         "tp": config.engine.tp,
         "dtype": config.engine.dtype,
         "page_size": config.engine.page_size,
+        "eos_ids": list(config.model.eos_ids),
+        "sampling_defaults": config.sampling_defaults,
         "open_requests": engine.open_requests,
         "stats": engine.stats,
     }

@@ -81,6 +81,11 @@ class ChatTemplate:
             except (Exception, _LimitExceeded) as e:
                 self._templates[name] = _reason(e)
 
+    def fault(self) -> str | None:
+        """Why the default template cannot be used, if it cannot."""
+        template = self._templates.get("default")
+        return template if isinstance(template, str) else None
+
     def render(self, messages: Any, kwargs: Mapping[str, Any]) -> str:
         """The text of a conversation.  `kwargs` are further variables of the template (tools, enable_thinking, ...).
 

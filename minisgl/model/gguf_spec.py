@@ -10,7 +10,7 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.archs import GGUF_ARCHS, QK_NORM_ARCHS
 from minisgl.model.gguf_file import GGUFFile
-from minisgl.model.metadata import Metadata, check, rope_scaling
+from minisgl.model.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
 
 _QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|T?Q\d_\w+|MXFP4\w*|BF16|F16|FP16|F32|FP32)$", re.IGNORECASE)
 _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
@@ -68,6 +68,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
         tie_embeddings="output.weight" not in file.tensors,
         bos_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
+        generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
         qk_norm=GGUF_ARCHS[arch] in QK_NORM_ARCHS,
     )
     return check(path, spec)

@@ -10,7 +10,7 @@ from typing import Any
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.archs import HF_ARCHS, QK_NORM_ARCHS
-from minisgl.model.metadata import Metadata, check, rope_scaling
+from minisgl.model.metadata import HF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
 from minisgl.model.quant_spec import weight_format
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -50,6 +50,8 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     # Qwen3's heads do not follow from the hidden size, so its configs always say their size.
     head_dim = config.size("head_dim", None if arch == "Qwen3ForCausalLM" else hidden // heads)
+    file = os.path.join(path, "generation_config.json")
+    generation = Metadata(file, read_json(file) if os.path.isfile(file) else {})
     spec = ModelSpec(
         name=name or os.path.basename(os.path.normpath(path)),
         path=path,
@@ -69,8 +71,12 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
         rope_scaling=rope_scaling(source, rope or _mapping(config, "rope_scaling")),
         tie_embeddings=config.get("tie_word_embeddings") is True,
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
-        eos_ids=_eos_ids(path, config),
+        # Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
+        eos_ids=tuple(
+            dict.fromkeys([*generation.token_ids("eos_token_id"), *config.token_ids("eos_token_id"), *_tokenizer_eos(path)])
+        ),
         qk_norm=arch in QK_NORM_ARCHS,
+        generation=sampling_defaults(generation, HF_SAMPLING),
         weight_format=weight_format(source, config.get("quantization_config")),
     )
     return check(source, spec)
@@ -146,17 +152,6 @@ def _check_weights(path: str) -> None:
             "AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)."
         )
     raise UserError(f"--model {path}: the directory has a config.json but no *.safetensors file.")
-
-
-def _eos_ids(path: str, config: Metadata) -> tuple[int, ...]:
-    """Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS."""
-    ids: list[int] = []
-    generation = os.path.join(path, "generation_config.json")
-    if os.path.isfile(generation):
-        ids += Metadata(generation, read_json(generation)).token_ids("eos_token_id")
-    ids += config.token_ids("eos_token_id")
-    ids += _tokenizer_eos(path)
-    return tuple(dict.fromkeys(ids))
 
 
 def _tokenizer_eos(path: str) -> list[int]:

@@ -67,6 +67,32 @@ class Metadata:
             raise UserError(f"{self.source}: {key} is {value!r:.80}: {why} not supported.")
 
 
+# What generation_config.json and GGUF files call the parameters -> the fields of SamplingParams.
+_SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+HF_SAMPLING = {**_SAMPLING, "repetition_penalty": "repetition_penalty"}
+GGUF_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty", **_SAMPLING}
+
+
+def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = "") -> str:
+    """The sampling parameters that a checkpoint recommends, as JSON; "" for none.  Raises UserError for an impossible value.
+
+    `names` translates; `prefix` stands before every key.  `do_sample: false` recommends the likeliest token, whatever else.
+    """
+    if fields.get("do_sample") is False:
+        return json.dumps({"temperature": 0.0})
+    found: dict[str, Any] = {}
+    for key, name in names.items():
+        value = fields.get(prefix + key)
+        if value is None:
+            continue
+        highest = {"top_p": 1.0, "min_p": 1.0}.get(name, 1e9)
+        whole = name != "top_k" or value == int(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest or not whole:
+            raise UserError(f"{fields.source}: {prefix}{key} is {value!r:.80}, which is no {name}.")
+        found[name] = int(value) if name == "top_k" else float(value)
+    return json.dumps(found) if found else ""
+
+
 def rope_scaling(source: str, scaling: Mapping[str, Any]) -> str:
     """The checkpoint's rope scaling as canonical JSON, "" for none.  Raises UserError for a kind that is not known."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))

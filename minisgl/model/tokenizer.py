@@ -45,12 +45,14 @@ class Tokenizer:
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
+        self._adds_bos = bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos_id]
 
     # ---------------- text -> ids
     def encode(self, text: str, add_special: bool, field: str = "prompt") -> I32:
         """i32[n].  The text of a special token becomes that token; `add_special` adds the tokenizer's own (BOS).
 
-        Raises InvalidParam naming `field` when the text is not Unicode or needs a token that the model does not have.
+        A text that begins with BOS is not given a second one.  Raises InvalidParam naming `field` when the
+        text is not Unicode or needs a token that the model does not have.
         """
         try:
             encoding = self._backend.encode(text, add_special_tokens=add_special)
@@ -60,11 +62,12 @@ class Tokenizer:
         if len(ids) and ids.max() >= self.vocab_size:
             token = self._backend.id_to_token(int(ids.max()))
             raise InvalidParam(field, f"{field} holds the token {token!r}, which this model has no embedding for.")
-        return ids
+        return ids[1:] if add_special and self._adds_bos and ids[1:2].tolist() == [self.bos_id] else ids
 
     def encode_chat(self, payload: bytes) -> I32:
-        """i32[n] of the JSON {"messages": [...], "kwargs": {...}}: the chat template's text, which brings its own BOS.
+        """i32[n] of the JSON {"messages": [...], "kwargs": {...}}: the chat template's text.
 
+        A tokenizer that begins texts with BOS begins a conversation with exactly one, whether or not the template writes it.
         Raises RequestError 400 when the payload is no conversation, or when there is no template or it refuses the messages.
         """
         if self._template is None:
@@ -81,7 +84,11 @@ class Tokenizer:
         if not isinstance(request, dict) or not isinstance(kwargs, dict | None):
             raise InvalidParam("messages", 'a conversation is {"messages": [...], "kwargs": {...}}.')
         text = self._template.render(request.get("messages"), kwargs or {})
-        return self.encode(text, add_special=False, field="messages")
+        ids = self.encode(text, add_special=False, field="messages")
+        if not self._adds_bos:
+            return ids
+        begun = next((i for i, token in enumerate(ids.tolist()) if token != self.bos_id), len(ids))
+        return ids[begun - 1 :] if begun else np.array([self.bos_id, *ids.tolist()], np.int32)
 
     # ---------------- ids -> text
     def decode(self, ids: Iterable[int], skip_special: bool) -> str:
@@ -181,16 +188,33 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 # ---------------- loading
-def load_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """Read the tokenizer that belongs to a checkpoint.  Raises UserError naming the file that is missing or unusable."""
+def load_tokenizer(spec: ModelSpec, chat_template: str = "") -> Tokenizer:
+    """Read the tokenizer that belongs to a checkpoint.  `chat_template`: a file to use instead of the checkpoint's own.
+
+    Raises UserError naming the file that is missing or unusable.
+    """
     load = {"gguf": _from_gguf, "random": _from_nothing}.get(spec.format, _from_directory)
     backend, sources, specials = load(spec)
     for name, ids in (("bos_token", (spec.bos_id,)), ("eos_token", spec.eos_ids)):
         token = next((backend.id_to_token(i) for i in ids if i is not None), None)
         if token is not None:
             specials.setdefault(name, token)
+    if chat_template:
+        sources = {"default": _read_template(chat_template)}
     template = ChatTemplate(sources, specials) if sources else None
+    if chat_template and template is not None and (fault := template.fault()) is not None:
+        raise UserError(f"--chat-template {chat_template}: cannot be used: {fault}")
     return Tokenizer(backend, vocab_size=spec.vocab_size, bos_id=spec.bos_id, eos_ids=spec.eos_ids, template=template)
+
+
+def _read_template(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"--chat-template {path}: cannot read it: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--chat-template {path}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
 
 
 _Loaded = tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]  # backend, templates by name, special tokens by name
@@ -246,7 +270,7 @@ def _with_transformers(path: str) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).backend_tokenizer
     except Exception as e:
         backend, why = None, f"transformers says: {e}"
     else:
