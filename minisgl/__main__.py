@@ -1,4 +1,4 @@
-"""`python -m minisgl [serve|chat|batch|simulate|prebuild]`: dispatch; the one place where a UserError becomes a sentence."""
+"""`python -m minisgl [COMMAND]`: dispatch; the one place where a UserError becomes a sentence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "batch": "minisgl.batch",
     "simulate": "minisgl.simulate",
     "prebuild": "minisgl.prebuild",
+    "selfcheck": "minisgl.selfcheck",
 }
 
 

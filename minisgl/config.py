@@ -157,6 +157,13 @@ class Config:
         return min(limit, self.model.max_context) if limit else self.model.max_context
 
     @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        if self.engine.dtype != "auto":
+            return self.engine.dtype
+        return self.model.dtype if self.engine.device == "cuda" else "float32"
+
+    @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of SamplingParams for requests that do not set them: what the checkpoint recommends, unless switched off."""
         known = {f.name for f in fields(SamplingParams)}

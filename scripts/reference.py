@@ -17,30 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from minisgl.config import ModelSpec
+from minisgl.model.reference import load_transformers
 from minisgl.model.tokenizer import load_tokenizer
 
-
-def load_transformers(spec: ModelSpec, threads: int) -> Any:
-    """The checkpoint as a transformers model in eval mode.  A GGUF file goes through transformers' own GGUF reader."""
-    torch.set_num_threads(threads)
-    if spec.format != "gguf":
-        return AutoModelForCausalLM.from_pretrained(spec.path, dtype=torch.float32).eval()
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    directory, file = os.path.split(spec.path)
-    config = AutoConfig.from_pretrained(directory, gguf_file=file)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    loaded = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=model)
-    model = LlamaForCausalLM(config)
-    missing, extra = model.load_state_dict({k: v.float() for k, v in loaded["tensors"].items()}, strict=False)
-    assert not extra, extra
-    assert set(missing) <= {"lm_head.weight"}, missing
-    model.tie_weights()
-    return model.eval()
+__all__ = ["greedy", "load_transformers", "prompts", "provenance"]
 
 
 def greedy(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, stop_at_eos: bool = True) -> list[list[int]]:

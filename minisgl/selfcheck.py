@@ -1,0 +1,282 @@
+"""`python -m minisgl selfcheck`: does this installation compute what the model means?  What to run after changing a kernel.
+
+Layer by layer against transformers, and against itself: decode against prefill, cached against uncached, `--tp N` against one
+rank; then greedy answers of the whole engine.  Everything that needs torch runs in processes of its own, so each job begins
+with free memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.cli import add_engine_flags, engine_config
+from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.errors import UserError
+
+F32 = npt.NDArray[np.float32]
+Arrays = Mapping[str, Any]
+Jobs = Callable[[str, list[list[str]]], None]  # (kind, further arguments of each process): run them side by side
+
+ROUNDING = 1e-4  # of float32: the relative difference that different orders of summation may make
+FLOAT8 = 0.15  # what 8-bit weights, activations or caches may add to that
+SLACK = 3.0  # times the reference's own rounding in the dtype that is checked
+PERPLEXITY = 1e-3
+TEXT = (
+    "The lighthouse keeper kept two books. In the first he wrote, every evening, what the sea had done: the height of the "
+    "waves, the colour of the water, and the names of the ships that had passed. In the second he wrote what he had expected "
+    "the sea to do. At the end of each year he laid the books side by side and counted the days on which they agreed. In forty "
+    "years the number had never risen above a hundred, and yet he would not have called himself a poor judge of the weather. "
+    '"The second book is not there to be right," he told the boy who brought the oil. "It is there so that I look."'
+)
+PROMPTS = (TEXT, "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return", "2, 4, 8, 16, 32, 64, 128, 256,")
+
+
+def run(argv: list[str]) -> int:
+    """Check and print.  Returns 0 where everything is within its limit, else 1.  Raises UserError."""
+    args = _parser().parse_args(argv)
+    from minisgl.model.resolve import resolve
+    from minisgl.model.shard import check_tp
+
+    spec = resolve(args.model, args.revision)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    config = Config(spec, engine_config(given))
+    check_tp(spec, config.engine.tp)
+    return check(config, given, args.tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="minisgl selfcheck",
+        description="Compare this installation with transformers (float32, on the CPU, which takes 4 bytes of memory per "
+        "parameter) layer by layer, and with itself: decode and prefill, cached and uncached, --tp N and one rank.  Exit code "
+        "1 if something differs by more than rounding.",
+    )
+    p.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens after each prompt (%(default)s)")
+    add_engine_flags(p)
+    return p
+
+
+@dataclass(slots=True)
+class Column:
+    """One comparison: the largest relative difference of a token's vector, by row of the table, and what it may be."""
+
+    name: str
+    errors: F32
+    limits: F32
+
+    def first_bad(self) -> int | None:
+        bad = np.flatnonzero(~(self.errors <= self.limits))  # NaN is bad
+        return int(bad[0]) if len(bad) else None
+
+
+# ---------------- the check
+def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | None = None) -> int:
+    """Run all jobs, print the table.  `given`: keywords for LLM; `jobs` stands in for processes in tests."""
+    ids = prompts(config, tokens)
+    tp = config.engine.tp
+    with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
+        ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
+    answers = _answers(config.model, given, ids, tokens)
+    columns = _columns(config, ids, ours, theirs, spread)
+    where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
+    lengths = ", ".join(str(len(p)) for p in ids)
+    print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
+    faults = [*_print_table(columns), *_greedy(ids, ours, theirs, answers, columns[0].limits[-1])]
+    faults += _perplexity(config, ids[0], ours, theirs)
+    for fault in faults:
+        print(f"selfcheck: {fault}")
+    print("selfcheck: FAILED" if faults else "selfcheck: everything agrees")
+    return 1 if faults else 0
+
+
+def prompts(config: Config, tokens: int) -> list[list[int]]:
+    """The fixed prompts as token ids, cut to the context of the model."""
+    from minisgl.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    room = config.max_context - tokens
+    if tokens < 2 or room < 2:
+        raise UserError(f"--tokens must be between 2 and {config.max_context - 2}, got {tokens}")
+    return [tokenizer.encode(text, add_special=True)[:room].tolist() for text in PROMPTS]
+
+
+def _observe(
+    config: Config, ids: list[list[int]], tokens: int, folder: Path, jobs: Jobs
+) -> tuple[Arrays, Arrays, Arrays | None]:
+    """What one rank computes, what transformers does, and what `tp` ranks compute of the same sequences (None: one rank)."""
+    from safetensors.numpy import load_file
+
+    from minisgl.model.jobs import write_job
+
+    engine, longest = config.engine, max(map(len, ids)) + tokens
+    small = replace(
+        engine,
+        tp=1,
+        lag=1,
+        graphs="off" if engine.device == "cuda" else "on",  # layers are watched from Python
+        max_running=4,
+        step_tokens=longest + 4,
+        max_context=longest,
+        kv_tokens=4 * (longest + engine.page_size),
+    )
+    one, many = folder / "1", folder / "n"
+    write_job(one, replace(config, engine=small), ids, tokens)
+    jobs("probe", [[str(one), "0"]])
+    jobs("reference", [[str(one)]])
+    ours, theirs = load_file(one / "probe.safetensors"), load_file(one / "reference.safetensors")
+    if engine.tp == 1:
+        return ours, theirs, None
+    whole = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
+    write_job(many, replace(config, engine=replace(small, tp=engine.tp)), whole, 0)
+    jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
+    return ours, theirs, load_file(many / "probe.safetensors")
+
+
+def _processes(kind: str, arguments: list[list[str]]) -> None:
+    from minisgl.model.jobs import FAILED
+
+    command = [sys.executable, "-m", "minisgl.model.jobs"]
+    running = [subprocess.Popen([*command, kind, *a], stderr=subprocess.PIPE, text=True) for a in arguments]
+    try:
+        said = [p.communicate()[1] for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    for p, text in zip(running, said, strict=True):
+        if p.returncode:
+            lines = text.strip().splitlines() or ["it said nothing"]
+            raise UserError(lines[-1] if p.returncode == FAILED else f"the {kind} ended with code {p.returncode}:\n{text}")
+
+
+def _answers(spec: ModelSpec, given: Mapping[str, Any], ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the whole engine, with a cold and a warm prefix cache."""
+    from minisgl.llm import LLM
+    from minisgl.types import SamplingParams
+
+    known = {f.name for f in fields(EngineConfig)}
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    with LLM(spec, **{k: v for k, v in given.items() if k in known}) as llm:
+        out = {}
+        for cache in ("cold", "warm"):
+            done = llm.generate(ids, params)
+            if (error := next((c.error for c in done if c.error), None)) is not None:
+                raise UserError(f"the engine could not answer: {error}")
+            out[cache] = [c.token_ids for c in done]
+        return out
+
+
+# ---------------- comparisons
+def _difference(a: F32, b: F32) -> F32:
+    """Largest over the tokens of |a - b| / |b|: [..., S, N] -> [...]."""
+    norms = np.maximum(np.linalg.norm(b, axis=-1), 1e-30)
+    return np.asarray((np.linalg.norm(a - b, axis=-1) / norms).max(-1), np.float32)
+
+
+def _rows(a: Arrays, b: Arrays, first: str, second: str, rows: slice = slice(None)) -> F32:
+    """Differences of "hidden" and "logits" under two prefixes; `rows` of the second belong to the first."""
+    hidden = _difference(a[f"{first}.hidden"], b[f"{second}.hidden"][:, rows])
+    logits = _difference(a[f"{first}.logits"], b[f"{second}.logits"][rows])
+    return np.append(hidden, logits)
+
+
+def _columns(config: Config, ids: list[list[int]], ours: Arrays, theirs: Arrays, spread: Arrays | None) -> list[Column]:
+    each = range(len(ids))
+
+    def worst(*found: F32) -> F32:
+        return np.asarray(np.max(found, axis=0), np.float32)
+
+    rounding = worst(*(_rows(theirs, theirs, f"{i}.{config.dtype}", f"{i}.float32") for i in each))
+    engine = config.engine
+    floor = FLOAT8 if engine.quantization == "fp8" or engine.kv_cache_dtype == "fp8" else ROUNDING
+    limits = np.maximum(SLACK * np.maximum.accumulate(rounding), floor).astype(np.float32)
+
+    def behind(i: int, way: str) -> slice:
+        return slice(len(ours[f"{i}.prefill.logits"]) - len(ours[f"{i}.{way}.logits"]), None)
+
+    columns = [
+        Column("transformers", worst(*(_rows(ours, theirs, f"{i}.prefill", f"{i}.float32") for i in each)), limits),
+        Column("decode", worst(*(_rows(ours, ours, f"{i}.decode", f"{i}.prefill") for i in each)), limits),
+    ]
+    cached = [i for i in each if f"{i}.cached.logits" in ours]
+    if cached:
+        found = [_rows(ours, ours, f"{i}.cached", f"{i}.prefill", behind(i, "cached")) for i in cached]
+        columns.append(Column("cached", worst(*found), limits))
+    if spread is not None:
+        found = [_rows(spread, ours, f"{i}.prefill", f"{i}.prefill") for i in each]
+        columns.append(Column(f"tp {engine.tp}", worst(*found), limits))
+    return columns
+
+
+def _print_table(columns: list[Column]) -> list[str]:
+    """One line per layer; returns a sentence for each column that is beyond its limit."""
+    layers = len(columns[0].errors) - 2
+    names = ["embedding", *(f"layer {i}" for i in range(layers)), "logits"]
+    print(f"{'':<10}" + "".join(f"{c.name:>14}" for c in columns) + f"{'limit':>14}")
+    for row, name in enumerate(names):
+        cells = (f"{c.errors[row]:.1e}" + (" " if c.errors[row] <= c.limits[row] else "!") for c in columns)
+        print(f"{name:<10}" + "".join(f"{cell:>14}" for cell in cells) + f"{columns[0].limits[row]:>14.1e}")
+    print("largest relative difference of any token: prefill against transformers, the others against prefill")
+    faults = []
+    for c in columns:
+        bad = c.first_bad()
+        if bad is not None:
+            faults.append(
+                f"{c.name}: {names[bad]} is the first that differs, by {c.errors[bad]:.1e} ({c.limits[bad]:.1e} allowed)"
+            )
+    return faults
+
+
+def _greedy(
+    ids: list[list[int]], ours: Arrays, theirs: Arrays, answers: Mapping[str, list[list[int]]], limit: float
+) -> list[str]:
+    """The engine's tokens must be the likeliest of the reference, or so near to it that rounding decides.
+
+    Beyond the first token that the probe did not choose the reference knows nothing of the text.
+    """
+    faults = []
+    for cache, texts in answers.items():
+        same = judged = 0
+        for i, (prompt, text) in enumerate(zip(ids, texts, strict=True)):
+            known = ours[f"{i}.tokens"].tolist()
+            for at, (token, logits) in enumerate(zip(text, theirs[f"{i}.float32.logits"][len(prompt) - 1 :], strict=True)):
+                judged += 1
+                same += int(token == int(logits.argmax()))
+                gap = float(logits.max() - logits[token])
+                if gap > 2 * limit * float(np.linalg.norm(logits)):
+                    faults.append(
+                        f"greedy ({cache} cache): prompt {i} differs at token {at} of {len(text)}: {token} is no choice"
+                    )
+                    break
+                if token != known[at]:
+                    break
+        print(f"greedy tokens of the engine, {cache} cache: {same} of {judged} are those of transformers")
+    return faults
+
+
+def _perplexity(config: Config, text: list[int], ours: Arrays, theirs: Arrays) -> list[str]:
+    """Of the first prompt."""
+    length = len(text)
+
+    def of(logits: F32) -> float:
+        rows = logits[: length - 1].astype(np.float64)
+        rows -= rows.max(-1, keepdims=True)
+        nll = np.log(np.exp(rows).sum(-1)) - rows[np.arange(length - 1), text[1:]]
+        return float(np.exp(nll.mean()))
+
+    mine, exact, rounded = (
+        of(a) for a in (ours["0.prefill.logits"], theirs["0.float32.logits"], theirs[f"0.{config.dtype}.logits"])
+    )
+    allowed = max(PERPLEXITY, SLACK * abs(rounded / exact - 1))
+    off = abs(mine / exact - 1)
+    print(f"perplexity of a text of {length} tokens: {mine:.4f}, transformers {exact:.4f} ({100 * off:.3f} % apart)")
+    return [f"perplexity is {100 * off:.2f} % off ({100 * allowed:.2f} % allowed)"] if not off <= allowed else []
