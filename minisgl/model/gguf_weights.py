@@ -40,7 +40,7 @@ class GGUFWeights:
         self._file = GGUFFile.open(spec.path)
         # llama.cpp's files of this architecture alone rotate neighbours; see `halves_from_pairs`.
         pairs = self._file.fields.get("general.architecture") == "llama"
-        self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.weight" if pairs else r"(?!)")
+        self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
         self._head_dim = spec.head_dim
         self._dtype = dtype
         self._taken: set[str] = set()
@@ -51,10 +51,11 @@ class GGUFWeights:
             raise missing(self._file.path, stored)
         self._taken.add(stored)
         check_shape(self._file.path, stored, self._file.tensors[stored].shape, shape)
+        pairs = self._in_pairs.fullmatch(stored) is not None
         if len(shape) == 1:
             vector = torch.from_numpy(self._file.dequantize(stored).copy())
+            vector = halves_from_pairs(vector[:, None], self._head_dim)[:, 0] if pairs else vector
             return own(vector[slice(*rows)] if rows else vector, self._dtype)
-        pairs = self._in_pairs.fullmatch(stored) is not None
 
         def read(some: Range) -> torch.Tensor:
             values = self._file.dequantize(stored, some, cols)

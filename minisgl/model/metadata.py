@@ -86,8 +86,8 @@ def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = 
         if value is None:
             continue
         highest = {"top_p": 1.0, "min_p": 1.0}.get(name, 1e9)
-        whole = name != "top_k" or value == int(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest or not whole:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= highest or (name == "top_k" and value != int(value)):
             raise UserError(f"{fields.source}: {prefix}{key} is {value!r:.80}, which is no {name}.")
         found[name] = int(value) if name == "top_k" else float(value)
     return json.dumps(found) if found else ""

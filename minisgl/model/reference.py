@@ -16,38 +16,48 @@ from safetensors.torch import save_file
 
 from minisgl.config import Config, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.loader import open_weights
+from minisgl.model.safetensors_weights import SafetensorsWeights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_transformers(spec: ModelSpec, threads: int) -> Any:
     """The checkpoint as a float32 model of transformers in eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     torch.set_num_threads(threads)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if spec.format == "safetensors" and not spec.weight_format:
-        return AutoModelForCausalLM.from_pretrained(spec.path, dtype=torch.float32, **local).eval()
     if spec.format == "random":
         raise UserError("random weights have no reference: name a checkpoint with --model")
     if spec.format == "gguf":
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-        folder, file = os.path.split(spec.path)
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
-        config.head_dim = spec.head_dim  # which transformers does not read from these files
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        tensors = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=skeleton)["tensors"]
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else:
-        config = AutoConfig.from_pretrained(spec.path, **local)
+        return _from_gguf(spec, local)
+    config = transformers.AutoConfig.from_pretrained(spec.path, **local, experts_implementation="eager")
+    source: dict[str, Any] = {"pretrained_model_name_or_path": spec.path, **local}
+    if spec.weight_format:
         del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        weights = open_weights(spec, torch.float32)
-        tied = "lm_head.weight" if spec.tie_embeddings else ""
-        tensors = {name: weights.take(name, tuple(t.shape)) for name, t in model.state_dict().items() if name != tied}
+        weights = SafetensorsWeights(spec, torch.float32)
+        tensors = {name: weights.take(name, shape) for name, shape in weights.shapes().items()}
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors, **local}
+    model, report = getattr(transformers, spec.architecture).from_pretrained(
+        **source, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UserError(f"transformers reads {spec.path} otherwise: {', '.join(map(str, wrong[:5]))} do not match.")
+    return model.eval()
+
+
+def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    folder, file = os.path.split(spec.path)
+    config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
+    config.head_dim = spec.head_dim  # which transformers does not read from these files
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=skeleton)["tensors"]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, extra = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     if extra or set(missing) - {"lm_head.weight"}:
         raise UserError(f"transformers reads {spec.path} otherwise: {', '.join([*missing, *extra][:5])} do not match.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class Files:
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it: "BF16", "F8_E4M3", ..."""
@@ -76,6 +79,18 @@ class SafetensorsWeights:
             )
         part = tensor[slice(*rows)] if rows else tensor[:, slice(*cols)] if cols else tensor[:]
         return own(part, self._dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that `take` knows, by the names they have in a checkpoint without quantisation."""
+        out: dict[str, tuple[int, ...]] = {}
+        for stored in self._files:
+            name = re.sub(r"\.(qweight|weight_packed)$", ".weight", stored)
+            layer = layer_of(self._files, name, self._settings)
+            if layer is not None:
+                out[name] = layer.shape
+            elif self._files.dtype(stored) in DTYPES and not re.search(r"\.(scales|weight_scale\w*|\w+_scale)$", stored):
+                out[name] = tuple(self._files.get(stored).get_shape())
+        return out
 
     def finish(self) -> None:
         left = [n for n in self._files.unused() if not self._ignore.fullmatch(n) and not self._nothing(n)]
