@@ -86,6 +86,7 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     tp = config.engine.tp
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
         ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
+    say("the whole engine")
     answers = _answers(config.model, given, ids, tokens)
     columns = _columns(config, ids, ours, theirs, spread)
     where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
@@ -131,15 +132,23 @@ def _observe(
     )
     one, many = folder / "1", folder / "n"
     write_job(one, replace(config, engine=small), ids, tokens)
+    say("layers, one rank")
     jobs("probe", [[str(one), "0"]])
+    say("transformers on the CPU")
     jobs("reference", [[str(one)]])
     ours, theirs = load_file(one / "probe.safetensors"), load_file(one / "reference.safetensors")
     if engine.tp == 1:
         return ours, theirs, None
     whole = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
     write_job(many, replace(config, engine=replace(small, tp=engine.tp)), whole, 0)
+    say(f"layers, {engine.tp} ranks")
     jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
     return ours, theirs, load_file(many / "probe.safetensors")
+
+
+def say(text: str) -> None:
+    """Progress, for whoever waits."""
+    print(f"selfcheck: {text} ...", file=sys.stderr, flush=True)
 
 
 def _processes(kind: str, arguments: list[list[str]]) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
+from minisgl import selfcheck
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model import runner as runner_module
@@ -15,6 +16,8 @@ from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.gguf_weights import halves_from_pairs
 from minisgl.model.layers import Linear
 from minisgl.model.loader import open_weights
+from minisgl.model.probe import observe
+from minisgl.model.reference import states
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
 
@@ -350,3 +353,18 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
     while len(steps) < n:
         steps.append(runner.launch(driver.plan(decode=None, same=[0, 1, 2])).result().tokens)
     assert np.stack(steps).T.tolist() == theirs
+
+
+def test_the_embedded_model_has_the_perplexity_that_transformers_computes(embedded, capsys):
+    """Through the self-check's own comparison: the same to a thousandth, and the states of every layer."""
+    spec, model = embedded
+    ids = selfcheck.prompts(Config(spec), 2)[0][:64]
+    config = Config(spec, EngineConfig(kv_tokens=512, max_running=4, max_context=256))
+    ours = {name: t.numpy() for name, t in observe(config, [ids], 0).items()}
+    hidden, logits = states(model, ids)
+    theirs = {"0.float32.hidden": hidden.numpy(), "0.float32.logits": logits.numpy()}
+    assert selfcheck._perplexity(config, ids, ours, theirs) == []
+    assert selfcheck._rows(ours, theirs, "0.prefill", "0.float32").max() < selfcheck.ROUNDING
+    ours["0.prefill.logits"] = ours["0.prefill.logits"] * 1.01
+    assert len(selfcheck._perplexity(config, ids, ours, theirs)) == 1
+    assert "perplexity of a text of 64 tokens" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from subprocess import run
@@ -162,6 +163,19 @@ def test_pre_tokenizers_split_numbers_as_named() -> None:
     assert pieces("smollm") == ["ab", "Ġ", "1", "2", "3", "4", "5"]
     assert pieces("llama-bpe") == ["ab", "Ġ", "123", "45"]
     assert pieces("qwen2") == ["ab", "Ġ", "1", "2", "3", "4", "5"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from("ab Z'sdté你٣12\n\r\t .,!-_ḿ\u0301"), max_size=24))
+def test_pre_tokenizers_split_like_the_patterns_that_transformers_has_for_them(text: str) -> None:
+    slow = pytest.importorskip("transformers.convert_slow_tokenizer")
+    qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2").PRETOKENIZE_REGEX
+    llama3 = signature(slow.TikTokenConverter.__init__).parameters["pattern"].default
+    for pre, pattern in (("qwen2", qwen2), ("llama-bpe", llama3)):
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs = pre_tokenizers.Sequence([split, bytes_only]).pre_tokenize_str(text)
+        assert gguf_tokenizer.build(byte_level_fields(pre=pre), "x").pre_tokenizer.pre_tokenize_str(text) == theirs
 
 
 def test_user_defined_tokens_are_found_in_text_but_not_skipped() -> None:
