@@ -83,7 +83,17 @@ def test_recommended_sampling_parameters_hold_unless_switched_off(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("temperature", "hot"), ("top_p", 1.5), ("top_k", "x"), ("top_k", 2.5), ("top_k", -1), ("min_p", True)]
+    ("key", "value"),
+    [
+        ("temperature", "hot"),
+        ("top_p", 1.5),
+        ("top_k", "x"),
+        ("top_k", 2.5),
+        ("top_k", -1),
+        ("min_p", True),
+        ("top_p", 0),
+        ("repetition_penalty", 0),
+    ],
 )
 def test_impossible_sampling_parameters_are_refused_by_name(key, value, tmp_path):
     with pytest.raises(UserError, match=rf"generation_config\.json: {key} is .*, which is no {key}"):

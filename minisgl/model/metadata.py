@@ -70,6 +70,7 @@ class Metadata:
 # What generation_config.json and GGUF files call the parameters -> the fields of SamplingParams.
 _SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 HF_SAMPLING = {**_SAMPLING, "repetition_penalty": "repetition_penalty"}
+_NOT_ZERO = ("top_p", "repetition_penalty")
 GGUF_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty", **_SAMPLING}
 
 
@@ -85,9 +86,9 @@ def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = 
         value = fields.get(prefix + key)
         if value is None:
             continue
-        highest = {"top_p": 1.0, "min_p": 1.0}.get(name, 1e9)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= highest or (name == "top_k" and value != int(value)):
+        highest = {"top_p": 1.0, "min_p": 1.0, "top_k": MAX_SIZE - 1}.get(name, 100.0)
+        possible = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= highest
+        if not possible or (name == "top_k" and value != int(value)) or (name in _NOT_ZERO and value == 0):
             raise UserError(f"{fields.source}: {prefix}{key} is {value!r:.80}, which is no {name}.")
         found[name] = int(value) if name == "top_k" else float(value)
     return json.dumps(found) if found else ""
