@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import json
 import os
 import signal
 import socket
@@ -97,7 +98,9 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
-        self.say(f"minisgl {__version__}: loading {self.config.model.name}")
+        method = json.loads(self.config.model.weight_format or "{}").get("method")
+        how = f" ({method} weights, dequantised as they load)" if method else ""
+        self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config)
         try:
             batch = BatchServer(self.system.ctx, self.system.run_dir, self.system.gateway)

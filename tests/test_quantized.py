@@ -100,6 +100,12 @@ def tensor_fp8():
     return {"quant_method": "fp8", "activation_scheme": "static"}, tensors, lambda o, i: float(w[o, i].float()) * 0.37
 
 
+def fbgemm():
+    w, scales = floats(), random_scales(OUT, 1)
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": []}
+    return config, {"weight": w, "weight_scale": scales}, lambda o, i: float(w[o, i].float()) * float(scales[o, 0])
+
+
 def compressed(form: str, **weights) -> dict:
     scheme = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
@@ -144,6 +150,7 @@ FORMATS = {
     "awq": awq,
     "fp8 blocks": block_fp8,
     "fp8 tensor": tensor_fp8,
+    "fp8 fbgemm": fbgemm,
     "compressed fp8 channel": channel_fp8,
     "compressed fp8 tensor": compressed_tensor_fp8,
     "compressed int8": int8,

@@ -9,7 +9,7 @@ from typing import Any
 from minisgl.errors import UserError
 from minisgl.model.metadata import Metadata
 
-_KNOWN = "fp8, compressed-tensors (8 bits, or 4 packed), gptq and awq (4 bits)"
+_KNOWN = "fp8, fbgemm_fp8, compressed-tensors (8 bits, or 4 packed), gptq and awq (4 bits)"
 
 
 def weight_format(source: str, config: Any) -> str:
@@ -26,7 +26,7 @@ def weight_format(source: str, config: Any) -> str:
         raise UserError(f"{source}: quantization_config should be an object, is {config!r:.80}.")
     fields = Metadata(f"{source} (quantization_config)", config)
     method = fields.get("quant_method")
-    makers = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    makers = {"fp8": _fp8, "fbgemm_fp8": _fbgemm, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
     if method not in makers:
         raise UserError(f"{source}: quantised by {method!r:.80}, which cannot be read. Known: {_KNOWN}.")
     return json.dumps(makers[method](fields))
@@ -38,6 +38,11 @@ def _fp8(fields: Metadata) -> dict[str, Any]:
     if fields.get("weight_block_size") is None:
         return {"method": "scaled", "scale": "weight_scale", "block": None}
     return {"method": "scaled", "scale": "weight_scale_inv", "block": _block(fields, "weight_block_size")}
+
+
+def _fbgemm(fields: Metadata) -> dict[str, Any]:
+    """FBGEMM's float8, of Meta's own Llama checkpoints: a scale for each output channel."""
+    return {"method": "scaled", "scale": "weight_scale", "block": None}
 
 
 def _gptq(fields: Metadata) -> dict[str, Any]:
