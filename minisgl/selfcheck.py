@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,13 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     tp = config.engine.tp
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
         ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
-    say("the whole engine")
-    answers = _answers(config.model, given, ids, tokens)
-    columns = _columns(config, ids, ours, theirs, spread)
     where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
     lengths = ", ".join(str(len(p)) for p in ids)
     print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
-    faults = [*_print_table(columns), *_greedy(ids, ours, theirs, answers, columns[0].limits[-1])]
-    faults += _perplexity(config, ids[0], ours, theirs)
+    columns = _columns(config, ids, ours, theirs, spread)
+    faults = _print_table(columns) + _perplexity(config, ids[0], ours, theirs)
+    say("the whole engine")  # last: it may not even start
+    faults += _greedy(ids, ours, theirs, _answers(config.model, given, ids, tokens), columns[0].limits[-1])
     for fault in faults:
         print(f"selfcheck: {fault}")
     print("selfcheck: FAILED" if faults else "selfcheck: everything agrees")
@@ -154,17 +155,24 @@ def say(text: str) -> None:
 def _processes(kind: str, arguments: list[list[str]]) -> None:
     from minisgl.model.jobs import FAILED
 
-    command = [sys.executable, "-m", "minisgl.model.jobs"]
-    running = [subprocess.Popen([*command, kind, *a], stderr=subprocess.PIPE, text=True) for a in arguments]
-    try:
-        said = [p.communicate()[1] for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    for p, text in zip(running, said, strict=True):
-        if p.returncode:
-            lines = text.strip().splitlines() or ["it said nothing"]
-            raise UserError(lines[-1] if p.returncode == FAILED else f"the {kind} ended with code {p.returncode}:\n{text}")
+    with ExitStack() as files, ThreadPoolExecutor(len(arguments)) as waiting:
+        said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
+        running: list[subprocess.Popen[bytes]] = []
+        try:
+            for a, file in zip(arguments, said, strict=True):
+                running.append(subprocess.Popen([sys.executable, "-m", "minisgl.model.jobs", kind, *a], stderr=file))
+            for done in as_completed([waiting.submit(p.wait) for p in running]):
+                if done.result():
+                    break  # the other ranks would wait for this one
+            failed = next(((p.returncode, file) for p, file in zip(running, said, strict=True) if p.poll()), None)
+        finally:
+            for p in running:
+                p.kill()
+        if failed is not None:
+            code, file = failed
+            file.seek(0)
+            text = file.read().strip() or "it said nothing"
+            raise UserError(text.splitlines()[-1] if code == FAILED else f"the {kind} ended with code {code}:\n{text}")
 
 
 def _answers(spec: ModelSpec, given: Mapping[str, Any], ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:

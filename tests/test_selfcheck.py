@@ -21,7 +21,7 @@ from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model import runner
 from minisgl.model.attention import TorchAttention
-from minisgl.model.jobs import work
+from minisgl.model.jobs import work, write_job
 from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
 
@@ -187,3 +187,10 @@ def test_what_cannot_be_checked_is_a_sentence(checkpoint, tmp_path, capfd):
     config = Config(resolve(str(damaged)), EngineConfig(threads=1))
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
         selfcheck.check(config, {}, TOKENS)
+
+
+def test_a_rank_that_fails_ends_the_others_which_wait_for_it(checkpoint, tmp_path):
+    config = Config(resolve(str(checkpoint)), EngineConfig(threads=1, tp=2, kv_tokens=512))
+    write_job(tmp_path, config, [[1, 2, 3]], 0)
+    with pytest.raises(UserError, match=r"the probe ended with code 1:\n[\s\S]*list index out of range"):
+        selfcheck._processes("probe", [[str(tmp_path), "0"], [str(tmp_path), "7"]])
