@@ -51,7 +51,10 @@ def checked(
     return code, capfd.readouterr().out
 
 
-def test_everything_agrees_over_real_processes_and_two_ranks(checkpoint, capfd):
+def test_everything_agrees_on_two_ranks_and_in_the_whole_engine(checkpoint, monkeypatch, capfd):
+    """Ranks and engine are real processes; what needs no company is done here, which saves the imports."""
+    real = selfcheck._processes
+    monkeypatch.setattr(selfcheck, "_processes", lambda kind, a: (in_process if len(a) == 1 else real)(kind, a))
     assert (
         main(["selfcheck", "--model", str(checkpoint), "--tp", "2", "--tokens", "4", "--kv-tokens", "2048", "--threads", "2"])
         == 0
