@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
 from minisgl.errors import UserError
+from minisgl.model import checkpoint
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.layers import inverse_frequencies
 from minisgl.model.loader import open_weights
@@ -152,7 +153,8 @@ def test_the_embedded_file_is_parsed_at_once():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_converted_model_gives_back_its_weights_and_its_spec(tied, tmp_path):
+def test_a_converted_model_gives_back_its_weights_and_its_spec(tied, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 100)  # two rows, where a head has 16
     model = save_llama(tmp_path / "hf", tied=tied)
     spec = resolve(write_gguf(tmp_path / "tiny-model.Q8_0.gguf", model))
     assert spec.name == "tiny-model"

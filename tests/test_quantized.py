@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import config_for, save_llama, save_qwen3
 
 from minisgl.errors import UserError
-from minisgl.model import checkpoint
+from minisgl.model import checkpoint, quantized
 from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
@@ -196,6 +196,12 @@ def test_a_layer_is_what_its_format_says(make, tmp_path, monkeypatch):
         part = half.take(NAME, (OUT, IN), cols=span)
         assert torch.equal(part, whole[:, slice(*span)].bfloat16())
         assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_no_word_outside_of_a_span_is_read():
+    assert quantized._words((17, 30), 8) == (slice(2, 4), (1, 14))
+    assert quantized._words((16, 32), 8) == (slice(2, 4), (0, 16))
+    assert quantized._words((13, 14), 4) == (slice(3, 4), (1, 2))
 
 
 def test_a_bias_that_is_not_zero_is_no_leftover_of_gptq(tmp_path):
