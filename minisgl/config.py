@@ -7,11 +7,10 @@ pages fit) travels back as a message, so that "configured" and "discovered" are 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minisgl.errors import UserError
-from minisgl.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +165,5 @@ class Config:
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of SamplingParams for requests that do not set them: what the checkpoint recommends, unless switched off."""
-        known = {f.name for f in fields(SamplingParams)}
         found: dict[str, Any] = json.loads(self.model.generation or "{}")
-        return {k: v for k, v in found.items() if k in known} if self.engine.generation_config == "auto" else {}
+        return found if self.engine.generation_config == "auto" else {}

@@ -14,6 +14,7 @@ from minisgl.errors import UserError
 from minisgl.model.gguf_spec import served_name
 from minisgl.model.resolve import resolve
 from minisgl.model.shard import Shard, check_tp, split
+from minisgl.types import SamplingParams
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,8 +73,11 @@ def test_every_eos_id_is_collected_once(tmp_path):
 
 
 def test_recommended_sampling_parameters_hold_unless_switched_off(tmp_path):
-    spec = resolve(checkpoint(tmp_path / "a", generation={"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_length": 9}))
-    assert Config(spec).sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    spec = resolve(
+        checkpoint(tmp_path / "a", generation={"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "max_length": 9})
+    )
+    assert Config(spec).sampling_defaults == {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    assert SamplingParams(**Config(spec).sampling_defaults).repetition_penalty == 1.05
     assert Config(spec, EngineConfig(generation_config="none")).sampling_defaults == {}
     assert Config(resolve(checkpoint(tmp_path / "b"))).sampling_defaults == {}
     greedy = resolve(checkpoint(tmp_path / "c", generation={"do_sample": False, "temperature": 0.6}))
