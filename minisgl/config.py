@@ -41,6 +41,30 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
+    qkv_bias: bool = False  # the products that make queries, keys and values add a bias
+    o_bias: bool = False  # and so does the one behind the attention
+    activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh"
+    rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
+    local_rope_theta: float = 0.0  # of the layers with a window, if they rotate otherwise than the rest (and unscaled)
+    nope_layers: tuple[int, ...] = ()  # layers that do not rotate at all
+    windows: tuple[int, ...] = ()  # by layer: tokens that a query sees, its own included; 0: all.  (): 0 for every layer
+    attn_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
+    attn_softcap: float = 0.0  # c: scores become c * tanh(scores / c); 0: they do not
+    logit_softcap: float = 0.0  # the same for the logits
+    num_experts: int = 0  # of a mixture of experts; 0: the MLPs are dense
+    experts_per_token: int = 0
+    expert_size: int = 0  # inner columns of one expert
+    norm_topk: bool = False  # the weights of a token's experts are scaled to add up to one
+    dense_layers: tuple[int, ...] = ()  # layers whose MLP is dense nevertheless
+
+    @property
+    def scale(self) -> float:
+        """What queries times keys are multiplied by."""
+        return self.attn_scale or self.head_dim**-0.5
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of `layer` sees, its own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,7 +72,7 @@ class ModelSpec:
     @classmethod
     def from_json(cls, raw: str) -> ModelSpec:
         d: dict[str, Any] = json.loads(raw)
-        return cls(**{**d, "eos_ids": tuple(d["eos_ids"])})
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in d.items()})
 
 
 @dataclass(frozen=True, slots=True)

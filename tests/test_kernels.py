@@ -239,7 +239,7 @@ def test_silu_mul_gates() -> None:
 @pytest.mark.parametrize("parts", [0, 2])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (5, 1, 80), (3, 3, 96)])
 def test_prepare_heads_normalises_rotates_and_stores(heads: int, kv_heads: int, dim: int, parts: int, norm: bool) -> None:
-    from minisgl.model.layers import rotate_
+    from minisgl.model.rope import rotate_
 
     tokens, page_size = 9, 16
     qkv = rand(tokens, heads + 2 * kv_heads, dim)

@@ -101,18 +101,25 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "architecture None"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": "x"}, "attention_bias is 'x'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"sliding_window": 128}, "sliding_window is 128"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "head_dim is missing"),
-        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True}, "attention_bias is True"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
+        ({"architectures": ["MinistralForCausalLM"], "sliding_window": 8, "layer_types": ["chunked"] * 2}, "layer_types is"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers is"),
+        ({"architectures": ["GptOssForCausalLM"]}, "'GptOssForCausalLM' is not supported.*Qwen3MoeForCausalLM"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported.*default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "'axial' is not supported.*default, linear, .*, longrope"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4.0"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": 1}}, "short_factor is 1, which is not a list"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [2]}}, "short_factor has 1 entries, 16 .* need 8"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.7}, "11 dimensions of a head of 16"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
@@ -241,11 +248,21 @@ def test_query_heads_go_with_their_kv_head(tmp_path):
     assert (second.kv_heads, second.heads, second.num_heads, second.num_kv_heads) == ((2, 3), (4, 6), 2, 1)
 
 
-def test_more_ranks_than_kv_heads_are_refused_in_a_sentence(tmp_path):
+def test_ranks_without_a_kv_head_of_their_own_share_one_and_its_queries(tmp_path):
+    spec = resolve(checkpoint(tmp_path, hidden_size=96, num_attention_heads=6, num_key_value_heads=2))
+    for tp in range(1, 7):
+        shards = [Shard.of(spec, rank, tp) for rank in range(tp)]
+        assert [h for s in shards for h in range(*s.heads)] == list(range(6))
+        for s in shards:  # the KV heads of a rank are those of its queries, and all of them have the same number of queries
+            assert sorted({h // 3 for h in range(*s.heads)}) == list(range(*s.kv_heads))
+            assert s.num_heads % s.num_kv_heads == 0
+
+
+def test_more_ranks_than_heads_are_refused_in_a_sentence(tmp_path):
     spec = resolve(checkpoint(tmp_path / "m"))
     check_tp(spec, 1)
-    check_tp(spec, 2)
-    with pytest.raises(UserError, match="--tp 3: m has 2 KV heads, so at most 2 ranks"):
-        check_tp(spec, 3)
+    check_tp(spec, 4)
+    with pytest.raises(UserError, match="--tp 5: m has 4 attention heads, so at most 4 ranks"):
+        check_tp(spec, 5)
     with pytest.raises(UserError, match="at least 1"):
         check_tp(spec, 0)

@@ -16,7 +16,7 @@ from minisgl.model.blocks import Norm as NormLayer
 from minisgl.model.blocks import Positions, Rows
 from minisgl.model.kernels import layer
 from minisgl.model.kernels.linear import choose, gemv, skinny
-from minisgl.model.layers import inverse_frequencies
+from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
 
@@ -128,5 +128,5 @@ class CudaBlocks:
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
     def rope(self, spec: ModelSpec) -> Positions:
-        freqs = inverse_frequencies(spec).to(self._device)
+        freqs = frequencies(spec)[0].to(self._device)
         return lambda positions: layer.rope_tables(positions, freqs)

@@ -1,0 +1,112 @@
+"""Every architecture against transformers, on tiny random checkpoints, with as many ranks as threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
+
+from minisgl.model import runner as runner_module
+from minisgl.model.archs import HF_ARCHS
+from minisgl.model.parallel import Parallel
+from minisgl.model.runner import Runner
+from minisgl.model.sampler import sample
+
+N = 200  # tokens of every answer
+PROMPT = [int(t) for t in np.random.default_rng(1).integers(3, 203, 90)]
+TAIL = [int(t) for t in np.random.default_rng(2).integers(3, 203, 33)]
+SHARED = 44  # tokens of the first prompt that the second one begins with: whole pages, beyond most windows
+
+
+class Threads(Parallel):
+    """The collectives of ranks that are threads of one process."""
+
+    def __init__(self, rank: int, size: int, parts: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._parts, self._barrier = rank, size, parts, barrier
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(sum(self._exchange(x))) if self.size > 1 else x
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(x))
+
+    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self._parts[self.rank] = x.clone()
+        self._barrier.wait()
+        parts = list(self._parts)
+        self._barrier.wait()
+        return parts
+
+    def close(self) -> None: ...
+
+
+class Ranks:
+    """Runners that take plans together; the logits of all steps that rank 0 sampled from."""
+
+    def __init__(self, path: Path, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logits: list[torch.Tensor] = []
+        barrier, parts = threading.Barrier(tp, timeout=60), [None] * tp
+        monkeypatch.setattr(runner_module, "Parallel", lambda rank, size, _: Threads(rank, size, parts, barrier))
+        monkeypatch.setattr(runner_module, "sample", self._spy)
+        config = config_for(path, tp=tp, kv_tokens=1024, max_context=512)
+        self.runners = [Runner(config, rank, "") for rank in range(tp)]
+        for runner in self.runners:
+            runner.allocate(256)
+        self.pool = ThreadPoolExecutor(tp)
+
+    def _spy(self, logits: torch.Tensor, rows: Any) -> Any:
+        if len(logits) and threading.current_thread().name.endswith("_0"):  # one of the ranks: all have the same logits
+            self.logits.append(logits.clone())
+        return sample(logits, rows)
+
+    def run(self, plan: Any) -> list[int]:
+        results = list(self.pool.map(lambda r: r.launch(plan).result().tokens.tolist(), self.runners))
+        assert all(result == results[0] for result in results)
+        return results[0]
+
+
+def answers(ranks: Ranks) -> list[list[int]]:
+    """Two greedy answers: to PROMPT in chunks, and to its beginning, from the cache, with another end."""
+    driver = Driver(256, 4)
+    driver.join(2)
+    ranks.run(driver.plan(prefill=[(2, PROMPT[:37], False)]))
+    ranks.run(driver.plan(prefill=[(2, PROMPT[37:70], False)]))
+    out = [ranks.run(driver.plan(prefill=[(2, PROMPT[70:], True)])), []]
+    driver.join(0, kv_len=SHARED, pages=driver.pages[2][: SHARED // 4])
+    first = ranks.run(driver.plan(prefill=[(0, TAIL, True)], decode=[2]))  # beside a row that decodes
+    out[0].append(first[1])
+    out[1].append(first[0])
+    driver_plan = driver.plan(decode=[0, 2])
+    while len(out[0]) < N:
+        tokens = ranks.run(driver_plan)
+        out[1].append(tokens[0])
+        out[0].append(tokens[1])
+        driver_plan = driver.plan(decode=None, same=[0, 2])
+    return out
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_text_and_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_architecture(tmp_path, name)
+    ranks = Ranks(tmp_path, 1, monkeypatch)
+    got = answers(ranks)
+    for row, prompt in enumerate((PROMPT, PROMPT[:SHARED] + TAIL)):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt + got[row]])).logits[0, len(prompt) - 1 : -1]
+        assert got[row] == theirs.argmax(-1).tolist()[: len(got[row])]
+        ours = torch.stack([step[1 - row if len(step) > 1 else 0] for step in ranks.logits[row:]])
+        assert (ours - theirs[: len(ours)]).abs().max() <= 1e-4 * theirs.abs().max()
+    assert len(set(got[0])) > 10  # a text that says something
+    for tp in (2, 3):
+        assert answers(Ranks(tmp_path, tp, monkeypatch)) == got, tp
+
+
+def test_every_architecture_is_tested(tmp_path: Path) -> None:
+    tested = {f"{prefix.removesuffix('Text')}ForCausalLM" for prefix, _ in ARCHITECTURES.values()}
+    assert tested == set(HF_ARCHS)
