@@ -71,8 +71,8 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, raw: str) -> ModelSpec:
-        d: dict[str, Any] = json.loads(raw)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in d.items()})
+        d: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(raw).items()}
+        return cls(**d)
 
 
 @dataclass(frozen=True, slots=True)

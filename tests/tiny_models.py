@@ -87,12 +87,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_architecture(path: Any, name: str) -> Any:
-    """Write a random model of `ARCHITECTURES` to `path` and return it (transformers, float32, eval)."""
+def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
+    """Write a random model of `ARCHITECTURES` to `path` and return it (transformers, float32, eval).  `layers`: 3 at most."""
     import transformers
 
     prefix, settings = ARCHITECTURES[name]
-    settings = {**_sizes(6, 3), "num_hidden_layers": 3, "max_position_embeddings": 512, **settings}
+    settings = {**_sizes(6, 3), "num_hidden_layers": layers, "max_position_embeddings": 512, **settings}
+    for by_layer in {"layer_types", "no_rope_layers"} & set(settings):
+        settings[by_layer] = settings[by_layer][:layers]
     settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if prefix == "Phi3":  # whose heads are hidden_size / heads wide
         del settings["head_dim"]

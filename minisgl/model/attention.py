@@ -98,8 +98,9 @@ class TorchAttention:
         """Compute whatever all layers of the step share.  Once per step, before the first layer."""
         self._kv_index = torch.from_numpy(batch.kv_index)
         self._steps = {window: self._lay_out(batch, window) for window in set(self._windows)}
-        parts: list[_Chunk | _DecodeGroup] = [part for step in self._steps.values() for part in (*step.chunks, *step.groups)]
-        needed = max((len(part.pages) for part in parts if part.pages is not None), default=0)
+        steps = self._steps.values()
+        needed = max([len(c.pages) for s in steps for c in s.chunks if c.pages is not None], default=0)
+        needed = max([needed, *(len(g.pages) for s in steps for g in s.groups)])
         if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
             self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
 

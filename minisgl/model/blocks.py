@@ -49,7 +49,7 @@ class Blocks(Protocol):
         """The weighted sum of what the `top_k` likeliest of E experts make of each row; gated by silu.
 
         router [E, C]; gate_up [E, 2 I, C]; down [E, C, I].  The weights are the softmax over all experts, scaled to add up to
-        one with `normalise`.  Takes and gives plain rows.
+        one with `normalise`.  Takes plain rows.
         """
 
     def rope(self, spec: ModelSpec) -> Positions:

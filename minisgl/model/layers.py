@@ -107,7 +107,7 @@ class Experts:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         experts, weights = route(F.linear(x, self._router), self._top_k, self._normalise)
         y = torch.zeros_like(x)
-        for expert in experts.unique().tolist():
+        for expert in sorted(set(experts.flatten().tolist())):
             rows, which = (experts == expert).nonzero(as_tuple=True)
             part = F.linear(act_mul(F.linear(x[rows], self._gate_up[expert])), self._down[expert])
             y.index_add_(0, rows, part * weights[rows, which, None].to(x.dtype))

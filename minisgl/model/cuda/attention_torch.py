@@ -8,6 +8,7 @@ import torch
 
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads
 from minisgl.model.cuda.cache import KVCache
+from minisgl.model.layers import softcap_
 
 BLOCK = 256  # query tokens at a time
 
@@ -48,8 +49,10 @@ class TorchReference:
             query = q[start : start + n].float().view(n, h.num_kv_heads, h.group, h.head_dim)
             for first in range(0, n, BLOCK):  # the scores of a whole chunk would be gigabytes
                 part = query[first : first + BLOCK]
-                scores = torch.einsum("tkgd,skd->tkgs", part, keys) * h.head_dim**-0.5
-                seen = at <= kv_len - n + first + torch.arange(len(part), device=q.device)[:, None]
+                scores = torch.einsum("tkgd,skd->tkgs", part, keys) * (h.scale or h.head_dim**-0.5)
+                scores = softcap_(scores, h.softcap)
+                own = kv_len - n + first + torch.arange(len(part), device=q.device)[:, None]
+                seen = (at <= own) & (at > own - (h.window(layer) or kv_len))
                 weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
                 mixed = torch.einsum("tkgs,skd->tkgd", weights, values)
                 out.append(mixed.reshape(len(part), h.num_heads, h.head_dim).to(q.dtype))

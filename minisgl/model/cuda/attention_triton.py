@@ -41,7 +41,17 @@ class TritonAttention:
 
     def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         assert self._tiles is not None
-        return prefill_attention(q, self._cache.keys(layer), self._cache.values(layer), self._page_table, self._tiles)
+        h = self._heads
+        return prefill_attention(
+            q,
+            self._cache.keys(layer),
+            self._cache.values(layer),
+            self._page_table,
+            self._tiles,
+            scale=h.scale,
+            window=h.window(layer),
+            softcap=h.softcap,
+        )
 
     def plan_decode(self, rows: DecodeRows) -> None:
         self._rows = rows
@@ -64,4 +74,7 @@ class TritonAttention:
             self._rows.slots,
             self._rows.kv_lens,
             self._workspace,
+            scale=self._heads.scale,
+            window=self._heads.window(layer),
+            softcap=self._heads.softcap,
         )
