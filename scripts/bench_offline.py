@@ -45,15 +45,12 @@ class Roofline:
         return max((k * n * size + 2 * m * (k + n)) / self.bandwidth, 2 * m * k * n / (self.flops * (2 if size == 1 else 1)))
 
     def experts(self, tokens: int) -> float:
-        """Both products of a mixture of experts; weights of those that `tokens` independent, even choices can be expected to hit."""
+        """Both products of a mixture of experts, with the weights of as many as even, independent choices would hit."""
         s, choices = self.spec, tokens * self.spec.experts_per_token
         hit = s.num_experts * (1 - (1 - s.experts_per_token / s.num_experts) ** tokens)
-        weights, ends = (
-            s.hidden_size * s.expert_size,
-            (tokens * s.hidden_size, choices * s.expert_size, choices * s.hidden_size),
-        )
-        first = (2 * hit * weights * self.weight_bytes + 2 * (ends[0] + ends[1])) / self.bandwidth
-        second = (hit * weights * self.weight_bytes + 2 * (ends[1] + ends[2])) / self.bandwidth
+        weights, inner = s.hidden_size * s.expert_size, choices * s.expert_size
+        first = (2 * hit * weights * self.weight_bytes + 2 * (tokens * s.hidden_size + inner)) / self.bandwidth
+        second = (hit * weights * self.weight_bytes + 2 * (inner + choices * s.hidden_size)) / self.bandwidth
         return max(first, 4 * choices * weights / self.flops) + max(second, 2 * choices * weights / self.flops)
 
     def step(self, spans: list[tuple[int, int]], sampled: int) -> float:
