@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
 
+from minisgl.model import layers
 from minisgl.model import runner as runner_module
 from minisgl.model.archs import HF_ARCHS
+from minisgl.model.attention import TorchAttention
+from minisgl.model.blocks import CpuBlocks
 from minisgl.model.parallel import Parallel
 from minisgl.model.runner import Runner
 from minisgl.model.sampler import sample
@@ -110,3 +114,65 @@ def test_greedy_text_and_logits_are_those_of_transformers(name: str, tmp_path: P
 def test_every_architecture_is_tested(tmp_path: Path) -> None:
     tested = {f"{prefix.removesuffix('Text')}ForCausalLM" for prefix, _ in ARCHITECTURES.values()}
     assert tested == set(HF_ARCHS)
+
+
+# ---------------- planted bugs
+def _spec(**change: Any) -> Any:
+    return lambda patch: patch.setattr(runner_module, "replace", lambda spec, **more: replace(spec, **{**more, **change}))
+
+
+def _attention(**change: Any) -> Any:
+    class Wrong(TorchAttention):
+        def __init__(self, spec: Any, **more: Any) -> None:
+            super().__init__(replace(spec, **change), **more)
+
+    return lambda patch: patch.setattr(runner_module, "TorchAttention", Wrong)
+
+
+def _replaced(target: str, value: Any) -> Any:
+    return lambda patch: patch.setattr(target, value)
+
+
+_ROUTE, _GATED, _PROJECTION = layers.route, CpuBlocks.gated, CpuBlocks.linear
+BUGS = {
+    "window one too wide": ("mistral", _attention(windows=(22,) * 3)),
+    "window one too narrow": ("mistral", _attention(windows=(20,) * 3)),
+    "windows in the wrong layers": ("ministral", _attention(windows=(0, 13, 0))),
+    "no biases": ("qwen2", _replaced("minisgl.model.blocks.CpuBlocks.linear", lambda s, *w, **k: _PROJECTION(s, *w))),
+    "yarn without its factor of attention": ("qwen3", _spec(rope_scaling='{"rope_type": "linear", "factor": 4.0}')),
+    "weights of experts not normalised": (
+        "qwen3-moe",
+        _replaced("minisgl.model.layers.route", lambda x, k, _: _ROUTE(x, k, False)),
+    ),
+    "weights of experts normalised": (
+        "qwen3-moe, windows",
+        _replaced("minisgl.model.layers.route", lambda x, k, _: _ROUTE(x, k, True)),
+    ),
+    "one expert too few": ("mixtral", _replaced("minisgl.model.layers.route", lambda x, k, n: _ROUTE(x, k - 1, n))),
+    "no soft cap of scores": ("gemma2", _attention(attn_softcap=0.0)),
+    "no soft cap of logits": ("gemma2", _spec(logit_softcap=0.0)),
+    "scaled by the head size": ("gemma2", _attention(attn_scale=0.0)),
+    "silu in the place of gelu": (
+        "gemma2",
+        _replaced("minisgl.model.blocks.CpuBlocks.gated", lambda s, a, b, activation: _GATED(s, a, b)),
+    ),
+    "norms without the one": ("gemma3", _replaced("minisgl.model.gemma.OnePlus", lambda weights: weights)),
+    "embedding not scaled": ("gemma3", _replaced("minisgl.model.gemma.Gemma.embed", lambda self, ids: self.embedding(ids))),
+    "one kind of rotation for all layers": ("gemma3", _spec(local_rope_theta=0.0)),
+    "short factors beyond the original context": ("phi4-mini", _spec(max_context=64)),
+    "all layers rotate": ("smollm3", _spec(nope_layers=())),
+}
+
+
+@pytest.mark.parametrize("bug", [None, *BUGS], ids=str)
+def test_planted_bugs_are_noticed(bug: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant = BUGS[bug] if bug else ("gemma2", lambda patch: None)
+    model = save_architecture(tmp_path, name)
+    plant(monkeypatch)
+    ranks, driver = Ranks(tmp_path, 1, monkeypatch), Driver(256, 4)
+    driver.join(1)
+    ranks.run(driver.plan(prefill=[(1, PROMPT, True)]))
+    with torch.inference_mode():
+        theirs = model(torch.tensor([PROMPT])).logits[0, -1]
+    wrong = bool((ranks.logits[0][0] - theirs).abs().max() > 1e-4 * theirs.abs().max())
+    assert wrong == (bug is not None)

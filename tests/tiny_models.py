@@ -60,7 +60,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MOE, "norm_topk_prob": False, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 19},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 40}),
-    "gemma2": ("Gemma2", {"sliding_window": 18, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0}),
+    "gemma2": (
+        "Gemma2",
+        {"sliding_window": 18, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 0.05},
+    ),
     "gemma3": (
         "Gemma3Text",
         {
