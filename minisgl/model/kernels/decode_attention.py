@@ -106,10 +106,7 @@ def _decode(
                 score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
             else:
                 score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-            score = score * scale
-            if SOFTCAP > 0:
-                score = bounded(score, SOFTCAP)
-            score = tl.where((index < end)[None, :], score, -float("inf"))
+            score = tl.where((index < end)[None, :], scaled(score, scale, SOFTCAP), -float("inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
             shrink = tl.exp2(best - new_best)
             p = tl.exp2(score - new_best[:, None])
@@ -158,10 +155,13 @@ def _decode(
 
 
 @triton.jit
-def bounded(score, CAP: tl.constexpr):
-    """cap * tanh(score / cap), for scores in base 2 (times log2(e)) before and after."""
-    bound: tl.constexpr = CAP * 1.4426950408889634
-    return bound - 2 * bound / (tl.exp2(score * (2.8853900817779268 / bound)) + 1)
+def scaled(score, scale, CAP: tl.constexpr):
+    """score * scale in base 2 (times log2(e)), and with a cap c * tanh(that / c), which is c - 2 c / (exp(2 that / c) + 1)."""
+    score = score * scale
+    if CAP > 0:
+        bound: tl.constexpr = CAP * 1.4426950408889634
+        score = bound - 2 * bound / (tl.exp2(score * (2.8853900817779268 / bound)) + 1)
+    return score
 
 
 class DecodeWorkspace:

@@ -204,26 +204,28 @@ def _prepare_heads(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, HALF)
-    at_low, at_high = d, d + DIM // 2
+    at, gap, gaps = d, DIM // 2, DIM // 2  # where the low dimensions are, and how far behind them the high ones
     if ROTARY < DIM:
-        at_low = tl.where(d < ROTARY // 2, d, d + ROTARY // 2)
-        at_high = tl.where(d < ROTARY // 2, d + ROTARY // 2, d + DIM // 2)
+        at = tl.where(d < ROTARY // 2, d, d + ROTARY // 2)
+        gap = tl.where(d < ROTARY // 2, ROTARY // 2, DIM // 2 - ROTARY // 2)
+        gaps = gap[None, :]
     is_q, is_v = head < HEADS, head >= HEADS + KV
     inside = (head < HEADS + 2 * KV)[:, None] & (d < DIM // 2)[None, :]
     if NORM:
-        wq_low = tl.load(q_weight + at_low, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wq_high = tl.load(q_weight + at_high, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wk_low = tl.load(k_weight + at_low, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wk_high = tl.load(k_weight + at_high, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wq_low = tl.load(q_weight + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wq_high = tl.load(q_weight + gap + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_low = tl.load(k_weight + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_high = tl.load(k_weight + gap + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
     begin(PDL)
-    first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + at_low[None, :]
-    second = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + at_high[None, :]
+    first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + at[None, :]
     if PARTS > 1:
         low = _sum_parts(first, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
-        high = _sum_parts(second, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
+        high = (
+            _sum_parts(first + gaps, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
+        )
     else:
         low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(second, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(first + gaps, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         rms = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)
         n_low = low * rms[:, None] * tl.where(is_q[:, None], wq_low[None, :], wk_low[None, :])
@@ -237,18 +239,18 @@ def _prepare_heads(
         r_high = tl.where(is_v[:, None], high, high * c + low * s)
     else:
         r_low, r_high = low, high
-    at_q = q_out + (token * HEADS + head)[:, None] * DIM
-    tl.store(at_q + at_low[None, :], r_low.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
-    tl.store(at_q + at_high[None, :], r_high.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
+    at_q = q_out + (token * HEADS + head)[:, None] * DIM + at[None, :]
+    tl.store(at_q, r_low.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
+    tl.store(at_q + gaps, r_high.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
     index = tl.load(kv_index + token)
     where = (index // PAGE) * page_stride + (index % PAGE) * token_stride
     is_k = (head >= HEADS) & (head < HEADS + KV)
-    at_k = keys + where + ((head - HEADS).to(tl.int64) * head_stride)[:, None]
-    at_v = values + where + ((head - HEADS - KV).to(tl.int64) * head_stride)[:, None]
-    tl.store(at_k + at_low[None, :], _stored(r_low * k_inverse, keys), mask=inside & is_k[:, None])
-    tl.store(at_k + at_high[None, :], _stored(r_high * k_inverse, keys), mask=inside & is_k[:, None])
-    tl.store(at_v + at_low[None, :], _stored(r_low * v_inverse, values), mask=inside & is_v[:, None])
-    tl.store(at_v + at_high[None, :], _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
+    at_k = keys + where + ((head - HEADS).to(tl.int64) * head_stride)[:, None] + at[None, :]
+    at_v = values + where + ((head - HEADS - KV).to(tl.int64) * head_stride)[:, None] + at[None, :]
+    tl.store(at_k, _stored(r_low * k_inverse, keys), mask=inside & is_k[:, None])
+    tl.store(at_k + gaps, _stored(r_high * k_inverse, keys), mask=inside & is_k[:, None])
+    tl.store(at_v, _stored(r_low * v_inverse, values), mask=inside & is_v[:, None])
+    tl.store(at_v + gaps, _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
 
 
 @triton.jit

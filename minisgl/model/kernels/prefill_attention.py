@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.decode_attention import bounded
+from minisgl.model.kernels.decode_attention import scaled
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
@@ -101,10 +101,7 @@ def _prefill(
                 score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
             else:
                 score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-            score = score * scale
-            if SOFTCAP > 0:
-                score = bounded(score, SOFTCAP)
-            score = tl.where(index[None, :] <= position + token[:, None], score, -float("inf"))
+            score = tl.where(index[None, :] <= position + token[:, None], scaled(score, scale, SOFTCAP), -float("inf"))
             if WINDOW:
                 score = tl.where(index[None, :] > position + token[:, None] - WINDOW, score, -float("inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
