@@ -111,7 +111,9 @@ def test_greedy_text_and_logits_are_those_of_transformers(name: str, tmp_path: P
         assert answers(Ranks(tmp_path, tp, monkeypatch)) == got, tp
 
 
-def test_every_architecture_is_tested(tmp_path: Path) -> None:
+def test_every_architecture_is_tested_and_in_the_list_of_features() -> None:
+    features = (Path(__file__).parent.parent / "docs/features.md").read_text()
+    assert all(f"`{name}`" in features for name in HF_ARCHS)
     tested = {f"{prefix.removesuffix('Text')}ForCausalLM" for prefix, _ in ARCHITECTURES.values()}
     assert tested == set(HF_ARCHS)
 

@@ -266,3 +266,90 @@ def test_more_ranks_than_heads_are_refused_in_a_sentence(tmp_path):
         check_tp(spec, 5)
     with pytest.raises(UserError, match="at least 1"):
         check_tp(spec, 0)
+
+
+# ---------------- configs as published, in the fields that matter
+LAYERS = 8
+
+
+def published(path, architecture, **config):
+    spec = resolve(checkpoint(path, architectures=[architecture], num_hidden_layers=LAYERS, **config))
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    return spec
+
+
+def test_a_mistral_has_a_window_everywhere_unless_its_config_says_null(tmp_path):
+    big = {"max_position_embeddings": 32768}
+    assert published(tmp_path / "a", "MistralForCausalLM", **big, sliding_window=4096).windows == (4096,) * LAYERS
+    assert published(tmp_path / "b", "MistralForCausalLM", **big, sliding_window=None).windows == ()
+    assert published(tmp_path / "c", "MistralForCausalLM", **big).windows == (4096,) * LAYERS
+    assert published(tmp_path / "d", "MistralForCausalLM", sliding_window=512).windows == ()  # as wide as the context
+
+
+def test_a_window_of_qwen_must_be_switched_on_and_begins_late(tmp_path):
+    qwen = {"sliding_window": 64, "max_window_layers": 6}
+    spec = published(tmp_path / "a", "Qwen2ForCausalLM", **qwen, use_sliding_window=True)
+    assert (spec.windows, spec.qkv_bias, spec.o_bias) == ((0,) * 6 + (64,) * 2, True, False)
+    assert published(tmp_path / "b", "Qwen2ForCausalLM", **qwen, use_sliding_window=False).windows == ()
+    types = ["sliding_attention", "full_attention"] * 4
+    spec = published(tmp_path / "c", "Qwen2ForCausalLM", **qwen, use_sliding_window=True, layer_types=types)
+    assert spec.windows == (64, 0) * 4
+
+
+def test_gemma_is_read_from_old_and_new_configs_alike(tmp_path):
+    both = {"head_dim": 32, "sliding_window": 100, "query_pre_attn_scalar": 144, "hidden_activation": "gelu_pytorch_tanh"}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    new = {
+        "rope_theta": None,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    for name, config in (("old", {**old, "sliding_window_pattern": 6}), ("new", new)):
+        spec = published(tmp_path / name, "Gemma3ForCausalLM", **both, **config)
+        assert (spec.rope_theta, spec.local_rope_theta, json.loads(spec.rope_scaling)["factor"]) == (1e6, 1e4, 8.0)
+        assert spec.windows == (100, 100, 100, 100, 100, 0, 100, 100)
+        assert (spec.scale, spec.activation, spec.tie_embeddings, spec.qk_norm) == (1 / 12, "gelu_tanh", True, True)
+        assert (spec.attn_softcap, spec.logit_softcap) == (0.0, 0.0)
+
+
+def test_what_a_gemma_2_leaves_unsaid_is_not_zero(tmp_path):
+    spec = published(tmp_path / "a", "Gemma2ForCausalLM", sliding_window=100)
+    assert (spec.head_dim, spec.scale, spec.attn_softcap, spec.logit_softcap) == (256, 1 / 16, 50.0, 30.0)
+    assert spec.windows == (100, 0) * 4
+    assert published(tmp_path / "b", "Gemma2ForCausalLM", attn_logit_softcapping=None).attn_softcap == 0.0
+
+
+def test_a_phi_3_has_its_original_context_outside_the_scaling(tmp_path):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    for kind in ("su", "longrope", "yarn"):
+        spec = published(
+            tmp_path / kind,
+            "Phi3ForCausalLM",
+            original_max_position_embeddings=128,
+            rope_scaling={"type": kind, **factors},
+            partial_rotary_factor=0.75,
+            sliding_window=262144,
+        )
+        scaling = json.loads(spec.rope_scaling)
+        assert (scaling["rope_type"], scaling["original_max_position_embeddings"]) == ("longrope", 128)
+        assert (spec.rotary_dim, spec.windows, spec.max_context) == (12, (), 512)
+        assert scaling["attention_factor"] == pytest.approx((1 + 2 / 7) ** 0.5)  # sqrt(1 + ln 4 / ln 128)
+
+
+def test_experts_and_layers_without_are_counted(tmp_path):
+    moe = {"head_dim": 32, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    spec = published(tmp_path / "a", "Qwen3MoeForCausalLM", **moe, mlp_only_layers=[0], decoder_sparse_step=2)
+    assert (spec.num_experts, spec.experts_per_token, spec.expert_size, spec.norm_topk) == (16, 4, 24, True)
+    assert spec.dense_layers == (0, 2, 4, 6)
+    spec = published(tmp_path / "b", "MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+    assert (spec.num_experts, spec.experts_per_token, spec.expert_size, spec.norm_topk) == (8, 2, 96, True)
+
+
+def test_each_fourth_layer_of_a_smollm3_does_not_rotate(tmp_path):
+    spec = published(tmp_path / "a", "SmolLM3ForCausalLM", sliding_window=64, use_sliding_window=False)
+    assert (spec.nope_layers, spec.windows, spec.tie_embeddings) == ((3, 7), (), True)
+    spec = published(tmp_path / "b", "SmolLM3ForCausalLM", sliding_window=64, use_sliding_window=True)
+    assert spec.windows == (0, 0, 0, 64) * 2
