@@ -56,6 +56,7 @@ class ModelSpec:
     expert_size: int = 0  # inner columns of one expert
     norm_topk: bool = False  # the weights of a token's experts are scaled to add up to one
     dense_layers: tuple[int, ...] = ()  # layers whose MLP is dense nevertheless
+    weight_prefix: str = ""  # of the names of all tensors that belong to the model; others are not read
 
     @property
     def scale(self) -> float:

@@ -114,7 +114,10 @@ def test_greedy_text_and_logits_are_those_of_transformers(name: str, tmp_path: P
 def test_every_architecture_is_tested_and_in_the_list_of_features() -> None:
     features = (Path(__file__).parent.parent / "docs/features.md").read_text()
     assert all(f"`{name}`" in features for name in HF_ARCHS)
-    tested = {f"{prefix.removesuffix('Text')}ForCausalLM" for prefix, _ in ARCHITECTURES.values()}
+    tasks = (
+        (prefix, "ConditionalGeneration" if "model_type" in more else "CausalLM") for prefix, more in ARCHITECTURES.values()
+    )
+    tested = {f"{prefix.removesuffix('Text')}For{task}" for prefix, task in tasks}
     assert tested == set(HF_ARCHS)
 
 

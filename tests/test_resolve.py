@@ -353,3 +353,29 @@ def test_each_fourth_layer_of_a_smollm3_does_not_rotate(tmp_path):
     assert (spec.nope_layers, spec.windows, spec.tie_embeddings) == ((3, 7), (), True)
     spec = published(tmp_path / "b", "SmolLM3ForCausalLM", sliding_window=64, use_sliding_window=True)
     assert spec.windows == (0, 0, 0, 64) * 2
+
+
+def test_the_text_part_of_a_model_that_takes_images_is_read(tmp_path):
+    sparse = {
+        "model_type": "gemma3_text",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "sliding_window": 100,
+    }
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        sparse.setdefault(key, None)
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "hidden_size": None, "eos_token_id": [1, 106]}
+    spec = resolve(checkpoint(tmp_path / "a", **outer, text_config=sparse))
+    assert (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (64, 8, 4, 256)
+    assert (spec.vocab_size, spec.max_context, spec.eos_ids, spec.dtype) == (262_208, 131_072, (1, 106), "bfloat16")
+    assert (spec.weight_prefix, spec.tie_embeddings) == ("language_model.", True)
+    index = {"weight_map": {"language_model.lm_head.weight": "model.safetensors"}}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not resolve(str(tmp_path / "a")).tie_embeddings
+    with pytest.raises(UserError, match=r"config\.json: text_config is of type 'ministral3'; mistral is supported"):
+        resolve(
+            checkpoint(
+                tmp_path / "b", architectures=["Mistral3ForConditionalGeneration"], text_config={"model_type": "ministral3"}
+            )
+        )

@@ -76,6 +76,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3, beside images": ("Gemma3", {"sliding_window": 11, "layer_types": _TYPES, "model_type": "gemma3_text"}),
+    "mistral3, beside images": ("Mistral3", {"sliding_window": None, "model_type": "mistral"}),
     "phi3": ("Phi3", {"sliding_window": 27, "hidden_size": 96}),
     "phi4-mini": (
         "Phi3",
@@ -103,8 +105,15 @@ def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
         del settings["head_dim"]
     elif prefix == "Qwen2":
         settings |= {"head_dim": 8, "num_key_value_heads": 2}
-    config = getattr(transformers, f"{prefix}Config")(**settings, attn_implementation="eager", experts_implementation="eager")
-    return _save(path, getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM"), config)
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    task = "CausalLM"
+    if "model_type" in settings:  # also takes images
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        settings = {"text_config": settings, "vision_config": vision, "image_token_index": 2, "eos_token_id": [2, 0]}
+        task = "ConditionalGeneration"
+    config = getattr(transformers, f"{prefix}Config")(**settings, **how)
+    return _save(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config)
 
 
 def save_byte_tokenizer(path: Any) -> None:

@@ -6,7 +6,7 @@ An entry says which class computes the model and what its config.json leaves uns
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ class Arch:
 
     `sliding`: which layers have a window, if any has: "" none, "all", "late" (from `max_window_layers` on), "nope" (those that
     do not rotate), "period" (all but each `period`-th); where config.json has `layer_types` that says it, but for "all".
-    `switched`: only with `use_sliding_window`.  The rest are the values that stand where config.json is silent, as in
-    transformers' configuration class.
+    `switched`: only with `use_sliding_window`.
+    `text`: the model_type of `text_config`, if the checkpoint is that of a model which also takes images: only its text part is
+    served, whose weights are those behind `language_model.`.
+    The rest are the values that stand where config.json is silent, as in transformers' configuration class.
     """
 
     model: str = "llama.Llama"  # module and class in minisgl.model
@@ -40,13 +42,36 @@ class Arch:
     query_pre_attn_scalar: float = 0.0  # n: queries times keys are scaled by n ** -0.5; 0: by the head size
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
+    text: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()  # that config.json may leave out
     experts: str = ""  # "": none, "mixtral" or "qwen": how config.json names their sizes
 
+
+_GEMMA3 = Arch(
+    "gemma.Gemma",
+    qk_norm=True,
+    activation="gelu_tanh",
+    sliding="period",
+    window=4096,
+    period=6,
+    head_dim=256,
+    rope_theta=1e6,
+    local_rope_theta=10_000.0,
+    tied=True,
+    query_pre_attn_scalar=256,
+    sizes=(
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("max_position_embeddings", 131_072),
+        ("vocab_size", 262_208),
+    ),
+)
 
 # By `architectures` of config.json.
 HF_ARCHS = {
     "LlamaForCausalLM": Arch(),
     "MistralForCausalLM": Arch(sliding="all", window=4096),
+    "Mistral3ForConditionalGeneration": Arch(sliding="all", window=4096, text="mistral"),  # Mistral Small 3.1 and 3.2
     "MinistralForCausalLM": Arch(sliding="period", window=4096),
     "Qwen2ForCausalLM": Arch(qkv_bias=True, sliding="late", switched=True, window=4096),
     "Qwen3ForCausalLM": Arch(qk_norm=True, sliding="late", switched=True, window=4096, head_dim=None),
@@ -66,19 +91,8 @@ HF_ARCHS = {
         attn_softcap=50.0,
         logit_softcap=30.0,
     ),
-    "Gemma3ForCausalLM": Arch(
-        "gemma.Gemma",
-        qk_norm=True,
-        activation="gelu_tanh",
-        sliding="period",
-        window=4096,
-        period=6,
-        head_dim=256,
-        rope_theta=1e6,
-        local_rope_theta=10_000.0,
-        tied=True,
-        query_pre_attn_scalar=256,
-    ),
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(_GEMMA3, text="gemma3_text"),
     "Phi3ForCausalLM": Arch("phi3.Phi3", sliding="all", rms_norm_eps=1e-5),
     "SmolLM3ForCausalLM": Arch("smollm3.SmolLM3", sliding="nope", switched=True, nope_period=4, rope_theta=2e6, tied=True),
 }

@@ -17,6 +17,20 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
+def text_part(config: Metadata, arch: Arch) -> Metadata:
+    """What config.json says about the decoder, with the sizes that may be left out."""
+    values = config.values
+    if arch.text:
+        values = _mapping(config, "text_config")
+        if values.get("model_type") != arch.text:
+            raise UserError(
+                f"{config.source}: text_config is of type {values.get('model_type')!r:.80}; {arch.text} is supported."
+            )
+    sizes = dict(arch.sizes)
+    given = {key: value for key, value in values.items() if value is not None or key not in sizes}
+    return Metadata(f"{config.source} (text_config)" if arch.text else config.source, sizes | given)
+
+
 @dataclass(frozen=True, slots=True)
 class Rotary:
     """`part`: share of a head's dimensions that is rotated; `max_context`: tokens that the scaled positions reach."""

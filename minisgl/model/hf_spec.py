@@ -10,7 +10,7 @@ from typing import Any
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.archs import HF_ARCHS
-from minisgl.model.hf_layers import activation, attention_scale, experts, nope_layers, optional, rotary, windows
+from minisgl.model.hf_layers import activation, attention_scale, experts, nope_layers, optional, rotary, text_part, windows
 from minisgl.model.metadata import Metadata, check
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,13 +27,14 @@ def spec_from_directory(path: str, name: str | None = None) -> ModelSpec:
     if arch not in HF_ARCHS:
         raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
     _check_weights(path)
-    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
-    config.refuse("quantization_config", (), "quantised safetensors are")
     return check(source, _spec(path, name, config, arch))
 
 
-def _spec(path: str, name: str | None, config: Metadata, architecture: str) -> ModelSpec:
+def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> ModelSpec:
     arch = HF_ARCHS[architecture]
+    config = text_part(outer, arch)
+    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
+    outer.refuse("quantization_config", (), "quantised safetensors are")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers, context = config.size("num_hidden_layers"), config.size("max_position_embeddings")
     head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else arch.head_dim)
@@ -44,7 +45,7 @@ def _spec(path: str, name: str | None, config: Metadata, architecture: str) -> M
         path=path,
         format="safetensors",
         architecture=architecture,
-        dtype=_dtype(config),
+        dtype=_dtype(config if config.get("dtype") or config.get("torch_dtype") else outer),
         hidden_size=hidden,
         intermediate_size=config.size("intermediate_size"),
         num_layers=layers,
@@ -56,9 +57,9 @@ def _spec(path: str, name: str | None, config: Metadata, architecture: str) -> M
         rms_norm_eps=config.number("rms_norm_eps", arch.rms_norm_eps),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
-        tie_embeddings=config.flag("tie_word_embeddings", arch.tied),
+        tie_embeddings=not _has_head(path) if arch.text else config.flag("tie_word_embeddings", arch.tied),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
-        eos_ids=_eos_ids(path, config),
+        eos_ids=tuple(dict.fromkeys((*_eos_ids(path, outer), *config.token_ids("eos_token_id")))),
         qk_norm=arch.qk_norm,
         qkv_bias=arch.qkv_bias or bias,
         o_bias=bias,
@@ -70,6 +71,7 @@ def _spec(path: str, name: str | None, config: Metadata, architecture: str) -> M
         attn_scale=attention_scale(config, arch),
         attn_softcap=optional(config, "attn_logit_softcapping", arch.attn_softcap),
         logit_softcap=optional(config, "final_logit_softcapping", arch.logit_softcap),
+        weight_prefix="language_model." if arch.text else "",
         **experts(config, arch, layers),
     )
 
@@ -86,6 +88,18 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}.")
     return value
+
+
+def _has_head(path: str) -> bool:
+    """Whether a checkpoint with images has an lm_head, about which its two configurations may disagree."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index):
+        return any(str(name).endswith("lm_head.weight") for name in read_json(index).get("weight_map") or ())
+    for file in glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
+        with open(file, "rb") as f:  # a header of JSON behind its length, 8 bytes
+            if b'lm_head.weight"' in f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)):
+                return True
+    return False
 
 
 def _dtype(config: Metadata) -> str:

@@ -52,12 +52,15 @@ class SafetensorsWeights:
         self._where = {}  # tensor name -> open file
         self._taken: set[str] = set()
         self._path = spec.path
-        self._ignore = re.compile(r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if spec.tie_embeddings else ""))
+        self._prefix = spec.weight_prefix
+        ignore = r".*rotary_emb\.inv_freq" + (r"|(.*\.)?lm_head\.weight" if spec.tie_embeddings else "")
+        self._ignore = re.compile(ignore + (f"|(?!{re.escape(spec.weight_prefix)}).*" if spec.weight_prefix else ""))
         for path in _safetensors_files(spec.path):
             file = _open_safetensors(path)
             self._where.update(dict.fromkeys(file.keys(), file))
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        name = self._prefix + name
         if name not in self._where:
             raise _missing(self._path, name)
         self._taken.add(name)
