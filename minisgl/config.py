@@ -43,7 +43,7 @@ class ModelSpec:
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
     qkv_bias: bool = False  # the products that make queries, keys and values add a bias
     o_bias: bool = False  # and so does the one behind the attention
-    activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh"
+    activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh" | "clamped_swiglu" (gpt-oss)
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
     local_rope_theta: float = 0.0  # of the layers with a window, if they rotate otherwise than the rest (and unscaled)
     nope_layers: tuple[int, ...] = ()  # layers that do not rotate at all
@@ -51,11 +51,13 @@ class ModelSpec:
     attn_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
     attn_softcap: float = 0.0  # c: scores become c * tanh(scores / c); 0: they do not
     logit_softcap: float = 0.0  # the same for the logits
+    sinks: bool = False  # every head has a score without a value that takes part in its softmax
     num_experts: int = 0  # of a mixture of experts; 0: the MLPs are dense
     experts_per_token: int = 0
     expert_size: int = 0  # inner columns of one expert
     norm_topk: bool = False  # the weights of a token's experts are scaled to add up to one
     dense_layers: tuple[int, ...] = ()  # layers whose MLP is dense nevertheless
+    expert_format: str = ""  # how the weights of experts are stored: "" plain | "mxfp4"
     weight_prefix: str = ""  # of the names of all tensors that belong to the model; others are not read
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
 
 from minisgl.model import layers
@@ -121,6 +123,36 @@ def test_every_architecture_is_tested_and_in_the_list_of_features() -> None:
     assert tested == set(HF_ARCHS)
 
 
+# ---------------- weights of gpt-oss
+def test_experts_in_mxfp4_are_those_that_transformers_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    experts = {"num_local_experts": 3, "intermediate_size": 96, "hidden_size": 64}
+    monkeypatch.setitem(ARCHITECTURES, "mxfp4", ("GptOss", {**ARCHITECTURES["gpt-oss"][1], **experts}))
+    save_architecture(tmp_path, "mxfp4", layers=2)
+    plain, packed = load_file(tmp_path / "model.safetensors"), {}
+    random = torch.Generator().manual_seed(0)
+    for name in [n for n in plain if n.endswith(("gate_up_proj", "down_proj"))]:
+        number, inputs, outputs = plain[name].shape
+        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8, generator=random)
+        scales = torch.randint(118, 126, (number, outputs, inputs // 32), dtype=torch.uint8, generator=random)
+        packed |= {name + "_blocks": blocks, name + "_scales": scales}
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    logits = []
+    for files in (plain, {n: t for n, t in plain.items() if n + "_blocks" not in packed} | packed):
+        save_file(files, tmp_path / "model.safetensors")
+        if files is not plain:
+            config = json.loads((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+        for tp in (1, 2):  # 48 of 96 inner columns are one and a half blocks
+            ranks, driver = Ranks(tmp_path, tp, monkeypatch), Driver(256, 4)
+            driver.join(1)
+            ranks.run(driver.plan(prefill=[(1, PROMPT, True)]))
+            logits.append(ranks.logits[0])
+    for other in logits[1:]:
+        assert (other - logits[0]).abs().max() <= 1e-4 * logits[0].abs().max()
+
+
 # ---------------- planted bugs
 def _spec(**change: Any) -> Any:
     return lambda patch: patch.setattr(runner_module, "replace", lambda spec, **more: replace(spec, **{**more, **change}))
@@ -136,6 +168,16 @@ def _attention(**change: Any) -> Any:
 
 def _replaced(target: str, value: Any) -> Any:
     return lambda patch: patch.setattr(target, value)
+
+
+def _attends_without_sinks(patch: pytest.MonkeyPatch) -> None:
+    call = TorchAttention.__call__
+    patch.setattr(TorchAttention, "__call__", lambda self, *args, sinks: call(self, *args))
+
+
+def _unbounded(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 _ROUTE, _GATED, _PROJECTION = layers.route, CpuBlocks.gated, CpuBlocks.linear
@@ -165,6 +207,8 @@ BUGS = {
     "embedding not scaled": ("gemma3", _replaced("minisgl.model.gemma.Gemma.embed", lambda self, ids: self.embedding(ids))),
     "one kind of rotation for all layers": ("gemma3", _spec(local_rope_theta=0.0)),
     "short factors beyond the original context": ("phi4-mini", _spec(max_context=64)),
+    "no sinks": ("gpt-oss", _attends_without_sinks),
+    "activation without its bounds": ("gpt-oss", _replaced("minisgl.model.layers.act_mul", lambda x, _: _unbounded(x))),
     "all layers rotate": ("smollm3", _spec(nope_layers=())),
 }
 

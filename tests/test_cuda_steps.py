@@ -171,7 +171,7 @@ def test_random_plans_give_the_tokens_of_the_cpu_worker(tmp_path: Path, seed: in
     assert len(ours.graphs.keys) > 1 if graphs else not ours.graphs.keys
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe, windows", "gemma2", "gemma3", "phi4-mini", "smollm3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe, windows", "gemma2", "gemma3", "gpt-oss", "phi4-mini", "smollm3"])
 def test_what_architectures_differ_in_gives_the_logits_of_the_cpu_worker(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

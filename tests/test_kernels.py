@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,14 @@ class Cache:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int = 0, softcap: float = 0.0, scale: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reference: q [T, H, D] are the last T of S positions; softmax over what is not later."""
     t, heads, dim = q.shape
@@ -77,7 +85,9 @@ def attend(
     own, at = torch.arange(s - t, s, device=q.device)[:, None], torch.arange(s, device=q.device)
     seen = (at <= own) & (at > own - (window or s))
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    return torch.einsum("tkgs,skd->tkgd", scores.softmax(-1), v).reshape(t, heads, dim)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(kv_heads, -1, 1).expand(t, -1, -1, 1)), -1)
+    return torch.einsum("tkgs,skd->tkgd", scores.softmax(-1)[..., :s], v).reshape(t, heads, dim)
 
 
 @pytest.mark.parametrize("task", ["decode", "prefill"])
@@ -117,12 +127,19 @@ def test_decode_attention_over_scattered_pages_is_softmax_attention(
     assert int(workspace.counters.abs().sum()) == 0
 
 
-LIMITS = [{"window": 1}, {"window": 37}, {"window": 64}, {"softcap": 2.0, "scale": 0.3}, {"window": 20, "softcap": 5.0}]
+SINKS = torch.tensor([0.5, -1.0, 4.0], device=DEVICE)
+LIMITS = [
+    {"window": 1},
+    {"window": 37},
+    {"window": 64, "sinks": SINKS},
+    {"softcap": 2.0, "scale": 0.3},
+    {"window": 20, "softcap": 5.0, "sinks": SINKS},
+]
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("splits", [1, 4])
-def test_decode_attention_keeps_to_window_soft_cap_and_scale(limits: dict[str, float], splits: int) -> None:
+def test_decode_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict[str, Any], splits: int) -> None:
     c = Cache([1, 130, 64, 37], 1, 64, 16)
     q = rand(4, 3, 64)
     workspace = DecodeWorkspace(4, splits, 3, 1, 64, DEVICE)
@@ -132,8 +149,8 @@ def test_decode_attention_keeps_to_window_soft_cap_and_scale(limits: dict[str, f
     assert int(workspace.counters.abs().sum()) == 0
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=str)
-def test_prefill_attention_keeps_to_window_soft_cap_and_scale(limits: dict[str, float]) -> None:
+@pytest.mark.parametrize("limits", LIMITS)
+def test_prefill_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict[str, Any]) -> None:
     chunks, kv_lens = np.array([70, 9], np.int32), np.array([70, 150], np.int32)
     c = Cache(kv_lens.tolist(), 1, 64, 16)
     q = rand(79, 3, 64)
@@ -364,8 +381,14 @@ def test_experts_are_the_weighted_sum_of_what_each_says(tokens: int, e: int, inn
     torch.manual_seed(e)
     x, router = rand(tokens, 96), rand(e, 96)
     gate_up, down = rand(e, 2 * inner, 96) / 10, rand(e, 96, inner) / 10
-    parts = moe.experts(x, F.linear(x, router), gate_up, down, top=2, normalise=normalise)
+    parts = moe.experts(x, F.linear(x, router), moe.Weights(gate_up, down), moe.Settings(2, normalise))
     want = Experts(router, gate_up, down, top_k=2, normalise=normalise)(x)
+    biases = (rand(e), 4 * rand(e, 2 * inner), rand(e, 96))
+    more = moe.experts(
+        x, F.linear(x, router, biases[0]), moe.Weights(gate_up, down, *biases[1:]), moe.Settings(2, normalise, clamped=True)
+    )
+    clamped = Experts(router, gate_up, down, top_k=2, normalise=normalise, activation="clamped_swiglu", biases=biases)(x)
+    assert error(more.float().sum(0), clamped) < TOLERANCE
     assert parts.shape == (2, tokens, 96)
     assert error(parts.float().sum(0), want) < TOLERANCE
 

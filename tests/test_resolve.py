@@ -111,7 +111,7 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
         ({"architectures": ["MinistralForCausalLM"], "sliding_window": 8, "layer_types": ["chunked"] * 2}, "layer_types is"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers is"),
-        ({"architectures": ["GptOssForCausalLM"]}, "'GptOssForCausalLM' is not supported.*Qwen3MoeForCausalLM"),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "'axial' is not supported.*default, linear, .*, longrope"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4.0"),

@@ -78,6 +78,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3, beside images": ("Gemma3", {"sliding_window": 11, "layer_types": _TYPES, "model_type": "gemma3_text"}),
     "mistral3, beside images": ("Mistral3", {"sliding_window": None, "model_type": "mistral"}),
+    "gpt-oss": ("GptOss", {"sliding_window": 14, "num_local_experts": 5, "num_experts_per_tok": 2, "rope_parameters": _YARN}),
     "phi3": ("Phi3", {"sliding_window": 27, "hidden_size": 96}),
     "phi4-mini": (
         "Phi3",
@@ -147,8 +148,10 @@ def _save(path: Any, cls: Any, config: Any) -> Any:
         for name, p in model.named_parameters():  # norms of one and biases of zero would hide that they are not applied
             if "norm" in name:
                 p.uniform_(-0.5, 0.5).add_(0.0 if "Gemma" in cls.__name__ else 1.0)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 p.normal_(0, 0.5)
+            elif ".mlp." in name and "GptOss" in cls.__name__:  # the bounds of its activation are far out
+                p.mul_(3.0)
             elif "embed" in name and "Gemma" in cls.__name__:  # which scales it up: it would say the same token for ever
                 p.mul_(0.03)
     model.save_pretrained(path)

@@ -44,7 +44,8 @@ class Arch:
     logit_softcap: float = 0.0
     text: str = ""
     sizes: tuple[tuple[str, int], ...] = ()  # that config.json may leave out
-    experts: str = ""  # "": none, "mixtral" or "qwen": how config.json names their sizes
+    experts: str = ""  # "": none; "mixtral", "qwen" or "gpt-oss": how config.json names their sizes
+    sinks: bool = False
 
 
 _GEMMA3 = Arch(
@@ -93,6 +94,18 @@ HF_ARCHS = {
     ),
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": replace(_GEMMA3, text="gemma3_text"),
+    "GptOssForCausalLM": Arch(
+        "gpt_oss.GptOss",
+        activation="clamped_swiglu",
+        sliding="period",
+        window=128,
+        period=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=150_000.0,
+        sinks=True,
+        experts="gpt-oss",
+    ),
     "Phi3ForCausalLM": Arch("phi3.Phi3", sliding="all", rms_norm_eps=1e-5),
     "SmolLM3ForCausalLM": Arch("smollm3.SmolLM3", sliding="nope", switched=True, nope_period=4, rope_theta=2e6, tied=True),
 }

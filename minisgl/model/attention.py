@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
-from minisgl.model.layers import QKNorm, rms_norm, softcap_
+from minisgl.model.layers import QKNorm, rms_norm, softcap_, softmax
 from minisgl.model.rope import rotate_
 from minisgl.model.state import Batch
 
@@ -26,13 +26,21 @@ class AttentionBackend(Protocol):
     """Owns the KV cache and knows where the rows of the current step keep theirs: it is told before the first layer."""
 
     def __call__(
-        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, qk_norm: QKNorm | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        qk_norm: QKNorm | None,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate the queries and keys of qkv [T, (H + 2K) * D], store keys and values, attend -> [T, H * D].
 
         cos and sin: from the `rope` of the same blocks (see minisgl.model.blocks), None for a layer that does not rotate.  With
-        `qk_norm`, queries and keys are normalised head by head before they are rotated.  Window, scale and soft cap are those
-        of the ModelSpec.  Takes `qkv` over: it may be changed in place.
+        `qk_norm`, queries and keys are normalised head by head before they are rotated.  `sinks` f32[H]: scores without values
+        that take part in the softmax.  Window, scale and soft cap are those of the ModelSpec.  Takes `qkv` over: it may be
+        changed in place.
         """
 
 
@@ -81,6 +89,7 @@ class TorchAttention:
         self._page_size = page_size
         self._kv_heads, self._group, self._dim = num_kv_heads, num_heads // num_kv_heads, spec.head_dim
         self._scale, self._softcap = spec.scale, spec.attn_softcap
+        self._by_hand = spec.sinks or self._softcap > 0  # what scaled_dot_product_attention cannot do
         self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
         token = 2 * num_kv_heads * spec.head_dim
         self._token_bytes = token * dtype.itemsize
@@ -124,7 +133,14 @@ class TorchAttention:
         return _Step(chunks, groups)
 
     def __call__(
-        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, qk_norm: QKNorm | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        qk_norm: QKNorm | None,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         heads = self._kv_heads * self._group
         qkv = qkv.view(-1, heads + 2 * self._kv_heads, self._dim)
@@ -137,8 +153,8 @@ class TorchAttention:
         q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         step = self._steps[self._windows[layer]]
-        out = [self._prefill(layer, c, q[c.start : c.end], kv) for c in step.chunks]
-        out += [self._decode(layer, g, q[g.start : g.end]) for g in step.groups]
+        out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
+        out += [self._decode(layer, g, q[g.start : g.end], sinks) for g in step.groups]
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def _pages_of(self, tokens: int) -> int:
@@ -149,7 +165,7 @@ class TorchAttention:
     ) -> _Chunk:
         n = end - start
         alone = context == n  # no cached prefix
-        if alone and not (window and context > window) and not self._softcap:
+        if alone and not (window and context > window) and not self._by_hand:
             return _Chunk(start, end, context, None, None)
         # The pages before the first token that any query sees are left out, and positions count from the rest.
         skipped = 0 if alone or not window else max(0, context - n - window + 1) // self._page_size
@@ -185,21 +201,32 @@ class TorchAttention:
         torch.index_select(self._by_page[layer], 0, pages, out=out)
         return out.view(-1, 2, self._kv_heads, self._dim)
 
-    def _prefill(self, layer: int, c: _Chunk, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def _prefill(self, layer: int, c: _Chunk, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         kv = kv[c.start : c.end] if c.pages is None else self._gather(layer, c.pages)[: c.context]
         keys, values = kv.permute(1, 2, 0, 3)[:, :, None].expand(-1, -1, self._group, -1, -1)  # [K, G, S, D]
         q = q.view(len(q), self._kv_heads, self._group, self._dim).permute(1, 2, 0, 3)  # [K, G, chunk, D]
-        return self._attend(q, keys, values, c.mask).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
+        if sinks is not None:
+            sinks = sinks.view(self._kv_heads, self._group, 1, 1)
+        return self._attend(q, keys, values, c.mask, sinks).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
 
-    def _decode(self, layer: int, g: _DecodeGroup, q: torch.Tensor) -> torch.Tensor:
+    def _decode(self, layer: int, g: _DecodeGroup, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         rows = len(q)
         kv = self._gather(layer, g.pages).view(rows, -1, 2, self._kv_heads, self._dim)
         keys, values = kv.permute(2, 0, 3, 1, 4)  # [rows, K, S, D]
         q = q.view(rows, self._kv_heads, self._group, self._dim)
-        return self._attend(q, keys, values, g.mask).reshape(rows, -1)
+        if sinks is not None:
+            sinks = sinks.view(self._kv_heads, self._group, 1)
+        return self._attend(q, keys, values, g.mask, sinks).reshape(rows, -1)
 
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if mask is None or not self._softcap:
+    def _attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if mask is None or not self._by_hand:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scale)
-        scores = softcap_(q @ keys.transpose(-1, -2) * self._scale, self._softcap)
-        return (scores + mask).softmax(-1) @ values
+        scores = softcap_(q @ keys.transpose(-1, -2) * self._scale, self._softcap) + mask
+        return softmax(scores, sinks) @ values

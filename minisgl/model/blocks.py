@@ -44,9 +44,17 @@ class Blocks(Protocol):
         """act(x @ gate.T) * (x @ up.T) for weights [I, in]: the first half of a gated MLP.  See ModelSpec.activation."""
 
     def experts(
-        self, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int, normalise: bool
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: layers.Biases | None = None,
     ) -> Callable[[Rows], Rows]:
-        """The weighted sum of what the `top_k` likeliest of E experts make of each row; gated by silu.
+        """The weighted sum of what the `top_k` likeliest of E experts make of each row; `activation`: see ModelSpec.
 
         router [E, C]; gate_up [E, 2 I, C]; down [E, C, I].  The weights are the softmax over all experts, scaled to add up to
         one with `normalise`.  Takes plain rows.
@@ -75,9 +83,17 @@ class CpuBlocks:
         return lambda x: layers.act_mul(both(x), activation)
 
     def experts(
-        self, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int, normalise: bool
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: layers.Biases | None = None,
     ) -> Callable[[Rows], Rows]:
-        return layers.Experts(router, gate_up, down, top_k=top_k, normalise=normalise)
+        return layers.Experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
 
     def rope(self, spec: ModelSpec) -> Positions:
         return Rope(spec, self._dtype).at

@@ -95,10 +95,10 @@ def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decod
     """The modules for `spec` on GPUs of the compute capabilities `archs`, e.g. ("9.0",).  Raises UserError for a malformed one.
 
     `decode`: also for decode steps, which the engine asks for with --attention-backend flashinfer.  Empty where FlashInfer is
-    not used: float32, other head sizes.
+    not used: float32, other head sizes, attention sinks.
     """
     q = spec.dtype if engine.dtype == "auto" else engine.dtype
-    if q not in _SHORT or spec.head_dim not in HEAD_DIMS or not archs:
+    if q not in _SHORT or spec.head_dim not in HEAD_DIMS or spec.sinks or not archs:
         return []
     kv = FP8 if engine.kv_cache_dtype == "fp8" else q
     every = tuple(sorted({parse_arch(a) for a in archs}, key=_arch_key))

@@ -135,7 +135,11 @@ def nope_layers(config: Metadata, arch: Arch, layers: int) -> tuple[int, ...]:
 
 
 def activation(config: Metadata, arch: Arch) -> str:
-    """ModelSpec.activation: Gemma's is `hidden_activation`, whatever an older `hidden_act` says."""
+    """ModelSpec.activation: Gemma's is `hidden_activation`, whatever an older `hidden_act` says.  gpt-oss' is in the code."""
+    if arch.activation == "clamped_swiglu":
+        config.refuse("swiglu_limit", (7, 7.0), "another bound of the activation is")
+        config.refuse("swiglu_alpha", (1.702,), "another slope of the activation is")
+        return arch.activation
     key = "hidden_activation" if arch.activation == "gelu_tanh" else "hidden_act"
     value = config.get(key)
     if value is None:
@@ -162,10 +166,10 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
     """The fields of a mixture of experts; {} for dense models."""
     if not arch.experts:
         return {}
-    if arch.experts == "mixtral":
+    if arch.experts != "qwen":
         return {
-            "num_experts": config.size("num_local_experts", 8),
-            "experts_per_token": config.size("num_experts_per_tok", 2),
+            "num_experts": config.size("num_local_experts", 8 if arch.experts == "mixtral" else 128),
+            "experts_per_token": config.size("num_experts_per_tok", 2 if arch.experts == "mixtral" else 4),
             "expert_size": config.size("intermediate_size"),
             "norm_topk": True,
         }

@@ -34,7 +34,9 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     arch = HF_ARCHS[architecture]
     config = text_part(outer, arch)
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
-    outer.refuse("quantization_config", (), "quantised safetensors are")
+    mxfp4 = arch.experts == "gpt-oss" and (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    if not mxfp4:
+        outer.refuse("quantization_config", (), "quantised safetensors are")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers, context = config.size("num_hidden_layers"), config.size("max_position_embeddings")
     head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else arch.head_dim)
@@ -71,6 +73,8 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
         attn_scale=attention_scale(config, arch),
         attn_softcap=optional(config, "attn_logit_softcapping", arch.attn_softcap),
         logit_softcap=optional(config, "final_logit_softcapping", arch.logit_softcap),
+        sinks=arch.sinks,
+        expert_format="mxfp4" if mxfp4 else "",
         weight_prefix="language_model." if arch.text else "",
         **experts(config, arch, layers),
     )

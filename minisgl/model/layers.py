@@ -83,6 +83,9 @@ class QKNorm:
 def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """[T, 2 I] (gate, up) -> act(gate) * up, [T, I]; `activation`: see ModelSpec."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
 
@@ -91,25 +94,49 @@ def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
     return x.div_(cap).tanh_().mul_(cap) if cap else x
 
 
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension; `sinks`, which can be expanded to its size 1, take their share and are left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+
+
 def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Router logits [T, E] -> (experts i64[T, top_k], their weights f32[T, top_k]): see Blocks.experts."""
     weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     return experts, weights / weights.sum(-1, keepdim=True) if normalise else weights
 
 
+Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a router [E], gate_up [E, 2 I] and down [E, C]
+
+
 class Experts:
     """A mixture of experts, one after the other, each with the rows that chose it."""
 
-    def __init__(self, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int, normalise: bool) -> None:
+    def __init__(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
+    ) -> None:
         self._router, self._gate_up, self._down = router, gate_up, down
-        self._top_k, self._normalise = top_k, normalise
+        self._top_k, self._normalise, self._activation = top_k, normalise, activation
+        self._biases = biases or (None, [None] * len(down), [None] * len(down))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        experts, weights = route(F.linear(x, self._router), self._top_k, self._normalise)
+        router_bias, gate_up_bias, down_bias = self._biases
+        experts, weights = route(F.linear(x, self._router, router_bias), self._top_k, self._normalise)
         y = torch.zeros_like(x)
-        for expert in sorted(set(experts.flatten().tolist())):
-            rows, which = (experts == expert).nonzero(as_tuple=True)
-            part = F.linear(act_mul(F.linear(x[rows], self._gate_up[expert])), self._down[expert])
+        for e in sorted(set(experts.flatten().tolist())):
+            rows, which = (experts == e).nonzero(as_tuple=True)
+            hidden = act_mul(F.linear(x[rows], self._gate_up[e], gate_up_bias[e]), self._activation)
+            part = F.linear(hidden, self._down[e], down_bias[e])
             y.index_add_(0, rows, part * weights[rows, which, None].to(x.dtype))
         return y
 

@@ -60,9 +60,10 @@ class Attention:
         if spec.qk_norm:  # the same for all heads, so every rank has it whole
             q, k = (weights.take(f"{name}{part}_norm.weight", (spec.head_dim,)) for part in "qk")
             self.qk_norm = QKNorm(q, k, spec.rms_norm_eps)
+        self.sinks = weights.take(name + "sinks", (spec.num_heads,), rows=shard.heads).float() if spec.sinks else None
 
     def __call__(self, x: Rows, rotation: Rotation, attend: AttentionBackend) -> Rows:
-        out = attend(self.layer, self.qkv(x), *rotation, self.qk_norm)  # [T, H * D]
+        out = attend(self.layer, self.qkv(x), *rotation, self.qk_norm, sinks=self.sinks)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
 

@@ -45,7 +45,7 @@ def open_weights(spec: ModelSpec, dtype: torch.dtype) -> Weights:
 class SafetensorsWeights:
     """One *.safetensors file, or several with an index (without an index: all that are there)."""
 
-    DTYPES = ("F32", "F16", "BF16")
+    DTYPES = ("F32", "F16", "BF16", "U8")  # bytes are numbers to all the others, too
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         self._dtype = dtype

@@ -42,6 +42,7 @@ class Heads:
     windows: tuple[int, ...] = ()  # by layer, and so on: see ModelSpec
     scale: float = 0.0
     softcap: float = 0.0
+    sinks: bool = False
 
     @classmethod
     def of(cls, spec: ModelSpec, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype, capability: int) -> Heads:
@@ -56,6 +57,7 @@ class Heads:
             windows=spec.windows,
             scale=spec.scale,
             softcap=spec.attn_softcap,
+            sinks=spec.sinks,
         )
 
     @property
@@ -104,13 +106,13 @@ class Backend(Protocol):
     def plan_prefill(self, chunks: Chunks) -> None:
         """Prepare a step's chunks."""
 
-    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """Causal attention of the chunks' queries [T, H, D] -> [T, H, D]."""
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Causal attention of the chunks' queries [T, H, D] -> [T, H, D].  sinks f32[H]: see AttentionBackend."""
 
     def plan_decode(self, rows: DecodeRows) -> None:
         """Prepare a step's decode rows."""
 
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of one query per row [B, H, D] -> [B, H, D]."""
 
 
@@ -219,7 +221,14 @@ class PagedAttention:
             self._decode_backend.plan_decode(rows)
 
     def __call__(
-        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, qk_norm: QKNorm | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        qk_norm: QKNorm | None,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         q = prepare_heads(
             qkv,
@@ -235,9 +244,9 @@ class PagedAttention:
         )
         parts = []
         if self._split:
-            parts.append(self._prefill_backend.prefill(q[: self._split], layer))
+            parts.append(self._prefill_backend.prefill(q[: self._split], layer, sinks))
         if self._rows:
-            parts.append(self._decode_backend.decode(q[self._split :], layer))
+            parts.append(self._decode_backend.decode(q[self._split :], layer, sinks))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
 

@@ -60,6 +60,8 @@ class FlashInferAttention:
             return "it needs compute capability 8.0 or newer"
         if heads.dtype == torch.float32:
             return "it has no kernels for float32"
+        if heads.sinks:
+            return "its kernels are used without attention sinks"
         if heads.head_dim not in HEAD_DIMS:
             return f"it has no kernels for a head size of {heads.head_dim}"
         if importlib.util.find_spec("flashinfer") is None:
@@ -71,7 +73,7 @@ class FlashInferAttention:
         starts[1:] = torch.from_numpy(np.cumsum(chunks.chunk_lens))
         self._plan(self._prefill, (starts,), chunks.kv_lens, chunks.pages, causal=True)
 
-    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         wrapper = self._prefill[self._heads.window(layer)]
         out: torch.Tensor = wrapper.run(q, (self._cache.keys(layer), self._cache.values(layer)))
         return out
@@ -81,7 +83,7 @@ class FlashInferAttention:
             raise RuntimeError("FlashInfer plans decode rows on the host")
         self._plan(self._decode, (), rows.host_kv_lens, rows.host_pages)
 
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         wrapper = self._decode[self._heads.window(layer)]
         out: torch.Tensor = wrapper.run(q, (self._cache.keys(layer), self._cache.values(layer)))
         return out

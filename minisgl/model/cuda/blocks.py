@@ -16,6 +16,7 @@ from minisgl.model.blocks import Norm as NormLayer
 from minisgl.model.blocks import Positions, Rows
 from minisgl.model.kernels import layer, moe
 from minisgl.model.kernels.linear import choose, gemv, skinny
+from minisgl.model.layers import Biases
 from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
@@ -122,13 +123,12 @@ class Experts:
     """A mixture of experts.  Hands on a part for each of a token's choices, or their sum if the ranks add up theirs first."""
 
     def __init__(
-        self, router: Linear, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int, normalise: bool, whole: bool
+        self, router: Callable[[Rows], torch.Tensor], weights: moe.Weights, settings: moe.Settings, *, whole: bool
     ) -> None:
-        self._router, self._gate_up, self._down = router, gate_up, down
-        self._top_k, self._normalise, self._whole = top_k, normalise, whole
+        self._router, self._weights, self._settings, self._whole = router, weights, settings, whole
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = moe.experts(x, self._router(x), self._gate_up, self._down, top=self._top_k, normalise=self._normalise)
+        parts = moe.experts(x, self._router(x), self._weights, self._settings)
         return parts.sum(0) if self._whole else parts
 
 
@@ -168,10 +168,21 @@ class CudaBlocks:
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
     def experts(
-        self, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int, normalise: bool
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
     ) -> Callable[[Rows], Rows]:
         product = Linear(router, whole=True)
-        return Experts(product, gate_up, down, top_k=top_k, normalise=normalise, whole=self._whole)
+        settings = moe.Settings(top_k, normalise, activation == "clamped_swiglu")
+        if biases is None:
+            return Experts(product, moe.Weights(gate_up, down), settings, whole=self._whole)
+        return Experts(Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, whole=self._whole)
 
     def rope(self, spec: ModelSpec) -> Positions:
         freqs, amplitude = frequencies(spec)

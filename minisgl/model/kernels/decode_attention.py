@@ -33,6 +33,7 @@ def _decode(
     part_out,
     part_lse,
     counters,
+    sinks,  # f32[H], or None
     scale,
     v_scale,
     table_stride,
@@ -84,6 +85,10 @@ def _decode(
             query = query.to(tl.float16)
         best = tl.full([GROUP_PAD], -float("inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
+        if sinks is not None:  # a score without a value, in the first part
+            sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
+            best = tl.where(part == 0, sink, best)
+            total = tl.where(part == 0, 1.0, total)
         acc = tl.zeros([GROUP_PAD, WIDTH_PAD], tl.float32)
         acc_odd = acc
         tokens = tl.arange(0, BLOCK)
@@ -187,6 +192,7 @@ def decode_attention(
     scale: float = 0.0,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     block: int = 0,
@@ -197,7 +203,8 @@ def decode_attention(
 
     q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
     contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
-    `scale` 0 is 1 / sqrt(D); `window`: only the last so many tokens, 0 for all; `softcap` c: scores become c * tanh(score / c).
+    `scale` 0 is 1 / sqrt(D); `window`: only the last so many tokens, 0 for all; `softcap` c: scores become c * tanh(score / c);
+    `sinks` f32[H]: scores without values that take part in the softmax.
     `k_scale` and `v_scale` multiply what is stored.  Nothing but a row's own tokens is read, so no other request's NaN spreads.
     """
     rows, heads, dim = q.shape
@@ -222,6 +229,7 @@ def decode_attention(
         workspace.out,
         workspace.lse,
         workspace.counters,
+        sinks,
         (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
         v_scale,
         page_table.stride(0),

@@ -18,6 +18,7 @@ the tiles, as in linear.  Sorting into padded blocks is the idea of MegaBlocks (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,14 +104,15 @@ def _place(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _experts(
-    x, weight, out, weights, order, blocks, tokens, N, K, E,
-    TOP: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, out, weights, order, blocks, tokens, N, K, E,
+    TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of N outputs, block of choices).
 
     FIRST: x [T, K], weight [E, 2 N, K], out [T TOP, N] gated.  Otherwise: x [T TOP, K], weight [E, N, K], out [TOP, T, N],
-    times the choice's weight.
+    times the choice's weight.  bias [E, 2 N or N], or None.
     """
     begin(PDL)
     block = tl.program_id(1)
@@ -141,12 +143,44 @@ def _experts(
                 acc_up = tl.dot(w_up, tl.trans(xs), acc_up, input_precision=PRECISION)
             at_x += BLOCK_K
             at_w += BLOCK_K
+        if bias is not None:
+            at_bias = bias + expert.to(tl.int64) * height + n
+            acc += tl.load(at_bias, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            if FIRST:
+                acc_up += tl.load(at_bias + N, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if FIRST:
-            value, to = gate(acc, acc_up, out), choice
+            value, to = clamped_gate(acc, acc_up, out) if CLAMPED else gate(acc, acc_up, out), choice
         else:
             value = acc * tl.load(weights + choice, mask=inside, other=0.0)[None, :]
             to = choice % TOP * tokens + choice // TOP
         tl.store(out + to[None, :] * N + n[:, None], value.to(out.dtype.element_ty), mask=inside[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def clamped_gate(gate, up, out):
+    """The activation of gpt-oss: see minisgl.model.layers.act_mul."""
+    gate = tl.minimum(gate.to(out.dtype.element_ty).to(tl.float32), 7.0)
+    up = tl.clamp(up.to(out.dtype.element_ty).to(tl.float32), -7.0, 7.0)
+    return (up + 1) * (gate * tl.sigmoid(1.702 * gate))
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """gate_up [E, 2 I, C] and down [E, C, I], with their biases [E, 2 I] and [E, C] if they have any; all contiguous."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`top` choices of each token, with weights that add up to one if `normalise`; `clamped`: the activation of gpt-oss."""
+
+    top: int
+    normalise: bool
+    clamped: bool = False
 
 
 def route(logits: torch.Tensor, top: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,23 +226,24 @@ def choose(tokens: int, top: int, e: int) -> dict[str, Any]:
     return {"block_m": block_m, "block_n": 64, "block_k": 64, "warps": warps, "stages": stages}
 
 
-def experts(
-    x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top: int, normalise: bool
-) -> torch.Tensor:
-    """x [T, C], router logits [T, E], gate_up [E, 2 I, C], down [E, C, I], all contiguous -> parts [top, T, C] of x's dtype."""
-    tokens, (e, width, inner) = len(x), down.shape
-    settings = choose(tokens, top, e)
-    chosen, weights = route(logits, top, normalise)
-    order, blocks = sort(chosen, e, settings["block_m"])
+def experts(x: torch.Tensor, logits: torch.Tensor, weights: Weights, settings: Settings) -> torch.Tensor:
+    """x [T, C] and router logits [T, E], contiguous -> parts [top, T, C] of x's dtype."""
+    tokens, (e, width, inner), top = len(x), weights.down.shape, settings.top
+    sizes = choose(tokens, top, e)
+    chosen, shares = route(logits, top, settings.normalise)
+    order, blocks = sort(chosen, e, sizes["block_m"])
     hidden = torch.empty(tokens * top, inner, dtype=x.dtype, device=x.device)
     parts = torch.empty(top, tokens, width, dtype=x.dtype, device=x.device)
-    for source, weight, out, first in ((x, gate_up, hidden, True), (hidden, down, parts, False)):
+    for source, weight, bias, out, first in (
+        (x, weights.gate_up, weights.gate_up_bias, hidden, True),
+        (hidden, weights.down, weights.down_bias, parts, False),
+    ):
         n, k = out.shape[-1], source.shape[1]
-        block_k = min(settings["block_k"], max(16, triton.next_power_of_2(k)))
-        _experts[(triton.cdiv(n, settings["block_n"]), len(blocks))](
-            source, weight, out, weights, order, blocks, tokens, n, k, e,
-            TOP=top, FIRST=first, BLOCK_M=settings["block_m"], BLOCK_N=settings["block_n"], BLOCK_K=block_k,
-            EVEN=k % block_k == 0, PRECISION="ieee", num_warps=settings["warps"], num_stages=settings["stages"],
-            **launch_options(x),
+        block_k = min(sizes["block_k"], max(16, triton.next_power_of_2(k)))
+        _experts[(triton.cdiv(n, sizes["block_n"]), len(blocks))](
+            source, weight, bias, out, shares, order, blocks, tokens, n, k, e,
+            TOP=top, FIRST=first, CLAMPED=settings.clamped, BLOCK_M=sizes["block_m"], BLOCK_N=sizes["block_n"],
+            BLOCK_K=block_k, EVEN=k % block_k == 0, PRECISION="ieee", num_warps=sizes["warps"],
+            num_stages=sizes["stages"], **launch_options(x),
         )  # fmt: skip
     return parts

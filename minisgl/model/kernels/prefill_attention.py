@@ -32,6 +32,7 @@ def _prefill(
     page_table,
     tiles,
     out,
+    sinks,  # f32[H], or None
     scale,
     v_scale,
     table_stride,
@@ -75,6 +76,9 @@ def _prefill(
             query = query.to(tl.float16)
         best = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        if sinks is not None:
+            best = tl.load(sinks + head * GROUP + g) * 1.4426950408889634
+            total += 1.0
         acc = tl.zeros([ROWS, WIDTH_PAD], tl.float32)
         acc_odd = acc
         tokens = tl.arange(0, BLOCK)
@@ -155,13 +159,14 @@ def prefill_attention(
     scale: float = 0.0,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Each token attends to the keys of its slot up to its own position -> [T, H, D].  The chunk's keys are in the cache.
 
-    q [T, H, D] contiguous; keys, values, page_table, scales and soft cap as for decode_attention; `window`: tokens that a query
-    sees, its own included, 0 for all; tiles: see `tiles_of`.
+    q [T, H, D] contiguous; keys, values, page_table, scales, soft cap and sinks as for decode_attention; `window`: tokens that
+    a query sees, its own included, 0 for all; tiles: see `tiles_of`.
     """
     _, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
@@ -178,6 +183,7 @@ def prefill_attention(
         page_table,
         tiles,
         out,
+        sinks,
         (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
         v_scale,
         page_table.stride(0),
