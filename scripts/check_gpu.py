@@ -69,6 +69,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 8}),
     "gemma2": ("Gemma2", {"sliding_window": 70, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3Text", {"sliding_window": 33, "query_pre_attn_scalar": 100, "layer_types": _TYPES}),
+    "gpt-oss": ("GptOss", {"sliding_window": 50, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "phi4-mini": (
         "Phi3",
         {

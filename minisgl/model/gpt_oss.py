@@ -34,6 +34,16 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(pairs.flatten(2), scales.int()[..., None] - 127).flatten(1)
 
 
+def expert_weight(spec: ModelSpec, weights: Weights, name: str, expert: int, shape: tuple[int, int]) -> torch.Tensor:
+    """One expert's part of the tensor `name`, as a weight [out, in] of this `shape`."""
+    number, one, (rows, cols) = spec.num_experts, (expert, expert + 1), shape
+    if spec.expert_format == "mxfp4":
+        packed = weights.take(name + "_blocks", (number, rows, cols // MX_BLOCK, MX_BLOCK // 2), rows=one)
+        scales = weights.take(name + "_scales", (number, rows, cols // MX_BLOCK), rows=one)
+        return from_mxfp4(packed[0].to(torch.uint8), scales[0].to(torch.uint8))
+    return weights.take(name, (number, cols, rows), rows=one)[0].t()
+
+
 class Experts:
     """Takes the place of a layer's MLP; each rank computes some inner columns of every expert (see minisgl.model.moe)."""
 
@@ -43,14 +53,14 @@ class Experts:
         name = f"model.layers.{layer}.mlp."
         number, inner, outer = spec.num_experts, spec.expert_size, spec.hidden_size
         start, end = shard.expert
-        self.parallel, self._spec, self._weights = parallel, spec, weights
+        self.parallel = parallel
         router = weights.take(name + "router.weight", (number, outer))
         gate_up = router.new_empty(number, 2 * (end - start), outer)
         down = router.new_empty(number, outer, end - start)
         for e in range(number):
-            both = self._expert(name + "experts.gate_up_proj", e, 2 * inner, outer)[2 * start : 2 * end]
+            both = expert_weight(spec, weights, name + "experts.gate_up_proj", e, (2 * inner, outer))[2 * start : 2 * end]
             gate_up[e] = torch.cat((both[::2], both[1::2]))
-            down[e] = self._expert(name + "experts.down_proj", e, outer, inner)[:, start:end]
+            down[e] = expert_weight(spec, weights, name + "experts.down_proj", e, (outer, inner))[:, start:end]
         both = weights.take(name + "experts.gate_up_proj_bias", (number, 2 * inner), cols=(2 * start, 2 * end))
         down_bias = weights.take(name + "experts.down_proj_bias", (number, outer))
         self.experts = blocks.experts(
@@ -66,16 +76,6 @@ class Experts:
                 down_bias if shard.rank == 0 else torch.zeros_like(down_bias),  # the ranks' results are added up
             ),
         )
-
-    def _expert(self, name: str, expert: int, rows: int, cols: int) -> torch.Tensor:
-        """The weight [rows, cols] of one expert: rows are outputs."""
-        number, one = self._spec.num_experts, (expert, expert + 1)
-        if self._spec.expert_format == "mxfp4":
-            groups = cols // MX_BLOCK
-            packed = self._weights.take(name + "_blocks", (number, rows, groups, MX_BLOCK // 2), rows=one)
-            scales = self._weights.take(name + "_scales", (number, rows, groups), rows=one)
-            return from_mxfp4(packed[0].to(torch.uint8), scales[0].to(torch.uint8))
-        return self._weights.take(name, (number, cols, rows), rows=one)[0].t()
 
     def __call__(self, x: Rows) -> Rows:
         return self.parallel.all_reduce_(self.experts(x))
