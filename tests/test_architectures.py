@@ -21,6 +21,7 @@ from minisgl.model.archs import HF_ARCHS
 from minisgl.model.attention import TorchAttention
 from minisgl.model.blocks import CpuBlocks
 from minisgl.model.parallel import Parallel
+from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
 from minisgl.model.sampler import sample
 
@@ -225,3 +226,42 @@ def test_planted_bugs_are_noticed(bug: str | None, tmp_path: Path, monkeypatch: 
         theirs = model(torch.tensor([PROMPT])).logits[0, -1]
     wrong = bool((ranks.logits[0][0] - theirs).abs().max() > 1e-4 * theirs.abs().max())
     assert wrong == (bug is not None)
+
+
+# ---------------- configurations
+@pytest.mark.parametrize(("prefix", "more"), sorted({(p, "model_type" in m) for p, m in ARCHITECTURES.values()}))
+def test_what_a_config_leaves_unsaid_is_what_transformers_takes_it_to_be(prefix: str, more: bool, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 12, "vocab_size": 300_000, "max_position_embeddings": 65_536}
+    if prefix.startswith("Qwen3"):
+        sizes["head_dim"] = 16  # we want it said
+    kind = {"Gemma3": "Gemma3Text", "Mistral3": "Mistral"}.get(prefix, prefix)
+    theirs = getattr(transformers, f"{kind}Config")(**sizes)
+    config: dict[str, Any] = {
+        "architectures": [f"{prefix.removesuffix('Text')}For{'ConditionalGeneration' if more else 'CausalLM'}"]
+    }
+    config |= {"text_config": {**sizes, "model_type": theirs.model_type}} if more else sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    spec = resolve(str(tmp_path))
+    rope = theirs.rope_parameters
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 12
+    window = getattr(theirs, "sliding_window", None) or 0
+    windows = tuple(window if t == "sliding_attention" else 0 for t in types)
+    assert (spec.rms_norm_eps, spec.tie_embeddings or more) == (theirs.rms_norm_eps, theirs.tie_word_embeddings or more)
+    assert (spec.windows or (0,) * 12) == windows
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 16)
+    assert spec.rope_theta == (rope.get("full_attention") or rope)["rope_theta"]
+    assert spec.local_rope_theta == (rope.get("sliding_attention") or {"rope_theta": 0})["rope_theta"]
+    assert spec.scale == (getattr(theirs, "query_pre_attn_scalar", None) or spec.head_dim) ** -0.5
+    assert spec.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0)
+    assert spec.logit_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0)
+    rotated = getattr(theirs, "no_rope_layers", None) or [1] * 12
+    assert spec.nope_layers == tuple(i for i in range(12) if not rotated[i])
+    assert spec.num_experts == getattr(theirs, "num_local_experts", 0)
+    if spec.num_experts:
+        inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert (spec.experts_per_token, spec.expert_size) == (theirs.num_experts_per_tok, inner)
+        assert spec.norm_topk == getattr(theirs, "norm_topk_prob", True)
