@@ -19,7 +19,6 @@ the tiles, as in linear.  Sorting into padded blocks is the idea of MegaBlocks (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -218,18 +217,20 @@ def sort(experts: torch.Tensor, e: int, block_m: int) -> tuple[torch.Tensor, tor
     return order, blocks
 
 
-def choose(tokens: int, top: int, e: int) -> dict[str, Any]:
-    """The sizes of a program, by how many choices fall on an expert.  Not measured yet."""
+def choose(tokens: int, top: int, e: int) -> dict[str, int]:
+    """The sizes of a program, by how many choices fall on an expert.  Not measured yet: scripts/tune_experts.py does."""
     each = tokens * top / e
     block_m = 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 128 else 128
     stages, warps = 4 if each <= 32 else 3, 8 if block_m == 128 else 4
     return {"block_m": block_m, "block_n": 64, "block_k": 64, "warps": warps, "stages": stages}
 
 
-def experts(x: torch.Tensor, logits: torch.Tensor, weights: Weights, settings: Settings) -> torch.Tensor:
-    """x [T, C] and router logits [T, E], contiguous -> parts [top, T, C] of x's dtype."""
+def experts(
+    x: torch.Tensor, logits: torch.Tensor, weights: Weights, settings: Settings, sizes: dict[str, int] | None = None
+) -> torch.Tensor:
+    """x [T, C] and router logits [T, E], contiguous -> parts [top, T, C] of x's dtype.  `sizes`: instead of `choose`'s."""
     tokens, (e, width, inner), top = len(x), weights.down.shape, settings.top
-    sizes = choose(tokens, top, e)
+    sizes = sizes or choose(tokens, top, e)
     chosen, shares = route(logits, top, settings.normalise)
     order, blocks = sort(chosen, e, sizes["block_m"])
     hidden = torch.empty(tokens * top, inner, dtype=x.dtype, device=x.device)
