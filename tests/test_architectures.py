@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,6 +125,47 @@ def test_every_architecture_is_tested_and_in_the_list_of_features() -> None:
     assert tested == set(HF_ARCHS)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["ministral", "gemma2", "gpt-oss"])
+def test_random_batches_give_every_row_the_logits_of_its_own_text(
+    name: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, cached prefixes of any owner, decodes in any order, slots given to new owners; in groups of one row or in one."""
+    model, rng = save_architecture(tmp_path, name, layers=2), random.Random(seed)
+    monkeypatch.setattr("minisgl.model.attention.GATHER_BYTES", 1 if seed else 1 << 30)
+    ranks, driver = Ranks(tmp_path, 1, monkeypatch), Driver(256, 4, seed)
+    texts: dict[int, list[int]] = {}  # of the slots in use: what is in their cache, and the token sampled last
+    waiting: dict[int, list[int]] = {}  # the rest of their prompts
+    checked = 0
+    for _ in range(14):
+        for slot in [s for s in range(6) if s not in texts and rng.random() < 0.5]:
+            other = rng.choice([[], *texts])  # type: ignore[call-overload]
+            shared = [] if other == [] else driver.pages[other][: rng.randrange(driver.kv_len[other] // 4 + 1)]
+            driver.join(slot, kv_len=4 * len(shared), pages=shared)
+            texts[slot] = texts[other][: 4 * len(shared)] if shared else []
+            waiting[slot] = [rng.randrange(3, 203) for _ in range(rng.randrange(1, 50))]
+        prefill = []
+        for slot in [s for s in waiting if rng.random() < 0.8]:
+            n = rng.randrange(1, 30)
+            ids, waiting[slot] = waiting[slot][:n], waiting[slot][n:]
+            texts[slot] += ids
+            prefill.append((slot, ids, not waiting[slot]))
+        decode = [s for s in texts if s not in waiting and rng.random() < 0.8]
+        rng.shuffle(decode)
+        rows = [slot for slot, _, done in prefill if done] + decode
+        tokens = ranks.run(driver.plan(prefill, decode)) if prefill or decode else []
+        for row, (slot, token) in enumerate(zip(rows, tokens, strict=True)):
+            with torch.inference_mode():
+                theirs = model(torch.tensor([texts[slot]])).logits[0, -1]
+            assert (ranks.logits[-1][row] - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+            texts[slot].append(token)
+            waiting.pop(slot, None)
+            checked += 1
+        for slot in [s for s in texts if s not in waiting and rng.random() < 0.1]:
+            del texts[slot]  # its pages stay as they are: others may read them
+    assert checked > 25
+
+
 # ---------------- weights of gpt-oss
 def test_experts_in_mxfp4_are_those_that_transformers_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -132,11 +174,11 @@ def test_experts_in_mxfp4_are_those_that_transformers_unpacks(tmp_path: Path, mo
     monkeypatch.setitem(ARCHITECTURES, "mxfp4", ("GptOss", {**ARCHITECTURES["gpt-oss"][1], **experts}))
     save_architecture(tmp_path, "mxfp4", layers=2)
     plain, packed = load_file(tmp_path / "model.safetensors"), {}
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for name in [n for n in plain if n.endswith(("gate_up_proj", "down_proj"))]:
         number, inputs, outputs = plain[name].shape
-        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8, generator=random)
-        scales = torch.randint(118, 126, (number, outputs, inputs // 32), dtype=torch.uint8, generator=random)
+        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 126, (number, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
         packed |= {name + "_blocks": blocks, name + "_scales": scales}
         plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
     logits = []
