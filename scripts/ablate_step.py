@@ -1,6 +1,6 @@
 """What each part of a step costs: the step without it.  One worker, no other processes; one JSON line a measurement.
 
-    python scripts/ablate_step.py [--shape qwen3-0.6b] [--points 256x600 140x1010 54x1340 1x300] [--prefill 16384] [--tries]
+    python scripts/ablate_step.py [--shape S] [--points 256x600 1x300 ...] [--prefill 16384] [--tries products|attention]
 
 A part is replaced by nothing (its result is a buffer that stands ready), the step is captured again and timed, two in flight;
 "costs" is the difference to the whole step, so it includes the borders between kernels, which no profile of single kernels
@@ -10,12 +10,14 @@ shows.  --tries replaces settings instead of removing parts.  Points are decode 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -28,6 +30,7 @@ from minisgl.config import Config, EngineConfig
 from minisgl.model.cuda.blocks import Linear, Quantized
 from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import linear
+from minisgl.model.kernels.decode_attention import decode_attention
 from minisgl.model.kernels.layer import silu_mul
 from minisgl.model.kernels.linear import skinny
 from minisgl.model.shapes import random_shape
@@ -143,10 +146,36 @@ def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
     yield "gate, up, silu", [mock.patch.object(la.mlp, "gated", Ready(spec.intermediate_size)) for la in layers]
     yield "down", [mock.patch.object(la.mlp, "down", ready) for la in layers]
     yield "head", [mock.patch.object(model, "head", Ready(spec.vocab_size))]
-    yield "sampling", [mock.patch("minisgl.model.cuda.steps.sample")]
+
+    def advance(_: Any, slots: torch.Tensor, *args: Any, **__: Any) -> None:  # contexts grow as ever
+        args[2].kv_len.index_add_(0, slots, torch.ones_like(slots))
+
+    yield "sampling", [mock.patch("minisgl.model.cuda.steps.sample", advance)]
 
 
-def tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
+def attention_tries(_: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
+    """(name, patches) of other settings for decode attention."""
+    for splits in (1, 2, 4, 8, 16, 32):
+        if not 700 <= splits * rows * 8 <= 2600:
+            continue
+        for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (3, 4)):
+            if block // warps not in (16, 32, 64) or stages * block > 256 + 128:
+                continue
+            setting = {"block": block, "warps": warps, "stages": stages}
+            yield (
+                json.dumps({"splits": splits, **setting}),
+                [
+                    mock.patch("minisgl.model.cuda.attention_triton.decode_attention", partial(decode_attention, **setting)),
+                    mock.patch("minisgl.model.cuda.steps.splits_for", partial(_constant, splits)),
+                ],
+            )
+
+
+def _constant(value: int, *_: Any) -> int:
+    return value
+
+
+def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches) of other settings for the products."""
 
     def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -212,14 +241,14 @@ def main() -> int:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--points", nargs="*", default=["256x600", "140x1010", "54x1340", "1x300"], metavar="ROWSxCONTEXT")
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
-    parser.add_argument("--tries", action="store_true")
+    parser.add_argument("--tries", choices=("products", "attention"))
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--attention-backend", default="auto")
     args = parser.parse_args()
     points = [(int(rows), int(context)) for rows, context in (p.split("x") for p in args.points)]
     engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
-    if args.tries:
+    if args.tries == "products":
         jobs = [(args.shape, [rows for rows, _ in points], i, 16) for i in range(16)]
         with multiprocessing.get_context("spawn").Pool(16) as pool:
             pool.map(compile_share, jobs, chunksize=1)
@@ -228,7 +257,7 @@ def main() -> int:
     runs = [(f"decode {r} rows, context {c}", r, lambda r=r, c=c: bench.decode(r, c)) for r, c in points]
     if args.prefill:
         runs.append((f"prefill {args.prefill}", args.prefill, lambda: bench.prefill(args.prefill)))
-    variants = tries if args.tries else parts
+    variants = {None: parts, "products": product_tries, "attention": attention_tries}[args.tries]
     for name, rows, run in runs:
         run()
         whole = run()

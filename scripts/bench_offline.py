@@ -147,7 +147,10 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
         return time.perf_counter() - start
 
     seconds([prompt(128)], 256)
+    before = engine_stats(llm)
     one = [seconds([prompt(128)], 256) - seconds([prompt(128)], 1) for _ in range(5)]
+    after = engine_stats(llm)
+    alone = {k: after[k] - before[k] for k in ("idle_us", "busy_us", "launch_us", "steps")}
     for _ in range(5):
         seconds([prompt(128)], 1)
     first = [seconds([prompt(128)], 1) for _ in range(30)]
@@ -164,6 +167,8 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
                 "model": spec.name,
                 **about,
                 "ms_per_token": round(float(np.median(one)) / 255 * 1e3, 3),
+                "gpu_ms_per_step": round(alone["busy_us"] / alone["steps"] / 1e3, 3),
+                "launch_ms_per_step": round(alone["launch_us"] / alone["steps"] / 1e3, 3),
                 "ttft_ms": round(float(np.median(first)) * 1e3, 2),
                 "ttft_p90_ms": round(float(np.quantile(first, 0.9)) * 1e3, 2),
                 "gpu_idle_share_256": round(idle / (idle + busy), 4),

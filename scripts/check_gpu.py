@@ -170,10 +170,11 @@ def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harn
     torch.cuda.empty_cache()
 
 
-def cpu(spec: ModelSpec, page_size: int = 16) -> Harness:
-    runner = Runner(Config(spec, EngineConfig(max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=page_size)), 0, "")
+def cpu(spec: ModelSpec, dtype: str = "float32") -> Harness:
+    engine = EngineConfig(max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=16, dtype=dtype)
+    runner = Runner(Config(spec, engine), 0, "")
     runner.allocate(runner.max_pages())
-    return Harness(runner, runner.max_pages(), page_size)
+    return Harness(runner, runner.max_pages(), 16)
 
 
 def prompts(rng: random.Random, lengths: list[int], vocab: int = VOCAB) -> dict[int, list[int]]:
@@ -270,9 +271,11 @@ def check_architectures() -> None:
             reference = cpu(spec)
             for backend in ("triton", "torch"):
                 check_logits(kind, spec, 2e-4, reference, dtype="float32", attention_backend=backend)
-            # In bfloat16 a router may choose another expert where two are nearly as likely: that is no error of a kernel.
-            for backend in ("triton", "auto"):
-                check_logits(kind, spec, 0.5 if spec.num_experts else 4e-2, reference, attention_backend=backend)
+            texts = prompts(random.Random(1), LENGTHS)
+            rounding = error(*(two_chunks(cpu(spec, dtype), texts)[0] for dtype in ("bfloat16", "float32")))
+            report(f"bfloat16 on the CPU, {kind}", True, prefill_error=round(rounding, 6))
+            for backend in ("triton", "auto"):  # a router that is rounded otherwise may choose another expert
+                check_logits(kind, spec, (3 if spec.num_experts else 1.5) * rounding, reference, attention_backend=backend)
             check_paths(spec)
 
 
@@ -428,20 +431,24 @@ def main() -> int:
                 reference = cpu(spec)
                 check_logits(name, spec, tolerance, reference, **engine)
 
+            texts = prompts(random.Random(1), LENGTHS)
+            rounding = error(*(two_chunks(cpu(spec, dtype), texts)[0] for dtype in ("bfloat16", "float32")))
+            report(f"bfloat16 on the CPU, {name}", True, prefill_error=round(rounding, 6))
+            near = 1.5 * rounding  # no worse than the same model in bfloat16 anywhere
             check(2e-4, dtype="float32")
             check(2e-4, dtype="float32", attention_backend="torch")
             if dim in (64, 128):
-                check(2.5e-2)
-            check(2.5e-2, attention_backend="triton")
+                check(near)
+            check(near, attention_backend="triton")
             if dim in (64, 128):
-                check(2.5e-2, attention_backend="flashinfer")
-                check(2.5e-2, attention_backend="flashinfer", page_size=1)
+                check(near, attention_backend="flashinfer")
+                check(near, attention_backend="flashinfer", page_size=1)
             ours = "triton"  # FlashInfer would compile a module for each of the rest
-            check(2.5e-2, page_size=64, attention_backend=ours)
+            check(near, page_size=64, attention_backend=ours)
             # Rounding to float8 itself moves the logits of these models that much (0.28 for weights and activations of the
             # first, emulated in float32); what it costs a trained model is in `accuracy`.
-            check(0.15, kv_cache_dtype="fp8", attention_backend="auto" if dim == 128 else ours)
-            check(0.4, quantization="fp8", attention_backend=ours)
+            check(0.25, kv_cache_dtype="fp8", attention_backend="auto" if dim == 128 else ours)
+            check(0.45, quantization="fp8", attention_backend=ours)
             if kind == "Qwen3" and dim == 128:
                 check_paths(spec)
     try:

@@ -273,10 +273,10 @@ def heads(**change: Any) -> Heads:
 
 
 def test_rows_are_cut_into_parts_only_where_there_are_too_few_of_them() -> None:
-    assert splits_for(256, 8, 4096, 132) == 1
-    assert splits_for(16, 8, 4096, 132) == 8
-    assert splits_for(1, 8, 100, 132) == 1  # one part of a short context
-    assert splits_for(1, 8, 1 << 20, 132) == 64
+    assert splits_for(256, 8, 4096, 132, 2) == 1
+    assert [splits_for(16, 8, 4096, 132, kv_bytes) for kv_bytes in (1, 2)] == [8, 16]
+    assert splits_for(1, 8, 100, 132, 2) == 1  # one part of a short context
+    assert splits_for(1, 8, 1 << 20, 132, 2) == 64
 
 
 def test_ranks_of_uneven_shards_choose_the_same_graphs(tmp_path: Path) -> None:

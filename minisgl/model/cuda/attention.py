@@ -251,13 +251,14 @@ class PagedAttention:
         return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
 
 
-def splits_for(rows: int, kv_heads: int, max_len: int, processors: int) -> int:
+def splits_for(rows: int, kv_heads: int, max_len: int, processors: int, kv_bytes: int) -> int:
     """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
 
-    Eight programs for each processor keep its loads in flight even where they are short.  `kv_heads` must be the same number on
-    all ranks: the parts are part of a graph's key, and ranks that capture at different steps would mix up their collectives.
+    Several programs for each processor keep its loads in flight to the end; `kv_bytes` is 2, or 1 for a float8 cache, whose
+    tokens are read in half the time.  `kv_heads` must be the same number on all ranks: the parts are part of a graph's key, and
+    ranks that capture at different steps would mix up their collectives.
     """
-    wanted = 8 * processors // (rows * kv_heads)
+    wanted = 8 * kv_bytes * processors // (rows * kv_heads)
     return min(triton_parts(max_len), 1 << (wanted.bit_length() - 1) if wanted > 1 else 1)
 
 

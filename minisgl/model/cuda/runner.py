@@ -171,7 +171,7 @@ class CudaRunner:
         peak = torch.cuda.max_memory_allocated(self._device) - before - 2 * page  # there is a spare one
         self._ready = False
         torch.cuda.empty_cache()
-        return peak
+        return max(0, peak)
 
     def allocate(self, num_pages: int) -> None:
         """Create the KV cache: `num_pages` pages, the same number on every rank."""

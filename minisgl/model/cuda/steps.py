@@ -110,7 +110,7 @@ class Steps:
         """
         buckets = sorted({bucket_of(rows) for rows in range(1, self._max_running + 1)}) if self._decode_graphs else []
         for bucket in buckets:
-            splits = splits_for(bucket, self._kv_heads, 1 << 20, self._processors)
+            splits = self._parts(bucket, 1 << 20)
             if (bucket, splits) not in self._graphs:
                 self.state.decode_rows.fill_(self.state.spare)
                 self._resent = True
@@ -147,8 +147,11 @@ class Steps:
 
     def _splits(self, bucket: int, rows: int, longest: int, total: int) -> int:
         """Parts of a row.  Where one row is much longer than the others, four times as many keep it from being the last."""
-        splits = splits_for(bucket, self._kv_heads, 1 << 20, self._processors)
+        splits = self._parts(bucket, 1 << 20)
         return splits if longest * rows < 8 * total * splits else min(64, 4 * splits)
+
+    def _parts(self, rows: int, longest: int) -> int:
+        return splits_for(rows, self._kv_heads, longest, self._processors, min(2, self._heads.kv_dtype.itemsize))
 
     def _run_decode(self, bucket: int, splits: int) -> None:
         state, attention = self.state, self._attention
@@ -235,7 +238,7 @@ class Steps:
             first = 0 if chunks is None else len(chunks.chunk_lens)
             if batch is not None and len(batch.decode_slots):
                 lens = batch.kv_lens[first:]
-                splits = splits_for(len(lens), self._kv_heads, int(lens.max()), self._processors)
+                splits = self._parts(len(lens), int(lens.max()))
                 rows = DecodeRows(row_slots[first:], row_lens[first:], splits, lens, batch.pages[first:])
             attention.plan(kv_index, chunks, rows)
         logits = self._model(ids, positions, sample_rows.long(), attention)

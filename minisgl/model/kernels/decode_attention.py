@@ -210,11 +210,10 @@ def decode_attention(
     rows, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
-    if not block:  # from scripts/tune_kernels.py on an H200
-        many = rows > 128
-        block, warps = (64, 1) if many and keys.dtype != q.dtype else (32, 2) if many else (64, 2)
-        if not many and keys.dtype != q.dtype and rows > 4:
-            block, warps = 128, 4
+    if not block:  # from scripts/ablate_step.py --tries attention, on an H200
+        block, warps = 64, 2
+        if keys.dtype != q.dtype and rows > 4:
+            block, warps = (64, 1) if rows > 192 else (64, 2) if rows > 128 else (64, 1) if 16 < rows <= 64 else (128, 4)
     if fp8 := keys.dtype == torch.float8_e4m3fn:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)

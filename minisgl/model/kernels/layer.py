@@ -133,18 +133,18 @@ def _gated(row, at, width, like, GELU: tl.constexpr = False):
 
 @triton.jit
 def _silu_mul_quantized(gate_up, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program per row, which is read twice: the second time from the L2 cache."""
+    """One program per row."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    top = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, width, BLOCK):
-        top = tl.maximum(top, tl.abs(_gated(gate_up + row * 2 * width, first + at, width, gate_up)))
-    scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
+    _store_quantized(_gated(gate_up + row * 2 * width, at, width, gate_up), row, at, out, scales, width)
+
+
+@triton.jit
+def _store_quantized(value, row, at, out, scales, width):
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
     tl.store(scales + row, scale)
-    for first in range(0, width, BLOCK):
-        value = _gated(gate_up + row * 2 * width, first + at, width, gate_up) / scale
-        tl.store(out + row * width + first + at, value.to(out.dtype.element_ty), mask=first + at < width)
+    tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
 
 
 def silu_mul(gate_up: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
@@ -163,8 +163,8 @@ def silu_mul_quantized(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=FP8, device=gate_up.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
-    block = min(4096, triton.next_power_of_2(width))
-    _silu_mul_quantized[(rows,)](gate_up, out, scales, width, BLOCK=block, num_warps=8, **launch_options(gate_up))
+    block = triton.next_power_of_2(width)
+    _silu_mul_quantized[(rows,)](gate_up, out, scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(gate_up))
     return out, scales
 
 
@@ -321,19 +321,12 @@ def prepare_heads(
 
 @triton.jit
 def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program per row, which is read twice: the second time from the L2 cache."""
+    """One program per row."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    top = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, width, BLOCK):
-        value = tl.load(x + row * width + first + at, mask=first + at < width, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(value))
-    scale = tl.maximum(tl.max(top, 0), 1e-12) / 448.0
-    tl.store(scales + row, scale)
-    for first in range(0, width, BLOCK):
-        value = tl.load(x + row * width + first + at, mask=first + at < width, other=0.0).to(tl.float32)
-        tl.store(out + row * width + first + at, (value / scale).to(out.dtype.element_ty), mask=first + at < width)
+    value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    _store_quantized(value, row, at, out, scales, width)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,9 +334,14 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
     out = torch.empty_like(x, dtype=FP8)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(width))
-    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=8, **launch_options(x))
+    block = triton.next_power_of_2(width)
+    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
     return out, scales
+
+
+def _warps(block: int) -> int:
+    """For a program that holds a whole row."""
+    return min(16, max(4, block // 1024))
 
 
 @triton.jit(do_not_specialize=["positions"])

@@ -153,21 +153,28 @@ def is_narrow(n: int, k: int) -> bool:
 def settings(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = False, gated: bool = False) -> dict[str, Any]:
     """The best settings known for a product, whether or not the library is faster.
 
-    Above 16 rows: one program for each processor, whose shared memory holds as many loads in flight as fit.
+    One program for each processor, whose shared memory holds as many loads in flight as fit.
     """
     if rows == 1:
-        return {"block_n": 4 if k <= 1024 and not gated else 2, "block_k": 1024, "warps": 2 if k <= 1024 or n > 4096 else 4}
+        return {
+            "block_n": (4 if k <= 1024 else 2) // (2 if gated else 1),
+            "block_k": 1024,
+            "warps": 2 if k <= 1024 or n > 4096 else 4,
+        }
     block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
     block_m, warps = min(64, max(16, triton.next_power_of_2(rows))), 4
     tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
     if rows > 64 and tiles > PROCESSORS:
         block_m, warps, tiles = 128, 8, triton.cdiv(n, 64) * triton.cdiv(rows, 128)
-    most, splits = (256 if rows <= 16 else PROCESSORS), 1
+    splits = 1
     splittable = not whole and not gated and (is_narrow(n, k) or rows <= 64)
-    while splittable and splits < 8 and 2 * splits * tiles <= most and k % (2 * splits * block_k) == 0 and k // splits > 256:
+    while (
+        splittable and splits < 8 and 2 * splits * tiles <= PROCESSORS and k % (2 * splits * block_k) == 0 and k // splits > 256
+    ):
         splits *= 2
+    stages = 6 if rows <= 16 or (gated and rows <= 64) else 5 if rows <= 32 else 4
     early = 256 if k <= 4096 and k // splits >= 256 and not fp8 else 0
-    shape = {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": warps, "stages": 5 if rows <= 16 else 4}
+    shape = {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": warps, "stages": stages}
     return {"splits": splits, **shape, "prefetch_k": early}
 
 

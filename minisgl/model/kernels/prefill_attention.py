@@ -174,7 +174,7 @@ def prefill_attention(
     if fp8 := keys.dtype == torch.float8_e4m3fn:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     rows = max(TILE_ROWS, triton.next_power_of_2(group))
-    pad = triton.next_power_of_2(dim)
+    line = triton.next_power_of_2(keys.shape[-1]) * keys.element_size()
     out = torch.empty_like(q)
     _prefill[(kv_heads, len(tiles))](
         q,
@@ -197,7 +197,7 @@ def prefill_attention(
         WIDTH=keys.shape[-1],
         WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
         PAGE=page_size,
-        BLOCK=64 if pad <= 128 and q.dtype != torch.float32 else 32,
+        BLOCK=64 if line <= 256 else 32 if line <= 512 else 16,  # so that keys and values fit into shared memory
         FP8=fp8,
         WINDOW=window,
         SOFTCAP=softcap,
