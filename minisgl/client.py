@@ -93,6 +93,7 @@ class BatchClient:
         Raises RequestError if one of them cannot be served.
         """
         fields = {k: v for k, v in asdict(params or SamplingParams()).items() if v is not None}
+        fields["logit_bias"] = {str(token): value for token, value in fields["logit_bias"]}
         return [c["text"] for c in self._choices("/v1/completions", [{"prompt": p, **fields} for p in prompts])]
 
     def _choices(self, url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from minisgl.actors import topology
-from minisgl.api.requests import ChatPrompt, Chunk, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.requests import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.system import System
 from minisgl.cli import engine_config
 from minisgl.config import Config, ModelSpec, ServerConfig
@@ -34,6 +34,7 @@ class Completion:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # if they were asked for; with `echo` from the prompt on
     error: RequestError | None = None
 
     def take(self, news: Chunk | RequestError) -> None:
@@ -43,6 +44,7 @@ class Completion:
             return
         self.text += news.text
         self.token_ids.extend(news.token_ids)
+        self.logprobs.extend(news.logprobs)
         self.prompt_tokens, self.cached_tokens = news.prompt_tokens, news.cached_tokens
         if news.finish != Finish.NONE:
             self.finish_reason = news.finish.reason

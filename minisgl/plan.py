@@ -9,14 +9,21 @@ carries only what changed.  In steady state a decode plan is its 64-byte header 
 Layout of a plan (little-endian; the arrays follow the header in this order):
 
     header   step i64 | kind u8 | flags u8 | reserved u16 | n_join u32 | n_grant u32 | n_prefill u32 | n_decode u32 | n_ids u32
+             | n_extra u32 | n_targets u32
     join     a slot gets a new owner: its KV length (the cached prefix) and sampling parameters
     grant    page_table[slot, index] = page
-    prefill  n_ids prompt tokens of a slot, appended at its KV length; `sample`: draw a token after the last one
+    prefill  n_ids prompt tokens of a slot, appended at its KV length; `sample` DRAW: draw a token after the last one
     decode   slots that append their last token and draw the next; omitted under SAME: the batch of the previous plan
     ids      i32, the prompt tokens of the prefill rows, concatenated
+    extra    penalties, biases and log probabilities of a slot that joins, for the few requests that have any, and once more
+             (NO_EXTRA) when such a slot gets an owner without
+    bias     n_bias rows for each extra: added to a token's logit; the token is impossible at positions below `until`
+    history  i32, for each extra n_prompt tokens of the prompt and n_output of the answer so far, which penalties count
+    targets  i32, for each prefill row with SCORE the tokens that follow each of its tokens in the prompt: n_ids of them, one
+             less where the row draws
 
-Order within a step: joins, grants, then all rows at once.  The rows that sample are, in order: prefill rows with `sample`, then
-the decode rows; `StepResult.tokens` has one token for each of them.
+Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
+then the decode rows; `StepResult.tokens` has one token for each of them.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.void]
 
 JOIN = np.dtype(
@@ -44,11 +52,28 @@ JOIN = np.dtype(
 )
 GRANT = np.dtype([("slot", "<u4"), ("index", "<u4"), ("page", "<i4")])
 PREFILL = np.dtype([("slot", "<u4"), ("sample", "<u4"), ("n_ids", "<i4")])
+EXTRA = np.dtype(
+    [
+        ("slot", "<u4"),
+        ("presence", "<f4"),
+        ("frequency", "<f4"),
+        ("repetition", "<f4"),
+        ("logprobs", "<i4"),  # alternatives to each token whose log probabilities are wanted; -1: nothing is wanted
+        ("n_bias", "<i4"),
+        ("n_prompt", "<i4"),
+        ("n_output", "<i4"),
+    ]
+)
+BIAS = np.dtype([("token", "<i4"), ("value", "<f4"), ("until", "<i4")])
+NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
+DRAW, SCORE = 1, 2  # flags of a prefill row's `sample`
+SCORED_TOKENS = 256  # `targets` of one step at most: each has a row of logits, for which workers set memory aside
 
-_HEADER = struct.Struct("<qBBHIIIII")
+_HEADER = struct.Struct("<qBBHIIIIIII")
 HEADER_BYTES = 64
 _SAME = 1
 _RESULT = struct.Struct("<qiiii")
+_SCORES = struct.Struct("<ii")
 
 
 class PlanKind(enum.IntEnum):
@@ -77,6 +102,10 @@ class StepPlan:
     prefill: Rows = field(default_factory=lambda: _rows(PREFILL))
     decode: I32 | None = field(default_factory=_ints)
     ids: I32 = field(default_factory=_ints)
+    extras: Rows = field(default_factory=lambda: _rows(EXTRA))
+    bias: Rows = field(default_factory=lambda: _rows(BIAS))
+    history: I32 = field(default_factory=_ints)
+    targets: I32 = field(default_factory=_ints)
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in the scheduler process."""
@@ -92,11 +121,17 @@ class StepPlan:
             len(self.prefill),
             n_decode,
             len(self.ids),
+            len(self.extras),
+            len(self.targets),
         )
         parts = [head.ljust(HEADER_BYTES, b"\0"), self.joins.tobytes(), self.grants.tobytes(), self.prefill.tobytes()]
         if self.decode is not None:
             parts.append(self.decode.astype("<i4", copy=False).tobytes())
         parts.append(self.ids.astype("<i4", copy=False).tobytes())
+        if len(self.extras):
+            parts += [self.extras.tobytes(), self.bias.tobytes(), self.history.astype("<i4", copy=False).tobytes()]
+        if len(self.targets):
+            parts.append(self.targets.astype("<i4", copy=False).tobytes())
         return b"".join(parts)
 
     @classmethod
@@ -104,7 +139,7 @@ class StepPlan:
         """Read a record; the arrays are read-only views of `raw`.  Runs in every worker.  Raises ValueError if malformed."""
         if len(raw) < HEADER_BYTES:
             raise ValueError(f"a plan has at least {HEADER_BYTES} bytes, got {len(raw)}")
-        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids = _HEADER.unpack_from(raw)
+        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids, n_extra, n_targets = _HEADER.unpack_from(raw)
         at = HEADER_BYTES
         joins = np.frombuffer(raw, JOIN, n_join, at)
         at += joins.nbytes
@@ -115,15 +150,65 @@ class StepPlan:
         decode = None if flags & _SAME else np.frombuffer(raw, "<i4", n_decode, at)
         at += 0 if decode is None else decode.nbytes
         ids = np.frombuffer(raw, "<i4", n_ids, at)
-        if at + ids.nbytes != len(raw):
-            raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at + ids.nbytes}")
-        return cls(step, PlanKind(kind), joins, grants, prefill, decode, ids)
+        at += ids.nbytes
+        plan = cls(step, PlanKind(kind), joins, grants, prefill, decode, ids)
+        if n_extra:
+            plan.extras = np.frombuffer(raw, EXTRA, n_extra, at)
+            at += plan.extras.nbytes
+            plan.bias = np.frombuffer(raw, BIAS, int(plan.extras["n_bias"].sum()), at)
+            at += plan.bias.nbytes
+            plan.history = np.frombuffer(raw, "<i4", int((plan.extras["n_prompt"] + plan.extras["n_output"]).sum()), at)
+            at += plan.history.nbytes
+        if n_targets:
+            plan.targets = np.frombuffer(raw, "<i4", n_targets, at)
+            at += plan.targets.nbytes
+        if at != len(raw):
+            raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at}")
+        return plan
+
+
+@dataclass(slots=True)
+class Scores:
+    """Log probabilities of M tokens: of the drawn tokens of slots that want them, in the order of the rows, then of the plan's
+    `targets`.  W is the largest number of alternatives that any of these slots wants; alternatives come most likely first,
+    the smaller id first among equals.
+    """
+
+    logprobs: F32  # [M]
+    top_ids: I32  # [M, W]
+    top_logprobs: F32  # [M, W]
+
+    def pack(self) -> bytes:
+        """The end of a result's record."""
+        head = _SCORES.pack(*self.top_ids.shape)
+        return b"".join(
+            [
+                head,
+                self.logprobs.astype("<f4", copy=False).tobytes(),
+                self.top_ids.astype("<i4", copy=False).tobytes(),
+                self.top_logprobs.astype("<f4", copy=False).tobytes(),
+            ]
+        )
+
+    @classmethod
+    def unpack(cls, raw: bytes, at: int) -> Scores:
+        """Read what stands at `at`.  Raises ValueError if it does not reach to the end."""
+        m, w = _SCORES.unpack_from(raw, at)
+        at += _SCORES.size
+        if len(raw) != at + 4 * m * (1 + 2 * w):
+            raise ValueError(f"a result with {m} scores has {len(raw)} bytes instead of {at + 4 * m * (1 + 2 * w)}")
+        return cls(
+            np.frombuffer(raw, "<f4", m, at),
+            np.frombuffer(raw, "<i4", m * w, at + 4 * m).reshape(m, w),
+            np.frombuffer(raw, "<f4", m * w, at + 4 * m * (1 + w)).reshape(m, w),
+        )
 
 
 @dataclass(slots=True)
 class StepResult:
     """What one step sampled: `tokens` i32[rows], in the order of the plan, and what it took, in microseconds.
 
+    `scores`: the log probabilities that were asked for, None if none were.
     `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
     where nothing was to be done; `launch_us`: CPU time of the launch.
     """
@@ -133,16 +218,20 @@ class StepResult:
     busy_us: int = 0
     idle_us: int = 0
     launch_us: int = 0
+    scores: Scores | None = None
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in worker 0."""
         head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us)
-        return head + self.tokens.astype("<i4", copy=False).tobytes()
+        tokens = self.tokens.astype("<i4", copy=False).tobytes()
+        return head + tokens if self.scores is None else head + tokens + self.scores.pack()
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, n, *times = _RESULT.unpack_from(raw)
-        if len(raw) != _RESULT.size + 4 * n:
-            raise ValueError(f"result {step} has {len(raw)} bytes, its header says {_RESULT.size + 4 * n}")
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), *times)
+        step, n, busy, idle, launch = _RESULT.unpack_from(raw)
+        end = _RESULT.size + 4 * n
+        if len(raw) < end or end < len(raw) < end + _SCORES.size:
+            raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
+        scores = Scores.unpack(raw, end) if len(raw) > end else None
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minisgl.errors import InvalidParam
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_EOS_IDS = 128  # of a model, that `min_tokens` can make impossible
+MAX_LOGIT_BIAS = 1024  # tokens with a bias
+MAX_LOGPROBS = 20  # alternatives to a token that may be asked for
+MAX_REPETITION_PENALTY = 100.0
 MAX_SEED = (1 << 63) - 1
 MAX_PRIORITY = 100  # and down to its negative: a bounded number of lanes
 MAX_SALT_CHARS = 256
@@ -58,10 +64,19 @@ class RequestOptions:
 class SamplingParams:
     """How to continue one prompt.
 
-    `max_tokens=None` generates until the end of the context.  `temperature=0` is greedy.  `top_k=0`, `top_p=1` and
-    `min_p=0` switch those filters off; filters apply in that order, to the distribution after temperature.
+    `max_tokens=None` generates until the end of the context; 0 is for `echo` alone.  `temperature=0` is greedy.  `top_k=0`,
+    `top_p=1` and `min_p=0` switch those filters off; filters apply in that order, to the distribution after temperature.
     With an explicit `seed` the same prompt gives the same text whatever else is running: the random number of a token
-    is a function of (seed, position).  Raises `InvalidParam` naming the field when a value cannot be used.
+    is a function of (seed, position).
+
+    What changes the logits before that, in this order: `logit_bias` (token id -> what is added; a mapping or pairs), with EOS
+    and stop tokens impossible before `min_tokens`; `repetition_penalty` divides the positive and multiplies the negative logits
+    of all tokens of prompt and answer (Keskar et al., arXiv:1909.05858); `frequency_penalty` is taken from a token's logit as
+    often as the answer has it, `presence_penalty` once if it has it at all.
+
+    `logprobs` asks for the log probability of every token and of so many alternatives, in the model's own distribution: before
+    bias, penalties and temperature.  `echo` puts the prompt before the answer, with log probabilities if those are asked for.
+    Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
     max_tokens: int | None = None
@@ -74,12 +89,20 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
+            _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, _MAX_INT)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, _MAX_INT)
         _check_float("top_p", self.top_p, 0.0, 1.0)
@@ -92,8 +115,32 @@ class SamplingParams:
             raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
         for s in self.stop:
             _check_stop(s)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
         for t in self.stop_token_ids:
             _check_int("stop_token_ids", t, 0, _MAX_INT)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY)
+        if self.repetition_penalty == 0.0:
+            raise InvalidParam("repetition_penalty", "repetition_penalty must be greater than 0 (1 is no penalty).")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
+        for token, value in self.logit_bias:
+            _check_int("logit_bias", token, 0, _MAX_INT)
+            _check_float("logit_bias", value, -100.0, 100.0)
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise InvalidParam("logit_bias", "logit_bias names a token twice.")
+        _check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParam("min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what has been said changes what may follow."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
@@ -101,6 +148,14 @@ def _as_tuple(value: object) -> tuple[object, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(value)
     return (value,)
+
+
+def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise InvalidParam("logit_bias", "logit_bias must map token ids to numbers.", "invalid_type")
+    return tuple((token, bias) for token, bias in value)
 
 
 def _check_stop(value: object) -> None:

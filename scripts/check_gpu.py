@@ -6,6 +6,7 @@
             against transformers), as a ratio of norms, for every attention backend, in float32, bfloat16 and with float8
   decode    the logits of decode steps equal those of a prefill of the same text; a cached prefix changes nothing
   graph     steps replayed from CUDA graphs give the tokens of the same steps run eagerly
+  sampling  penalties, biases and log probabilities: tokens and numbers of the CPU worker, from graphs and eagerly
   embedded  greedy text of the embedded model, token for token as on the CPU
   accuracy  float8 weights and KV cache against bfloat16 on text: KL divergence, agreement of the most likely token
   soak      random load with cancellations through all processes; afterwards every page is free or cached
@@ -21,7 +22,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from minisgl.errors import UserError
 from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
-from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
+from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, NO_EXTRA, PREFILL, Scores, StepPlan
 
 VOCAB = 512
 failed: list[str] = []
@@ -108,6 +109,7 @@ class Harness:
         self.runner, self.size = runner, page_size
         self.logits: list[torch.Tensor] = []
         self.step = 0
+        self.scores: Scores | None = None  # of the latest step
         self.free = list(np.random.default_rng(5).permutation(pages))
         self.tables: dict[int, list[int]] = {}
         self.lens: dict[int, int] = {}
@@ -127,8 +129,14 @@ class Harness:
         return self.logits[-1][:rows]
 
     def run(
-        self, prefill: list[tuple[int, list[int], bool]], decode: list[int], join: bool = False, **params: float
+        self,
+        prefill: list[tuple[int, list[int], bool]],
+        decode: list[int],
+        join: bool = False,
+        extras: Sequence[tuple[tuple[float, ...], list[tuple[int, float, int]], list[int]]] = (),
+        **params: float,
     ) -> list[int]:
+        """`extras`: (row of plan.EXTRA, its biases, its history), of slots that join."""
         joins, grants = [], []
         for slot, _, _ in prefill:
             if join:
@@ -148,11 +156,15 @@ class Harness:
             prefill=np.array([(s, int(last), len(ids)) for s, ids, last in prefill], PREFILL),
             decode=np.array(decode, np.int32),
             ids=np.array([t for _, ids, _ in prefill for t in ids], np.int32),
+            extras=np.array([row for row, _, _ in extras], EXTRA),
+            bias=np.array([b for _, bias, _ in extras for b in bias], BIAS),
+            history=np.array([t for _, _, history in extras for t in history], np.int32),
         )
         self.step += 1
         pending = self.runner.launch(plan)
         while not pending.done():
             pass
+        self.scores = pending.result().scores
         return [int(t) for t in pending.result().tokens]
 
 
@@ -279,6 +291,42 @@ def check_architectures() -> None:
             check_paths(spec)
 
 
+def check_sampling(spec: ModelSpec) -> None:
+    """Slots with and without penalties, biases and log probabilities, together and in turns, and again with other owners."""
+    reference = cpu(spec)
+    for eager in (False, True):
+        rng = random.Random(6)
+        same = total = scored = 0
+        worst = 0.0
+        with gpu(spec, eager=eager, dtype="float32") as harness:
+            for owners in range(3):
+                texts = [(s, [rng.randrange(VOCAB) for _ in range(rng.randrange(5, 90))], True) for s in range(12)]
+                extras = []
+                for slot, ids, _ in texts:
+                    bias = [(t, rng.uniform(-5, 5), rng.choice([0, 60])) for t in rng.sample(range(VOCAB), 300 * (slot % 2))]
+                    numbers = (1.5, -0.7, 1.3) if slot % 3 == 0 else (0.0, 0.0, 1.0)
+                    history = ids * 3 if slot % 3 == 0 else []
+                    row = (*numbers, slot % 4 - 1, len(bias), len(ids) if history else 0, 2 * len(ids) if history else 0)
+                    extras.append(((slot, *row), bias, history) if owners != 1 else ((slot, *NO_EXTRA), [], []))
+                drawn = {"temperature": 0.8, "top_p": 0.95} if owners else {}
+                batches = [list(range(12)), [1, 5], [0, 3], list(range(12)), [2], list(range(12))]
+                for step in range(-1, 3 * len(batches)):
+                    if step < 0:
+                        got, want = (h.run(texts, [], join=True, extras=extras, **drawn) for h in (harness, reference))
+                    else:
+                        got, want = (h.run([], batches[step % len(batches)]) for h in (harness, reference))
+                    same += sum(a == b for a, b in zip(got, want, strict=True))
+                    total += len(want)
+                    if harness.scores is not None and reference.scores is not None:
+                        scored += len(harness.scores.logprobs)
+                        worst = max(worst, float(np.abs(harness.scores.logprobs - reference.scores.logprobs).max()))
+                    elif harness.scores is not reference.scores:
+                        worst = float("inf")
+        report(
+            "sampling", same == total and worst < 1e-3 and scored > 50, eager=eager, same=same, of=total, logprob_error=worst
+        )
+
+
 def check_embedded() -> None:
     """Greedy text of the real model on both devices, in float32 and bfloat16, and its logits."""
     from minisgl.model.tokenizer import load_tokenizer
@@ -369,6 +417,10 @@ def soak(seconds: float) -> None:
                     min_p=rng.choice([0.0, 0.0, 0.05]),
                     ignore_eos=True,
                     max_tokens=rng.randrange(1, 700),
+                    presence_penalty=rng.choice([0.0] * 9 + [0.7]),
+                    repetition_penalty=rng.choice([1.0] * 9 + [1.2]),
+                    logit_bias={rng.randrange(9000): 3.0} if rng.random() < 0.1 else (),
+                    logprobs=rng.choice([None] * 9 + [3]),
                 )
                 box: list[int] = []
 
@@ -451,6 +503,7 @@ def main() -> int:
             check(0.45, quantization="fp8", attention_backend=ours)
             if kind == "Qwen3" and dim == 128:
                 check_paths(spec)
+                check_sampling(spec)
     try:
         check_embedded()
     except UserError as e:

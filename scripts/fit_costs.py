@@ -26,7 +26,7 @@ from minisgl.actors.queue import Request
 from minisgl.config import Config, EngineConfig
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
-from minisgl.plan import StepPlan
+from minisgl.plan import DRAW, StepPlan
 from minisgl.simulation.fleet import simulate
 from minisgl.simulation.gpu import Work, fit
 from minisgl.simulation.replica import Log
@@ -102,7 +102,7 @@ def work_of(plan: StepPlan, decode: np.ndarray, machine: StepMachine) -> Work:
         prefill_context=int(context.sum()),
         decode_rows=len(decode),
         decode_context=int(planned[decode].sum()),
-        samples=int(plan.prefill["sample"].sum()) + len(decode),
+        samples=int((plan.prefill["sample"] & DRAW).sum()) + len(decode),
     )
 
 

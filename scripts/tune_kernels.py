@@ -1,6 +1,6 @@
 """Times the decode kernels over their settings, beside the libraries, on the shapes of real models; one JSON line each.
 
-    python scripts/tune_kernels.py [--attention] [--linear] [--jobs 16] > FILE
+    python scripts/tune_kernels.py [--attention] [--linear] [--library] [--jobs 16] > FILE
 
 Kernels are compiled by several processes first.  Each figure is the median over replays of a CUDA graph that runs the kernel
 once for each of several sets of inputs, together larger than the L2 cache.
@@ -274,10 +274,36 @@ def tune_linear() -> None:
             del weights
 
 
+def time_library() -> None:
+    """cuBLAS over numbers of rows: bfloat16, float8 with scales of rows and channels, float8 with one scale."""
+    for model, shapes in LINEAR.items():
+        for name, (n, k) in shapes.items():
+            sets = min(28, max(2, -(-CACHE_BYTES // (n * k))))
+            weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(sets)]
+            small = [w.to(torch.float8_e4m3fn) for w in weights]
+            one, columns = torch.ones((), device="cuda"), torch.ones(1, n, device="cuda")
+            for rows in (24, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256):
+                x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+                q, each = x.to(torch.float8_e4m3fn), torch.ones(rows, 1, device="cuda")
+                kinds: dict[str, list[Callable[[], Any]]] = {
+                    "bf16": [partial(torch.nn.functional.linear, x, w) for w in weights],
+                    "fp8 by rows": [partial(scaled_mm, q, w, each, columns) for w in small],
+                    "fp8 whole": [partial(scaled_mm, q, w, one, one) for w in small],
+                }
+                us = {kind: round(graph_us(calls, 9), 1) for kind, calls in kinds.items()}
+                say(library=f"{model} {name}", rows=rows, limit_bf16=round(n * k * 2 / 4.3e6, 1), **us)
+            del weights, small
+
+
+def scaled_mm(x: torch.Tensor, w: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor) -> torch.Tensor:
+    return torch._scaled_mm(x, w.t(), scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--linear", action="store_true")
+    parser.add_argument("--library", action="store_true")
     parser.add_argument("--jobs", type=int, default=16)
     args = parser.parse_args()
     jobs = [(i, args.jobs, args.attention, args.linear) for i in range(args.jobs)]
@@ -288,6 +314,8 @@ def main() -> int:
         tune_attention()
     if args.linear:
         tune_linear()
+    if args.library:
+        time_library()
     return 0
 
 

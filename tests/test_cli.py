@@ -123,12 +123,33 @@ def test_a_model_spec_survives_json() -> None:
         ("stop", ("x" * 257,)),
         ("stop", ("\ud83d",)),
         ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (1,) * 129),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 101.0),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", ((1, 2.0), (1, 3.0))),
+        ("logit_bias", (1, 2.0)),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
     ],
 )
 def test_a_sampling_parameter_out_of_range_names_its_field(field: str, value: object) -> None:
     with pytest.raises(InvalidParam) as refused:
         SamplingParams(**{field: value})
     assert refused.value.param == field
+
+
+def test_what_belongs_together_is_checked_together() -> None:
+    with pytest.raises(InvalidParam, match=r"min_tokens \(5\) must not exceed max_tokens \(4\)"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+    assert SamplingParams(max_tokens=0, echo=True).max_tokens == 0
+    assert SamplingParams(logit_bias={3: 1, 2: -5.5}).logit_bias == ((3, 1), (2, -5.5))
 
 
 def test_a_single_stop_string_may_be_written_as_one() -> None:

@@ -434,7 +434,7 @@ def _tokens_go_to_the_sorted_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _lengths_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps_module, "sample", lambda *a, advance: sample(*a, advance=False))
+    monkeypatch.setattr(steps_module, "sample", lambda *a, advance, **k: sample(*a, advance=False, **k))
 
 
 def _grants_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:

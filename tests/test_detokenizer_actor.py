@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from conftest import oracle_config
@@ -12,9 +14,9 @@ from test_tokenizer_actor import Recorder
 
 from minisgl.actors import detokenizer as module
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import Cancel, Text, Tokens, Track, decode, encode
+from minisgl.actors.messages import Cancel, Logprobs, Scores, Text, Tokens, Track, decode, encode
 from minisgl.model.tokenizer import Tokenizer
-from minisgl.types import Finish
+from minisgl.types import Finish, SamplingParams
 
 Row = tuple[int, list[int], Finish]
 
@@ -37,8 +39,42 @@ class Setup:
         self.actor = DetokenizerActor(self.ctx, oracle_config())
         self.actor.started()
 
-    def track(self, uid: int, *stop: str, skip: bool = True, cached: int = 0) -> None:
-        self.actor.receive(Track(uid, stop, skip, cached))
+    def track(
+        self, uid: int, *stop: str, skip: bool = True, cached: int = 0, prompt: tuple[int, ...] = (), **params: Any
+    ) -> None:
+        p = SamplingParams(stop=stop, skip_special_tokens=skip, **params)
+        self.actor.receive(Track(uid, cached, np.array(prompt, np.int32), p))
+
+    def score(self, *rows: tuple[int, bool, int, float, list[tuple[int, float]]]) -> list[Any]:
+        """Scores of (uid, drawn, token, logprob, alternatives); returns what api is told of them at once."""
+        self.ctx.sent.clear()
+        tops = [t for *_, top in rows for t in top]
+        self.actor.receive(
+            Scores(
+                np.array([r[0] for r in rows], np.int64),
+                np.array([r[1] for r in rows], np.uint8),
+                np.array([r[2] for r in rows], np.int32),
+                np.array([r[3] for r in rows], np.float32),
+                np.array([len(r[4]) for r in rows], np.uint8),
+                np.array([t for t, _ in tops], np.int32),
+                np.array([x for _, x in tops], np.float32),
+            )
+        )
+        return self.told()
+
+    def told(self) -> list[Any]:
+        """(uid, token, offset, logprob, pieces) of the Logprobs that were sent."""
+        out = []
+        for m in [decode(encode(m)) for to, m in self.ctx.sent if to == "api" and isinstance(m, Logprobs)]:
+            pieces, at = [], 0
+            for size in m.sizes.tolist():
+                pieces.append(m.pieces[at : at + size])
+                at += size
+            for uid, token, offset, logprob, width in zip(m.uids, m.tokens, m.offsets, m.logprobs, m.widths, strict=True):
+                mine, pieces = pieces[: 1 + width], pieces[1 + width :]
+                out.append((int(uid), int(token), int(offset), float(logprob), mine))
+            assert not pieces
+        return out
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tok.encode(text, add_special=False).tolist()
@@ -48,7 +84,7 @@ class Setup:
         """Feed one step; returns the rows of the Text that comes out: (uid, tokens, finish, text)."""
         self.ctx.sent.clear()
         self.actor.receive(step(*rows))
-        texts = [m for to, m in self.ctx.sent if to == "api"]
+        texts = [m for to, m in self.ctx.sent if to == "api" and not isinstance(m, Logprobs)]
         assert len(texts) <= 1
         if not texts:
             return []
@@ -173,6 +209,68 @@ def test_a_request_can_have_two_rows_in_one_step(world: Setup) -> None:
     assert world.step((1, [x], GO), (1, [], ABORT)) == [(1, [x], 0, "x"), (1, [], int(ABORT), "")]
 
 
+# ---------------- echo, least numbers of tokens, log probabilities
+def test_no_stop_string_is_looked_for_in_the_first_tokens_of_min_tokens(world: Setup) -> None:
+    world.track(1, "ab", min_tokens=3)
+    a, b, c = world.ids("abc")
+    texts = [world.step((1, [t], GO))[0] for t in (a, b, a)]
+    assert [row[3] for row in texts] == ["a", "b", "a"]
+    assert world.step((1, [b], GO))[0][3] == "b", "its beginning was out already"
+    assert [world.step((1, [t], GO))[0][2:] for t in (c, a, b)] == [(0, "c"), (0, ""), (int(STOP), "")]
+
+
+def test_an_echoed_prompt_stands_before_the_first_text_and_holds_no_stop_string(world: Setup) -> None:
+    prompt = tuple(world.ids("say x:"))
+    world.track(1, "x", prompt=prompt, echo=True)
+    a, x = world.ids("ax")
+    assert world.step((1, [a], GO)) == [(1, [a], 0, "say x:a")]
+    assert world.step((1, [x], GO)) == [(1, [x], int(STOP), "")]
+
+
+def test_a_prompt_alone_is_told_without_what_it_was_continued_with(world: Setup) -> None:
+    prompt = tuple(world.ids("€!"))
+    for uid, finish in ((1, LENGTH), (2, STOP)):
+        world.track(uid, prompt=prompt, echo=True, max_tokens=0, logprobs=0)
+        world.score((uid, True, 5, -1.0, []))
+        assert world.step((uid, world.ids("a"), finish)) == [(uid, [], int(LENGTH), "€!")]
+        assert world.told() == []
+    assert world.actor._streams == {}
+
+
+def test_log_probabilities_come_with_their_tokens_bytes_and_places(world: Setup) -> None:
+    e1, e2, e3, x = world.ids("€x")
+    (eos,) = world.ids("</s>")
+    world.track(1, prompt=(x, e1), echo=True, logprobs=2)
+    [(uid, token, offset, first, pieces)] = world.told()
+    assert (uid, token, offset, pieces) == (1, x, 0, [b"x"])
+    assert np.isnan(first)
+    assert world.score((1, False, e1, -0.5, [(x, -0.25), (eos, -3.0)])) == [(1, e1, 1, -0.5, [b"\xe2", b"x", b"</s>"])]
+    world.track(2, logprobs=0)
+    for token, text, offset in ((e2, "x", 1), (e3, "€", 1), (x, "x", 2)):
+        assert world.score((1, True, token, -1.5, []), (2, True, x, -2.0, [])) == []
+        rows = world.step((1, [token], GO), (2, [x], GO))
+        assert rows[0][3] == text
+        (first_row, second) = world.told()
+        assert first_row == (1, token, offset, -1.5, [world.tok.piece(token)])
+        assert second[:2] == (2, x)
+    assert isinstance(world.ctx.sent[0][1], Logprobs), "before the Text that they belong to"
+    world.score((1, True, eos, -9.0, []))
+    world.step((1, [eos], STOP))
+    assert world.told() == [(1, eos, 3, -9.0, [b"</s>"])]
+
+
+def test_log_probabilities_of_strangers_and_after_a_stop_string_are_dropped(world: Setup) -> None:
+    world.track(1, "x", logprobs=0)
+    (x,) = world.ids("x")
+    assert world.score((9, True, x, -1.0, [])) == []
+    world.score((1, True, x, -1.0, []))
+    world.step((1, [x], GO))
+    assert world.told() == [(1, x, 0, -1.0, [b"x"])]
+    assert world.score((1, True, x, -1.0, []), (1, False, x, -1.0, [])) == []
+    world.step((1, [x], GO))
+    assert world.told() == []
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_traffic_gives_every_request_its_text_and_leaves_nothing_behind(world: Setup, data: st.DataObject) -> None:
@@ -215,4 +313,4 @@ def test_state_is_dropped_for_any_end(world: Setup) -> None:
 
 
 def test_the_actor_handles_what_the_protocol_sends_it() -> None:
-    assert DetokenizerActor.accepts() == {Track, Tokens}
+    assert DetokenizerActor.accepts() == {Track, Scores, Tokens}

@@ -72,6 +72,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     gateway.open(ChatPrompt(b'{"messages": [{"role": "user", "content": "Hi"}], "kwargs": {}}'), greedy, seen.append)
     gateway.open(ChatPrompt(b'{"messages": 5, "kwargs": {}}'), greedy, seen.append)
     gateway.open(TextPrompt("x"), SamplingParams(max_tokens=60, stop=tuple("aeiou nrst")), seen.append)
+    gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(max_tokens=6, logprobs=2, echo=True), seen.append)
     victim = gateway.open(TokenPrompt((1, 2, 3)), greedy, seen.append)
     gateway.close(victim)
     system.run()

@@ -97,6 +97,64 @@ def test_two_ranks_give_the_answers_of_one(client: openai.OpenAI, llm: LLM) -> N
         assert answer.choices[0].message.content == expected
 
 
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def test_an_evaluation_harness_gets_the_log_probabilities_of_its_prompts(client: openai.OpenAI, llm: LLM) -> None:
+    """The request of lm-evaluation-harness's local-completions, and how it reads the answer."""
+    tokenizer = load_tokenizer(resolve(None))
+    contexts = [tokenizer.encode(c, True).tolist() for c in ("The capital of France is", "Two plus two is")]
+    ends = [tokenizer.encode(c, False).tolist() for c in (" Paris", " purple")]
+    prompts = [c + e for c, e in zip(contexts, ends, strict=True)]
+    answer = client.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1, echo=True)
+    sums, greedy = [], []
+    for context, prompt, choice in zip(contexts, prompts, sorted(answer.choices, key=lambda c: c.index), strict=True):
+        told = choice.logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(prompt) + 1
+        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        values = told.token_logprobs[len(context) : -1]
+        tops = told.top_logprobs[len(context) : -1]
+        sums.append(sum(values))
+        greedy.append(all(v == max(top.values()) for v, top in zip(values, tops, strict=True)))
+        for offset, token, after in zip(told.text_offset, told.tokens, [*told.text_offset[1:], None], strict=True):
+            assert choice.text[offset:after] == token
+    assert greedy == [True, False]
+    assert sums[0] > -0.5 > -5 > sums[1]
+    for prompt, end, total in zip(prompts, ends, sums, strict=True):  # the same, from a worker alone and step by step
+        forced = SamplingParams(temperature=0, max_tokens=1, logprobs=20, logit_bias={end[0]: 100.0})
+        (step,) = llm.generate([prompt[: -len(end)]], forced)[0].logprobs
+        assert step.token_id == end[0]
+        if len(end) == 1:
+            assert step.logprob == pytest.approx(total, abs=1e-3)
+    alone = client.completions.create(model=MODEL, prompt=prompts[0], max_tokens=0, logprobs=0, echo=True)
+    assert alone.choices[0].text == "The capital of France is Paris"
+    assert alone.choices[0].logprobs.token_logprobs == answer.choices[0].logprobs.token_logprobs[:-1]
+    assert alone.usage.completion_tokens == 0
+
+
+def test_every_parameter_of_sampling_works_through_the_server(client: openai.OpenAI) -> None:
+    def say(**change: object) -> list[str]:
+        ask = {"model": MODEL, "prompt": "1, 2, 1, 2, 1, 2, 1,", "max_tokens": 12, "temperature": 0, **change}
+        return [c.text for c in client.completions.create(**ask).choices]
+
+    (plain,) = say()
+    assert plain.startswith(" 2, 1, 2, 1,")
+    others = [say(frequency_penalty=2)[0], say(extra_body={"repetition_penalty": 1.8})[0], say(logit_bias={"34": -100})[0]]
+    assert len({plain, *others}) == 4
+    many = say(n=3, temperature=2, seed=11)
+    assert len(set(many)) == 3
+    assert say(temperature=2, seed=12) == many[1:2]
+    stop = client.completions.create(
+        model=MODEL, prompt="Say hi", max_tokens=4, temperature=0, extra_body={"min_tokens": 4}, logit_bias={"2": 100}
+    )
+    assert (stop.usage.completion_tokens, stop.choices[0].finish_reason) == (4, "length")
+    chat = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, logprobs=True, top_logprobs=3)
+    content = chat.choices[0].logprobs.content
+    assert bytes(b for t in content[:-1] for b in t.bytes).decode() == chat.choices[0].message.content
+    assert len(content) == chat.usage.completion_tokens  # the end token is among them
+    assert all(t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in content)
+
+
 def test_max_tokens_ends_by_length_and_a_stop_string_ends_before_it(client: openai.OpenAI) -> None:
     first = client.completions.create(model="SmolLM2-135M-Instruct", prompt="1, 2, 3, 4,", max_tokens=12, temperature=0)
     assert first.choices[0].finish_reason == "length"

@@ -37,6 +37,10 @@ def _value(hint: object) -> st.SearchStrategy:
                     temperature=st.floats(0, 2),
                     seed=st.none() | st.integers(0, 2**62),
                     stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),
+                    presence_penalty=st.floats(-2, 2),
+                    logit_bias=st.dictionaries(st.integers(0, 9999), st.floats(-100, 100) | st.integers(-9, 9), max_size=3),
+                    logprobs=st.none() | st.integers(0, 20),
+                    echo=st.booleans(),
                 )
             )
         else:
@@ -111,6 +115,9 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Text", *[msgpack.ExtType(2, b"|O8xxxxxxxx")] * 5, []]),  # an array of objects
         msgpack.packb(["Generate", 1, 1, 1, 1, 1, msgpack.ExtType(1, msgpack.packb(["SamplingParams", -5] + [0] * 9))]),
         msgpack.packb(["Cancel", 1]) + b"trailing",
+        m.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0})))[1:].replace(
+            b"\x92\x07", b"\x92\xc3"
+        ),
     ],
 )
 def test_bombs_and_forgeries_are_refused(body: bytes) -> None:

@@ -13,8 +13,9 @@ from minisgl.api import openai as api
 from minisgl.api.conversation import MAX_MESSAGES
 from minisgl.api.openai import parse_chat, parse_completion, parse_json
 from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
+from minisgl.api.sampling import MAX_CHOICES
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_STOP_CHARS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from minisgl.types import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, RequestOptions, SamplingParams
 
 SERVED = ("oracle", "alias")
 USER = [{"role": "user", "content": "hi"}]
@@ -115,10 +116,36 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
         "skip_special_tokens": False,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 1.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": 5, "0": -100},
+        "min_tokens": 3,
     }
-    want = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (1, 2)})
+    want = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (1, 2), "logit_bias": ((7, 5.0), (0, -100.0))})
     assert chat(**fields).params == want
     assert completion(**fields).params == want
+
+
+def test_log_probabilities_and_echo_are_asked_for_in_the_way_of_each_endpoint() -> None:
+    assert chat(logprobs=True).params == SamplingParams(logprobs=0)
+    assert chat(logprobs=True, top_logprobs=20).params == SamplingParams(logprobs=20)
+    for off in ({"logprobs": False}, {"top_logprobs": 0}, {"logprobs": False, "top_logprobs": 0}):
+        assert chat(**off).params.logprobs is None
+    assert completion(logprobs=0).params == SamplingParams(max_tokens=16, logprobs=0)
+    assert completion(logprobs=False).params.logprobs is None
+    assert completion(logprobs=1, echo=True, max_tokens=0).params == SamplingParams(max_tokens=0, logprobs=1, echo=True)
+    assert completion(echo=False).params.echo is False
+    assert refusal(chat, logprobs=1).code == "invalid_type"
+    assert refusal(completion, logprobs=True).code == "invalid_type"
+    assert refusal(chat, logprobs=False, top_logprobs=2).param == "top_logprobs"
+    assert refusal(completion, max_tokens=0).param == "max_tokens"
+
+
+def test_several_answers_are_asked_for_with_n_and_best_of_may_only_repeat_it() -> None:
+    assert (chat().n, chat(n=3).n, completion(n=2, best_of=2).n, completion(best_of=1).n) == (1, 3, 2, 1)
+    for call in (chat, completion):
+        assert (refusal(call, best_of=2).param, refusal(call, n=3, best_of=2).code) == ("best_of", "unsupported_value")
 
 
 def test_off_may_be_said_in_several_ways() -> None:
@@ -150,18 +177,12 @@ def test_neutral_values_of_unsupported_fields_change_nothing() -> None:
         for name, neutrals in table.items():
             for value in neutrals:
                 assert call(**{name: value}) == call(), name
-    assert chat(presence_penalty=0.0, repetition_penalty=1.0) == chat()
+    assert chat(presence_penalty=0.0, repetition_penalty=1.0, logit_bias=[], min_tokens=0, n=1) == chat()
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"1": 5}),
-        ("presence_penalty", 0.1),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
@@ -169,10 +190,9 @@ def test_neutral_values_of_unsupported_fields_change_nothing() -> None:
         ("functions", [{}]),
         ("modalities", ["audio"]),
         ("chat_template", "{{ 1 }}"),
-        ("min_tokens", 4),
         ("echo", True),
-        ("presence_penalty", "0"),
         ("echo", 0),
+        ("use_beam_search", True),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
@@ -181,13 +201,9 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: objec
     assert name in error.message
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("logprobs", 0), ("logprobs", 1), ("echo", True), ("suffix", "x"), ("best_of", 2), ("n", 3)]
-)
-def test_completions_refuse_what_they_cannot_do(name: str, value: object) -> None:
-    error = refusal(completion, **{name: value})
-    assert (error.status, error.param) == (400, name)
-    assert error.code == ("unsupported_value" if name in ("n", "best_of") else "unsupported_parameter")
+def test_completions_refuse_what_they_cannot_do() -> None:
+    error = refusal(completion, suffix="x")
+    assert (error.status, error.param, error.code) == (400, "suffix", "unsupported_parameter")
 
 
 def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
@@ -230,9 +246,31 @@ def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
         ("stop_token_ids", [True], "invalid_type"),
         ("stop_token_ids", [-1], "invalid_value"),
         ("stop_token_ids", [1 << 31], "invalid_value"),
-        ("stop_token_ids", [1] * (api.MAX_STOP_TOKEN_IDS + 1), "invalid_value"),
+        ("stop_token_ids", [1] * (MAX_STOP_TOKEN_IDS + 1), "invalid_value"),
         ("ignore_eos", 1, "invalid_type"),
-        ("n", 2, "unsupported_value"),
+        ("n", 0, "invalid_value"),
+        ("n", MAX_CHOICES + 1, "invalid_value"),
+        ("best_of", "2", "invalid_type"),
+        ("presence_penalty", 2.1, "invalid_value"),
+        ("presence_penalty", "0", "invalid_type"),
+        ("frequency_penalty", -2.1, "invalid_value"),
+        ("frequency_penalty", [], "invalid_type"),
+        ("repetition_penalty", 0, "invalid_value"),
+        ("repetition_penalty", 101, "invalid_value"),
+        ("repetition_penalty", True, "invalid_type"),
+        ("logit_bias", {"1": 101}, "invalid_value"),
+        ("logit_bias", {"1": "5"}, "invalid_type"),
+        ("logit_bias", {"1": False}, "invalid_type"),
+        ("logit_bias", {"one": 5}, "invalid_value"),
+        ("logit_bias", {"-1": 5}, "invalid_value"),
+        ("logit_bias", {"01": 5}, "invalid_value"),
+        ("logit_bias", {"\u0661": 5}, "invalid_value"),
+        ("logit_bias", {"9999999999": 5}, "invalid_value"),
+        ("logit_bias", {str(i): 1 for i in range(MAX_LOGIT_BIAS + 1)}, "invalid_value"),
+        ("logit_bias", [1], "invalid_type"),
+        ("min_tokens", -1, "invalid_value"),
+        ("min_tokens", 1.0, "invalid_type"),
+        ("logprobs", "yes", "invalid_type"),
         ("n", True, "invalid_type"),
         ("n", 10**400, "invalid_value"),
         ("stream", "true", "invalid_type"),
@@ -247,6 +285,16 @@ def test_wrong_values_name_their_field(name: str, value: object, code: str) -> N
         assert (error.status, error.param, error.code) == (400, name, code)
         assert name in error.message
         assert len(error.message) < 300, "values are not repeated"
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_logprobs", 21), ("top_logprobs", -1), ("top_logprobs", True)])
+def test_alternatives_are_counted(name: str, value: object) -> None:
+    assert refusal(chat, logprobs=True, **{name: value}).param == name
+    assert refusal(completion, logprobs=21).param == "logprobs"
+
+
+def test_no_more_tokens_can_be_asked_for_at_least_than_at_most() -> None:
+    assert refusal(chat, max_tokens=3, min_tokens=4).param == "min_tokens"
 
 
 def test_include_usage_is_a_boolean() -> None:

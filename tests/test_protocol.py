@@ -9,6 +9,7 @@ from conftest import EOS, VOCAB, World, oracle_config, random_traffic
 from minisgl.actors import machine as machine_module
 from minisgl.actors.machine import StepMachine
 from minisgl.model.oracle import reference
+from minisgl.plan import BIAS, EXTRA, Scores, StepPlan, StepResult
 from minisgl.types import Finish
 
 ROOMY, TIGHT = 160, 72  # KV tokens: enough for all, and so few that requests are evicted and retracted
@@ -221,17 +222,43 @@ def test_the_test_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_result_that_does_not_match_its_plan_is_refused() -> None:
     w = World(None, oracle_config(tp=1))
     w.submit([1, 2, 3], 4)
-    from minisgl.plan import StepResult
-
     while not w.machine.inflight:
         w.system.step()
     with pytest.raises(RuntimeError, match="result"):
         w.machine.step([StepResult(99, np.zeros(1, np.int32))], 0.0)
 
 
-def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> None:
-    from minisgl.plan import StepResult
+def test_plans_and_results_with_everything_in_them_survive_the_ring() -> None:
+    rng = np.random.default_rng(0)
+    extras = np.array([(3, 0.5, -1, 1.5, 2, 2, 1, 3), (1, 0, 0, 1, -1, 0, 0, 0), (0, 0, 0, 1, 0, 1, 0, 0)], EXTRA)
+    bias = np.array([(5, 0.25, 0), (7, -1, 9), (1, 100, 2)], BIAS)
+    numbers = {name: rng.integers(0, 99, n).astype(np.int32) for name, n in (("history", 4), ("targets", 3), ("ids", 5))}
+    plan = StepPlan(4, extras=extras, bias=bias, **numbers)
+    for decode in (None, np.array([1, 2], np.int32)):
+        plan.decode = decode
+        back = StepPlan.unpack(plan.pack())
+        for name in ("extras", "bias", "history", "targets", "ids"):
+            assert getattr(back, name).tolist() == getattr(plan, name).tolist(), name
+        for raw in (plan.pack()[:-1], plan.pack() + b"\0"):
+            with pytest.raises(ValueError, match=r"plan 4 has|buffer"):
+                StepPlan.unpack(raw)
+    for m, w in ((3, 0), (2, 4)):
+        scores = Scores(
+            rng.random(m, np.float32), np.arange(m * w, dtype=np.int32).reshape(m, w), rng.random((m, w), np.float32)
+        )
+        raw = StepResult(7, np.array([5, 9], np.int32), 3, 2, 1, scores).pack()
+        got = StepResult.unpack(raw)
+        assert got.scores is not None
+        assert (got.step, got.tokens.tolist(), got.busy_us, got.launch_us) == (7, [5, 9], 3, 1)
+        assert got.scores.logprobs.tolist() == scores.logprobs.tolist()
+        assert got.scores.top_ids.tolist() == scores.top_ids.tolist()
+        assert got.scores.top_logprobs.tolist() == scores.top_logprobs.tolist()
+        for bad in (raw[:-1], raw + b"\0", raw[: -4 * m * (1 + 2 * w) - 3]):
+            with pytest.raises(ValueError, match="bytes"):
+                StepResult.unpack(bad)
 
+
+def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> None:
     sent = StepResult(7, np.array([5, 9], np.int32), busy_us=1200, idle_us=3, launch_us=80)
     got = StepResult.unpack(sent.pack())
     assert (got.step, got.tokens.tolist(), got.busy_us, got.idle_us, got.launch_us) == (7, [5, 9], 1200, 3, 80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,16 +230,24 @@ def _rank(config: Config, rank: int, run_dir: str, raw_plans: list[bytes], out: 
     runner_module.sample = lambda logits, rows: (seen.append(logits.clone()), real(logits, rows))[1]
     runner = Runner(config, rank, run_dir)
     runner.allocate(runner.max_pages())
-    tokens = [runner.launch(StepPlan.unpack(raw)).result().tokens.tolist() for raw in raw_plans]
+    results = [runner.launch(StepPlan.unpack(raw)).result() for raw in raw_plans]
+    assert any(r.scores is not None for r in results) == (rank == 0)  # who publishes them computes them
+    tokens = [r.tokens.tolist() for r in results]
     runner.close()
     out.put((rank, tokens, [x.numpy() for x in seen]))
 
 
 def _plans(config: Config) -> list[bytes]:
-    """Prompts in chunks beside decodes, greedy and sampled, with a pause of sampling in between."""
+    """Prompts in chunks beside decodes, greedy and sampled, plain and penalised, with a pause of sampling in between."""
     driver = Driver(config.engine.kv_tokens // config.engine.page_size, config.engine.page_size)
+    extras: list[dict[str, Any]] = [
+        {},
+        {"repetition": 1.4, "frequency": 1.0, "prompt": PROMPTS[1]},
+        {"presence": 1.5, "bias": [(7, 2.5, 0), (9, 0.0, 30)]},
+        {"logprobs": 2},
+    ]
     for slot in range(4):
-        driver.join(slot, temperature=0.8 * (slot % 2), top_p=0.9, seed=slot)
+        driver.join(slot, temperature=0.8 * (slot % 2), top_p=0.9, seed=slot, **extras[slot])
     plans = [
         driver.plan(prefill=[(3, PROMPTS[3][:20], False)]),
         driver.plan(prefill=[(0, PROMPTS[0], True), (1, PROMPTS[1], True)]),

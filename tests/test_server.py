@@ -19,12 +19,12 @@ from test_openai_validation import FIELDS, JSON
 
 from minisgl import __version__
 from minisgl.api import serving
-from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt
+from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.server import RUN_KWARGS, build_app
 from minisgl.api.stream import generate, generate_all
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
-from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
+from minisgl.types import DEFAULT_OPTIONS, MAX_SEED, Finish, RequestOptions, SamplingParams
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -85,11 +85,20 @@ class FakeEngine:
             return
         else:
             last = at == len(PIECES) - 1
-            self.live[uid](Chunk(PIECES[at], (at,), self.finish if last else Finish.NONE, 3, 2))
+            told = self._told(self.opened[uid][1], at)
+            self.live[uid](Chunk(PIECES[at], (at,), self.finish if last else Finish.NONE, 3, 2, told))
             if last:
                 del self.live[uid]
             else:
                 asyncio.get_running_loop().call_soon(self._piece, uid, at + 1)
+
+    def _told(self, params: SamplingParams, at: int) -> tuple[TokenLogprob, ...]:
+        """What is said of a token, if that was asked for: half a character, and an alternative with the token's own text."""
+        if params.logprobs is None:
+            return ()
+        top = ((9, b"\xe2\x82", -0.25), (8, b"\xff", -0.5), (7, b"b", -3.0))[: params.logprobs]
+        first = (TokenLogprob(5, b"P", None, 0, ()),) if params.echo and at == 0 else ()
+        return (*first, TokenLogprob(at, (b"Hel", b"\xe2", b"lo", b"end")[at], -1.0 - at, at + 1, top))
 
     def go_on(self, after: int) -> None:
         """Say the pieces up to `after`."""
@@ -244,6 +253,104 @@ def test_the_sdk_reads_completions_streamed_and_whole() -> None:
             assert all(c.finish_reason is None for c in mine[:-1])
 
     play(scene)
+
+
+BYTES = [list(t) for t in (b"Hel", b"\xe2", b"lo", b"end")]
+
+
+def test_the_sdk_reads_the_log_probabilities_of_a_chat_streamed_and_whole() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        async with client(http) as sdk:
+            ask = {"model": "oracle", "messages": USER, "logprobs": True, "top_logprobs": 2}
+            answer = await sdk.chat.completions.create(**ask)
+            plain = await sdk.chat.completions.create(**{**ask, "top_logprobs": 0})
+            chunks = [c async for c in await sdk.chat.completions.create(**ask, stream=True)]
+        (choice,) = answer.choices
+        assert choice.logprobs is not None
+        content = choice.logprobs.content or []
+        assert [(t.token, t.logprob, t.bytes) for t in content] == [
+            ("Hel", -1.0, BYTES[0]),
+            ("\ufffd", -2.0, BYTES[1]),
+            ("lo", -3.0, BYTES[2]),
+            ("end", -4.0, BYTES[3]),
+        ]
+        assert [(t.token, t.logprob, t.bytes) for t in content[0].top_logprobs] == [
+            ("\ufffd", -0.25, [226, 130]),
+            ("\ufffd", -0.5, [255]),
+        ]
+        assert choice.logprobs.refusal is None
+        assert [t.top_logprobs for t in (plain.choices[0].logprobs.content or [])] == [[]] * 4
+        streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content or []]
+        assert streamed == content
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == TEXT
+        assert chunks[-1].choices[0].logprobs is None
+        assert [p.logprobs for _, p in engine.opened] == [2, 0, 2]
+
+    play(scene)
+
+
+def test_the_sdk_reads_the_log_probabilities_of_a_completion_with_its_prompt() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        async with client(http) as sdk:
+            ask = {"model": "oracle", "prompt": "P", "logprobs": 2, "echo": True}
+            answer = await sdk.completions.create(**ask)
+            chosen = await sdk.completions.create(**{**ask, "logprobs": 0, "echo": False})
+            chunks = [c async for c in await sdk.completions.create(**ask, stream=True)]
+        told = answer.choices[0].logprobs
+        assert told is not None
+        assert told.tokens == ["P", "Hel", "\ufffd", "lo", "end"]
+        assert told.token_logprobs == [None, -1.0, -2.0, -3.0, -4.0]
+        assert told.text_offset == [0, 1, 2, 3, 4]
+        # Of alternatives with one text the likelier stays, and the token itself is among them.
+        assert told.top_logprobs == [
+            None,
+            {"\ufffd": -0.25, "Hel": -1.0},
+            {"\ufffd": -0.25},
+            {"\ufffd": -0.25, "lo": -3.0},
+            {"\ufffd": -0.25, "end": -4.0},
+        ]
+        alone = chosen.choices[0].logprobs
+        assert alone is not None
+        assert (alone.token_logprobs, alone.top_logprobs) == ([-1.0, -2.0, -3.0, -4.0], None)
+        parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [x for p in parts for x in getattr(p, name)] == getattr(told, name)
+
+    play(scene)
+
+
+def test_several_answers_to_a_prompt_have_seeds_of_their_own_and_count_the_prompt_once() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        async with client(http) as sdk:
+            create = sdk.chat.completions.create
+            answer = await create(model="oracle", messages=USER, n=3, seed=MAX_SEED - 1)
+            options = {"include_usage": True}
+            chunks = [c async for c in await create(model="oracle", messages=USER, n=2, stream=True, stream_options=options)]
+            batch = await sdk.completions.create(model="oracle", prompt=["a", "b"], n=2, best_of=2, seed=5)
+        assert [(c.index, c.message.content) for c in answer.choices] == [(i, TEXT) for i in range(3)]
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 12)
+        assert answer.usage.prompt_tokens_details.cached_tokens == 2
+        assert [p.seed for _, p in engine.opened[:5]] == [MAX_SEED - 1, MAX_SEED, -MAX_SEED, None, None]
+        for index in (0, 1):
+            mine = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == index]
+            assert [c.delta.role for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
+            assert "".join(c.delta.content or "" for c in mine) == TEXT
+            assert mine[-1].finish_reason == "stop"
+        assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (3, 8)
+        assert [c.index for c in batch.choices] == [0, 1, 2, 3]
+        assert (batch.usage.prompt_tokens, batch.usage.completion_tokens) == (6, 16)
+        assert [(p.text, q.seed) for p, q in engine.opened[5:]] == [("a", 5), ("a", 6), ("b", 5), ("b", 6)]  # type: ignore[union-attr]
+
+    play(scene)
+
+
+def test_more_answers_than_the_server_admits_are_refused_for_good() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        for path, body in ((CHAT, {"messages": USER, "n": 5}), (COMPLETION, {"prompt": ["a", "b"], "n": 3})):
+            status, headers, raw = await ask(http, path, body)
+            assert (status, check_error(status, headers, raw)["param"]) == (400, "n")
+
+    assert not play(scene, max_open_requests=4).opened
 
 
 def test_the_sdk_lists_and_retrieves_models() -> None:
@@ -431,8 +538,8 @@ JSON_TYPE = {"Content-Type": "application/json"}
         ((CHAT, {**GOOD, "temperature": "hot"}), None, 400, "temperature", "invalid_type"),
         ((CHAT, {**GOOD, "temperature": -1}), None, 400, "temperature", "invalid_value"),
         ((CHAT, GOOD), CONTEXT, 400, "messages", "context_length_exceeded"),
-        ((CHAT, {**GOOD, "logprobs": True}), None, 400, "logprobs", "unsupported_parameter"),
-        ((CHAT, {**GOOD, "n": 2}), None, 400, "n", "unsupported_value"),
+        ((CHAT, {**GOOD, "logprobs": 1}), None, 400, "logprobs", "invalid_type"),
+        ((CHAT, {**GOOD, "n": 0}), None, 400, "n", "invalid_value"),
         ((CHAT, {**GOOD, "user": "x" * 5000}), None, 413, None, "body_too_large"),
         ((CHAT, GOOD), OVERLOADED, 429, None, "server_overloaded"),
         ((CHAT, GOOD), LOADING, 503, None, "model_loading"),
@@ -629,10 +736,10 @@ def test_any_json_in_any_field_is_answered_or_refused_and_never_a_500() -> None:
 
 # ---------------- stream.py and serving.py, without HTTP
 def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
-    async def main() -> list[Chunk]:
+    async def main(params: SamplingParams) -> list[Chunk]:
         engine = FakeEngine()
         got = []
-        async with aclosing(generate(engine, TextPrompt("x"), SamplingParams())) as stream:
+        async with aclosing(generate(engine, TextPrompt("x"), params)) as stream:
             async for chunk in stream:
                 got.append(chunk)
                 for _ in range(10):  # meanwhile the rest is delivered
@@ -640,7 +747,10 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
         assert engine.closed == [0]
         return got
 
-    assert asyncio.run(main()) == [
+    assert asyncio.run(main(SamplingParams(logprobs=0)))[1].logprobs == tuple(
+        t for at in (1, 2, 3) for t in FakeEngine()._told(SamplingParams(logprobs=0), at)
+    )
+    assert asyncio.run(main(SamplingParams())) == [
         Chunk("Hel", (0,), Finish.NONE, 3, 2),
         Chunk("lo wörld\u2028", (1, 2, 3), Finish.STOP, 3, 2),
     ]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import process_actors
 import pytest
 from test_process import HERE, alive, eventually
@@ -21,7 +22,7 @@ from minisgl.api.requests import Chunk, TokenPrompt
 from minisgl.api.system import System
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import RequestError, UserError
-from minisgl.model.oracle import reference
+from minisgl.model.oracle import alternatives, logprob, reference
 from minisgl.model.resolve import resolve
 
 ENGINE = {"tp": 2, "kv_tokens": 4096, "max_context": 512, "page_size": 16, "max_running": 8, "step_tokens": 64}
@@ -68,6 +69,33 @@ def test_each_refused_request_says_why_and_the_others_are_served(llm: LLM) -> No
     assert odd.error is not None
     assert "1000000000 is not in the vocabulary" in odd.error.message
     assert good.token_ids == expected([1, 2, 3], 4)
+
+
+def test_log_probabilities_of_prompt_and_answer_belong_to_their_tokens(llm: LLM) -> None:
+    prompts = [[3 * i + j for j in range(1, 4 + 9 * i)] for i in range(5)]
+    wanted = [SamplingParams(max_tokens=9, logprobs=i, echo=i != 2) for i in range(5)]
+    for ids, p, answer in zip(prompts, wanted, llm.generate(prompts, wanted), strict=True):
+        text = ids + answer.token_ids
+        first = 0 if p.echo else len(ids)
+        assert answer.token_ids == expected(ids, 9)
+        assert [t.token_id for t in answer.logprobs] == text[first:]
+        for at, t in enumerate(answer.logprobs, first):
+            context = np.array(text[:at], np.int32)
+            tops = alternatives(t.token_id, p.logprobs or 0, resolve(None).vocab_size) if at else []
+            assert t.logprob == (logprob(context, t.token_id) if at else None)
+            assert [(i, x) for i, _, x in t.top] == [(i, logprob(context, i)) for i in tops]
+        if p.echo:
+            alone = llm.generate([ids], SamplingParams(max_tokens=0, logprobs=p.logprobs, echo=True))[0]
+            assert alone.logprobs == answer.logprobs[: len(ids)]
+            assert answer.text.startswith(alone.text)
+            assert alone.token_ids == []
+
+
+def test_tokens_that_are_not_in_the_vocabulary_are_refused_by_the_name_of_their_field(llm: LLM) -> None:
+    for name, value in (("logit_bias", {10**6: 1.0}), ("stop_token_ids", (10**6,))):
+        answer = llm.generate([[1]], SamplingParams(max_tokens=1, **{name: value}))[0]
+        assert answer.error is not None
+        assert answer.error.param == name
 
 
 def test_max_tokens_is_the_rest_of_the_context_when_nothing_is_asked(llm: LLM) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from minisgl.config import Config, EngineConfig
 from minisgl.model.resolve import resolve
-from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
+from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, PREFILL, StepPlan
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -174,22 +174,44 @@ class Driver:
         self.pages: dict[int, list[int]] = {}
         self.joins: list[tuple[Any, ...]] = []
         self.grants: list[tuple[int, int, int]] = []
+        self.extras: list[tuple[Any, ...]] = []
+        self.bias: list[tuple[int, float, int]] = []
+        self.history: list[int] = []
+        self.special: set[int] = set()  # slots that have extras
 
     def join(self, slot: int, *, kv_len: int = 0, pages: list[int] | None = None, **params: Any) -> None:
         p = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, **params}
         self.joins.append((slot, kv_len, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
+        self._extra(slot, p)
         self.kv_len[slot] = kv_len
         self.pages[slot] = []
         for page in pages or []:
             self._grant(slot, page)
+
+    def _extra(self, slot: int, p: dict[str, Any]) -> None:
+        """presence, frequency, repetition, logprobs; bias: (token, value, until) rows; prompt, output: what penalties count."""
+        names = ("presence", "frequency", "repetition", "logprobs", "bias", "prompt", "output")
+        wanted = any(name in p for name in names)
+        if not wanted and slot not in self.special:
+            return
+        (self.special.add if wanted else self.special.discard)(slot)
+        bias, prompt, output = (list(p.get(name, ())) for name in names[4:])
+        numbers = [p.get(name, default) for name, default in zip(names, (0.0, 0.0, 1.0, -1), strict=False)]
+        self.extras.append((slot, *numbers, len(bias), len(prompt), len(output)))
+        self.bias += bias
+        self.history += prompt + output
 
     def plan(
         self,
         prefill: list[tuple[int, list[int], bool]] = (),  # type: ignore[assignment]
         decode: list[int] | None = (),  # type: ignore[assignment]
         same: list[int] = (),  # type: ignore[assignment]
+        targets: list[int] = (),  # type: ignore[assignment]
     ) -> StepPlan:
-        """`prefill`: (slot, ids, sample).  `decode=None` repeats the former batch, which the caller names as `same`."""
+        """`prefill`: (slot, ids, sample).  `decode=None` repeats the former batch, which the caller names as `same`.
+
+        `targets`: of the rows whose `sample` has SCORE.
+        """
         for slot, ids, _ in prefill:
             self._append(slot, len(ids))
         for slot in same if decode is None else decode:
@@ -202,8 +224,12 @@ class Driver:
             prefill=np.array([(slot, int(sample), len(ids)) for slot, ids, sample in prefill], PREFILL),
             decode=None if decode is None else np.array(decode, np.int32),
             ids=np.array([t for _, ids, _ in prefill for t in ids], np.int32),
+            extras=np.array(self.extras, EXTRA),
+            bias=np.array(self.bias, BIAS),
+            history=np.array(self.history, np.int32),
+            targets=np.array(targets, np.int32),
         )
-        self.joins, self.grants = [], []
+        self.joins, self.grants, self.extras, self.bias, self.history = [], [], [], [], []
         return StepPlan.unpack(plan.pack())  # read-only arrays, as in a worker
 
     def _append(self, slot: int, n: int) -> None:

@@ -28,19 +28,22 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.costs import F64, StepCosts, features
+from minisgl.actors.extras import NOTHING, Extra, extra_bytes, extra_of
 from minisgl.actors.queue import Request, WaitQueue
+from minisgl.actors.scores import Scored, ScoreNews
 from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match, RadixCache
-from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan, StepResult
-from minisgl.types import Finish
+from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, PREFILL, SCORE, SCORED_TOKENS, StepPlan, StepResult
+from minisgl.types import MAX_EOS_IDS, Finish
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
+EXTRA_BYTES = 1 << 20  # of a plan's biases and histories; a single request may have more
 MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
@@ -85,6 +88,7 @@ class Output:
 
     plan: StepPlan | None = None
     news: list[News] = field(default_factory=list)
+    scores: list[ScoreNews] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -138,6 +142,7 @@ class _InFlight:
     slots: I32
     epochs: I64
     cost: F64
+    scored: Scored | None  # what log probabilities come with the result
 
 
 class _PlanParts:
@@ -149,6 +154,10 @@ class _PlanParts:
         self.prefill: list[tuple[int, int, int]] = []
         self.ids: list[I32] = []
         self.sampling: list[int] = []  # slots of the prefill rows that sample
+        self.extras: list[tuple[int, Extra]] = []  # (slot, extra)
+        self.targets: list[tuple[int, int, I32]] = []  # (slot, position of the first, tokens of a prompt to be scored)
+        self.score_room = SCORED_TOKENS
+        self.extra_room = EXTRA_BYTES
 
     def grant(self, slots: I32 | int, index: I32, pages: I32) -> None:
         rows = np.zeros(len(pages), GRANT)
@@ -179,8 +188,10 @@ class StepMachine:
         self._deadlines: list[tuple[float, int]] = []  # (when, uid); entries of ended requests are skipped
         self._remaps: list[npt.NDArray[np.void]] = []  # grants that move rows to canonical pages, sent with the next plan
         self._eos = np.zeros(limits.vocab_size, np.bool_)
+        self._eos_ids = tuple(t for t in limits.eos_ids if t < limits.vocab_size)[:MAX_EOS_IDS]
         self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
         self._stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
+        self._scoring = 0  # running requests that want log probabilities
 
     # ---------------- the one entry
     def step(self, inbox: Iterable[Event], now: float) -> Output:
@@ -251,6 +262,8 @@ class StepMachine:
         live = table.epoch[sent.slots] == sent.epochs
         slots, tokens = sent.slots[live], result.tokens[live]
         self.counters.wasted_rows += len(sent.slots) - len(slots)
+        if sent.scored is not None and (told := sent.scored.news(result, table, self.running)):
+            out.scores.append(told)
         if not len(slots):
             return
         table.append(slots, tokens)
@@ -289,6 +302,8 @@ class StepMachine:
         else:
             self._decoding = self._decoding[self._decoding != slot]
         self._stop_ids.pop(slot, None)
+        self._scoring -= int(table.logprobs[slot] >= 0)
+        table.logprobs[slot] = -1
         self._remaps = [rows for rows in self._remaps if rows["slot"][0] != slot]
         del self.running[uid]
         table.give(slot)
@@ -345,10 +360,17 @@ class StepMachine:
             decode=None if same else decode,
             ids=np.concatenate(parts.ids) if parts.ids else _NONE,
         )
+        if parts.extras:
+            out.plan.extras = np.array([(slot, *extra.row) for slot, extra in parts.extras], EXTRA)
+            out.plan.bias = np.concatenate([extra.bias for _, extra in parts.extras])
+            out.plan.history = np.concatenate([extra.history for _, extra in parts.extras])
+        if parts.targets:
+            out.plan.targets = np.concatenate([tokens for _, _, tokens in parts.targets])
         rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
         prefilled = len(out.plan.ids)
         cost = features(prefilled, len(decode), context)
-        self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost))
+        scored = Scored.of(rows, parts.targets, self.table) if self._scoring else None
+        self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost, scored))
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += len(decode)
@@ -402,7 +424,10 @@ class StepMachine:
         table, size = self.table, self.limits.page_size
         start, target = int(table.planned[slot]), int(table.target[slot])
         held = int(table.n_pages[slot]) * size
+        request = self.running[int(table.uid[slot])][1]
         most = min(budget, target - start)
+        if request.scores_prompt:
+            most = min(most, parts.score_room)
         room = held + (self.pool.free + self.cache.evictable) * size - start
         n = min(most, room)
         if n <= 0:
@@ -410,13 +435,18 @@ class StepMachine:
         new = max(0, -(-(start + n - held) // size))
         self._make_room(new)
         pages = self.pool.alloc(new)
-        ids = self.running[int(table.uid[slot])][1].ids[start : start + n]
+        ids = request.ids[start : start + n]
         index = int(table.n_pages[slot])
         parts.grant(slot, np.arange(index, index + new, dtype=np.int32), pages)
         table.grant_prefill(slot, start, ids, pages)
         table.planned[slot] = start + n
         last = start + n == target
-        parts.prefill.append((slot, int(last), n))
+        flags = DRAW if last else 0
+        if request.scores_prompt:
+            flags |= SCORE
+            parts.targets.append((slot, start + 1, request.ids[start + 1 : start + n + 1]))
+            parts.score_room -= n
+        parts.prefill.append((slot, flags, n))
         parts.ids.append(ids)
         if last:
             parts.sampling.append(slot)
@@ -424,11 +454,11 @@ class StepMachine:
 
     def _finish_prefills(self, parts: _PlanParts) -> None:
         """After the plan is fixed: every chunk's pages become visible to others; finished prompts start to decode."""
-        for slot, last, _ in parts.prefill:
+        for slot, flags, _ in parts.prefill:
             full = int(self.table.planned[slot]) // self.limits.page_size
             if full > self.table.n_shared[slot]:
                 self._publish_prefix(slot, full, remap=True)
-            if last:
+            if flags & DRAW:
                 self._prefilling.remove(slot)
                 self._decoding = np.append(self._decoding, np.int32(slot))
 
@@ -447,7 +477,7 @@ class StepMachine:
             slot = None
             if request.need <= self.pool.free + self.cache.evictable:
                 match = self._match(request)
-                if self.limits.share and self._is_being_computed(request, match):
+                if self.limits.share and not request.scores_prompt and self._is_being_computed(request, match):
                     followers.add(request.uid)
                     continue
                 slot = self._try_admit(request, match, parts, out)
@@ -477,7 +507,9 @@ class StepMachine:
         return max(equals, key=lambda r: (found[r.uid], -r.order))
 
     def _match(self, request: Request) -> Match:
-        return self.cache.match(request.ids, request.options.cache_salt)
+        """What the cache has of a request; nothing of a prompt that must be computed to be scored."""
+        ids = request.ids[:1] if request.scores_prompt else request.ids
+        return self.cache.match(ids, request.options.cache_salt)
 
     def _try_admit(self, request: Request, match: Match, parts: _PlanParts, out: Output) -> int | None:
         """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those promised."""
@@ -487,6 +519,9 @@ class StepMachine:
         watermark = len(self.running)  # a page for the next boundary of each running row
         if request.need + promised + watermark > self.pool.free + self.cache.evictable - match.unreferenced:
             return None  # the cache was only looked at: a request that waits keeps nothing from being evicted
+        if (weight := extra_bytes(request)) > parts.extra_room < EXTRA_BYTES:
+            return None  # the next plan has room
+        parts.extra_room -= weight
         why = self.cache.why_missed(request.ids, match)
         handle, pages = self.cache.acquire(match)
         self.waiting.remove(request.uid)
@@ -506,6 +541,13 @@ class StepMachine:
         self._prefilling.append(slot)
         p = request.params
         parts.joins.append((slot, cached, p.temperature, p.top_k, p.top_p, p.min_p, request.seed))
+        extra = extra_of(request, self._eos_ids)
+        if extra is not NOTHING or table.extra[slot]:
+            parts.extras.append((slot, extra))
+            table.extra[slot] = extra is not NOTHING
+        if p.logprobs is not None:
+            table.logprobs[slot] = p.logprobs
+            self._scoring += 1
         parts.grant(slot, np.arange(len(pages), dtype=np.int32), pages)
         if not request.resumed:
             self.counters.admitted += 1

@@ -1,7 +1,7 @@
 """Every message of the system, in one file.  A message is a frozen value; on the wire it is a msgpack array.
 
 Wire:    one version byte, then msgpack [class name, field 0, field 1, ...]
-Fields:  int, float, str, bytes, bool, None, a tuple of str or int, a numpy array of one dimension (copied, never
+Fields:  int, float, str, bytes, bool, None, a tuple of these or of such tuples, a numpy array of one dimension (copied, never
          aliased), or one of the plain value types registered below (SamplingParams).  No dict, no callable, no pickle.
 
 The registry is closed: decoding looks a name up among the classes declared here and checks every field against its
@@ -43,7 +43,7 @@ def _checker(hint: Any) -> Any:
     if origin in (typing.Union, pytypes.UnionType):
         return tuple(c for arm in typing.get_args(hint) for c in _checker(arm))
     if origin is tuple:
-        return ("tuple", _checker(typing.get_args(hint)[0]))
+        return ("tuple", tuple(c for arm in typing.get_args(hint) if arm is not ... for c in _checker(arm)))
     if origin is np.ndarray:
         return (np.ndarray,)
     if hint is float:
@@ -53,7 +53,10 @@ def _checker(hint: Any) -> Any:
 
 def _admits(check: Any, value: Any) -> bool:
     if check[0] == "tuple":
-        return type(value) is tuple and all(type(v) in check[1] for v in value)
+        inner = check[1]
+        if type(value) is not tuple:
+            return False
+        return all(_admits(inner, v) for v in value) if inner[:1] == ("tuple",) else all(type(v) in inner for v in value)
     return type(value) in check
 
 
@@ -160,6 +163,7 @@ def decode(raw: bytes) -> Any:
 I32 = np.ndarray[Any, np.dtype[np.int32]]
 I64 = np.ndarray[Any, np.dtype[np.int64]]
 U8 = np.ndarray[Any, np.dtype[np.uint8]]
+F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 register(SamplingParams)
 register(RequestOptions)
@@ -316,12 +320,15 @@ class Stats:
 
 @message
 class Track:
-    """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text."""
+    """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text.
+
+    `prompt`: the prompt's tokens if they are to stand before the text (echo), else none.
+    """
 
     uid: int
-    stop: tuple[str, ...]
-    skip_special: bool
     n_cached: int
+    prompt: I32
+    params: SamplingParams
 
 
 @message
@@ -332,6 +339,43 @@ class Tokens:
     counts: U8
     tokens: I32
     finish: U8
+
+
+@message
+class Scores:
+    """scheduler -> detokenizer, before the Tokens of the same step, and only when a request wants log probabilities.
+
+    Entry i is about the next token of the prompt of request uids[i], or about its next token in that Tokens (`drawn`), and has
+    widths[i] alternatives, one behind the other in `top_ids` and `top_logprobs`.
+    """
+
+    uids: I64
+    drawn: U8
+    tokens: I32
+    logprobs: F32
+    widths: U8
+    top_ids: I32
+    top_logprobs: F32
+
+
+@message
+class Logprobs:
+    """detokenizer -> api, before the Text that brings the tokens meant: log probabilities with the bytes of all tokens.
+
+    Entry i is about token tokens[i] of request uids[i], whose text begins offsets[i] characters behind the beginning; the first
+    token of a prompt has NaN.  The bytes of the token and of its widths[i] alternatives stand one behind the other in `pieces`,
+    `sizes` of them each.
+    """
+
+    uids: I64
+    tokens: I32
+    offsets: I32
+    logprobs: F32
+    widths: U8
+    top_ids: I32
+    top_logprobs: F32
+    sizes: I32
+    pieces: bytes
 
 
 @message

@@ -3,7 +3,8 @@
 Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, Wake (workers); Stop (api); results through the
 token ring.
-Sends     Track, Tokens (detokenizer); Rejected, EngineReady (api); Capacity, Wake (workers); plans through the plan ring.
+Sends     Track, Scores, Tokens (detokenizer); Rejected, EngineReady (api); Capacity, Wake (workers); plans through the plan
+ring.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from minisgl.actors.messages import (
     FlushCache,
     Generate,
     Rejected,
+    Scores,
     Stats,
     Stop,
     Tokens,
@@ -115,7 +117,7 @@ class SchedulerActor(Actor):
             text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
             self.ctx.send("api", Rejected(m.uid, 429, text, None, "server_overloaded", retry))
             return
-        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options)))
+        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
 
     def _overload(self, n_ids: int) -> int | None:
         """Seconds after which a client should try again, if the queue is full; None if it is not.
@@ -242,8 +244,13 @@ class SchedulerActor(Actor):
     def _tell(self, output: Output) -> None:
         machine = self._machine()
         for uid, cached in output.started:
-            params = machine.running[uid][1].params
-            self.ctx.send("detokenizer", Track(uid, params.stop, params.skip_special_tokens, cached))
+            request = machine.running[uid][1]
+            prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
+            self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params))
+        for s in output.scores:
+            inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
+            tops = (s.top_ids[inside], s.top_logprobs[inside])
+            self.ctx.send("detokenizer", Scores(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
         if output.news:
             self.ctx.send("detokenizer", _join(output.news))
 

@@ -38,6 +38,8 @@ class SlotTable:
         self.n_shared = np.zeros(slots, np.int32)  # leading pages that belong to the prefix cache
         self.tail = np.zeros(slots, np.int32)  # newest known token
         self.ignore_eos = np.zeros(slots, np.bool_)
+        self.logprobs = np.full(slots, -1, np.int32)  # alternatives to each token that are wanted, -1: no log probabilities
+        self.extra = np.zeros(slots, np.bool_)  # the workers hold extras of this slot, perhaps a former owner's
         self.pages = np.zeros((slots, max_pages), np.int32)
         self.handle: list[Node] = [root] * slots
         self.page_ids = np.zeros((num_pages, page_size), np.int32)

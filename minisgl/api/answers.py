@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl import __version__
-from minisgl.api.requests import Chunk
+from minisgl.api.requests import Chunk, TokenLogprob
 from minisgl.errors import RequestError
 from minisgl.types import Finish
 
@@ -36,45 +36,97 @@ class Head:
 
 @dataclass(slots=True)
 class Result:
-    """The answer to one prompt, added up from its chunks."""
+    """One answer to one prompt, added up from its chunks.  `logprobs` is None where none were asked for."""
 
     text: str = ""
+    logprobs: list[TokenLogprob] | None = None
     finish: Finish = Finish.NONE
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
 
     def add(self, chunk: Chunk) -> None:
-        """Count a chunk.  Its text is the caller's: a stream has sent it and need not keep it."""
+        """Count a chunk.  Its text and log probabilities are the caller's: a stream has sent them and need not keep them."""
         self.completion_tokens += len(chunk.token_ids)
         self.prompt_tokens = chunk.prompt_tokens
         self.cached_tokens = chunk.cached_tokens
         self.finish = chunk.finish
 
 
-def usage(results: Sequence[Result]) -> dict[str, Any]:
-    """The `usage` object, in tokens, summed over the prompts of a request."""
-    prompt = sum(r.prompt_tokens for r in results)
+def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
+    """The `usage` object, in tokens, summed over the answers of a request; each prompt, which has `n` of them, counts once."""
+    prompt = sum(r.prompt_tokens for r in results[::n])
     completion = sum(r.completion_tokens for r in results)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(r.cached_tokens for r in results)},
+        "prompt_tokens_details": {"cached_tokens": sum(r.cached_tokens for r in results[::n])},
     }
 
 
-def chat_body(head: Head, result: Result) -> dict[str, Any]:
-    """The answer to a chat request that does not stream."""
-    message = {"role": "assistant", "content": result.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish.reason}
-    return {**head.fields("chat.completion"), "choices": [choice], "usage": usage([result])}
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The `logprobs` object of a chat.  A token that is less than a character has U+FFFD for text; its bytes are exact."""
+
+    def entry(text: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": _text(text), "logprob": logprob, "bytes": list(text)}
+
+    content = [
+        {**entry(t.text, t.logprob), "top_logprobs": [entry(text, logprob) for _, text, logprob in t.top]} for t in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
-def completion_body(head: Head, results: Sequence[Result]) -> dict[str, Any]:
-    """The answer to a completion request that does not stream; choice i continues prompt i."""
-    choices = [{"index": i, "text": r.text, "logprobs": None, "finish_reason": r.finish.reason} for i, r in enumerate(results)]
-    return {**head.fields("text_completion"), "choices": choices, "usage": usage(results)}
+def completion_logprobs(tokens: Sequence[TokenLogprob], wanted: int) -> dict[str, Any]:
+    """The `logprobs` object of a completion, whose alternatives are by text: of those with the same one the likelier stays.
+
+    The token itself is among them even if it is not one of the `wanted` most likely.
+    """
+    tops: list[dict[str, float] | None] = []
+    for t in tokens:
+        top: dict[str, float] = {}
+        for text, logprob in [(text, logprob) for _, text, logprob in t.top] + [(t.text, t.logprob)]:
+            if logprob is not None:
+                top[_text(text)] = max(logprob, top.get(_text(text), logprob))
+        tops.append(top if t.logprob is not None else None)
+    return {
+        "tokens": [_text(t.text) for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": tops if wanted else None,
+        "text_offset": [t.offset for t in tokens],
+    }
+
+
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
+
+
+def chat_body(head: Head, results: Sequence[Result]) -> dict[str, Any]:
+    """The answer to a chat request that does not stream; all choices answer the same conversation."""
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": r.text, "refusal": None},
+            "logprobs": None if r.logprobs is None else chat_logprobs(r.logprobs),
+            "finish_reason": r.finish.reason,
+        }
+        for i, r in enumerate(results)
+    ]
+    return {**head.fields("chat.completion"), "choices": choices, "usage": usage(results, len(results))}
+
+
+def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int) -> dict[str, Any]:
+    """The answer to a completion request that does not stream; choice i continues prompt i // n."""
+    choices = [
+        {
+            "index": i,
+            "text": r.text,
+            "logprobs": None if r.logprobs is None else completion_logprobs(r.logprobs, wanted),
+            "finish_reason": r.finish.reason,
+        }
+        for i, r in enumerate(results)
+    ]
+    return {**head.fields("text_completion"), "choices": choices, "usage": usage(results, n)}
 
 
 class EventStream:
@@ -82,40 +134,55 @@ class EventStream:
 
     Payloads are ASCII: no text of a model or a user can end a line, not even U+2028.  With `include_usage` every event but
     the last says `"usage": null`, and the last has `"choices": []`; without it no event is without a choice.
+    `choices`: answers in all, of which `n` belong to each prompt.  `wanted`: alternatives to each token, None without logprobs.
     """
 
-    def __init__(self, head: Head, *, chat: bool, include_usage: bool) -> None:
+    def __init__(
+        self, head: Head, *, chat: bool, include_usage: bool, choices: int = 1, n: int = 1, wanted: int | None = None
+    ) -> None:
         common = _dump(head.fields("chat.completion.chunk" if chat else "text_completion"))[:-1]
-        self._chat = chat
+        self._chat, self._choices, self._n, self._wanted = chat, choices, n, wanted
         self._common = b"data: " + common + b',"choices":['
         self._choice = self._common + b'{"index":'
         self._text = b',"delta":{"content":' if chat else b',"text":'
-        self._reason = (b"}" if chat else b"") + b',"logprobs":null,"finish_reason":'
+        self._logprobs = (b"}" if chat else b"") + b',"logprobs":'
+        self._reason = b',"finish_reason":'
         self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        self._go_on = self._reason + b"null" + self._end
+        self._go_on = self._logprobs + b"null" + self._reason + b"null" + self._end
 
     def start(self) -> bytes:
-        """What comes before the first text: in a chat, the event that announces the role."""
+        """What comes before the first text: in a chat, an event for each choice that announces the role."""
         if not self._chat:
             return b""
-        return self._choice + b'0,"delta":{"role":"assistant","content":""' + self._go_on
+        role = b',"delta":{"role":"assistant","content":""' + self._go_on
+        return b"".join(b"%s%d%s" % (self._choice, i, role) for i in range(self._choices))
 
-    def text(self, index: int, text: str) -> bytes:
-        """Text of choice `index`; nothing at all if it is empty (a piece of a character or stop string is held back)."""
+    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        """Text of choice `index`; nothing at all if there is none (a piece of a character or stop string is held back)."""
+        if logprobs:
+            return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._told(logprobs, b"null")))
         if not text:
             return b""
         return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._go_on))
 
-    def finish(self, index: int, text: str, finish: Finish) -> bytes:
+    def finish(self, index: int, text: str, finish: Finish, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """The last text of choice `index` and why it ended: two events in a chat, one in a completion."""
         reason = b'"%s"' % (finish.reason or "").encode()
         if not self._chat:
-            return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._reason, reason, self._end))
-        return b"".join((self.text(index, text), self._choice, b'%d,"delta":{' % index, self._reason, reason, self._end))
+            return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._told(logprobs, reason)))
+        end = self._logprobs + b"null" + self._reason + reason + self._end
+        return b"".join((self.text(index, text, logprobs), self._choice, b'%d,"delta":{' % index, end))
+
+    def _told(self, logprobs: Sequence[TokenLogprob], reason: bytes) -> bytes:
+        """The end of an event with log probabilities."""
+        told: dict[str, Any] | None = None
+        if logprobs:
+            told = chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, self._wanted or 0)
+        return b"".join((self._logprobs, _dump(told), self._reason, reason, self._end))
 
     def usage(self, results: Sequence[Result]) -> bytes:
         """The event with the counts of tokens, if it was asked for."""
-        return self._common + b'],"usage":' + _dump(usage(results)) + b"}\n\n"
+        return self._common + b'],"usage":' + _dump(usage(results, self._n)) + b"}\n\n"
 
 
 def error_event(error: RequestError) -> bytes:

@@ -3,7 +3,7 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever
           else dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Wake (scheduler); Tokenized, Rejected (tokenizer);
-          Text (detokenizer); ActorDied (supervisor, in process).
+          Text, Logprobs (detokenizer); ActorDied (supervisor, in process).
 Sends     Tokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
@@ -12,6 +12,7 @@ thread.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import deque
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from minisgl.actors.messages import (
     FlushCache,
     Generate,
     Hello,
+    Logprobs,
     Rejected,
     Stats,
     Stopped,
@@ -39,13 +41,14 @@ from minisgl.actors.messages import (
     Wake,
 )
 from minisgl.actors.ring import RingReader, RingWriter
-from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
 _CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
+IMPOSSIBLE = -9999.0  # instead of minus infinity, as OpenAI and vLLM write it
 _MIX = 0x9E3779B97F4A7C15
 
 
@@ -63,6 +66,7 @@ class Entry:
     seed: int = 0
     sent: bool = False  # the scheduler knows of it
     delivered: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that the next Text brings
 
 
 class Gateway(Actor):
@@ -96,6 +100,7 @@ class Gateway(Actor):
 
     def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self._check_open()
+        self._check_vocabulary(params)
         self._last_uid += 1
         entry = Entry(self._last_uid, params, options, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
         if isinstance(prompt, TokenPrompt):
@@ -155,6 +160,12 @@ class Gateway(Actor):
                 retry_after=1,
             )
 
+    def _check_vocabulary(self, params: SamplingParams) -> None:
+        vocab = self.config.model.vocab_size
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", [t for t, _ in params.logit_bias])):
+            if ids and max(ids) >= vocab:
+                raise InvalidParam(name, f"{name} holds the token id {max(ids)}; this model's end at {vocab - 1}.")
+
     def _check_ids(self, prompt: TokenPrompt) -> I32:
         vocab = self.config.model.vocab_size
         bad = next((t for t in prompt.ids if not 0 <= t < vocab), None)
@@ -168,7 +179,7 @@ class Gateway(Actor):
         n, context, asked = len(ids), self.config.max_context, entry.params.max_tokens
         if n == 0:
             raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
-        if n + (asked or 1) > context:
+        if n + (asked or 1) > context:  # with nothing asked for, too, a token is drawn
             parts = f"{n} in the {entry.source}, {asked or 0} in the completion"
             raise context_overflow(entry.source, context, n + (asked or 0), parts)
         entry.ids = ids
@@ -238,7 +249,25 @@ class Gateway(Actor):
                 continue
             if finish:
                 del self._ledger[uid]
-            entry.deliver(Chunk(text, new, Finish(finish), len(entry.ids), cached))
+            logprobs, entry.logprobs = tuple(entry.logprobs), []
+            entry.deliver(Chunk(text, new, Finish(finish), len(entry.ids), cached, logprobs))
+
+    @on(Logprobs)
+    def logprobs(self, m: Logprobs) -> None:
+        top = at = start = 0
+        sizes, ids, values = m.sizes.tolist(), m.top_ids.tolist(), m.top_logprobs.tolist()
+        rows = (m.uids.tolist(), m.tokens.tolist(), m.offsets.tolist(), m.logprobs.tolist(), m.widths.tolist())
+        for uid, token, offset, logprob, width in zip(*rows, strict=True):
+            pieces = []
+            for size in sizes[at : at + 1 + width]:
+                pieces.append(m.pieces[start : start + size])
+                start += size
+            alternatives = zip(ids[top : top + width], pieces[1:], map(_finite, values[top : top + width]), strict=True)
+            at, top = at + 1 + width, top + width
+            entry = self._ledger.get(uid)
+            if entry is not None:
+                known = None if math.isnan(logprob) else _finite(logprob)  # nothing stands before the first token
+                entry.logprobs.append(TokenLogprob(token, pieces[0], known, offset, tuple(alternatives)))
 
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
@@ -309,6 +338,11 @@ class Gateway(Actor):
         status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
         for entry in list(self._ledger.values()):
             self._fail(entry, RequestError(text, status=status, kind="server_error", code=code))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: the log probability of what cannot be."""
+    return max(logprob, IMPOSSIBLE)
 
 
 def _timed_out(entry: Entry) -> RequestError:

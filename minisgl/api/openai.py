@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl.api.conversation import chat_prompt
-from minisgl.api.fields import Fields, json_type, parse_json, wrong_type
+from minisgl.api.fields import Fields, parse_json, wrong_type
 from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
+from minisgl.api.sampling import chat_logprobs, choices, completion_logprobs, options, sampling, token_ids
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import MAX_PRIORITY, MAX_SEED, MAX_TIMEOUT, RequestOptions, SamplingParams
+from minisgl.types import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # of one completion request
-MAX_STOP_TOKEN_IDS = 128
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
-_INT32 = (1 << 31) - 1
 
 HARMLESS = frozenset(
     {
@@ -54,6 +53,12 @@ _USED = frozenset(
         "stop_token_ids",
         "ignore_eos",
         "skip_special_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_tokens",
+        "logprobs",
         "n",
         "best_of",
         "stream",
@@ -63,18 +68,13 @@ _USED = frozenset(
         "cache_salt",
     }
 )
-CHAT_USED = _USED | {"messages", "chat_template_kwargs"}
-COMPLETION_USED = _USED | {"prompt", "add_special_tokens"}
+CHAT_USED = _USED | {"messages", "chat_template_kwargs", "top_logprobs"}
+COMPLETION_USED = _USED | {"prompt", "add_special_tokens", "echo"}
 
 # Field -> the values that ask for nothing.  null always does.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({}, []),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (),
@@ -85,12 +85,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": ([],),
     "guided_grammar": (),
-    "echo": (False,),
 }
 CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **_UNSUPPORTED,
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -108,7 +106,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 COMPLETION_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **_UNSUPPORTED,
-    "logprobs": (False,),  # 0 asks for the log probability of the chosen token
     "suffix": ("",),
 }
 
@@ -118,10 +115,14 @@ __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat"
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the two endpoints have in common.  `model` is the served name to report; `ignored` are unknown field names."""
+    """What the two endpoints have in common.
+
+    `model` is the served name to report; `n` the number of answers to each prompt; `ignored` are unknown field names.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
+    n: int
     params: SamplingParams
     options: RequestOptions
     stream: bool
@@ -136,7 +137,7 @@ class ChatRequest(GenerationRequest):
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions; choice i continues prompt i."""
+    """POST /v1/completions; choice i continues prompt i // n."""
 
 
 # ---------------- requests
@@ -152,8 +153,9 @@ def parse_chat(body: Mapping[str, Any], served: Sequence[str]) -> ChatRequest:
     return ChatRequest(
         model=model,
         prompts=(chat_prompt(body),),
-        params=_sampling(fields, None),
-        options=_options(fields),
+        n=choices(fields),
+        params=sampling(fields, None, logprobs=chat_logprobs(fields)),
+        options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
@@ -172,8 +174,9 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str]) -> Completi
     return CompletionRequest(
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
-        params=_sampling(fields, COMPLETION_TOKENS),
-        options=_options(fields),
+        n=choices(fields),
+        params=sampling(fields, COMPLETION_TOKENS, logprobs=completion_logprobs(fields), echo=fields.boolean("echo") or None),
+        options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
@@ -208,50 +211,6 @@ def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
     return stream, bool(include_usage), unknown
 
 
-def _sampling(fields: Fields, max_tokens: int | None) -> SamplingParams:
-    for name in ("n", "best_of"):
-        if fields.integer(name, -_INT32, _INT32) not in (None, 1):
-            raise InvalidParam(name, f"{name} must be 1: several answers to one prompt are not supported.", "unsupported_value")
-    asked = [fields.integer(name, 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
-    stop_token_ids = fields.get("stop_token_ids", list, "an array of integers") or []
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
-    given = {
-        "max_tokens": next((n for n in asked if n is not None), max_tokens),
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
-        "top_k": fields.integer("top_k", -1, _INT32),
-        "min_p": fields.number("min_p", 0, 1),
-        "seed": fields.integer("seed", -MAX_SEED, MAX_SEED),
-        "stop": fields.get("stop", str | list, "a string or an array of strings"),
-        "stop_token_ids": _token_ids("stop_token_ids", stop_token_ids),
-        "ignore_eos": fields.boolean("ignore_eos"),
-        "skip_special_tokens": fields.boolean("skip_special_tokens", True),
-    }
-    if given["top_k"] == -1:  # vLLM's way of saying "off"
-        given["top_k"] = 0
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-def _options(fields: Fields) -> RequestOptions:
-    """`priority`: higher is served first; `timeout` in seconds; `cache_salt`: whom to share cached prefixes with."""
-    given = {
-        "priority": fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
-        "timeout": fields.number("timeout", 0, MAX_TIMEOUT),
-        "cache_salt": fields.get("cache_salt", str, "a string"),
-    }
-    return RequestOptions(**{name: value for name, value in given.items() if value is not None})
-
-
-def _token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:
-    bad = next((t for t in ids if type(t) is not int), 0)
-    if type(bad) is not int:
-        raise InvalidParam(name, f"{name} must hold integers, not {json_type(bad)}.", "invalid_type")
-    if ids and not 0 <= min(ids) <= max(ids) <= _INT32:
-        raise InvalidParam(name, f"{name} holds a number that is not a token id.")
-    return tuple(ids)
-
-
 def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
     if value is None:
         raise InvalidParam("prompt", "prompt is required.", "missing_required_parameter")
@@ -262,13 +221,13 @@ def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
     if not value:
         raise InvalidParam("prompt", "prompt is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(_token_ids("prompt", value)),)
+        return (TokenPrompt(token_ids("prompt", value)),)
     if len(value) > MAX_PROMPTS:
         raise InvalidParam("prompt", f"prompt holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
         return tuple(TextPrompt(p, add_special) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(_token_ids("prompt", p)) for p in value)
+        return tuple(TokenPrompt(token_ids("prompt", p)) for p in value)
     raise InvalidParam("prompt", "the prompts of one request must be all strings or all arrays of token ids.", "invalid_type")
 
 

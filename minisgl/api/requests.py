@@ -41,10 +41,26 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model held of a token: its log probability (natural), None for the first token of a prompt.
+
+    `text` are its bytes, perhaps less than a character; `offset`: characters of the request's text that stand before it.
+    `top`: (token id, bytes, log probability) of the most likely tokens at its place, in order.
+    """
+
+    token_id: int
+    text: bytes
+    logprob: float | None
+    offset: int
+    top: tuple[tuple[int, bytes, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """News of one request.  `finish` is Finish.NONE until the last chunk.
 
-    `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.
+    `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`, if they were
+    asked for: of the `token_ids`, with `echo` behind those of the prompt.
     """
 
     text: str
@@ -52,6 +68,7 @@ class Chunk:
     finish: Finish
     prompt_tokens: int
     cached_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 Deliver = Callable[[Chunk | RequestError], None]

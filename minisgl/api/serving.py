@@ -10,15 +10,17 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__
 from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
-from minisgl.api.requests import Engine
+from minisgl.api.requests import Engine, Prompt
 from minisgl.api.stream import generate_all
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
+from minisgl.types import MAX_SEED, SamplingParams
 
 log = logging.getLogger("minisgl.api")
 _STARTED = int(time.time())  # reported as the creation time of the models
@@ -49,17 +51,23 @@ def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | Completion
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
     _check_size(engine, request)
-    results = [Result() for _ in request.prompts]
-    texts: list[list[str]] = [[] for _ in request.prompts]
-    async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
+    prompts, params = _choices(request)
+    wanted = request.params.logprobs
+    results = [Result(logprobs=None if wanted is None else []) for _ in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    async with aclosing(generate_all(engine, prompts, params, request.options)) as stream:
         async for news in stream:
             for i, chunk in news:
                 results[i].add(chunk)
                 texts[i].append(chunk.text)
+                if (told := results[i].logprobs) is not None:
+                    told.extend(chunk.logprobs)
     for result, parts in zip(results, texts, strict=True):
         result.text = "".join(parts)
     head = _head(request)
-    return chat_body(head, results[0]) if isinstance(request, ChatRequest) else completion_body(head, results)
+    if isinstance(request, ChatRequest):
+        return chat_body(head, results)
+    return completion_body(head, results, request.n, wanted or 0)
 
 
 async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
@@ -69,13 +77,21 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
     """
     _check_size(engine, request)
-    render = EventStream(_head(request), chat=isinstance(request, ChatRequest), include_usage=request.include_usage)
-    results = [Result() for _ in request.prompts]
+    prompts, params = _choices(request)
+    render = EventStream(
+        _head(request),
+        chat=isinstance(request, ChatRequest),
+        include_usage=request.include_usage,
+        choices=len(prompts),
+        n=request.n,
+        wanted=request.params.logprobs,
+    )
+    results = [Result() for _ in prompts]
     unfinished = len(results)
     head = render.start()
     started = False
     try:
-        async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
+        async with aclosing(generate_all(engine, prompts, params, request.options)) as stream:
             async for news in stream:
                 out = [head]
                 head = b""
@@ -83,9 +99,9 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
                     results[i].add(chunk)
                     if chunk.finish:
                         unfinished -= 1
-                        out.append(render.finish(i, chunk.text, chunk.finish))
+                        out.append(render.finish(i, chunk.text, chunk.finish, chunk.logprobs))
                     else:
-                        out.append(render.text(i, chunk.text))
+                        out.append(render.text(i, chunk.text, chunk.logprobs))
                 if not unfinished:
                     out += [render.usage(results) if request.include_usage else b"", DONE]
                 piece = b"".join(out)
@@ -114,6 +130,20 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
         raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
+    if (choices := len(request.prompts) * request.n) > limit:
+        raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
+
+
+def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompt and the parameters of every choice.  The n answers to a prompt have n seeds, the first the one given."""
+    p, n = request.params, request.n
+    each = [p] * n if p.seed is None else [replace(p, seed=_next_seed(p.seed, i)) for i in range(n)]
+    return [prompt for prompt in request.prompts for _ in range(n)], each * len(request.prompts)
+
+
+def _next_seed(seed: int, i: int) -> int:
+    """The i-th seed after `seed`, from the largest on to the smallest."""
+    return (seed + i + MAX_SEED) % (2 * MAX_SEED + 1) - MAX_SEED
 
 
 def _head(request: GenerationRequest) -> Head:

@@ -30,17 +30,23 @@ async def generate(
 
 
 async def generate_all(
-    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, options: RequestOptions = DEFAULT_OPTIONS
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams],
+    options: RequestOptions = DEFAULT_OPTIONS,
 ) -> AsyncGenerator[News, None]:
     """Continue several prompts at the same time.  Each item is all there is to tell, at most one chunk for each prompt.
+
+    `params`: for all of them, or one for each.
 
     Ends when every prompt has its `finish`; raises RequestError, and closes the others, if one of them fails.
     """
     mailbox = _Mailbox()
     uids: list[int] = []
     try:
-        for i, prompt in enumerate(prompts):
-            uids.append(engine.open(prompt, params, functools.partial(mailbox.put, i), options))
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
+            uids.append(engine.open(prompt, p, functools.partial(mailbox.put, i), options))
         unfinished = len(prompts)
         while unfinished:
             news = await mailbox.take()
@@ -88,4 +94,5 @@ def _merge(chunks: list[Chunk]) -> Chunk:
     if len(chunks) == 1:
         return last
     ids = tuple(t for c in chunks for t in c.token_ids)
-    return Chunk("".join(c.text for c in chunks), ids, last.finish, last.prompt_tokens, last.cached_tokens)
+    logprobs = tuple(p for c in chunks for p in c.logprobs)
+    return Chunk("".join(c.text for c in chunks), ids, last.finish, last.prompt_tokens, last.cached_tokens, logprobs)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config import Config
-from minisgl.plan import StepPlan, StepResult
+from minisgl.plan import DRAW, SCORE, Scores, StepPlan, StepResult
 
 I32 = npt.NDArray[np.int32]
 _POISON = -7
@@ -31,6 +31,16 @@ def reference(prompt: list[int], max_tokens: int, vocab_size: int, eos_ids: tupl
     while len(out) < max_tokens and (not out or out[-1] not in eos_ids):
         out.append(next_token(np.array(prompt + out, np.int32), vocab_size))
     return out
+
+
+def logprob(context: I32, token: int) -> float:
+    """What stands for the log probability of a token: another hash, of the token and all before it; exact in float32."""
+    return -next_token(np.append(context, np.int32(token)), 8191) / 64
+
+
+def alternatives(token: int, n: int, vocab_size: int) -> list[int]:
+    """What stands for the most likely tokens in the place of `token`."""
+    return [(token + i) % vocab_size for i in range(n)]
 
 
 class Done:
@@ -58,6 +68,7 @@ class OracleRunner:
         self.table = np.full((slots, -(-config.max_context // self._size)), -1, np.int32)
         self.kv_len = np.zeros(slots, np.int32)
         self.last = np.zeros(slots, np.int32)
+        self.logprobs = np.full(slots, -1, np.int32)
         self._batch = np.zeros(0, np.int32)
 
     def max_pages(self) -> int:
@@ -76,29 +87,54 @@ class OracleRunner:
     def launch(self, plan: StepPlan) -> Done:
         """Run the plan at once, row by row."""
         self.kv_len[plan.joins["slot"]] = plan.joins["kv_len"]
+        self.logprobs[plan.extras["slot"]] = plan.extras["logprobs"]
         self.table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
         if plan.decode is not None:
             self._batch = plan.decode
         sampled: list[int] = []
+        drawn: list[tuple[int, I32, int]] = []  # (slot, context, token) whose log probabilities are wanted
+        followers: list[tuple[int, I32, int]] = []  # likewise, of tokens of prompts
+        targets = plan.targets.tolist()
         at = 0
-        for slot, sample, n in plan.prefill.tolist():
-            for token in plan.ids[at : at + n].tolist():
+        for slot, flags, n in plan.prefill.tolist():
+            for i, token in enumerate(plan.ids[at : at + n].tolist()):
                 self._append(slot, token)
+                if flags & SCORE and not (flags & DRAW and i == n - 1):
+                    followers.append((slot, self._context(slot), targets[len(followers)]))
             at += n
-            if sample:
-                sampled.append(self._sample(slot))
+            if flags & DRAW:
+                sampled.append(self._sample(slot, drawn))
         for slot in self._batch.tolist():
             self._append(slot, int(self.last[slot]))
-            sampled.append(self._sample(slot))
-        return Done(StepResult(plan.step, np.array(sampled, np.int32)))
+            sampled.append(self._sample(slot, drawn))
+        return Done(StepResult(plan.step, np.array(sampled, np.int32), scores=self._scores(drawn + followers)))
+
+    def _scores(self, wanted: list[tuple[int, I32, int]]) -> Scores | None:
+        if not wanted:
+            return None
+        width = int(self.logprobs[[slot for slot, _, _ in wanted]].max())
+        tops = [alternatives(token, width, self._vocab) for _, _, token in wanted]
+        values = [[logprob(context, t) for t in top] for (_, context, _), top in zip(wanted, tops, strict=True)]
+        return Scores(
+            np.array([logprob(context, token) for _, context, token in wanted], np.float32),
+            np.array(tops, np.int32).reshape(len(wanted), width),
+            np.array(values, np.float32).reshape(len(wanted), width),
+        )
 
     def _append(self, slot: int, token: int) -> None:
         page, offset = divmod(int(self.kv_len[slot]), self._size)
         self.kv[self.table[slot, page], offset] = token
         self.kv_len[slot] += 1
 
-    def _sample(self, slot: int) -> int:
+    def _context(self, slot: int) -> I32:
+        """All tokens of a slot, read back through its page table."""
         n = int(self.kv_len[slot])
-        context = self.kv[self.table[slot, : -(-n // self._size)]].reshape(-1)[:n]
-        self.last[slot] = next_token(context, self._vocab)
-        return int(self.last[slot])
+        return self.kv[self.table[slot, : -(-n // self._size)]].reshape(-1)[:n]
+
+    def _sample(self, slot: int, drawn: list[tuple[int, I32, int]]) -> int:
+        context = self._context(slot)
+        token = next_token(context, self._vocab)
+        if self.logprobs[slot] >= 0:
+            drawn.append((slot, context, token))
+        self.last[slot] = token
+        return token

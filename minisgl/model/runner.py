@@ -11,17 +11,18 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.model.adjust import Adjustments
 from minisgl.model.archs import model_class
 from minisgl.model.attention import TorchAttention
 from minisgl.model.blocks import CpuBlocks
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
 from minisgl.model.parallel import Parallel
-from minisgl.model.sampler import sample
+from minisgl.model.sampler import sample, score
 from minisgl.model.shard import Shard
-from minisgl.model.state import SlotState
+from minisgl.model.state import Batch, SlotState
 from minisgl.model.threads import threads_per_rank
-from minisgl.plan import StepPlan, StepResult
+from minisgl.plan import I32, Scores, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,6 +62,7 @@ class Runner:
             self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, CpuBlocks(self._dtype))
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
+        self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
         self._attention: TorchAttention | None = None
 
     def max_pages(self) -> int:
@@ -98,6 +100,8 @@ class Runner:
             raise RuntimeError("launch before allocate")
         start = time.perf_counter_ns()
         batch = self._state.apply(plan)
+        if len(plan.extras):
+            self._adjustments.join(plan)
         if len(batch.ids) == 0:  # joins and grants alone
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
@@ -105,12 +109,39 @@ class Runner:
             logits = self._model(
                 torch.from_numpy(batch.ids),
                 torch.from_numpy(batch.positions),
-                torch.from_numpy(batch.sample_rows),
+                torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows))),
                 self._attention,
             )
-            tokens = sample(logits, batch.sampling)
+            tokens = self._draw(logits[: len(batch.sample_rows)], batch)
+            scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
         self._state.advance(batch, tokens)
-        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000))
+        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores))
+
+    def _draw(self, logits: torch.Tensor, batch: Batch) -> I32:
+        """A token for each row, from its logits as its slot's biases and penalties make them."""
+        slots = batch.sample_slots
+        if not self._state.extras:
+            return sample(logits, batch.sampling)
+        rows = np.flatnonzero(self._state.adjusted[slots])
+        if len(rows):
+            adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
+            logits = logits.float().index_copy(0, torch.from_numpy(rows), adjusted)
+        tokens = sample(logits, batch.sampling)
+        counted = np.flatnonzero(self._state.counted[slots])
+        if len(counted):
+            self._adjustments.count(slots[counted], tokens[counted])
+        return tokens
+
+    def _score(self, logits: torch.Tensor, batch: Batch, tokens: I32) -> Scores | None:
+        """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""
+        if not self._state.extras:
+            return None
+        rows = np.flatnonzero(self._state.logprobs[batch.sample_slots] >= 0)
+        if not len(rows) and not len(batch.targets):
+            return None
+        chosen = np.concatenate((rows, len(batch.sample_rows) + np.arange(len(batch.targets))))
+        widths = self._state.logprobs[np.concatenate((batch.sample_slots[rows], batch.score_slots))]
+        return score(logits[torch.from_numpy(chosen)], np.concatenate((tokens[rows], batch.targets)), widths)
 
     def prepare(self) -> bool:
         """Nothing is left to be prepared."""

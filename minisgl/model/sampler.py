@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.model.state import I64, U64, SamplingRows
-from minisgl.plan import I32
+from minisgl.plan import I32, Scores
 
 CANDIDATES = 256  # the most likely tokens, looked at before the whole vocabulary is sorted
 
@@ -121,3 +121,23 @@ def _kept(best: torch.Tensor, top_k: I32, top_p: npt.NDArray[np.float32], vocab:
     decided &= ~has_p | has_k | (cdf[:, -1] >= mass) | whole
     pth = torch.where(has_p, best.gather(1, (count - 1).clamp_(0, width - 1)[:, None])[:, 0], 0.0)
     return torch.maximum(kth, pth), decided
+
+
+def score(logits: torch.Tensor, tokens: I32, widths: I32) -> Scores:
+    """Log probabilities of one token for each row of `logits` [M, V], and of the row's most likely tokens.
+
+    tokens, widths i32[M]; every row has max(widths) alternatives, most likely first, the smaller id first among equals.
+    """
+    logprobs = torch.log_softmax(logits.float(), -1)
+    logprobs.masked_fill_(logprobs.isnan(), -torch.inf)
+    m, width = len(logprobs), min(int(widths.max(initial=0)), logits.shape[1])
+    own = logprobs.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0].numpy()
+    if width == 0:
+        return Scores(own, np.zeros((m, 0), np.int32), np.zeros((m, 0), np.float32))
+    last = torch.topk(logprobs, width).values[:, -1:]
+    row, token = (x.numpy() for x in torch.nonzero(logprobs >= last, as_tuple=True))  # those that tie for the last place too
+    value = logprobs.numpy()[row, token]
+    order = np.lexsort((token, -value, row))
+    first = np.searchsorted(row, np.arange(m))  # nonzero gives the rows in order
+    best = order[first[:, None] + np.arange(width)]
+    return Scores(own, token[best].astype(np.int32), value[best])

@@ -1,6 +1,7 @@
 """What a worker remembers between steps, by slot, and how a plan changes it.  numpy only; one copy in every worker.
 
     joins   a slot's KV length and sampling parameters are set
+    extras  it is noted which slots want log probabilities, and whose logits are adjusted (minisgl.model.adjust does that)
     grants  page_table[slot, index] = page
     prefill n prompt tokens are appended at the slot's KV length
     decode  the slot's last token is appended
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.plan import I32, StepPlan
+from minisgl.plan import DRAW, I32, SCORE, StepPlan
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -53,6 +54,9 @@ class Batch:
     sample_slots: I64  # [R]
     decode_slots: I64  # [B] slot of each decode row
     sampling: SamplingRows
+    score_rows: I64  # [M] the tokens of prompts whose followers are to be scored
+    score_slots: I64  # [M]
+    targets: I32  # [M] these followers
 
 
 class SlotState:
@@ -68,6 +72,10 @@ class SlotState:
         self.top_p: F32 = np.ones(max_running, np.float32)
         self.min_p: F32 = np.zeros(max_running, np.float32)
         self.seed: U64 = np.zeros(max_running, np.uint64)
+        self.extras = False  # whether any slot has ever had an extra: without, nobody need look at the next three
+        self.logprobs: I32 = np.full(max_running, -1, np.int32)  # alternatives that are wanted, -1: not even the token's own
+        self.adjusted = np.zeros(max_running, np.bool_)  # has biases or penalties
+        self.counted = np.zeros(max_running, np.bool_)  # has penalties
         self._decode: I64 = np.zeros(0, np.int64)  # decode slots of the latest plan
 
     def apply(self, plan: StepPlan) -> Batch:
@@ -86,6 +94,12 @@ class SlotState:
         self.kv_len[j["slot"]] = j["kv_len"]
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             getattr(self, name)[j["slot"]] = j[name]
+        if len(plan.extras):
+            self.extras = True
+            e, slots = plan.extras, plan.extras["slot"]
+            self.logprobs[slots] = e["logprobs"]
+            self.counted[slots] = (e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)
+            self.adjusted[slots] = self.counted[slots] | (e["n_bias"] > 0)
         self.page_table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
         if plan.decode is not None:
             self._decode = plan.decode.astype(np.int64)
@@ -109,11 +123,12 @@ class SlotState:
         kv_lens = self.kv_len[slots]
         longest = -(-int(kv_lens.max(initial=0)) // self.page_size)
 
-        sampling_prompts = np.flatnonzero(plan.prefill["sample"])
+        sampling_prompts = np.flatnonzero(plan.prefill["sample"] & DRAW)
         position_of = np.empty(len(decode), np.int64)  # of the plan's i-th decode slot among the decode rows
         position_of[order] = np.arange(len(decode))
         sample_slots = np.concatenate((prompts[sampling_prompts], self._decode))
         n_prompt_ids = len(plan.ids)
+        score_rows = _score_rows(plan) if len(plan.targets) else np.zeros(0, np.int64)
         return Batch(
             ids=np.concatenate((plan.ids, self.last_token[decode])).astype(np.int64),
             positions=positions.astype(np.int64),
@@ -132,4 +147,16 @@ class SlotState:
                 seed=self.seed[sample_slots],
                 positions=self.kv_len[sample_slots].astype(np.int64),
             ),
+            score_rows=score_rows,
+            score_slots=slots[row[score_rows]],
+            targets=plan.targets,
         )
+
+
+def _score_rows(plan: StepPlan) -> I64:
+    """The tokens of a step to which the plan's `targets` belong: all of rows with SCORE, less the last of one that draws."""
+    lens = plan.prefill["n_ids"]
+    scored = np.repeat(plan.prefill["sample"] & SCORE, lens) > 0
+    drawing = (plan.prefill["sample"] & DRAW) > 0
+    scored[np.cumsum(lens)[drawing] - 1] = False
+    return np.flatnonzero(scored)

@@ -90,7 +90,7 @@ class Tokenizer:
             return self._decode_slowly(list(map(int, ids)), skip_special)
         state = self.stream(skip_special)
         text = "".join([*map(state.push, map(int, ids)), state.flush()])
-        return text.removeprefix(" ") if self._strips_space else text
+        return text.removeprefix(" ") if self.strips_space else text
 
     def stream(self, skip_special: bool) -> DecodeState:
         """An empty DecodeState for the tokens that continue a text.
@@ -101,6 +101,12 @@ class Tokenizer:
         if self._table is None:
             return WindowStream(lambda ids: self._decode_slowly(ids, skip_special))
         return ByteStream(self._table, self._special if skip_special else frozenset())
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, perhaps less than a character; of a special token its name, b"" if there is no such id."""
+        if self._table is None:
+            return self._decode_slowly([token], False).encode()
+        return self._table[token] if 0 <= token < len(self._table) else b""
 
     def _decode_slowly(self, ids: Sequence[int], skip_special: bool) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
@@ -114,7 +120,8 @@ class Tokenizer:
         return list(state["decoders"]) if state["type"] == "Sequence" else [state]
 
     @property
-    def _strips_space(self) -> bool:
+    def strips_space(self) -> bool:
+        """Whether the space at the very beginning of a text is dropped."""
         return bool(self._decoders[-1]["type"] == "Strip")
 
     @cached_property

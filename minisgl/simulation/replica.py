@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from minisgl.actors.machine import Add, Event, Limits, News, StepMachine
 from minisgl.actors.queue import Request
-from minisgl.plan import StepPlan, StepResult
+from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
 
@@ -129,7 +129,7 @@ class Replica:
             self._decode = plan.decode
         slots, n = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"].astype(np.int64)
         context = table.planned[slots].astype(np.int64)  # at the end of each chunk
-        sampling = slots[plan.prefill["sample"] > 0]
+        sampling = slots[(plan.prefill["sample"] & DRAW) > 0]
         work = Work(
             prefill_tokens=int(n.sum()),
             pairs=int((n * (context - n) + n * (n + 1) // 2).sum()),

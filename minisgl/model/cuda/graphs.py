@@ -31,10 +31,14 @@ class Graphs:
     def capture(self, key: Hashable, step: Callable[[], None]) -> None:
         """Record a graph.  The step runs eagerly first (libraries and kernels tune themselves), and what that did to the slots
         is undone, for the replay does it again."""
-        kept = [t.clone() for t in (self._state.last_token, self._state.kv_len)]
+        state = self._state
+        changed = [state.last_token, state.kv_len]
+        if state.extras is not None and state.extras.seen is not None:
+            changed.append(state.extras.seen)
+        kept = [t.clone() for t in changed]
         step()
-        self._state.last_token.copy_(kept[0])
-        self._state.kv_len.copy_(kept[1])
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -25,11 +25,13 @@ from minisgl.model.cuda.cache import KVCache, page_bytes
 from minisgl.model.cuda.graphs import Graphs
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.steps import Steps
+from minisgl.model.kernels.sampling import Extras
+from minisgl.model.kernels.score import Scored
 from minisgl.model.loader import Weights, open_weights
 from minisgl.model.parallel import make_parallel
 from minisgl.model.random_weights import RandomWeights
 from minisgl.model.shard import Range, Shard
-from minisgl.plan import StepPlan, StepResult
+from minisgl.plan import SCORED_TOKENS, StepPlan, StepResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PAUSE_MS = 20.0  # a device that has waited longer had nothing to do
@@ -54,6 +56,8 @@ class CudaPending:
 
     step: int
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
+    scored: Scored | None
+    scores: torch.Tensor | None  # i32 on the host, likewise
     start: torch.cuda.Event
     end: torch.cuda.Event
     before: torch.cuda.Event | None  # the end of the step before, None where none has been
@@ -73,6 +77,7 @@ class CudaPending:
             busy_us=int(self.start.elapsed_time(self.end) * 1000) if self.timed else 0,
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
+            scores=None if self.scored is None or self.scores is None else self.scored.read(self.scores.numpy()),
         )
 
 
@@ -118,6 +123,7 @@ class CudaRunner:
         self._graphs = Graphs(self._steps.state, self._device)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.
         self._results = [torch.zeros_like(self._steps.tokens, device="cpu").pin_memory() for _ in range(engine.lag + 1)]
+        self._score_results: list[torch.Tensor] = []  # likewise for log probabilities, made when they are first wanted
         self._launched = 0
         self._ready = False  # a cache is there
         self._last: torch.cuda.Event | None = None  # the end of the latest step
@@ -156,7 +162,9 @@ class CudaRunner:
                 f"a step of --step-tokens {engine.step_tokens} does not fit GPU {self._rank} beside the weights; use less."
             ) from e
         # Logits of the largest decode step and of the largest short one; ranks also gather and join theirs.
-        logits = engine.max_running * spec.vocab_size * self._dtype.itemsize * (2 if engine.tp == 1 else 6)
+        rows = engine.max_running + SCORED_TOKENS
+        logits = rows * spec.vocab_size * self._dtype.itemsize * (2 if engine.tp == 1 else 6)
+        logits += Extras.reserve(engine.max_running + 65, spec.vocab_size)
         self._ledger = Ledger(self._total, self._other, self._weights, step, page, engine.page_size, GRAPHS + logits)
         return self._ledger.pages(engine.kv_tokens, engine.memory_fraction, self._rank)
 
@@ -218,10 +226,23 @@ class CudaRunner:
             self._launched += 1
             host = self._results[self._launched % len(self._results)][:count]
             host.copy_(self._steps.tokens[:count], non_blocking=True)
+            scored = self._steps.scored
+            scores = None if scored is None else self._fetch_scores(scored, count)
             end.record()
         before, self._last = self._last, end
         timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
-        return CudaPending(plan.step, host, start, end, before, int((time.perf_counter() - began) * 1e6), timed)
+        launch_us = int((time.perf_counter() - began) * 1e6)
+        return CudaPending(plan.step, host, scored, scores, start, end, before, launch_us, timed)
+
+    def _fetch_scores(self, scored: Scored, count: int) -> torch.Tensor:
+        """Start to copy the log probabilities of a step to the host."""
+        scores = self._steps.scores
+        if not self._score_results:
+            self._score_results = [torch.zeros_like(scores, device="cpu").pin_memory() for _ in self._results]
+        host = self._score_results[self._launched % len(self._score_results)]
+        for first, n in ((0, count if len(scored.drawn) else 0), (scored.first, scored.targets)):
+            host[first : first + n].copy_(scores[first : first + n], non_blocking=True)
+        return host
 
     def prepare(self) -> bool:
         """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.model.kernels.sampling import SamplingState
+from minisgl.model.kernels.adjust import enter_extras
+from minisgl.model.kernels.sampling import Extras, SamplingState
 from minisgl.model.kernels.step import apply_plan
 from minisgl.plan import I32, StepPlan
 
@@ -50,8 +51,11 @@ class Uploads:
 class DeviceState(SamplingState):
     """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is the spare one."""
 
-    def __init__(self, max_running: int, max_context: int, page_size: int, lag: int, device: torch.device) -> None:
+    def __init__(
+        self, max_running: int, max_context: int, page_size: int, lag: int, device: torch.device, *, vocab: int
+    ) -> None:
         super().__init__(max_running + 1, device)
+        self._vocab, self._device = vocab, device
         self.spare = max_running
         self.page_size = page_size
         width = -(-max_context // page_size)
@@ -67,12 +71,28 @@ class DeviceState(SamplingState):
         self.page_table[self.spare].fill_(page)
 
     def apply(self, plan: StepPlan) -> None:
-        """Enter joins and grants."""
+        """Enter joins, grants and extras."""
         self._plans.turn()
-        n_join, n_grant = len(plan.joins), len(plan.grants)
+        n_join, n_grant, n_extra = len(plan.joins), len(plan.grants), len(plan.extras)
         if n_join or n_grant:
-            words = self._plans.send([_words(plan.joins), _words(plan.grants)])
+            extras = self._lay_out(plan) if n_extra else []
+            words = self._plans.send([_words(plan.joins), _words(plan.grants), *extras])
             apply_plan(words, n_join, n_grant, self, self.page_table)
+            if n_extra:
+                enter_extras(words[len(words) - sum(len(part) for part in extras) :], n_extra, self)
+
+    def _lay_out(self, plan: StepPlan) -> list[I32]:
+        """The words of `enter_extras`; makes room on the device for what has not been used before."""
+        e, n = plan.extras, len(plan.extras)
+        if self.extras is None:
+            self.extras = Extras(len(self.kv_len), self._vocab, self._device)
+        if ((e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)).any():
+            self.extras.count()
+        bias, history = 3 * e["n_bias"], e["n_prompt"] + e["n_output"]
+        starts = np.zeros((n, 2), np.int32)
+        starts[:, 0] = 10 * n + np.cumsum(bias) - bias
+        starts[:, 1] = 10 * n + bias.sum() + np.cumsum(history) - history
+        return [_words(e), starts.ravel(), _words(plan.bias), plan.history]
 
     def set_decode(self, slots: I32, order: npt.NDArray[np.int64]) -> None:
         """Make slots[order] the decode rows; row i's token is number order[i] of the result."""

@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.config import Config
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads, PagedAttention, splits_for
 from minisgl.model.cuda.state import DeviceState, Uploads
+from minisgl.model.kernels.adjust import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
+from minisgl.model.kernels.score import SCORE_WORDS, Scored, score
 from minisgl.model.kernels.step import decode_inputs, mixed_inputs
 from minisgl.model.llama import Llama
 from minisgl.model.state import Batch, SlotState
-from minisgl.plan import I32, StepPlan
+from minisgl.plan import I32, SCORED_TOKENS, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
 SHORT_CONTEXT = 4096  # of any of their rows: they walk over a context with one program, which a long one would stall
@@ -54,8 +57,12 @@ class Sizes:
         return 3 * self.tokens + 2 * self.rows + 4 * self.samples + 4 * self.tiles
 
 
+PLAIN, EXTRAS, COUNTED = 0, 1, 2  # what the rows of a step want of sampling: nothing special; biases or scores; penalties too
+
+
 class Steps:
-    """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult."""
+    """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
+    log probabilities are in `scores`."""
 
     def __init__(self, config: Config, model: Llama, heads: Heads, processors: int, device: torch.device) -> None:
         engine = config.engine
@@ -63,9 +70,13 @@ class Steps:
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
         self._max_running, self._step_tokens = engine.max_running, engine.step_tokens
         self.mirror = SlotState(engine.max_running, config.max_context, engine.page_size)
-        self.state = DeviceState(engine.max_running, config.max_context, engine.page_size, engine.lag, device)
+        vocab = config.model.vocab_size
+        self.state = DeviceState(engine.max_running, config.max_context, engine.page_size, engine.lag, device, vocab=vocab)
         # i32; what stands behind the last row of a step are the results of padding rows.
         self.tokens = torch.zeros(engine.max_running + 64, dtype=torch.int32, device=device)
+        # One line for each of `tokens`, and behind them for tokens of prompts; made when it is first needed.
+        self._scores: torch.Tensor | None = None
+        self.scored: Scored | None = None
         self._inputs = Uploads(4 * (engine.step_tokens + 8 * engine.max_running + 64), engine.lag, device)
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
@@ -82,9 +93,50 @@ class Steps:
         if plan.decode is not None:
             self._resent = True
         self.state.apply(plan)
+        self.scored = None
         if len(plan.prefill) == 0 and self._decode_graphs:
             return self._decode(self.mirror.advance_decode(plan))
         return self._mixed(plan, self.mirror.apply(plan))
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """i32[*, SCORE_WORDS] on the device, see minisgl.model.kernels.score."""
+        if self._scores is None:
+            lines = len(self.tokens) + SCORED_TOKENS
+            self._scores = torch.zeros(lines, SCORE_WORDS, dtype=torch.int32, device=self._device)
+        return self._scores
+
+    def _kind(self, slots: npt.NDArray[Any], batch: Batch | None = None) -> int:
+        """What the sampling rows want; notes what will be scored."""
+        mirror = self.mirror
+        if not mirror.extras:
+            return PLAIN
+        wanted = mirror.logprobs[slots]
+        drawn = np.flatnonzero(wanted >= 0)
+        targets = 0 if batch is None else len(batch.targets)
+        if len(drawn) or targets:
+            width = max(int(wanted.max(initial=0)), int(mirror.logprobs[batch.score_slots].max(initial=0)) if batch else 0)
+            self.scored = Scored(drawn, len(self.tokens), targets, width)
+        if mirror.counted[slots].any():
+            return COUNTED
+        return EXTRAS if len(drawn) or mirror.adjusted[slots].any() else PLAIN
+
+    def _sample(
+        self,
+        kind: int,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        kv_lens: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        advance: bool,
+    ) -> None:
+        """The end of a step, with what its `kind` asks for."""
+        state, counted = self.state, kind == COUNTED
+        adjusted = logits if kind == PLAIN else adjust(logits, slots, kv_lens, state, counted=counted)
+        sample(adjusted, slots, kv_lens, targets, state, self.tokens, advance=advance, counted=counted)
+        if kind != PLAIN:
+            score(logits, slots, self.tokens, targets, state, self.scores)
 
     def run_largest(self) -> None:
         """A step of as many tokens as one may have, as many rows as possible sampling: to see what memory that takes.
@@ -140,9 +192,10 @@ class Steps:
         if self._resent:
             self.state.set_decode(slots, np.argsort(-lens, kind="stable"))
             self._resent = False
-        bucket = bucket_of(rows)
+        bucket, kind = bucket_of(rows), self._kind(slots)
         splits = self._splits(bucket, rows, longest, int(lens.sum()))
-        self._graphs.replay((bucket, splits), partial(self._run_decode, bucket, splits))
+        key = (bucket, splits, kind) if kind else (bucket, splits)
+        self._graphs.replay(key, partial(self._run_decode, bucket, splits, kind))
         return rows
 
     def _splits(self, bucket: int, rows: int, longest: int, total: int) -> int:
@@ -153,14 +206,14 @@ class Steps:
     def _parts(self, rows: int, longest: int) -> int:
         return splits_for(rows, self._kv_heads, longest, self._processors, min(2, self._heads.kv_dtype.itemsize))
 
-    def _run_decode(self, bucket: int, splits: int) -> None:
+    def _run_decode(self, bucket: int, splits: int, kind: int = PLAIN) -> None:
         state, attention = self.state, self._attention
         assert attention is not None
         slots, targets = state.decode_rows[0, :bucket], state.decode_rows[1, :bucket]
         ids, positions, kv_index, kv_lens = decode_inputs(slots, state, state.page_table, state.page_size)
         attention.plan(kv_index, None, DecodeRows(slots, kv_lens, splits))
         logits = self._model(ids, positions, None, attention)
-        sample(logits, slots, kv_lens, targets, state, self.tokens, advance=True)
+        self._sample(kind, logits, slots, kv_lens, targets, advance=True)
 
     # ---------------- steps with prompt chunks
     def _mixed(self, plan: StepPlan, batch: Batch) -> int:
@@ -172,20 +225,22 @@ class Steps:
         row_slots = np.concatenate((plan.prefill["slot"].astype(np.int32), batch.decode_slots.astype(np.int32)))
         ids = batch.ids.astype(np.int32)
         ids[tokens - len(batch.decode_slots) :] = -1 - batch.decode_slots
-        longest = int(batch.kv_lens.max(initial=0))
-        bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if longest <= SHORT_CONTEXT else 0
+        longest, kind = int(batch.kv_lens.max(initial=0)), self._kind(batch.sample_slots, batch)
+        short = longest <= SHORT_CONTEXT and not len(batch.targets)
+        bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if short else 0
         if not bucket or not self._short_graphs:
             sizes = Sizes(tokens, len(row_slots), samples, 0)
             buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, None))
             chunks = Chunks(batch.chunk_lens, batch.kv_lens[:n_chunks], row_slots[:n_chunks], batch.pages[:n_chunks])
-            self._run_mixed(buffer, sizes, chunks if n_chunks else None, batch)
+            self._run_mixed(buffer, sizes, chunks if n_chunks else None, batch, kind)
         else:
             rows = FEW_ROWS if len(row_slots) <= FEW_ROWS else self._max_running
             sizes = self._short_sizes(bucket, rows)
             lens = np.concatenate((batch.chunk_lens, np.ones(len(batch.decode_slots), np.int32)))
             tiles = tiles_of(lens, row_slots, batch.kv_lens, self._heads.group, pad_to=sizes.tiles)
             buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, tiles), into=self._short_input(sizes))
-            self._graphs.replay(sizes, partial(self._run_mixed, buffer, sizes, None, None))
+            key = (sizes, kind) if kind else sizes
+            self._graphs.replay(key, partial(self._run_mixed, buffer, sizes, None, None, kind))
         self._inputs.turn()
         return samples
 
@@ -221,7 +276,9 @@ class Steps:
             self._short_inputs[sizes] = torch.zeros(sizes.words, dtype=torch.int32, device=self._device)
         return self._short_inputs[sizes]
 
-    def _run_mixed(self, buffer: torch.Tensor, sizes: Sizes, chunks: Chunks | None, batch: Batch | None) -> None:
+    def _run_mixed(
+        self, buffer: torch.Tensor, sizes: Sizes, chunks: Chunks | None, batch: Batch | None, kind: int = PLAIN
+    ) -> None:
         """A step from its arrays on the device.  In a graph there is no batch, and every row is a chunk with tiles."""
         attention, state = self._attention, self.state
         assert attention is not None
@@ -241,9 +298,25 @@ class Steps:
                 splits = self._parts(len(lens), int(lens.max()))
                 rows = DecodeRows(row_slots[first:], row_lens[first:], splits, lens, batch.pages[first:])
             attention.plan(kv_index, chunks, rows)
-        logits = self._model(ids, positions, sample_rows.long(), attention)
+        rows_of_logits = sample_rows.long()
+        if batch is not None and len(batch.targets):
+            rows_of_logits = torch.cat((rows_of_logits, self._upload(batch.score_rows).long()))
+        logits = self._model(ids, positions, rows_of_logits, attention)
         if s:
-            sample(logits, sample_slots, sample_lens, targets, state, self.tokens, advance=False)
+            self._sample(kind, logits[:s], sample_slots, sample_lens, targets, advance=False)
+        if batch is not None and len(batch.targets):
+            self._score_prompts(logits[s:], batch)
+
+    def _score_prompts(self, logits: torch.Tensor, batch: Batch) -> None:
+        """The log probabilities of tokens of prompts, behind those of drawn tokens."""
+        words = np.stack([batch.score_slots, batch.targets.astype(np.int64), np.arange(len(batch.targets))])
+        slots, tokens, places = self._upload(words)
+        score(logits, slots, tokens, places, self.state, self.scores[len(self.tokens) :])
+
+    def _upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """i32 on the device, without waiting: seldom, so a buffer of its own."""
+        host = torch.from_numpy(values.astype(np.int32))
+        return (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
 
 
 def bucket_of(rows: int) -> int:

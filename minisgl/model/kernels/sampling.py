@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 
 from minisgl.model.kernels.pdl import begin, launch_options
+from minisgl.types import MAX_EOS_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _BLOCK = 4096
+MAX_BIAS = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_IDS  # entries of a slot
 
 
 @triton.jit
@@ -160,12 +162,18 @@ def _draw(
     last_token,
     kv_len,
     spare,
+    seen,
+    presence,
+    frequency,
+    repetition,
     ADVANCE: tl.constexpr,
+    COUNTED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest."""
+    """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest; it is counted
+    if the slot has penalties."""
     begin(PDL)
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
@@ -196,6 +204,11 @@ def _draw(
         token = chosen * BLOCK + tl.minimum(place, tl.max(tl.where(weight > 0, at, 0), 0))
     tl.store(tokens + tl.load(targets + row), token)
     tl.store(last_token + slot, token)
+    if COUNTED:
+        penalised = tl.load(presence + slot) != 0
+        penalised |= (tl.load(frequency + slot) != 0) | (tl.load(repetition + slot) != 1)
+        counter = seen + slot.to(tl.int64) * vocab + token
+        tl.store(counter, tl.load(counter, mask=penalised, other=0) + 2, mask=penalised)
     if ADVANCE:
         tl.store(kv_len + slot, tl.load(kv_len + slot) + 1, mask=slot != spare)  # the spare one stays where it is
 
@@ -209,10 +222,12 @@ def sample(
     tokens: torch.Tensor,
     *,
     advance: bool,
+    counted: bool = False,
 ) -> None:
     """Draw a token for each row of logits [R, V] and write it to tokens[targets[r]] and to the row's slot.
 
-    slots, kv_lens, targets i32[R]; kv_lens[r] is the position of the new token.  `advance` adds one to the slots' KV lengths.
+    slots, kv_lens, targets i32[R]; kv_lens[r] is the position of the new token.  `advance` adds one to the slots' KV lengths;
+    `counted` counts the tokens of slots with penalties.
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, _BLOCK)
@@ -230,10 +245,11 @@ def sample(
     _weigh[(rows, parts)](
         logits, logits.stride(0), vocab, slots, s.temperature, bounds, value, index, weights, BLOCK=_BLOCK, **options,
     )  # fmt: skip
+    seen = s.extras.seen if counted and s.extras is not None else tokens
     _draw[(rows,)](
         logits, logits.stride(0), vocab, value, index, weights, parts, slots, s.temperature, s.seed, kv_lens, bounds, targets,
-        tokens, s.last_token, s.kv_len, len(s.kv_len) - 1,
-        ADVANCE=advance, PARTS=triton.next_power_of_2(parts), BLOCK=_BLOCK, **options,
+        tokens, s.last_token, s.kv_len, len(s.kv_len) - 1, seen, s.presence, s.frequency, s.repetition,
+        ADVANCE=advance, COUNTED=counted, PARTS=triton.next_power_of_2(parts), BLOCK=_BLOCK, **options,
     )  # fmt: skip
 
 
@@ -248,3 +264,28 @@ class SamplingState:
         self.top_p = torch.ones(slots, dtype=torch.float32, device=device)
         self.min_p = torch.zeros(slots, dtype=torch.float32, device=device)
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.presence = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.frequency = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.repetition = torch.ones(slots, dtype=torch.float32, device=device)
+        self.logprobs = torch.full((slots,), -1, dtype=torch.int32, device=device)  # alternatives that are wanted
+        self.n_bias = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.extras: Extras | None = None  # what only steps with biases, penalties or log probabilities need
+
+
+class Extras:
+    """Made when the first request needs it, and kept from then on: graphs hold its addresses."""
+
+    def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
+        self.vocab = vocab
+        self.bias = torch.zeros(slots, 3 * MAX_BIAS, dtype=torch.int32, device=device)  # rows of plan.BIAS
+        self.seen: torch.Tensor | None = None  # i32 [slots, vocab], see minisgl.model.adjust; for penalties
+
+    def count(self) -> None:
+        """Have `seen`."""
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.bias), self.vocab, dtype=torch.int32, device=self.bias.device)
+
+    @staticmethod
+    def reserve(slots: int, vocab: int) -> int:
+        """Bytes that all of it takes, with the adjusted logits of a step of as many rows."""
+        return 4 * slots * (2 * vocab + 3 * MAX_BIAS)
