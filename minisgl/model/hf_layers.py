@@ -103,7 +103,8 @@ def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[in
     if not width or wide or (arch.switched and not config.flag("use_sliding_window")):
         return ()
     types = None if arch.sliding == "all" else config.get("layer_types")
-    if types is not None and not (isinstance(types, list) and len(types) >= layers and set(types) <= set(_LAYER_TYPES)):
+    known = isinstance(types, list) and len(types) >= layers and all(kind in _LAYER_TYPES for kind in types)
+    if types is not None and not known:
         raise UserError(
             f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(_LAYER_TYPES)} for each of the "
             f"{layers} layers (other kinds of attention are not supported)."
@@ -174,6 +175,8 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
             "norm_topk": True,
         }
     dense, step = config.get("mlp_only_layers") or [], config.size("decoder_sparse_step", 1)
+    if not isinstance(dense, list):
+        raise UserError(f"{config.source}: mlp_only_layers is {dense!r:.80}, which is not a list of layers.")
     return {
         "num_experts": config.size("num_experts", config.size("num_local_experts", 128)),
         "experts_per_token": config.size("num_experts_per_tok", 8),

@@ -34,7 +34,8 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     arch = HF_ARCHS[architecture]
     config = text_part(outer, arch)
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
-    mxfp4 = arch.experts == "gpt-oss" and (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    quantization = config.get("quantization_config")
+    mxfp4 = arch.sinks and isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     if not mxfp4:
         outer.refuse("quantization_config", (), "quantised safetensors are")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")

@@ -134,6 +134,8 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
     for name in ("short_factor", "long_factor"):
         if name in scaling and len(scaling[name]) != rotated // 2:
             raise UserError(f"{source}: {name} has {len(scaling[name])} entries, {rotated} dimensions need {rotated // 2}.")
+    if spec.experts_per_token > spec.num_experts:
+        raise UserError(f"{source}: {spec.experts_per_token} experts of each token, and there are {spec.num_experts}.")
     bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]
     if bad:
         raise UserError(f"{source}: special token {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
