@@ -290,6 +290,9 @@ def test_a_mistral_has_a_window_everywhere_unless_its_config_says_null(tmp_path)
     assert published(tmp_path / "b", "MistralForCausalLM", **big, sliding_window=None).windows == ()
     assert published(tmp_path / "c", "MistralForCausalLM", **big).windows == (4096,) * LAYERS
     assert published(tmp_path / "d", "MistralForCausalLM", sliding_window=512).windows == ()  # as wide as the context
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
+    spec = published(tmp_path / "e", "MistralForCausalLM", sliding_window=512, rope_scaling=yarn)  # which is longer now
+    assert (spec.windows, spec.max_context) == ((512,) * LAYERS, 2048)
 
 
 def test_a_window_of_qwen_must_be_switched_on_and_begins_late(tmp_path):

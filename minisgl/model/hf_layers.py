@@ -81,14 +81,14 @@ def reach(scaling: dict[str, Any], context: int) -> int:
     factor = scaling.get("factor") or 1.0
     match scaling.get("rope_type", scaling.get("type")):
         case "yarn":
-            return max(context, int(factor * scaling.get("original_max_position_embeddings", context)))
+            return max(context, int(factor * (scaling.get("original_max_position_embeddings") or context)))
         case "dynamic":
             return int(factor * context)
     return context
 
 
 def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[int, ...]:
-    """ModelSpec.windows.  A window as wide as the context is none, unless it tells how a layer rotates."""
+    """ModelSpec.windows.  A window as wide as the `context` is none, unless it tells how a layer rotates."""
     if not arch.sliding:
         config.refuse("sliding_window", (), "sliding-window attention in this architecture is")
         config.refuse("use_sliding_window", (False,), "sliding-window attention in this architecture is")

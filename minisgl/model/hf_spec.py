@@ -70,7 +70,7 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
         rotary_dim=int(head_dim * rope.part) if rope.part < 1 else 0,
         local_rope_theta=rope.local_theta,
         nope_layers=nope_layers(config, arch, layers),
-        windows=windows(config, arch, layers, context),
+        windows=windows(config, arch, layers, rope.max_context),
         attn_scale=attention_scale(config, arch),
         attn_softcap=optional(config, "attn_logit_softcapping", arch.attn_softcap),
         logit_softcap=optional(config, "final_logit_softcapping", arch.logit_softcap),
