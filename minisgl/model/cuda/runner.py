@@ -120,7 +120,7 @@ class CudaRunner:
         torch.cuda.empty_cache()
         self._steps = Steps(config, self._model, self._heads, properties.multi_processor_count, self._device)
         self._weights = torch.cuda.memory_allocated(self._device)  # and the state of the slots, which is small
-        self._graphs = Graphs(self._steps.state, self._device)
+        self._graphs = Graphs(self._steps.state, self._device, self._say)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.
         self._results = [torch.zeros_like(self._steps.tokens, device="cpu").pin_memory() for _ in range(engine.lag + 1)]
         self._score_results: list[torch.Tensor] = []  # likewise for log probabilities, made when they are first wanted
