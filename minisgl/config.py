@@ -43,14 +43,41 @@ class ModelSpec:
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
     generation: str = ""  # JSON of the sampling parameters that the checkpoint recommends (generation_config.json), "" for none
     weight_format: str = ""  # JSON of how quantised safetensors store linear layers (minisgl.model.quant_spec), "" if plain
+    qkv_bias: bool = False  # the products that make queries, keys and values add a bias
+    o_bias: bool = False  # and so does the one behind the attention
+    activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh" | "clamped_swiglu" (gpt-oss)
+    rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
+    local_rope_theta: float = 0.0  # of the layers with a window, if they rotate otherwise than the rest (and unscaled)
+    nope_layers: tuple[int, ...] = ()  # layers that do not rotate at all
+    windows: tuple[int, ...] = ()  # by layer: tokens that a query sees, its own included; 0: all.  (): 0 for every layer
+    attn_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
+    attn_softcap: float = 0.0  # c: scores become c * tanh(scores / c); 0: they do not
+    logit_softcap: float = 0.0  # the same for the logits
+    sinks: bool = False  # every head has a score without a value that takes part in its softmax
+    num_experts: int = 0  # of a mixture of experts; 0: the MLPs are dense
+    experts_per_token: int = 0
+    expert_size: int = 0  # inner columns of one expert
+    norm_topk: bool = False  # the weights of a token's experts are scaled to add up to one
+    dense_layers: tuple[int, ...] = ()  # layers whose MLP is dense nevertheless
+    expert_format: str = ""  # how the weights of experts are stored: "" plain | "mxfp4"
+    weight_prefix: str = ""  # of the names of all tensors that belong to the model; others are not read
+
+    @property
+    def scale(self) -> float:
+        """What queries times keys are multiplied by."""
+        return self.attn_scale or self.head_dim**-0.5
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of `layer` sees, its own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, raw: str) -> ModelSpec:
-        d: dict[str, Any] = json.loads(raw)
-        return cls(**{**d, "eos_ids": tuple(d["eos_ids"])})
+        d: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(raw).items()}
+        return cls(**d)
 
 
 @dataclass(frozen=True, slots=True)

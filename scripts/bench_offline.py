@@ -44,13 +44,25 @@ class Roofline:
         size = self.weight_bytes if size is None else size
         return max((k * n * size + 2 * m * (k + n)) / self.bandwidth, 2 * m * k * n / (self.flops * (2 if size == 1 else 1)))
 
+    def experts(self, tokens: int) -> float:
+        """Both products of a mixture of experts, with the weights of as many as even, independent choices would hit."""
+        s, choices = self.spec, tokens * self.spec.experts_per_token
+        hit = s.num_experts * (1 - (1 - s.experts_per_token / s.num_experts) ** tokens)
+        weights, inner = s.hidden_size * s.expert_size, choices * s.expert_size
+        first = (2 * hit * weights * self.weight_bytes + 2 * (tokens * s.hidden_size + inner)) / self.bandwidth
+        second = (hit * weights * self.weight_bytes + 2 * (inner + choices * s.hidden_size)) / self.bandwidth
+        return max(first, 4 * choices * weights / self.flops) + max(second, 2 * choices * weights / self.flops)
+
     def step(self, spans: list[tuple[int, int]], sampled: int) -> float:
         """`spans`: (new tokens, context after them) of every row."""
         s, tokens = self.spec, sum(n for n, _ in spans)
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         layer = self.product(tokens, s.hidden_size, q + 2 * kv) + self.product(tokens, q, s.hidden_size)
-        layer += self.product(tokens, s.hidden_size, 2 * s.intermediate_size)
-        layer += self.product(tokens, s.intermediate_size, s.hidden_size)
+        if s.num_experts:
+            layer += self.experts(tokens)
+        else:
+            layer += self.product(tokens, s.hidden_size, 2 * s.intermediate_size)
+            layer += self.product(tokens, s.intermediate_size, s.hidden_size)
         moved = 2 * kv * s.num_layers * self.kv_bytes * (sum(c for _, c in spans) + tokens)
         pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in spans)
         attention = max(moved / self.bandwidth, 4 * pairs * q * s.num_layers / self.flops)

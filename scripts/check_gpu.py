@@ -1,6 +1,6 @@
 """The GPU worker against the CPU worker: tiny random checkpoints, and the embedded model; one JSON line a check.
 
-    python scripts/check_gpu.py [--quick] [--soak SECONDS]
+    python scripts/check_gpu.py [--quick] [--architectures] [--soak SECONDS]
 
   logits    prefill in chunks over a cached prefix, and decode steps: the GPU against float32 on the CPU (which the tests hold
             against transformers), as a ratio of norms, for every attention backend, in float32, bfloat16 and with float8
@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from reference import provenance
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import UserError
@@ -47,26 +47,57 @@ def report(check: str, ok: bool, **numbers: object) -> None:
         failed.append(check)
 
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 384,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.06,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+_EXPERTS = {"num_experts_per_tok": 4, "norm_topk_prob": True, "num_experts": 32, "moe_intermediate_size": 256}
+_LONG = {"short_factor": [1.0] * 24, "long_factor": [1.0 + i / 4 for i in range(24)]}
+# What tests/test_architectures.py holds against transformers on the CPU: prefix of the classes, and what is not in SIZES.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": 100}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3-moe": ("Qwen3Moe", _EXPERTS),
+    "mixtral": ("Mixtral", {"num_local_experts": 8}),
+    "gemma2": ("Gemma2", {"sliding_window": 70, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3Text", {"sliding_window": 33, "query_pre_attn_scalar": 100, "layer_types": _TYPES}),
+    "gpt-oss": ("GptOss", {"sliding_window": 50, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **_LONG},
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0]}),
+}
+
+
 def tiny(directory: str, kind: str, heads: int, kv_heads: int, dim: int) -> ModelSpec:
     """A random checkpoint whose norms are not one and whose logits are far from flat."""
     torch.manual_seed(0)
-    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[kind](
-        vocab_size=VOCAB,
-        hidden_size=640,  # a multiple of every number of heads but 7
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=dim,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        initializer_range=0.06,
-    )
-    model = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM}[kind](config)
+    prefix, more = ARCHITECTURES.get(kind, (kind, {}))
+    sizes = {**SIZES, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim, **more}
+    if prefix == "Phi3":  # whose heads are hidden_size / heads wide
+        sizes |= {"hidden_size": heads * dim}
+        del sizes["head_dim"]
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name:
                 p.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                p.normal_(0, 0.3)
     model.to(torch.bfloat16).save_pretrained(directory)
     return resolve(directory)
 
@@ -244,6 +275,22 @@ def check_paths(spec: ModelSpec) -> None:
         report("cached equals uncached", bad < 1e-4, error=bad)
 
 
+def check_architectures() -> None:
+    """Every architecture in float32 and in its own dtype, on every backend, and from graphs."""
+    for kind in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as directory:
+            spec = tiny(directory, kind, 6, 2, 64)
+            reference = cpu(spec)
+            for backend in ("triton", "torch"):
+                check_logits(kind, spec, 2e-4, reference, dtype="float32", attention_backend=backend)
+            texts = prompts(random.Random(1), LENGTHS)
+            rounding = error(*(two_chunks(cpu(spec, dtype), texts)[0] for dtype in ("bfloat16", "float32")))
+            report(f"bfloat16 on the CPU, {kind}", True, prefill_error=round(rounding, 6))
+            for backend in ("triton", "auto"):  # a router that is rounded otherwise may choose another expert
+                check_logits(kind, spec, (3 if spec.num_experts else 1.5) * rounding, reference, attention_backend=backend)
+            check_paths(spec)
+
+
 def check_sampling(spec: ModelSpec) -> None:
     """Slots with and without penalties, biases and log probabilities, together and in turns, and again with other owners."""
     reference = cpu(spec)
@@ -415,12 +462,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
     parser.add_argument("--only-soak", action="store_true")
+    parser.add_argument("--architectures", action="store_true", help="windows, soft caps, experts and so on, and nothing else")
     parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
-    shapes = [("llama", 8, 2, 64), ("qwen3", 10, 2, 128), ("llama", 5, 1, 80), ("qwen3", 7, 1, 96), ("llama", 4, 2, 256)]
+    shapes = [("Llama", 8, 2, 64), ("Qwen3", 10, 2, 128), ("Llama", 5, 1, 80), ("Qwen3", 7, 1, 96), ("Llama", 4, 2, 256)]
     if args.only_soak:
         soak(args.soak)
+        return 1 if failed else 0
+    if args.architectures:
+        check_architectures()
+        print(json.dumps({"failed": failed}), flush=True)
         return 1 if failed else 0
     for kind, heads, kv_heads, dim in shapes[:2] if args.quick else shapes:
         with tempfile.TemporaryDirectory() as directory:
@@ -449,7 +501,7 @@ def main() -> int:
             # first, emulated in float32); what it costs a trained model is in `accuracy`.
             check(0.25, kv_cache_dtype="fp8", attention_backend="auto" if dim == 128 else ours)
             check(0.45, quantization="fp8", attention_backend=ours)
-            if kind == "qwen3" and dim == 128:
+            if kind == "Qwen3" and dim == 128:
                 check_paths(spec)
                 check_sampling(spec)
     try:

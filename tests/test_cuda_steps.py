@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ if torch.cuda.is_available():
     pytest.skip("on a GPU scripts/check_gpu.py does this", allow_module_level=True)
 import interpreter  # noqa: F401  before the kernels
 import numpy as np
-from tiny_models import Driver, config_for, save_llama, save_qwen3
+from tiny_models import Driver, config_for, save_architecture, save_llama, save_qwen3
 
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
+from minisgl.model.archs import model_class
 from minisgl.model.cuda import state as state_module
 from minisgl.model.cuda import steps as steps_module
 from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, paging, splits_for
@@ -41,6 +43,7 @@ from minisgl.model.llama import Llama
 from minisgl.model.loader import open_weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.runner import Runner
+from minisgl.model.sampler import sample as cpu_sample
 from minisgl.model.shard import Shard
 from minisgl.plan import StepPlan
 
@@ -83,9 +86,10 @@ class Interpreted:
         spec, shard = config.model, Shard.of(config.model)
         dtype = torch.float32
         kv_dtype = FP8 if fp8 else dtype
-        self.heads = Heads(shard.num_heads, shard.num_kv_heads, spec.head_dim, dtype, kv_dtype, 90)
+        self.heads = Heads.of(spec, shard, dtype, kv_dtype, 90)
         weights = open_weights(spec, dtype)
-        model = Llama(spec, shard, weights, Parallel(), CudaBlocks(dtype, CPU))
+        served = replace(spec, max_context=config.max_context)
+        model = model_class(spec.architecture)(served, shard, weights, Parallel(), CudaBlocks(dtype, CPU))
         self.steps = Steps(config, model, self.heads, 4, CPU)
         cache = KVCache(
             layers=spec.num_layers,
@@ -165,6 +169,27 @@ def test_random_plans_give_the_tokens_of_the_cpu_worker(tmp_path: Path, seed: in
         sampled += len(want)
     assert sampled > 20
     assert len(ours.graphs.keys) > 1 if graphs else not ours.graphs.keys
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe, windows", "gemma2", "gemma3", "gpt-oss", "phi4-mini", "smollm3"])
+def test_what_architectures_differ_in_gives_the_logits_of_the_cpu_worker(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases, experts, windows, soft caps, norms, partly rotated heads: a prompt in chunks beside others, and decodes."""
+    save_architecture(tmp_path, name, layers=2)
+    ours, theirs = Interpreted(tmp_path, graphs=False), cpu_runner(tmp_path)
+    logits: list[torch.Tensor] = []
+    monkeypatch.setattr("minisgl.model.runner.sample", lambda x, rows: (logits.append(x), cpu_sample(x, rows))[1])
+    driver, ids = Driver(PAGES, 4), [int(t) for t in np.random.default_rng(4).integers(3, 203, 26)]
+    driver.join(1)
+    driver.join(3)
+    for plan in (
+        driver.plan([(1, ids[:15], False), (3, ids[:3], True)], []),
+        driver.plan([(1, ids[15:], True)], [3]),
+        driver.plan([], [1, 3]),
+    ):
+        assert ours.run(plan) == theirs.launch(plan).result().tokens.tolist()
+        assert (ours.logits[-1] - logits[-1]).abs().max() < 1e-4 * logits[-1].abs().max()
 
 
 def test_a_batch_that_stays_the_same_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import gguf
 import numpy as np
@@ -10,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
+from tiny_models import LLAMA3_ROPE, Driver, config_for, save_architecture, save_llama, save_qwen2, save_qwen3
 
 from minisgl.errors import UserError
 from minisgl.model import checkpoint
 from minisgl.model.gguf_file import GGUFFile
-from minisgl.model.layers import inverse_frequencies
 from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
+from minisgl.model.rope import frequencies
 from minisgl.model.runner import Runner
 
 
@@ -67,6 +68,10 @@ def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind
         writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
     writer.add_float32(f"{arch}.rope.freq_base", c.rope_parameters["rope_theta"])
+    if c.rope_parameters["rope_type"] == "yarn":
+        writer.add_string(f"{arch}.rope.scaling.type", "yarn")
+        writer.add_float32(f"{arch}.rope.scaling.factor", c.rope_parameters["factor"])
+        writer.add_uint32(f"{arch}.rope.scaling.original_context_length", c.rope_parameters["original_max_position_embeddings"])
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}é" for i in range(c.vocab_size)])
     writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
@@ -179,12 +184,21 @@ def test_frequency_divisors_give_the_rotation_of_the_original(tmp_path):
     plain = 10000.0 ** -(torch.arange(0, 16, 2).float() / 16)
     divisors = (plain / model.model.rotary_emb.inv_freq).numpy()
     spec = resolve(write_gguf(tmp_path / "m.gguf", model, divisors=divisors))
-    assert torch.allclose(inverse_frequencies(original), model.model.rotary_emb.inv_freq)
-    assert torch.allclose(inverse_frequencies(spec), inverse_frequencies(original))
+    assert torch.allclose(frequencies(original)[0], model.model.rotary_emb.inv_freq)
+    assert torch.allclose(frequencies(spec)[0], frequencies(original)[0])
     open_weights(spec, torch.float32)
 
 
-@pytest.mark.parametrize(("arch", "save"), [("llama", save_llama), ("qwen3", save_qwen3)])
+@pytest.mark.parametrize(
+    ("arch", "save"),
+    [
+        ("llama", save_llama),
+        ("llama", partial(save_architecture, name="llama")),  # with biases
+        ("qwen2", save_qwen2),
+        ("qwen3", save_qwen3),
+        ("qwen3", partial(save_architecture, name="qwen3")),  # with YaRN
+    ],
+)
 def test_a_gguf_model_says_the_same_as_its_original(arch, save, tmp_path):
     model = save(tmp_path / "hf")
     answers = []

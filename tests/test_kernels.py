@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ if not torch.cuda.is_available():
 import numpy as np
 import torch.nn.functional as F
 
-from minisgl.model.kernels import layer
+from minisgl.model.kernels import layer, moe
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.linear import choose, gemv, skinny
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 from minisgl.model.kernels.sampling import SamplingState, sample
 from minisgl.model.kernels.step import apply_plan, decode_inputs
+from minisgl.model.layers import Experts, route
 from minisgl.model.sampler import sample as cpu_sample
 from minisgl.model.state import SamplingRows
 from minisgl.plan import GRANT, JOIN
@@ -63,15 +65,29 @@ class Cache:
         return self.keys.float()[pages, :, at % self.page_size], self.values.float()[pages, :, at % self.page_size]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Reference: q [T, H, D] are the last T of S positions; softmax over what is not later."""
     t, heads, dim = q.shape
     s, kv_heads, _ = k.shape
     q = q.float().view(t, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("tkgd,skd->tkgs", q, k) * dim**-0.5
-    seen = torch.arange(s, device=q.device) <= torch.arange(s - t, s, device=q.device)[:, None]
+    scores = torch.einsum("tkgd,skd->tkgs", q, k) * (scale or dim**-0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    own, at = torch.arange(s - t, s, device=q.device)[:, None], torch.arange(s, device=q.device)
+    seen = (at <= own) & (at > own - (window or s))
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    return torch.einsum("tkgs,skd->tkgd", scores.softmax(-1), v).reshape(t, heads, dim)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(kv_heads, -1, 1).expand(t, -1, -1, 1)), -1)
+    return torch.einsum("tkgs,skd->tkgd", scores.softmax(-1)[..., :s], v).reshape(t, heads, dim)
 
 
 @pytest.mark.parametrize("task", ["decode", "prefill"])
@@ -109,6 +125,40 @@ def test_decode_attention_over_scattered_pages_is_softmax_attention(
         for i in range(5):
             assert error(got[i], attend(q[i : i + 1], *c.row(i))[0]) < TOLERANCE
     assert int(workspace.counters.abs().sum()) == 0
+
+
+SINKS = torch.tensor([0.5, -1.0, 4.0], device=DEVICE)
+LIMITS = [
+    {"window": 1},
+    {"window": 37},
+    {"window": 64, "sinks": SINKS},
+    {"softcap": 2.0, "scale": 0.3},
+    {"window": 20, "softcap": 5.0, "sinks": SINKS},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_decode_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict[str, Any], splits: int) -> None:
+    c = Cache([1, 130, 64, 37], 1, 64, 16)
+    q = rand(4, 3, 64)
+    workspace = DecodeWorkspace(4, splits, 3, 1, 64, DEVICE)
+    got = decode_attention(q, c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace, **limits)
+    for i in range(4):
+        assert error(got[i], attend(q[i : i + 1], *c.row(i), **limits)[0]) < TOLERANCE
+    assert int(workspace.counters.abs().sum()) == 0
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_prefill_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict[str, Any]) -> None:
+    chunks, kv_lens = np.array([70, 9], np.int32), np.array([70, 150], np.int32)
+    c = Cache(kv_lens.tolist(), 1, 64, 16)
+    q = rand(79, 3, 64)
+    tiles = torch.from_numpy(tiles_of(chunks, c.slots.cpu().numpy(), kv_lens, 3)).to(DEVICE)
+    got = prefill_attention(q, c.keys, c.values, c.page_table, tiles, **limits)
+    for i, start in enumerate((0, 70)):
+        own = slice(start, start + chunks[i])
+        assert error(got[own], attend(q[own], *c.row(i), **limits)) < TOLERANCE
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
@@ -239,7 +289,7 @@ def test_silu_mul_gates() -> None:
 @pytest.mark.parametrize("parts", [0, 2])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (5, 1, 80), (3, 3, 96)])
 def test_prepare_heads_normalises_rotates_and_stores(heads: int, kv_heads: int, dim: int, parts: int, norm: bool) -> None:
-    from minisgl.model.layers import rotate_
+    from minisgl.model.rope import rotate_
 
     tokens, page_size = 9, 16
     qkv = rand(tokens, heads + 2 * kv_heads, dim)
@@ -275,6 +325,77 @@ def test_prepare_heads_normalises_rotates_and_stores(heads: int, kv_heads: int, 
     assert error(stored[:, 0], want[:, heads : heads + kv_heads]) < TOLERANCE
     assert error(stored[:, 1], want[:, heads + kv_heads :]) < TOLERANCE
     assert int(cache.any(-1).sum()) == tokens * 2 * kv_heads  # and nothing else is touched
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(16, 0), (16, 12), (24, 8), (128, 96)])
+def test_only_the_first_dimensions_of_a_head_turn(dim: int, rotary: int) -> None:
+    from minisgl.model.rope import rotate_
+
+    qkv, index = rand(3, 4, dim), torch.tensor([5, 0, 9], device=DEVICE)
+    weight = rand(dim)
+    cos, sin = layer.rope_tables(index, torch.rand(rotary // 2, device=DEVICE), 1.3) if rotary else (None, None)
+    cache = torch.zeros(3, 2, 1, 4, dim, device=DEVICE, dtype=HALF)
+    q = layer.prepare_heads(
+        qkv.view(3, -1), cos, sin, weight.float(), weight.float(), cache[:, 0], cache[:, 1], index, dtype=HALF, eps=0.1
+    )
+    want = qkv.float()
+    want[:, :3] = F.rms_norm(want[:, :3], (dim,), weight.float(), 0.1)
+    if cos is not None and sin is not None:
+        rotate_(want[:, :3], torch.cat([cos] * 2, -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
+    stored = cache[index // 4, :, :, index % 4].float()
+    assert error(q, want[:, :2]) < TOLERANCE
+    assert error(stored[:, 0], want[:, 2:3]) < TOLERANCE
+    assert error(stored[:, 1], want[:, 3:]) < TOLERANCE
+
+
+def test_gelu_gates_as_torch_does() -> None:
+    gate_up = 3 * rand(2, 300)
+    want = F.gelu(gate_up[:, :150].float(), approximate="tanh") * gate_up[:, 150:].float()
+    assert error(layer.silu_mul(gate_up, gelu=True), want) < TOLERANCE
+
+
+# ---------------- experts
+@pytest.mark.parametrize(("tokens", "e", "top"), [(1, 5, 5), (3, 128, 8), (70, 7, 3), (130, 3, 2)])
+def test_choices_are_sorted_into_blocks_of_one_expert_each(tokens: int, e: int, top: int) -> None:
+    torch.manual_seed(tokens)
+    logits = torch.randn(tokens, e, device=DEVICE)
+    experts, weights = moe.route(logits, top, normalise=True)
+    want_experts, want_weights = route(logits, top, normalise=True)
+    assert torch.equal(experts.long(), want_experts)
+    assert error(weights, want_weights) < 1e-5
+    assert error(moe.route(logits, top, normalise=False)[1], route(logits, top, normalise=False)[1]) < 1e-5
+    for size in (16, 64):
+        order, blocks = moe.sort(experts, e, size)
+        places: dict[int, list[int]] = {}
+        for b, (expert, end) in enumerate(blocks.tolist()):
+            if expert < e:
+                assert b * size < end
+                places.setdefault(expert, []).extend(order[b * size : min(end, b * size + size)].tolist())
+        flat = experts.flatten().tolist()
+        assert places == {x: [i for i, y in enumerate(flat) if y == x] for x in sorted(set(flat))}  # all, once, in order
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("tokens", "e", "inner"), [(1, 4, 24), (37, 5, 64)])
+def test_experts_are_the_weighted_sum_of_what_each_says(tokens: int, e: int, inner: int, normalise: bool) -> None:
+    torch.manual_seed(e)
+    x, router = rand(tokens, 96), rand(e, 96)
+    gate_up, down = rand(e, 2 * inner, 96) / 10, rand(e, 96, inner) / 10
+    parts = moe.experts(x, F.linear(x, router), moe.Weights(gate_up, down), moe.Settings(2, normalise))
+    want = Experts(router, gate_up, down, top_k=2, normalise=normalise)(x)
+    biases = (rand(e), 4 * rand(e, 2 * inner), rand(e, 96))
+    more = moe.experts(
+        x, F.linear(x, router, biases[0]), moe.Weights(gate_up, down, *biases[1:]), moe.Settings(2, normalise, clamped=True)
+    )
+    clamped = Experts(router, gate_up, down, top_k=2, normalise=normalise, activation="clamped_swiglu", biases=biases)(x)
+    assert error(more.float().sum(0), clamped) < TOLERANCE
+    assert parts.shape == (2, tokens, 96)
+    assert error(parts.float().sum(0), want) < TOLERANCE
+
+
+def test_a_router_that_says_nothing_chooses_experts_that_exist() -> None:
+    experts, _ = moe.route(torch.full((2, 5), torch.nan, device=DEVICE), 3, normalise=True)
+    assert 0 <= int(experts.min()) <= int(experts.max()) < 5
 
 
 def test_quantised_rows_times_their_scales_are_the_rows() -> None:

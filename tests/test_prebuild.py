@@ -71,6 +71,15 @@ def test_the_kernels_follow_from_gpu_cache_and_decode(archs: list[str], cache: s
     assert {m.kv_dtype for m in modules} <= {FP8 if cache == "fp8" else "bfloat16"}
 
 
+def test_windows_and_soft_caps_are_modules_of_their_own() -> None:
+    model = replace(spec(), windows=(0, 8), attn_softcap=50.0)
+    modules = needed(model, EngineConfig(), ["9.0"])
+    assert [(m.kind, m.window, m.softcap) for m in modules] == [("fa3", False, True), ("fa3", True, True)]
+    assert "use_swa_True_use_logits_cap_True_" in modules[1].uri
+    assert str(modules[1]).endswith("window, soft cap")
+    assert not needed(spec(), EngineConfig(), ["9.0"])[0].window
+
+
 def test_each_module_names_the_gpus_it_is_for() -> None:
     fa3, fa2, decode = needed(spec(), EngineConfig(), ["10.0", "9.0", "8.0"], decode=True)
     assert fa3.archs == HOPPER

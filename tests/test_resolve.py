@@ -134,18 +134,31 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "architecture None"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": "x"}, "attention_bias is 'x'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"sliding_window": 128}, "sliding_window is 128"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "head_dim is missing"),
-        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True}, "attention_bias is True"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
+        ({"architectures": ["MinistralForCausalLM"], "sliding_window": 8, "layer_types": ["chunked"] * 2}, "layer_types is"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers is"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [[], 1]}, "no_rope_layers is"),
+        ({"architectures": ["MinistralForCausalLM"], "sliding_window": 8, "layer_types": [[], {}]}, "layer_types is"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 8, "mlp_only_layers": 3}, "mlp_only_layers is 3"),
+        ({"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9}, "9 experts of each token, and there are 8"),
+        ({"architectures": ["GptOssForCausalLM"], "quantization_config": "mxfp4"}, "quantization_config"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": 7}, "text_config should be an object"),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported.*default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "'axial' is not supported.*default, linear, .*, longrope"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4.0"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": 1}}, "short_factor is 1, which is not a list"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [2]}}, "short_factor has 1 entries, 16 .* need 8"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.7}, "11 dimensions of a head of 16"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
@@ -274,11 +287,137 @@ def test_query_heads_go_with_their_kv_head(tmp_path):
     assert (second.kv_heads, second.heads, second.num_heads, second.num_kv_heads) == ((2, 3), (4, 6), 2, 1)
 
 
-def test_more_ranks_than_kv_heads_are_refused_in_a_sentence(tmp_path):
+def test_ranks_without_a_kv_head_of_their_own_share_one_and_its_queries(tmp_path):
+    spec = resolve(checkpoint(tmp_path, hidden_size=96, num_attention_heads=6, num_key_value_heads=2))
+    for tp in range(1, 7):
+        shards = [Shard.of(spec, rank, tp) for rank in range(tp)]
+        assert [h for s in shards for h in range(*s.heads)] == list(range(6))
+        for s in shards:  # the KV heads of a rank are those of its queries, and all of them have the same number of queries
+            assert sorted({h // 3 for h in range(*s.heads)}) == list(range(*s.kv_heads))
+            assert s.num_heads % s.num_kv_heads == 0
+
+
+def test_more_ranks_than_heads_are_refused_in_a_sentence(tmp_path):
     spec = resolve(checkpoint(tmp_path / "m"))
     check_tp(spec, 1)
-    check_tp(spec, 2)
-    with pytest.raises(UserError, match="--tp 3: m has 2 KV heads, so at most 2 ranks"):
-        check_tp(spec, 3)
+    check_tp(spec, 4)
+    with pytest.raises(UserError, match="--tp 5: m has 4 attention heads, so at most 4 ranks"):
+        check_tp(spec, 5)
     with pytest.raises(UserError, match="at least 1"):
         check_tp(spec, 0)
+
+
+# ---------------- configs as published, in the fields that matter
+LAYERS = 8
+
+
+def published(path, architecture, **config):
+    spec = resolve(checkpoint(path, architectures=[architecture], num_hidden_layers=LAYERS, **config))
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    return spec
+
+
+def test_a_mistral_has_a_window_everywhere_unless_its_config_says_null(tmp_path):
+    big = {"max_position_embeddings": 32768}
+    assert published(tmp_path / "a", "MistralForCausalLM", **big, sliding_window=4096).windows == (4096,) * LAYERS
+    assert published(tmp_path / "b", "MistralForCausalLM", **big, sliding_window=None).windows == ()
+    assert published(tmp_path / "c", "MistralForCausalLM", **big).windows == (4096,) * LAYERS
+    assert published(tmp_path / "d", "MistralForCausalLM", sliding_window=512).windows == ()  # as wide as the context
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
+    spec = published(tmp_path / "e", "MistralForCausalLM", sliding_window=512, rope_scaling=yarn)  # which is longer now
+    assert (spec.windows, spec.max_context) == ((512,) * LAYERS, 2048)
+
+
+def test_a_window_of_qwen_must_be_switched_on_and_begins_late(tmp_path):
+    qwen = {"sliding_window": 64, "max_window_layers": 6}
+    spec = published(tmp_path / "a", "Qwen2ForCausalLM", **qwen, use_sliding_window=True)
+    assert (spec.windows, spec.qkv_bias, spec.o_bias) == ((0,) * 6 + (64,) * 2, True, False)
+    assert published(tmp_path / "b", "Qwen2ForCausalLM", **qwen, use_sliding_window=False).windows == ()
+    types = ["sliding_attention", "full_attention"] * 4
+    spec = published(tmp_path / "c", "Qwen2ForCausalLM", **qwen, use_sliding_window=True, layer_types=types)
+    assert spec.windows == (64, 0) * 4
+
+
+def test_gemma_is_read_from_old_and_new_configs_alike(tmp_path):
+    both = {"head_dim": 32, "sliding_window": 100, "query_pre_attn_scalar": 144, "hidden_activation": "gelu_pytorch_tanh"}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    new = {
+        "rope_theta": None,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    for name, config in (("old", {**old, "sliding_window_pattern": 6}), ("new", new)):
+        spec = published(tmp_path / name, "Gemma3ForCausalLM", **both, **config)
+        assert (spec.rope_theta, spec.local_rope_theta, json.loads(spec.rope_scaling)["factor"]) == (1e6, 1e4, 8.0)
+        assert spec.windows == (100, 100, 100, 100, 100, 0, 100, 100)
+        assert (spec.scale, spec.activation, spec.tie_embeddings, spec.qk_norm) == (1 / 12, "gelu_tanh", True, True)
+        assert (spec.attn_softcap, spec.logit_softcap) == (0.0, 0.0)
+
+
+def test_what_a_gemma_2_leaves_unsaid_is_not_zero(tmp_path):
+    spec = published(tmp_path / "a", "Gemma2ForCausalLM", sliding_window=100)
+    assert (spec.head_dim, spec.scale, spec.attn_softcap, spec.logit_softcap) == (256, 1 / 16, 50.0, 30.0)
+    assert spec.windows == (100, 0) * 4
+    assert published(tmp_path / "b", "Gemma2ForCausalLM", attn_logit_softcapping=None).attn_softcap == 0.0
+
+
+def test_a_phi_3_has_its_original_context_outside_the_scaling(tmp_path):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    for kind in ("su", "longrope", "yarn"):
+        spec = published(
+            tmp_path / kind,
+            "Phi3ForCausalLM",
+            original_max_position_embeddings=128,
+            rope_scaling={"type": kind, **factors},
+            partial_rotary_factor=0.75,
+            sliding_window=262144,
+        )
+        scaling = json.loads(spec.rope_scaling)
+        assert (scaling["rope_type"], scaling["original_max_position_embeddings"]) == ("longrope", 128)
+        assert (spec.rotary_dim, spec.windows, spec.max_context) == (12, (), 512)
+        assert scaling["attention_factor"] == pytest.approx((1 + 2 / 7) ** 0.5)  # sqrt(1 + ln 4 / ln 128)
+
+
+def test_experts_and_layers_without_are_counted(tmp_path):
+    moe = {"head_dim": 32, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    spec = published(tmp_path / "a", "Qwen3MoeForCausalLM", **moe, mlp_only_layers=[0], decoder_sparse_step=2)
+    assert (spec.num_experts, spec.experts_per_token, spec.expert_size, spec.norm_topk) == (16, 4, 24, True)
+    assert spec.dense_layers == (0, 2, 4, 6)
+    spec = published(tmp_path / "b", "MixtralForCausalLM", num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+    assert (spec.num_experts, spec.experts_per_token, spec.expert_size, spec.norm_topk) == (8, 2, 96, True)
+
+
+def test_each_fourth_layer_of_a_smollm3_does_not_rotate(tmp_path):
+    spec = published(tmp_path / "a", "SmolLM3ForCausalLM", sliding_window=64, use_sliding_window=False)
+    assert (spec.nope_layers, spec.windows, spec.tie_embeddings) == ((3, 7), (), True)
+    spec = published(tmp_path / "b", "SmolLM3ForCausalLM", sliding_window=64, use_sliding_window=True)
+    assert spec.windows == (0, 0, 0, 64) * 2
+
+
+def test_the_text_part_of_a_model_that_takes_images_is_read(tmp_path):
+    sparse = {
+        "model_type": "gemma3_text",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "sliding_window": 100,
+    }
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        sparse.setdefault(key, None)
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "hidden_size": None, "eos_token_id": [1, 106]}
+    spec = resolve(checkpoint(tmp_path / "a", **outer, text_config=sparse))
+    assert (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (64, 8, 4, 256)
+    assert (spec.vocab_size, spec.max_context, spec.eos_ids, spec.dtype) == (262_208, 131_072, (1, 106), "bfloat16")
+    assert (spec.weight_prefix, spec.tie_embeddings) == ("language_model.", True)
+    index = {"weight_map": {"language_model.lm_head.weight": "model.safetensors"}}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not resolve(str(tmp_path / "a")).tie_embeddings
+    with pytest.raises(UserError, match=r"config\.json: text_config is of type 'ministral3'; mistral is supported"):
+        resolve(
+            checkpoint(
+                tmp_path / "b", architectures=["Mistral3ForConditionalGeneration"], text_config={"model_type": "ministral3"}
+            )
+        )

@@ -19,6 +19,7 @@ BILLIONS = {  # parameters as published, embeddings included
     "qwen3-0.6b": 0.6,
     "qwen3-14b": 14.8,
     "qwen3-32b": 32.8,
+    "qwen3-30b-a3b": 30.5,
     "llama-3.1-8b": 8.03,
     "llama-3.2-1b": 1.24,
 }
@@ -27,7 +28,8 @@ BILLIONS = {  # parameters as published, embeddings included
 def parameters(spec: ModelSpec) -> int:
     """Of the matrices; norms are nothing beside them."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    layer = spec.hidden_size * (heads + 3 * spec.intermediate_size)
+    inner = spec.num_experts * spec.expert_size or spec.intermediate_size
+    layer = spec.hidden_size * (heads + 3 * inner + spec.num_experts)
     return spec.num_layers * layer + spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
 
 
@@ -51,10 +53,12 @@ def test_shapes_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama-3.2-1b"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama-3.2-1b", "qwen3-30b-a3b"])
 def test_random_weights_are_served_like_a_checkpoint_and_repeatably(name):
     small = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 300}
     spec = replace(random_shape(name), **small)
+    if spec.num_experts:
+        spec = replace(spec, num_experts=6, experts_per_token=2, expert_size=24)
     params = SamplingParams(temperature=0, max_tokens=20)
     answers = []
     for tp in (1, 2):

@@ -125,8 +125,8 @@ def test_an_engine_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyt
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(UserError, match="'paeg_size'"):
         LLM(paeg_size=4)
-    with pytest.raises(UserError, match="--tp 4"):
-        LLM(tp=4)
+    with pytest.raises(UserError, match="--tp 10"):
+        LLM(tp=10)
 
 
 @pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])

@@ -55,6 +55,89 @@ def save_qwen3(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = Fal
     return _save(path, Qwen3ForCausalLM, config)
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LONG = {"short_factor": [1.0 + 0.1 * i for i in range(6)], "long_factor": [1.5 + 0.7 * i for i in range(6)]}
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 23}
+# Name -> prefix of the classes in transformers, and what differs from `_sizes`.  Every window is shorter than a test's prompt.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True}),
+    "llama, more ranks than KV heads": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}),
+    "mistral": ("Mistral", {"sliding_window": 21}),
+    "ministral": ("Ministral", {"sliding_window": 13, "layer_types": _TYPES}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"rms_norm_eps": 0.1, "rope_parameters": _YARN, "use_sliding_window": False}),
+    "qwen3-moe": ("Qwen3Moe", {**_MOE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe, windows": (
+        "Qwen3Moe",
+        {**_MOE, "norm_topk_prob": False, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 19},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 40}),
+    "gemma2": (
+        "Gemma2",
+        {"sliding_window": 18, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 0.05},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 11,
+            "query_pre_attn_scalar": 24,
+            "layer_types": _TYPES,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "gemma3, beside images": ("Gemma3", {"sliding_window": 11, "layer_types": _TYPES, "model_type": "gemma3_text"}),
+    "mistral3, beside images": ("Mistral3", {"sliding_window": None, "model_type": "mistral"}),
+    "gpt-oss": ("GptOss", {"sliding_window": 14, "num_local_experts": 5, "num_experts_per_tok": 2, "rope_parameters": _YARN}),
+    "phi3": ("Phi3", {"sliding_window": 27, "hidden_size": 96}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "hidden_size": 96,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **_LONG},
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 15}),
+}
+
+
+def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
+    """Write a random model of `ARCHITECTURES` to `path` and return it (transformers, float32, eval).  `layers`: 3 at most."""
+    import transformers
+
+    prefix, settings = ARCHITECTURES[name]
+    settings = {**_sizes(6, 3), "num_hidden_layers": layers, "max_position_embeddings": 512, **settings}
+    for by_layer in {"layer_types", "no_rope_layers"} & set(settings):
+        settings[by_layer] = settings[by_layer][:layers]
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if prefix == "Phi3":  # whose heads are hidden_size / heads wide
+        del settings["head_dim"]
+    elif prefix == "Qwen2":
+        settings |= {"head_dim": 8, "num_key_value_heads": 2}
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    task = "CausalLM"
+    if "model_type" in settings:  # also takes images
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        settings = {"text_config": settings, "vision_config": vision, "image_token_index": 2, "eos_token_id": [2, 0]}
+        task = "ConditionalGeneration"
+    config = getattr(transformers, f"{prefix}Config")(**settings, **how)
+    return _save(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config)
+
+
+def save_qwen2(path: Any) -> Any:
+    """Write a random Qwen2ForCausalLM without windows to `path` and return it (transformers, float32, eval)."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(**{**_sizes(6, 3), "head_dim": 8}, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    return _save(path, Qwen2ForCausalLM, config)
+
+
 def save_byte_tokenizer(path: Any) -> None:
     """Write a tokenizer.json in which every byte is a token, with the byte's value as its id."""
     from minisgl.model.tokenizer import load_tokenizer
@@ -83,9 +166,15 @@ def _save(path: Any, cls: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():  # norms of one would hide a norm that is not applied
+        for name, p in model.named_parameters():  # norms of one and biases of zero would hide that they are not applied
             if "norm" in name:
-                p.uniform_(0.5, 1.5)
+                p.uniform_(-0.5, 0.5).add_(0.0 if "Gemma" in cls.__name__ else 1.0)
+            elif name.endswith(("bias", "sinks")):
+                p.normal_(0, 0.5)
+            elif ".mlp." in name and "GptOss" in cls.__name__:  # the bounds of its activation are far out
+                p.mul_(3.0)
+            elif "embed" in name and "Gemma" in cls.__name__:  # which scales it up: it would say the same token for ever
+                p.mul_(0.03)
     model.save_pretrained(path)
     return model
 

@@ -14,23 +14,51 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model import layers
+from minisgl.model.rope import Rope
 
 Rows = Any  # [T, N], or what these blocks understand in its place
 Norm = Callable[[torch.Tensor, Rows | None], Rows]
-Positions = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Rotation = tuple[torch.Tensor | None, torch.Tensor | None]  # cos and sin; None: heads are not rotated
+Positions = Callable[[torch.Tensor], Rotation]
+NOT_ROTATED: Rotation = (None, None)
 
 
 class Blocks(Protocol):
     """Makes the layers of a decoder."""
 
-    def linear(self, *weights: torch.Tensor, last: bool = False) -> Callable[[Rows], Rows]:
-        """x @ W.T for weights [out_i, in] on top of each other; `last`: of the model, whose result is plain rows."""
+    def linear(
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
+    ) -> Callable[[Rows], Rows]:
+        """x @ W.T + bias for weights [out_i, in] on top of each other.
+
+        `last`: of the model; its result is plain rows, and so is it with `whole`.
+        """
 
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
-        """RMSNorm of x, after a delta has been added to it in place; `last`: what follows is the last linear layer."""
+        """RMSNorm of x, after a delta has been added to it in place.  weight: of x's dtype, or float32.
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
-        """silu(x @ gate.T) * (x @ up.T) for weights [I, in]: the first half of a gated MLP."""
+        `last`: no linear layer follows, or the last one; its result is plain rows.
+        """
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
+        """act(x @ gate.T) * (x @ up.T) for weights [I, in]: the first half of a gated MLP.  See ModelSpec.activation."""
+
+    def experts(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: layers.Biases | None = None,
+    ) -> Callable[[Rows], Rows]:
+        """The weighted sum of what the `top_k` likeliest of E experts make of each row; `activation`: see ModelSpec.
+
+        router [E, C]; gate_up [E, 2 I, C]; down [E, C, I].  The weights are the softmax over all experts, scaled to add up to
+        one with `normalise`.  Takes plain rows.
+        """
 
     def rope(self, spec: ModelSpec) -> Positions:
         """positions i64[T] -> what the attention backend needs to rotate the heads at them."""
@@ -42,15 +70,30 @@ class CpuBlocks:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def linear(self, *weights: torch.Tensor, last: bool = False) -> Callable[[Rows], Rows]:
-        return layers.Linear(*weights)
+    def linear(
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
+    ) -> Callable[[Rows], Rows]:
+        return layers.Linear(*weights, bias=bias)
 
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
         return layers.RMSNorm(weight, eps)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
         both = layers.Linear(gate, up)
-        return lambda x: layers.silu_mul(both(x))
+        return lambda x: layers.act_mul(both(x), activation)
+
+    def experts(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: layers.Biases | None = None,
+    ) -> Callable[[Rows], Rows]:
+        return layers.Experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
 
     def rope(self, spec: ModelSpec) -> Positions:
-        return layers.Rope(spec, self._dtype).at
+        return Rope(spec, self._dtype).at

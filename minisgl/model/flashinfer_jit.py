@@ -29,8 +29,8 @@ def compile_module(module: ModuleSpec) -> Path:
     if not set(module.archs) <= targets:
         raise RuntimeError(f"{module} is wanted for {module.archs}, and FlashInfer compiles for {targets}")
     q, kv = getattr(torch, module.q_dtype), getattr(torch, module.kv_dtype)
-    # Then: index dtype, head sizes, position encoding 0 (none: rope is ours), no window, no soft cap [, no fp16 scores].
-    types = (q, kv, q, torch.int32, module.head_dim, module.head_dim, 0, False, False)
+    # Then: index dtype, head sizes, position encoding 0 (none: rope is ours), window, soft cap [, no fp16 scores].
+    types = (q, kv, q, torch.int32, module.head_dim, module.head_dim, 0, module.window, module.softcap)
     with compiling(tools):
         try:
             if module.kind == "decode":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.shard import Shard
 
 HEAD_DIMS = (64, 128, 256)  # that FlashInfer's kernels are used for; our own Triton kernels serve all others
 CUDA_CORE_GROUPS = (1, 2, 4, 8)  # query heads per KV head that its decode kernel knows; others take the one of prefill
@@ -41,13 +42,15 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", FP8: "e4m3"}  # in FlashInfer's 
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """One shared library of FlashInfer.  Group sizes, page sizes and masks are run-time arguments of all of them."""
+    """One shared library of FlashInfer.  Group sizes, page sizes, scales and widths of windows are run-time arguments."""
 
     kind: str  # "fa3" | "fa2": prefill on tensor cores | "decode": one query per row, on CUDA cores
     head_dim: int
     q_dtype: str  # of queries and output: "bfloat16" | "float16"
     kv_dtype: str  # of the KV cache: q_dtype, or FP8
     archs: tuple[str, ...]  # compute capabilities it is compiled for, e.g. ("9.0a",)
+    window: bool = False  # for layers with a sliding window
+    softcap: bool = False  # for scores with a soft cap
 
     @property
     def uri(self) -> str:
@@ -57,13 +60,13 @@ class ModuleSpec:
         end = {"decode": "", "fa2": "_f16qk_False", "fa3": "_f16qk_False_sm90"}[self.kind]
         return (
             f"{start}_dtype_q_{q}_dtype_kv_{kv}_dtype_o_{q}_dtype_idx_i32_head_dim_qk_{self.head_dim}"
-            f"_head_dim_vo_{self.head_dim}_posenc_0_use_swa_False_use_logits_cap_False{end}"
+            f"_head_dim_vo_{self.head_dim}_posenc_0_use_swa_{self.window}_use_logits_cap_{self.softcap}{end}"
         )
 
     def __str__(self) -> str:
         use = "decode" if self.kind == "decode" else f"{self.kind} prefill"
-        cache = ", fp8 cache" if self.kv_dtype == FP8 else ""
-        return f"{use}, head size {self.head_dim}, {self.q_dtype}{cache}"
+        more = (("fp8 cache", self.kv_dtype == FP8), ("window", self.window), ("soft cap", self.softcap))
+        return ", ".join([use, f"head size {self.head_dim}", self.q_dtype, *(text for text, has in more if has)])
 
 
 class State(enum.Enum):
@@ -92,23 +95,25 @@ def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decod
     """The modules for `spec` on GPUs of the compute capabilities `archs`, e.g. ("9.0",).  Raises UserError for a malformed one.
 
     `decode`: also for decode steps, which the engine asks for with --attention-backend flashinfer.  Empty where FlashInfer is
-    not used: float32, other head sizes.
+    not used: float32, other head sizes, attention sinks.
     """
     q = spec.dtype if engine.dtype == "auto" else engine.dtype
-    if q not in _SHORT or spec.head_dim not in HEAD_DIMS or not archs:
+    if q not in _SHORT or spec.head_dim not in HEAD_DIMS or spec.sinks or not archs:
         return []
     kv = FP8 if engine.kv_cache_dtype == "fp8" else q
     every = tuple(sorted({parse_arch(a) for a in archs}, key=_arch_key))
     hopper = tuple(a for a in every if a == "9.0a")
     modules = []
-    if hopper and kv == q:
-        modules.append(ModuleSpec("fa3", spec.head_dim, q, kv, hopper))
     decode |= engine.attention_backend == "flashinfer"
-    on_tensor_cores = spec.num_heads // spec.num_kv_heads not in CUDA_CORE_GROUPS
-    if kv != q or hopper != every or (decode and on_tensor_cores):
-        modules.append(ModuleSpec("fa2", spec.head_dim, q, kv, every))
-    if decode and not on_tensor_cores:
-        modules.append(ModuleSpec("decode", spec.head_dim, q, kv, every))
+    groups = {shard.num_heads // shard.num_kv_heads for shard in (Shard.of(spec, r, engine.tp) for r in range(engine.tp))}
+    for window in sorted({width > 0 for width in spec.windows or (0,)}):
+        kind = {"window": window, "softcap": spec.attn_softcap > 0}
+        if hopper and kv == q:
+            modules.append(ModuleSpec("fa3", spec.head_dim, q, kv, hopper, **kind))
+        if kv != q or hopper != every or (decode and not groups <= set(CUDA_CORE_GROUPS)):
+            modules.append(ModuleSpec("fa2", spec.head_dim, q, kv, every, **kind))
+        if decode and groups & set(CUDA_CORE_GROUPS):
+            modules.append(ModuleSpec("decode", spec.head_dim, q, kv, every, **kind))
     return modules
 
 

@@ -8,7 +8,7 @@ import re
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.archs import GGUF_ARCHS, QK_NORM_ARCHS
+from minisgl.model.archs import GGUF_ARCHS, HF_ARCHS
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
 
@@ -69,7 +69,9 @@ def spec_from_gguf(path: str) -> ModelSpec:
         bos_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
         generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
-        qk_norm=GGUF_ARCHS[arch] in QK_NORM_ARCHS,
+        qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # in llama's files, too, if the model has them
+        o_bias="blk.0.attn_output.bias" in file.tensors,
     )
     return check(path, spec)
 
@@ -81,12 +83,19 @@ def _dtype(file: GGUFFile) -> str:
 
 
 def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
-    """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling as two keys."""
-    kind = fields.get(f"{arch}.rope.scaling.type")
-    linear = "" if kind in (None, "none") else rope_scaling(fields.source, {"rope_type": kind, "factor": _factor(fields, arch)})
+    """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling and YaRN as keys."""
+    prefix = f"{arch}.rope.scaling."
+    kind = fields.get(prefix + "type")
+    fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
+    named = ""
+    if kind not in (None, "none"):
+        values = {"rope_type": kind, "factor": _factor(fields, arch)}
+        values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
+        values["original_max_position_embeddings"] = fields.get(prefix + "original_context_length")
+        named = rope_scaling(fields.source, values, fields.size(f"{arch}.context_length"))
     if "rope_freqs.weight" not in file.tensors:
-        return linear
-    if linear or file.tensors["rope_freqs.weight"].shape != (head_dim // 2,) or file.tensors["rope_freqs.weight"].kind != _F32:
+        return named
+    if named or file.tensors["rope_freqs.weight"].shape != (head_dim // 2,) or file.tensors["rope_freqs.weight"].kind != _F32:
         raise UserError(
             f"--model {file.path}: rope_freqs.weight should be {head_dim // 2} float32 values and the only scaling."
         )

@@ -9,8 +9,9 @@ from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.archs import HF_ARCHS, QK_NORM_ARCHS
-from minisgl.model.metadata import HF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
+from minisgl.model.archs import HF_ARCHS
+from minisgl.model.hf_layers import activation, attention_scale, experts, nope_layers, optional, rotary, text_part, windows
+from minisgl.model.metadata import HF_SAMPLING, Metadata, check, sampling_defaults
 from minisgl.model.quant_spec import weight_format
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -36,50 +37,67 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
         raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
     if weights:
         _check_weights(path)
-    config.refuse("attention_bias", (False,), "biases in the attention layers are")
-    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
-    config.refuse("hidden_act", ("silu",), "activations other than silu are")
-    if config.get("use_sliding_window") is not False:
-        config.refuse("sliding_window", (), "sliding-window attention is")
-        config.refuse("use_sliding_window", (), "sliding-window attention is")  # without a width it has the default one
+    return check(source, _spec(path, name, config, arch))
 
-    rope = _mapping(config, "rope_parameters")  # transformers 5: theta and scaling in one place
-    theta = Metadata(f"{source} (rope_parameters)", rope).number("rope_theta", config.number("rope_theta", 10000.0))
-    for part in (Metadata(source, rope), config):
-        part.refuse("partial_rotary_factor", (1, 1.0), "rotating only a part of each head is")
+
+def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> ModelSpec:
+    arch = HF_ARCHS[architecture]
+    config = text_part(outer, arch)
+    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
+    quantization = config.get("quantization_config")
+    mxfp4 = arch.sinks and isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    # Qwen3's heads do not follow from the hidden size, so its configs always say their size.
-    head_dim = config.size("head_dim", None if arch == "Qwen3ForCausalLM" else hidden // heads)
+    layers, context = config.size("num_hidden_layers"), config.size("max_position_embeddings")
+    head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else arch.head_dim)
+    rope = rotary(config, arch, context)
+    bias = config.flag("attention_bias")
     file = os.path.join(path, "generation_config.json")
     generation = Metadata(file, read_json(file) if os.path.isfile(file) else {})
-    spec = ModelSpec(
+    # Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
+    eos = (
+        generation.token_ids("eos_token_id"),
+        outer.token_ids("eos_token_id"),
+        _tokenizer_eos(path),
+        config.token_ids("eos_token_id"),
+    )
+    return ModelSpec(
         name=name or os.path.basename(os.path.normpath(path)),
         path=path,
         format="safetensors",
-        architecture=arch,
-        dtype=_dtype(config),
+        architecture=architecture,
+        dtype=_dtype(config if config.get("dtype") or config.get("torch_dtype") else outer),
         hidden_size=hidden,
         intermediate_size=config.size("intermediate_size"),
-        num_layers=config.size("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=config.size("num_key_value_heads", heads),
         head_dim=head_dim,
         vocab_size=config.size("vocab_size"),
-        max_context=config.size("max_position_embeddings"),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=rope_scaling(source, rope or _mapping(config, "rope_scaling")),
-        tie_embeddings=config.get("tie_word_embeddings") is True,
+        max_context=rope.max_context,
+        rms_norm_eps=config.number("rms_norm_eps", arch.rms_norm_eps),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        tie_embeddings=not _has_head(path) if arch.text else config.flag("tie_word_embeddings", arch.tied),
         bos_id=next(iter(config.token_ids("bos_token_id")), None),
-        # Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
-        eos_ids=tuple(
-            dict.fromkeys([*generation.token_ids("eos_token_id"), *config.token_ids("eos_token_id"), *_tokenizer_eos(path)])
-        ),
-        qk_norm=arch in QK_NORM_ARCHS,
+        eos_ids=tuple(dict.fromkeys(i for ids in eos for i in ids)),
         generation=sampling_defaults(generation, HF_SAMPLING),
-        weight_format=weight_format(source, config.get("quantization_config")),
+        weight_format="" if mxfp4 else weight_format(outer.source, outer.get("quantization_config")),
+        qk_norm=arch.qk_norm,
+        qkv_bias=arch.qkv_bias or bias,
+        o_bias=bias,
+        activation=activation(config, arch),
+        rotary_dim=int(head_dim * rope.part) if rope.part < 1 else 0,
+        local_rope_theta=rope.local_theta,
+        nope_layers=nope_layers(config, arch, layers),
+        windows=windows(config, arch, layers, rope.max_context),
+        attn_scale=attention_scale(config, arch),
+        attn_softcap=optional(config, "attn_logit_softcapping", arch.attn_softcap),
+        logit_softcap=optional(config, "final_logit_softcapping", arch.logit_softcap),
+        sinks=arch.sinks,
+        expert_format="mxfp4" if mxfp4 else "",
+        weight_prefix="language_model." if arch.text else "",
+        **experts(config, arch, layers),
     )
-    return check(source, spec)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -96,11 +114,16 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def _mapping(config: Metadata, key: str) -> dict[str, Any]:
-    value = config.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{config.source}: {key} should be an object, is {value!r:.80}.")
-    return value or {}
+def _has_head(path: str) -> bool:
+    """Whether a checkpoint with images has an lm_head, about which its two configurations may disagree."""
+    index = os.path.join(path, INDEX)
+    if os.path.isfile(index):
+        return any(str(name).endswith("lm_head.weight") for name in read_json(index).get("weight_map") or ())
+    for file in weight_files(path):
+        with open(file, "rb") as f:  # a header of JSON behind its length, 8 bytes
+            if b'lm_head.weight"' in f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)):
+                return True
+    return False
 
 
 def _dtype(config: Metadata) -> str:

@@ -1,19 +1,15 @@
-"""The building blocks of decoder models: linear layers, embeddings, norms and rotary positions.  Runs in the workers.
+"""The building blocks of decoder models: linear layers, embeddings, norms and activations.  Runs in the workers.
 
 Shapes: T tokens of a step, C hidden size, H query heads, K KV heads (of this rank), D head size.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from minisgl.config import ModelSpec
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Range
 
@@ -35,25 +31,26 @@ def _pack(weight: torch.Tensor) -> torch.Tensor | None:
     return packed
 
 
-def _packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
 
 
 class Linear:
-    """y = x @ weight.T without bias: [T, in] -> [T, out]."""
+    """y = x @ weight.T + bias: [T, in] -> [T, out]."""
 
-    def __init__(self, *weights: torch.Tensor) -> None:
+    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Several weights [out_i, in] are fused into one.  Only the packed form is kept where there is one."""
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self._bias = bias
         self._packed = _pack(weight)
         self._weight = weight if self._packed is None else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:
-            return _packed_linear(x, self._packed)
+            return _packed_linear(x, self._packed, self._bias)
         assert self._weight is not None
-        return F.linear(x, self._weight)
+        return F.linear(x, self._weight, self._bias)
 
 
 class RMSNorm:
@@ -66,7 +63,12 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         if delta is not None:
             x += delta
-        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        return rms_norm(x, self._weight, self._eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Over the last dimension, in x's dtype; in float32 inside if that is the weight's."""
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,65 @@ class QKNorm:
     eps: float
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 I] (gate, up) -> silu(gate) * up, [T, I]."""
+def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """[T, 2 I] (gate, up) -> act(gate) * up, [T, I]; `activation`: see ModelSpec."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
+
+
+def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap) in place, which stays within +-cap; x itself where cap is 0 (Gemma 2, arXiv:2408.00118)."""
+    return x.div_(cap).tanh_().mul_(cap) if cap else x
+
+
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension; `sinks`, which can be expanded to its size 1, take their share and are left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+
+
+def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [T, E] -> (experts i64[T, top_k], their weights f32[T, top_k]): see Blocks.experts."""
+    weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    return experts, weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+
+Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a router [E], gate_up [E, 2 I] and down [E, C]
+
+
+class Experts:
+    """A mixture of experts, one after the other, each with the rows that chose it."""
+
+    def __init__(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
+    ) -> None:
+        self._router, self._gate_up, self._down = router, gate_up, down
+        self._top_k, self._normalise, self._activation = top_k, normalise, activation
+        self._biases = biases or (None, [None] * len(down), [None] * len(down))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        router_bias, gate_up_bias, down_bias = self._biases
+        experts, weights = route(F.linear(x, self._router, router_bias), self._top_k, self._normalise)
+        y = torch.zeros_like(x)
+        for e in sorted(set(experts.flatten().tolist())):
+            rows, which = (experts == e).nonzero(as_tuple=True)
+            hidden = act_mul(F.linear(x[rows], self._gate_up[e], gate_up_bias[e]), self._activation)
+            part = F.linear(hidden, self._down[e], down_bias[e])
+            y.index_add_(0, rows, part * weights[rows, which, None].to(x.dtype))
+        return y
 
 
 class Embedding:
@@ -99,51 +156,3 @@ class Embedding:
         mine = (ids >= start) & (ids < end)
         x = F.embedding((ids - start).masked_fill_(~mine, 0), self._weight)
         return self._parallel.all_reduce_(x.masked_fill_(~mine[:, None], 0))
-
-
-class Rope:
-    """Rotary position embedding in the rotate-half layout: dimensions i and i + D/2 turn together by position * freq[i]."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        self._freqs = inverse_frequencies(spec).repeat(2)  # [D]
-        self._sign = torch.ones(spec.head_dim)
-        self._sign[: spec.head_dim // 2] = -1
-        self._dtype = dtype
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin [T, 1, D] of the step's positions i64[T], shared by all layers."""
-        angles = torch.outer(positions.float(), self._freqs)[:, None]
-        return angles.cos().to(self._dtype), (angles.sin() * self._sign).to(self._dtype)
-
-
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Turn the heads x [T, heads, D] in place."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(cos).addcmul_(swapped, sin)
-
-
-def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Radians per position, f32[D/2], after the checkpoint's scaling."""
-    freqs: torch.Tensor = 1.0 / spec.rope_theta ** (
-        torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    )
-    scaling: dict[str, Any] = json.loads(spec.rope_scaling or '{"rope_type": "default"}')
-    match scaling["rope_type"]:
-        case "default":
-            return freqs
-        case "linear":
-            return freqs / float(scaling["factor"])
-        case "divisors":  # one per frequency, as GGUF files store Llama 3.1's scaling
-            return freqs / torch.tensor(scaling["divisors"])
-        case "llama3":
-            return _llama3(freqs, scaling)
-    raise ValueError(f"rope scaling {scaling['rope_type']!r} passed the resolver")
-
-
-def _llama3(freqs: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
-    """Llama 3.1: waves longer than the original context are slowed by `factor`, short ones kept, a ramp in between."""
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)  # of each wave within the original context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    scaled: torch.Tensor = keep * freqs + (1 - keep) * freqs / scaling["factor"]
-    return scaled

@@ -1,18 +1,23 @@
-"""Llama: the decoder that SmolLM2, Llama 2 and 3, Qwen3 and many others share.  Runs in the workers.
+"""Llama: the decoder that most open models are, or are variations of.  Runs in the workers.
 
-What differs between them is in the ModelSpec: Qwen3's `qk_norm` (Qwen3 technical report, arXiv:2505.09388, section 2).
+Llama 2 and 3, SmolLM2, Mistral, Ministral, Qwen2 and Qwen3 differ from each other in what a ModelSpec can say: biases
+(`qkv_bias`), norms of queries and keys (`qk_norm`; Qwen3 technical report, arXiv:2505.09388, section 2), sliding windows
+(`windows`; Mistral 7B, arXiv:2310.06825, section 2), rotary positions.  Other models derive their classes from these.
 
 Shapes: T tokens of a step, C hidden size, H query heads and K KV heads of this rank, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
 import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model.attention import AttentionBackend
-from minisgl.model.blocks import Blocks, Norm, Rows
-from minisgl.model.layers import Embedding, QKNorm
+from minisgl.model.blocks import Blocks, Norm, Rotation, Rows
+from minisgl.model.layers import Embedding, QKNorm, softcap_
 from minisgl.model.loader import Weights
 from minisgl.model.parallel import Parallel
 from minisgl.model.shard import Shard, split
@@ -22,42 +27,70 @@ class Attention:
     """Self-attention over the paged KV cache; each rank computes its own heads and the outputs are summed."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: Weights,
+        parallel: Parallel,
+        blocks: Blocks,
+        *,
+        layer: int,
+        whole: bool = False,
     ) -> None:
+        """`whole`: the result is plain rows, for a norm of it alone."""
         name = f"model.layers.{layer}.self_attn."
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
+        sizes["v"] = sizes["k"]
+        rows = {"q": shard.q_rows, "k": shard.kv_rows, "v": shard.kv_rows}
         self.layer = layer
         self.parallel = parallel
         self.qkv = blocks.linear(
-            weights.take(name + "q_proj.weight", (q_size, spec.hidden_size), rows=shard.q_rows),
-            weights.take(name + "k_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
-            weights.take(name + "v_proj.weight", (kv_size, spec.hidden_size), rows=shard.kv_rows),
+            *(weights.take(f"{name}{p}_proj.weight", (sizes[p], spec.hidden_size), rows=rows[p]) for p in "qkv"),
+            bias=torch.cat([weights.take(f"{name}{p}_proj.bias", (sizes[p],), rows=rows[p]) for p in "qkv"])
+            if spec.qkv_bias
+            else None,
         )
-        self.o = blocks.linear(weights.take(name + "o_proj.weight", (spec.hidden_size, q_size), cols=shard.q_rows))
+        o_bias = weights.take(name + "o_proj.bias", (spec.hidden_size,)) if spec.o_bias else None
+        self.o = blocks.linear(
+            weights.take(name + "o_proj.weight", (spec.hidden_size, sizes["q"]), cols=shard.q_rows),
+            bias=o_bias if shard.rank == 0 else None,  # the ranks' results are added up
+            whole=whole,
+        )
         self.qk_norm: QKNorm | None = None
         if spec.qk_norm:  # the same for all heads, so every rank has it whole
             q, k = (weights.take(f"{name}{part}_norm.weight", (spec.head_dim,)) for part in "qk")
             self.qk_norm = QKNorm(q, k, spec.rms_norm_eps)
+        self.sinks = weights.take(name + "sinks", (spec.num_heads,), rows=shard.heads).float() if spec.sinks else None
 
-    def __call__(self, x: Rows, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend) -> Rows:
-        out = attend(self.layer, self.qkv(x), cos, sin, self.qk_norm)  # [T, H * D]
+    def __call__(self, x: Rows, rotation: Rotation, attend: AttentionBackend) -> Rows:
+        out = attend(self.layer, self.qkv(x), *rotation, self.qk_norm, sinks=self.sinks)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
 
 class MLP:
-    """down(silu(gate(x)) * up(x)); each rank computes some of the inner columns and the outputs are summed."""
+    """down(act(gate(x)) * up(x)); each rank computes some of the inner columns and the outputs are summed."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        weights: Weights,
+        parallel: Parallel,
+        blocks: Blocks,
+        *,
+        layer: int,
+        whole: bool = False,
     ) -> None:
+        """`whole`: the result is plain rows, for a norm of it alone."""
         name = f"model.layers.{layer}.mlp."
         inner, outer = spec.intermediate_size, spec.hidden_size
         self.parallel = parallel
         self.gated = blocks.gated(
             weights.take(name + "gate_proj.weight", (inner, outer), rows=shard.mlp),
             weights.take(name + "up_proj.weight", (inner, outer), rows=shard.mlp),
+            activation=spec.activation,
         )
-        self.down = blocks.linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp))
+        self.down = blocks.linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp), whole=whole)
 
     def __call__(self, x: Rows) -> Rows:
         return self.parallel.all_reduce_(self.down(self.gated(x)))
@@ -79,17 +112,22 @@ class Layer:
         self.attn_norm = norm("input_layernorm")
         self.attn = Attention(spec, shard, weights, parallel, blocks, layer=layer)
         self.mlp_norm = norm("post_attention_layernorm")
-        self.mlp = MLP(spec, shard, weights, parallel, blocks, layer=layer)
+        self.mlp = self.make_mlp(spec, shard, weights, parallel, blocks, layer=layer)
 
-    def __call__(
-        self, x: torch.Tensor, delta: Rows | None, cos: torch.Tensor, sin: torch.Tensor, attend: AttentionBackend
-    ) -> Rows:
-        delta = self.attn(self.attn_norm(x, delta), cos, sin, attend)
+    def make_mlp(
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+    ) -> Callable[[Rows], Rows]:
+        return MLP(spec, shard, weights, parallel, blocks, layer=layer)
+
+    def __call__(self, x: torch.Tensor, delta: Rows | None, rotation: Rotation, attend: AttentionBackend) -> Rows:
+        delta = self.attn(self.attn_norm(x, delta), rotation, attend)
         return self.mlp(self.mlp_norm(x, delta))
 
 
 class Llama:
-    """LlamaForCausalLM or Qwen3ForCausalLM, the part of it that `shard` owns."""
+    """A causal language model, the part of it that `shard` owns."""
+
+    layer_class: ClassVar[Callable[..., Layer]] = Layer
 
     def __init__(
         self,
@@ -99,17 +137,27 @@ class Llama:
         parallel: Parallel,
         blocks: Blocks,
     ) -> None:
+        """`spec.max_context` is the context that is served, which some kinds of rotary positions depend on."""
         shape = (spec.vocab_size, spec.hidden_size)
         table = weights.take("model.embed_tokens.weight", shape, rows=shard.vocab)
+        self.spec = spec
         self.parallel = parallel
-        self.embed = Embedding(table, shard.vocab, parallel)
+        self.embedding = Embedding(table, shard.vocab, parallel)
         self.rope = blocks.rope(spec)
-        self.layers = [Layer(spec, shard, weights, parallel, blocks, layer=i) for i in range(spec.num_layers)]
+        self.layers = [self.layer_class(spec, shard, weights, parallel, blocks, layer=i) for i in range(spec.num_layers)]
         self.norm = blocks.norm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps, last=True)
         self.head = blocks.linear(
             table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab), last=True
         )
         self.vocab_widths = [end - start for start, end in split(spec.vocab_size, shard.size)]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """i64[T] -> the residual stream [T, C]."""
+        return self.embedding(ids)
+
+    def rotations(self, positions: torch.Tensor) -> Sequence[Rotation]:
+        """What every layer rotates queries and keys at `positions` i64[T] with."""
+        return [self.rope(positions)] * len(self.layers)
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor | None, attend: AttentionBackend
@@ -119,15 +167,14 @@ class Llama:
         The rest of the step's metadata is with `attend`, which must have been prepared for the same step.
         """
         x = self.embed(ids)  # [T, C]
-        cos, sin = self.rope(positions)
         delta: Rows | None = None
-        for layer in self.layers:
-            delta = layer(x, delta, cos, sin, attend)
+        for layer, rotation in zip(self.layers, self.rotations(positions), strict=True):
+            delta = layer(x, delta, rotation, attend)
         assert delta is not None
-        if sample_rows is None:
-            return self.parallel.all_gather_cols(self.head(self.norm(x, delta)), self.vocab_widths)
-        if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
-            return x.new_empty(0, sum(self.vocab_widths))
-        # Parts of a product [parts, T, C] have their rows in the last dimension but one, as plain rows have.
-        logits = self.head(self.norm(x[sample_rows], delta[..., sample_rows, :]))
-        return self.parallel.all_gather_cols(logits, self.vocab_widths)
+        if sample_rows is not None:
+            if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
+                return x.new_empty(0, sum(self.vocab_widths))
+            # Parts of a product [parts, T, C] have their rows in the last dimension but one, as plain rows have.
+            x, delta = x[sample_rows], delta[..., sample_rows, :]
+        logits = self.parallel.all_gather_cols(self.head(self.norm(x, delta)), self.vocab_widths)
+        return softcap_(logits, self.spec.logit_softcap)

@@ -14,9 +14,12 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 
 MAX_SIZE = 1 << 31
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # the numbers that a kind of scaling must have
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+    "longrope": (),
 }
 
 
@@ -51,6 +54,20 @@ class Metadata:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a positive number.")
         return float(value)
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of positive finite numbers; UserError if it is absent or something else."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a list of numbers.")
+        return [Metadata(self.source, {key: v}).number(key) for v in value]
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false; UserError if it is something else."""
+        value = self.get(key)
+        if not isinstance(value, bool | None):
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is neither true nor false.")
+        return default if value is None else value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """One token id or a list of them; () if absent."""
@@ -94,24 +111,58 @@ def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = 
     return json.dumps(found) if found else ""
 
 
-def rope_scaling(source: str, scaling: Mapping[str, Any]) -> str:
-    """The checkpoint's rope scaling as canonical JSON, "" for none.  Raises UserError for a kind that is not known."""
+def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) -> str:
+    """The checkpoint's rope scaling as canonical JSON, "" for none.  Raises UserError for a kind that is not known.
+
+    `max_context`: the checkpoint's max_position_embeddings, where a kind depends on it and does not say otherwise.
+    """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = {"su": "longrope"}.get(kind, kind)  # its first name
     if kind == "default":
         return ""
     if kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
         raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
     fields = Metadata(f"{source} (rope scaling)", scaling)
-    return json.dumps({"rope_type": kind, **{name: fields.number(name) for name in _ROPE_FIELDS[kind]}})
+    values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
+    original = "original_max_position_embeddings"
+    if kind == "dynamic":  # here it is max_position_embeddings that the text is measured against
+        values[original] = max_context
+    elif kind in ("yarn", "longrope"):
+        values[original] = fields.number(original, float(max_context))
+        factor = fields.number("factor", max_context / values[original])
+        if kind == "yarn":
+            values |= {"factor": factor, "truncate": scaling.get("truncate") is not False}
+            values |= {"beta_fast": fields.number("beta_fast", 32.0), "beta_slow": fields.number("beta_slow", 1.0)}
+            default = _yarn_amplitude(factor, fields)
+        else:
+            values |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
+            default = math.sqrt(1 + math.log(factor) / math.log(values[original])) if factor > 1 else 1.0
+        values["attention_factor"] = fields.number("attention_factor", default)
+    return json.dumps({"rope_type": kind, **values})
+
+
+def _yarn_amplitude(factor: float, fields: Metadata) -> float:
+    """What cos and sin are multiplied by (YaRN, arXiv:2309.00071, section 3.4; the two `mscale` are DeepSeek's)."""
+    grows = 0.1 * math.log(factor) if factor > 1 else 0.0
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        return (grows * fields.number("mscale") + 1) / (grows * fields.number("mscale_all_dim") + 1)
+    return grows + 1
 
 
 def check(source: str, spec: ModelSpec) -> ModelSpec:
     """The relations between the sizes that every supported architecture relies on.  Raises UserError; returns `spec`."""
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(f"{source}: {spec.num_heads} attention heads cannot be shared by {spec.num_kv_heads} KV heads.")
-    if spec.head_dim % 2:
-        raise UserError(f"{source}: a head of {spec.head_dim} dimensions cannot be rotated in pairs.")
+    rotated = spec.rotary_dim or spec.head_dim
+    if rotated % 2 or rotated > spec.head_dim:
+        raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} cannot be rotated in pairs.")
+    scaling = json.loads(spec.rope_scaling or "{}")
+    for name in ("short_factor", "long_factor"):
+        if name in scaling and len(scaling[name]) != rotated // 2:
+            raise UserError(f"{source}: {name} has {len(scaling[name])} entries, {rotated} dimensions need {rotated // 2}.")
+    if spec.experts_per_token > spec.num_experts:
+        raise UserError(f"{source}: {spec.experts_per_token} experts of each token, and there are {spec.num_experts}.")
     bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]
     if bad:
         raise UserError(f"{source}: special token {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")

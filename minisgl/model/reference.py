@@ -68,7 +68,7 @@ def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
 def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """f32: before the first layer and after each [L + 1, S, C], and logits [S, V].  (Its own hidden_states end in the norm.)"""
     seen: list[torch.Tensor] = []
-    layers = model.model.layers
+    layers = getattr(model.model, "language_model", model.model).layers  # beside one that sees
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].float().clone()))]
     for layer in layers:
         hooks.append(

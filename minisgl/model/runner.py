@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ import torch
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.adjust import Adjustments
+from minisgl.model.archs import model_class
 from minisgl.model.attention import TorchAttention
 from minisgl.model.blocks import CpuBlocks
-from minisgl.model.llama import Llama
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
 from minisgl.model.parallel import Parallel
@@ -26,7 +26,6 @@ from minisgl.plan import I32, Scores, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MODELS = {"LlamaForCausalLM": Llama, "Qwen3ForCausalLM": Llama}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,8 @@ class Runner:
         self._parallel = Parallel(rank, engine.tp, run_dir)
         with torch.inference_mode():
             weights = open_weights(spec, self._dtype)
-            self._model = _MODELS[spec.architecture](spec, self._shard, weights, self._parallel, CpuBlocks(self._dtype))
+            served = replace(spec, max_context=config.max_context)
+            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, CpuBlocks(self._dtype))
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
@@ -86,12 +86,11 @@ class Runner:
         """Create the KV cache: `num_pages` pages, the same number on every rank."""
         spec = self._config.model
         self._attention = TorchAttention(
-            num_layers=spec.num_layers,
+            spec,
             num_pages=num_pages,
             page_size=self._config.engine.page_size,
             num_heads=self._shard.num_heads,
             num_kv_heads=self._shard.num_kv_heads,
-            head_dim=spec.head_dim,
             dtype=self._dtype,
         )
 

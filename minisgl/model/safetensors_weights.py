@@ -16,7 +16,7 @@ from minisgl.model.quant_spec import settings_of
 from minisgl.model.quantized import layer_of
 from minisgl.model.shard import Range
 
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16", "U8")  # bytes are numbers to all the others, too
 # Scales of activations and of the KV cache: neither is quantised by them here.
 _OTHER_SCALES = r"|.*\.(input|output|q|k|v)_scale|.*\.input_zero_point"
 
@@ -63,10 +63,13 @@ class SafetensorsWeights:
         self._dtype = dtype
         self._files = Files(spec.path)
         self._settings = settings_of(spec.weight_format)
-        ignore = r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if spec.tie_embeddings else "")
+        self._prefix = spec.weight_prefix
+        ignore = r".*rotary_emb\.inv_freq" + (r"|(.*\.)?lm_head\.weight" if spec.tie_embeddings else "")
+        ignore += f"|(?!{re.escape(spec.weight_prefix)}).*" if spec.weight_prefix else ""
         self._ignore = re.compile(ignore + (_OTHER_SCALES if self._settings else ""))
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        name = self._prefix + name
         layer = layer_of(self._files, name, self._settings) if name.endswith(".weight") else None
         if layer is not None:
             check_shape(self._files.path, name, layer.shape, shape)

@@ -12,7 +12,7 @@ from minisgl.errors import UserError
 from minisgl.model.archs import QK_NORM_ARCHS
 from minisgl.model.metadata import rope_scaling
 
-_LLAMA, _QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
+_LLAMA, _QWEN3, _QWEN3_MOE = "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 
 
 def random_shape(name: str) -> ModelSpec:
@@ -26,11 +26,17 @@ def random_shape(name: str) -> ModelSpec:
 
 
 def _spec(
-    name: str, architecture: str, sizes: tuple[int, int, int, int, int, int, int], *, tied: bool, rope: Mapping[str, object]
+    name: str,
+    architecture: str,
+    sizes: tuple[int, int, int, int, int, int, int],
+    *,
+    tied: bool,
+    rope: Mapping[str, object],
+    experts: tuple[int, int, int] = (0, 0, 0),
 ) -> ModelSpec:
-    """`sizes`: hidden, inner, layers, heads, KV heads, head size, vocabulary."""
+    """`sizes`: hidden, inner, layers, heads, KV heads, head size, vocabulary; `experts`: how many, of a token, size of one."""
     hidden, inner, layers, heads, kv_heads, head_dim, vocab = sizes
-    qwen = architecture == _QWEN3
+    qwen = architecture in (_QWEN3, _QWEN3_MOE)
     return ModelSpec(
         name=name,
         path="",
@@ -52,6 +58,10 @@ def _spec(
         bos_id=None,
         eos_ids=(),
         qk_norm=architecture in QK_NORM_ARCHS,
+        num_experts=experts[0],
+        experts_per_token=experts[1],
+        expert_size=experts[2],
+        norm_topk=experts[0] > 0,
     )
 
 
@@ -72,6 +82,14 @@ _SHAPES = {
         _spec("qwen3-0.6b", _QWEN3, (1024, 3072, 28, 16, 8, 128, 151_936), tied=True, rope={}),
         _spec("qwen3-14b", _QWEN3, (5120, 17_408, 40, 40, 8, 128, 151_936), tied=False, rope={}),
         _spec("qwen3-32b", _QWEN3, (5120, 25_600, 64, 64, 8, 128, 151_936), tied=False, rope={}),
+        _spec(
+            "qwen3-30b-a3b",
+            _QWEN3_MOE,
+            (2048, 6144, 48, 32, 4, 128, 151_936),
+            tied=False,
+            rope={},
+            experts=(128, 8, 768),
+        ),
         _spec("llama-3.1-8b", _LLAMA, (4096, 14_336, 32, 32, 8, 128, 128_256), tied=False, rope=_llama3(8.0)),
         _spec("llama-3.2-1b", _LLAMA, (2048, 8192, 16, 32, 8, 64, 128_256), tied=True, rope=_llama3(32.0)),
     )

@@ -1,6 +1,7 @@
 """Tensor parallelism, the arithmetic of it: which rows and columns of each weight a rank owns.  No torch.
 
 Queries follow their KV head, so a rank owns whole groups; nothing has to divide evenly (3 KV heads over 2 ranks are 2 + 1).
+Where there are more ranks than KV heads, several ranks keep the same one and share its queries.
 """
 
 from __future__ import annotations
@@ -25,36 +26,53 @@ def check_tp(spec: ModelSpec, tp: int) -> None:
     """Raise UserError when `tp` ranks cannot share this model.  Called by the root before anything is spawned."""
     if tp < 1:
         raise UserError(f"--tp {tp}: must be at least 1.")
-    if tp > spec.num_kv_heads:
-        heads = spec.num_kv_heads
+    heads = spec.num_heads
+    if tp > heads:
         raise UserError(
-            f"--tp {tp}: {spec.name} has {heads} KV head{'s' if heads > 1 else ''}, so at most {heads} "
+            f"--tp {tp}: {spec.name} has {heads} attention head{'s' if heads > 1 else ''}, so at most {heads} "
             f"rank{'s' if heads > 1 else ''} can share it. Use --tp {heads} or less."
         )
 
 
+def _heads(spec: ModelSpec, rank: int, size: int) -> tuple[Range, Range]:
+    """The KV heads and the query heads of a rank."""
+    group = spec.num_heads // spec.num_kv_heads
+    if size <= spec.num_kv_heads:
+        start, end = split(spec.num_kv_heads, size)[rank]
+        return (start, end), (start * group, end * group)
+    ranks = split(size, spec.num_kv_heads)  # that share each KV head
+    kv_head = next(i for i, (start, end) in enumerate(ranks) if start <= rank < end)
+    first, last = ranks[kv_head]
+    start, end = split(group, last - first)[rank - first]
+    return (kv_head, kv_head + 1), (kv_head * group + start, kv_head * group + end)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank owns.  Ranges count heads, MLP columns and vocabulary entries; the properties turn heads into rows."""
+    """What one rank owns.
+
+    Ranges count heads, columns of the MLP and of every expert, and vocabulary entries; the properties turn heads into rows.
+    """
 
     rank: int
     size: int
     kv_heads: Range
     heads: Range
     mlp: Range
+    expert: Range
     vocab: Range
     head_dim: int
 
     @classmethod
     def of(cls, spec: ModelSpec, rank: int = 0, size: int = 1) -> Shard:
-        group = spec.num_heads // spec.num_kv_heads
-        start, end = split(spec.num_kv_heads, size)[rank]
+        kv_heads, heads = _heads(spec, rank, size)
         return cls(
             rank=rank,
             size=size,
-            kv_heads=(start, end),
-            heads=(start * group, end * group),
+            kv_heads=kv_heads,
+            heads=heads,
             mlp=split(spec.intermediate_size, size)[rank],
+            expert=split(spec.expert_size, size)[rank],
             vocab=split(spec.vocab_size, size)[rank],
             head_dim=spec.head_dim,
         )

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.config import EngineConfig
+from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.cuda.cache import FP8, KVCache
 from minisgl.model.kernels.layer import prepare_heads
 from minisgl.model.layers import QKNorm
+from minisgl.model.shard import Shard
 from minisgl.plan import I32
 
 
@@ -38,10 +39,34 @@ class Heads:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     capability: int
+    windows: tuple[int, ...] = ()  # by layer, and so on: see ModelSpec
+    scale: float = 0.0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype, capability: int) -> Heads:
+        """Those of a rank."""
+        return cls(
+            num_heads=shard.num_heads,
+            num_kv_heads=shard.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            capability=capability,
+            windows=spec.windows,
+            scale=spec.scale,
+            softcap=spec.attn_softcap,
+            sinks=spec.sinks,
+        )
 
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of `layer` sees, its own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +106,13 @@ class Backend(Protocol):
     def plan_prefill(self, chunks: Chunks) -> None:
         """Prepare a step's chunks."""
 
-    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """Causal attention of the chunks' queries [T, H, D] -> [T, H, D]."""
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Causal attention of the chunks' queries [T, H, D] -> [T, H, D].  sinks f32[H]: see AttentionBackend."""
 
     def plan_decode(self, rows: DecodeRows) -> None:
         """Prepare a step's decode rows."""
 
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of one query per row [B, H, D] -> [B, H, D]."""
 
 
@@ -141,10 +166,12 @@ def choose(asked: str, heads: Heads, compile_flashinfer: Callable[[], None]) -> 
     return Choice(decode, decode, f"attention runs on {name}; prefill without FlashInfer, because {why}")
 
 
-def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int, widths: Sequence[int] = ()) -> None:
+def check_float8(
+    engine: EngineConfig, dtype: torch.dtype, capability: int, widths: Sequence[int] = (), *, experts: int = 0
+) -> None:
     """Raises UserError where float8 was asked for and the GPU, or its library, cannot do it.
 
-    `widths`: rows and columns of this rank's linear layers.
+    `widths`: rows and columns of this rank's linear layers; `experts`: of each of the model's layers.
     """
     for flag, wanted in (
         (f"--quantization {engine.quantization}", engine.quantization == "fp8"),
@@ -156,6 +183,8 @@ def check_float8(engine: EngineConfig, dtype: torch.dtype, capability: int, widt
             )
     if engine.quantization == "fp8" and dtype != torch.bfloat16:
         raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
+    if engine.quantization == "fp8" and experts:
+        raise UserError("--quantization fp8: the experts of a mixture of experts have no float8 kernel. Leave the flag out.")
     uneven = [width for width in widths if width % 16]
     if engine.quantization == "fp8" and uneven:
         raise UserError(
@@ -192,7 +221,14 @@ class PagedAttention:
             self._decode_backend.plan_decode(rows)
 
     def __call__(
-        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: QKNorm | None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        qk_norm: QKNorm | None,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         q = prepare_heads(
             qkv,
@@ -208,9 +244,9 @@ class PagedAttention:
         )
         parts = []
         if self._split:
-            parts.append(self._prefill_backend.prefill(q[: self._split], layer))
+            parts.append(self._prefill_backend.prefill(q[: self._split], layer, sinks))
         if self._rows:
-            parts.append(self._decode_backend.decode(q[self._split :], layer))
+            parts.append(self._decode_backend.decode(q[self._split :], layer, sinks))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
 

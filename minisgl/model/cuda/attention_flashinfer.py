@@ -40,12 +40,18 @@ class FlashInferAttention:
         self._heads, self._cache, self._device = heads, cache, page_table.device
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         fa3 = heads.capability == 90 and heads.kv_dtype == heads.dtype
-        self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            self._workspace, "HND", backend="fa3" if fa3 else "fa2"
-        )
-        self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "HND", use_tensor_cores=heads.group not in CUDA_CORE_GROUPS
-        )
+        # A window is part of a plan, so layers with different ones have a wrapper each.
+        windows = set(heads.windows) or {0}
+        self._prefill: dict[int, Any] = {
+            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend="fa3" if fa3 else "fa2")
+            for window in windows
+        }
+        self._decode: dict[int, Any] = {
+            window: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace, "HND", use_tensor_cores=heads.group not in CUDA_CORE_GROUPS
+            )
+            for window in windows
+        }
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # after the copies of the latest plan
 
     @classmethod
@@ -54,6 +60,8 @@ class FlashInferAttention:
             return "it needs compute capability 8.0 or newer"
         if heads.dtype == torch.float32:
             return "it has no kernels for float32"
+        if heads.sinks:
+            return "its kernels are used without attention sinks"
         if heads.head_dim not in HEAD_DIMS:
             return f"it has no kernels for a head size of {heads.head_dim}"
         if importlib.util.find_spec("flashinfer") is None:
@@ -65,8 +73,9 @@ class FlashInferAttention:
         starts[1:] = torch.from_numpy(np.cumsum(chunks.chunk_lens))
         self._plan(self._prefill, (starts,), chunks.kv_lens, chunks.pages, causal=True)
 
-    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        out: torch.Tensor = self._prefill.run(q, (self._cache.keys(layer), self._cache.values(layer)))
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        wrapper = self._prefill[self._heads.window(layer)]
+        out: torch.Tensor = wrapper.run(q, (self._cache.keys(layer), self._cache.values(layer)))
         return out
 
     def plan_decode(self, rows: DecodeRows) -> None:
@@ -74,26 +83,31 @@ class FlashInferAttention:
             raise RuntimeError("FlashInfer plans decode rows on the host")
         self._plan(self._decode, (), rows.host_kv_lens, rows.host_pages)
 
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        out: torch.Tensor = self._decode.run(q, (self._cache.keys(layer), self._cache.values(layer)))
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        wrapper = self._decode[self._heads.window(layer)]
+        out: torch.Tensor = wrapper.run(q, (self._cache.keys(layer), self._cache.values(layer)))
         return out
 
-    def _plan(self, wrapper: Any, first: tuple[torch.Tensor, ...], kv_lens: I32, pages: I32, **more: Any) -> None:
+    def _plan(self, wrappers: dict[int, Any], first: tuple[torch.Tensor, ...], kv_lens: I32, pages: I32, **more: Any) -> None:
         """Plan rows of kv_lens[r] tokens in `pages`; `first` and `more` are what the two kinds of wrappers do not share."""
         indptr, indices, last = paging(kv_lens, pages, self._cache.page_size)
-        h = self._heads
+        h, on_device = self._heads, torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
         self._copied.synchronize()
-        wrapper.plan(
-            *first,
-            torch.from_numpy(indptr),
-            torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True),
-            torch.from_numpy(last),
-            h.num_heads,
-            h.num_kv_heads,
-            h.head_dim,
-            self._cache.page_size,
-            q_data_type=h.dtype,
-            kv_data_type=h.kv_dtype,
-            **more,
-        )
+        for window, wrapper in wrappers.items():
+            wrapper.plan(
+                *first,
+                torch.from_numpy(indptr),
+                on_device,
+                torch.from_numpy(last),
+                h.num_heads,
+                h.num_kv_heads,
+                h.head_dim,
+                self._cache.page_size,
+                q_data_type=h.dtype,
+                kv_data_type=h.kv_dtype,
+                sm_scale=h.scale or None,
+                window_left=window - 1,  # tokens before the query's own; -1: all
+                logits_soft_cap=h.softcap or None,
+                **more,
+            )
         self._copied.record()

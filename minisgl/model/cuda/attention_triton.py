@@ -39,9 +39,20 @@ class TritonAttention:
                 tiles = tiles.pin_memory().to(self._page_table.device, non_blocking=True)
         self._tiles = tiles
 
-    def prefill(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._tiles is not None
-        return prefill_attention(q, self._cache.keys(layer), self._cache.values(layer), self._page_table, self._tiles)
+        h = self._heads
+        return prefill_attention(
+            q,
+            self._cache.keys(layer),
+            self._cache.values(layer),
+            self._page_table,
+            self._tiles,
+            scale=h.scale,
+            window=h.window(layer),
+            softcap=h.softcap,
+            sinks=sinks,
+        )
 
     def plan_decode(self, rows: DecodeRows) -> None:
         self._rows = rows
@@ -53,7 +64,7 @@ class TritonAttention:
                 self._workspaces[key] = workspace
         self._workspace = workspace
 
-    def decode(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._rows is not None
         assert self._workspace is not None
         return decode_attention(
@@ -64,4 +75,8 @@ class TritonAttention:
             self._rows.slots,
             self._rows.kv_lens,
             self._workspace,
+            scale=self._heads.scale,
+            window=self._heads.window(layer),
+            softcap=self._heads.softcap,
+            sinks=sinks,
         )

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from minisgl.config import ModelSpec
 from minisgl.model.blocks import Norm as NormLayer
 from minisgl.model.blocks import Positions, Rows
-from minisgl.model.kernels import layer
+from minisgl.model.kernels import layer, moe
 from minisgl.model.kernels.linear import choose, gemv, skinny
-from minisgl.model.layers import inverse_frequencies
+from minisgl.model.layers import Biases
+from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
 
@@ -98,6 +99,39 @@ class Fp8Gated:
         return Quantized(*layer.silu_mul_quantized(scaled_product(x, self._weight, self._scales)))
 
 
+class Biased:
+    """A product of whole rows, plus a bias [N]."""
+
+    def __init__(self, product: Callable[[Rows], torch.Tensor], bias: torch.Tensor) -> None:
+        self._product, self._bias = product, bias
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        return self._product(x).add_(self._bias)
+
+
+class GeluGated:
+    """gelu(gate) * up of a product with [gate, up] weights."""
+
+    def __init__(self, product: Callable[[Rows], torch.Tensor]) -> None:
+        self._product = product
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        return layer.silu_mul(self._product(x), gelu=True)
+
+
+class Experts:
+    """A mixture of experts.  Hands on a part for each of a token's choices, or their sum if the ranks add up theirs first."""
+
+    def __init__(
+        self, router: Callable[[Rows], torch.Tensor], weights: moe.Weights, settings: moe.Settings, *, whole: bool
+    ) -> None:
+        self._router, self._weights, self._settings, self._whole = router, weights, settings, whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parts = moe.experts(x, self._router(x), self._weights, self._settings)
+        return parts.sum(0) if self._whole else parts
+
+
 class Norm:
     """RMSNorm; hands on float8 rows where the next layer wants them."""
 
@@ -116,17 +150,41 @@ class CudaBlocks:
     def __init__(self, dtype: torch.dtype, device: torch.device, *, whole: bool = False, fp8: bool = False) -> None:
         self._dtype, self._device, self._whole, self._fp8 = dtype, device, whole, fp8
 
-    def linear(self, *weights: torch.Tensor, last: bool = False) -> Callable[[Rows], Rows]:
+    def linear(
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
+    ) -> Callable[[Rows], Rows]:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return Fp8Linear(weight, self._whole) if self._fp8 and not last else Linear(weight, self._whole or last)
+        whole |= self._whole or bias is not None
+        product = Fp8Linear(weight, whole) if self._fp8 and not last else Linear(weight, whole or last)
+        return product if bias is None else Biased(product, bias)
 
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> NormLayer:
         return Norm(weight, eps, self._fp8 and not last)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Callable[[Rows], Rows]:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
+        if activation == "gelu_tanh":
+            return GeluGated(self.linear(gate, up, whole=True))
         weight = torch.cat((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
+    def experts(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
+    ) -> Callable[[Rows], Rows]:
+        product = Linear(router, whole=True)
+        settings = moe.Settings(top_k, normalise, activation == "clamped_swiglu")
+        if biases is None:
+            return Experts(product, moe.Weights(gate_up, down), settings, whole=self._whole)
+        return Experts(Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, whole=self._whole)
+
     def rope(self, spec: ModelSpec) -> Positions:
-        freqs = inverse_frequencies(spec).to(self._device)
-        return lambda positions: layer.rope_tables(positions, freqs)
+        freqs, amplitude = frequencies(spec)
+        freqs = freqs.to(self._device)
+        return lambda positions: layer.rope_tables(positions, freqs, amplitude)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.model.archs import model_class
 from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, find, kv_dtype_of
 from minisgl.model.cuda.blocks import CudaBlocks
 from minisgl.model.cuda.cache import KVCache, page_bytes
@@ -26,7 +27,6 @@ from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.steps import Steps
 from minisgl.model.kernels.sampling import Extras
 from minisgl.model.kernels.score import Scored
-from minisgl.model.llama import Llama
 from minisgl.model.loader import Weights, open_weights
 from minisgl.model.parallel import make_parallel
 from minisgl.model.random_weights import RandomWeights
@@ -94,16 +94,10 @@ class CudaRunner:
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
         properties = torch.cuda.get_device_properties(self._device)
-        self._heads = Heads(
-            num_heads=self._shard.num_heads,
-            num_kv_heads=self._shard.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=self._dtype,
-            kv_dtype=kv_dtype_of(engine.kv_cache_dtype, self._dtype),
-            capability=10 * properties.major + properties.minor,
-        )
+        kv_dtype = kv_dtype_of(engine.kv_cache_dtype, self._dtype)
+        self._heads = Heads.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
         widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
-        check_float8(engine, self._dtype, self._heads.capability, widths)
+        check_float8(engine, self._dtype, self._heads.capability, widths, experts=spec.num_experts)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
@@ -115,7 +109,8 @@ class CudaRunner:
                     if spec.format == "random"
                     else _OnDevice(open_weights(spec, self._dtype), self._device)
                 )
-                self._model = Llama(spec, self._shard, weights, self._parallel, blocks)
+                served = replace(spec, max_context=config.max_context)
+                self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
                 weights.finish()
         except torch.OutOfMemoryError as e:
             raise UserError(
@@ -125,7 +120,7 @@ class CudaRunner:
         torch.cuda.empty_cache()
         self._steps = Steps(config, self._model, self._heads, properties.multi_processor_count, self._device)
         self._weights = torch.cuda.memory_allocated(self._device)  # and the state of the slots, which is small
-        self._graphs = Graphs(self._steps.state, self._device)
+        self._graphs = Graphs(self._steps.state, self._device, self._say)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.
         self._results = [torch.zeros_like(self._steps.tokens, device="cpu").pin_memory() for _ in range(engine.lag + 1)]
         self._score_results: list[torch.Tensor] = []  # likewise for log probabilities, made when they are first wanted

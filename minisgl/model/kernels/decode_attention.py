@@ -33,6 +33,7 @@ def _decode(
     part_out,
     part_lse,
     counters,
+    sinks,  # f32[H], or None
     scale,
     v_scale,
     table_stride,
@@ -49,6 +50,8 @@ def _decode(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two
     FP8: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that are seen, the last ones; 0: all
+    SOFTCAP: tl.constexpr,  # c: scores become c * tanh(score / c); 0: they do not
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
@@ -59,10 +62,16 @@ def _decode(
     begin(PDL)
     n = tl.load(kv_lens + row)
     slot = tl.load(slots + row).to(tl.int64)
-    blocks = tl.cdiv(n, BLOCK)
+    if WINDOW:
+        unseen = tl.maximum(n - WINDOW, 0)
+        blocks = tl.cdiv(n - unseen, BLOCK)
+    else:
+        blocks = tl.cdiv(n, BLOCK)
     per_part = tl.cdiv(blocks, SPLITS)
     used = tl.cdiv(blocks, per_part)
     start = part * per_part * BLOCK
+    if WINDOW:
+        start += unseen
     end = tl.minimum(n, start + per_part * BLOCK)
     if start < end:
         g = tl.arange(0, GROUP_PAD)
@@ -76,6 +85,10 @@ def _decode(
             query = query.to(tl.float16)
         best = tl.full([GROUP_PAD], -float("inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
+        if sinks is not None:  # a score without a value, in the first part
+            sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
+            best = tl.where(part == 0, sink, best)
+            total = tl.where(part == 0, 1.0, total)
         acc = tl.zeros([GROUP_PAD, WIDTH_PAD], tl.float32)
         acc_odd = acc
         tokens = tl.arange(0, BLOCK)
@@ -98,7 +111,7 @@ def _decode(
                 score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
             else:
                 score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-            score = tl.where((index < end)[None, :], score * scale, -float("inf"))
+            score = tl.where((index < end)[None, :], scaled(score, scale, SOFTCAP), -float("inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
             shrink = tl.exp2(best - new_best)
             p = tl.exp2(score - new_best[:, None])
@@ -146,6 +159,16 @@ def _decode(
                     tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=whole < DIM)
 
 
+@triton.jit
+def scaled(score, scale, CAP: tl.constexpr):
+    """score * scale in base 2 (times log2(e)), and with a cap c * tanh(that / c), which is c - 2 c / (exp(2 that / c) + 1)."""
+    score = score * scale
+    if CAP > 0:
+        bound: tl.constexpr = CAP * 1.4426950408889634
+        score = bound - 2 * bound / (tl.exp2(score * (2.8853900817779268 / bound)) + 1)
+    return score
+
+
 class DecodeWorkspace:
     """Room for the parts of `rows` rows cut into `splits` parts (a power of two); shared by all layers of a graph."""
 
@@ -166,16 +189,22 @@ def decode_attention(
     kv_lens: torch.Tensor,
     workspace: DecodeWorkspace,
     *,
+    scale: float = 0.0,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     block: int = 0,
     warps: int = 0,
     stages: int = 3,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v over the first kv_lens[r] tokens of each row -> [R, H, D], of q's dtype.
+    """softmax(q k^T * scale) v over the first kv_lens[r] tokens of each row -> [R, H, D], of q's dtype.
 
     q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
     contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
+    `scale` 0 is 1 / sqrt(D); `window`: only the last so many tokens, 0 for all; `softcap` c: scores become c * tanh(score / c);
+    `sinks` f32[H]: scores without values that take part in the softmax.
     `k_scale` and `v_scale` multiply what is stored.  Nothing but a row's own tokens is read, so no other request's NaN spreads.
     """
     rows, heads, dim = q.shape
@@ -199,7 +228,8 @@ def decode_attention(
         workspace.out,
         workspace.lse,
         workspace.counters,
-        dim**-0.5 * 1.4426950408889634 * k_scale,
+        sinks,
+        (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
         v_scale,
         page_table.stride(0),
         keys.stride(0),
@@ -215,6 +245,8 @@ def decode_attention(
         BLOCK=block,
         SPLITS=workspace.splits,
         FP8=fp8,
+        WINDOW=window,
+        SOFTCAP=softcap,
         PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
         INTERPRET=INTERPRETED,
         num_warps=warps,

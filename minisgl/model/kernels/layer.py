@@ -103,26 +103,32 @@ def add_rms_norm(
 
 
 @triton.jit
-def gate(gate, up, out):
-    """silu(gate) * up, rounded to the dtype of `out` at each step, as separate operations would be."""
+def gate(gate, up, out, GELU: tl.constexpr = False):
+    """silu(gate) * up, rounded to the dtype of `out` at each step, as separate operations would be.
+
+    GELU: its tanh approximation, x * (1 + tanh(u)) / 2, which is x * sigmoid(2 u) for u = sqrt(2 / pi) * (x + 0.044715 x^3).
+    """
     gate = gate.to(out.dtype.element_ty).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    return silu * up.to(out.dtype.element_ty).to(tl.float32)
+    at = gate
+    if GELU:
+        at = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    act = (gate * tl.sigmoid(at)).to(out.dtype.element_ty).to(tl.float32)
+    return act * up.to(out.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr):
     """One program per (row, block of columns)."""
     begin(PDL)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = _gated(gate_up + tl.program_id(0).to(tl.int64) * 2 * width, at, width, gate_up)
+    value = _gated(gate_up + tl.program_id(0).to(tl.int64) * 2 * width, at, width, gate_up, GELU)
     tl.store(out + tl.program_id(0).to(tl.int64) * width + at, value.to(out.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
-def _gated(row, at, width, like):
+def _gated(row, at, width, like, GELU: tl.constexpr = False):
     first = tl.load(row + at, mask=at < width, other=0.0).to(tl.float32)
-    return gate(first, tl.load(row + width + at, mask=at < width, other=0.0).to(tl.float32), like)
+    return gate(first, tl.load(row + width + at, mask=at < width, other=0.0).to(tl.float32), like, GELU)
 
 
 @triton.jit
@@ -141,12 +147,14 @@ def _store_quantized(value, row, at, out, scales, width):
     tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """(gate, up) [T, 2 I] -> silu(gate) * up [T, I].  Contiguous."""
+def silu_mul(gate_up: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    """(gate, up) [T, 2 I] -> silu(gate) * up [T, I], or with the tanh approximation of gelu.  Contiguous."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = 256 if rows <= 16 else 1024
-    _silu_mul[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block, num_warps=4, **launch_options(gate_up))
+    _silu_mul[(rows, triton.cdiv(width, block))](
+        gate_up, out, width, BLOCK=block, GELU=gelu, num_warps=4, **launch_options(gate_up)
+    )
     return out
 
 
@@ -181,6 +189,7 @@ def _prepare_heads(
     HEADS: tl.constexpr,
     KV: tl.constexpr,
     DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
@@ -188,51 +197,60 @@ def _prepare_heads(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per (token, BLOCK heads of queries, keys and values); both halves of each head side by side."""
+    """One program per (token, BLOCK heads of queries, keys and values); both halves of each head side by side.
+
+    The first ROTARY of the DIM dimensions turn: `low` and `high` are their two halves, and then the two halves of the rest.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, HALF)
+    at, gap, gaps = d, DIM // 2, DIM // 2  # where the low dimensions are, and how far behind them the high ones
+    if ROTARY < DIM:
+        at = tl.where(d < ROTARY // 2, d, d + ROTARY // 2)
+        gap = tl.where(d < ROTARY // 2, ROTARY // 2, DIM // 2 - ROTARY // 2)
+        gaps = gap[None, :]
     is_q, is_v = head < HEADS, head >= HEADS + KV
     inside = (head < HEADS + 2 * KV)[:, None] & (d < DIM // 2)[None, :]
     if NORM:
-        wq_low = tl.load(q_weight + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wq_high = tl.load(q_weight + DIM // 2 + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wk_low = tl.load(k_weight + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
-        wk_high = tl.load(k_weight + DIM // 2 + d, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wq_low = tl.load(q_weight + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wq_high = tl.load(q_weight + gap + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_low = tl.load(k_weight + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
+        wk_high = tl.load(k_weight + gap + at, mask=d < DIM // 2, other=0.0).to(tl.float32)
     begin(PDL)
-    first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + d[None, :]
+    first = qkv + (token * (HEADS + 2 * KV) + head)[:, None] * DIM + at[None, :]
     if PARTS > 1:
         low = _sum_parts(first, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
         high = (
-            _sum_parts(first + DIM // 2, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside)
-            .to(q_out.dtype.element_ty)
-            .to(tl.float32)
+            _sum_parts(first + gaps, PARTS, rows * ((HEADS + 2 * KV) * DIM), inside).to(q_out.dtype.element_ty).to(tl.float32)
         )
     else:
         low = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(first + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(first + gaps, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         rms = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)
         n_low = low * rms[:, None] * tl.where(is_q[:, None], wq_low[None, :], wk_low[None, :])
         n_high = high * rms[:, None] * tl.where(is_q[:, None], wq_high[None, :], wk_high[None, :])
         low = tl.where(is_v[:, None], low, n_low.to(q_out.dtype.element_ty).to(tl.float32))
         high = tl.where(is_v[:, None], high, n_high.to(q_out.dtype.element_ty).to(tl.float32))
-    c = tl.load(cos + token * (DIM // 2) + d, mask=d < DIM // 2, other=0.0)[None, :]
-    s = tl.load(sin + token * (DIM // 2) + d, mask=d < DIM // 2, other=0.0)[None, :]
-    r_low = tl.where(is_v[:, None], low, low * c - high * s)
-    r_high = tl.where(is_v[:, None], high, high * c + low * s)
-    at_q = q_out + (token * HEADS + head)[:, None] * DIM + d[None, :]
+    if ROTARY > 0:
+        c = tl.load(cos + token * (ROTARY // 2) + d, mask=d < ROTARY // 2, other=1.0)[None, :]
+        s = tl.load(sin + token * (ROTARY // 2) + d, mask=d < ROTARY // 2, other=0.0)[None, :]
+        r_low = tl.where(is_v[:, None], low, low * c - high * s)
+        r_high = tl.where(is_v[:, None], high, high * c + low * s)
+    else:
+        r_low, r_high = low, high
+    at_q = q_out + (token * HEADS + head)[:, None] * DIM + at[None, :]
     tl.store(at_q, r_low.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
-    tl.store(at_q + DIM // 2, r_high.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
+    tl.store(at_q + gaps, r_high.to(q_out.dtype.element_ty), mask=inside & is_q[:, None])
     index = tl.load(kv_index + token)
     where = (index // PAGE) * page_stride + (index % PAGE) * token_stride
     is_k = (head >= HEADS) & (head < HEADS + KV)
-    at_k = keys + where + ((head - HEADS).to(tl.int64) * head_stride)[:, None] + d[None, :]
-    at_v = values + where + ((head - HEADS - KV).to(tl.int64) * head_stride)[:, None] + d[None, :]
+    at_k = keys + where + ((head - HEADS).to(tl.int64) * head_stride)[:, None] + at[None, :]
+    at_v = values + where + ((head - HEADS - KV).to(tl.int64) * head_stride)[:, None] + at[None, :]
     tl.store(at_k, _stored(r_low * k_inverse, keys), mask=inside & is_k[:, None])
-    tl.store(at_k + DIM // 2, _stored(r_high * k_inverse, keys), mask=inside & is_k[:, None])
+    tl.store(at_k + gaps, _stored(r_high * k_inverse, keys), mask=inside & is_k[:, None])
     tl.store(at_v, _stored(r_low * v_inverse, values), mask=inside & is_v[:, None])
-    tl.store(at_v + DIM // 2, _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
+    tl.store(at_v + gaps, _stored(r_high * v_inverse, values), mask=inside & is_v[:, None])
 
 
 @triton.jit
@@ -245,8 +263,8 @@ def _stored(value, target):
 
 def prepare_heads(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     keys: torch.Tensor,
@@ -260,9 +278,9 @@ def prepare_heads(
 ) -> torch.Tensor:
     """Normalise (if there are weights) and rotate queries and keys, write keys and values to the cache -> queries [T, H, D].
 
-    qkv [T, (H + 2K) D] or f32 parts [parts, T, (H + 2K) D]; cos and sin f32 [T, D/2]; q_weight and k_weight [D]; keys and
-    values of one layer, views [pages, K, page_size, D] with D contiguous, of `dtype` or float8_e4m3fn (then value / scale is
-    stored); kv_index i64[T]: page * page_size + offset.
+    qkv [T, (H + 2K) D] or f32 parts [parts, T, (H + 2K) D]; cos and sin f32 [T, R/2], which turn the first R dimensions, or
+    None, where nothing turns; q_weight and k_weight [D]; keys and values of one layer, views [pages, K, page_size, D] with D
+    contiguous, of `dtype` or float8_e4m3fn (then value / scale is stored); kv_index i64[T]: page * page_size + offset.
     """
     split = qkv.dim() == 3
     tokens, (_, kv_heads, page_size, dim) = qkv.shape[-2], keys.shape
@@ -271,10 +289,10 @@ def prepare_heads(
     block = 8 if tokens <= 64 else 16
     _prepare_heads[(tokens, triton.cdiv(heads + 2 * kv_heads, block))](
         qkv,
-        cos,
-        sin,
-        cos if q_weight is None else q_weight,
-        cos if k_weight is None else k_weight,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        qkv if q_weight is None else q_weight,
+        qkv if k_weight is None else k_weight,
         q_out,
         keys,
         values,
@@ -289,6 +307,7 @@ def prepare_heads(
         HEADS=heads,
         KV=kv_heads,
         DIM=dim,
+        ROTARY=0 if cos is None else 2 * cos.shape[1],
         HALF=triton.next_power_of_2(dim // 2),
         BLOCK=block,
         PAGE=page_size,
@@ -326,21 +345,29 @@ def _warps(block: int) -> int:
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _rope_tables(positions, freqs, cos, sin, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):
+def _rope_tables(positions, freqs, cos, sin, amplitude, HALF: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PAD)
     angle = tl.load(positions + token).to(tl.float32) * tl.load(freqs + d, mask=d < HALF, other=0.0)
-    tl.store(cos + token * HALF + d, tl.cos(angle), mask=d < HALF)
-    tl.store(sin + token * HALF + d, tl.sin(angle), mask=d < HALF)
+    tl.store(cos + token * HALF + d, tl.cos(angle) * amplitude, mask=d < HALF)
+    tl.store(sin + token * HALF + d, tl.sin(angle) * amplitude, mask=d < HALF)
 
 
-def rope_tables(positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin f32 [T, D/2] of positions i64[T] times freqs f32[D/2]."""
+def rope_tables(positions: torch.Tensor, freqs: torch.Tensor, amplitude: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`amplitude` times cos and sin f32 [T, R/2] of positions i64[T] times freqs f32[R/2]."""
     half = len(freqs)
     cos = torch.empty(len(positions), half, dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
     _rope_tables[(len(positions),)](
-        positions, freqs, cos, sin, HALF=half, PAD=triton.next_power_of_2(half), num_warps=1, **launch_options(positions)
-    )
+        positions,
+        freqs,
+        cos,
+        sin,
+        amplitude,
+        HALF=half,
+        PAD=triton.next_power_of_2(half),
+        num_warps=1,
+        **launch_options(positions),
+    )  # fmt: skip
     return cos, sin

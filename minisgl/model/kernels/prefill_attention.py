@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.model.kernels.decode_attention import scaled
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
@@ -31,6 +32,7 @@ def _prefill(
     page_table,
     tiles,
     out,
+    sinks,  # f32[H], or None
     scale,
     v_scale,
     table_stride,
@@ -46,6 +48,8 @@ def _prefill(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a query sees, its own included; 0: all before it
+    SOFTCAP: tl.constexpr,  # c: scores become c * tanh(score / c); 0: they do not
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
@@ -72,6 +76,9 @@ def _prefill(
             query = query.to(tl.float16)
         best = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        if sinks is not None:
+            best = tl.load(sinks + head * GROUP + g) * 1.4426950408889634
+            total += 1.0
         acc = tl.zeros([ROWS, WIDTH_PAD], tl.float32)
         acc_odd = acc
         tokens = tl.arange(0, BLOCK)
@@ -79,7 +86,10 @@ def _prefill(
         table = page_table + slot * table_stride
         first_key = keys + head.to(tl.int64) * head_stride
         first_value = values + head.to(tl.int64) * head_stride
-        for at in range(0, end, BLOCK):
+        first_block = 0
+        if WINDOW:
+            first_block = tl.maximum(position - WINDOW + 1, 0) // BLOCK * BLOCK
+        for at in range(first_block, end, BLOCK):
             index = at + tokens
             own = tl.minimum(index, end - 1)  # what is masked out below reads the row's own last token, never others' pages
             page = tl.load(table + own // PAGE).to(tl.int64)
@@ -95,8 +105,12 @@ def _prefill(
                 score = tl.dot(query, tl.trans(k_even)) + tl.dot(query_odd, tl.trans(k_odd))
             else:
                 score = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-            score = tl.where(index[None, :] <= position + token[:, None], score * scale, -float("inf"))
+            score = tl.where(index[None, :] <= position + token[:, None], scaled(score, scale, SOFTCAP), -float("inf"))
+            if WINDOW:
+                score = tl.where(index[None, :] > position + token[:, None] - WINDOW, score, -float("inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
+            if WINDOW:  # a block may lie before all that a row sees: infinity less infinity is no number
+                new_best = tl.maximum(new_best, -1e30)
             shrink = tl.exp2(best - new_best)
             p = tl.exp2(score - new_best[:, None])
             total = total * shrink + tl.sum(p, 1)
@@ -142,12 +156,17 @@ def prefill_attention(
     page_table: torch.Tensor,
     tiles: torch.Tensor,
     *,
+    scale: float = 0.0,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Each token attends to the keys of its slot up to its own position -> [T, H, D].  The chunk's keys are in the cache.
 
-    q [T, H, D] contiguous; keys, values, page_table and scales as for decode_attention; tiles: see `tiles_of`.
+    q [T, H, D] contiguous; keys, values, page_table, scales, soft cap and sinks as for decode_attention; `window`: tokens that
+    a query sees, its own included, 0 for all; tiles: see `tiles_of`.
     """
     _, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
@@ -164,7 +183,8 @@ def prefill_attention(
         page_table,
         tiles,
         out,
-        dim**-0.5 * 1.4426950408889634 * k_scale,
+        sinks,
+        (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
         v_scale,
         page_table.stride(0),
         keys.stride(0),
@@ -179,6 +199,8 @@ def prefill_attention(
         PAGE=page_size,
         BLOCK=64 if line <= 256 else 32 if line <= 512 else 16,  # so that keys and values fit into shared memory
         FP8=fp8,
+        WINDOW=window,
+        SOFTCAP=softcap,
         PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
         INTERPRET=INTERPRETED,
         num_warps=4,
