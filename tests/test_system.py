@@ -249,7 +249,7 @@ def test_a_busy_port_and_a_missing_model_are_one_sentence_within_a_second(tmp_pa
         ("--port", port): "already in use",
         ("--port", "0", "--model", "./nowhere/model.gguf"): "no such file",
         ("--port", "0", "--model", str(bad)): "broken.gguf",
-        ("--port", "0", "--tp", "4"): "--tp 4",
+        ("--port", "0", "--tp", "10"): "--tp 10",
         ("--port", "0", "--lag", "0"): "--lag",
         ("--port", "99999"): "--port",
         ("--host", "256.1.1.1"): "--host",
