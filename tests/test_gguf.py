@@ -157,6 +157,13 @@ def test_the_embedded_file_is_parsed_at_once():
     assert (spec.name, spec.vocab_size, spec.num_kv_heads, spec.eos_ids) == ("SmolLM2-135M-Instruct", 49152, 3, (2,))
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(None, "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")])
+def test_a_gpu_computes_in_the_dtype_of_plain_matrices_and_in_bfloat16_where_they_are_quantised(kind, dtype, tmp_path):
+    model = save_llama(tmp_path / "hf")
+    quantised = None if kind is None else gguf.GGMLQuantizationType[kind]
+    assert resolve(write_gguf(tmp_path / "tiny.gguf", model, kind=quantised)).dtype == dtype
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_converted_model_gives_back_its_weights_and_its_spec(tied, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PIECE", 100)  # two rows, where a head has 16

@@ -14,7 +14,7 @@ from minisgl.model.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling,
 
 _QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|T?Q\d_\w+|MXFP4\w*|BF16|F16|FP16|F32|FP32)$", re.IGNORECASE)
 _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-_F32, _BF16 = 0, 30  # ggml types
+_F32, _F16 = 0, 1  # ggml types
 
 
 def served_name(path: str) -> str:
@@ -77,9 +77,10 @@ def spec_from_gguf(path: str) -> ModelSpec:
 
 
 def _dtype(file: GGUFFile) -> str:
-    """The smallest dtype that holds the matrices; quantised blocks have float16 scales."""
+    """What a GPU computes in: that of plain matrices.  Where they are quantised, bfloat16, whose range no activation leaves;
+    what it rounds off the weights is less than what the blocks did."""
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
-    return "float32" if kinds == {_F32} else "bfloat16" if _BF16 in kinds else "float16"
+    return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
 
 
 def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
