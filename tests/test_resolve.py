@@ -200,7 +200,7 @@ def test_broken_json_is_refused_by_the_name_of_the_file(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", ["./nowhere", "/no/such/model", "~/nowhere-at-all", "../x", "a/b/c", "model.gguf", "org/m.gguf"]
+    "model", ["./nowhere", "/no/such/model", "~/nowhere-at-all", "../no-such-neighbour", "a/b/c", "model.gguf", "org/m.gguf"]
 )
 def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(model):
     with pytest.raises(UserError, match="no such file or directory") as e:
