@@ -9,7 +9,7 @@ carries only what changed.  In steady state a decode plan is its 64-byte header 
 Layout of a plan (little-endian; the arrays follow the header in this order):
 
     header   step i64 | kind u8 | flags u8 | reserved u16 | n_join u32 | n_grant u32 | n_prefill u32 | n_decode u32 | n_ids u32
-             | n_extra u32 | n_targets u32
+             | n_extra u32 | n_targets u32 | n_grammars u32
     join     a slot gets a new owner: its KV length (the cached prefix) and sampling parameters
     grant    page_table[slot, index] = page
     prefill  n_ids prompt tokens of a slot, appended at its KV length; `sample` DRAW: draw a token after the last one
@@ -21,9 +21,13 @@ Layout of a plan (little-endian; the arrays follow the header in this order):
     history  i32, for each extra n_prompt tokens of the prompt and n_output of the answer so far, which penalties count
     targets  i32, for each prefill row with SCORE the tokens that follow each of its tokens in the prompt: n_ids of them, one
              less where the row draws
+    grammar  the grammar of a slot that joins, for the few requests that have one, and once more (no bytes) when such a slot
+             gets an owner without
+    said     i32, for each grammar n_output tokens of the answer so far
+    text     for each grammar n_bytes of UTF-8
 
 Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
-then the decode rows; `StepResult.tokens` has one token for each of them.
+then the decode rows; `StepResult.tokens` has one token for each of them, FAILED where a grammar could not go on.
 """
 
 from __future__ import annotations
@@ -65,11 +69,13 @@ EXTRA = np.dtype(
     ]
 )
 BIAS = np.dtype([("token", "<i4"), ("value", "<f4"), ("until", "<i4")])
+GRAMMAR = np.dtype([("slot", "<u4"), ("n_bytes", "<i4"), ("n_output", "<i4")])
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
+FAILED = -1  # instead of a token
 DRAW, SCORE = 1, 2  # flags of a prefill row's `sample`
 SCORED_TOKENS = 256  # `targets` of one step at most: each has a row of logits, for which workers set memory aside
 
-_HEADER = struct.Struct("<qBBHIIIIIII")
+_HEADER = struct.Struct("<qBBHIIIIIIII")
 HEADER_BYTES = 64
 _SAME = 1
 _RESULT = struct.Struct("<qiiii")
@@ -106,6 +112,9 @@ class StepPlan:
     bias: Rows = field(default_factory=lambda: _rows(BIAS))
     history: I32 = field(default_factory=_ints)
     targets: I32 = field(default_factory=_ints)
+    grammars: Rows = field(default_factory=lambda: _rows(GRAMMAR))
+    said: I32 = field(default_factory=_ints)
+    grammar_text: bytes = b""
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in the scheduler process."""
@@ -123,6 +132,7 @@ class StepPlan:
             len(self.ids),
             len(self.extras),
             len(self.targets),
+            len(self.grammars),
         )
         parts = [head.ljust(HEADER_BYTES, b"\0"), self.joins.tobytes(), self.grants.tobytes(), self.prefill.tobytes()]
         if self.decode is not None:
@@ -132,6 +142,8 @@ class StepPlan:
             parts += [self.extras.tobytes(), self.bias.tobytes(), self.history.astype("<i4", copy=False).tobytes()]
         if len(self.targets):
             parts.append(self.targets.astype("<i4", copy=False).tobytes())
+        if len(self.grammars):
+            parts += [self.grammars.tobytes(), self.said.astype("<i4", copy=False).tobytes(), self.grammar_text]
         return b"".join(parts)
 
     @classmethod
@@ -139,7 +151,9 @@ class StepPlan:
         """Read a record; the arrays are read-only views of `raw`.  Runs in every worker.  Raises ValueError if malformed."""
         if len(raw) < HEADER_BYTES:
             raise ValueError(f"a plan has at least {HEADER_BYTES} bytes, got {len(raw)}")
-        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids, n_extra, n_targets = _HEADER.unpack_from(raw)
+        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids, n_extra, n_targets, n_grammars = _HEADER.unpack_from(
+            raw
+        )
         at = HEADER_BYTES
         joins = np.frombuffer(raw, JOIN, n_join, at)
         at += joins.nbytes
@@ -162,6 +176,13 @@ class StepPlan:
         if n_targets:
             plan.targets = np.frombuffer(raw, "<i4", n_targets, at)
             at += plan.targets.nbytes
+        if n_grammars:
+            plan.grammars = np.frombuffer(raw, GRAMMAR, n_grammars, at)
+            at += plan.grammars.nbytes
+            plan.said = np.frombuffer(raw, "<i4", int(plan.grammars["n_output"].sum()), at)
+            at += plan.said.nbytes
+            plan.grammar_text = raw[at : at + int(plan.grammars["n_bytes"].sum())]
+            at += int(plan.grammars["n_bytes"].sum())
         if at != len(raw):
             raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at}")
         return plan

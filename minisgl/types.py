@@ -30,11 +30,12 @@ class Finish(enum.IntEnum):
     LENGTH = 2  # max_tokens or the context was reached
     ABORT = 3  # the client went away or cancelled
     TIMEOUT = 4  # its deadline passed
+    GRAMMAR = 5  # its grammar became too complex to go on with
 
     @property
     def reason(self) -> str | None:
-        """The OpenAI `finish_reason`; ABORT and TIMEOUT reach clients as errors."""
-        return (None, "stop", "length", "abort", "timeout")[self]
+        """The OpenAI `finish_reason`; ABORT, TIMEOUT and GRAMMAR reach clients as errors."""
+        return (None, "stop", "length", "abort", "timeout", "grammar")[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class SamplingParams:
 
     `logprobs` asks for the log probability of every token and of so many alternatives, in the model's own distribution: before
     bias, penalties and temperature.  `echo` puts the prompt before the answer, with log probabilities if those are asked for.
+
+    `grammar`, made by a function of minisgl.grammar, binds the answer to it; it outranks `min_tokens` and every bias.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
@@ -96,6 +99,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     echo: bool = False
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
@@ -136,6 +140,9 @@ class SamplingParams:
             raise InvalidParam("min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.grammar, str):
+            raise InvalidParam("grammar", "grammar must be a string, as minisgl.grammar makes it.", "invalid_type")
+        _check_text("grammar", self.grammar)
 
     @property
     def penalised(self) -> bool:

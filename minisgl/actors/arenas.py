@@ -46,7 +46,7 @@ def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
     engine = config.engine
     longest = 4 * 4 * config.max_context  # a prompt may reach the api four times too long, to be refused with its number
     table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # a plan that grants every page of every slot
-    plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 4 * config.max_context + 2 * _MIB
+    plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 8 * config.max_context + 2 * _MIB
     result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
     plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
     results, fd_results = create_ring("results", 1, _MIB + 2 * engine.lag * result)

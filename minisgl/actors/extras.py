@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.queue import Request
-from minisgl.plan import BIAS, NO_EXTRA
+from minisgl.plan import BIAS, GRAMMAR, NO_EXTRA, StepPlan
 from minisgl.types import MAX_EOS_IDS
 
 I32 = npt.NDArray[np.int32]
@@ -30,7 +30,29 @@ def extra_bytes(request: Request) -> int:
     """At most so many bytes of a plan, beside the row itself."""
     p = request.params
     ends = MAX_EOS_IDS + len(p.stop_token_ids) if p.min_tokens else 0
-    return BIAS.itemsize * (len(p.logit_bias) + ends) + (4 * len(request.ids) if p.penalised else 0)
+    grammar = 4 * (len(p.grammar) + len(request.ids)) if p.grammar else 0
+    return BIAS.itemsize * (len(p.logit_bias) + ends) + (4 * len(request.ids) if p.penalised else 0) + grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One row of plan.GRAMMAR with what belongs to it; no text: the slot's owner has no grammar."""
+
+    slot: int
+    text: bytes
+    output: I32
+
+    @classmethod
+    def of(cls, slot: int, request: Request) -> Bound:
+        output = request.ids[request.n_prompt :] if request.params.grammar else request.ids[:0]
+        return cls(slot, request.params.grammar.encode(), output)
+
+
+def enter_grammars(plan: StepPlan, bound: list[Bound]) -> None:
+    """Put the grammars of requests that start or resume into a plan."""
+    plan.grammars = np.array([(b.slot, len(b.text), len(b.output)) for b in bound], GRAMMAR)
+    plan.said = np.concatenate([b.output for b in bound])
+    plan.grammar_text = b"".join(b.text for b in bound)
 
 
 def extra_of(request: Request, eos_ids: tuple[int, ...]) -> Extra:

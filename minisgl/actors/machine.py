@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.costs import F64, StepCosts, features
-from minisgl.actors.extras import NOTHING, Extra, extra_bytes, extra_of
+from minisgl.actors.extras import NOTHING, Bound, Extra, enter_grammars, extra_bytes, extra_of
 from minisgl.actors.queue import Request, WaitQueue
 from minisgl.actors.scores import Scored, ScoreNews
 from minisgl.actors.table import SlotTable
@@ -99,6 +99,8 @@ class Limits:
     `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.
     `order`: "prefix" starts the requests with the longest cached prefix first (among the first WINDOW of equal priority),
     "arrival" does not look.  `share`: a prompt whose beginning is just being computed by another request waits for its pages.
+    `known_first`: a row with a grammar decodes only when none of its tokens is in flight, for workers that learn tokens after
+    they have launched the next step.
     """
 
     slots: int
@@ -113,6 +115,7 @@ class Limits:
     itl_target: float = 0.0
     order: str = "prefix"
     share: bool = True
+    known_first: bool = False
 
 
 @dataclass(slots=True)
@@ -156,6 +159,7 @@ class _PlanParts:
         self.sampling: list[int] = []  # slots of the prefill rows that sample
         self.extras: list[tuple[int, Extra]] = []  # (slot, extra)
         self.targets: list[tuple[int, int, I32]] = []  # (slot, position of the first, tokens of a prompt to be scored)
+        self.bound: list[Bound] = []
         self.score_room = SCORED_TOKENS
         self.extra_room = EXTRA_BYTES
 
@@ -192,6 +196,7 @@ class StepMachine:
         self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
         self._stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
         self._scoring = 0  # running requests that want log probabilities
+        self._bound = 0  # running requests with a grammar
 
     # ---------------- the one entry
     def step(self, inbox: Iterable[Event], now: float) -> Output:
@@ -264,6 +269,10 @@ class StepMachine:
         self.counters.wasted_rows += len(sent.slots) - len(slots)
         if sent.scored is not None and (told := sent.scored.news(result, table, self.running)):
             out.scores.append(told)
+        if self._bound and (failed := tokens < 0).any():
+            for slot in slots[failed].tolist():
+                self._end(int(table.uid[slot]), Finish.GRAMMAR, out)
+            slots, tokens = slots[~failed], tokens[~failed]
         if not len(slots):
             return
         table.append(slots, tokens)
@@ -303,6 +312,7 @@ class StepMachine:
             self._decoding = self._decoding[self._decoding != slot]
         self._stop_ids.pop(slot, None)
         self._scoring -= int(table.logprobs[slot] >= 0)
+        self._bound -= int(table.bound[slot])
         table.logprobs[slot] = -1
         self._remaps = [rows for rows in self._remaps if rows["slot"][0] != slot]
         del self.running[uid]
@@ -364,6 +374,8 @@ class StepMachine:
             out.plan.extras = np.array([(slot, *extra.row) for slot, extra in parts.extras], EXTRA)
             out.plan.bias = np.concatenate([extra.bias for _, extra in parts.extras])
             out.plan.history = np.concatenate([extra.history for _, extra in parts.extras])
+        if parts.bound:
+            enter_grammars(out.plan, parts.bound)
         if parts.targets:
             out.plan.targets = np.concatenate([tokens for _, _, tokens in parts.targets])
         rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
@@ -390,6 +402,8 @@ class StepMachine:
         while True:
             slots = self._decoding
             slots = slots[table.planned[slots] + 1 < table.limit[slots]]  # tokens known or asked = planned + 1
+            if self._bound and self.limits.known_first:
+                slots = slots[~table.bound[slots] | (table.planned[slots] + 1 == table.length[slots])]
             crossing = slots[table.planned[slots] == table.n_pages[slots] * size]
             if self._make_room(len(crossing)):
                 break
@@ -545,6 +559,10 @@ class StepMachine:
         if extra is not NOTHING or table.extra[slot]:
             parts.extras.append((slot, extra))
             table.extra[slot] = extra is not NOTHING
+        if p.grammar or table.bound[slot]:
+            parts.bound.append(Bound.of(slot, request))
+            table.bound[slot] = bool(p.grammar)
+            self._bound += bool(p.grammar)
         if p.logprobs is not None:
             table.logprobs[slot] = p.logprobs
             self._scoring += 1

@@ -83,6 +83,7 @@ class SchedulerActor(Actor):
                 cache=engine.cache,
                 itl_target=engine.itl_target_ms / 1000,
                 order=engine.order,
+                known_first=engine.device == "cuda",
             )
         )
         for rank in range(engine.tp):

@@ -40,6 +40,7 @@ class SlotTable:
         self.ignore_eos = np.zeros(slots, np.bool_)
         self.logprobs = np.full(slots, -1, np.int32)  # alternatives to each token that are wanted, -1: no log probabilities
         self.extra = np.zeros(slots, np.bool_)  # the workers hold extras of this slot, perhaps a former owner's
+        self.bound = np.zeros(slots, np.bool_)  # likewise a grammar
         self.pages = np.zeros((slots, max_pages), np.int32)
         self.handle: list[Node] = [root] * slots
         self.page_ids = np.zeros((num_pages, page_size), np.int32)

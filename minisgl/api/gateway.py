@@ -44,6 +44,7 @@ from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow
+from minisgl.grammar import too_complex
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
@@ -101,6 +102,10 @@ class Gateway(Actor):
     def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self._check_open()
         self._check_vocabulary(params)
+        if params.grammar and not self.config.model.eos_ids:
+            raise InvalidParam(
+                "response_format", "A grammar needs a model with an EOS token, to end its answers.", "unsupported_value"
+            )
         self._last_uid += 1
         entry = Entry(self._last_uid, params, options, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
         if isinstance(prompt, TokenPrompt):
@@ -246,6 +251,9 @@ class Gateway(Actor):
                 continue
             if finish == Finish.TIMEOUT:
                 self._fail(entry, _timed_out(entry))
+                continue
+            if finish == Finish.GRAMMAR:
+                self._fail(entry, too_complex(len(entry.delivered)))
                 continue
             if finish:
                 del self._ledger[uid]

@@ -13,6 +13,16 @@ import torch
 from minisgl.model.state import I64
 from minisgl.plan import I32, StepPlan
 
+LAST_RESORT = -1e30  # of a token that a grammar admits and something else forbids
+
+
+def restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """f32 [R, V] of the logits [R, V]: what a grammar does not allow (bool [R, V]) is impossible.
+
+    The grammar has the last word: what it allows stays possible even where `min_tokens` would forbid it, as a last resort.
+    """
+    return logits.float().clamp(min=LAST_RESORT).masked_fill(~allowed, -torch.inf)
+
 
 class Adjustments:
     """The state of all slots.  What nobody uses takes no memory: `seen` is made for the first request with penalties."""

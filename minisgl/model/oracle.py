@@ -11,18 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config import Config
-from minisgl.plan import DRAW, SCORE, Scores, StepPlan, StepResult
+from minisgl.model.grammar import Grammars, unpack
+from minisgl.plan import DRAW, FAILED, SCORE, Scores, StepPlan, StepResult
 
 I32 = npt.NDArray[np.int32]
 _POISON = -7
 
 
-def next_token(context: I32, vocab_size: int) -> int:
-    """A hash (FNV-1a, 64 bit) of all ids of the context, reduced to the vocabulary."""
+def next_token(context: I32, vocab_size: int, allowed: I32 | None = None) -> int:
+    """A hash (FNV-1a, 64 bit) of all ids of the context, reduced to the vocabulary, or to the tokens that are `allowed`."""
     h = 0xCBF29CE484222325
     for t in context.tolist():
         h = ((h ^ (t + 1)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return (h >> 17) % vocab_size
+    return (h >> 17) % vocab_size if allowed is None else int(allowed[(h >> 17) % len(allowed)])
 
 
 def reference(prompt: list[int], max_tokens: int, vocab_size: int, eos_ids: tuple[int, ...]) -> list[int]:
@@ -59,7 +60,8 @@ class Done:
 class OracleRunner:
     """Same interface and same resident state as the real runner; see the module's first paragraph."""
 
-    def __init__(self, config: Config, num_pages: int) -> None:
+    def __init__(self, config: Config, num_pages: int, grammars: Grammars | None = None) -> None:
+        self.grammars = grammars
         self._vocab = config.model.vocab_size
         self._size = config.engine.page_size
         self._pages = num_pages
@@ -89,9 +91,11 @@ class OracleRunner:
         self.kv_len[plan.joins["slot"]] = plan.joins["kv_len"]
         self.logprobs[plan.extras["slot"]] = plan.extras["logprobs"]
         self.table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
+        if self.grammars is not None and len(plan.grammars):
+            self.grammars.join(plan)
         if plan.decode is not None:
             self._batch = plan.decode
-        sampled: list[int] = []
+        sampled: list[int] = []  # a grammar that has failed gives FAILED
         drawn: list[tuple[int, I32, int]] = []  # (slot, context, token) whose log probabilities are wanted
         followers: list[tuple[int, I32, int]] = []  # likewise, of tokens of prompts
         targets = plan.targets.tolist()
@@ -133,8 +137,16 @@ class OracleRunner:
 
     def _sample(self, slot: int, drawn: list[tuple[int, I32, int]]) -> int:
         context = self._context(slot)
-        token = next_token(context, self._vocab)
+        here = np.array([slot])
+        bound = self.grammars is not None and len(self.grammars.rows(here)) > 0
+        failed = False
+        if bound and self.grammars is not None:
+            masks, (failed,) = self.grammars.masks(here)
+            token = next_token(context, self._vocab, np.flatnonzero(unpack(masks, self._vocab)[0]).astype(np.int32))
+            self.grammars.advance(here, np.array([token], np.int32))
+        else:
+            token = next_token(context, self._vocab)
         if self.logprobs[slot] >= 0:
             drawn.append((slot, context, token))
         self.last[slot] = token
-        return token
+        return FAILED if failed else token

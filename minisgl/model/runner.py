@@ -7,22 +7,24 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.adjust import Adjustments
+from minisgl.model.adjust import Adjustments, restrict
 from minisgl.model.archs import model_class
 from minisgl.model.attention import TorchAttention
 from minisgl.model.blocks import CpuBlocks
+from minisgl.model.grammar import Grammars, unpack
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
 from minisgl.model.parallel import Parallel
 from minisgl.model.sampler import sample, score
 from minisgl.model.shard import Shard
-from minisgl.model.state import Batch, SlotState
+from minisgl.model.state import I64, Batch, SlotState
 from minisgl.model.threads import threads_per_rank
-from minisgl.plan import I32, Scores, StepPlan, StepResult
+from minisgl.plan import FAILED, I32, Scores, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +65,7 @@ class Runner:
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
+        self._grammars = Grammars.of(spec)
         self._attention: TorchAttention | None = None
 
     def max_pages(self) -> int:
@@ -102,6 +105,8 @@ class Runner:
         batch = self._state.apply(plan)
         if len(plan.extras):
             self._adjustments.join(plan)
+        if len(plan.grammars):
+            self._grammars.join(plan)
         if len(batch.ids) == 0:  # joins and grants alone
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
@@ -112,25 +117,41 @@ class Runner:
                 torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows))),
                 self._attention,
             )
-            tokens = self._draw(logits[: len(batch.sample_rows)], batch)
+            tokens, failed = self._draw(logits[: len(batch.sample_rows)], batch)
             scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
         self._state.advance(batch, tokens)
+        if failed is not None:
+            tokens = np.where(failed, np.int32(FAILED), tokens)
         return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores))
 
-    def _draw(self, logits: torch.Tensor, batch: Batch) -> I32:
-        """A token for each row, from its logits as its slot's biases and penalties make them."""
+    def _draw(self, logits: torch.Tensor, batch: Batch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
+        """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
         slots = batch.sample_slots
-        if not self._state.extras:
-            return sample(logits, batch.sampling)
-        rows = np.flatnonzero(self._state.adjusted[slots])
-        if len(rows):
+        if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
             adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
             logits = logits.float().index_copy(0, torch.from_numpy(rows), adjusted)
+        if self._grammars and len(bound := self._grammars.rows(slots)):
+            return self._draw_bound(logits, batch, bound)
         tokens = sample(logits, batch.sampling)
-        counted = np.flatnonzero(self._state.counted[slots])
-        if len(counted):
+        self._count(slots, tokens)
+        return tokens, None
+
+    def _draw_bound(
+        self, logits: torch.Tensor, batch: Batch, bound: npt.NDArray[np.int64]
+    ) -> tuple[I32, npt.NDArray[np.bool_]]:
+        """`_draw` where the rows `bound` have a grammar."""
+        slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
+        masks, failed[bound] = self._grammars.masks(slots[bound])
+        at, allowed = torch.from_numpy(bound), torch.from_numpy(unpack(masks, logits.shape[1]))
+        logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
+        tokens = sample(logits, batch.sampling)
+        self._count(slots, tokens)
+        self._grammars.advance(slots[bound], tokens[bound])
+        return tokens, failed
+
+    def _count(self, slots: I64, tokens: I32) -> None:
+        if self._state.extras and len(counted := np.flatnonzero(self._state.counted[slots])):
             self._adjustments.count(slots[counted], tokens[counted])
-        return tokens
 
     def _score(self, logits: torch.Tensor, batch: Batch, tokens: I32) -> Scores | None:
         """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""

@@ -127,6 +127,11 @@ class Tokenizer:
         return list(state["decoders"]) if state["type"] == "Sequence" else [state]
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: `skip_special` leaves them out."""
+        return self._special
+
+    @property
     def strips_space(self) -> bool:
         """Whether the space at the very beginning of a text is dropped."""
         return bool(self._decoders[-1]["type"] == "Strip")
