@@ -116,6 +116,18 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         default=d.max_queued_tokens,
         help="prompt tokens of waiting requests; more are answered 429 (%(default)s)",
     )
+    server.add_argument(
+        "--tool-call-parser",
+        choices=("auto", "none", "hermes", "llama3", "mistral"),
+        default="auto",
+        help="how the model writes calls of tools; auto: as its chat template shows",
+    )
+    server.add_argument(
+        "--reasoning-parser",
+        choices=("auto", "none", "qwen3", "deepseek_r1"),
+        default="auto",
+        help="how the model writes thoughts; auto: as its chat template shows",
+    )
 
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
@@ -136,8 +148,15 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**chosen)
 
 
-def config_from(args: argparse.Namespace, model: ModelSpec) -> Config:
-    """The whole Config of a server.  Raises UserError naming the flag."""
+def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, str] = ("", "")) -> Config:
+    """The whole Config of a server.  `styles`: how the model writes calls of tools and thoughts, where the flags say auto.
+
+    Raises UserError naming the flag.
+    """
+    asked = (args.tool_call_parser, args.reasoning_parser)
+    calls, thoughts = (
+        found if flag == "auto" else "" if flag == "none" else flag for flag, found in zip(asked, styles, strict=True)
+    )
     server = ServerConfig(
         host=args.host,
         port=args.port,
@@ -146,5 +165,7 @@ def config_from(args: argparse.Namespace, model: ModelSpec) -> Config:
         max_open_requests=args.max_open_requests,
         max_queue=args.max_queue,
         max_queued_tokens=args.max_queued_tokens,
+        tool_call_parser=calls,
+        reasoning_parser=thoughts,
     )
     return Config(model, engine_config(vars(args)), server)

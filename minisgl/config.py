@@ -166,6 +166,8 @@ class ServerConfig:
     max_open_requests: int = 4096  # admission bound: more are answered 429
     max_queue: int = 2048  # requests waiting to be started: more are answered 429; 0 = no bound
     max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
+    tool_call_parser: str = ""  # how the model writes calls of tools: "hermes" | "llama3" | "mistral", "" not at all
+    reasoning_parser: str = ""  # how it writes thoughts: "qwen3" | "deepseek_r1", "" not at all
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,14 @@ def lark(text: str) -> str:
     return _dump({"grammars": [{"lark_grammar": text}]})
 
 
+def after_thought(grammar: str, *, begun: bool) -> str:
+    """The grammar behind a thought that ends with </think>; `begun`: the prompt has opened it, otherwise it may be missing."""
+    inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
+    start = "start: thought gap @answer" if begun else 'start: ("<think>" thought gap)? @answer'
+    text = start + "\nthought[lazy]: /(?s:.*)<\\/think>/\ngap: /\\n{0,2}/"
+    return _dump({"grammars": [{"lark_grammar": text}, {**inner, "name": "answer"}]})
+
+
 def check(grammar: str, field: str) -> None:
     """Milliseconds for what people write, without the GIL.  Raises InvalidParam naming `field` and what is wrong."""
     import llguidance

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from minisgl import grammar
 from minisgl.actors import topology
 from minisgl.api.requests import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.system import System
@@ -112,6 +113,8 @@ class LLM:
         try:
             for prompt, p, answer in zip(prompts, each, answers, strict=True):
                 try:
+                    if p.grammar:
+                        grammar.check(p.grammar, "grammar")
                     uids.append(gateway.open(prompt, p, answer.take))
                 except RequestError as e:
                     answer.error = e

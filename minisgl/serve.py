@@ -44,10 +44,11 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from minisgl.model.resolve import resolve
     from minisgl.model.shard import check_tp
+    from minisgl.model.styles import styles_of
 
     with bind(args.host, args.port) as sock:
         spec = resolve(args.model, args.revision)
-        config = config_from(args, spec)
+        config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
         return asyncio.run(_Server(config, sock, start).main())
 

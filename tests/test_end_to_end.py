@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from test_process import HERE, eventually
 from tiny_models import save_byte_tokenizer, save_qwen3
 
-from minisgl import LLM, BatchClient, SamplingParams
+from minisgl import LLM, BatchClient, SamplingParams, grammar
 from minisgl.model.resolve import resolve
 from minisgl.model.tokenizer import load_tokenizer
 
@@ -98,6 +102,46 @@ def test_two_ranks_give_the_answers_of_one(client: openai.OpenAI, llm: LLM) -> N
 
 
 MODEL = "SmolLM2-135M-Instruct"
+
+
+class City(BaseModel):
+    name: str = Field(max_length=30)
+    inhabitants: int = Field(ge=0, le=100_000_000)
+    continent: Literal["Africa", "America", "Asia", "Europe", "Oceania"]
+
+
+def test_answers_have_the_form_that_was_asked_for_and_neighbours_do_not_notice(client: openai.OpenAI, llm: LLM) -> None:
+    ask = [{"role": "user", "content": "Describe Paris as JSON with name, inhabitants and continent."}]
+    free = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 30}
+    alone = client.chat.completions.create(**free).choices[0].message.content
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(client.chat.completions.create, **free) for _ in range(2)]
+        forms: list[Any] = [{"guided_regex": r"[A-Z][a-z]{2,8}, [0-9]{4}"}, {"guided_choice": ["north", "south"]}]
+        bound = [
+            pool.submit(client.chat.completions.create, model=MODEL, messages=ask, seed=i, n=2, max_tokens=40, extra_body=form)
+            for i, form in enumerate(forms)
+        ]
+        parsed = client.chat.completions.parse(model=MODEL, messages=ask, response_format=City, temperature=0, logprobs=True)
+    city = parsed.choices[0].message.parsed
+    assert isinstance(city, City)
+    told = parsed.choices[0].logprobs
+    assert told is not None
+    assert "".join(t.token for t in told.content or ()).startswith(parsed.choices[0].message.content or "?")
+    assert all(f.result().choices[0].message.content == alone for f in others)
+    for choice in bound[0].result().choices:
+        assert re.fullmatch(forms[0]["guided_regex"], choice.message.content or "")
+    assert {c.message.content for c in bound[1].result().choices} <= {"north", "south"}
+    schema = grammar.json_schema(City.model_json_schema())
+    offline = llm.chat([ask], SamplingParams(temperature=0, max_tokens=100, grammar=schema))[0]
+    assert City.model_validate_json(offline.text) == city  # one rank or two
+    broken = llm.generate("x", SamplingParams(grammar=grammar.regex("[")))[0]
+    assert broken.error is not None and broken.error.param == "grammar"
+
+
+def test_tools_are_refused_in_a_sentence_where_the_template_knows_none(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="--tool-call-parser"):
+        client.chat.completions.create(model=MODEL, messages=QUESTION, tools=[tool])
 
 
 def test_an_evaluation_harness_gets_the_log_probabilities_of_its_prompts(client: openai.OpenAI, llm: LLM) -> None:

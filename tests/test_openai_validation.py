@@ -183,10 +183,7 @@ def test_neutral_values_of_unsupported_fields_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("modalities", ["audio"]),
         ("chat_template", "{{ 1 }}"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl import __version__
+from minisgl.api.replies import Reply
 from minisgl.api.requests import Chunk, TokenLogprob
 from minisgl.errors import RequestError
 from minisgl.types import Finish
@@ -36,9 +37,11 @@ class Head:
 
 @dataclass(slots=True)
 class Result:
-    """One answer to one prompt, added up from its chunks.  `logprobs` is None where none were asked for."""
+    """One answer to one prompt, added up from its chunks.  `logprobs` is None where none were asked for, `reply` where the
+    text is the whole answer."""
 
     text: str = ""
+    reply: Reply | None = None
     logprobs: list[TokenLogprob] | None = None
     finish: Finish = Finish.NONE
     prompt_tokens: int = 0
@@ -106,9 +109,9 @@ def chat_body(head: Head, results: Sequence[Result]) -> dict[str, Any]:
     choices = [
         {
             "index": i,
-            "message": {"role": "assistant", "content": r.text, "refusal": None},
+            "message": r.reply.message() if r.reply else {"role": "assistant", "content": r.text, "refusal": None},
             "logprobs": None if r.logprobs is None else chat_logprobs(r.logprobs),
-            "finish_reason": r.finish.reason,
+            "finish_reason": r.reply.reason(r.finish) if r.reply else r.finish.reason,
         }
         for i, r in enumerate(results)
     ]
@@ -172,6 +175,21 @@ class EventStream:
             return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._told(logprobs, reason)))
         end = self._logprobs + b"null" + self._reason + reason + self._end
         return b"".join((self.text(index, text, logprobs), self._choice, b'%d,"delta":{' % index, end))
+
+    def deltas(self, index: int, deltas: Sequence[dict[str, Any]], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        """Parts of a chat answer that is taken apart (see replies), an event each; log probabilities go with the first."""
+        head = b'%s%d,"delta":' % (self._choice, index)
+        out = []
+        for delta in deltas or ([{"content": ""}] if logprobs else []):
+            body = _dump(delta)[:-1]  # its brace is the end's
+            out.append(b"".join((head, body, self._told(logprobs, b"null") if logprobs else self._go_on)))
+            logprobs = ()
+        return b"".join(out)
+
+    def close(self, index: int, reason: str | None) -> bytes:
+        """Why such an answer ended."""
+        end = self._logprobs + b"null" + self._reason + _dump(reason) + self._end
+        return b'%s%d,"delta":{' % (self._choice, index) + end
 
     def _told(self, logprobs: Sequence[TokenLogprob], reason: bytes) -> bytes:
         """The end of an event with log probabilities."""

@@ -7,7 +7,7 @@ bounded here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.api.fields import json_type, loads, wrong_type
@@ -20,7 +20,7 @@ MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_KWARGS = 32
 MAX_DEPTH = 32  # of tool-call arguments
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_STRINGS = ("name", "tool_call_id", "reasoning_content")  # passed on as they are
+_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on as they are
 # Names that a template gets from the server, or that mean something to the template engine: not a request's to set.
 _RESERVED = frozenset(
     {
@@ -43,8 +43,8 @@ _RESERVED = frozenset(
 )
 
 
-def chat_prompt(body: Mapping[str, Any]) -> ChatPrompt:
-    """`messages` and `chat_template_kwargs` of a request -> what the tokenizer process renders.
+def chat_prompt(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+    """`messages` and `chat_template_kwargs` of a request, and its `tools` -> what the tokenizer process renders.
 
     Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects, since
     that is what chat templates expect.  Raises InvalidParam.
@@ -56,9 +56,10 @@ def chat_prompt(body: Mapping[str, Any]) -> ChatPrompt:
         raise wrong_type("messages", "an array of messages", messages)
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise InvalidParam("messages", f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}.")
+    kwargs = _template_kwargs(body.get("chat_template_kwargs"))
     payload = {
         "messages": [_message(m, f"messages[{i}]") for i, m in enumerate(messages)],
-        "kwargs": _template_kwargs(body.get("chat_template_kwargs")),
+        "kwargs": {**kwargs, "tools": list(tools)} if tools else kwargs,
     }
     return ChatPrompt(json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode())
 

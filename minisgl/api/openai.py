@@ -13,13 +13,18 @@ A field is handled in one of four ways, and the tables below say which:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from minisgl import grammar
+from minisgl.api import constraints
+from minisgl.api.constraints import Constraint, constraint
 from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, parse_json, wrong_type
+from minisgl.api.replies import WHOLE, Form
 from minisgl.api.requests import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.sampling import chat_logprobs, choices, completion_logprobs, options, sampling, token_ids
+from minisgl.api.tools import tools
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import RequestOptions, SamplingParams
 
@@ -36,7 +41,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prediction",  # makes an answer faster elsewhere, never different
-        "parallel_tool_calls",  # without tools there is nothing to run in parallel
     }
 )
 _USED = frozenset(
@@ -68,8 +72,12 @@ _USED = frozenset(
         "cache_salt",
     }
 )
-CHAT_USED = _USED | {"messages", "chat_template_kwargs", "top_logprobs"}
-COMPLETION_USED = _USED | {"prompt", "add_special_tokens", "echo"}
+CHAT_USED = (
+    _USED
+    | constraints.USED
+    | {"messages", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+)
+COMPLETION_USED = _USED | constraints.USED | {"prompt", "add_special_tokens", "echo"}
 
 # Field -> the values that ask for nothing.  null always does.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -79,18 +87,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
 }
 CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **_UNSUPPORTED,
     "echo": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
@@ -117,7 +117,8 @@ __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat"
 class GenerationRequest:
     """What the two endpoints have in common.
 
-    `model` is the served name to report; `n` the number of answers to each prompt; `ignored` are unknown field names.
+    `model` is the served name to report; `n` the number of answers to each prompt; `ignored` are unknown field names;
+    `bound_by` is the field to which params.grammar is due, `form` what an answer is taken apart into.
     """
 
     model: str
@@ -128,6 +129,8 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
+    bound_by: str = ""
+    form: Form = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,26 +147,51 @@ _NONE: Mapping[str, Any] = {}
 
 
 # ---------------- requests
-def parse_chat(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> ChatRequest:
+def parse_chat(
+    body: Mapping[str, Any],
+    served: Sequence[str],
+    defaults: Mapping[str, Any] = _NONE,
+    tool_style: str = "",
+    reasoning_style: str = "",
+) -> ChatRequest:
     """Check the body of POST /v1/chat/completions.  `served`: the names this server answers to, the main one first.
 
-    `defaults`: sampling parameters that hold where the body has none.  Without `max_tokens` the answer may go
-    on to the end of the context.  Raises RequestError: 400, or 404 for the model.
+    `defaults`: sampling parameters that hold where the body has none.  `tool_style`, `reasoning_style`: how the model writes
+    calls of tools and thoughts, "" where it does not.  Without `max_tokens` the answer may go on to the end of the context.
+    Raises RequestError: 400, or 404 for the model.
     """
     fields = Fields(body)
     model = _model(fields, served)
     _refuse_unsupported(body, CHAT_UNSUPPORTED)
     stream, include_usage, ignored = _stream(fields)
+    offered = tools(fields, tool_style)
+    bound = constraint(fields)
+    if offered.grammar and bound.grammar:
+        text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
+        raise InvalidParam(bound.field, text)
+    if offered.grammar:
+        bound = Constraint(offered.grammar, "tools")
+    text = _behind_thought(bound.grammar, reasoning_style)
+    params = sampling(fields, None, defaults, logprobs=chat_logprobs(fields), grammar=text)
+    if offered.style in ("llama3", "mistral"):  # whose calls begin with a special token
+        params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,
-        prompts=(chat_prompt(body),),
+        prompts=(chat_prompt(body, offered.given),),
         n=choices(fields),
-        params=sampling(fields, None, defaults, logprobs=chat_logprobs(fields)),
+        params=params,
         options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
+        bound_by=bound.field,
+        form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
     )
+
+
+def _behind_thought(text: str, style: str) -> str:
+    """A model that thinks may do so before it is bound."""
+    return grammar.after_thought(text, begun=style == "deepseek_r1") if text and style else text
 
 
 def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> CompletionRequest:
@@ -175,17 +203,20 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
     model = _model(fields, served)
     _refuse_unsupported(body, COMPLETION_UNSUPPORTED)
     stream, include_usage, ignored = _stream(fields)
+    bound = constraint(fields)
+    echo = fields.boolean("echo") or None
     return CompletionRequest(
         model=model,
         prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
         n=choices(fields),
         params=sampling(
-            fields, COMPLETION_TOKENS, defaults, logprobs=completion_logprobs(fields), echo=fields.boolean("echo") or None
+            fields, COMPLETION_TOKENS, defaults, logprobs=completion_logprobs(fields), echo=echo, grammar=bound.grammar
         ),
         options=options(fields),
         stream=stream,
         include_usage=include_usage,
         ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
+        bound_by=bound.field,
     )
 
 

@@ -78,6 +78,7 @@ def sampling(
     *,
     logprobs: int | None,
     echo: bool | None = None,
+    grammar: str = "",
 ) -> SamplingParams:
     """The parameters of a request; `max_tokens` (None for the rest of the context) and `defaults` where it does not say."""
     asked = [fields.integer(name, 0 if echo else 1, _INT32) for name in ("max_completion_tokens", "max_tokens")]
@@ -102,6 +103,7 @@ def sampling(
         "min_tokens": fields.integer("min_tokens", 0, _INT32),
         "logprobs": logprobs,
         "echo": echo,
+        "grammar": grammar,
     }
     if given["top_k"] == -1:  # vLLM's way of saying "off"
         given["top_k"] = 0

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from minisgl.api import serving
 from minisgl.api.errors import body_too_large, errors, name_response
-from minisgl.api.openai import GenerationRequest, parse_chat, parse_completion, parse_json
+from minisgl.api.openai import GenerationRequest, parse_json
 from minisgl.api.requests import Engine
 from minisgl.errors import RequestError
 
@@ -31,7 +31,7 @@ RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress"
 _BODY_SECONDS = 30.0  # how long a client may take to send a body
 _MAX_IGNORED = 32  # names in X-Ignored-Params
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-Parse = Callable[[Mapping[str, Any], Sequence[str], Mapping[str, Any]], GenerationRequest]
+Parse = Callable[[Engine, Mapping[str, Any]], GenerationRequest]
 
 
 def build_app(engine: Engine, batch_socket: str | None = None) -> web.Application:
@@ -58,10 +58,10 @@ class _Routes:
         self._batch_socket = batch_socket
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, parse_chat)
+        return await self._generate(request, serving.chat_request)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, parse_completion)
+        return await self._generate(request, serving.completion_request)
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response(serving.list_models(self._engine.config))
@@ -87,8 +87,7 @@ class _Routes:
 
     async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
         body = parse_json(await self._body(request))
-        config = self._engine.config
-        parsed = parse(body, serving.served_names(config), config.sampling_defaults)
+        parsed = parse(self._engine, body)
         headers = _ignored_header(parsed.ignored)
         if parsed.stream:
             return await self._stream(request, parsed, headers)

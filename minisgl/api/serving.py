@@ -5,6 +5,7 @@ Runs in the api process, on the thread of its event loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -13,10 +14,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from minisgl import __version__
+from minisgl import __version__, grammar
 from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
-from minisgl.api.requests import Engine, Prompt
+from minisgl.api.replies import Reply
+from minisgl.api.requests import Chunk, Engine, Prompt
 from minisgl.api.stream import generate_all
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
@@ -28,18 +30,30 @@ _STARTED = int(time.time())  # reported as the creation time of the models
 
 async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_chat(body, served_names(engine.config), engine.config.sampling_defaults)))
+    return await answer(engine, _whole(chat_request(engine, body)))
 
 
 async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)))
+    return await answer(engine, _whole(completion_request(engine, body)))
 
 
 ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completion,
 }
+
+
+def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
+    """The body of POST /v1/chat/completions, for the model that is served.  Raises RequestError."""
+    config, server = engine.config, engine.config.server
+    styles = (server.tool_call_parser, server.reasoning_parser)
+    return parse_chat(body, served_names(config), config.sampling_defaults, *styles)
+
+
+def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
+    """The body of POST /v1/completions, likewise."""
+    return parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
 def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
@@ -51,6 +65,7 @@ def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | Completion
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
     _check_size(engine, request)
+    await _check_grammar(request)
     prompts, params = _choices(request)
     wanted = request.params.logprobs
     results = [Result(logprobs=None if wanted is None else []) for _ in prompts]
@@ -64,6 +79,10 @@ async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
                     told.extend(chunk.logprobs)
     for result, parts in zip(results, texts, strict=True):
         result.text = "".join(parts)
+        if request.form:
+            result.reply = Reply(request.form)
+            result.reply.feed(result.text)
+            result.reply.end()
     head = _head(request)
     if isinstance(request, ChatRequest):
         return chat_body(head, results)
@@ -77,7 +96,9 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
     """
     _check_size(engine, request)
+    await _check_grammar(request)
     prompts, params = _choices(request)
+    replies = [Reply(request.form) for _ in prompts] if request.form else []
     render = EventStream(
         _head(request),
         chat=isinstance(request, ChatRequest),
@@ -97,7 +118,10 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
                 head = b""
                 for i, chunk in news:
                     results[i].add(chunk)
-                    if chunk.finish:
+                    if replies:
+                        unfinished -= bool(chunk.finish)
+                        out.append(_taken_apart(render, i, replies[i], chunk))
+                    elif chunk.finish:
                         unfinished -= 1
                         out.append(render.finish(i, chunk.text, chunk.finish, chunk.logprobs))
                     else:
@@ -119,6 +143,15 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
         yield error_event(internal_error()) + DONE
 
 
+def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) -> bytes:
+    """The events of a chunk of an answer that has thoughts or calls of tools."""
+    deltas = reply.feed(chunk.text)
+    if not chunk.finish:
+        return render.deltas(index, deltas, chunk.logprobs)
+    deltas += reply.end()
+    return render.deltas(index, deltas, chunk.logprobs) + render.close(index, reply.reason(chunk.finish))
+
+
 def internal_error() -> RequestError:
     """What a client is told of a bug: nothing but that it happened."""
     text = "The server failed while it handled this request; its log says why."
@@ -132,6 +165,12 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
         raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
     if (choices := len(request.prompts) * request.n) > limit:
         raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
+
+
+async def _check_grammar(request: GenerationRequest) -> None:
+    """Beside the event loop: reading a large grammar takes a while.  Raises InvalidParam."""
+    if request.params.grammar:
+        await asyncio.to_thread(grammar.check, request.params.grammar, request.bound_by)
 
 
 def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:

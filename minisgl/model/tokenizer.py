@@ -222,6 +222,20 @@ def _read_template(path: str) -> str:
         raise UserError(f"--chat-template {path}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
 
 
+def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
+    """The chat templates by name as they are written: of a checkpoint, or the one in the file `chat_template`.
+
+    Raises UserError for files that cannot be read.
+    """
+    if chat_template:
+        return {"default": _read_template(chat_template)}
+    if spec.format == "gguf":
+        from minisgl.model.gguf_file import GGUFFile
+
+        return _gguf_templates(GGUFFile.open(spec.path).fields)
+    return _directory_templates(spec.path) if spec.path else {}
+
+
 _Loaded = tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]  # backend, templates by name, special tokens by name
 
 
@@ -230,16 +244,21 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
     from minisgl.model.gguf_file import GGUFFile
 
     fields = GGUFFile.open(spec.path).fields
-    key = "tokenizer.chat_template"
-    sources = {"default": fields[key]} if isinstance(fields.get(key), str) else {}
-    for name in fields.get("tokenizer.chat_templates") or ():
-        if isinstance(fields.get(f"{key}.{name}"), str):
-            sources[name] = fields[f"{key}.{name}"]
+    sources = _gguf_templates(fields)
     tokens = fields.get("tokenizer.ggml.tokens") or []
     ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
     short = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     specials = {short[name]: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     return gguf_tokenizer.build(fields, spec.path), sources, specials
+
+
+def _gguf_templates(fields: Mapping[str, Any]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    sources = {"default": fields[key]} if isinstance(fields.get(key), str) else {}
+    for name in fields.get("tokenizer.chat_templates") or ():
+        if isinstance(fields.get(f"{key}.{name}"), str):
+            sources[name] = fields[f"{key}.{name}"]
+    return sources
 
 
 def _from_nothing(spec: ModelSpec) -> _Loaded:
@@ -254,12 +273,7 @@ def _from_nothing(spec: ModelSpec) -> _Loaded:
 
 def _from_directory(spec: ModelSpec) -> _Loaded:
     config = _read_json(os.path.join(spec.path, "tokenizer_config.json"))
-    sources = _templates(config.get("chat_template"))
-    sources |= _templates(_read_json(os.path.join(spec.path, "chat_template.json")).get("chat_template"))
-    jinja = os.path.join(spec.path, "chat_template.jinja")
-    if os.path.isfile(jinja):
-        with open(jinja, encoding="utf-8") as f:
-            sources["default"] = f.read()
+    sources = _directory_templates(spec.path)
     specials = _special_tokens(_read_json(os.path.join(spec.path, "special_tokens_map.json"))) | _special_tokens(config)
     path = os.path.join(spec.path, "tokenizer.json")
     if not os.path.isfile(path):
@@ -268,6 +282,16 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
         return tokenizers.Tokenizer.from_file(path), sources, specials
     except Exception as e:  # the library raises plain Exceptions
         raise UserError(f"{path}: cannot be used as a tokenizer: {e}.") from e
+
+
+def _directory_templates(path: str) -> dict[str, str]:
+    sources = _templates(_read_json(os.path.join(path, "tokenizer_config.json")).get("chat_template"))
+    sources |= _templates(_read_json(os.path.join(path, "chat_template.json")).get("chat_template"))
+    jinja = os.path.join(path, "chat_template.jinja")
+    if os.path.isfile(jinja):
+        with open(jinja, encoding="utf-8") as f:
+            sources["default"] = f.read()
+    return sources
 
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
