@@ -112,13 +112,15 @@ class City(BaseModel):
 
 def test_answers_have_the_form_that_was_asked_for_and_neighbours_do_not_notice(client: openai.OpenAI, llm: LLM) -> None:
     ask = [{"role": "user", "content": "Describe Paris as JSON with name, inhabitants and continent."}]
-    free = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 30}
+    free = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 8}
     alone = client.chat.completions.create(**free).choices[0].message.content
     with ThreadPoolExecutor() as pool:
-        others = [pool.submit(client.chat.completions.create, **free) for _ in range(2)]
+        others = [pool.submit(client.chat.completions.create, **free) for _ in range(1)]
         forms: list[Any] = [{"guided_regex": r"[A-Z][a-z]{2,8}, [0-9]{4}"}, {"guided_choice": ["north", "south"]}]
         bound = [
-            pool.submit(client.chat.completions.create, model=MODEL, messages=ask, seed=i, n=2, max_tokens=40, extra_body=form)
+            pool.submit(
+                client.chat.completions.create, model=MODEL, messages=ask, seed=i, n=2 - i, max_tokens=30, extra_body=form
+            )
             for i, form in enumerate(forms)
         ]
         parsed = client.chat.completions.parse(model=MODEL, messages=ask, response_format=City, temperature=0, logprobs=True)
@@ -135,7 +137,7 @@ def test_answers_have_the_form_that_was_asked_for_and_neighbours_do_not_notice(c
     offline = llm.chat([ask], SamplingParams(temperature=0, max_tokens=100, grammar=schema))[0]
     assert City.model_validate_json(offline.text) == city  # one rank or two
     broken = llm.generate("x", SamplingParams(grammar=grammar.regex("[")))[0]
-    assert broken.error is not None and broken.error.param == "grammar"
+    assert getattr(broken.error, "param", None) == "grammar"
 
 
 def test_tools_are_refused_in_a_sentence_where_the_template_knows_none(client: openai.OpenAI) -> None:

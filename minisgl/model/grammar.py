@@ -114,10 +114,18 @@ class Grammars:
             failed[i] = matcher.is_error()
         return masks, failed
 
+    def matchers(self, slots: npt.NDArray[np.integer]) -> list[LLMatcher]:
+        """Of bound slots; they stay those of the slots' owners of now."""
+        return [self._matchers[slot] for slot in slots.tolist()]
+
+    def feed(self, matchers: Sequence[LLMatcher], tokens: I32) -> None:
+        """A token for each that its owner has drawn."""
+        for matcher, token in zip(matchers, tokens.tolist(), strict=True):
+            _feed(matcher, token, self._eos)
+
     def advance(self, slots: npt.NDArray[np.integer], tokens: I32) -> None:
         """The tokens that bound slots have drawn."""
-        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-            _feed(self._matchers[slot], token, self._eos)
+        self.feed(self.matchers(slots), tokens)
 
 
 def _feed(matcher: LLMatcher, token: int, eos: frozenset[int]) -> None:

@@ -14,6 +14,8 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.config import Config
@@ -31,7 +33,7 @@ from minisgl.model.loader import Weights, open_weights
 from minisgl.model.parallel import make_parallel
 from minisgl.model.random_weights import RandomWeights
 from minisgl.model.shard import Range, Shard
-from minisgl.plan import SCORED_TOKENS, StepPlan, StepResult
+from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PAUSE_MS = 20.0  # a device that has waited longer had nothing to do
@@ -63,6 +65,7 @@ class CudaPending:
     before: torch.cuda.Event | None  # the end of the step before, None where none has been
     launch_us: int
     timed: bool
+    failed: npt.NDArray[np.int64] | None = None  # rows whose grammar could not go on
 
     def done(self) -> bool:
         """Never blocks."""
@@ -71,9 +74,12 @@ class CudaPending:
     def result(self) -> StepResult:
         """What the step sampled."""
         idle = 0.0 if self.before is None else self.before.elapsed_time(self.start)
+        tokens = self.tokens.numpy().copy()
+        if self.failed is not None:
+            tokens[self.failed] = FAILED
         return StepResult(
             self.step,
-            self.tokens.numpy().copy(),
+            tokens,
             busy_us=int(self.start.elapsed_time(self.end) * 1000) if self.timed else 0,
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
@@ -190,6 +196,8 @@ class CudaRunner:
                 f"GPU {self._rank} had room for a KV cache of {num_pages} pages when it was measured and no longer has: does "
                 "another program use it? Start again, or set --kv-tokens."
             ) from e
+        if self._config.model.eos_ids:
+            self._steps.bound.grammars.prepare()  # now: later, it would hold up everybody for a second or two
         b = self._backends
         self._say(f"GPU 0: {self._ledger.describe(num_pages)}; attention: {b.prefill} (prefill), {b.decode} (decode)")
 
@@ -229,10 +237,12 @@ class CudaRunner:
             scored = self._steps.scored
             scores = None if scored is None else self._fetch_scores(scored, count)
             end.record()
+        bound = self._steps.bound
+        bound.end(host, end)
         before, self._last = self._last, end
         timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
         launch_us = int((time.perf_counter() - began) * 1e6)
-        return CudaPending(plan.step, host, scored, scores, start, end, before, launch_us, timed)
+        return CudaPending(plan.step, host, scored, scores, start, end, before, launch_us, timed, bound.failed)
 
     def _fetch_scores(self, scored: Scored, count: int) -> torch.Tensor:
         """Start to copy the log probabilities of a step to the host."""

@@ -16,9 +16,12 @@ import torch
 
 from minisgl.config import Config
 from minisgl.model.cuda.attention import Chunks, DecodeRows, Heads, PagedAttention, splits_for
+from minisgl.model.cuda.bound import BoundRows
 from minisgl.model.cuda.state import DeviceState, Uploads
+from minisgl.model.grammar import Grammars
 from minisgl.model.kernels.adjust import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
+from minisgl.model.kernels.restrict import restrict
 from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.score import SCORE_WORDS, Scored, score
 from minisgl.model.kernels.step import decode_inputs, mixed_inputs
@@ -58,6 +61,7 @@ class Sizes:
 
 
 PLAIN, EXTRAS, COUNTED = 0, 1, 2  # what the rows of a step want of sampling: nothing special; biases or scores; penalties too
+BOUND = 4  # and this where a row has a grammar
 
 
 class Steps:
@@ -81,6 +85,7 @@ class Steps:
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
         self._attention: PagedAttention | None = None
+        self.bound = BoundRows(Grammars.of(config.model), engine.max_running + 1, vocab, engine.lag, device)
 
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Attention over the cache that steps run on from now on, and which kinds of steps may be graphs."""
@@ -93,6 +98,7 @@ class Steps:
         if plan.decode is not None:
             self._resent = True
         self.state.apply(plan)
+        self.bound.begin(plan)
         self.scored = None
         if len(plan.prefill) == 0 and self._decode_graphs:
             return self._decode(self.mirror.advance_decode(plan))
@@ -107,7 +113,10 @@ class Steps:
         return self._scores
 
     def _kind(self, slots: npt.NDArray[Any], batch: Batch | None = None) -> int:
-        """What the sampling rows want; notes what will be scored."""
+        """What the sampling rows want; notes what will be scored, and sends the masks of grammars."""
+        return self._wish(slots, batch) | (BOUND if self.bound.bind(slots) else 0)
+
+    def _wish(self, slots: npt.NDArray[Any], batch: Batch | None) -> int:
         mirror = self.mirror
         if not mirror.extras:
             return PLAIN
@@ -132,8 +141,11 @@ class Steps:
         advance: bool,
     ) -> None:
         """The end of a step, with what its `kind` asks for."""
-        state, counted = self.state, kind == COUNTED
+        state, bound, kind = self.state, kind & BOUND, kind & ~BOUND
+        counted = kind == COUNTED
         adjusted = logits if kind == PLAIN else adjust(logits, slots, kv_lens, state, counted=counted)
+        if bound:
+            adjusted = restrict(adjusted, slots, self.bound.bound, self.bound.masks)
         sample(adjusted, slots, kv_lens, targets, state, self.tokens, advance=advance, counted=counted)
         if kind != PLAIN:
             score(logits, slots, self.tokens, targets, state, self.scores)
