@@ -31,7 +31,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</to
 
 
 def chat(tool_style: str = "hermes", reasoning_style: str = "", **body: Any) -> Any:
-    return parse_chat({"messages": MESSAGES, **body}, ["m"], tool_style, reasoning_style)
+    return parse_chat({"messages": MESSAGES, **body}, ["m"], {}, tool_style, reasoning_style)
 
 
 def admits(text: str, said: str) -> bool:
