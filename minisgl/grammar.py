@@ -7,6 +7,7 @@ caller's, and minisgl.model.grammar gives it effect in the workers.  The library
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,10 +41,8 @@ def regex(pattern: str) -> str:
 
 
 def choice(options: Sequence[str]) -> str:
-    """One of the options."""
-    import llguidance
-
-    return str(llguidance.grammar_from("choice", json.dumps(list(options))))
+    """One of the options.  As one regular expression: thousands of alternatives would be too complex a grammar."""
+    return regex("|".join(re.escape(option) for option in options))
 
 
 def ebnf(text: str) -> str:
@@ -66,10 +65,20 @@ def lark(text: str) -> str:
 
 def after_thought(grammar: str, *, begun: bool) -> str:
     """The grammar behind a thought that ends with </think>; `begun`: the prompt has opened it, otherwise it may be missing."""
-    inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
     start = "start: thought gap @answer" if begun else 'start: ("<think>" thought gap)? @answer'
     text = start + "\nthought[lazy]: /(?s:.*)<\\/think>/\ngap: /\\n{0,2}/"
-    return _dump({"grammars": [{"lark_grammar": text}, {**inner, "name": "answer"}]})
+    return _dump({"grammars": [{"lark_grammar": text}, *_named(grammar, "answer")]})
+
+
+def either(one: str, other: str) -> str:
+    """What one of two grammars admits."""
+    return _dump({"grammars": [{"lark_grammar": "start: @one | @other"}, *_named(one, "one"), *_named(other, "other")]})
+
+
+def _named(grammar: str, name: str) -> list[dict[str, Any]]:
+    """A grammar as part of another, with the parts that it has itself."""
+    parts = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    return [{**parts[0], "name": name}, *parts[1:]]
 
 
 def check(grammar: str, field: str) -> None:

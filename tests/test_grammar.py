@@ -15,12 +15,14 @@ from conftest import EOS, VOCAB, Loop
 from tiny_models import Driver, save_byte_tokenizer, save_llama
 
 from minisgl import grammar
+from minisgl.actors.extras import Bound
 from minisgl.actors.queue import Request
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
 from minisgl.model.adjust import LAST_RESORT, restrict
 from minisgl.model.grammar import Grammars, Vocabulary, unpack, vocabulary_of
 from minisgl.model.oracle import next_token
+from minisgl.model.oracle import reference as plain_reference
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
 from minisgl.plan import FAILED, GRAMMAR, StepPlan
@@ -125,8 +127,7 @@ def test_a_slot_forgets_the_grammar_of_its_former_owner() -> None:
     third = loop.add([5, 6], 5)
     loop.run()
     assert not loop.runner.grammars
-    for u in (uid, third):
-        loop.asked, loop.ends = {u: loop.asked[u]} | loop.asked, loop.ends
+    assert [loop.said[u] for u in (uid, third)] == [plain_reference(*loop.asked[u], VOCAB, (EOS,)) for u in (uid, third)]
     assert [len(plan.grammars) for plan in loop.plans if len(plan.joins)] == [1, 1, 0]
 
 
@@ -148,6 +149,36 @@ def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyP
     assert len(loop.said[bad]) == 3
     assert FAILED not in loop.said[bad]
     assert len(loop.said[good]) == 9 or loop.ends[good] is Finish.STOP
+
+
+# ---------------- planted bugs
+def _the_past_is_left_behind(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr("minisgl.actors.machine.Bound.of", lambda slot, r: Bound(slot, r.params.grammar.encode(), r.ids[:0]))
+
+
+def _draws_are_not_read(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(Grammars, "advance", lambda self, slots, tokens: None)
+
+
+def _slots_keep_their_grammar(plant: pytest.MonkeyPatch) -> None:
+    real = Grammars.join
+
+    def join(self: Grammars, plan: StepPlan) -> None:
+        plan.grammars = plan.grammars[plan.grammars["n_bytes"] > 0]
+        real(self, plan)
+
+    plant.setattr(Grammars, "join", join)
+
+
+@pytest.mark.parametrize("plant", [_the_past_is_left_behind, _draws_are_not_read, _slots_keep_their_grammar])
+def test_planted_bugs_are_noticed(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for test in (test_some_of_these_runs_retract_bound_requests, test_a_slot_forgets_the_grammar_of_its_former_owner):
+        try:
+            test()
+        except AssertionError:
+            return
+    raise AssertionError("nothing was noticed")
 
 
 # ---------------- masks
@@ -362,7 +393,5 @@ def test_whatever_is_drawn_under_a_random_schema_is_admitted_by_it(seed: int) ->
 
 
 def test_a_request_of_a_replay_brings_what_it_has_said() -> None:
-    from minisgl.actors.extras import Bound
-
     request = Request(1, np.array([1, 2, 3, 4, 5], np.int32), 20, 0, SamplingParams(grammar=grammar.regex("a*")), n_prompt=3)
     assert Bound.of(2, request).output.tolist() == [4, 5]

@@ -183,6 +183,17 @@ def test_an_answer_that_must_call_is_bound_and_read_back(style: str) -> None:
     assert required.params.skip_special_tokens is (style == "hermes")
 
 
+@pytest.mark.parametrize("style", ["", "qwen3"])
+def test_an_answer_with_a_form_may_be_a_call_instead(style: str) -> None:
+    for form in ({"guided_json": SCHEMA}, {"choice": ["x"]}):
+        text = chat("hermes", style, tools=[WEATHER, ADD], **form).params.grammar
+        grammar.check(text, "response_format")
+        assert admits(text, CALL)
+        assert admits(text, '{"n": 5}' if "guided_json" in form else "x")
+        assert not admits(text, CALL.replace("city", "town"))
+        assert admits(text, f"<think>hm</think>\n\n{CALL}") is bool(style)
+
+
 def test_definitions_in_parameters_are_found() -> None:
     parameters = {
         "$defs": {"P": {"type": "integer"}},

@@ -166,11 +166,13 @@ def parse_chat(
     stream, include_usage, ignored = _stream(fields)
     offered = tools(fields, tool_style)
     bound = constraint(fields)
-    if offered.grammar and bound.grammar:
+    if offered.must and bound.grammar:
         text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
         raise InvalidParam(bound.field, text)
-    if offered.grammar:
+    if offered.must:
         bound = Constraint(offered.grammar, "tools")
+    elif offered.given and bound.grammar:  # an answer of that form, or calls
+        bound = Constraint(grammar.either(bound.grammar, offered.grammar), bound.field)
     text = _behind_thought(bound.grammar, reasoning_style)
     params = sampling(fields, None, defaults, logprobs=chat_logprobs(fields), grammar=text)
     if offered.style in ("llama3", "mistral"):  # whose calls begin with a special token

@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 class Tools:
     """The tools of a request that may be called: OpenAI's objects for the template, their names, and how calls are written.
 
-    `grammar` binds an answer that must call, "" where it need not.
+    `grammar` binds an answer to calls and nothing else, as it is if the model `must` call.
     """
 
     given: tuple[Mapping[str, Any], ...] = ()
@@ -34,6 +34,7 @@ class Tools:
     style: str = ""
     parallel: bool = True
     grammar: str = ""
+    must: bool = False
 
 
 def tools(fields: Fields, style: str) -> Tools:
@@ -56,8 +57,7 @@ def tools(fields: Fields, style: str) -> Tools:
         )
         raise InvalidParam("tools", text, "unsupported_parameter")
     offered = [f for f in functions if not only or f["name"] == only]
-    bound = _grammar(offered, style, parallel and not only) if must else ""
-    return Tools(tuple(given), tuple(names), style, parallel, bound)
+    return Tools(tuple(given), tuple(names), style, parallel, _grammar(offered, style, parallel and not only), must)
 
 
 def _function(tool: Any, at: str) -> Mapping[str, Any]:

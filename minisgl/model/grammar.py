@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 U32 = npt.NDArray[np.uint32]
+# Of a grammar that can be read in very many ways one step would take seconds, and everybody's: with these, some 20 ms.
+_MAX_ROW, _MAX_STEP = 500, 10_000  # items of the parser
 _KEPT = 64  # grammars whose beginning is kept: the n answers to a prompt, and schemas that come again and again
 
 
@@ -84,11 +86,12 @@ class Grammars:
 
     def _begin(self, text: str) -> LLMatcher:
         self.prepare()
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         if text not in self._beginnings:
             assert self._tokenizer is not None
-            self._beginnings[text] = LLMatcher(self._tokenizer, text, log_level=0)
+            limits = LLParserLimits(max_items_in_row=_MAX_ROW, step_max_items=_MAX_STEP)
+            self._beginnings[text] = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
             if len(self._beginnings) > _KEPT:
                 self._beginnings.popitem(last=False)
         self._beginnings.move_to_end(text)
