@@ -16,8 +16,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from minisgl import __version__
+from minisgl.actors import topology
+from minisgl.actors.topology import MakeWorker
 from minisgl.cli import add_engine_flags, add_server_flags, config_from
 from minisgl.config import Config
 from minisgl.errors import UserError
@@ -50,7 +54,16 @@ def run(argv: list[str]) -> int:
         spec = resolve(args.model, args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
-        return asyncio.run(_Server(config, sock, start).main())
+        return run_loop(_Server(config, sock, start).main())
+
+
+def run_loop(main: Coroutine[Any, Any, int]) -> int:
+    """asyncio.run, on uvloop where it is installed (the extra `fast`)."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return int(uvloop.run(main))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,7 +92,10 @@ def bind(host: str, port: int) -> socket.socket:
 class _Server:
     """One run of the server on one event loop."""
 
-    def __init__(self, config: Config, sock: socket.socket, start: float) -> None:
+    def __init__(
+        self, config: Config, sock: socket.socket, start: float, make_worker: MakeWorker = topology.make_worker
+    ) -> None:
+        self.make_worker = make_worker
         self.config = config
         self.sock = sock
         self.start = start
@@ -102,7 +118,7 @@ class _Server:
         method = json.loads(self.config.model.weight_format or "{}").get("method")
         how = f" ({method} weights, dequantised as they load)" if method else ""
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
-        self.system = System(self.config)
+        self.system = System(self.config, self.make_worker)
         try:
             batch = BatchServer(self.system.ctx, self.system.run_dir, self.system.gateway)
             runner = web.AppRunner(
