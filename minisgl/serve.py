@@ -140,7 +140,8 @@ class _Server:
     # ---------------- while it runs
     def pump(self) -> None:
         """Handle what the children sent; called whenever one of their descriptors is readable."""
-        self.system.pump(0)
+        if self.system.pump(0):
+            asyncio.get_running_loop().call_soon(self.pump)  # sockets have their turn in between
         self.watch()
         state = self.system.gateway.state
         if state == "ready" and not self.announced:

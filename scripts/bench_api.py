@@ -52,7 +52,7 @@ def serve(rate: float, tokenizers: int) -> int:
     config = Config(model, engine, ServerConfig(max_open_requests=8192))
     with bind("127.0.0.1", 0) as sock:
         print(sock.getsockname()[1], flush=True)
-        return run_loop(_Server(config, sock, time.monotonic(), functools.partial(fast_worker.make_worker, rate)).main())
+        return run_loop(_Server(config, sock, time.monotonic(), functools.partial(fast_worker.make_worker, rate=rate)).main())
 
 
 class Server:
@@ -290,7 +290,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         slope, error = np.polyfit(x, y, 1, cov=True)[0][0], np.sqrt(np.polyfit(x, y, 1, cov=True)[1][0][0])
         report(
             f"memory_{name}",
-            {"before": round(sizes[0][name], 1), "middle": round(sizes[parts // 2][name], 1), "after": round(sizes[-1][name], 1)},
+            {when: round(sizes[at][name], 1) for when, at in (("before", 0), ("middle", parts // 2), ("after", -1))},
             "MB private",
             "flat",
             bytes_per_request=f"{slope:.1f} +- {2 * error:.1f} (second half)",

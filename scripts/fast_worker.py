@@ -64,6 +64,6 @@ class FastRunner:
         return _Step(StepResult(plan.step, tokens.astype(np.int32)), self._due)
 
 
-def make_worker(rate: float, ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str, *, rate: float) -> Actor:
     """Runs in the worker process; bind `rate` with functools.partial."""
     return WorkerActor(ctx, rank, arenas, lambda: FastRunner(config, rate))

@@ -94,7 +94,7 @@ class Supervisor:
             proc.join()
         return [ActorDied(name, p.exitcode or 0) for name, p in gone]
 
-    def join(self, seconds: float, pump: Callable[[float], None]) -> bool:
+    def join(self, seconds: float, pump: Callable[[float], object]) -> bool:
         """Wait until all children have ended; `pump(timeout)` keeps the mailbox drained meanwhile.  False: time is up."""
         end = time.monotonic() + seconds
         while self._procs and (left := end - time.monotonic()) > 0:

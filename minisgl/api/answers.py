@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from minisgl import __version__
@@ -152,6 +153,7 @@ class EventStream:
         self._reason = b',"finish_reason":'
         self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         self._go_on = self._logprobs + b"null" + self._reason + b"null" + self._end
+        self._heads = [b"%s%d%s" % (self._choice, i, self._text) for i in range(choices)]
 
     def start(self) -> bytes:
         """What comes before the first text: in a chat, an event for each choice that announces the role."""
@@ -163,16 +165,16 @@ class EventStream:
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """Text of choice `index`; nothing at all if there is none (a piece of a character or stop string is held back)."""
         if logprobs:
-            return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._told(logprobs, b"null")))
+            return self._heads[index] + _string(text) + self._told(logprobs, b"null")
         if not text:
             return b""
-        return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._go_on))
+        return self._heads[index] + _string(text) + self._go_on
 
     def finish(self, index: int, text: str, finish: Finish, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """The last text of choice `index` and why it ended: two events in a chat, one in a completion."""
         reason = b'"%s"' % (finish.reason or "").encode()
         if not self._chat:
-            return b"".join((self._choice, b"%d" % index, self._text, _dump(text), self._told(logprobs, reason)))
+            return self._heads[index] + _string(text) + self._told(logprobs, reason)
         end = self._logprobs + b"null" + self._reason + reason + self._end
         return b"".join((self.text(index, text, logprobs), self._choice, b'%d,"delta":{' % index, end))
 
@@ -206,6 +208,11 @@ class EventStream:
 def error_event(error: RequestError) -> bytes:
     """How a stream that has begun tells of its failure; `DONE` follows."""
     return b"data: " + _dump(error.body()) + b"\n\n"
+
+
+def _string(text: str) -> bytes:
+    """What `_dump` makes of a string, without the making of an encoder."""
+    return encode_basestring_ascii(text).encode()
 
 
 def _dump(value: Any) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -55,8 +55,7 @@ class TokenLogprob:
     top: tuple[tuple[int, bytes, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """News of one request.  `finish` is Finish.NONE until the last chunk.
 
     `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`, if they were

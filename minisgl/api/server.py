@@ -13,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from minisgl.api import serving
 from minisgl.api.errors import body_too_large, errors, name_response
 from minisgl.api.openai import GenerationRequest, parse_json
+from minisgl.api.pipe import Pipe
 from minisgl.api.requests import Engine
 from minisgl.errors import RequestError
 
@@ -94,18 +94,22 @@ class _Routes:
         return web.json_response(await serving.answer(self._engine, parsed), headers=headers)
 
     async def _stream(self, request: web.Request, parsed: GenerationRequest, headers: dict[str, str]) -> web.StreamResponse:
-        async with aclosing(serving.events(self._engine, parsed)) as events:
-            first = await anext(events)  # an error up to here is still an ordinary answer
+        answer = await serving.stream(self._engine, parsed)
+        try:
+            first = await answer.first()  # an error up to here is still an ordinary answer
             response = web.StreamResponse(headers={**_SSE_HEADERS, **headers})
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
             try:
                 await response.prepare(request)
                 await response.write(first)
-                async for event in events:
-                    await response.write(event)
+                await Pipe(request, response, answer).run()
                 await response.write_eof()
             except ConnectionResetError:
-                pass  # the client has left; leaving the block closes the request
+                pass  # the client has left
             return response
+        finally:
+            answer.close()
 
     async def _body(self, request: web.Request) -> bytes:
         """The raw body.  Raises RequestError for what is not plain JSON, too large, or too slow."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, comp
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.replies import Reply
 from minisgl.api.requests import Chunk, Engine, Prompt
-from minisgl.api.stream import generate_all
+from minisgl.api.stream import Generation, News, generate_all
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import MAX_SEED, SamplingParams
@@ -89,58 +89,72 @@ async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     return completion_body(head, results, request.n, wanted or 0)
 
 
-async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
-    """The server-sent events of a streamed answer, as bytes to be written in one piece each.
-
-    Raises RequestError as long as nothing was yielded, so that it can still become an HTTP status; later failures are told
-    inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
-    """
+async def stream(engine: Engine, request: GenerationRequest) -> StreamedAnswer:
+    """Begin a streamed answer.  Raises RequestError."""
     _check_size(engine, request)
     await _check_grammar(request)
-    prompts, params = _choices(request)
-    replies = [Reply(request.form) for _ in prompts] if request.form else []
-    render = EventStream(
-        _head(request),
-        chat=isinstance(request, ChatRequest),
-        include_usage=request.include_usage,
-        choices=len(prompts),
-        n=request.n,
-        wanted=request.params.logprobs,
-    )
-    results = [Result() for _ in prompts]
-    unfinished = len(results)
-    head = render.start()
-    started = False
-    try:
-        async with aclosing(generate_all(engine, prompts, params, request.options)) as stream:
-            async for news in stream:
-                out = [head]
-                head = b""
-                for i, chunk in news:
-                    results[i].add(chunk)
-                    if replies:
-                        unfinished -= bool(chunk.finish)
-                        out.append(_taken_apart(render, i, replies[i], chunk))
-                    elif chunk.finish:
-                        unfinished -= 1
-                        out.append(render.finish(i, chunk.text, chunk.finish, chunk.logprobs))
-                    else:
-                        out.append(render.text(i, chunk.text, chunk.logprobs))
-                if not unfinished:
-                    out += [render.usage(results) if request.include_usage else b"", DONE]
-                piece = b"".join(out)
-                if piece:
-                    started = True
-                    yield piece
-    except RequestError as e:
-        if not started:
-            raise
-        yield error_event(e) + DONE
-    except Exception:
-        if not started:
-            raise
-        log.exception("a stream failed")
-        yield error_event(internal_error()) + DONE
+    return StreamedAnswer(engine, request)
+
+
+class StreamedAnswer:
+    """The server-sent events of a streamed answer, as bytes to be written in one piece each.
+
+    Open the requests on construction; `close` must be called, and cancels what is not finished.  Up to the first piece a
+    failure is raised, so that it can still become an HTTP status; later ones are told inside the stream.
+    """
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        """Raises RequestError."""
+        prompts, params = _choices(request)
+        self.done = False  # everything has been told
+        self._usage = request.include_usage
+        self._results = [Result() for _ in prompts]
+        self._replies = [Reply(request.form) for _ in prompts] if request.form else []
+        self._render = EventStream(
+            _head(request),
+            chat=isinstance(request, ChatRequest),
+            include_usage=request.include_usage,
+            choices=len(prompts),
+            n=request.n,
+            wanted=request.params.logprobs,
+        )
+        self._generation = Generation(engine, prompts, params, request.options)
+        self.listen, self.close = self._generation.listen, self._generation.close
+
+    async def first(self) -> bytes:
+        """What comes first, waiting for it.  Raises RequestError."""
+        head = self._render.start()
+        while True:
+            piece = self._events(await self._generation.take())
+            if head or piece:
+                return head + piece
+
+    def more(self) -> bytes:
+        """What there is to be told now, perhaps nothing: `listen` says when there is more."""
+        try:
+            return self._events(self._generation.take_now())
+        except RequestError as e:
+            error = e
+        except Exception:
+            log.exception("a stream failed")
+            error = internal_error()
+        self.done = True
+        return error_event(error) + DONE
+
+    def _events(self, news: News) -> bytes:
+        render, out = self._render, b""
+        for i, chunk in news:
+            self._results[i].add(chunk)
+            if self._replies:
+                out += _taken_apart(render, i, self._replies[i], chunk)
+            elif chunk.finish:
+                out += render.finish(i, chunk.text, chunk.finish, chunk.logprobs)
+            else:
+                out += render.text(i, chunk.text, chunk.logprobs)
+        if not self._generation.unfinished:
+            self.done = True
+            return out + (render.usage(self._results) if self._usage else b"") + DONE
+        return out
 
 
 def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from minisgl.api.requests import Chunk, Engine, Prompt
@@ -41,31 +41,49 @@ async def generate_all(
 
     Ends when every prompt has its `finish`; raises RequestError, and closes the others, if one of them fails.
     """
-    mailbox = _Mailbox()
-    uids: list[int] = []
+    generation = Generation(engine, prompts, params, options)
     try:
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
-            uids.append(engine.open(prompt, p, functools.partial(mailbox.put, i), options))
-        unfinished = len(prompts)
-        while unfinished:
-            news = await mailbox.take()
-            unfinished -= sum(bool(chunk.finish) for _, chunk in news)
-            yield news
+        while generation.unfinished:
+            yield await generation.take()
     finally:
-        for uid in uids:
-            engine.close(uid)
+        generation.close()
 
 
-class _Mailbox:
-    """Chunks that nobody has taken yet: at most the completions of one request, so bounded by its `max_tokens`."""
+class Generation:
+    """Several prompts that are being continued, from `engine.open` to `close`, which must be called.
 
-    def __init__(self) -> None:
-        self._chunks: dict[int, list[Chunk]] = {}
+    What nobody has taken yet waits here: at most the completions of one request, so bounded by its `max_tokens`.
+    Raises RequestError if one of them is refused.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        options: RequestOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        self.unfinished = len(prompts)  # of what has been taken
+        self._engine = engine
+        self._news: News = []
         self._error: RequestError | None = None
-        self._awaited: asyncio.Future[None] | None = None
+        self._wake: Callable[[], object] | None = None
+        self._uids: list[int] = []
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        try:
+            for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
+                self._uids.append(engine.open(prompt, p, functools.partial(self._put, i), options))
+        except BaseException:
+            self.close()
+            raise
 
-    def put(self, index: int, item: Chunk | RequestError) -> None:
+    def close(self) -> None:
+        """Cancel what is not finished."""
+        self._wake = None
+        for uid in self._uids:
+            self._engine.close(uid)
+
+    def _put(self, index: int, item: Chunk | RequestError) -> None:
         """The engine's `deliver`: never blocks."""
         if isinstance(item, RequestError):
             self._error = self._error or item
@@ -73,20 +91,49 @@ class _Mailbox:
             # Only a client that has left aborts a request, and nobody listens for it; whoever still listens gets an error.
             self._error = RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
         else:
-            self._chunks.setdefault(index, []).append(item)
-        if self._awaited is not None and not self._awaited.done():
-            self._awaited.set_result(None)
+            self._news.append((index, item))
+        if self._wake is not None:
+            wake, self._wake = self._wake, None
+            wake()
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called once, as soon as there is something to take; it must not take it there and then."""
+        if self._news or self._error is not None:
+            wake()
+        else:
+            self._wake = wake
 
     async def take(self) -> News:
-        """What has arrived, waiting for it if need be.  Raises the request's error after everything that came before it."""
-        if not self._chunks and self._error is None:
-            self._awaited = asyncio.get_running_loop().create_future()
-            await self._awaited
-        if not self._chunks and self._error is not None:
-            raise self._error
-        news = [(index, _merge(chunks)) for index, chunks in self._chunks.items()]
-        self._chunks = {}
+        """What has arrived, waiting for it if need be; see `take_now`."""
+        if not self._news and self._error is None:
+            awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.listen(functools.partial(_settle, awaited))
+            await awaited
+        return self.take_now()
+
+    def take_now(self) -> News:
+        """What has arrived since the last time, at most one chunk for each prompt.  Raises the error of a request after
+        everything that came before it."""
+        news = self._news
+        if not news:
+            if self._error is not None:
+                raise self._error
+            return news
+        self._news = []
+        if len(news) > 1:
+            by_index: dict[int, list[Chunk]] = {}
+            for index, chunk in news:
+                by_index.setdefault(index, []).append(chunk)
+            news = [(index, _merge(chunks)) for index, chunks in by_index.items()]
+        for _, chunk in news:
+            if chunk.finish:
+                self.unfinished -= 1
         return news
+
+
+def _settle(awaited: asyncio.Future[None]) -> None:
+    if not awaited.done():
+        awaited.set_result(None)
 
 
 def _merge(chunks: list[Chunk]) -> Chunk:

@@ -21,6 +21,7 @@ from minisgl.api.gateway import Gateway
 from minisgl.config import Config
 from minisgl.errors import UserError
 
+_BURST = 4  # messages that are handled in one go: each may bring a token of every running request
 _LEAVE_SECONDS = 3.0  # how long actors may take to leave before they are killed
 
 
@@ -56,8 +57,8 @@ class System:
         """Descriptors to watch: whenever one is readable, call `pump(0)` until the next event."""
         return [self.ctx.inbox.FD, *self.supervisor.sentinels()]
 
-    def pump(self, seconds: float) -> None:
-        """Handle what has arrived; if nothing has, wait for it, at most `seconds`."""
+    def pump(self, seconds: float) -> bool:
+        """Handle what has arrived; if nothing has, wait for it, at most `seconds`.  True: there may be more, call again."""
         if seconds > 0 and not self.ctx.inbox.poll(0):
             poller = zmq.Poller()
             poller.register(self.ctx.inbox, zmq.POLLIN)
@@ -65,10 +66,13 @@ class System:
                 poller.register(fd, zmq.POLLIN)
             poller.poll(int(seconds * 1000) + 1)
         dead = self.supervisor.reap()
-        while (msg := self.ctx.recv()) is not None:  # also what a child said before it died
+        handled = 0
+        while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # also what a child said before it died
             self.gateway.receive(msg)
+            handled += 1
         for death in dead:
             self.gateway.actor_died(death)
+        return handled == _BURST
 
     def wait_ready(self, seconds: float = 600.0) -> None:
         """Block until requests can be served.  Raises UserError with the reason if that cannot happen."""
