@@ -756,6 +756,51 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
     ]
 
 
+async def _raw(http: Server, head: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that has sent a streaming request of its own making and reads nothing ahead."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", http.port, limit=1 << 16)
+    body = b'{"prompt": "x", "stream": true}'
+    writer.write(b"POST /v1/completions " + head + b"\r\nContent-Type: application/json\r\n")
+    writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    return reader, writer
+
+
+def test_a_client_that_reads_late_gets_every_character_in_fewer_pieces() -> None:
+    letters, size, turns = "abcdefghij", 20_000, 1200  # 24 MB: more than the kernel's buffers take
+
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        engine.stall, engine.after = True, 1
+        reader, writer = await _raw(http, b"HTTP/1.1\r\nHost: t")
+        await engine.wait_for(lambda: bool(engine.opened))
+        await reader.readuntil(b"data: ")
+        for turn in range(turns):
+            engine.live[0](Chunk(letters[turn % 10] * size, (1,), Finish.NONE, 3, 2))
+            for _ in range(3):
+                await asyncio.sleep(0)
+        engine.live.pop(0)(Chunk("", (), Finish.LENGTH, 3, 2))
+        told = b""
+        while not told.endswith(b"\r\n0\r\n\r\n"):
+            told += await reader.read(1 << 20)
+        writer.close()
+        for letter in letters:
+            assert told.count(letter.encode() * 100) == turns // 10 * size // 100
+        assert 10 < told.count(b"data: ") < turns / 2
+
+    play(scene)
+
+
+def test_an_http_1_0_client_reads_its_stream_until_the_connection_ends() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        reader, writer = await _raw(http, b"HTTP/1.0")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert b"chunked" not in head.lower()
+        assert body.startswith(b"data: {")
+        assert body.endswith(b"data: [DONE]\n\n")
+
+    play(scene)
+
+
 def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
     async def main() -> None:
         engine = FakeEngine()

@@ -257,8 +257,11 @@ class Gateway(Actor):
                 continue
             if finish:
                 del self._ledger[uid]
-            logprobs, entry.logprobs = tuple(entry.logprobs), []
-            entry.deliver(Chunk(text, new, Finish(finish), len(entry.ids), cached, logprobs))
+            logprobs: tuple[TokenLogprob, ...] = ()
+            if entry.logprobs:
+                logprobs, entry.logprobs = tuple(entry.logprobs), []
+            end = Finish(finish) if finish else Finish.NONE
+            entry.deliver(Chunk(text, new, end, len(entry.ids), cached, logprobs))
 
     @on(Logprobs)
     def logprobs(self, m: Logprobs) -> None:
