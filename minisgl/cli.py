@@ -128,6 +128,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how the model writes thoughts; auto: as its chat template shows",
     )
+    server.add_argument(
+        "--num-tokenizers",
+        type=int,
+        metavar="N",
+        default=d.num_tokenizers,
+        help="tokenizer processes: with more than one, short prompts do not wait for long ones (%(default)s)",
+    )
 
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
@@ -167,5 +174,6 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
         max_queued_tokens=args.max_queued_tokens,
         tool_call_parser=calls,
         reasoning_parser=thoughts,
+        num_tokenizers=args.num_tokenizers,
     )
     return Config(model, engine_config(vars(args)), server)

@@ -168,6 +168,12 @@ class ServerConfig:
     max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
     tool_call_parser: str = ""  # how the model writes calls of tools: "hermes" | "llama3" | "mistral", "" not at all
     reasoning_parser: str = ""  # how it writes thoughts: "qwen3" | "deepseek_r1", "" not at all
+    num_tokenizers: int = 1  # tokenizer processes: a prompt goes to the one with the least to do
+
+    def __post_init__(self) -> None:
+        """Raises UserError naming the flag."""
+        if not 1 <= self.num_tokenizers <= 64:
+            raise UserError(f"--num-tokenizers must be between 1 and 64, got {self.num_tokenizers}")
 
 
 @dataclass(frozen=True, slots=True)

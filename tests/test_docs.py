@@ -60,7 +60,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     shared, fds = arenas.create_arenas(config)
     system = LocalSystem(3)
     gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))
-    system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts)))
+    system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts[0])))
     system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
     system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
     system.spawn("worker0", lambda ctx: WorkerActor(ctx, 0, shared, lambda: OracleRunner(config, 32)))

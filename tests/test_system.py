@@ -205,11 +205,11 @@ class ServerProcess:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_six_named_processes_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
-    server = ServerProcess(tmp_path, "--tp", "2")
+def test_a_signal_ends_the_seven_named_processes_within_five_seconds(tmp_path: Path, number: signal.Signals) -> None:
+    server = ServerProcess(tmp_path, "--tp", "2", "--num-tokenizers", "2")
     children = server.children()
     named = {name for name in children if name.startswith("minisgl::")}
-    assert named == {f"minisgl::{n}" for n in ("tokenizer", "detokenizer", "scheduler", "worker0", "worker1")}
+    assert named == {f"minisgl::{n}" for n in ("tokenizer", "tokenizer1", "detokenizer", "scheduler", "worker0", "worker1")}
     assert Path(f"/proc/{server.proc.pid}/cmdline").read_bytes().startswith(b"minisgl::api")
     assert len(list(tmp_path.iterdir())) == 1
     start = time.monotonic()

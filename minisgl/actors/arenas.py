@@ -3,7 +3,7 @@
 arena     writer      readers       holds
 plans     scheduler   worker 0..N-1 StepPlan records
 results   worker 0    scheduler     StepResult records
-prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized
+prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized; one ring for each tokenizer
 requests  api         scheduler     token ids to continue, i32, announced by Generate
 board     everybody   api           one status line per process
 """
@@ -28,14 +28,19 @@ class Arenas:
 
     plans: RingSpec
     results: RingSpec
-    prompts: RingSpec
+    prompts: tuple[RingSpec, ...]  # of each tokenizer
     requests: RingSpec
     board: BoardSpec
 
 
-def actor_names(tp: int) -> tuple[str, ...]:
+def tokenizer_names(n: int) -> tuple[str, ...]:
+    """The first has no number: mostly it is the only one."""
+    return ("tokenizer", *(f"tokenizer{i}" for i in range(1, n)))
+
+
+def actor_names(tp: int, tokenizers: int = 1) -> tuple[str, ...]:
     """The processes of a run besides api, in the order in which they are started."""
-    return ("tokenizer", "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
+    return (*tokenizer_names(tokenizers), "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
 
 
 def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
@@ -50,10 +55,13 @@ def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
     result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
     plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
     results, fd_results = create_ring("results", 1, _MIB + 2 * engine.lag * result)
-    prompts, fd_prompts = create_ring("prompts", 1, max(16 * _MIB, 3 * longest))
+    prompts, fds_prompts = zip(
+        *(create_ring(name, 1, max(16 * _MIB, 3 * longest)) for name in tokenizer_names(config.server.num_tokenizers)),
+        strict=True,
+    )
     requests, fd_requests = create_ring("requests", 1, max(16 * _MIB, 3 * longest))
-    board, fd_board = create_board(("api", *actor_names(engine.tp)))
-    return Arenas(plans, results, prompts, requests, board), [fd_plans, fd_results, fd_prompts, fd_requests, fd_board]
+    board, fd_board = create_board(("api", *actor_names(engine.tp, config.server.num_tokenizers)))
+    return Arenas(plans, results, prompts, requests, board), [fd_plans, fd_results, *fds_prompts, fd_requests, fd_board]
 
 
 def close_arenas(fds: list[int]) -> None:

@@ -13,13 +13,13 @@ from minisgl.config import Config
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
 
-def make_tokenizer(ctx: Context, config: Config, arenas: Arenas) -> Actor:
-    """Runs in the tokenizer process."""
+def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0) -> Actor:
+    """Runs in tokenizer process `index`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one prompt at a time: threads would only contend with the workers
     from minisgl.actors.ring import RingWriter
     from minisgl.actors.tokenizer import TokenizerActor
 
-    return TokenizerActor(ctx, config, RingWriter(arenas.prompts))
+    return TokenizerActor(ctx, config, RingWriter(arenas.prompts[index]))
 
 
 def make_detokenizer(ctx: Context, config: Config) -> Actor:

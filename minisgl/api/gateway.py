@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas, actor_names
+from minisgl.actors.arenas import Arenas, actor_names, tokenizer_names
 from minisgl.actors.board import Board
 from minisgl.actors.messages import (
     ActorDied,
@@ -70,24 +70,37 @@ class Entry:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that the next Text brings
 
 
+@dataclass(slots=True, eq=False)
+class _Tokenizer:
+    """A tokenizer as its clients see it."""
+
+    name: str
+    ring: RingReader
+    load: int = 0  # characters that it has not answered yet
+
+
 class Gateway(Actor):
     """See the module's docstring; implements the `Engine` protocol of minisgl.api.requests."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
+        tokenizers = config.server.num_tokenizers
         self.config = config
         self.num_pages = 0
         self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
         self.died: ActorDied | None = None
         self.stats: dict[str, int] = {}  # the scheduler's, at most a second old while it works
         self._state = "starting"
-        self._prompts = RingReader(arenas.prompts)
+        self._tokenizers = [
+            _Tokenizer(n, RingReader(a)) for n, a in zip(tokenizer_names(tokenizers), arenas.prompts, strict=True)
+        ]
+        self._tokenizing: dict[int, tuple[_Tokenizer, int]] = {}  # who was asked, and to read how many characters
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
         self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
         self._last_uid = 0
-        self._silent = set(actor_names(config.engine.tp))  # actors that have not said Hello
+        self._silent = set(actor_names(config.engine.tp, tokenizers))  # actors that have not said Hello
         self._stopped: set[str] = set()
 
     # ---------------- the Engine protocol
@@ -125,13 +138,16 @@ class Gateway(Actor):
                 f"more than {size // _CHARS_PER_TOKEN}",
                 f"{size} characters in the {entry.source}",
             )
+        to = min(self._tokenizers, key=lambda t: t.load)
         try:
             if isinstance(prompt, TextPrompt):
-                self.ctx.send("tokenizer", Tokenize(entry.uid, prompt.text, None, prompt.add_special))
+                self.ctx.send(to.name, Tokenize(entry.uid, prompt.text, None, prompt.add_special))
             else:
-                self.ctx.send("tokenizer", Tokenize(entry.uid, None, prompt.payload, False))
+                self.ctx.send(to.name, Tokenize(entry.uid, None, prompt.payload, False))
         except UnicodeEncodeError as e:
             raise InvalidParam(entry.source, f"{entry.source} holds half of a surrogate pair, which is not text.") from e
+        self._tokenizing[entry.uid] = to, size
+        to.load += size
         self._ledger[entry.uid] = entry
         return entry.uid
 
@@ -223,9 +239,11 @@ class Gateway(Actor):
     # ---------------- from the actors
     @on(Tokenized)
     def tokenized(self, m: Tokenized) -> None:
-        ids = np.frombuffer(self._prompts.take_now(), np.int32)
-        if self._prompts.starved():
-            self.ctx.send("tokenizer", Wake())
+        by, size = self._tokenizing.pop(m.uid)
+        by.load -= size
+        ids = np.frombuffer(by.ring.take_now(), np.int32)
+        if by.ring.starved():
+            self.ctx.send(by.name, Wake())
         entry = self._ledger.get(m.uid)
         if entry is None:  # its client has left meanwhile
             return
@@ -282,6 +300,8 @@ class Gateway(Actor):
 
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
+        if (asked := self._tokenizing.pop(m.uid, None)) is not None:
+            asked[0].load -= asked[1]
         entry = self._ledger.get(m.uid)
         if entry is not None:
             kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import zmq
 
 from minisgl.actors import topology
-from minisgl.actors.arenas import Arenas, actor_names, close_arenas, create_arenas
+from minisgl.actors.arenas import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
 from minisgl.actors.messages import Stop
 from minisgl.actors.process import ZmqContext
 from minisgl.actors.supervisor import Supervisor, make_run_dir
@@ -49,7 +49,8 @@ class System:
         for rank in range(tp):  # the workers first: they take longest to start
             spawn(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
         spawn("scheduler", topology.make_scheduler, self.config, arenas)
-        spawn("tokenizer", topology.make_tokenizer, self.config, arenas)
+        for i, name in enumerate(tokenizer_names(self.config.server.num_tokenizers)):
+            spawn(name, topology.make_tokenizer, self.config, arenas, i)
         spawn("detokenizer", topology.make_detokenizer, self.config)
 
     # ---------------- driving
@@ -94,7 +95,7 @@ class System:
         self.gateway.end()
         try:
             if was_ready:  # otherwise a worker may be inside a long load and hears nothing
-                for name in actor_names(0):
+                for name in actor_names(0, self.config.server.num_tokenizers):
                     self.ctx.send(name, Stop("shutdown"))
                 self.supervisor.join(_LEAVE_SECONDS, self.pump)
         finally:
