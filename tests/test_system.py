@@ -172,7 +172,7 @@ from minisgl import serve
 from minisgl.actors import topology
 from minisgl.api import system
 real = system.System
-system.System = lambda config: real(config, topology.make_oracle_worker)
+system.System = lambda config, _: real(config, topology.make_oracle_worker)
 sys.exit(serve.run(sys.argv[1:]))
 """
 

@@ -1,0 +1,163 @@
+"""Clients of other people, unmodified, against the embedded model.
+
+    .venv/bin/python scripts/acceptance/run.py [CLIENT ...]
+
+For each client: a virtual environment of its own under ~/.cache/minisgl-acceptance (made once), the client from PyPI in it,
+then use_<client>.py of this directory there, with the server's address in MINISGL_URL.  One line per client: its version, what
+was seen, or the end of its output where it failed.  Exit code 1 if one failed.  Needs the network, so it is not part of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minisgl-acceptance"
+CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names the version
+    "curl": (),
+    "openai": ("openai",),
+    "langchain": ("langchain-openai",),
+    "llm": ("llm",),
+    "litellm": ("litellm",),
+    "lm_eval": ("lm_eval[api]", "transformers"),
+    "guidellm": ("guidellm",),
+    "schemathesis": ("schemathesis",),
+}
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server with the embedded model."""
+    command = [sys.executable, "-m", "minisgl", "--port", "0", "--kv-tokens", "32768"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            ready = next(line for line in process.stderr if line.startswith("ready"))
+            yield ready.split()[4].removesuffix("/v1")
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def python_of(client: str) -> str:
+    """The interpreter of a client's environment, which is made if it is not there."""
+    if not CLIENTS[client]:
+        return sys.executable
+    home = CACHE / client
+    python = home / "bin" / "python"
+    if not (home / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *CLIENTS[client]], check=True)
+        (home / "installed").touch()
+    return str(python)
+
+
+def version_of(client: str, python: str) -> str:
+    if not CLIENTS[client]:
+        return ""
+    name = CLIENTS[client][0].split("[")[0]
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The embedded model's tokenizer in Hugging Face's layout, for clients that count tokens themselves."""
+    from minisgl.model import gguf_tokenizer
+    from minisgl.model.gguf_file import GGUFFile
+    from minisgl.model.resolve import embedded_model
+
+    path = embedded_model()
+    gguf_tokenizer.build(GGUFFile.open(path).fields, path).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def check_scores(told: dict[str, Any]) -> str:
+    """lm-evaluation-harness's log likelihoods and answers through the server, against transformers on the same items."""
+    sys.path.insert(0, str(HERE.parent))
+    import torch
+    from reference import greedy, load_transformers
+
+    from minisgl.model.resolve import resolve
+    from minisgl.model.tokenizer import load_tokenizer
+
+    spec = resolve(None)
+    model, tokenizer = load_transformers(spec, 2), load_tokenizer(spec)
+    worst = 0.0
+    for context, continuation, logprob, is_greedy in told["loglikelihood"]:
+        start = len(tokenizer.encode(context, False))
+        ids = torch.tensor(tokenizer.encode(context + continuation, False).tolist())
+        with torch.inference_mode():
+            rows = torch.log_softmax(model(ids[None]).logits[0, start - 1 : -1], -1)
+        own = float(rows.gather(1, ids[start:, None]).sum())
+        worst = max(worst, abs(own - logprob))
+        assert bool((rows.argmax(-1) == ids[start:]).all()) == bool(is_greedy), (context, continuation)
+    assert math.isfinite(worst), worst
+    assert worst < 0.01, worst
+    for prompt, stops, text in told["generate"]:
+        out = greedy(model, [tokenizer.encode(prompt, False).tolist()], 24)[0]
+        whole = tokenizer.decode(out, True)
+        cut = min((whole.find(s) for s in stops if s in whole), default=len(whole))
+        assert text == whole[:cut], (prompt, text, whole)
+    return (
+        f"against transformers: {len(told['loglikelihood'])} log likelihoods differ by at most {worst:.1e}, "
+        f"{len(told['generate'])} answers are equal"
+    )
+
+
+def run(client: str, url: str, tokenizer: Path) -> tuple[bool, str]:
+    """(whether it passed, what was seen)"""
+    start = time.monotonic()
+    try:
+        python = python_of(client)
+        version = version_of(client, python)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        env |= {
+            "MINISGL_URL": url,
+            "MINISGL_TOKENIZER": str(tokenizer),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with tempfile.TemporaryDirectory() as home:
+            command = [python, str(HERE / f"use_{client}.py")]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, cwd=home, check=False)
+        if done.returncode:
+            return False, f"{client} {version}: FAILED: {(done.stdout + done.stderr)[-1500:]}"
+        seen = done.stdout.strip().splitlines()[-1]
+        if client == "lm_eval":
+            seen = check_scores(json.loads(seen))
+    except (subprocess.SubprocessError, AssertionError, IndexError) as e:
+        return False, f"{client}: FAILED: {type(e).__name__}: {e}"
+    return True, f"{client} {version}: passed: {seen} ({time.monotonic() - start:.0f} s)"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)}; default: all")
+    clients = parser.parse_args().clients or list(CLIENTS)
+    if unknown := set(clients) - set(CLIENTS):
+        parser.error(f"unknown client {', '.join(sorted(unknown))}")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, server() as url:
+        save_tokenizer(Path(folder))
+        for client in clients:
+            passed, line = run(client, url, Path(folder))
+            failed += not passed
+            print(line, flush=True)
+    print(f"{len(clients) - failed} of {len(clients)} clients passed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
