@@ -108,6 +108,7 @@ class _Server:
         from aiohttp import web
 
         from minisgl.api.batch import BatchServer
+        from minisgl.api.door import Door
         from minisgl.api.server import RUN_KWARGS, build_app
         from minisgl.api.system import System
 
@@ -125,11 +126,15 @@ class _Server:
                 build_app(self.system.gateway, batch.address), access_log=None, shutdown_timeout=1.0, **RUN_KWARGS
             )
             await runner.setup()
-            await web.SockSite(runner, self.sock).start()
+            make = runner.server
+            if make is None:
+                raise RuntimeError("the runner has been set up")
+            door = await loop.create_server(lambda: Door(make), sock=self.sock, backlog=1024)
             self.pump()
             await self.done.wait()
             await self.drain()
             batch.close()
+            door.close()
             await runner.cleanup()
         finally:
             for fd in self.watched:

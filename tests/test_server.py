@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from test_openai_validation import FIELDS, JSON
 
 from minisgl import __version__
 from minisgl.api import serving
+from minisgl.api.door import Door
 from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.server import RUN_KWARGS, build_app
 from minisgl.api.stream import generate, generate_all
@@ -126,19 +128,23 @@ class FakeEngine:
 class Server:
     """The application as the product runs it, on a port of the kernel's choice."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, header_seconds: float = 30.0) -> None:
+        self._seconds = header_seconds
         self._runner = web.AppRunner(build_app(engine, batch_socket="ipc://somewhere"), **RUN_KWARGS)
         self.port = 0
 
     async def start(self) -> None:
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.port = self._runner.addresses[0][1]
+        assert self._runner.server is not None
+        make = functools.partial(Door, self._runner.server, self._seconds)
+        self._door = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        self.port = self._door.sockets[0].getsockname()[1]
 
     def make_url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
     async def close(self) -> None:
+        self._door.close()
         await self._runner.cleanup()
 
 
@@ -797,6 +803,36 @@ def test_an_http_1_0_client_reads_its_stream_until_the_connection_ends() -> None
         assert b"chunked" not in head.lower()
         assert body.startswith(b"data: {")
         assert body.endswith(b"data: [DONE]\n\n")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nHost: t\r\n"])
+def test_whoever_does_not_finish_the_headers_of_a_request_is_shown_out(said: bytes) -> None:
+    async def main() -> None:
+        http = Server(FakeEngine(), header_seconds=0.05)
+        await http.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        writer.write(said)
+        head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"]["code"] == "request_timeout"
+        await http.close()
+
+    asyncio.run(main())
+
+
+def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays() -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        for _ in range(2):
+            for byte in b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n":
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+            assert await reader.readuntil(b"}") == b'{"status": "ready"}'
+        writer.close()
 
     play(scene)
 

@@ -4,7 +4,8 @@
 
 For each client: a virtual environment of its own under ~/.cache/minisgl-acceptance (made once), the client from PyPI in it,
 then use_<client>.py of this directory there, with the server's address in MINISGL_URL.  One line per client: its version, what
-was seen, or the end of its output where it failed.  Exit code 1 if one failed.  Needs the network, so it is not part of the tests.
+was seen, or the end of its output where it failed.  Exit code 1 if one failed.  Needs the network,
+so it is not part of the tests.
 """
 
 from __future__ import annotations

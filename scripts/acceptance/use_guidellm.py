@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-command = [Path(sys.executable).with_name("guidellm"), "benchmark", "run", "--target", os.environ["MINISGL_URL"]]
-command += ["--profile", "synchronous", "--max-requests", "4", "--data", "prompt_tokens=32,output_tokens=8"]
-command += ["--processor", os.environ["MINISGL_TOKENIZER"], "--output-path", "out.json"]
+url, tokenizer = os.environ["MINISGL_URL"], os.environ["MINISGL_TOKENIZER"]
+command = [Path(sys.executable).with_name("guidellm"), "run", "--backend", f"kind=openai_http,target={url}"]
+command += ["--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=4", "--disable-progress"]
+command += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8", "--output", "kind=json,path=out.json"]
+command += ["--tokenizer", f"kind=huggingface_auto,model={tokenizer}"]
 done = subprocess.run(command, capture_output=True, text=True, check=False)
 assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 totals = json.loads(Path("out.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]

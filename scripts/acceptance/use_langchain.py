@@ -14,10 +14,10 @@ assert "Paris" in "".join(p.content for p in parts)
 assert any(p.usage_metadata for p in parts)
 assert len(chat.batch(["Say one.", "Say two."])) == 2
 assert OpenAI(base_url=url, api_key="none", model="SmolLM2-135M-Instruct", temperature=0, max_tokens=4).invoke("One, two,")
+refused = ""
 try:
     chat.invoke("word " * 20_000)
 except Exception as e:
-    assert "context" in type(e).__name__.lower() or "context_length_exceeded" in str(e), e
-else:
-    raise AssertionError("a prompt of 20,000 words was not refused")
+    refused = f"{type(e).__name__}: {e}"
+assert "context_length_exceeded" in refused, refused
 print("invoke, stream with usage, batch, completions, overflow recognised")

@@ -24,12 +24,13 @@ folder = Path.cwd()
 (folder / "say.json").write_text("\n".join(json.dumps({"q": q, "a": "x"}) for q in SAY))
 (folder / "choice.yaml").write_text(
     HEAD.format("our_choice", folder / "choice.json")
-    + "output_type: multiple_choice\ntarget_delimiter: ''\ndoc_to_choice: '{{c}}'\ndoc_to_target: a\nmetric_list:\n  - metric: acc\n"
+    + "output_type: multiple_choice\ntarget_delimiter: ''\ndoc_to_choice: '{{c}}'\ndoc_to_target: a\n"
+    + "metric_list:\n  - metric: acc\n"
 )
 (folder / "say.yaml").write_text(
     HEAD.format("our_say", folder / "say.json")
-    + "output_type: generate_until\ndoc_to_target: a\ngeneration_kwargs:\n  until: ['\\n\\n', ' Saturday']\n  max_gen_toks: 24\n"
-    + "  do_sample: false\n  temperature: 0\nmetric_list:\n  - metric: exact_match\n"
+    + "output_type: generate_until\ndoc_to_target: a\ngeneration_kwargs:\n  until: ['\\n\\n', ' Saturday']\n"
+    + "  max_gen_toks: 24\n  do_sample: false\n  temperature: 0\nmetric_list:\n  - metric: exact_match\n"
 )
 settings = {
     "model": "SmolLM2-135M-Instruct",
