@@ -87,6 +87,37 @@ def test_the_window_scheme_agrees_with_the_table(text: str) -> None:
     assert pieces(window, ids) == pieces(ByteStream(BYTES, frozenset()), ids) == text
 
 
+PLANES = st.integers(0, 16).flatmap(
+    lambda p: st.characters(codec="utf-8", min_codepoint=p << 16, max_codepoint=(p << 16) + 0xFFFF)
+)
+
+
+@given(
+    letters=st.lists(PLANES, min_size=1, max_size=12),
+    cuts=st.sets(st.integers(1, 48)),
+    stop=st.tuples(*[st.integers(0, 11)] * 2),
+)
+def test_text_of_every_plane_streams_in_every_split_and_no_part_of_a_stop_string_gets_out(
+    letters: list[str], cuts: set[int], stop: tuple[int, int]
+) -> None:
+    text, wanted = "".join(letters), "".join(letters[min(stop) : max(stop) + 1])
+    data = text.encode()
+    ends = sorted({c for c in cuts if c < len(data)} | {len(data)})
+    tokens = [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    state, shown = ByteStream(tokens, frozenset()), ""
+    for i in range(len(tokens)):
+        shown += state.push(i)
+        assert shown == b"".join(tokens[: i + 1]).decode("utf-8", "ignore"), "neither half a character nor less than there is"
+    assert shown + state.flush() == text
+    whole, found = reference(text, [wanted] if wanted else [])
+    state, matcher, told = ByteStream(tokens, frozenset()), StopMatcher([wanted]), ""
+    for i in range(len(tokens)):
+        told += matcher.feed(state.push(i))[0]
+        assert whole.startswith(told)
+    rest, matched = matcher.flush()
+    assert (told + rest, matched) == (whole, found)
+
+
 @given(data=st.lists(st.binary(max_size=6), max_size=10))
 @example(data=[b"\xf0\x9f", b"\x98", b"\x80"])
 @example(data=[b"\xe2\x82", b"\xe2\x82\xac", b"\xff\xed\xa0", b"\x80"])
