@@ -16,8 +16,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
-from typing import Any
 
 from minisgl import __version__
 from minisgl.actors import topology
@@ -54,16 +52,7 @@ def run(argv: list[str]) -> int:
         spec = resolve(args.model, args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
-        return run_loop(_Server(config, sock, start).main())
-
-
-def run_loop(main: Coroutine[Any, Any, int]) -> int:
-    """asyncio.run, on uvloop where it is installed (the extra `fast`)."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return int(uvloop.run(main))
+        return asyncio.run(_Server(config, sock, start).main())
 
 
 def bind(host: str, port: int) -> socket.socket:

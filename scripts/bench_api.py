@@ -46,14 +46,16 @@ def serve(rate: float, tokenizers: int) -> int:
 
     from minisgl.config import Config, EngineConfig, ServerConfig
     from minisgl.model.resolve import resolve
-    from minisgl.serve import _Server, bind, run_loop
+    from minisgl.serve import _Server, bind
 
     model = replace(resolve(None), max_context=65_536)
     engine = EngineConfig(max_running=512, step_tokens=8192, kv_tokens=4_000_000, page_size=64)
     config = Config(model, engine, ServerConfig(max_open_requests=8192, num_tokenizers=tokenizers))
     with bind("127.0.0.1", 0) as sock:
         print(sock.getsockname()[1], flush=True)
-        return run_loop(_Server(config, sock, time.monotonic(), functools.partial(fast_worker.make_worker, rate=rate)).main())
+        return asyncio.run(
+            _Server(config, sock, time.monotonic(), functools.partial(fast_worker.make_worker, rate=rate)).main()
+        )
 
 
 class Server:
