@@ -40,6 +40,8 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
 
+MIN_KEY_CHARS = 16
+
 # A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
 GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
 
@@ -116,6 +118,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         default=d.max_queued_tokens,
         help="prompt tokens of waiting requests; more are answered 429 (%(default)s)",
     )
+    server.add_argument("--strict", action="store_true", help="refuse unknown fields of a request; default: report them")
+    server.add_argument("--any-model-name", action="store_true", help="serve requests for whatever model they name")
+    server.add_argument("--data-dir", metavar="DIR", default=d.data_dir, help="keep /v1/files and /v1/batches here; default: off")
+    server.add_argument("--api-key-file", metavar="FILE", help="keys, one a line: a request must bring one; default: none")
 
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
@@ -136,6 +142,20 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**chosen)
 
 
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """The keys in a file, one a line.  A key is never an argument: everybody may read those.  Raises UserError."""
+    if path is None:
+        return ()
+    try:
+        with open(path, encoding="utf-8") as f:
+            keys = tuple(line.strip() for line in f if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--api-key-file {path}: cannot read it: {e}") from e
+    if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
+        raise UserError(f"--api-key-file {path}: it must hold keys of at least {MIN_KEY_CHARS} characters, one a line")
+    return keys
+
+
 def config_from(args: argparse.Namespace, model: ModelSpec) -> Config:
     """The whole Config of a server.  Raises UserError naming the flag."""
     server = ServerConfig(
@@ -146,5 +166,9 @@ def config_from(args: argparse.Namespace, model: ModelSpec) -> Config:
         max_open_requests=args.max_open_requests,
         max_queue=args.max_queue,
         max_queued_tokens=args.max_queued_tokens,
+        strict=args.strict,
+        any_model_name=args.any_model_name,
+        data_dir=args.data_dir,
+        api_keys=read_keys(args.api_key_file),
     )
     return Config(model, engine_config(vars(args)), server)

@@ -166,6 +166,10 @@ class ServerConfig:
     max_open_requests: int = 4096  # admission bound: more are answered 429
     max_queue: int = 2048  # requests waiting to be started: more are answered 429; 0 = no bound
     max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
+    strict: bool = False  # unknown fields of a request are refused instead of reported
+    any_model_name: bool = False  # `model` may be anything
+    data_dir: str = ""  # where files and batches are kept; "": there are none
+    api_keys: tuple[str, ...] = ()  # one of them must come with every request; none: everybody may ask
 
 
 @dataclass(frozen=True, slots=True)

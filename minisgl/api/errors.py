@@ -67,11 +67,6 @@ def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
     return RequestError(f"{e.reason}.", status=e.status, kind=kind)
 
 
-def body_too_large(limit: int) -> RequestError:
-    """413."""
-    return RequestError(f"The request body is larger than {limit} bytes.", status=413, code="body_too_large")
-
-
 def _unknown_path(request: web.Request) -> str:
     paths = _paths(request.app)
     near = difflib.get_close_matches(request.path[:200], paths, n=3, cutoff=0.5) or paths

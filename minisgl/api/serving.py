@@ -50,7 +50,7 @@ def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | Completion
 
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
-    _check_size(engine, request)
+    check_size(engine, request)
     prompts, params = _choices(request)
     wanted = request.params.logprobs
     results = [Result(logprobs=None if wanted is None else []) for _ in prompts]
@@ -76,7 +76,7 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     Raises RequestError as long as nothing was yielded, so that it can still become an HTTP status; later failures are told
     inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
     """
-    _check_size(engine, request)
+    check_size(engine, request)
     prompts, params = _choices(request)
     render = EventStream(
         _head(request),
@@ -125,7 +125,7 @@ def internal_error() -> RequestError:
     return RequestError(text, status=500, kind="server_error", code="internal_error")
 
 
-def _check_size(engine: Engine, request: GenerationRequest) -> None:
+def check_size(engine: Engine, request: GenerationRequest) -> None:
     """More prompts than the server ever admits would be told to try again, for ever."""
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
@@ -154,7 +154,17 @@ def _head(request: GenerationRequest) -> Head:
 # ---------------- about the server
 def served_names(config: Config) -> tuple[str, ...]:
     """The values of `model` that are accepted; answers report the first."""
-    return config.server.served_names or (config.model.name,)
+    names = config.server.served_names or (config.model.name,)
+    return AnyName(names) if config.server.any_model_name else names
+
+
+class AnyName(tuple[str, ...]):
+    """Names that have every other among them (--any-model-name)."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
 
 
 def list_models(config: Config) -> dict[str, Any]:
