@@ -120,7 +120,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument("--strict", action="store_true", help="refuse unknown fields of a request; default: report them")
     server.add_argument("--any-model-name", action="store_true", help="serve requests for whatever model they name")
-    server.add_argument("--data-dir", metavar="DIR", default=d.data_dir, help="keep /v1/files and /v1/batches here; default: off")
+    server.add_argument(
+        "--data-dir", metavar="DIR", default=d.data_dir, help="keep /v1/files and /v1/batches here; default: off"
+    )
     server.add_argument("--api-key-file", metavar="FILE", help="keys, one a line: a request must bring one; default: none")
 
 

@@ -50,7 +50,7 @@ from minisgl.actors.messages import (
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError, context_overflow
+from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
@@ -166,13 +166,7 @@ class Gateway(Actor):
 
     def _check_open(self) -> None:
         if self._state == "starting":
-            raise RequestError(
-                "The model is still being loaded; try again in a moment.",
-                status=503,
-                kind="server_error",
-                code="model_loading",
-                retry_after=2,
-            )
+            raise model_loading()
         if self._state != "ready":
             raise RequestError(
                 "The server is shutting down.", status=503, kind="server_error", code="server_draining", retry_after=5

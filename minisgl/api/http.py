@@ -23,7 +23,7 @@ _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 
 
 async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
-    """The JSON object of a request's body.  Raises RequestError for what is not plain JSON, larger than `limit`, or too slow."""
+    """The JSON object of a body.  Raises RequestError for what is not plain JSON, larger than `limit` bytes, or too slow."""
     if request.content_type != "application/json":
         raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
     check_encoding(request)

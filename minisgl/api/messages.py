@@ -15,7 +15,7 @@ from minisgl.api.answers import Result
 from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.http import sse
-from minisgl.api.native import ask
+from minisgl.api.native import ids_of
 from minisgl.api.openai import CHAT_USED, ChatRequest, parse_chat, refuse_unsupported, served_model, unknown_fields
 from minisgl.api.requests import Chunk, Engine
 from minisgl.api.serving import served_names
@@ -59,7 +59,7 @@ class MessageRequest:
     ignored: tuple[str, ...]
 
 
-def parse_messages(body: Mapping[str, Any], served: Sequence[str]) -> MessageRequest:
+def parse_messages(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any]) -> MessageRequest:
     """Check the body of POST /v1/messages.  Raises RequestError: 400, or 404 for the model."""
     fields = Fields(body)
     refuse_unsupported(body, MESSAGE_UNSUPPORTED)
@@ -72,7 +72,7 @@ def parse_messages(body: Mapping[str, Any], served: Sequence[str]) -> MessageReq
     if not all(isinstance(s, str) for s in stops):
         raise wrong_type("stop_sequences", "an array of strings", next(s for s in stops if not isinstance(s, str)))
     try:
-        parsed = parse_chat({**chat, "stop": stops}, served)
+        parsed = parse_chat({**chat, "stop": stops}, served, defaults)
     except InvalidParam as e:
         raise InvalidParam("stop_sequences", e.message, e.code or "") if e.param == "stop" else e from None
     return MessageRequest(parsed, tuple(stops), unknown_fields(body, MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS))
@@ -130,7 +130,7 @@ async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[st
     refuse_unsupported(body, MESSAGE_UNSUPPORTED)
     kwargs = body.get("chat_template_kwargs")
     prompt = chat_prompt({"messages": _conversation(body), "chat_template_kwargs": kwargs})
-    tokens = await ask(engine, lambda take: engine.tokenize(prompt, take))
+    tokens = await ids_of(engine, prompt)
     known = MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS
     return {"input_tokens": len(tokens)}, unknown_fields(body, known)
 

@@ -77,6 +77,7 @@ class Metered:
 
         def count(item: Chunk | RequestError) -> None:
             nonlocal last
+            deliver(item)
             now = time.monotonic()
             if isinstance(item, RequestError):
                 metrics.finished["timeout" if item.code == "timeout" else "error"] += 1
@@ -95,7 +96,6 @@ class Metered:
                     metrics.finished[item.finish.reason or "abort"] += 1
                     metrics.e2e.observe(now - began)
                     self._open.discard(uid)
-            deliver(item)
 
         uid = self._engine.open(prompt, params, count, options)
         self._open.add(uid)

@@ -18,8 +18,8 @@ from minisgl.api.answers import DONE, error_event
 from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.http import sse
-from minisgl.api.openai import GenerationRequest, served_model, text_prompts, unknown_fields
-from minisgl.api.requests import Chunk, Engine, TextPrompt, TokenLogprob
+from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, served_model, text_prompts, unknown_fields
+from minisgl.api.requests import ChatPrompt, Chunk, Engine, TakeIds, TakeText, TextPrompt, TokenLogprob
 from minisgl.api.sampling import options, sampling, token_ids
 from minisgl.api.serving import check_size, internal_error, log, served_names
 from minisgl.api.stream import generate_all
@@ -82,6 +82,15 @@ async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None
     return answer
 
 
+async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+    """The token ids of a prompt.  Raises RequestError."""
+
+    def start(take: TakeIds) -> int:
+        return engine.tokenize(prompt, take)
+
+    return await ask(engine, start)
+
+
 async def tokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """POST /tokenize: `prompt`, a text or several, or `messages`.  Returns the answer and the names of unknown fields."""
     fields = Fields(body)
@@ -91,17 +100,18 @@ async def tokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, A
     unknown = unknown_fields(body, TOKENIZE_FIELDS)
     tokens: Any
     if body.get("messages") is not None:
-        prompt = chat_prompt(body)
-        tokens = await ask(engine, lambda take: engine.tokenize(prompt, take))
+        tokens = await ids_of(engine, chat_prompt(body))
         count = len(tokens)
     else:
-        texts = body["prompt"]
+        given = body["prompt"]
         add_special = fields.boolean("add_special_tokens", True)
-        several = isinstance(texts, list)
-        if not isinstance(texts, str | list) or (several and not all(isinstance(t, str) for t in texts)):
-            raise wrong_type("prompt", "a string or an array of strings", texts)
-        prompts = [TextPrompt(t, add_special) for t in (texts if several else [texts])]
-        lists = [await ask(engine, lambda take, p=p: engine.tokenize(p, take)) for p in prompts]  # type: ignore[misc]
+        several = isinstance(given, list)
+        texts: list[Any] = given if isinstance(given, list) else [given]
+        if not all(isinstance(t, str) for t in texts):
+            raise wrong_type("prompt", "a string or an array of strings", given)
+        if len(texts) > MAX_PROMPTS:
+            raise InvalidParam("prompt", f"prompt holds {len(texts)} texts; one request may have {MAX_PROMPTS}.")
+        lists = [await ids_of(engine, TextPrompt(t, add_special)) for t in texts]
         tokens, count = (lists if several else lists[0]), sum(map(len, lists))
     return {"tokens": tokens, "count": count, "max_model_len": engine.config.max_context}, unknown
 
@@ -114,8 +124,11 @@ async def detokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str,
     if given is None:
         raise InvalidParam("tokens", "tokens is required.", "missing_required_parameter")
     ids, skip = token_ids("tokens", given), fields.boolean("skip_special_tokens")
-    text = await ask(engine, lambda take: engine.detokenize(ids, skip, take))
-    return {"prompt": text}, unknown_fields(body, DETOKENIZE_FIELDS)
+
+    def start(take: TakeText) -> int:
+        return engine.detokenize(ids, skip, take)
+
+    return {"prompt": await ask(engine, start)}, unknown_fields(body, DETOKENIZE_FIELDS)
 
 
 # ---------------- /generate
@@ -131,7 +144,7 @@ class NativeRequest(GenerationRequest):
     rid: str
 
 
-def parse_generate(body: Mapping[str, Any], served: tuple[str, ...]) -> NativeRequest:
+def parse_generate(body: Mapping[str, Any], served: tuple[str, ...], defaults: Mapping[str, Any]) -> NativeRequest:
     """Check the body of POST /generate.  Raises RequestError."""
     fields = Fields(body)
     model = served_model(fields, served)
@@ -156,7 +169,7 @@ def parse_generate(body: Mapping[str, Any], served: tuple[str, ...]) -> NativeRe
         raise InvalidParam("logprob_start_len", "the prompt is not scored in a stream; leave one of the two out.")
     top = (fields.integer("top_logprobs_num", 0, MAX_LOGPROBS) or 0) if wanted else None
     names = {_RENAMED.get(k, k): v for k, v in inner.items()}
-    params = sampling(Fields(names), GENERATE_TOKENS, logprobs=top, echo=scored or None)
+    params = sampling(Fields(names), GENERATE_TOKENS, defaults, logprobs=top, echo=scored or None)
     ignored = tuple(f"sampling_params.{k}" for k, v in inner.items() if k not in SAMPLING_FIELDS and v is not None)
     return NativeRequest(
         model=model,
@@ -205,7 +218,9 @@ class _Answer:
             "cached_tokens": last.cached_tokens,
             "e2e_latency": round(time.monotonic() - self.began, 6),
         }
-        text, ids, told = (self.text, self.ids, self.logprobs) if chunk is None else (chunk.text, chunk.token_ids, chunk.logprobs)
+        text, ids, told = (
+            (self.text, self.ids, self.logprobs) if chunk is None else (chunk.text, chunk.token_ids, chunk.logprobs)
+        )
         if self.request.top is not None:
             text = self._add_logprobs(meta, text, list(told), last.prompt_tokens if self.request.scored else 0)
         out = {"text": text, "output_ids": list(ids), "meta_info": meta}

@@ -84,8 +84,14 @@ class Engine(Protocol):
     """The ledger of open requests, as its callers see it."""
 
     config: Config
-    stats: dict[str, int]  # of the scheduler, by name; at most a second old while it works
-    tokenizer_info: dict[str, Any]  # what the tokenizer says of itself; empty until it is loaded
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Of the scheduler, by name; at most a second old while it works."""
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        """What the tokenizer says of itself; empty until it is loaded."""
 
     @property
     def state(self) -> str:

@@ -49,7 +49,7 @@ class ResponsesRequest:
     ignored: tuple[str, ...]
 
 
-def parse_responses(body: Mapping[str, Any], served: Sequence[str]) -> ResponsesRequest:
+def parse_responses(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any]) -> ResponsesRequest:
     """Check the body of POST /v1/responses.  Raises RequestError: 400, or 404 for the model."""
     fields = Fields(body)
     refuse_unsupported(body, RESPONSE_UNSUPPORTED)
@@ -63,7 +63,7 @@ def parse_responses(body: Mapping[str, Any], served: Sequence[str]) -> Responses
     if text.get("format") is not None:
         chat["response_format"] = _format(text["format"])
     chat["logprobs"] = _wants_logprobs(fields)
-    parsed = parse_chat(chat, served)
+    parsed = parse_chat(chat, served, defaults)
     unknown = unknown_fields(body, RESPONSE_FIELDS | RESPONSE_UNSUPPORTED.keys() | _HARMLESS)
     stored = ("store",) if fields.boolean("store") else ()
     p = parsed.params

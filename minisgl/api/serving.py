@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__
 from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
-from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
+from minisgl.api.http import check_unknown
+from minisgl.api.openai import ChatRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.requests import Engine, Prompt
 from minisgl.api.stream import generate_all
 from minisgl.config import Config
@@ -28,24 +29,26 @@ _STARTED = int(time.time())  # reported as the creation time of the models
 
 async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_chat(body, served_names(engine.config), engine.config.sampling_defaults)))
+    parsed = parse_chat(body, served_names(engine.config), engine.config.sampling_defaults)
+    return await answer(engine, _whole(engine, parsed))
 
 
 async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)))
+    parsed = parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
+    return await answer(engine, _whole(engine, parsed))
 
 
-ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completion,
-}
-
-
-def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
-    if request.stream:
-        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
+def _whole(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    check_unknown(engine.config, request.ignored)
+    refuse_stream(request.stream)
     return request
+
+
+def refuse_stream(stream: bool) -> None:
+    """Raises InvalidParam where no stream can be had."""
+    if stream:
+        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
 
 
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:

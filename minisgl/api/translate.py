@@ -51,7 +51,7 @@ async def whole(engine: Engine, request: ChatRequest) -> tuple[Result, int]:
 async def events(
     engine: Engine, request: ChatRequest, render: Callable[[Chunk], bytes], failed: Callable[[RequestError], bytes]
 ) -> AsyncGenerator[bytes, None]:
-    """`render` of each chunk.  An error before the first is raised, so that it can be an HTTP status; later ones are `failed`."""
+    """`render` of each chunk.  An error before the first is raised and can be an HTTP status; a later one is `failed`."""
     started = False
     try:
         async with aclosing(generate(engine, request.prompts[0], request.params, request.options)) as stream:
