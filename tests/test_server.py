@@ -159,11 +159,11 @@ class Server:
 Scene = Callable[[FakeEngine, Server], Awaitable[None]]
 
 
-def play(scene: Scene, **server: Any) -> FakeEngine:
+def play(scene: Scene, make: type[FakeEngine] = FakeEngine, **server: Any) -> FakeEngine:
     """Run a scene against a live server; afterwards nothing may be open, and everything closed exactly once."""
 
     async def main() -> FakeEngine:
-        engine = FakeEngine(**server)
+        engine = make(**server)
         http = Server(engine)
         await http.start()
         try:

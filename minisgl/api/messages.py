@@ -36,6 +36,7 @@ _PASSED = CHAT_USED - {
     "top_logprobs",
 }
 MESSAGE_FIELDS = _PASSED | {"messages", "system", "max_tokens", "stop_sequences"}
+COUNT_FIELDS = frozenset({"model", "messages", "system", "chat_template_kwargs"})  # the others of a message do not count
 MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ({"type": "none"}, {"type": "auto"}),

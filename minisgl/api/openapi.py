@@ -13,7 +13,7 @@ from typing import Any
 from minisgl import __version__
 from minisgl.api.embeddings import EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED
 from minisgl.api.files import BATCH_FIELDS
-from minisgl.api.messages import MESSAGE_FIELDS, MESSAGE_UNSUPPORTED
+from minisgl.api.messages import COUNT_FIELDS, MESSAGE_FIELDS, MESSAGE_UNSUPPORTED
 from minisgl.api.native import DETOKENIZE_FIELDS, GENERATE_FIELDS, TOKENIZE_FIELDS
 from minisgl.api.openai import CHAT_UNSUPPORTED, CHAT_USED, COMPLETION_UNSUPPORTED, COMPLETION_USED
 from minisgl.api.responses import RESPONSE_FIELDS, RESPONSE_UNSUPPORTED
@@ -156,9 +156,7 @@ ROUTES = (
     Route(
         "post", "/v1/messages", "Answer, in Anthropic's shape.", MESSAGE_FIELDS, MESSAGE_UNSUPPORTED, ("messages", "max_tokens")
     ),
-    Route(
-        "post", "/v1/messages/count_tokens", "How long a prompt would be.", MESSAGE_FIELDS, MESSAGE_UNSUPPORTED, ("messages",)
-    ),
+    Route("post", "/v1/messages/count_tokens", "How long a prompt would be.", COUNT_FIELDS, MESSAGE_UNSUPPORTED, ("messages",)),
     Route("post", "/v1/embeddings", "Vectors of texts.", EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED, ("input",)),
     Route("post", "/generate", "Continue texts or token ids; the answer has the ids, too.", GENERATE_FIELDS),
     Route("post", "/tokenize", "Text or messages to token ids.", TOKENIZE_FIELDS),
