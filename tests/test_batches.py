@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 def request_line(custom_id: str, url: str = CHAT, **body: Any) -> bytes:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": {"messages": USER, **body}}).encode() + b"\n"
+    line = {"custom_id": custom_id, "method": "POST", "url": url, "body": {"messages": USER, **body}}
+    return json.dumps(line).encode() + b"\n"
 
 
 class Stored:
@@ -53,11 +55,15 @@ class Stored:
 
     async def until(self, batch_id: str, *statuses: str) -> dict[str, Any]:
         async def wait() -> dict[str, Any]:
-            while (batch := self.batches.get(batch_id))["status"] not in statuses:
+            while (batch := self.batches.get(batch_id))["status"] not in statuses:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             return batch
 
         return await asyncio.wait_for(wait(), 20)
+
+    async def until_answered(self, batch_id: str, n: int) -> None:
+        while self.batches.get(batch_id)["request_counts"]["completed"] < n:  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 Scene = Callable[[FakeEngine, Stored], Awaitable[None]]
@@ -163,16 +169,12 @@ def test_a_server_that_starts_again_goes_on_where_it_was(tmp_path: Path) -> None
     made: dict[str, str] = {}
 
     async def first(engine: FakeEngine, server: Stored) -> None:
-        engine.config = engine.config
         async with server.sdk() as sdk:
             batch = await submit(sdk, content)
             made["id"] = batch.id
             await server.until(batch.id, "in_progress")
-            while server.batches.get(batch.id)["request_counts"]["completed"] < 10:
-                await asyncio.sleep(0)
+            await server.until_answered(batch.id, 10)
             engine.stall, engine.after = True, 1
-            while engine.live and server.batches.get(batch.id)["request_counts"]["completed"] < 10:
-                await asyncio.sleep(0)
 
     serve(tmp_path, first)
     log = tmp_path / "batches" / f"{made['id']}.output"
@@ -196,24 +198,48 @@ def test_a_server_that_starts_again_goes_on_where_it_was(tmp_path: Path) -> None
     serve(tmp_path, second)
 
 
-def test_a_crash_between_the_last_answer_and_the_end_is_finished_by_the_next_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies_at", [0, 1, 2, 3, 4])
+def test_a_crash_between_the_last_answer_and_the_end_is_finished_by_the_next_start(
+    tmp_path: Path, monkeypatch: Any, dies_at: int
+) -> None:
+    """The server dies at its n-th write to the disk after the last answer."""
     store = Store(str(tmp_path))
     part = store.new_part()
     part.write_bytes(request_line("a") + request_line("b"))
     file = store.adopt(part, "in.jsonl", "batch")
-    batch = {**new_batch(file["id"], CHAT, "24h", None), "status": "finalizing"}
+    batch = {**new_batch(file["id"], CHAT, "24h", None), "status": "in_progress"}
     batch["request_counts"]["total"] = 2
     store.save("batches", batch)
     log = store.log(batch["id"], "output")
     for name in "ab":
         log.append({"custom_id": name, "response": {"status_code": 200}})
     log.close()
+    calls = 0
+    rename = os.replace
+
+    def replace(*paths: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == dies_at:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    if dies_at:
+        with monkeypatch.context() as m:
+            m.setattr("minisgl.api.store.os.replace", replace)
+            batches = Batches(store, FakeEngine())
+            batch["request_counts"]["completed"] = 2
+            with pytest.raises(KeyboardInterrupt):
+                batches._finish(batch)
     store.close()
 
     async def scene(engine: FakeEngine, server: Stored) -> None:
         ended = await server.until(batch["id"], *ENDED)
         assert (ended["status"], ended["request_counts"]["completed"]) == ("completed", 2)
         assert not engine.opened
+        async with server.sdk() as sdk:
+            assert set(answers((await sdk.files.content(ended["output_file_id"])).text)) == {"a", "b"}
+            assert len([f async for f in sdk.files.list()]) == 2
 
     serve(tmp_path, scene)
 
@@ -224,8 +250,6 @@ def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path) -> None:
             engine.stall, engine.after = True, 9  # until the fifth request
             batch = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(6)))
             await server.until(batch.id, "in_progress")
-            while server.batches.get(batch.id)["request_counts"]["completed"] < 6:
-                await asyncio.sleep(0)
             await server.until(batch.id, "completed")
             engine.after = 1
             held = await submit(sdk, request_line("x") + request_line("y"))
@@ -352,9 +376,10 @@ def test_an_object_is_whole_whenever_the_writer_dies(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     for name in ("replace", "fsync"):
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as m:
             m.setattr(f"minisgl.api.store.os.{name}", die)
-            store.save("batches", {**batch, "status": "completed"})
+            with pytest.raises(KeyboardInterrupt):
+                store.save("batches", {**batch, "status": "completed"})
         assert store.load("batches", batch["id"], "batch_id") == batch
         assert store.all("batches") == [batch]
     store.close()

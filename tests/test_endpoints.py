@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -107,7 +108,7 @@ def test_generate_answers_in_the_native_shape_whole_and_streamed() -> None:
         told = events(raw)
         assert told[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 4}
         assert (told[-1]["text"], told[-1]["output_ids"]) == (TEXT, [0, 1, 2, 3])
-        assert all(a["text"] == b["text"][: len(a["text"])] for a, b in zip(told, told[1:], strict=False))  # cumulative
+        assert all(a["text"] == b["text"][: len(a["text"])] for a, b in itertools.pairwise(told))  # cumulative
         _, _, raw = await ask(http, "/generate", {"text": "a", "stream": True, "incremental": True})
         told = events(raw)
         assert "".join(t["text"] for t in told) == TEXT

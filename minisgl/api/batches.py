@@ -20,7 +20,7 @@ from typing import Any
 from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.requests import Engine
 from minisgl.api.serving import internal_error
-from minisgl.api.store import Log, Store
+from minisgl.api.store import Log, Store, new_file_id
 from minisgl.errors import RequestError
 
 log = logging.getLogger("minisgl.api")
@@ -29,6 +29,7 @@ PRIORITY = -1  # of a request that does not say
 MAX_LINES = 50_000
 _MAX_ERRORS = 100  # that are told of a file
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
+_FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
 _WAIT_SECONDS = 0.2  # between looks at an engine that is not ready
 
 
@@ -107,8 +108,6 @@ class Batches:
                         self._live.pop(batch["id"], None)
                         continue
                     self._fail(batch, [_problem("internal_error", "The server failed while it worked on this batch.", None)])
-                elif batch["status"] == "cancelling":
-                    self._finish(batch)
 
     def _set(self, batch: dict[str, Any], status: str) -> None:
         batch["status"] = status
@@ -116,13 +115,22 @@ class Batches:
         self._store.save("batches", batch)
 
     async def _serve(self, batch: dict[str, Any]) -> None:
-        if batch["status"] == "cancelling":
-            return
+        if batch["status"] not in ("cancelling", "finalizing"):
+            try:
+                if not await self._work(batch):
+                    return
+            except asyncio.CancelledError:
+                if batch["status"] != "cancelling":
+                    raise
+        self._finish(batch)
+
+    async def _work(self, batch: dict[str, Any]) -> bool:
+        """Answer what has no answer yet.  False: the batch has failed."""
         path = self._store.content(batch["input_file_id"])
         requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
         if problems:
             self._fail(batch, problems)
-            return
+            return False
         if batch["status"] == "validating":
             batch["request_counts"]["total"] = len(requests)
             self._set(batch, "in_progress")
@@ -133,7 +141,7 @@ class Batches:
         finally:
             output.close()
             errors.close()
-        self._finish(batch)
+        return True
 
     async def _answer(self, batch: dict[str, Any], todo: list[tuple[str, dict[str, Any]]], output: Log, errors: Log) -> None:
         queue = iter(todo)
@@ -178,17 +186,17 @@ class Batches:
         self._live.pop(batch["id"], None)
 
     def _finish(self, batch: dict[str, Any]) -> None:
-        """The logs become files.  Repeatable: a crash in between is finished by the next start."""
+        """The logs become files, whose ids are on disk before they do: a crash in between is finished by the next start."""
         cancelled = batch["status"] == "cancelling"
-        if not cancelled:
-            self._set(batch, "finalizing")
-        for kind, key in (("output", "output_file_id"), ("errors", "error_file_id")):
-            part = self._store.root / "batches" / f"{batch['id']}.{kind}"
-            if part.exists() and part.stat().st_size:
-                batch[key] = self._store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output")["id"]
-                self._store.save("batches", batch)
-            else:
-                part.unlink(missing_ok=True)
+        parts = [(kind, key, self._store.log_path(batch["id"], kind)) for kind, key in _FILES]
+        for _, key, part in parts:
+            if part.exists() and part.stat().st_size and batch[key] is None:
+                batch[key] = new_file_id()
+        self._set(batch, "cancelling" if cancelled else "finalizing")
+        for kind, key, part in parts:
+            if batch[key] is not None:
+                self._store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
+            part.unlink(missing_ok=True)
         self._set(batch, "cancelled" if cancelled else "completed")
         self._live.pop(batch["id"], None)
 

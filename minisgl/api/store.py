@@ -43,8 +43,9 @@ class Store:
             raise UserError(f"--data-dir {directory}: another server is using it") from e
         except OSError as e:
             raise UserError(f"--data-dir {directory}: cannot be used: {e.strerror}") from e
-        for part in (self.root / "files").glob("*.part"):
-            part.unlink()
+        for room in ("files", "batches"):
+            for part in (self.root / room).glob("*.part"):  # of a server that died
+                part.unlink()
 
     def close(self) -> None:
         """Let others have the directory.  Idempotent."""
@@ -91,21 +92,22 @@ class Store:
         """A place for content that is not complete yet."""
         return self.root / "files" / f"{uuid.uuid4().hex}.part"
 
-    def adopt(self, part: Path, filename: str, purpose: str) -> dict[str, Any]:
-        """Make complete content a file; returns its object."""
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
-            size = os.fstat(f.fileno()).st_size
+    def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
+        """Make complete content a file; returns its object.  With a `name` (its id) it may be done again after a crash."""
+        name = name or new_file_id()
+        if part.exists():
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(part, self.content(name))
         value = {
-            "id": f"file-{uuid.uuid4().hex}",
+            "id": name,
             "object": "file",
-            "bytes": size,
+            "bytes": self.content(name).stat().st_size,
             "created_at": int(time.time()),
             "filename": filename,
             "purpose": purpose,
             "status": "processed",
         }
-        os.replace(part, self.content(str(value["id"])))
         self.save("files", value)
         return value
 
@@ -116,7 +118,11 @@ class Store:
 
     def log(self, batch: str, kind: str) -> Log:
         """The `output` or the `errors` of a batch."""
-        return Log(self.root / "batches" / f"{batch}.{kind}")
+        return Log(self.log_path(batch, kind))
+
+    def log_path(self, batch: str, kind: str) -> Path:
+        """Where it is."""
+        return self.root / "batches" / f"{batch}.{kind}"
 
     def _sync_directory(self, room: str) -> None:
         fd = os.open(self.root / room, os.O_RDONLY)
@@ -124,6 +130,11 @@ class Store:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def new_file_id() -> str:
+    """The id of a file that is to be."""
+    return f"file-{uuid.uuid4().hex}"
 
 
 class Log:
