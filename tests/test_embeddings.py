@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib.util
 import json
@@ -14,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, World, oracle_config
+from test_endpoints import VectorEngine
 from test_requests import ModelLoop
-from test_server import FakeEngine, Server, ask, check_error, client, play
+from test_server import Server, ask, check_error, client, play
 from tiny_models import Driver, save_architecture, save_llama
 
 from minisgl.actors import machine as machine_module
 from minisgl.actors.machine import Output
 from minisgl.actors.queue import Request
-from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.requests import TextPrompt, TokenPrompt
 from minisgl.errors import RequestError
 from minisgl.model.oracle import reference, state
 from minisgl.model.pooling import Pooling
 from minisgl.plan import POOL, SUM, StepPlan, StepResult
-from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
+from minisgl.types import Finish, RequestOptions, SamplingParams
 
 PATH = "/v1/embeddings"
 
@@ -273,30 +273,6 @@ def test_a_prompt_that_does_not_fit_is_refused_under_the_name_of_its_field() -> 
 
 
 # ---------------- through HTTP
-class VectorEngine(FakeEngine):
-    """Answers with (2, 3, 6) times the number of the request."""
-
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        uid = len(self.opened)
-        self.opened.append((prompt, params))
-        self.live[uid] = deliver
-        self.options = options
-        vector = np.array([2, 3, 6], np.float32) * (uid + 1)
-
-        def tell() -> None:
-            self.live.pop(uid)(Chunk("", (), Finish.STOP, 4, 0, (), vector))
-
-        asyncio.get_running_loop().call_soon(tell)
-        return uid
-
-    def __init__(self, **server: Any) -> None:
-        import dataclasses
-
-        super().__init__(**server)
-        model = dataclasses.replace(self.config.model, hidden_size=3)
-        self.config = dataclasses.replace(self.config, model=model)
-
-
 def serve(scene: Any) -> VectorEngine:
     return play(scene, VectorEngine)  # type: ignore[return-value]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 import json
 import re
 from typing import Any
 
+import aiohttp
+import numpy as np
 import openai
 import pytest
 from test_server import (
@@ -26,11 +30,11 @@ from test_server import (
 )
 
 from minisgl.api import openapi
-from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
+from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.server import build_app
 from minisgl.cli import read_keys
-from minisgl.errors import UserError
-from minisgl.types import Finish, SamplingParams
+from minisgl.errors import RequestError, UserError, context_overflow, model_loading
+from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 KEY = "k" * 32
 
@@ -475,6 +479,115 @@ def test_any_model_name_will_do_where_the_operator_says_so() -> None:
         assert (await get(http, "/v1/models/gpt-4o"))[0] == 200
 
     play(scene, any_model_name=True)
+
+
+class VectorEngine(FakeEngine):
+    """Answers with (2, 3, 6) times the number of the request."""
+
+    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        uid = len(self.opened)
+        self.opened.append((prompt, params))
+        self.live[uid] = deliver
+        self.options = options
+        vector = np.array([2, 3, 6], np.float32) * (uid + 1)
+
+        def tell() -> None:
+            self.live.pop(uid)(Chunk("", (), Finish.STOP, 4, 0, (), vector))
+
+        asyncio.get_running_loop().call_soon(tell)
+        return uid
+
+    def __init__(self, **server: Any) -> None:
+        super().__init__(**server)
+        model = dataclasses.replace(self.config.model, hidden_size=3)
+        self.config = dataclasses.replace(self.config, model=model)
+
+
+# ---------------- errors that every endpoint has
+ALL = {**BODIES, "/v1/embeddings": {"input": "a"}}
+
+
+def told(path: str, status: int, headers: Any, raw: bytes) -> str:
+    """The message of an error, whose shape is that of the path."""
+    if not path.startswith(MESSAGES):
+        return str(check_error(status, headers, raw)["message"])
+    body = json.loads(raw)
+    assert body.keys() == {"type", "error"}
+    assert body["error"].keys() == {"type", "message"}
+    assert headers["x-request-id"]
+    return str(body["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_what_any_endpoint_refuses_is_refused_in_its_shape(path: str) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        cases: list[tuple[int, str, Any, dict[str, Any]]] = [
+            (400, "line 1, column", b"{oops", {}),
+            (400, "must be an object", b"[]", {}),
+            (400, "application/json", b"{}", {"headers": {"Content-Type": "text/plain"}}),
+            (400, "Compressed", b"{}", {"headers": {"Content-Type": "application/json", "Content-Encoding": "gzip"}}),
+            (413, "larger than 4096", b" " * 5000, {}),
+            (404, "oracle, org/alias", {**ALL[path], "model": "nobody"}, {}),
+        ]
+        for status, words, body, kw in cases:
+            got, headers, raw = await ask(http, path, body, **kw)
+            assert got == status, raw
+            assert words in told(path, got, headers, raw)
+            assert b"oops" not in raw
+        got, headers, raw = await get(http, path)
+        assert (got, headers["Allow"]) == (405, "POST")
+        got, headers, raw = await ask(http, path + "x", {})
+        assert got == 404
+        assert path in told(path, got, headers, raw)
+        assert (await ask(http, path, ALL[path], headers={"x-request-id": "mine-1"}))[1]["x-request-id"] == "mine-1"
+
+    play(scene, VectorEngine if path == "/v1/embeddings" else FakeEngine)
+
+
+GENERATING = [p for p in ALL if p not in ("/tokenize", "/detokenize", f"{MESSAGES}/count_tokens")]
+
+
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_has_its_status_before_the_first_event(path: str, stream: bool) -> None:
+    loading = model_loading()
+    late = RequestError("Too late.", status=504, kind="server_error", param="timeout", code="timeout")
+    long = context_overflow("prompt", 64, 99, "98 in the prompt, 1 in the completion")
+
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        body = {**ALL[path], **({"stream": True} if stream and path != "/v1/embeddings" else {})}
+        for error in (OVERLOADED, loading, long):
+            engine.refuse = error
+            status, headers, raw = await ask(http, path, body)
+            assert (status, told(path, status, headers, raw)) == (error.status, error.message)
+            assert headers.get("Retry-After") == (str(error.retry_after) if error.retry_after else None)
+        engine.refuse = None
+        for error in (late, DIED):
+            engine.error = error
+            status, headers, raw = await ask(http, path, body)
+            assert (status, told(path, status, headers, raw)) == (error.status, error.message)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("path", [p for p in GENERATING if p != "/v1/embeddings"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request_and_is_counted(path: str, stream: bool) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        engine.stall, engine.after = True, 1
+        async with aiohttp.ClientSession() as session:
+            asking = asyncio.ensure_future(session.post(http.make_url(path), json={**ALL[path], "stream": stream}))
+            await engine.wait_for(lambda: len(engine.live) == 1)
+            if stream:
+                response = await asking
+                await response.content.readany()
+                response.close()
+            asking.cancel()
+        await engine.wait_for(lambda: not engine.live)
+        m = parse_metrics((await get(http, "/metrics"))[2])
+        assert m['minisgl_request_success_total{finished_reason="abort"}'] == 1
+
+    play(scene)
 
 
 # ---------------- keys
