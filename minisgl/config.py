@@ -168,6 +168,10 @@ class ServerConfig:
     max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
     tool_call_parser: str = ""  # how the model writes calls of tools: "hermes" | "llama3" | "mistral", "" not at all
     reasoning_parser: str = ""  # how it writes thoughts: "qwen3" | "deepseek_r1", "" not at all
+    strict: bool = False  # unknown fields of a request are refused instead of reported
+    any_model_name: bool = False  # `model` may be anything
+    data_dir: str = ""  # where files and batches are kept; "": there are none
+    api_keys: tuple[str, ...] = ()  # one of them must come with every request; none: everybody may ask
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,3 +63,9 @@ def context_overflow(field: str, context: int, total: int | str, parts: str) -> 
         f"Please reduce the length of the {field} or completion. (context_length_exceeded)",
         "context_length_exceeded",
     )
+
+
+def model_loading() -> RequestError:
+    """503: there is nothing to ask yet."""
+    text = "The model is still being loaded; try again in a moment."
+    return RequestError(text, status=503, kind="server_error", code="model_loading", retry_after=2)

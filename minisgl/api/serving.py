@@ -9,13 +9,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__, grammar
 from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
+from minisgl.api.http import check_unknown
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.replies import Reply
 from minisgl.api.requests import Chunk, Engine, Prompt
@@ -30,18 +31,12 @@ _STARTED = int(time.time())  # reported as the creation time of the models
 
 async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(chat_request(engine, body)))
+    return await answer(engine, _whole(engine, chat_request(engine, body)))
 
 
 async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(completion_request(engine, body)))
-
-
-ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completion,
-}
+    return await answer(engine, _whole(engine, completion_request(engine, body)))
 
 
 def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
@@ -56,15 +51,21 @@ def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionReq
     return parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
-def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
-    if request.stream:
-        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
+def _whole(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    check_unknown(engine.config, request.ignored)
+    refuse_stream(request.stream)
     return request
+
+
+def refuse_stream(stream: bool) -> None:
+    """Raises InvalidParam where no stream can be had."""
+    if stream:
+        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
 
 
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
-    _check_size(engine, request)
+    check_size(engine, request)
     await _check_grammar(request)
     prompts, params = _choices(request)
     wanted = request.params.logprobs
@@ -95,7 +96,7 @@ async def events(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     Raises RequestError as long as nothing was yielded, so that it can still become an HTTP status; later failures are told
     inside the stream.  Leaving early (`contextlib.aclosing`) cancels the request.
     """
-    _check_size(engine, request)
+    check_size(engine, request)
     await _check_grammar(request)
     prompts, params = _choices(request)
     replies = [Reply(request.form) for _ in prompts] if request.form else []
@@ -158,7 +159,7 @@ def internal_error() -> RequestError:
     return RequestError(text, status=500, kind="server_error", code="internal_error")
 
 
-def _check_size(engine: Engine, request: GenerationRequest) -> None:
+def check_size(engine: Engine, request: GenerationRequest) -> None:
     """More prompts than the server ever admits would be told to try again, for ever."""
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
@@ -193,7 +194,17 @@ def _head(request: GenerationRequest) -> Head:
 # ---------------- about the server
 def served_names(config: Config) -> tuple[str, ...]:
     """The values of `model` that are accepted; answers report the first."""
-    return config.server.served_names or (config.model.name,)
+    names = config.server.served_names or (config.model.name,)
+    return AnyName(names) if config.server.any_model_name else names
+
+
+class AnyName(tuple[str, ...]):
+    """Names that have every other among them (--any-model-name)."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
 
 
 def list_models(config: Config) -> dict[str, Any]:

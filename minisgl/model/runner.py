@@ -20,6 +20,7 @@ from minisgl.model.grammar import Grammars, unpack
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
 from minisgl.model.parallel import Parallel
+from minisgl.model.pooling import Pooling
 from minisgl.model.sampler import sample, score
 from minisgl.model.shard import Shard
 from minisgl.model.state import I64, Batch, SlotState
@@ -66,6 +67,7 @@ class Runner:
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
         self._grammars = Grammars.of(spec)
+        self._pooling = Pooling()
         self._attention: TorchAttention | None = None
 
     def max_pages(self) -> int:
@@ -111,18 +113,22 @@ class Runner:
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
             self._attention.prepare(batch)
-            logits = self._model(
-                torch.from_numpy(batch.ids),
-                torch.from_numpy(batch.positions),
-                torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows))),
-                self._attention,
-            )
+            ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
+            rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
+            vectors: torch.Tensor | None = None
+            if self._pooling.wanted(plan):
+                x, delta = self._model.states(ids, positions, self._attention)
+                vectors = self._pooling.take(plan, batch, lambda rows: self._model.final(x, delta, torch.from_numpy(rows)))
+                logits = self._model.logits(x, delta, rows)
+            else:
+                logits = self._model(ids, positions, rows, self._attention)
             tokens, failed = self._draw(logits[: len(batch.sample_rows)], batch)
             scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
         self._state.advance(batch, tokens)
         if failed is not None:
             tokens = np.where(failed, np.int32(FAILED), tokens)
-        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores))
+        pooled = None if vectors is None else vectors.numpy()
+        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
     def _draw(self, logits: torch.Tensor, batch: Batch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
         """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
