@@ -113,9 +113,7 @@ class QuantBlocks(CpuBlocks):
         activation: str = "silu",
         biases: layers.Biases | None = None,
     ) -> Callable[[Rows], Rows]:
-        run = super().experts(
-            router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases
-        )
+        run = super().experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
         return lambda x: run(plain(x))
 
     def rope(self, spec: ModelSpec) -> Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]]:
@@ -128,6 +126,4 @@ class QuantBlocks(CpuBlocks):
             return [s for s in stored if s is not None]
         # The table of tokens is the head, too, where 4 bits cost most: it stays at 8 unless it is stored in 4.
         bits = 4 if self._kind == "q4" and weights[0].shape[1] % GROUP == 0 and stored[0] is None else 8
-        return [
-            s if s is not None and s.bits == bits else quantise(w, bits) for s, w in zip(stored, weights, strict=True)
-        ]
+        return [s if s is not None and s.bits == bits else quantise(w, bits) for s, w in zip(stored, weights, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -103,7 +102,5 @@ class PackedWeight:
         self.width = outputs // 2 if gated else outputs
         bits = {v: k for k, v in BLOCK_BYTES.items()}[blocks.shape[2]]
         address = None if self.bias is None else self.bias.data_ptr()
-        self.struct = Weight(
-            blocks.data_ptr(), address, outputs, blocks.shape[1], inputs, bits, self.GATED.index(gated)
-        )
+        self.struct = Weight(blocks.data_ptr(), address, outputs, blocks.shape[1], inputs, bits, self.GATED.index(gated))
         assert len(blocks) == -(-outputs // LANES)

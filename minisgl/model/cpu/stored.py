@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from minisgl.model.cpu.packed import Groups, from_gguf, Q4_0, Q4_1, Q8_0
+from minisgl.model.cpu.packed import Q4_0, Q4_1, Q8_0, Groups, from_gguf
 
 KINDS = (Q4_0, Q4_1, Q8_0)
 

@@ -6,12 +6,11 @@
  *
  * A row (one query head of one token) goes through the tokens in the same blocks whoever is computed with it, so its result
  * does not depend on its neighbours. */
-#include <omp.h>
+#include "pool.h"
 #include "simd.h"
 
 #define ROWS 8      /* rows that share what is read from the cache */
 #define BLOCK 128   /* tokens between two looks at the maximum (online softmax: Milakov, Gimelshein, arXiv:1805.02867) */
-#define QUERIES 16  /* tokens of a prompt in one item */
 #define MAX_DIM 512
 #define UNSEEN -1e30f
 
@@ -170,31 +169,43 @@ static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, 
         for (int i = 0; i < d; i += LANES) store(out[r] + i, load(acc[r] + i) / total[r]);
 }
 
+typedef struct {
+    const Layer *l;
+    const Step *s;
+    float *qkv, *out;
+    int64_t width;
+    int32_t items;
+} Call;
+
+static void enter_item(void *args, int32_t i) {
+    const Call *c = args;
+    for (int t = i; t < c->s->n_tokens; t += c->items) enter_token(c->l, c->s, c->qkv + t * c->width, t);
+}
+
+static void attend_item(void *args, int32_t i) {
+    const Call *c = args;
+    const Layer *l = c->l;
+    const int32_t *item = c->s->items + 4 * (i / l->kv_heads), *pages = c->s->pages + (int64_t)item[3] * c->s->pages_per_row;
+    const int kv_head = i % l->kv_heads, group = l->heads / l->kv_heads, n = item[1] * group;
+    for (int row = 0; row < n; row += ROWS) {
+        const float *q[ROWS];
+        float *to[ROWS];
+        int position[ROWS], head[ROWS], rows = n - row < ROWS ? n - row : ROWS;
+        for (int r = 0; r < rows; r++) {
+            int token = (row + r) / group;
+            head[r] = kv_head * group + (row + r) % group;
+            q[r] = c->qkv + (item[0] + token) * c->width + head[r] * l->dim;
+            to[r] = c->out + ((int64_t)(item[0] + token) * l->heads + head[r]) * l->dim;
+            position[r] = item[2] + token;
+        }
+        attend(l, pages, kv_head, rows, q, position, head, to);
+    }
+}
+
 /* qkv f32[T, (H + 2K) * D], changed -> out f32[T, H * D]. */
 void attention(const Layer *l, const Step *s, float *qkv, float *out, int32_t threads) {
-    const int d = l->dim, group = l->heads / l->kv_heads;
-    const int64_t width = (int64_t)(l->heads + 2 * l->kv_heads) * d;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int t = 0; t < s->n_tokens; t++) enter_token(l, s, qkv + t * width, t);
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < s->n_items * l->kv_heads; i++) {
-            const int32_t *item = s->items + 4 * (i / l->kv_heads);
-            const int kv_head = i % l->kv_heads, n = item[1] * group;
-            for (int row = 0; row < n; row += ROWS) {
-                const float *q[ROWS];
-                float *to[ROWS];
-                int position[ROWS], head[ROWS], rows = n - row < ROWS ? n - row : ROWS;
-                for (int r = 0; r < rows; r++) {
-                    int token = (row + r) / group;
-                    head[r] = kv_head * group + (row + r) % group;
-                    q[r] = qkv + (item[0] + token) * width + head[r] * d;
-                    to[r] = out + ((int64_t)(item[0] + token) * l->heads + head[r]) * d;
-                    position[r] = item[2] + token;
-                }
-                attend(l, s->pages + (int64_t)item[3] * s->pages_per_row, kv_head, rows, q, position, head, to);
-            }
-        }
-    }
+    Call c = {l, s, qkv, out, (int64_t)(l->heads + 2 * l->kv_heads) * l->dim, 1};
+    if (s->n_tokens >= 4) c.items = threads * 2 < s->n_tokens ? threads * 2 : s->n_tokens;
+    parallel(enter_item, &c, c.items, threads);
+    parallel(attend_item, &c, s->n_items * l->kv_heads, threads);
 }

@@ -9,12 +9,13 @@
  *
  * A row of x has a scale for each group of 32.  Sums within a group are exact integers, groups are added in order, and a row
  * never meets another one: what it becomes depends on its values alone. */
-#include <omp.h>
+#include "pool.h"
 #include "simd.h"
 
 #define GROUP 32
 #define ROWS 8     /* that share an unpacked group: their sums, the group and its scales fit into 32 registers */
 #define CHUNK 128  /* rows whose inputs stay in the second-level cache while all weights pass */
+#define SHARES 4   /* items for each thread: a late one leaves its items to the others */
 
 typedef struct {
     int8_t *q;     /* [T, K] */
@@ -130,42 +131,65 @@ INLINE f32x16 activate(f32x16 gate, int kind) {
     return gate / (exponential(-gate) + 1.0f);
 }
 
+typedef struct {
+    const Weight *w;
+    const Norm *norm;
+    const float *delta;
+    float *x, *y;
+    Quantised q;
+    int32_t n_rows, rows_from, rows_to; /* of all, and those of the present chunk */
+    int32_t items, share;               /* of tiles, or pairs of tiles, in an item */
+} Product;
+
+/* Rows i, i + items, i + 2 items, ... */
+static void prepare_item(void *args, int32_t i) {
+    const Product *p = args;
+    const int64_t inputs = p->w->inputs, groups = p->w->groups;
+    for (int64_t t = i; t < p->n_rows; t += p->items)
+        prepare_row(p->x + t * inputs, p->delta ? p->delta + t * inputs : NULL, p->norm, inputs, p->q.q + t * groups * GROUP,
+                    p->q.scale + t * groups, p->q.total + t * groups);
+}
+
+static void product_item(void *args, int32_t item) {
+    const Product *p = args;
+    const Weight *w = p->w;
+    const int step = w->gated ? 2 : 1, width = w->outputs / step, n_tiles = (width + LANES - 1) / LANES;
+    const int64_t bytes = w->groups * (w->bits == 4 ? 320 : 544);
+    int end = (item + 1) * p->share < n_tiles ? (item + 1) * p->share : n_tiles;
+    for (int i = item * p->share; i < end; i++)
+        for (int t = p->rows_from; t < p->rows_to; t += ROWS) {
+            int rows = p->rows_to - t < ROWS ? p->rows_to - t : ROWS, at = i * LANES;
+            int n = width - at < LANES ? width - at : LANES;
+            f32x16 out[2][ROWS];
+            for (int s = 0; s < step; s++)
+                tiles(rows, w->bits, w->blocks + (i * step + s) * bytes, w->groups, p->q, t, out[s]);
+            for (int r = 0; r < rows; r++) {
+                f32x16 v = w->gated ? activate(out[0][r], w->gated) * out[1][r] : out[0][r];
+                float *to = p->y + (int64_t)(t + r) * width + at;
+                if (n == LANES)
+                    store(to, w->bias ? v + load(w->bias + at) : v);
+                else
+                    for (int j = 0; j < n; j++) to[j] = v[j] + (w->bias ? w->bias[at + j] : 0.0f);
+            }
+        }
+}
+
 /* x f32[T, K] -> y f32[T, N], or [T, N / 2] if gated.  `delta` [T, K], if not NULL, is first added to x in place, and `norm`,
  * if not NULL, applied.  `scratch`: see scratch_bytes. */
 void linear(const Weight *w, const Norm *norm, const float *delta, float *x, float *y, int32_t n_rows, uint8_t *scratch,
             int32_t threads) {
-    const int64_t wide = (int64_t)w->groups * GROUP, block = w->bits == 4 ? 320 : 544;
-    const int n_tiles = (w->outputs + LANES - 1) / LANES, step = w->gated ? 2 : 1, width = w->outputs / step;
-    Quantised q;
-    q.scale = (float *)scratch;
-    q.total = q.scale + (int64_t)n_rows * w->groups;
-    q.q = (int8_t *)(q.total + (int64_t)n_rows * w->groups);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int t = 0; t < n_rows; t++)
-            prepare_row(x + (int64_t)t * w->inputs, delta ? delta + (int64_t)t * w->inputs : NULL, norm, w->inputs,
-                        q.q + t * wide, q.scale + (int64_t)t * w->groups, q.total + (int64_t)t * w->groups);
-        for (int from = 0; from < n_rows; from += CHUNK) {
-            int to = from + CHUNK < n_rows ? from + CHUNK : n_rows;
-#pragma omp for schedule(static) nowait
-            for (int i = 0; i < n_tiles / step; i++)
-                for (int t = from; t < to; t += ROWS) {
-                    int rows = to - t < ROWS ? to - t : ROWS, at = i * LANES;
-                    f32x16 out[2][ROWS];
-                    for (int s = 0; s < step; s++)
-                        tiles(rows, w->bits, w->blocks + (int64_t)(i * step + s) * w->groups * block, w->groups, q, t, out[s]);
-                    int n = width - at < LANES ? width - at : LANES;
-                    for (int r = 0; r < rows; r++) {
-                        f32x16 v = w->gated ? activate(out[0][r], w->gated) * out[1][r] : out[0][r];
-                        float *to_row = y + (int64_t)(t + r) * width + at;
-                        if (n == LANES)
-                            store(to_row, w->bias ? v + load(w->bias + at) : v);
-                        else
-                            for (int j = 0; j < n; j++) to_row[j] = v[j] + (w->bias ? w->bias[at + j] : 0.0f);
-                    }
-                }
-        }
+    Product p = {.w = w, .norm = norm, .delta = delta, .x = x, .y = y, .n_rows = n_rows};
+    p.q.scale = (float *)scratch;
+    p.q.total = p.q.scale + (int64_t)n_rows * w->groups;
+    p.q.q = (int8_t *)(p.q.total + (int64_t)n_rows * w->groups);
+    /* A few rows are done sooner than a helper has answered. */
+    p.items = n_rows < 4 ? 1 : threads * 2 < n_rows ? threads * 2 : n_rows;
+    parallel(prepare_item, &p, p.items, threads);
+    const int n_tiles = (w->outputs / (w->gated ? 2 : 1) + LANES - 1) / LANES;
+    p.share = (n_tiles + threads * SHARES - 1) / (threads * SHARES);
+    for (p.rows_from = 0; p.rows_from < n_rows; p.rows_from += CHUNK) {
+        p.rows_to = p.rows_from + CHUNK < n_rows ? p.rows_from + CHUNK : n_rows;
+        parallel(product_item, &p, (n_tiles + p.share - 1) / p.share, threads);
     }
 }
 
