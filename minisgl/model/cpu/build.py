@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-shared", "-fno-math-errno")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-shared", "-fno-math-errno", "-Wno-psabi")
 _SECONDS = 120
 
 

@@ -24,6 +24,16 @@ INLINE f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, 64); return v; }
 INLINE void store(float *p, f32x16 v) { memcpy(p, &v, 64); }
 INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
+/* In plain C, out of line: two hundred copies of it would take a compiler half a minute. */
+#define OUTLINE static __attribute__((noinline, unused))
+OUTLINE i32x16 dot4_plain(i32x16 acc, u8x64 w, int32_t x) {
+    const i32x16 b = (i32x16)w; /* of each lane the four bytes in turn, lowest first */
+    int8_t f[4];
+    memcpy(f, &x, 4);
+    acc += (b & 255) * f[0] + (b >> 8 & 255) * f[1] + (b >> 16 & 255) * f[2] + (b >> 24 & 255) * f[3];
+    return acc;
+}
+
 /* acc[i] + w[4i] x[0] + ... + w[4i + 3] x[3] for unsigned bytes w and the four signed bytes of x; exact. */
 INLINE i32x16 dot4(i32x16 acc, u8x64 w, int32_t x) {
 #if defined(__AVX512VNNI__)
@@ -61,11 +71,7 @@ INLINE i32x16 dot4(i32x16 acc, u8x64 w, int32_t x) {
     memcpy(&acc, a, 64);
     return acc;
 #else
-    int8_t b[4];
-    memcpy(b, &x, 4);
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < 4; j++) acc[i] += w[4 * i + j] * b[j];
-    return acc;
+    return dot4_plain(acc, w, x);
 #endif
 }
 
@@ -96,7 +102,12 @@ INLINE uint16_t float_to_half(float f) {
 #endif
 
 /* Sixteen half-precision numbers to and from float. */
-INLINE f32x16 load_half(const void *p) {
+#if !defined(__AVX512F__) && !defined(__F16C__) && !defined(__aarch64__)
+#define CONVERSION OUTLINE
+#else
+#define CONVERSION INLINE
+#endif
+CONVERSION f32x16 load_half(const void *p) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256(p));
 #elif defined(__F16C__)
@@ -119,7 +130,7 @@ INLINE f32x16 load_half(const void *p) {
 #endif
 }
 
-INLINE void store_half(void *p, f32x16 f) {
+CONVERSION void store_half(void *p, f32x16 f) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
