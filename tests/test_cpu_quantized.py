@@ -30,9 +30,9 @@ from minisgl.plan import StepPlan
 TEXT = """The harbour was quiet when the first boats came in. Two men stood on the wall and counted the baskets of fish, and a
 boy wrote the numbers into a book. It had rained for three days, and the road to the market was under water, so most of the
 catch would have to be salted. "We could send it by train," said the older man, "if the station master opens the goods shed
-before noon." Nobody believed that he would. In the end they carried the baskets up the hill, one after the other, and sold them from
-the steps of the church to whoever passed by. By evening only a few crabs were left, and the cats of the town sat in a circle
-around them, as patient as judges. A good price depends on many things: the weather, the season, and the mood of the people who
+before noon." Nobody believed that he would. In the end they carried the baskets up the hill, one after the other, and sold them
+from the steps of the church to whoever passed by. By evening only a few crabs were left, and the cats of the town sat in a
+circle around them, as patient as judges. A good price depends on many things: the weather, the season, and the mood of the people who
 buy. The boy closed his book and added up the columns. They had earned less than in the week before, but more than feared."""
 
 
@@ -101,12 +101,10 @@ def test_eight_bits_are_near_float32_and_torch_does_the_same_as_c(
         return torch.stack([x for row in logits_of(tmp_path, monkeypatch, ids, **engine) for x in row]).float()
 
     exact, c = run(), run(quantization="int8")
-    print("ERR", name, (c - exact).norm() / exact.norm())
     monkeypatch.setenv("CC", "no-such-compiler")
     fallback = run(quantization="int8")
-    print("ERRF", (c - fallback).norm() / exact.norm())
-    assert 0 < (c - exact).norm() / exact.norm() < 0.3  # bfloat16 moves these models by up to 0.03
-    assert 0 < (c - fallback).norm() / exact.norm() < 0.1  # rounding the other way moves later activations
+    assert 0 < (c - exact).norm() / exact.norm() < 0.12  # bfloat16 moves these models by up to 0.03
+    assert 0 < (c - fallback).norm() / exact.norm() < 0.05  # rounding the other way moves later activations
 
 
 def perplexity(blocks: CpuBlocks, attention: Any) -> tuple[float, torch.Tensor]:
@@ -137,7 +135,6 @@ def test_the_default_of_the_embedded_model_keeps_its_perplexity() -> None:
     assert isinstance(arithmetic.blocks, QuantBlocks)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()
-    print(exact, quantised, (mine - theirs).norm() / theirs.norm(), len(mine))
     assert abs(quantised / exact - 1) < 0.01
     assert (mine - theirs).norm() / theirs.norm() < 0.05
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from minisgl.config import ModelSpec
 from minisgl.model import layers
 from minisgl.model.blocks import CpuBlocks, Norm, Rows
 from minisgl.model.cpu import kernels
@@ -48,6 +47,13 @@ class QuantNorm(layers.RMSNorm):
 
     def __call__(self, x: Rows, delta: Rows | None = None) -> Rows:
         return Normed(plain(x), None if delta is None else plain(delta), self)
+
+
+class PlainNorm(layers.RMSNorm):
+    """One whose rows are looked at."""
+
+    def __call__(self, x: Rows, delta: Rows | None = None) -> torch.Tensor:
+        return super().__call__(plain(x), None if delta is None else plain(delta))
 
 
 class QuantLinear:
@@ -92,7 +98,7 @@ class QuantBlocks(CpuBlocks):
         return QuantLinear(PackedWeight(tile(parts), outputs, inputs, bias=bias), self._run)
 
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
-        return QuantNorm(weight, eps)
+        return PlainNorm(weight.float(), eps) if last else QuantNorm(weight, eps)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
         if self._run is None or len(gate) % LANES or activation not in PackedWeight.GATED:
@@ -115,9 +121,6 @@ class QuantBlocks(CpuBlocks):
     ) -> Callable[[Rows], Rows]:
         run = super().experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
         return lambda x: run(plain(x))
-
-    def rope(self, spec: ModelSpec) -> Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]]:
-        return super().rope(spec)
 
     def _groups(self, weights: tuple[torch.Tensor, ...]) -> list[Groups]:
         """All in the same number of bits."""
