@@ -106,6 +106,13 @@ class EngineConfig:
     generation_config: str = "auto"  # sampling parameters of requests that do not say: "auto" = the checkpoint's | "none"
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
 
+    @property
+    def eight_bits(self) -> bool:
+        """Whether linear layers round activations to 8 bits: on a CPU by default, unless a dtype is asked for."""
+        if self.quantization == "auto":
+            return self.device == "cpu" and self.dtype == "auto"
+        return self.quantization != "none"
+
     def __post_init__(self) -> None:
         """Raises UserError naming the flag (the LLM class takes the same names as keywords)."""
         for flag, value, low, high in (

@@ -27,13 +27,14 @@ from minisgl.model.state import SlotState
 from minisgl.model.tokenizer import load_tokenizer
 from minisgl.plan import StepPlan
 
-TEXT = """The harbour was quiet when the first boats came in. Two men stood on the wall and counted the baskets of fish, and a
-boy wrote the numbers into a book. It had rained for three days, and the road to the market was under water, so most of the
-catch would have to be salted. "We could send it by train," said the older man, "if the station master opens the goods shed
-before noon." Nobody believed that he would. In the end they carried the baskets up the hill, one after the other, and sold them
-from the steps of the church to whoever passed by. By evening only a few crabs were left, and the cats of the town sat in a
-circle around them, as patient as judges. A good price depends on many things: the weather, the season, and the mood of the people who
-buy. The boy closed his book and added up the columns. They had earned less than in the week before, but more than feared."""
+TEXT = """The harbour was quiet when the first boats came in. Two men stood on the wall and counted the baskets of fish,
+and a boy wrote the numbers into a book. It had rained for three days, and the road to the market was under water, so
+most of the catch would have to be salted. "We could send it by train," said the older man, "if the station master opens
+the goods shed before noon." Nobody believed that he would. In the end they carried the baskets up the hill, one after
+the other, and sold them from the steps of the church to whoever passed by. By evening only a few crabs were left, and
+the cats of the town sat in a circle around them, as patient as judges. A good price depends on many things: the
+weather, the season, and the mood of the people who buy. The boy closed his book and added up the columns. They had
+earned less than in the week before, but more than feared."""
 
 
 @pytest.fixture(scope="module", autouse=True)

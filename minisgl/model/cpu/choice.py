@@ -37,7 +37,7 @@ class CpuArithmetic:
     def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
         """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be; without them, the same in torch."""
         kind, dtype = engine.quantization, _DTYPES[engine.dtype]
-        if kind == "none" or (kind == "auto" and engine.dtype != "auto"):
+        if not engine.eight_bits:
             return cls(dtype, dtype, CpuBlocks(dtype), None, f"weights in {str(dtype).removeprefix('torch.')}, torch")
         text = f"weights in {_WEIGHTS[kind]}, "
         try:
