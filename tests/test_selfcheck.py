@@ -56,7 +56,23 @@ def test_everything_agrees_on_two_ranks_and_in_the_whole_engine(checkpoint, monk
     real = selfcheck._processes
     monkeypatch.setattr(selfcheck, "_processes", lambda kind, a: (in_process if len(a) == 1 else real)(kind, a))
     assert (
-        main(["selfcheck", "--model", str(checkpoint), "--tp", "2", "--tokens", "4", "--kv-tokens", "2048", "--threads", "2"])
+        main(
+            [
+                "selfcheck",
+                "--model",
+                str(checkpoint),
+                "--tp",
+                "2",
+                "--tokens",
+                "4",
+                "--kv-tokens",
+                "2048",
+                "--threads",
+                "2",
+                "--quantization",
+                "none",
+            ]
+        )
         == 0
     )
     out = capfd.readouterr().out
