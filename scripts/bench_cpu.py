@@ -265,14 +265,12 @@ def llama_python(directory: Path) -> str:
 
 
 def main() -> None:
-    from minisgl.model.cpu.build import cache_directory
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--without", nargs="*", default=[], choices=["engine", "transformers", "llama.cpp"])
-    parser.add_argument("--peers", type=Path, default=cache_directory() / "bench-llama-cpp", help="environment of llama.cpp")
+    parser.add_argument("--peers", type=Path, help="environment of llama.cpp (minisgl/bench-llama-cpp in the user's cache)")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--path", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -285,13 +283,16 @@ def main() -> None:
         return
     from reference import provenance
 
+    from minisgl.model.cpu.build import cache_directory
     from minisgl.model.resolve import resolve
 
     print(json.dumps({"bench": "cpu", **provenance(), "threads": threads, "tokens": args.tokens, "load": os.getloadavg()}))
     peers: dict[str, Peer] = {}
     for name in ("loop", "engine", "llama.cpp", "transformers"):
         if name not in args.without:
-            python = llama_python(args.peers) if name == "llama.cpp" else sys.executable
+            python = (
+                llama_python(args.peers or cache_directory() / "bench-llama-cpp") if name == "llama.cpp" else sys.executable
+            )
             streams = ["--streams", str(most)]
             peers[name] = Peer(python, name, [*streams, "--path", resolve(None).path])
     measures = [("prefill", ["prefill"]), *((f"decode, {n} streams", ["decode", n, args.tokens]) for n in args.streams)]
