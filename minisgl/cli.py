@@ -27,7 +27,13 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("itl_target_ms", float, "MS", "keep the time between a request's tokens near this by smaller prefill chunks; 0: off"),
     ("threads", int, "N", "CPU threads over all ranks; 0: as many as this process may use"),
     ("attention_backend", str, "NAME", "auto, triton, flashinfer or torch (GPU)"),
-    ("quantization", str, "KIND", "none, or fp8: 8-bit weights and activations of the linear layers (GPU)"),
+    (
+        "quantization",
+        str,
+        "KIND",
+        "of the linear layers: none; fp8 (GPU); int8 or q4, with 8-bit activations (CPU); auto: on a CPU, without --dtype, "
+        "4 bits where a GGUF file has them and 8 for the rest",
+    ),
     ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),
     ("graphs", str, "STATE", "on, or off: no CUDA graphs, for comparisons (GPU)"),
     ("chat_template", str, "FILE", "a Jinja chat template to use instead of the model's own"),
