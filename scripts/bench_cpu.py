@@ -96,14 +96,20 @@ class LlamaCpp:
 class Loop:
     """The CPU worker's runner without the other processes."""
 
-    def __init__(self, streams: int, threads: int) -> None:
+    def __init__(self, streams: int, threads: int, quantization: str) -> None:
         from minisgl.config import Config, EngineConfig
         from minisgl.model.resolve import resolve
         from minisgl.model.runner import Runner
         from minisgl.model.threads import prepare_environment
 
         prepare_environment(threads)
-        engine = EngineConfig(max_running=streams, step_tokens=streams + LONG, kv_tokens=streams * 256 + LONG, threads=threads)
+        engine = EngineConfig(
+            max_running=streams,
+            step_tokens=streams + LONG,
+            kv_tokens=streams * 256 + LONG,
+            threads=threads,
+            quantization=quantization,
+        )
         self.size = engine.page_size
         self.runner = Runner(Config(resolve(None), engine), 0, "")
         self.runner.allocate(self.runner.max_pages())
@@ -148,10 +154,16 @@ class Loop:
 class Engine:
     """All processes."""
 
-    def __init__(self, streams: int, threads: int) -> None:
+    def __init__(self, streams: int, threads: int, quantization: str) -> None:
         from minisgl import LLM
 
-        self.llm = LLM(cache="none", threads=threads, max_running=max(streams, 2), step_tokens=max(256, streams + 64))
+        self.llm = LLM(
+            cache="none",
+            threads=threads,
+            quantization=quantization,
+            max_running=max(streams, 2),
+            step_tokens=max(LONG, streams + 64),
+        )
 
     def _timed(self, prompts: list[list[int]], tokens: int) -> float:
         from minisgl import SamplingParams
@@ -271,6 +283,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--without", nargs="*", default=[], choices=["engine", "transformers", "llama.cpp"])
     parser.add_argument("--peers", type=Path, help="environment of llama.cpp (minisgl/bench-llama-cpp in the user's cache)")
+    parser.add_argument("--quantization", default="auto", help="of ours")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--path", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -279,21 +292,35 @@ def main() -> None:
         serve(lambda: LlamaCpp(args.path, most, threads))
         return
     if args.serve:
-        serve(lambda: {"loop": Loop, "engine": Engine, "transformers": Transformers}[args.serve](most, threads))
+        if args.serve == "transformers":
+            serve(lambda: Transformers(most, threads))
+        else:
+            serve(lambda: {"loop": Loop, "engine": Engine}[args.serve](most, threads, args.quantization))
         return
     from reference import provenance
 
     from minisgl.model.cpu.build import cache_directory
     from minisgl.model.resolve import resolve
 
-    print(json.dumps({"bench": "cpu", **provenance(), "threads": threads, "tokens": args.tokens, "load": os.getloadavg()}))
+    print(
+        json.dumps(
+            {
+                "bench": "cpu",
+                **provenance(),
+                "threads": threads,
+                "tokens": args.tokens,
+                "quantization": args.quantization,
+                "load": os.getloadavg(),
+            }
+        )
+    )
     peers: dict[str, Peer] = {}
     for name in ("loop", "engine", "llama.cpp", "transformers"):
         if name not in args.without:
             python = (
                 llama_python(args.peers or cache_directory() / "bench-llama-cpp") if name == "llama.cpp" else sys.executable
             )
-            streams = ["--streams", str(most)]
+            streams = ["--streams", str(most), "--quantization", args.quantization]
             peers[name] = Peer(python, name, [*streams, "--path", resolve(None).path])
     measures = [("prefill", ["prefill"]), *((f"decode, {n} streams", ["decode", n, args.tokens]) for n in args.streams)]
     found: dict[str, dict[str, list[float]]] = {}
