@@ -27,7 +27,13 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("itl_target_ms", float, "MS", "keep the time between a request's tokens near this by smaller prefill chunks; 0: off"),
     ("threads", int, "N", "CPU threads over all ranks; 0: as many as this process may use"),
     ("attention_backend", str, "NAME", "auto, triton, flashinfer or torch (GPU)"),
-    ("quantization", str, "KIND", "none, or fp8: 8-bit weights and activations of the linear layers (GPU)"),
+    (
+        "quantization",
+        str,
+        "KIND",
+        "of the linear layers: none; fp8 (GPU); int8 or q4, with 8-bit activations (CPU); auto: on a CPU, without --dtype, "
+        "4 bits where a GGUF file has them and 8 for the rest",
+    ),
     ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),
     ("graphs", str, "STATE", "on, or off: no CUDA graphs, for comparisons (GPU)"),
     ("chat_template", str, "FILE", "a Jinja chat template to use instead of the model's own"),
@@ -39,6 +45,8 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ),
     ("sample_seed", int, "SEED", "base for the seeds of requests that bring none; 0: random"),
 )
+
+MIN_KEY_CHARS = 16
 
 # A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
 GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
@@ -135,6 +143,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         default=d.num_tokenizers,
         help="tokenizer processes: with more than one, short prompts do not wait for long ones (%(default)s)",
     )
+    server.add_argument("--strict", action="store_true", help="refuse unknown fields of a request; default: report them")
+    server.add_argument("--any-model-name", action="store_true", help="serve requests for whatever model they name")
+    server.add_argument(
+        "--data-dir", metavar="DIR", default=d.data_dir, help="keep /v1/files and /v1/batches here; default: off"
+    )
+    server.add_argument("--api-key-file", metavar="FILE", help="keys, one a line: a request must bring one; default: none")
 
 
 def engine_config(values: dict[str, Any]) -> EngineConfig:
@@ -153,6 +167,20 @@ def engine_config(values: dict[str, Any]) -> EngineConfig:
     if os.environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING", "") not in ("", "0"):
         chosen["lag"] = 1
     return EngineConfig(**chosen)
+
+
+def read_keys(path: str | None) -> tuple[str, ...]:
+    """The keys in a file, one a line.  A key is never an argument: everybody may read those.  Raises UserError."""
+    if path is None:
+        return ()
+    try:
+        with open(path, encoding="utf-8") as f:
+            keys = tuple(line.strip() for line in f if line.strip())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--api-key-file {path}: cannot read it: {e}") from e
+    if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
+        raise UserError(f"--api-key-file {path}: it must hold keys of at least {MIN_KEY_CHARS} characters, one a line")
+    return keys
 
 
 def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, str] = ("", "")) -> Config:
@@ -175,5 +203,9 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
         tool_call_parser=calls,
         reasoning_parser=thoughts,
         num_tokenizers=args.num_tokenizers,
+        strict=args.strict,
+        any_model_name=args.any_model_name,
+        data_dir=args.data_dir,
+        api_keys=read_keys(args.api_key_file),
     )
     return Config(model, engine_config(vars(args)), server)

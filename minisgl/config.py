@@ -99,12 +99,19 @@ class EngineConfig:
     itl_target_ms: float = 0.0  # prefill chunks shrink so that running requests get a token this often; 0 = fixed budget
     threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
     attention_backend: str = "auto"  # of a GPU: "auto" | "triton" | "flashinfer" | "torch"
-    quantization: str = "none"  # of the linear layers on a GPU: "none" | "fp8"
+    quantization: str = "none"  # of the linear layers: "none" | "fp8" (GPU) | "int8" | "q4" | "auto" (CPU); see --quantization
     kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
     graphs: str = "on"  # CUDA graphs on a GPU: "on" | "off" (every step is launched kernel by kernel)
     chat_template: str = ""  # file of a chat template that replaces the checkpoint's; "" = the checkpoint's
     generation_config: str = "auto"  # sampling parameters of requests that do not say: "auto" = the checkpoint's | "none"
     sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether linear layers round activations to 8 bits."""
+        if self.quantization == "auto":
+            return self.device == "cpu" and self.dtype == "auto"
+        return self.quantization != "none"
 
     def __post_init__(self) -> None:
         """Raises UserError naming the flag (the LLM class takes the same names as keywords)."""
@@ -124,7 +131,7 @@ class EngineConfig:
         for flag, name, known in (
             ("--device", self.device, ("cpu", "cuda")),
             ("--attention-backend", self.attention_backend, ("auto", "triton", "flashinfer", "torch")),
-            ("--quantization", self.quantization, ("none", "fp8")),
+            ("--quantization", self.quantization, ("auto", "none", "fp8", "int8", "q4")),
             ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "fp8")),
             ("--graphs", self.graphs, ("on", "off")),
             ("--generation-config", self.generation_config, ("auto", "none")),
@@ -137,12 +144,20 @@ class EngineConfig:
         if self.device == "cpu":
             for flag, name, off in (
                 ("--attention-backend", self.attention_backend, "auto"),
-                ("--quantization", self.quantization, "none"),
                 ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
                 ("--graphs", self.graphs, "on"),
             ):
                 if name != off:
                     raise UserError(f"{flag} {name} needs a GPU: --device cuda (this server runs on the CPU)")
+            if self.quantization == "fp8":
+                raise UserError("--quantization fp8 needs a GPU: on a CPU choose int8, q4, none or auto")
+            if self.quantization in ("int8", "q4") and self.dtype not in ("auto", "float32"):
+                raise UserError(
+                    f"--quantization {self.quantization} adds up in float32: leave out --dtype {self.dtype}, "
+                    "or use --quantization none"
+                )
+        elif self.quantization in ("int8", "q4"):
+            raise UserError(f"--quantization {self.quantization} needs --device cpu: on a GPU choose fp8, none or auto")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise UserError(f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction:g}")
         if not 0.0 <= self.itl_target_ms <= 60_000:
@@ -169,6 +184,10 @@ class ServerConfig:
     tool_call_parser: str = ""  # how the model writes calls of tools: "hermes" | "llama3" | "mistral", "" not at all
     reasoning_parser: str = ""  # how it writes thoughts: "qwen3" | "deepseek_r1", "" not at all
     num_tokenizers: int = 1  # tokenizer processes: a prompt goes to the one with the least to do
+    strict: bool = False  # unknown fields of a request are refused instead of reported
+    any_model_name: bool = False  # `model` may be anything
+    data_dir: str = ""  # where files and batches are kept; "": there are none
+    api_keys: tuple[str, ...] = ()  # one of them must come with every request; none: everybody may ask
 
     def __post_init__(self) -> None:
         """Raises UserError naming the flag."""

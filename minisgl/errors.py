@@ -63,3 +63,15 @@ def context_overflow(field: str, context: int, total: int | str, parts: str) -> 
         f"Please reduce the length of the {field} or completion. (context_length_exceeded)",
         "context_length_exceeded",
     )
+
+
+def internal_error() -> RequestError:
+    """500: what a client is told of a bug, which is nothing but that it happened."""
+    text = "The server failed while it handled this request; its log says why."
+    return RequestError(text, status=500, kind="server_error", code="internal_error")
+
+
+def model_loading() -> RequestError:
+    """503: there is nothing to ask yet."""
+    text = "The model is still being loaded; try again in a moment."
+    return RequestError(text, status=503, kind="server_error", code="model_loading", retry_after=2)

@@ -26,6 +26,9 @@ Layout of a plan (little-endian; the arrays follow the header in this order):
     said     i32, for each grammar n_output tokens of the answer so far
     text     for each grammar n_bytes of UTF-8
 
+A prefill row with SUM adds the final hidden states of its tokens to what its slot has of the same prompt (a row at position 0
+begins anew).  With POOL, which comes with DRAW, the result has a vector: the mean of these, or the last state without SUM.
+
 Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
 then the decode rows; `StepResult.tokens` has one token for each of them, FAILED where a grammar could not go on.
 """
@@ -72,13 +75,14 @@ BIAS = np.dtype([("token", "<i4"), ("value", "<f4"), ("until", "<i4")])
 GRAMMAR = np.dtype([("slot", "<u4"), ("n_bytes", "<i4"), ("n_output", "<i4")])
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
 FAILED = -1  # instead of a token
-DRAW, SCORE = 1, 2  # flags of a prefill row's `sample`
+DRAW, SCORE, SUM, POOL = 1, 2, 4, 8  # flags of a prefill row's `sample`
 SCORED_TOKENS = 256  # `targets` of one step at most: each has a row of logits, for which workers set memory aside
+POOLED_ROWS = 64  # vectors that one result may have
 
 _HEADER = struct.Struct("<qBBHIIIIIIII")
 HEADER_BYTES = 64
 _SAME = 1
-_RESULT = struct.Struct("<qiiii")
+_RESULT = struct.Struct("<qiiiiii")
 _SCORES = struct.Struct("<ii")
 
 
@@ -229,7 +233,7 @@ class Scores:
 class StepResult:
     """What one step sampled: `tokens` i32[rows], in the order of the plan, and what it took, in microseconds.
 
-    `scores`: the log probabilities that were asked for, None if none were.
+    `scores`: the log probabilities that were asked for, None if none were.  `vectors` f32[rows with POOL, hidden size].
     `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
     where nothing was to be done; `launch_us`: CPU time of the launch.
     """
@@ -240,19 +244,25 @@ class StepResult:
     idle_us: int = 0
     launch_us: int = 0
     scores: Scores | None = None
+    vectors: F32 | None = None
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in worker 0."""
-        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us)
+        shape = (0, 0) if self.vectors is None else self.vectors.shape
+        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, *shape)
         tokens = self.tokens.astype("<i4", copy=False).tobytes()
+        if self.vectors is not None:
+            tokens += self.vectors.astype("<f4", copy=False).tobytes()
         return head + tokens if self.scores is None else head + tokens + self.scores.pack()
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, n, busy, idle, launch = _RESULT.unpack_from(raw)
-        end = _RESULT.size + 4 * n
+        step, n, busy, idle, launch, m, width = _RESULT.unpack_from(raw)
+        at = _RESULT.size + 4 * n
+        end = at + 4 * m * width
         if len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
         scores = Scores.unpack(raw, end) if len(raw) > end else None
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores)
+        vectors = np.frombuffer(raw, "<f4", m * width, at).reshape(m, width) if m else None
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors)

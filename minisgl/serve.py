@@ -98,22 +98,25 @@ class _Server:
 
         from minisgl.api.batch import BatchServer
         from minisgl.api.door import Door
-        from minisgl.api.server import RUN_KWARGS, build_app
+        from minisgl.api.metrics import Metered
+        from minisgl.api.server import BATCHES, RUN_KWARGS, build_app
+        from minisgl.api.store import Store
         from minisgl.api.system import System
 
         setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
+        store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
         method = json.loads(self.config.model.weight_format or "{}").get("method")
         how = f" ({method} weights, dequantised as they load)" if method else ""
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config, self.make_worker)
         try:
-            batch = BatchServer(self.system.ctx, self.system.run_dir, self.system.gateway)
-            runner = web.AppRunner(
-                build_app(self.system.gateway, batch.address), access_log=None, shutdown_timeout=1.0, **RUN_KWARGS
-            )
+            engine = Metered(self.system.gateway)
+            batch = BatchServer(self.system.ctx, self.system.run_dir, engine)
+            app = build_app(engine, batch.address, store)
+            runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
             make = runner.server
             if make is None:
@@ -121,6 +124,8 @@ class _Server:
             door = await loop.create_server(lambda: Door(make), sock=self.sock, backlog=1024)
             self.pump()
             await self.done.wait()
+            if BATCHES in app:  # they go on with the next start
+                await app[BATCHES].close()
             await self.drain()
             batch.close()
             door.close()

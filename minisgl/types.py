@@ -19,6 +19,7 @@ MAX_SEED = (1 << 63) - 1
 MAX_PRIORITY = 100  # and down to its negative: a bounded number of lanes
 MAX_SALT_CHARS = 256
 MAX_TIMEOUT = 1e6  # seconds
+POOLINGS = ("", "mean", "last")  # "": no vector is wanted, but text
 _MAX_INT = (1 << 31) - 1  # what the 32-bit fields of a plan hold
 
 
@@ -44,12 +45,16 @@ class RequestOptions:
 
     `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
     none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
+
+    `pooling`: the request wants a vector instead of text: the final hidden states of its prompt, their mean or the last one.
+    It draws one token, which nobody is told.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
     priority: int = 0
     timeout: float = 0.0
     cache_salt: str = ""
+    pooling: str = ""
 
     def __post_init__(self) -> None:
         _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -59,6 +64,8 @@ class RequestOptions:
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise InvalidParam("cache_salt", f"cache_salt may have at most {MAX_SALT_CHARS} characters.")
         _check_text("cache_salt", self.cache_salt)
+        if self.pooling not in POOLINGS:
+            raise InvalidParam("pooling", "pooling must be mean or last.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,7 +206,7 @@ def _attention(**change: Any) -> Any:
         def __init__(self, spec: Any, **more: Any) -> None:
             super().__init__(replace(spec, **change), **more)
 
-    return lambda patch: patch.setattr(runner_module, "TorchAttention", Wrong)
+    return lambda patch: patch.setattr("minisgl.model.cpu.choice.TorchAttention", Wrong)
 
 
 def _replaced(target: str, value: Any) -> Any:

@@ -54,7 +54,7 @@ def test_gpus_that_are_not_there_are_missed_before_anything_starts(
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("attention_backend", "triton"), ("quantization", "fp8"), ("kv_cache_dtype", "fp8"), ("graphs", "off")],
+    [("attention_backend", "triton"), ("kv_cache_dtype", "fp8"), ("graphs", "off")],
 )
 def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{flag(setting)} {value} needs a GPU"):

@@ -25,7 +25,7 @@ from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.config import Config, EngineConfig
 from minisgl.model.oracle import OracleRunner
 from minisgl.model.resolve import resolve
-from minisgl.types import SamplingParams
+from minisgl.types import RequestOptions, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minisgl"
@@ -73,6 +73,8 @@ def observed_edges() -> set[tuple[str, str, str]]:
     gateway.open(ChatPrompt(b'{"messages": 5, "kwargs": {}}'), greedy, seen.append)
     gateway.open(TextPrompt("x"), SamplingParams(max_tokens=60, stop=tuple("aeiou nrst")), seen.append)
     gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(max_tokens=6, logprobs=2, echo=True), seen.append)
+    gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(max_tokens=1), seen.append, RequestOptions(pooling="mean"))
+    gateway.detokenize((1, 2, 3), False, seen.append)
     victim = gateway.open(TokenPrompt((1, 2, 3)), greedy, seen.append)
     gateway.close(victim)
     system.run()

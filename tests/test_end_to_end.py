@@ -5,6 +5,7 @@ And LLM with tiny models of other kinds.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel, Field
@@ -36,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server on a free port, as `scripts/launch.sh --tp 2` starts it."""
     run = tmp_path_factory.mktemp("run")
     env = os.environ | {"XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(HERE.parent)}
-    flags = ["--port", "0", "--tp", "2", "--kv-tokens", "16384"]
+    flags = ["--port", "0", "--tp", "2", "--kv-tokens", "16384", "--quantization", "none"]
     server = subprocess.Popen([sys.executable, "-m", "minisgl", *flags], stderr=subprocess.PIPE, text=True, env=env)
     assert server.stderr is not None
     lines: list[str] = []
@@ -61,7 +63,7 @@ def client(url: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(kv_tokens=8192) as engine:
+    with LLM(kv_tokens=8192, quantization="none") as engine:
         yield engine
 
 
@@ -320,7 +322,54 @@ def test_qwen3_gives_the_greedy_text_of_transformers_on_any_number_of_ranks(
 ) -> None:
     path, prompts, expected = qwen3
     tokenizer = load_tokenizer(resolve(path))
-    with LLM(path, tp=tp, kv_tokens=2048, page_size=4, max_running=4, step_tokens=24) as engine:
+    with LLM(path, tp=tp, quantization="none", kv_tokens=2048, page_size=4, max_running=4, step_tokens=24) as engine:
         got = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=60))
     assert [a.token_ids for a in got] == expected
     assert [a.text for a in got] == [tokenizer.decode(ids, skip_special=True) for ids in expected]
+
+
+def post(url: str, path: str, body: dict[str, object]) -> dict[str, Any]:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return dict(json.load(answer))
+
+
+def test_the_other_endpoints_answer_with_the_real_model(url: str, client: openai.OpenAI) -> None:
+    ask = {"model": MODEL, "temperature": 0, "max_output_tokens": 20}
+    answer = client.responses.create(input="What is the capital of France?", **ask)
+    assert "Paris" in answer.output_text
+    assert answer.status == "completed"
+    with client.responses.stream(input=QUESTION, **ask) as stream:  # type: ignore[arg-type]
+        assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == answer.output_text
+        assert stream.get_final_response().usage.output_tokens == answer.usage.output_tokens
+    message = post(url, "/v1/messages", {"max_tokens": 20, "temperature": 0, "messages": QUESTION})
+    assert (message["content"][0]["text"], message["stop_reason"]) == (answer.output_text, "end_turn")
+    counted = post(url, "/v1/messages/count_tokens", {"messages": QUESTION})["input_tokens"]
+    assert counted == message["usage"]["input_tokens"] + message["usage"]["cache_read_input_tokens"] == 37
+    prompt = "The capital of France is"
+    tokens = post(url, "/tokenize", {"prompt": prompt})["tokens"]
+    assert post(url, "/detokenize", {"tokens": tokens})["prompt"] == prompt
+    native = post(url, "/generate", {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
+    assert native["text"] == " Paris" == post(url, "/detokenize", {"tokens": native["output_ids"]})["prompt"]
+    scored = {"return_logprob": True, "logprob_start_len": 0, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+    meta = post(url, "/generate", {"text": prompt, **scored})
+    assert meta["text"] == " Paris"
+    assert [t for _, t, _ in meta["meta_info"]["input_token_logprobs"]] == tokens
+    with urllib.request.urlopen(f"{url}/tokenizer_info") as info_answer:
+        assert json.load(info_answer)["eos_token"] == "<|im_end|>"
+    with urllib.request.urlopen(f"{url}/metrics") as metrics:
+        assert 'minisgl_request_success_total{finished_reason="stop"}' in metrics.read().decode()
+
+
+def test_vectors_of_two_ranks_are_the_same_however_they_are_asked_for(url: str, client: openai.OpenAI) -> None:
+    texts = ["A cat sat on the mat.", "A kitten lay on the rug.", "Interest rates rose by a quarter point."]
+    for pooling in ("mean", "last"):
+        create = functools.partial(client.embeddings.create, model=MODEL, extra_body={"pooling": pooling})
+        vectors = [np.array(d.embedding) for d in create(input=texts).data]
+        assert [round(float(np.linalg.norm(v)), 5) for v in vectors] == [1, 1, 1]
+        again = [np.array(create(input=text, encoding_format="float").data[0].embedding) for text in texts]
+        assert max(np.abs(a - b).max() for a, b in zip(vectors, again, strict=True)) < 1e-4  # in one batch, alone, cached
+        ids = post(url, "/tokenize", {"prompt": texts[0]})["tokens"]
+        assert np.abs(np.array(create(input=ids).data[0].embedding) - vectors[0]).max() < 1e-4
+        if pooling == "mean":
+            assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]

@@ -46,7 +46,7 @@ def checked(
 ) -> tuple[int, str]:
     """Exit code and table, without the engine's answers, which need processes."""
     monkeypatch.setattr(selfcheck, "_answers", lambda *_: answers or {})
-    config = Config(resolve(str(path)), EngineConfig(threads=1, page_size=4, **engine))
+    config = Config(resolve(str(path)), EngineConfig(quantization="none", threads=1, page_size=4, **engine))
     code = selfcheck.check(config, {}, TOKENS, jobs)
     return code, capfd.readouterr().out
 
@@ -56,7 +56,23 @@ def test_everything_agrees_on_two_ranks_and_in_the_whole_engine(checkpoint, monk
     real = selfcheck._processes
     monkeypatch.setattr(selfcheck, "_processes", lambda kind, a: (in_process if len(a) == 1 else real)(kind, a))
     assert (
-        main(["selfcheck", "--model", str(checkpoint), "--tp", "2", "--tokens", "4", "--kv-tokens", "2048", "--threads", "2"])
+        main(
+            [
+                "selfcheck",
+                "--model",
+                str(checkpoint),
+                "--tp",
+                "2",
+                "--tokens",
+                "4",
+                "--kv-tokens",
+                "2048",
+                "--threads",
+                "2",
+                "--quantization",
+                "none",
+            ]
+        )
         == 0
     )
     out = capfd.readouterr().out
@@ -187,13 +203,13 @@ def test_what_cannot_be_checked_is_a_sentence(checkpoint, tmp_path, capfd):
     damaged.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (damaged / name).write_bytes((checkpoint / name).read_bytes()[: -100 if name == "model.safetensors" else None])
-    config = Config(resolve(str(damaged)), EngineConfig(threads=1))
+    config = Config(resolve(str(damaged)), EngineConfig(quantization="none", threads=1))
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
         selfcheck.check(config, {}, TOKENS)
 
 
 def test_a_rank_that_fails_ends_the_others_which_wait_for_it(checkpoint, tmp_path):
-    config = Config(resolve(str(checkpoint)), EngineConfig(threads=1, tp=2, kv_tokens=512))
+    config = Config(resolve(str(checkpoint)), EngineConfig(quantization="none", threads=1, tp=2, kv_tokens=512))
     write_job(tmp_path, config, [[1, 2, 3]], 0)
     with pytest.raises(UserError, match=r"the probe ended with code 1:\n[\s\S]*list index out of range"):
         selfcheck._processes("probe", [[str(tmp_path), "0"], [str(tmp_path), "7"]])

@@ -21,6 +21,7 @@ from test_openai_validation import FIELDS, JSON
 from minisgl import __version__
 from minisgl.api import serving
 from minisgl.api.door import Door
+from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.server import RUN_KWARGS, build_app
 from minisgl.api.stream import generate, generate_all
@@ -57,6 +58,7 @@ class FakeEngine:
         self.closed: list[int] = []
         self.live: dict[int, Deliver] = {}
         self.stats = {"running_requests": 0}
+        self.tokenizer_info: dict[str, Any] = {}
         self.flushed = False
         self.changed = asyncio.Condition()
         self.tasks: list[asyncio.Task[None]] = []
@@ -102,6 +104,16 @@ class FakeEngine:
         first = (TokenLogprob(5, b"P", None, 0, ()),) if params.echo and at == 0 else ()
         return (*first, TokenLogprob(at, (b"Hel", b"\xe2", b"lo", b"end")[at], -1.0 - at, at + 1, top))
 
+    def tokenize(self, prompt: Prompt, take: Callable[[Any], None]) -> int:
+        """Every character is a token."""
+        text = prompt.text if isinstance(prompt, TextPrompt) else "a chat"
+        asyncio.get_running_loop().call_soon(take, tuple(map(ord, text)))
+        return -1
+
+    def detokenize(self, ids: Any, skip_special: bool, take: Callable[[Any], None]) -> int:
+        asyncio.get_running_loop().call_soon(take, "".join(map(chr, ids)))
+        return -1
+
     def go_on(self, after: int) -> None:
         """Say the pieces up to `after`."""
         at, self.after = self.after, after
@@ -109,6 +121,8 @@ class FakeEngine:
             self._piece(uid, at)
 
     def close(self, uid: int) -> None:
+        if uid < 0:
+            return
         self.closed.append(uid)
         self.live.pop(uid, None)
         self._changed()
@@ -151,11 +165,11 @@ class Server:
 Scene = Callable[[FakeEngine, Server], Awaitable[None]]
 
 
-def play(scene: Scene, **server: Any) -> FakeEngine:
+def play(scene: Scene, make: type[FakeEngine] = FakeEngine, **server: Any) -> FakeEngine:
     """Run a scene against a live server; afterwards nothing may be open, and everything closed exactly once."""
 
     async def main() -> FakeEngine:
-        engine = FakeEngine(**server)
+        engine = make(**server)
         http = Server(engine)
         await http.start()
         try:
@@ -861,9 +875,9 @@ def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
 def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
     async def main() -> None:
         engine = FakeEngine()
-        answer = await serving.ENDPOINTS[CHAT](engine, GOOD)
+        answer = await ENDPOINTS[CHAT](engine, GOOD)
         assert answer["choices"][0]["message"]["content"] == TEXT
-        answer = await serving.ENDPOINTS[COMPLETION](engine, {"prompt": [[1], [2]]})
+        answer = await ENDPOINTS[COMPLETION](engine, {"prompt": [[1], [2]]})
         assert [c["index"] for c in answer["choices"]] == [0, 1]
         with pytest.raises(RequestError) as caught:
             await serving.chat(engine, {**GOOD, "stream": True})

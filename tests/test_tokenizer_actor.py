@@ -13,7 +13,7 @@ from conftest import oracle_spec
 from test_tokenizer import CHATML, small
 
 from minisgl.actors import tokenizer as module
-from minisgl.actors.messages import Rejected, Tokenize, Tokenized, Wake
+from minisgl.actors.messages import Detokenize, Detokenized, Rejected, Tokenize, Tokenized, TokenizerInfo, Wake
 from minisgl.actors.ring import RingReader, RingWriter, create_ring
 from minisgl.actors.tokenizer import TokenizerActor
 from minisgl.config import Config, EngineConfig
@@ -71,6 +71,11 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
         config = Config(dataclasses.replace(oracle_spec(), max_context=max_context), EngineConfig())
         actor = TokenizerActor(ctx, config, ring)
         actor.started()
+        ((to, info),) = ctx.sent
+        assert to == "api"
+        assert isinstance(info, TokenizerInfo)
+        actor.info = json.loads(info.info)  # type: ignore[attr-defined]
+        ctx.sent.clear()
         return actor, ctx.sent
 
     return build
@@ -162,3 +167,16 @@ def test_a_prompt_that_is_far_too_long_does_not_enter_the_ring(make: Any) -> Non
         "This model's maximum context length is 10 tokens. However, you requested 41 tokens (41 in the "
     )
     assert (tokenized.uid, tokenized.n, len(ring.records)) == (2, 40, 1)
+
+
+def test_ids_become_text_and_the_tokenizer_tells_its_special_tokens(make: Any) -> None:
+    actor, sent = make(Ring())
+    tok = small(CHATML)
+    ids = tok.encode("hello", False)
+    actor.receive(Detokenize(7, ids, False))
+    ((to, answer),) = sent
+    assert (to, type(answer)) == ("api", Detokenized)
+    assert (answer.uid, answer.text) == (7, "hello")
+    assert actor.info["chat_template"] == CHATML
+    assert actor.info["vocab_size"] == tok.vocab_size
+    assert actor.info["eos_token_ids"] == list(tok.eos_ids)

@@ -180,7 +180,15 @@ def _save(path: Any, cls: Any, config: Any) -> Any:
 
 
 def config_for(path: Any, **engine: Any) -> Config:
-    engine = {"threads": 1, "page_size": 4, "max_running": 8, "kv_tokens": 512, "max_context": 128, **engine}
+    engine = {
+        "threads": 1,
+        "quantization": "none",
+        "page_size": 4,
+        "max_running": 8,
+        "kv_tokens": 512,
+        "max_context": 128,
+        **engine,
+    }
     return Config(resolve(os.fspath(path)), EngineConfig(**engine))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from minisgl.actors.board import BoardSpec, create_board
 from minisgl.actors.ring import RingSpec, create_ring
 from minisgl.config import Config
-from minisgl.plan import SCORED_TOKENS
+from minisgl.plan import POOLED_ROWS, SCORED_TOKENS
 from minisgl.types import MAX_LOGPROBS
 
 _MIB = 1 << 20
@@ -53,6 +53,7 @@ def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
     table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # a plan that grants every page of every slot
     plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 8 * config.max_context + 2 * _MIB
     result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
+    result += 4 * config.model.hidden_size * POOLED_ROWS
     plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
     results, fd_results = create_ring("results", 1, _MIB + 2 * engine.lag * result)
     prompts, fds_prompts = zip(

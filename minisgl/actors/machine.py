@@ -35,11 +35,12 @@ from minisgl.actors.table import SlotTable
 from minisgl.cache.none import NoCache
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match, RadixCache
-from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, PREFILL, SCORE, SCORED_TOKENS, StepPlan, StepResult
+from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, POOL, POOLED_ROWS, PREFILL, SCORE, SCORED_TOKENS, SUM, StepPlan, StepResult
 from minisgl.types import MAX_EOS_IDS, Finish
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
@@ -84,12 +85,14 @@ class News:
 
 @dataclass(slots=True)
 class Output:
-    """What one call of `step` decided.  `started`: (uid, cached prompt tokens) of the requests admitted for the first time."""
+    """What one call of `step` decided.  `started`: (uid, cached prompt tokens) of the requests admitted for the first time;
+    `vectors`: (uid, vector) of the requests that wanted one, which end with it and are in no news."""
 
     plan: StepPlan | None = None
     news: list[News] = field(default_factory=list)
     scores: list[ScoreNews] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
+    vectors: list[tuple[int, F32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,7 @@ class _InFlight:
     epochs: I64
     cost: F64
     scored: Scored | None  # what log probabilities come with the result
+    pooled: I32  # which rows have the result's vectors
 
 
 class _PlanParts:
@@ -161,6 +165,7 @@ class _PlanParts:
         self.targets: list[tuple[int, int, I32]] = []  # (slot, position of the first, tokens of a prompt to be scored)
         self.bound: list[Bound] = []
         self.score_room = SCORED_TOKENS
+        self.pooled: list[int] = []  # which of the prefill rows that sample have a vector
         self.extra_room = EXTRA_BYTES
 
     def grant(self, slots: I32 | int, index: I32, pages: I32) -> None:
@@ -275,6 +280,8 @@ class StepMachine:
             slots, tokens = slots[~failed], tokens[~failed]
         if not len(slots):
             return
+        if len(sent.pooled):
+            slots, tokens = self._take_vectors(sent, result, live, out)
         table.append(slots, tokens)
         finish = np.where(table.length[slots] >= table.limit[slots], np.uint8(Finish.LENGTH), np.uint8(Finish.NONE))
         finish[self._eos[tokens] & ~table.ignore_eos[slots]] = Finish.STOP
@@ -285,6 +292,19 @@ class StepMachine:
         out.news.append(News(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
         for slot in slots[finish != 0].tolist():
             self._release(slot)
+
+    def _take_vectors(self, sent: _InFlight, result: StepResult, live: npt.NDArray[np.bool_], out: Output) -> tuple[I32, I32]:
+        """End the requests that have their vectors; returns (slots, tokens) of the others."""
+        if result.vectors is None or len(result.vectors) != len(sent.pooled):
+            raise RuntimeError(f"result {result.step} lacks vectors that its plan asked for")
+        for row, vector in zip(sent.pooled.tolist(), result.vectors, strict=True):
+            if live[row]:
+                slot = int(sent.slots[row])
+                out.vectors.append((int(self.table.uid[slot]), vector))
+                self._release(slot)
+        others = live.copy()
+        others[sent.pooled] = False
+        return sent.slots[others], result.tokens[others]
 
     def _end(self, uid: int, finish: Finish, out: Output) -> bool:
         """End a request from outside.  False if it has ended already."""
@@ -382,7 +402,8 @@ class StepMachine:
         prefilled = len(out.plan.ids)
         cost = features(prefilled, len(decode), context)
         scored = Scored.of(rows, parts.targets, self.table) if self._scoring else None
-        self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost, scored))
+        pooled = np.array(parts.pooled, np.int32) if parts.pooled else _NONE
+        self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost, scored, pooled))
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += len(decode)
@@ -444,6 +465,9 @@ class StepMachine:
             most = min(most, parts.score_room)
         room = held + (self.pool.free + self.cache.evictable) * size - start
         n = min(most, room)
+        pooling = request.options.pooling
+        if pooling and start + n == target and len(parts.pooled) == POOLED_ROWS:
+            n -= 1  # the result has no room for another vector
         if n <= 0:
             return 0
         new = max(0, -(-(start + n - held) // size))
@@ -460,6 +484,10 @@ class StepMachine:
             flags |= SCORE
             parts.targets.append((slot, start + 1, request.ids[start + 1 : start + n + 1]))
             parts.score_room -= n
+        if pooling:
+            flags |= (SUM if pooling == "mean" else 0) | (POOL if last else 0)
+            if last:
+                parts.pooled.append(len(parts.sampling))
         parts.prefill.append((slot, flags, n))
         parts.ids.append(ids)
         if last:
@@ -491,7 +519,7 @@ class StepMachine:
             slot = None
             if request.need <= self.pool.free + self.cache.evictable:
                 match = self._match(request)
-                if self.limits.share and not request.scores_prompt and self._is_being_computed(request, match):
+                if self.limits.share and not request.computes_all and self._is_being_computed(request, match):
                     followers.add(request.uid)
                     continue
                 slot = self._try_admit(request, match, parts, out)
@@ -521,8 +549,8 @@ class StepMachine:
         return max(equals, key=lambda r: (found[r.uid], -r.order))
 
     def _match(self, request: Request) -> Match:
-        """What the cache has of a request; nothing of a prompt that must be computed to be scored."""
-        ids = request.ids[:1] if request.scores_prompt else request.ids
+        """What the cache has of a request; nothing of a prompt that must be computed."""
+        ids = request.ids[:1] if request.computes_all else request.ids
         return self.cache.match(ids, request.options.cache_salt)
 
     def _try_admit(self, request: Request, match: Match, parts: _PlanParts, out: Output) -> int | None:

@@ -267,6 +267,30 @@ class Tokenized:
 
 
 @message
+class Detokenize:
+    """api -> tokenizer: what text are these token ids?"""
+
+    uid: int
+    ids: I32
+    skip_special: bool
+
+
+@message
+class Detokenized:
+    """tokenizer -> api: the answer to Detokenize."""
+
+    uid: int
+    text: str
+
+
+@message
+class TokenizerInfo:
+    """tokenizer -> api, once it is loaded: the JSON object that GET /tokenizer_info answers with."""
+
+    info: str
+
+
+@message
 class Rejected:
     """tokenizer or scheduler -> api: this request cannot be served (an error of the request, not of the engine)."""
 
@@ -316,6 +340,14 @@ class Stats:
 
     names: tuple[str, ...]
     values: I64
+
+
+@message
+class Embedded:
+    """scheduler -> api: the vector that request `uid` wanted; it has ended."""
+
+    uid: int
+    vector: F32
 
 
 @message

@@ -49,6 +49,11 @@ class Request:
         """Whether log probabilities of prompt tokens are still to come: they must be computed, and are in no cache."""
         return self.params.echo and self.params.logprobs is not None and self.scored < self.n_prompt
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether every token of the prompt must be computed by this request itself, whatever the cache has of it."""
+        return self.scores_prompt or self.options.pooling == "mean"
+
 
 class WaitQueue:
     """Add, remove and look at the front, each in constant time (for a bounded number of distinct priorities)."""

@@ -3,8 +3,8 @@
 Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, Wake (workers); Stop (api); results through the
 token ring.
-Sends     Track, Scores, Tokens (detokenizer); Rejected, EngineReady (api); Capacity, Wake (workers); plans through the plan
-ring.
+Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans through
+the plan ring.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from minisgl.actors.machine import Add, Drop, Event, Flush, Limits, News, Output
 from minisgl.actors.messages import (
     Cancel,
     Capacity,
+    Embedded,
     EngineReady,
     FlushCache,
     Generate,
@@ -246,12 +247,16 @@ class SchedulerActor(Actor):
         machine = self._machine()
         for uid, cached in output.started:
             request = machine.running[uid][1]
+            if request.options.pooling:  # it has no text
+                continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
             self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params))
         for s in output.scores:
             inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
             tops = (s.top_ids[inside], s.top_logprobs[inside])
             self.ctx.send("detokenizer", Scores(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
+        for uid, vector in output.vectors:
+            self.ctx.send("api", Embedded(uid, vector))
         if output.news:
             self.ctx.send("detokenizer", _join(output.news))
 

@@ -1,12 +1,14 @@
 """The tokenizer actor.
 
 Owns      the tokenizer and the chat template; the encoded prompts that wait for room in the prompt ring.
-Receives  Tokenize, Wake (api).
-Sends     Tokenized, Rejected (api); token ids through the prompt ring, in the order of the Tokenized messages.
+Receives  Tokenize, Detokenize, Wake (api).
+Sends     Tokenized, Detokenized, TokenizerInfo, Rejected (api); token ids through the prompt ring, in the order of the
+Tokenized messages.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from typing import Protocol
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.messages import Rejected, Tokenize, Tokenized, Wake
+from minisgl.actors.messages import Detokenize, Detokenized, Rejected, Tokenize, Tokenized, TokenizerInfo, Wake
 from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +49,7 @@ class TokenizerActor(Actor):
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
+        self.ctx.send("api", TokenizerInfo(json.dumps(self._tokenizer.describe())))
 
     @on(Tokenize)
     def tokenize(self, m: Tokenize) -> None:
@@ -70,6 +73,12 @@ class TokenizerActor(Actor):
         if m.chat is not None:
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
+
+    @on(Detokenize)
+    def detokenize(self, m: Detokenize) -> None:
+        if self._tokenizer is None:
+            raise RuntimeError("the tokenizer is not loaded yet")
+        self.ctx.send("api", Detokenized(m.uid, self._tokenizer.decode(m.ids.tolist(), m.skip_special)))
 
     def _check_length(self, ids: I32, field: str) -> None:
         n, context = len(ids), self.config.max_context

@@ -19,10 +19,10 @@ import zmq
 
 from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
 from minisgl.actors.process import ZmqContext, address
+from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.fields import parse_json
 from minisgl.api.requests import Engine
-from minisgl.api.serving import ENDPOINTS, internal_error
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 SILENT_SECONDS = 10.0

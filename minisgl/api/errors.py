@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from minisgl.api.serving import internal_error
-from minisgl.errors import RequestError
+from minisgl.api.messages import error_body
+from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -27,14 +27,14 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RequestError as e:
-        return error_response(e)
+        return error_response(e, request)
     except web.HTTPException as e:
-        response = error_response(_from_http(e, request))
+        response = error_response(_from_http(e, request), request)
         if "Allow" in e.headers:
             response.headers["Allow"] = e.headers["Allow"]
         return response
     except Exception:
-        response = error_response(internal_error())
+        response = error_response(internal_error(), request)
         await name_response(request, response)
         log.exception("request %s failed", response.headers["x-request-id"])
         return response
@@ -49,10 +49,13 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
 
 
-def error_response(error: RequestError) -> web.Response:
-    """The JSON answer for a RequestError, with Retry-After where a retry makes sense."""
+def error_response(error: RequestError, request: web.Request) -> web.Response:
+    """The JSON answer for a RequestError, with Retry-After where a retry makes sense; of Anthropic's shape on their paths."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return web.json_response(error.body(), status=error.status, headers=headers)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = error_body(error) if request.path.startswith("/v1/messages") else error.body()
+    return web.json_response(body, status=error.status, headers=headers)
 
 
 def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
@@ -65,11 +68,6 @@ def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
         return RequestError(text, status=405, code="method_not_allowed")
     kind = "invalid_request_error" if e.status < 500 else "server_error"
     return RequestError(f"{e.reason}.", status=e.status, kind=kind)
-
-
-def body_too_large(limit: int) -> RequestError:
-    """413."""
-    return RequestError(f"The request body is larger than {limit} bytes.", status=413, code="body_too_large")
 
 
 def _unknown_path(request: web.Request) -> str:

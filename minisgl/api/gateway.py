@@ -2,9 +2,9 @@
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever
           else dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Wake (scheduler); Tokenized, Rejected (tokenizer);
-          Text, Logprobs (detokenizer); ActorDied (supervisor, in process).
-Sends     Tokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
+          TokenizerInfo, Rejected (tokenizer); Text, Logprobs (detokenizer); ActorDied (supervisor, in process).
+Sends     Tokenize, Detokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -12,10 +12,13 @@ thread.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +29,9 @@ from minisgl.actors.board import Board
 from minisgl.actors.messages import (
     ActorDied,
     Cancel,
+    Detokenize,
+    Detokenized,
+    Embedded,
     EngineReady,
     Failed,
     FlushCache,
@@ -38,12 +44,13 @@ from minisgl.actors.messages import (
     Text,
     Tokenize,
     Tokenized,
+    TokenizerInfo,
     Wake,
 )
 from minisgl.actors.ring import RingReader, RingWriter
-from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError, context_overflow
+from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.grammar import too_complex
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
@@ -90,6 +97,7 @@ class Gateway(Actor):
         self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
         self.died: ActorDied | None = None
         self.stats: dict[str, int] = {}  # the scheduler's, at most a second old while it works
+        self.tokenizer_info: dict[str, Any] = {}
         self._state = "starting"
         self._tokenizers = [
             _Tokenizer(n, RingReader(a)) for n, a in zip(tokenizer_names(tokenizers), arenas.prompts, strict=True)
@@ -98,6 +106,7 @@ class Gateway(Actor):
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
+        self._asked: dict[int, Callable[[Any], None]] = {}  # who waits for an answer of the tokenizer alone
         self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
         self._last_uid = 0
         self._silent = set(actor_names(config.engine.tp, tokenizers))  # actors that have not said Hello
@@ -110,7 +119,7 @@ class Gateway(Actor):
 
     @property
     def open_requests(self) -> int:
-        return len(self._ledger)
+        return len(self._ledger) + len(self._asked)
 
     def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self._check_open()
@@ -120,9 +129,9 @@ class Gateway(Actor):
                 "response_format", "A grammar needs a model with an EOS token, to end its answers.", "unsupported_value"
             )
         self._last_uid += 1
-        entry = Entry(self._last_uid, params, options, deliver, "messages" if isinstance(prompt, ChatPrompt) else "prompt")
+        entry = Entry(self._last_uid, params, options, deliver, _source(prompt, options))
         if isinstance(prompt, TokenPrompt):
-            ids = self._check_ids(prompt)
+            ids = self._check_ids(prompt.ids, "prompt")
             self._ledger[entry.uid] = entry
             try:
                 self._start(entry, ids)
@@ -130,28 +139,49 @@ class Gateway(Actor):
                 del self._ledger[entry.uid]
                 raise
             return entry.uid
-        size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
-        if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
-            raise context_overflow(
-                entry.source,
-                self.config.max_context,
-                f"more than {size // _CHARS_PER_TOKEN}",
-                f"{size} characters in the {entry.source}",
-            )
-        to = min(self._tokenizers, key=lambda t: t.load)
-        try:
-            if isinstance(prompt, TextPrompt):
-                self.ctx.send(to.name, Tokenize(entry.uid, prompt.text, None, prompt.add_special))
-            else:
-                self.ctx.send(to.name, Tokenize(entry.uid, None, prompt.payload, False))
-        except UnicodeEncodeError as e:
-            raise InvalidParam(entry.source, f"{entry.source} holds half of a surrogate pair, which is not text.") from e
-        self._tokenizing[entry.uid] = to, size
-        to.load += size
+        self._send_text(entry.uid, prompt, entry.source)
         self._ledger[entry.uid] = entry
         return entry.uid
 
+    def _send_text(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str) -> None:
+        """To the tokenizer with the least to do.  Raises RequestError."""
+        size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
+        if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
+            raise context_overflow(
+                source, self.config.max_context, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {source}"
+            )
+        to = self._idlest()
+        try:
+            if isinstance(prompt, TextPrompt):
+                self.ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
+            else:
+                self.ctx.send(to.name, Tokenize(uid, None, prompt.payload, False))
+        except UnicodeEncodeError as e:
+            raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
+        self._tokenizing[uid] = to, size
+        to.load += size
+
+    def _idlest(self) -> _Tokenizer:
+        return min(self._tokenizers, key=lambda t: t.load)
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
+        self._check_open()
+        self._last_uid += 1
+        source = _source(prompt, DEFAULT_OPTIONS)
+        self._send_text(self._last_uid, prompt, source)
+        self._asked[self._last_uid] = take
+        return self._last_uid
+
+    def detokenize(self, ids: Sequence[int], skip_special: bool, take: TakeText) -> int:
+        self._check_open()
+        checked = self._check_ids(ids, "tokens")
+        self._last_uid += 1
+        self.ctx.send(self._idlest().name, Detokenize(self._last_uid, checked, skip_special))
+        self._asked[self._last_uid] = take
+        return self._last_uid
+
     def close(self, uid: int) -> None:
+        self._asked.pop(uid, None)
         entry = self._ledger.pop(uid, None)
         if entry is not None and entry.sent:
             self.ctx.send("scheduler", Cancel(uid))
@@ -161,20 +191,14 @@ class Gateway(Actor):
 
     def _check_open(self) -> None:
         if self._state == "starting":
-            raise RequestError(
-                "The model is still being loaded; try again in a moment.",
-                status=503,
-                kind="server_error",
-                code="model_loading",
-                retry_after=2,
-            )
+            raise model_loading()
         if self._state != "ready":
             raise RequestError(
                 "The server is shutting down.", status=503, kind="server_error", code="server_draining", retry_after=5
             )
-        if len(self._ledger) >= self.config.server.max_open_requests:
+        if self.open_requests >= self.config.server.max_open_requests:
             raise RequestError(
-                f"The server has {len(self._ledger)} open requests, its limit; try again in a moment.",
+                f"The server has {self.open_requests} open requests, its limit; try again in a moment.",
                 status=429,
                 kind="rate_limit_error",
                 code="server_overloaded",
@@ -187,12 +211,12 @@ class Gateway(Actor):
             if ids and max(ids) >= vocab:
                 raise InvalidParam(name, f"{name} holds the token id {max(ids)}; this model's end at {vocab - 1}.")
 
-    def _check_ids(self, prompt: TokenPrompt) -> I32:
+    def _check_ids(self, ids: Sequence[int], field: str) -> I32:
         vocab = self.config.model.vocab_size
-        bad = next((t for t in prompt.ids if not 0 <= t < vocab), None)
+        bad = next((t for t in ids if not 0 <= t < vocab), None)
         if bad is not None:
-            raise InvalidParam("prompt", f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
-        return np.array(prompt.ids, np.int32)
+            raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
+        return np.array(ids, np.int32)
 
     # ---------------- prompt known: check, enter, send
     def _start(self, entry: Entry, ids: I32) -> None:
@@ -244,6 +268,9 @@ class Gateway(Actor):
         ids = np.frombuffer(by.ring.take_now(), np.int32)
         if by.ring.starved():
             self.ctx.send(by.name, Wake())
+        if (asked := self._asked.pop(m.uid, None)) is not None:
+            asked(tuple(ids.tolist()))
+            return
         entry = self._ledger.get(m.uid)
         if entry is None:  # its client has left meanwhile
             return
@@ -251,6 +278,21 @@ class Gateway(Actor):
             self._start(entry, ids)
         except RequestError as e:
             self._fail(entry, e)
+
+    @on(Detokenized)
+    def detokenized(self, m: Detokenized) -> None:
+        if (asked := self._asked.pop(m.uid, None)) is not None:
+            asked(m.text)
+
+    @on(TokenizerInfo)
+    def keep_tokenizer_info(self, m: TokenizerInfo) -> None:
+        self.tokenizer_info = json.loads(m.info)
+
+    @on(Embedded)
+    def embedded(self, m: Embedded) -> None:
+        entry = self._ledger.pop(m.uid, None)
+        if entry is not None and entry.ids is not None:
+            entry.deliver(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
     @on(Text)
     def text(self, m: Text) -> None:
@@ -300,14 +342,14 @@ class Gateway(Actor):
 
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
-        if (asked := self._tokenizing.pop(m.uid, None)) is not None:
-            asked[0].load -= asked[1]
-        entry = self._ledger.get(m.uid)
-        if entry is not None:
-            kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
-            self._fail(
-                entry, RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
-            )
+        if (tokenizing := self._tokenizing.pop(m.uid, None)) is not None:
+            tokenizing[0].load -= tokenizing[1]
+        kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
+        error = RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
+        if (asked := self._asked.pop(m.uid, None)) is not None:
+            asked(error)
+        elif (entry := self._ledger.get(m.uid)) is not None:
+            self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
         del self._ledger[entry.uid]
@@ -367,13 +409,22 @@ class Gateway(Actor):
         if self._state != "dead":
             self._state = state
         status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
+        error = RequestError(text, status=status, kind="server_error", code=code)
         for entry in list(self._ledger.values()):
-            self._fail(entry, RequestError(text, status=status, kind="server_error", code=code))
+            self._fail(entry, error)
+        asked, self._asked = self._asked, {}
+        for take in asked.values():
+            take(error)
 
 
 def _finite(logprob: float) -> float:
     """JSON has no infinity: the log probability of what cannot be."""
     return max(logprob, IMPOSSIBLE)
+
+
+def _source(prompt: Prompt, options: RequestOptions) -> str:
+    """What a client calls the field that the prompt came in."""
+    return "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
 
 
 def _timed_out(entry: Entry) -> RequestError:

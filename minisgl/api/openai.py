@@ -161,8 +161,8 @@ def parse_chat(
     Raises RequestError: 400, or 404 for the model.
     """
     fields = Fields(body)
-    model = _model(fields, served)
-    _refuse_unsupported(body, CHAT_UNSUPPORTED)
+    model = served_model(fields, served)
+    refuse_unsupported(body, CHAT_UNSUPPORTED)
     stream, include_usage, ignored = _stream(fields)
     offered = tools(fields, tool_style)
     bound = constraint(fields)
@@ -185,7 +185,7 @@ def parse_chat(
         options=options(fields),
         stream=stream,
         include_usage=include_usage,
-        ignored=_unknown(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
+        ignored=unknown_fields(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
     )
@@ -202,14 +202,14 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
     `defaults` as for a chat.  Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
     """
     fields = Fields(body)
-    model = _model(fields, served)
-    _refuse_unsupported(body, COMPLETION_UNSUPPORTED)
+    model = served_model(fields, served)
+    refuse_unsupported(body, COMPLETION_UNSUPPORTED)
     stream, include_usage, ignored = _stream(fields)
     bound = constraint(fields)
     echo = fields.boolean("echo") or None
     return CompletionRequest(
         model=model,
-        prompts=_prompts(body.get("prompt"), fields.boolean("add_special_tokens", True)),
+        prompts=text_prompts("prompt", body.get("prompt"), add_special=fields.boolean("add_special_tokens", True)),
         n=choices(fields),
         params=sampling(
             fields, COMPLETION_TOKENS, defaults, logprobs=completion_logprobs(fields), echo=echo, grammar=bound.grammar
@@ -217,7 +217,7 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
         options=options(fields),
         stream=stream,
         include_usage=include_usage,
-        ignored=_unknown(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
+        ignored=unknown_fields(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
         bound_by=bound.field,
     )
 
@@ -228,7 +228,7 @@ def unknown_model(name: str, served: Sequence[str]) -> RequestError:
     return RequestError(text, status=404, param="model", code="model_not_found")
 
 
-def _model(fields: Fields, served: Sequence[str]) -> str:
+def served_model(fields: Fields, served: Sequence[str]) -> str:
     name = fields.get("model", str, "a string")
     if name is not None and name not in served:
         raise unknown_model(name, served)
@@ -250,28 +250,29 @@ def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
     return stream, bool(include_usage), unknown
 
 
-def _prompts(value: Any, add_special: bool) -> tuple[Prompt, ...]:
+def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, ...]:
+    """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam."""
     if value is None:
-        raise InvalidParam("prompt", "prompt is required.", "missing_required_parameter")
+        raise InvalidParam(name, f"{name} is required.", "missing_required_parameter")
     if isinstance(value, str):
         return (TextPrompt(value, add_special),)
     if not isinstance(value, list):
-        raise wrong_type("prompt", "a string, an array of strings, token ids or an array of token ids", value)
+        raise wrong_type(name, "a string, an array of strings, token ids or an array of token ids", value)
     if not value:
-        raise InvalidParam("prompt", "prompt is empty: there is nothing to continue.")
+        raise InvalidParam(name, f"{name} is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(token_ids("prompt", value)),)
+        return (TokenPrompt(token_ids(name, value)),)
     if len(value) > MAX_PROMPTS:
-        raise InvalidParam("prompt", f"prompt holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
+        raise InvalidParam(name, f"{name} holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
         return tuple(TextPrompt(p, add_special) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(token_ids("prompt", p)) for p in value)
-    raise InvalidParam("prompt", "the prompts of one request must be all strings or all arrays of token ids.", "invalid_type")
+        return tuple(TokenPrompt(token_ids(name, p)) for p in value)
+    raise InvalidParam(name, f"the {name}s of one request must be all strings or all arrays of token ids.", "invalid_type")
 
 
 # ---------------- fields that are not used
-def _refuse_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
     for name, value in body.items():
         if name in table and value is not None and not any(_equal(value, neutral) for neutral in table[name]):
             raise InvalidParam(name, f"{name} is not supported by this server; leave it out.", "unsupported_parameter")
@@ -282,5 +283,5 @@ def _equal(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
-def _unknown(body: Mapping[str, Any], known: Set[str]) -> tuple[str, ...]:
+def unknown_fields(body: Mapping[str, Any], known: Set[str]) -> tuple[str, ...]:
     return tuple(name for name in body if name not in known and name not in HARMLESS)

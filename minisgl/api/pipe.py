@@ -7,7 +7,7 @@ import functools
 
 from aiohttp import web
 
-from minisgl.api.serving import StreamedAnswer
+from minisgl.api.stream import StreamedAnswer
 
 _LAGGING_BYTES = 1 << 16  # that a client has not read; what it is told next waits, and arrives in one piece
 

@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -59,7 +62,7 @@ class Chunk(NamedTuple):
     """News of one request.  `finish` is Finish.NONE until the last chunk.
 
     `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`, if they were
-    asked for: of the `token_ids`, with `echo` behind those of the prompt.
+    asked for: of the `token_ids`, with `echo` behind those of the prompt.  `vector` f32[hidden size], if one was asked for.
     """
 
     text: str
@@ -68,16 +71,26 @@ class Chunk(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    vector: npt.NDArray[np.float32] | None = None
 
 
 Deliver = Callable[[Chunk | RequestError], None]
+TakeIds = Callable[[tuple[int, ...] | RequestError], None]
+TakeText = Callable[[str | RequestError], None]
 
 
 class Engine(Protocol):
     """The ledger of open requests, as its callers see it."""
 
     config: Config
-    stats: dict[str, int]  # of the scheduler, by name; at most a second old while it works
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Of the scheduler, by name; at most a second old while it works."""
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        """What the tokenizer says of itself; empty until it is loaded."""
 
     @property
     def state(self) -> str:
@@ -92,6 +105,12 @@ class Engine(Protocol):
 
         Raises RequestError at once where nothing needs to be asked: 503 while not ready, 429 when full, 400 when oversized.
         """
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
+        """The token ids of a prompt, which is not continued; returns a uid.  `take` is called once, later; raises as `open`."""
+
+    def detokenize(self, ids: Sequence[int], skip_special: bool, take: TakeText) -> int:
+        """The text of token ids, likewise."""
 
     def close(self, uid: int) -> None:
         """Nobody listens any more: cancel the request if it is still open.  Idempotent; `deliver` is not called again."""

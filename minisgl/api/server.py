@@ -1,73 +1,183 @@
-"""The HTTP routes.  Runs in the api process, on the thread of its event loop, beside the gateway.
+"""The HTTP application: routes and middlewares.  Runs in the api process, on the thread of its event loop, beside the gateway.
 
-POST /v1/chat/completions, /v1/completions     generate; `stream: true` answers with server-sent events
-GET  /v1/models, /v1/models/{name}             the names that `model` may have
-GET  /health                                   200 while the process can still become or be useful, 503 when dead
-GET  /ready                                    200 when requests are served, 503 otherwise
-GET  /server_info                              what runs here, and the scheduler's statistics
-POST /flush_cache                              empty the prefix cache
+What there is, with every field, is at GET /docs of a running server, and for programs at GET /openapi.json (see openapi.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-from minisgl.api import serving
-from minisgl.api.errors import body_too_large, errors, name_response
-from minisgl.api.openai import GenerationRequest, parse_json
-from minisgl.api.pipe import Pipe
+from minisgl.api import embeddings, messages, native, openapi, responses, serving
+from minisgl.api.auth import authenticate
+from minisgl.api.batches import Batches
+from minisgl.api.errors import errors, name_response
+from minisgl.api.files import FileRoutes
+from minisgl.api.http import ignored_header, read_json, stream
+from minisgl.api.metrics import CONTENT_TYPE, Metered
+from minisgl.api.openai import GenerationRequest
 from minisgl.api.requests import Engine
-from minisgl.errors import RequestError
+from minisgl.api.store import Store
+from minisgl.errors import model_loading
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine; compressed bodies are
 # refused, so nothing may inflate them first.
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
+BATCHES = web.AppKey("batches", Batches)  # only with a store
 
-_BODY_SECONDS = 30.0  # how long a client may take to send a body
-_MAX_IGNORED = 32  # names in X-Ignored-Params
-_SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Parse = Callable[[Engine, Mapping[str, Any]], GenerationRequest]
+Small = Callable[[Engine, Mapping[str, Any]], Awaitable[tuple[dict[str, Any], tuple[str, ...]]]]
 
 
-def build_app(engine: Engine, batch_socket: str | None = None) -> web.Application:
-    """The application; run it with `web.AppRunner(app, **RUN_KWARGS)`.  `batch_socket`: address reported to batch clients."""
-    routes = _Routes(engine, batch_socket)
-    app = web.Application(client_max_size=engine.config.server.max_body_bytes, middlewares=[errors])
+def build_app(engine: Engine, batch_socket: str | None = None, store: Store | None = None) -> web.Application:
+    """The application; run it with `web.AppRunner(app, **RUN_KWARGS)`.
+
+    `batch_socket`: address reported to batch clients.  `store`: where files and batches are kept; closed with the application.
+    """
+    metered = engine if isinstance(engine, Metered) else Metered(engine)
+    server = engine.config.server
+    guards = [authenticate(server.api_keys)] if server.api_keys else []
+    app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
     app.on_response_prepare.append(name_response)
-    app.router.add_post("/v1/chat/completions", routes.chat)
-    app.router.add_post("/v1/completions", routes.completion)
-    app.router.add_get("/v1/models", routes.models)
-    app.router.add_get("/v1/models/{name:.+}", routes.model)
-    app.router.add_get("/health", routes.health)
-    app.router.add_get("/ready", routes.ready)
-    app.router.add_get("/server_info", routes.server_info)
-    app.router.add_post("/flush_cache", routes.flush_cache)
+    batches = None
+    if store is not None:
+        batches = app[BATCHES] = Batches(store, metered)
+
+        async def start(app: web.Application) -> None:
+            app[BATCHES].start()
+
+        async def stop(app: web.Application) -> None:
+            await app[BATCHES].close()
+            store.close()
+
+        app.on_startup.append(start)
+        app.on_cleanup.append(stop)
+    _Routes(metered, batch_socket).add_to(app.router)
+    FileRoutes(metered, store, batches).add_to(app.router)
     return app
+
+
+def _count(engine: Metered) -> Middleware:
+    """Middleware: answers by route and status, 499 for clients that have left."""
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        route, status = resource.canonical if resource is not None else "unknown", 499
+        method = request.method if resource is not None else "unknown"
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            engine.metrics.responses[method, route, status] += 1
+
+    return count
 
 
 class _Routes:
     """The handlers.  Raised RequestErrors are rendered by the middleware."""
 
-    def __init__(self, engine: Engine, batch_socket: str | None) -> None:
+    def __init__(self, engine: Metered, batch_socket: str | None) -> None:
         self._engine = engine
+        self._config = engine.config
+        self._accepted = serving.served_names(engine.config), engine.config.sampling_defaults
         self._batch_socket = batch_socket
 
+    def add_to(self, router: web.UrlDispatcher) -> None:
+        router.add_post("/v1/chat/completions", self.chat)
+        router.add_post("/v1/completions", self.completion)
+        router.add_post("/v1/embeddings", self.embeddings)
+        router.add_post("/v1/responses", self.responses)
+        router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
+        router.add_post("/v1/messages", self.messages)
+        router.add_post("/v1/messages/count_tokens", self.count_tokens)
+        router.add_get("/v1/models", self.models)
+        router.add_get("/v1/models/{name:.+}", self.model)
+        router.add_post("/generate", self.generate)
+        router.add_post("/tokenize", self.tokenize)
+        router.add_post("/detokenize", self.detokenize)
+        router.add_get("/tokenizer_info", self.tokenizer_info)
+        router.add_get("/health", self.health)
+        router.add_get("/ready", self.ready)
+        router.add_get("/metrics", self.metrics)
+        router.add_get("/server_info", self.server_info)
+        router.add_post("/flush_cache", self.flush_cache)
+        router.add_get("/openapi.json", self.openapi)
+        router.add_get("/docs", self.docs)
+
+    # ---------------- that generate
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, serving.chat_request)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, serving.completion_request)
 
+    async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
+        parsed = parse(self._engine, await self._body(request))
+        headers = ignored_header(self._config, parsed.ignored)
+        if parsed.stream:
+            return await stream(request, await serving.stream(self._engine, parsed, serving.OpenAIEvents(parsed)), headers)
+        return web.json_response(await serving.answer(self._engine, parsed), headers=headers)
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        parsed = responses.parse_responses(await self._body(request), *self._accepted)
+        headers = ignored_header(self._config, parsed.ignored)
+        if parsed.chat.stream:
+            return await stream(request, await responses.stream(self._engine, parsed), headers)
+        return web.json_response(await responses.respond(self._engine, parsed), headers=headers)
+
+    async def no_response(self, request: web.Request) -> web.Response:
+        raise responses.not_stored(request.match_info["response_id"])
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        parsed = messages.parse_messages(await self._body(request), *self._accepted)
+        headers = ignored_header(self._config, parsed.ignored)
+        if parsed.chat.stream:
+            return await stream(request, await messages.stream(self._engine, parsed), headers)
+        return web.json_response(await messages.message(self._engine, parsed), headers=headers)
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        parsed = native.parse_generate(await self._body(request), *self._accepted)
+        headers = ignored_header(self._config, parsed.ignored)
+        if parsed.stream:
+            return await stream(request, await native.stream(self._engine, parsed), headers)
+        return web.json_response(await native.generate(self._engine, parsed), headers=headers)
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        parsed = embeddings.parse_embeddings(self._engine, await self._body(request))
+        headers = ignored_header(self._config, parsed.ignored)
+        return web.json_response(await embeddings.embed(self._engine, parsed), headers=headers)
+
+    # ---------------- about tokens
+    async def count_tokens(self, request: web.Request) -> web.Response:
+        return await self._small(request, messages.count_tokens)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        return await self._small(request, native.tokenize)
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        return await self._small(request, native.detokenize)
+
+    async def _small(self, request: web.Request, work: Small) -> web.Response:
+        answer, unknown = await work(self._engine, await self._body(request))
+        return web.json_response(answer, headers=ignored_header(self._config, unknown))
+
+    async def tokenizer_info(self, request: web.Request) -> web.Response:
+        if not self._engine.tokenizer_info:
+            raise model_loading()
+        return web.json_response(self._engine.tokenizer_info)
+
+    # ---------------- about the server
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response(serving.list_models(self._engine.config))
+        return web.json_response(serving.list_models(self._config))
 
     async def model(self, request: web.Request) -> web.Response:
-        return web.json_response(serving.retrieve_model(self._engine.config, request.match_info["name"]))
+        return web.json_response(serving.retrieve_model(self._config, request.match_info["name"]))
 
     async def health(self, request: web.Request) -> web.Response:
         state = self._engine.state
@@ -77,6 +187,9 @@ class _Routes:
         state = self._engine.state
         return web.json_response({"status": state}, status=200 if state == "ready" else 503)
 
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._engine.render().encode(), headers={"Content-Type": CONTENT_TYPE})
+
     async def server_info(self, request: web.Request) -> web.Response:
         info = serving.server_info(self._engine)
         return web.json_response({**info, "pid": os.getpid(), "batch_socket": self._batch_socket})
@@ -85,51 +198,11 @@ class _Routes:
         self._engine.flush_cache()
         return web.json_response({"flushed": True})
 
-    async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
-        body = parse_json(await self._body(request))
-        parsed = parse(self._engine, body)
-        headers = _ignored_header(parsed.ignored)
-        if parsed.stream:
-            return await self._stream(request, parsed, headers)
-        return web.json_response(await serving.answer(self._engine, parsed), headers=headers)
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(openapi.document(self._config))
 
-    async def _stream(self, request: web.Request, parsed: GenerationRequest, headers: dict[str, str]) -> web.StreamResponse:
-        answer = await serving.stream(self._engine, parsed)
-        try:
-            first = await answer.first()  # an error up to here is still an ordinary answer
-            response = web.StreamResponse(headers={**_SSE_HEADERS, **headers})
-            if request.version >= HttpVersion11:
-                response.enable_chunked_encoding()
-            try:
-                await response.prepare(request)
-                await response.write(first)
-                await Pipe(request, response, answer).run()
-                await response.write_eof()
-            except ConnectionResetError:
-                pass  # the client has left
-            return response
-        finally:
-            answer.close()
+    async def docs(self, request: web.Request) -> web.Response:
+        return web.Response(text=openapi.page(self._config), content_type="text/html", charset="utf-8")
 
-    async def _body(self, request: web.Request) -> bytes:
-        """The raw body.  Raises RequestError for what is not plain JSON, too large, or too slow."""
-        if request.content_type != "application/json":
-            raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
-        if "Content-Encoding" in request.headers:
-            raise RequestError("Compressed request bodies are not supported.", code="unsupported_content_encoding")
-        limit = self._engine.config.server.max_body_bytes
-        if (request.content_length or 0) > limit:
-            raise body_too_large(limit)
-        try:
-            return await asyncio.wait_for(request.read(), _BODY_SECONDS)
-        except asyncio.TimeoutError:
-            text = f"The request body did not arrive within {_BODY_SECONDS:.0f} seconds."
-            raise RequestError(text, status=408, code="request_timeout") from None
-        except web.HTTPRequestEntityTooLarge:
-            raise body_too_large(limit) from None
-
-
-def _ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """Field names come from the client: only plain ones may enter a header."""
-    plain = [n for n in names if len(n) <= 64 and n.isascii() and n.replace(".", "_").isidentifier()]
-    return {"X-Ignored-Params": ",".join(plain[:_MAX_IGNORED])} if plain else {}
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        return await read_json(request, self._config.server.max_body_bytes)

@@ -6,42 +6,35 @@ Runs in the api process, on the thread of its event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__, grammar
 from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
+from minisgl.api.http import check_unknown
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.replies import Reply
 from minisgl.api.requests import Chunk, Engine, Prompt
-from minisgl.api.stream import Generation, News, generate_all
+from minisgl.api.stream import Events, Generation, StreamedAnswer, generate_all
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import MAX_SEED, SamplingParams
 
-log = logging.getLogger("minisgl.api")
 _STARTED = int(time.time())  # reported as the creation time of the models
 
 
 async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(chat_request(engine, body)))
+    return await answer(engine, _whole(engine, chat_request(engine, body)))
 
 
 async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(completion_request(engine, body)))
-
-
-ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completion,
-}
+    return await answer(engine, _whole(engine, completion_request(engine, body)))
 
 
 def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
@@ -56,15 +49,21 @@ def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionReq
     return parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
-def _whole(request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
-    if request.stream:
-        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
+def _whole(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    check_unknown(engine.config, request.ignored)
+    refuse_stream(request.stream)
     return request
+
+
+def refuse_stream(stream: bool) -> None:
+    """Raises InvalidParam where no stream can be had."""
+    if stream:
+        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
 
 
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
-    _check_size(engine, request)
+    check_size(engine, request)
     await _check_grammar(request)
     prompts, params = _choices(request)
     wanted = request.params.logprobs
@@ -89,72 +88,47 @@ async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
     return completion_body(head, results, request.n, wanted or 0)
 
 
-async def stream(engine: Engine, request: GenerationRequest) -> StreamedAnswer:
+async def stream(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
     """Begin a streamed answer.  Raises RequestError."""
-    _check_size(engine, request)
+    check_size(engine, request)
     await _check_grammar(request)
-    return StreamedAnswer(engine, request)
+    prompts, params = _choices(request)
+    return StreamedAnswer(Generation(engine, prompts, params, request.options), events)
 
 
-class StreamedAnswer:
-    """The server-sent events of a streamed answer, as bytes to be written in one piece each.
+class OpenAIEvents:
+    """The Events of the two endpoints, of a checked request."""
 
-    Open the requests on construction; `close` must be called, and cancels what is not finished.  Up to the first piece a
-    failure is raised, so that it can still become an HTTP status; later ones are told inside the stream.
-    """
-
-    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
-        """Raises RequestError."""
-        prompts, params = _choices(request)
-        self.done = False  # everything has been told
+    def __init__(self, request: GenerationRequest) -> None:
+        choices = len(request.prompts) * request.n
         self._usage = request.include_usage
-        self._results = [Result() for _ in prompts]
-        self._replies = [Reply(request.form) for _ in prompts] if request.form else []
+        self._results = [Result() for _ in range(choices)]
+        self._replies = [Reply(request.form) for _ in range(choices)] if request.form else []
         self._render = EventStream(
             _head(request),
             chat=isinstance(request, ChatRequest),
             include_usage=request.include_usage,
-            choices=len(prompts),
+            choices=choices,
             n=request.n,
             wanted=request.params.logprobs,
         )
-        self._generation = Generation(engine, prompts, params, request.options)
-        self.listen, self.close = self._generation.listen, self._generation.close
 
-    async def first(self) -> bytes:
-        """What comes first, waiting for it.  Raises RequestError."""
-        head = self._render.start()
-        while True:
-            piece = self._events(await self._generation.take())
-            if head or piece:
-                return head + piece
+    def start(self) -> bytes:
+        return self._render.start()
 
-    def more(self) -> bytes:
-        """What there is to be told now, perhaps nothing: `listen` says when there is more."""
-        try:
-            return self._events(self._generation.take_now())
-        except RequestError as e:
-            error = e
-        except Exception:
-            log.exception("a stream failed")
-            error = internal_error()
-        self.done = True
+    def news(self, index: int, chunk: Chunk) -> bytes:
+        self._results[index].add(chunk)
+        if self._replies:
+            return _taken_apart(self._render, index, self._replies[index], chunk)
+        if chunk.finish:
+            return self._render.finish(index, chunk.text, chunk.finish, chunk.logprobs)
+        return self._render.text(index, chunk.text, chunk.logprobs)
+
+    def end(self) -> bytes:
+        return (self._render.usage(self._results) if self._usage else b"") + DONE
+
+    def failed(self, error: RequestError) -> bytes:
         return error_event(error) + DONE
-
-    def _events(self, news: News) -> bytes:
-        render, out = self._render, b""
-        for i, chunk in news:
-            self._results[i].add(chunk)
-            if self._replies:
-                out += _taken_apart(render, i, self._replies[i], chunk)
-            elif chunk.finish:
-                out += render.finish(i, chunk.text, chunk.finish, chunk.logprobs)
-            else:
-                out += render.text(i, chunk.text, chunk.logprobs)
-        if not self._generation.unfinished:
-            self.done = True
-            return out + (render.usage(self._results) if self._usage else b"") + DONE
-        return out
 
 
 def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) -> bytes:
@@ -166,13 +140,7 @@ def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) ->
     return render.deltas(index, deltas, chunk.logprobs) + render.close(index, reply.reason(chunk.finish))
 
 
-def internal_error() -> RequestError:
-    """What a client is told of a bug: nothing but that it happened."""
-    text = "The server failed while it handled this request; its log says why."
-    return RequestError(text, status=500, kind="server_error", code="internal_error")
-
-
-def _check_size(engine: Engine, request: GenerationRequest) -> None:
+def check_size(engine: Engine, request: GenerationRequest) -> None:
     """More prompts than the server ever admits would be told to try again, for ever."""
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
@@ -207,7 +175,17 @@ def _head(request: GenerationRequest) -> Head:
 # ---------------- about the server
 def served_names(config: Config) -> tuple[str, ...]:
     """The values of `model` that are accepted; answers report the first."""
-    return config.server.served_names or (config.model.name,)
+    names = config.server.served_names or (config.model.name,)
+    return AnyName(names) if config.server.any_model_name else names
+
+
+class AnyName(tuple[str, ...]):
+    """Names that have every other among them (--any-model-name)."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
 
 
 def list_models(config: Config) -> dict[str, Any]:

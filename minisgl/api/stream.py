@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from minisgl.api.requests import Chunk, Engine, Prompt
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, internal_error
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
+log = logging.getLogger("minisgl.api")
 News = list[tuple[int, Chunk]]  # (index of the prompt, what it has said since)
 
 
@@ -129,6 +132,64 @@ class Generation:
             if chunk.finish:
                 self.unfinished -= 1
         return news
+
+
+class Events(Protocol):
+    """An answer as server-sent events: bytes, each piece of which is whole events."""
+
+    def start(self) -> bytes:
+        """What comes before the first news."""
+
+    def news(self, index: int, chunk: Chunk) -> bytes:
+        """What is new of the answer to a prompt, perhaps nothing."""
+
+    def end(self) -> bytes:
+        """What comes when every prompt has its `finish`."""
+
+    def failed(self, error: RequestError) -> bytes:
+        """What comes instead when something has been told before."""
+
+
+class StreamedAnswer:
+    """A generation that is told as events.  `close` must be called, and cancels what is not finished.
+
+    Up to the first piece a failure is raised, so that it can still be an HTTP status; later ones are told inside the stream.
+    """
+
+    def __init__(self, generation: Generation, events: Events) -> None:
+        self.done = False  # everything has been told
+        self._generation = generation
+        self._events = events
+        self.listen, self.close = generation.listen, generation.close
+
+    async def first(self) -> bytes:
+        """What comes first, waiting for it.  Raises RequestError."""
+        head = self._events.start()
+        while True:
+            piece = self._told(await self._generation.take())
+            if head or piece or self.done:
+                return head + piece
+
+    def more(self) -> bytes:
+        """What there is to be told now, perhaps nothing: `listen` says when there is more."""
+        try:
+            return self._told(self._generation.take_now())
+        except RequestError as e:
+            error = e
+        except Exception:
+            log.exception("a stream failed")
+            error = internal_error()
+        self.done = True
+        return self._events.failed(error)
+
+    def _told(self, news: News) -> bytes:
+        out = b""
+        for index, chunk in news:
+            out += self._events.news(index, chunk)
+        if not self._generation.unfinished:
+            self.done = True
+            out += self._events.end()
+        return out
 
 
 def _settle(awaited: asyncio.Future[None]) -> None:

@@ -72,6 +72,7 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], specials: Mapping[str, str]) -> None:
         self._specials = dict(specials)
+        self.source = sources.get("default")
         self._templates: dict[str, jinja2.Template | str] = {}  # compiled, or why that failed
         env = _environment()
         for name, source in sources.items():

@@ -9,6 +9,8 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model.checkpoint import check_shape, extra, in_pieces, missing, own
+from minisgl.model.cpu.packed import GROUP
+from minisgl.model.cpu.stored import KINDS, note
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.shard import Range
 
@@ -63,7 +65,18 @@ class GGUFWeights:
             return halves_from_pairs(part, self._head_dim) if pairs else part
 
         start, end = cols or (0, shape[1])
-        return in_pieces(read, rows or (0, shape[0]), end - start, self._dtype, self._head_dim if pairs else 1)
+        out = in_pieces(read, rows or (0, shape[0]), end - start, self._dtype, self._head_dim if pairs else 1)
+        if (kind := self._file.tensors[stored].kind) in KINDS and start % GROUP == end % GROUP == 0:
+            note(out, lambda: self._stored(stored, rows, cols, pairs), kind)
+        return out
+
+    def _stored(self, stored: str, rows: Range | None, cols: Range | None, pairs: bool) -> torch.Tensor:
+        """The quantised rows of a matrix, u8, of `cols` whole blocks."""
+        raw = torch.from_numpy(self._file.data(stored, rows).copy())
+        if cols:
+            width = raw.shape[1] * GROUP // self._file.tensors[stored].shape[1]
+            raw = raw[:, cols[0] // GROUP * width : cols[1] // GROUP * width].contiguous()
+        return halves_from_pairs(raw, self._head_dim) if pairs else raw
 
     def finish(self) -> None:
         left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]

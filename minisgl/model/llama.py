@@ -166,11 +166,25 @@ class Llama:
 
         The rest of the step's metadata is with `attend`, which must have been prepared for the same step.
         """
+        x, delta = self.states(ids, positions, attend)
+        return self.logits(x, delta, sample_rows)
+
+    def states(self, ids: torch.Tensor, positions: torch.Tensor, attend: AttentionBackend) -> tuple[torch.Tensor, Rows]:
+        """All layers: the residual stream [T, C], and what the last layer adds to it."""
         x = self.embed(ids)  # [T, C]
         delta: Rows | None = None
         for layer, rotation in zip(self.layers, self.rotations(positions), strict=True):
             delta = layer(x, delta, rotation, attend)
         assert delta is not None
+        return x, delta
+
+    def final(self, x: torch.Tensor, delta: Rows, rows: torch.Tensor) -> torch.Tensor:
+        """The final hidden states [len(rows), C] of some rows of `states`, behind the last norm.  The same on every rank."""
+        states: torch.Tensor = self.norm(x[rows], delta[..., rows, :])
+        return states
+
+    def logits(self, x: torch.Tensor, delta: Rows, sample_rows: torch.Tensor | None) -> torch.Tensor:
+        """Of some rows of `states`, see `__call__`."""
         if sample_rows is not None:
             if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank
                 return x.new_empty(0, sum(self.vocab_widths))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from minisgl.config import Config
 from minisgl.model.grammar import Grammars, unpack
-from minisgl.plan import DRAW, FAILED, SCORE, Scores, StepPlan, StepResult
+from minisgl.plan import DRAW, FAILED, POOL, SCORE, SUM, Scores, StepPlan, StepResult
 
 I32 = npt.NDArray[np.int32]
 _POISON = -7
@@ -44,6 +44,11 @@ def alternatives(token: int, n: int, vocab_size: int) -> list[int]:
     return [(token + i) % vocab_size for i in range(n)]
 
 
+def state(context: I32) -> float:
+    """What stands for the hidden state of the last token of a context: a hash of all of it; exact in float32."""
+    return logprob(context, 0)
+
+
 class Done:
     """A step that has finished by the time it is launched."""
 
@@ -71,6 +76,7 @@ class OracleRunner:
         self.kv_len = np.zeros(slots, np.int32)
         self.last = np.zeros(slots, np.int32)
         self.logprobs = np.full(slots, -1, np.int32)
+        self.sums = np.zeros(slots, np.float32)
         self._batch = np.zeros(0, np.int32)
 
     def max_pages(self) -> int:
@@ -99,19 +105,26 @@ class OracleRunner:
         drawn: list[tuple[int, I32, int]] = []  # (slot, context, token) whose log probabilities are wanted
         followers: list[tuple[int, I32, int]] = []  # likewise, of tokens of prompts
         targets = plan.targets.tolist()
+        vectors: list[float] = []
         at = 0
         for slot, flags, n in plan.prefill.tolist():
             for i, token in enumerate(plan.ids[at : at + n].tolist()):
+                self.sums[slot] *= self.kv_len[slot] > 0
                 self._append(slot, token)
+                if flags & SUM:
+                    self.sums[slot] += state(self._context(slot))
                 if flags & SCORE and not (flags & DRAW and i == n - 1):
                     followers.append((slot, self._context(slot), targets[len(followers)]))
             at += n
+            if flags & POOL:
+                vectors.append(self.sums[slot] / self.kv_len[slot] if flags & SUM else state(self._context(slot)))
             if flags & DRAW:
                 sampled.append(self._sample(slot, drawn))
         for slot in self._batch.tolist():
             self._append(slot, int(self.last[slot]))
             sampled.append(self._sample(slot, drawn))
-        return Done(StepResult(plan.step, np.array(sampled, np.int32), scores=self._scores(drawn + followers)))
+        pooled = np.array(vectors, np.float32).reshape(-1, 1) if vectors else None
+        return Done(StepResult(plan.step, np.array(sampled, np.int32), scores=self._scores(drawn + followers), vectors=pooled))
 
     def _scores(self, wanted: list[tuple[int, I32, int]]) -> Scores | None:
         if not wanted:

@@ -15,11 +15,13 @@ from minisgl.errors import UserError
 from minisgl.model.adjust import Adjustments, restrict
 from minisgl.model.archs import model_class
 from minisgl.model.attention import TorchAttention
-from minisgl.model.blocks import CpuBlocks
+from minisgl.model.cpu.attention import KernelAttention
+from minisgl.model.cpu.choice import CpuArithmetic
 from minisgl.model.grammar import Grammars, unpack
 from minisgl.model.loader import open_weights
 from minisgl.model.memory import available_bytes
-from minisgl.model.parallel import Parallel
+from minisgl.model.parallel import Parallel, to_stderr
+from minisgl.model.pooling import Pooling
 from minisgl.model.sampler import sample, score
 from minisgl.model.shard import Shard
 from minisgl.model.state import I64, Batch, SlotState
@@ -27,7 +29,6 @@ from minisgl.model.threads import threads_per_rank
 from minisgl.plan import FAILED, I32, Scores, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +52,27 @@ class Runner:
     def __init__(self, config: Config, rank: int, run_dir: str) -> None:
         """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
         engine, spec = config.engine, config.model
-        torch.set_num_threads(threads_per_rank(engine))
+        threads = threads_per_rank(engine)
+        torch.set_num_threads(threads)
         with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
             torch.set_num_interop_threads(1)
         self._config = config
-        self._dtype = _DTYPES[engine.dtype]
+        self._arithmetic = CpuArithmetic.choose(engine, spec, threads)
+        if rank == 0:
+            to_stderr(self._arithmetic.text)
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = Parallel(rank, engine.tp, run_dir)
         with torch.inference_mode():
-            weights = open_weights(spec, self._dtype)
+            weights = open_weights(spec, self._arithmetic.dtype)
             served = replace(spec, max_context=config.max_context)
-            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, CpuBlocks(self._dtype))
+            blocks = self._arithmetic.blocks
+            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
         self._grammars = Grammars.of(spec)
-        self._attention: TorchAttention | None = None
+        self._pooling = Pooling()
+        self._attention: TorchAttention | KernelAttention | None = None
 
     def max_pages(self) -> int:
         """How many KV pages fit beside the weights on this rank.  Raises UserError if not even one does."""
@@ -87,15 +93,8 @@ class Runner:
 
     def allocate(self, num_pages: int) -> None:
         """Create the KV cache: `num_pages` pages, the same number on every rank."""
-        spec = self._config.model
-        self._attention = TorchAttention(
-            spec,
-            num_pages=num_pages,
-            page_size=self._config.engine.page_size,
-            num_heads=self._shard.num_heads,
-            num_kv_heads=self._shard.num_kv_heads,
-            dtype=self._dtype,
-        )
+        page_size = self._config.engine.page_size
+        self._attention = self._arithmetic.attention(self._config.model, self._shard, num_pages, page_size)
 
     def launch(self, plan: StepPlan) -> Pending:
         """Run one step.  Plans come in order, each exactly once, and the same ones on every rank."""
@@ -111,18 +110,22 @@ class Runner:
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
             self._attention.prepare(batch)
-            logits = self._model(
-                torch.from_numpy(batch.ids),
-                torch.from_numpy(batch.positions),
-                torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows))),
-                self._attention,
-            )
+            ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
+            rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
+            vectors: torch.Tensor | None = None
+            if self._pooling.wanted(plan):
+                x, delta = self._model.states(ids, positions, self._attention)
+                vectors = self._pooling.take(plan, batch, lambda rows: self._model.final(x, delta, torch.from_numpy(rows)))
+                logits = self._model.logits(x, delta, rows)
+            else:
+                logits = self._model(ids, positions, rows, self._attention)
             tokens, failed = self._draw(logits[: len(batch.sample_rows)], batch)
             scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
         self._state.advance(batch, tokens)
         if failed is not None:
             tokens = np.where(failed, np.int32(FAILED), tokens)
-        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores))
+        pooled = None if vectors is None else vectors.numpy()
+        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
     def _draw(self, logits: torch.Tensor, batch: Batch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
         """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
@@ -176,4 +179,4 @@ class Runner:
     def _token_bytes(self) -> int:
         """Bytes of KV per token on this rank."""
         spec = self._config.model
-        return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._dtype.itemsize
+        return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._arithmetic.kv_dtype.itemsize

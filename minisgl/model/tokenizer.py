@@ -90,6 +90,24 @@ class Tokenizer:
         begun = next((i for i, token in enumerate(ids.tolist()) if token != self.bos_id), len(ids))
         return ids[begun - 1 :] if begun else np.array([self.bos_id, *ids.tolist()], np.int32)
 
+    def describe(self) -> dict[str, Any]:
+        """What a client needs to know that counts or encodes by itself: the special tokens, and the template's source."""
+
+        def name(token: int | None) -> str | None:
+            return None if token is None else self._backend.id_to_token(token)
+
+        return {
+            "tokenizer_class": type(self._backend.model).__name__,
+            "vocab_size": self.vocab_size,
+            "bos_token": name(self.bos_id),
+            "bos_token_id": self.bos_id,
+            "eos_token": name(next(iter(self.eos_ids), None)),
+            "eos_token_id": next(iter(self.eos_ids), None),
+            "eos_token_ids": list(self.eos_ids),
+            "adds_bos": self.bos_id is not None and self.encode("a", True)[:1].tolist() == [self.bos_id],
+            "chat_template": None if self._template is None else self._template.source,
+        }
+
     # ---------------- ids -> text
     def decode(self, ids: Iterable[int], skip_special: bool) -> str:
         """The text of a whole sequence; incomplete characters become U+FFFD, ids that do not exist nothing."""

@@ -15,7 +15,7 @@ from minisgl.config import ModelSpec
 from minisgl.model.blocks import Norm as NormLayer
 from minisgl.model.blocks import Positions, Rows
 from minisgl.model.kernels import layer, moe
-from minisgl.model.kernels.linear import choose, gemv, skinny
+from minisgl.model.kernels.linear import choose, few_rows
 from minisgl.model.layers import Biases
 from minisgl.model.rope import frequencies
 
@@ -41,7 +41,7 @@ class Linear:
         settings = None if x.dtype == torch.float32 else choose(len(x), n, k, whole=self._whole)
         if settings is None:
             return F.linear(x, self._weight)
-        return (gemv if len(x) == 1 else skinny)(x, self._weight, **settings)
+        return few_rows(x, self._weight, settings)
 
 
 def scaled_product(x: Quantized, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Fp8Linear:
             if len(x) <= WEIGHT_ONLY_ROWS:
                 n, k = self._weight.shape
                 settings = choose(len(x), n, k, whole=self._whole, fp8=True)
-                return (gemv if len(x) == 1 else skinny)(x, self._weight, scales=self._scales, **(settings or {}))
+                return few_rows(x, self._weight, settings or {}, scales=self._scales)
             x = Quantized(*layer.quantize_rows(x))
         return scaled_product(x, self._weight, self._scales)
 
@@ -81,7 +81,7 @@ class Gated:
         settings = None if x.dtype == torch.float32 else choose(len(x), n, k, gated=True)
         if settings is None:
             return layer.silu_mul(F.linear(x, self._weight))
-        return (gemv if len(x) == 1 else skinny)(x, self._weight, gated=True, **settings)
+        return few_rows(x, self._weight, settings, gated=True)
 
 
 class Fp8Gated:
@@ -95,7 +95,7 @@ class Fp8Gated:
         if not isinstance(x, Quantized):
             n, k = self._weight.shape
             settings = choose(len(x), n, k, gated=True, fp8=True) or {}
-            return (gemv if len(x) == 1 else skinny)(x, self._weight, scales=self._scales, gated=True, **settings)
+            return few_rows(x, self._weight, settings, scales=self._scales, gated=True)
         return Quantized(*layer.silu_mul_quantized(scaled_product(x, self._weight, self._scales)))
 
 

@@ -60,6 +60,7 @@ class CudaPending:
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
     scored: Scored | None
     scores: torch.Tensor | None  # i32 on the host, likewise
+    vectors: torch.Tensor | None  # f32 on the host, likewise
     start: torch.cuda.Event
     end: torch.cuda.Event
     before: torch.cuda.Event | None  # the end of the step before, None where none has been
@@ -84,6 +85,7 @@ class CudaPending:
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
             scores=None if self.scored is None or self.scores is None else self.scored.read(self.scores.numpy()),
+            vectors=None if self.vectors is None else self.vectors.numpy(),
         )
 
 
@@ -236,13 +238,14 @@ class CudaRunner:
             host.copy_(self._steps.tokens[:count], non_blocking=True)
             scored = self._steps.scored
             scores = None if scored is None else self._fetch_scores(scored, count)
+            vectors = self._fetch_vectors()
             end.record()
         bound = self._steps.bound
         bound.end(host, end)
         before, self._last = self._last, end
         timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
         launch_us = int((time.perf_counter() - began) * 1e6)
-        return CudaPending(plan.step, host, scored, scores, start, end, before, launch_us, timed, bound.failed)
+        return CudaPending(plan.step, host, scored, scores, vectors, start, end, before, launch_us, timed, bound.failed)
 
     def _fetch_scores(self, scored: Scored, count: int) -> torch.Tensor:
         """Start to copy the log probabilities of a step to the host."""
@@ -253,6 +256,13 @@ class CudaRunner:
         for first, n in ((0, count if len(scored.drawn) else 0), (scored.first, scored.targets)):
             host[first : first + n].copy_(scores[first : first + n], non_blocking=True)
         return host
+
+    def _fetch_vectors(self) -> torch.Tensor | None:
+        """Start to copy the vectors of a step to the host: seldom, so into memory of its own."""
+        vectors = self._steps.vectors
+        if vectors is None:
+            return None
+        return torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True).copy_(vectors, non_blocking=True)
 
     def prepare(self) -> bool:
         """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.

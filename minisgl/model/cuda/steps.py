@@ -26,6 +26,7 @@ from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.score import SCORE_WORDS, Scored, score
 from minisgl.model.kernels.step import decode_inputs, mixed_inputs
 from minisgl.model.llama import Llama
+from minisgl.model.pooling import Pooling
 from minisgl.model.state import Batch, SlotState
 from minisgl.plan import I32, SCORED_TOKENS, StepPlan
 
@@ -66,7 +67,7 @@ BOUND = 4  # and this where a row has a grammar
 
 class Steps:
     """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
-    log probabilities are in `scores`."""
+    log probabilities are in `scores`; `vectors` are those that its plan wanted."""
 
     def __init__(self, config: Config, model: Llama, heads: Heads, processors: int, device: torch.device) -> None:
         engine = config.engine
@@ -81,6 +82,8 @@ class Steps:
         # One line for each of `tokens`, and behind them for tokens of prompts; made when it is first needed.
         self._scores: torch.Tensor | None = None
         self.scored: Scored | None = None
+        self.vectors: torch.Tensor | None = None  # f32 on the device, of the latest step's rows with POOL
+        self._pooling = Pooling()
         self._inputs = Uploads(4 * (engine.step_tokens + 8 * engine.max_running + 64), engine.lag, device)
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
@@ -99,7 +102,7 @@ class Steps:
             self._resent = True
         self.state.apply(plan)
         self.bound.begin(plan)
-        self.scored = None
+        self.scored = self.vectors = None
         if len(plan.prefill) == 0 and self._decode_graphs:
             return self._decode(self.mirror.advance_decode(plan))
         return self._mixed(plan, self.mirror.apply(plan))
@@ -238,13 +241,14 @@ class Steps:
         ids = batch.ids.astype(np.int32)
         ids[tokens - len(batch.decode_slots) :] = -1 - batch.decode_slots
         longest, kind = int(batch.kv_lens.max(initial=0)), self._kind(batch.sample_slots, batch)
-        short = longest <= SHORT_CONTEXT and not len(batch.targets)
+        pooled = Pooling.wanted(plan)
+        short = longest <= SHORT_CONTEXT and not len(batch.targets) and not pooled
         bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if short else 0
         if not bucket or not self._short_graphs:
             sizes = Sizes(tokens, len(row_slots), samples, 0)
             buffer = self._inputs.send(self._pack(sizes, batch, ids, row_slots, None))
             chunks = Chunks(batch.chunk_lens, batch.kv_lens[:n_chunks], row_slots[:n_chunks], batch.pages[:n_chunks])
-            self._run_mixed(buffer, sizes, chunks if n_chunks else None, batch, kind)
+            self._run_mixed(buffer, sizes, chunks if n_chunks else None, batch, kind, pooled=plan if pooled else None)
         else:
             rows = FEW_ROWS if len(row_slots) <= FEW_ROWS else self._max_running
             sizes = self._short_sizes(bucket, rows)
@@ -289,9 +293,19 @@ class Steps:
         return self._short_inputs[sizes]
 
     def _run_mixed(
-        self, buffer: torch.Tensor, sizes: Sizes, chunks: Chunks | None, batch: Batch | None, kind: int = PLAIN
+        self,
+        buffer: torch.Tensor,
+        sizes: Sizes,
+        chunks: Chunks | None,
+        batch: Batch | None,
+        kind: int = PLAIN,
+        *,
+        pooled: StepPlan | None = None,
     ) -> None:
-        """A step from its arrays on the device.  In a graph there is no batch, and every row is a chunk with tiles."""
+        """A step from its arrays on the device.  In a graph there is no batch, and every row is a chunk with tiles.
+
+        `pooled`: the plan, if it wants vectors.
+        """
         attention, state = self._attention, self.state
         assert attention is not None
         t, r, s = sizes.tokens, sizes.rows, sizes.samples
@@ -313,7 +327,14 @@ class Steps:
         rows_of_logits = sample_rows.long()
         if batch is not None and len(batch.targets):
             rows_of_logits = torch.cat((rows_of_logits, self._upload(batch.score_rows).long()))
-        logits = self._model(ids, positions, rows_of_logits, attention)
+        if pooled is None or batch is None:
+            logits = self._model(ids, positions, rows_of_logits, attention)
+        else:
+            x, delta = self._model.states(ids, positions, attention)
+            self.vectors = self._pooling.take(
+                pooled, batch, lambda rows: self._model.final(x, delta, self._upload(rows).long())
+            )
+            logits = self._model.logits(x, delta, rows_of_logits)
         if s:
             self._sample(kind, logits[:s], sample_slots, sample_lens, targets, advance=False)
         if batch is not None and len(batch.targets):

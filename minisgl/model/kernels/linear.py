@@ -232,3 +232,15 @@ def skinny(
         num_stages=stages, **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else y
+
+
+def few_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    settings: dict[str, Any],
+    *,
+    scales: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """`gemv` or `skinny`, with the settings that `choose` has for x."""
+    return (gemv if len(x) == 1 else skinny)(x, weight, scales=scales, gated=gated, **settings)

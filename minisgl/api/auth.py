@@ -1,0 +1,41 @@
+"""API keys: who may ask.  Runs in the api process."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from minisgl.errors import RequestError
+
+OPEN = frozenset({"/health", "/ready", "/metrics"})  # routes that need no key
+
+
+def authenticate(keys: tuple[str, ...]) -> Middleware:
+    """Middleware that lets pass what brings one of `keys`, as a Bearer token or as x-api-key, and what the matched route leaves
+    open; 401 for the rest, unknown paths included.  Every key is compared, and in the same time.
+    """
+    digests = [_digest(key) for key in keys]
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        if resource is None or resource.canonical not in OPEN:
+            given = _digest(_key_of(request))
+            if not sum([hmac.compare_digest(given, digest) for digest in digests]):
+                text = "A valid API key is needed: send it as Authorization: Bearer KEY."
+                raise RequestError(text, status=401, code="invalid_api_key")
+        return await handler(request)
+
+    return check
+
+
+def _key_of(request: web.Request) -> str:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

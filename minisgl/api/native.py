@@ -1,0 +1,282 @@
+"""POST /generate, /tokenize and /detokenize: text or token ids in, text and token ids out.
+
+The bodies are those that SGLang's /generate and vLLM's /tokenize have, which benchmarks and evaluation harnesses speak.
+Runs in the api process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from minisgl.api import serving
+from minisgl.api.answers import DONE, error_event
+from minisgl.api.conversation import chat_prompt
+from minisgl.api.fields import Fields, wrong_type
+from minisgl.api.http import sse
+from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, served_model, text_prompts, unknown_fields
+from minisgl.api.requests import ChatPrompt, Chunk, Engine, TakeIds, TakeText, TextPrompt, TokenLogprob
+from minisgl.api.sampling import options, sampling, token_ids
+from minisgl.api.serving import check_size, served_names
+from minisgl.api.stream import StreamedAnswer, generate_all
+from minisgl.errors import InvalidParam, RequestError
+from minisgl.types import MAX_LOGPROBS
+
+GENERATE_TOKENS = 128  # max_new_tokens where a request does not say
+TOKENIZE_FIELDS = frozenset({"model", "prompt", "messages", "add_special_tokens", "chat_template_kwargs"})
+DETOKENIZE_FIELDS = frozenset({"model", "tokens", "skip_special_tokens"})
+GENERATE_FIELDS = frozenset(
+    {
+        "model",
+        "text",
+        "input_ids",
+        "sampling_params",
+        "stream",
+        "incremental",
+        "return_logprob",
+        "logprob_start_len",
+        "top_logprobs_num",
+        "priority",
+        "timeout",
+        "cache_salt",
+        "rid",
+    }
+)
+_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+SAMPLING_FIELDS = frozenset(
+    {
+        *_RENAMED,
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "skip_special_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "n",
+    }
+)
+T = TypeVar("T")
+
+
+# ---------------- tokens
+async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
+    """One answer of the tokenizer.  Raises RequestError."""
+    future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
+    uid = start(lambda answer: None if future.done() else future.set_result(answer))
+    try:
+        answer = await future
+    finally:
+        engine.close(uid)
+    if isinstance(answer, RequestError):
+        raise answer
+    return answer
+
+
+async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+    """The token ids of a prompt.  Raises RequestError."""
+
+    def start(take: TakeIds) -> int:
+        return engine.tokenize(prompt, take)
+
+    return await ask(engine, start)
+
+
+async def tokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """POST /tokenize: `prompt`, a text or several, or `messages`.  Returns the answer and the names of unknown fields."""
+    fields = Fields(body)
+    served_model(fields, served_names(engine.config))
+    if (body.get("prompt") is None) == (body.get("messages") is None):
+        raise InvalidParam("prompt", "give either prompt or messages.", "missing_required_parameter")
+    unknown = unknown_fields(body, TOKENIZE_FIELDS)
+    tokens: Any
+    if body.get("messages") is not None:
+        tokens = await ids_of(engine, chat_prompt(body))
+        count = len(tokens)
+    else:
+        given = body["prompt"]
+        add_special = fields.boolean("add_special_tokens", True)
+        several = isinstance(given, list)
+        texts: list[Any] = given if isinstance(given, list) else [given]
+        if not all(isinstance(t, str) for t in texts):
+            raise wrong_type("prompt", "a string or an array of strings", given)
+        if len(texts) > MAX_PROMPTS:
+            raise InvalidParam("prompt", f"prompt holds {len(texts)} texts; one request may have {MAX_PROMPTS}.")
+        lists = [await ids_of(engine, TextPrompt(t, add_special)) for t in texts]
+        tokens, count = (lists if several else lists[0]), sum(map(len, lists))
+    return {"tokens": tokens, "count": count, "max_model_len": engine.config.max_context}, unknown
+
+
+async def detokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """POST /detokenize: `tokens`, a list of ids.  Special tokens have a text, unless `skip_special_tokens` says no."""
+    fields = Fields(body)
+    served_model(fields, served_names(engine.config))
+    given = fields.get("tokens", list, "an array of token ids")
+    if given is None:
+        raise InvalidParam("tokens", "tokens is required.", "missing_required_parameter")
+    ids, skip = token_ids("tokens", given), fields.boolean("skip_special_tokens")
+
+    def start(take: TakeText) -> int:
+        return engine.detokenize(ids, skip, take)
+
+    return {"prompt": await ask(engine, start)}, unknown_fields(body, DETOKENIZE_FIELDS)
+
+
+# ---------------- /generate
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeRequest(GenerationRequest):
+    """`several`: the answer is an array.  `incremental`: events have what is new instead of all there is.
+    `top`: alternatives of which log probabilities are told, None without; `scored`: those of the prompt, too."""
+
+    several: bool
+    incremental: bool
+    top: int | None
+    scored: bool
+    rid: str
+
+
+def parse_generate(body: Mapping[str, Any], served: tuple[str, ...], defaults: Mapping[str, Any]) -> NativeRequest:
+    """Check the body of POST /generate.  Raises RequestError."""
+    fields = Fields(body)
+    model = served_model(fields, served)
+    if (body.get("text") is None) == (body.get("input_ids") is None):
+        raise InvalidParam("text", "give either text or input_ids.", "missing_required_parameter")
+    name = "text" if body.get("text") is not None else "input_ids"
+    given, kind = body[name], str if name == "text" else int
+    several = isinstance(given, list) and not (name == "input_ids" and given and isinstance(given[0], int))
+    first = given[0] if isinstance(given, list) and given else given
+    if isinstance(first, list) and first:
+        first = first[0]
+    if isinstance(first, str | int) and not isinstance(first, kind):
+        raise wrong_type(name, "a string or an array of them" if kind is str else "an array of token ids", first)
+    prompts = text_prompts(name, given, add_special=True)
+    inner = fields.get("sampling_params", dict, "an object") or {}
+    if inner.get("n") not in (None, 1):
+        raise InvalidParam("sampling_params.n", "sampling_params.n must be 1 here.", "unsupported_value")
+    stream, wanted = fields.boolean("stream"), fields.boolean("return_logprob")
+    start = fields.integer("logprob_start_len", -1, 1 << 31)
+    scored = wanted and start is not None and start >= 0
+    if scored and stream:
+        raise InvalidParam("logprob_start_len", "the prompt is not scored in a stream; leave one of the two out.")
+    top = (fields.integer("top_logprobs_num", 0, MAX_LOGPROBS) or 0) if wanted else None
+    names = {_RENAMED.get(k, k): v for k, v in inner.items()}
+    params = sampling(Fields(names), GENERATE_TOKENS, defaults, logprobs=top, echo=scored or None)
+    ignored = tuple(f"sampling_params.{k}" for k, v in inner.items() if k not in SAMPLING_FIELDS and v is not None)
+    return NativeRequest(
+        model=model,
+        prompts=prompts,
+        n=1,
+        params=params,
+        options=options(fields),
+        stream=stream,
+        include_usage=False,
+        ignored=unknown_fields(body, GENERATE_FIELDS) + ignored,
+        several=several,
+        incremental=fields.boolean("incremental"),
+        top=top,
+        scored=scored,
+        rid=fields.get("rid", str, "a string") or uuid.uuid4().hex,
+    )
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What has been said to one prompt."""
+
+    request: NativeRequest
+    index: int
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Chunk | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def add(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+        self.last = chunk
+
+    def body(self, chunk: Chunk | None = None) -> dict[str, Any]:
+        """All of it; with `chunk` only that, for incremental streams."""
+        last = self.last
+        assert last is not None
+        meta: dict[str, Any] = {
+            "id": self.request.rid,
+            "finish_reason": self._reason(),
+            "prompt_tokens": last.prompt_tokens,
+            "completion_tokens": len(self.ids),
+            "cached_tokens": last.cached_tokens,
+            "e2e_latency": round(time.monotonic() - self.began, 6),
+        }
+        text, ids, told = (
+            (self.text, self.ids, self.logprobs) if chunk is None else (chunk.text, chunk.token_ids, chunk.logprobs)
+        )
+        if self.request.top is not None:
+            text = self._add_logprobs(meta, text, list(told), last.prompt_tokens if self.request.scored else 0)
+        out = {"text": text, "output_ids": list(ids), "meta_info": meta}
+        return {"index": self.index, **out} if self.request.several and self.request.stream else out
+
+    def _reason(self) -> dict[str, Any] | None:
+        last = self.last
+        if last is None or not last.finish:
+            return None
+        return {"type": "length", "length": len(self.ids)} if last.finish.reason == "length" else {"type": "stop"}
+
+    def _add_logprobs(self, meta: dict[str, Any], text: str, told: list[TokenLogprob], n_prompt: int) -> str:
+        """SGLang's triples (log probability, id, text); returns the text without that of a scored prompt."""
+        prompt, output = told[:n_prompt], told[n_prompt:]
+        parts = [("output", output)] + ([("input", prompt)] if self.request.scored else [])
+        for name, tokens in parts:
+            meta[f"{name}_token_logprobs"] = [(t.logprob, t.token_id, t.text.decode("utf-8", "replace")) for t in tokens]
+            tops = [[(lp, i, b.decode("utf-8", "replace")) for i, b, lp in t.top] if t.top else None for t in tokens]
+            meta[f"{name}_top_logprobs"] = tops if self.request.top else []
+        return text[output[0].offset :] if self.request.scored and output else text
+
+
+async def generate(engine: Engine, request: NativeRequest) -> Any:
+    """POST /generate without a stream: an object, or an array of them where several prompts were given."""
+    check_size(engine, request)
+    answers = [_Answer(request, i) for i in range(len(request.prompts))]
+    async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
+        async for news in stream:
+            for i, chunk in news:
+                answers[i].add(chunk)
+    bodies = [a.body() for a in answers]
+    return bodies if request.several else bodies[0]
+
+
+async def stream(engine: Engine, request: NativeRequest) -> StreamedAnswer:
+    """POST /generate as events; each has all of the text so far, or what is new with `incremental`.  Raises RequestError."""
+    return await serving.stream(engine, request, _Events(request))
+
+
+class _Events:
+    """The Events of a request."""
+
+    def __init__(self, request: NativeRequest) -> None:
+        self._incremental = request.incremental
+        self._answers = [_Answer(request, i) for i in range(len(request.prompts))]
+
+    def start(self) -> bytes:
+        return b""
+
+    def news(self, index: int, chunk: Chunk) -> bytes:
+        self._answers[index].add(chunk)
+        return sse(self._answers[index].body(chunk if self._incremental else None))
+
+    def end(self) -> bytes:
+        return DONE
+
+    def failed(self, error: RequestError) -> bytes:
+        return error_event(error) + DONE

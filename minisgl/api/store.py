@@ -1,0 +1,176 @@
+"""Files and batches on disk, under --data-dir.  Runs in the api process.
+
+    files/ID            content, complete: written elsewhere, synced and renamed
+    files/ID.json       the file object that the API shows; without it the content is not there
+    batches/ID.json     the batch object, replaced atomically whenever its status changes
+    batches/ID.output   answers with status 200, one JSON object a line, appended as they come
+    batches/ID.errors   the others, likewise
+
+Whatever is interrupted, a reader finds a whole object or none, and a log at worst with a torn last line, which is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from minisgl.errors import RequestError, UserError
+
+_ID = re.compile(r"(?:file|batch)[-_][0-9a-f]{32}")
+_SYNC_LINES = 128
+_SYNC_SECONDS = 1.0
+
+
+class Store:
+    """The directory, which belongs to one server at a time.  Raises UserError if it cannot be used."""
+
+    def __init__(self, directory: str) -> None:
+        self.root = Path(directory)
+        try:
+            for name in ("files", "batches"):
+                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = open(self.root / "lock", "a")  # noqa: SIM115  held as long as the server runs
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            self._lock.close()
+            raise UserError(f"--data-dir {directory}: another server is using it") from e
+        except OSError as e:
+            raise UserError(f"--data-dir {directory}: cannot be used: {e.strerror}") from e
+        for room in ("files", "batches"):
+            for part in (self.root / room).glob("*.part"):  # of a server that died
+                part.unlink()
+
+    def close(self) -> None:
+        """Let others have the directory.  Idempotent."""
+        self._lock.close()
+
+    # ---------------- objects
+    def save(self, room: str, value: dict[str, Any]) -> None:
+        """Write an object; after a crash either the former or this one is there."""
+        path = self.root / room / f"{value['id']}.json"
+        part = path.with_suffix(".json.part")
+        with open(part, "w", encoding="utf-8") as f:
+            json.dump(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        self._sync_directory(room)
+
+    def load(self, room: str, name: str, what: str) -> dict[str, Any]:
+        """Read an object.  Raises RequestError (404) naming the parameter `what` if there is none."""
+        if _ID.fullmatch(name):
+            try:
+                value: dict[str, Any] = json.loads((self.root / room / f"{name}.json").read_bytes())
+                return value
+            except FileNotFoundError:
+                pass
+        raise RequestError(
+            f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}.",
+            status=404,
+            param=what,
+            code="not_found",
+        )
+
+    def all(self, room: str) -> list[dict[str, Any]]:
+        """All objects, the newest first."""
+        values = [json.loads(path.read_bytes()) for path in (self.root / room).glob("*.json")]
+        return sorted(values, key=lambda v: (v["created_at"], v["id"]), reverse=True)
+
+    # ---------------- files
+    def content(self, name: str) -> Path:
+        """Where the content of a file is; `name` is the id of an object that was loaded or made here."""
+        return self.root / "files" / name
+
+    def new_part(self) -> Path:
+        """A place for content that is not complete yet."""
+        return self.root / "files" / f"{uuid.uuid4().hex}.part"
+
+    def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
+        """Make complete content a file; returns its object.  With a `name` (its id) it may be done again after a crash."""
+        name = name or new_file_id()
+        if part.exists():
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(part, self.content(name))
+        value = {
+            "id": name,
+            "object": "file",
+            "bytes": self.content(name).stat().st_size,
+            "created_at": int(time.time()),
+            "filename": filename,
+            "purpose": purpose,
+            "status": "processed",
+        }
+        self.save("files", value)
+        return value
+
+    def delete(self, name: str) -> None:
+        """Remove a file.  Its object goes first: without it there is no file."""
+        (self.root / "files" / f"{name}.json").unlink()
+        self.content(name).unlink(missing_ok=True)
+
+    def log(self, batch: str, kind: str) -> Log:
+        """The `output` or the `errors` of a batch."""
+        return Log(self.log_path(batch, kind))
+
+    def log_path(self, batch: str, kind: str) -> Path:
+        """Where it is."""
+        return self.root / "batches" / f"{batch}.{kind}"
+
+    def _sync_directory(self, room: str) -> None:
+        fd = os.open(self.root / room, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def new_file_id() -> str:
+    """The id of a file that is to be."""
+    return f"file-{uuid.uuid4().hex}"
+
+
+class Log:
+    """An append-only file of JSON lines.  Each reaches the kernel at once, and the disk in groups."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115  closed by `close`
+        self._unsynced, self._synced = 0, time.monotonic()
+
+    def recover(self) -> Iterator[dict[str, Any]]:
+        """The lines that are there; a torn last one is cut off."""
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self._file.truncate(end)
+                return
+            end += len(line)
+            yield json.loads(line)
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Raises OSError when the disk is full."""
+        self._file.write(json.dumps(value).encode() + b"\n")
+        self._file.flush()
+        self._unsynced += 1
+        if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """To the disk."""
+        os.fdatasync(self._file.fileno())
+        self._unsynced, self._synced = 0, time.monotonic()
+
+    def close(self) -> None:
+        """Sync and close.  Idempotent."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()

@@ -1,0 +1,60 @@
+"""Which arithmetic a CPU worker uses: what the flags ask for, and what this machine can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.config import EngineConfig, ModelSpec
+from minisgl.model.attention import TorchAttention
+from minisgl.model.blocks import CpuBlocks
+from minisgl.model.cpu.attention import KV_DTYPE, KernelAttention, can_attend
+from minisgl.model.cpu.blocks import QuantBlocks
+from minisgl.model.cpu.build import NoKernels
+from minisgl.model.cpu.kernels import Kernels
+from minisgl.model.shard import Shard
+
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = {
+    "int8": "8 bits",
+    "q4": "4 bits, the table of tokens and the head in 8",
+    "auto": "the 4 bits of a file that has them, 8 bits for the rest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuArithmetic:
+    """Makes the layers and the attention of a worker.  `text` says it in words."""
+
+    dtype: torch.dtype  # of the weights as they are read, and of the residual stream
+    kv_dtype: torch.dtype
+    blocks: CpuBlocks
+    run: Kernels | None  # of attention, too
+    text: str
+
+    @classmethod
+    def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
+        """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be; without them, the same in torch."""
+        kind, dtype = engine.quantization, _DTYPES[engine.dtype]
+        if not engine.eight_bits:
+            return cls(dtype, dtype, CpuBlocks(dtype), None, f"weights in {str(dtype).removeprefix('torch.')}, torch")
+        text = f"weights in {_WEIGHTS[kind]}, "
+        try:
+            run = Kernels(threads)
+        except NoKernels as e:
+            text += f"in torch, several times slower than C: {e}"
+            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, text)
+        blocks = QuantBlocks(kind, run)
+        if not can_attend(spec, engine.page_size):
+            text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
+            return cls(torch.float32, torch.float32, blocks, None, text)
+        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels")
+
+    def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
+        """The cache of `num_pages` pages, and what reads it."""
+        sizes = {"num_pages": num_pages, "page_size": page_size}
+        sizes |= {"num_heads": shard.num_heads, "num_kv_heads": shard.num_kv_heads}
+        if self.run is None:
+            return TorchAttention(spec, dtype=self.kv_dtype, **sizes)
+        return KernelAttention(spec, self.run, **sizes)

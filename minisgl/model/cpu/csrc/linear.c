@@ -1,0 +1,197 @@
+/* y = x W^T with W in 4 or 8 bits and x quantised to 8 bits on the way, for one to some hundred rows.
+ *
+ * W [N, K] lies in tiles of 16 outputs, and a tile in groups of 32 inputs, each of them one block of bytes:
+ *   8 bits: 8 x [16 outputs][4 inputs] u8, of 128 + q; d f16[16]                     weight = d * q         (544 bytes)
+ *   4 bits: 4 x [16 outputs][4 inputs] of two u4, inputs 4v.. low, 16 + 4v.. high;
+ *           d f16[16]; m f16[16]                                                     weight = d * q + m     (320 bytes)
+ * so that a thread reads its part from front to back, and 4 inputs of 16 outputs are one instruction.  These are the numbers
+ * of GGUF's Q8_0 and Q4_1, in another order.
+ *
+ * A row of x has a scale for each group of 32.  Sums within a group are exact integers, groups are added in order, and a row
+ * never meets another one: what it becomes depends on its values alone. */
+#include "pool.h"
+#include "simd.h"
+
+#define GROUP 32
+#define ROWS 8     /* that share an unpacked group: their sums, the group and its scales fit into 32 registers */
+#define CHUNK 128  /* rows whose inputs stay in the second-level cache while all weights pass */
+#define SHARES 4   /* items for each thread: a late one leaves its items to the others */
+
+typedef struct {
+    int8_t *q;     /* [T, K] */
+    float *scale;  /* [T, K / 32]; x = scale * q */
+    float *total;  /* [T, K / 32]: the sum of x over each group */
+} Quantised;
+
+typedef struct {
+    const uint8_t *blocks;
+    const float *bias; /* [N] or NULL */
+    int32_t outputs;   /* N: of it the last tile may have less than 16 */
+    int32_t groups;    /* K / 32, rounded up */
+    int32_t inputs;    /* K */
+    int32_t bits;      /* 4 or 8 */
+    int32_t gated;     /* activation of a pair: 0 none, 1 silu(tile 2j) * tile 2j + 1, 2 with tanh-gelu for silu */
+} Weight;
+
+typedef struct {
+    const float *weight; /* [K] of an RMSNorm */
+    float eps;
+} Norm;
+
+INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total) {
+    f32x16 a = load(x), b = load(x + LANES);
+    float most = largest(greater(absolute(a), absolute(b)));
+    float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    i32x16 qa = nearest(a * inverse), qb = nearest(b * inverse), s = qa + qb;
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) q[i] = (int8_t)qa[i], q[i + LANES] = (int8_t)qb[i];
+    for (int i = 0; i < LANES; i++) sum += s[i];
+    *scale = most / 127.0f;
+    *total = *scale * sum;
+}
+
+/* One row: x += delta, x / rms(x) * weight, quantise. */
+static void prepare_row(float *x, const float *delta, const Norm *norm, int inputs, int8_t *q, float *scale, float *total) {
+    float buffer[GROUP], factor = 1.0f;
+    if (delta)
+        for (int i = 0; i < inputs; i++) x[i] += delta[i];
+    if (norm) {
+        f32x16 squares = all(0.0f);
+        int i = 0;
+        for (; i + LANES <= inputs; i += LANES) squares += load(x + i) * load(x + i);
+        float rest = 0.0f;
+        for (; i < inputs; i++) rest += x[i] * x[i];
+        factor = 1.0f / sqrtf((sum(squares) + rest) / inputs + norm->eps);
+    }
+    for (int i = 0; i < inputs; i += GROUP) {
+        int n = inputs - i < GROUP ? inputs - i : GROUP;
+        if (n < GROUP) memset(buffer, 0, sizeof buffer);
+        if (norm)
+            for (int j = 0; j < n; j++) buffer[j] = x[i + j] * factor * norm->weight[i + j];
+        else
+            memcpy(buffer, x + i, n * sizeof(float));
+        quantise_group(buffer, q + i, scale + i / GROUP, total + i / GROUP);
+    }
+}
+
+/* Sixteen outputs of `rows` rows from `first` on. */
+INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
+    const u8x64 low = (u8x64){} + 15;
+    f32x16 acc[ROWS];
+    for (int r = 0; r < rows; r++) acc[r] = all(0.0f);
+    for (int g = 0; g < groups; g++) {
+        u8x64 q[8];
+        f32x16 d, m = all(0.0f);
+        if (bits == 4) {
+            for (int v = 0; v < 4; v++) {
+                u8x64 both;
+                memcpy(&both, w + 64 * v, 64);
+                q[v] = both & low;
+                q[v + 4] = (u8x64)((i32x16)both >> 4) & low;
+            }
+            d = load_half(w + 256), m = load_half(w + 288);
+            w += 320;
+        } else {
+            memcpy(q, w, 512);
+            d = load_half(w + 512);
+            w += 544;
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = (first + r) * groups + g;
+            const int8_t *xq = x.q + at * GROUP;
+            i32x16 dot = {};
+#pragma GCC unroll 8
+            for (int v = 0; v < 8; v++) {
+                int32_t four;
+                memcpy(&four, xq + 4 * v, 4);
+                dot = dot4(dot, q[v], four);
+            }
+            if (bits == 4)
+                acc[r] += to_float(dot) * x.scale[at] * d + m * x.total[at];
+            else
+                acc[r] += (to_float(dot) * x.scale[at] - 128.0f * x.total[at]) * d;
+        }
+    }
+    for (int r = 0; r < rows; r++) y[r] = acc[r];
+}
+
+static void tiles(int rows, int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
+#define CASE(n) \
+    case n: bits == 4 ? tile(n, 4, w, groups, x, first, y) : tile(n, 8, w, groups, x, first, y); break;
+    switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+#undef CASE
+}
+
+INLINE f32x16 activate(f32x16 gate, int kind) {
+    if (kind == 2) { /* tanh-gelu: x * sigmoid(1.5957691 * (x + 0.044715 x^3)) */
+        f32x16 inner = (gate + gate * gate * gate * 0.044715f) * 1.59576912f;
+        return gate / (exponential(-inner) + 1.0f);
+    }
+    return gate / (exponential(-gate) + 1.0f);
+}
+
+typedef struct {
+    const Weight *w;
+    const Norm *norm;
+    const float *delta;
+    float *x, *y;
+    Quantised q;
+    int32_t n_rows, rows_from, rows_to; /* of all, and those of the present chunk */
+    int32_t items, share;               /* of tiles, or pairs of tiles, in an item */
+} Product;
+
+/* Rows i, i + items, i + 2 items, ... */
+static void prepare_item(void *args, int32_t i) {
+    const Product *p = args;
+    const int64_t inputs = p->w->inputs, groups = p->w->groups;
+    for (int64_t t = i; t < p->n_rows; t += p->items)
+        prepare_row(p->x + t * inputs, p->delta ? p->delta + t * inputs : NULL, p->norm, inputs, p->q.q + t * groups * GROUP,
+                    p->q.scale + t * groups, p->q.total + t * groups);
+}
+
+static void product_item(void *args, int32_t item) {
+    const Product *p = args;
+    const Weight *w = p->w;
+    const int step = w->gated ? 2 : 1, width = w->outputs / step, n_tiles = (width + LANES - 1) / LANES;
+    const int64_t bytes = w->groups * (w->bits == 4 ? 320 : 544);
+    int end = (item + 1) * p->share < n_tiles ? (item + 1) * p->share : n_tiles;
+    for (int i = item * p->share; i < end; i++)
+        for (int t = p->rows_from; t < p->rows_to; t += ROWS) {
+            int rows = p->rows_to - t < ROWS ? p->rows_to - t : ROWS, at = i * LANES;
+            int n = width - at < LANES ? width - at : LANES;
+            f32x16 out[2][ROWS];
+            for (int s = 0; s < step; s++)
+                tiles(rows, w->bits, w->blocks + (i * step + s) * bytes, w->groups, p->q, t, out[s]);
+            for (int r = 0; r < rows; r++) {
+                f32x16 v = w->gated ? activate(out[0][r], w->gated) * out[1][r] : out[0][r];
+                float *to = p->y + (int64_t)(t + r) * width + at;
+                if (n == LANES)
+                    store(to, w->bias ? v + load(w->bias + at) : v);
+                else
+                    for (int j = 0; j < n; j++) to[j] = v[j] + (w->bias ? w->bias[at + j] : 0.0f);
+            }
+        }
+}
+
+/* x f32[T, K] -> y f32[T, N], or [T, N / 2] if gated.  `delta` [T, K], if not NULL, is first added to x in place, and `norm`,
+ * if not NULL, applied.  `scratch`: see scratch_bytes. */
+void linear(const Weight *w, const Norm *norm, const float *delta, float *x, float *y, int32_t n_rows, uint8_t *scratch,
+            int32_t threads) {
+    Product p = {.w = w, .norm = norm, .delta = delta, .x = x, .y = y, .n_rows = n_rows};
+    p.q.scale = (float *)scratch;
+    p.q.total = p.q.scale + (int64_t)n_rows * w->groups;
+    p.q.q = (int8_t *)(p.q.total + (int64_t)n_rows * w->groups);
+    /* A few rows are done sooner than a helper has answered. */
+    p.items = n_rows < 4 ? 1 : threads * 2 < n_rows ? threads * 2 : n_rows;
+    parallel(prepare_item, &p, p.items, threads);
+    const int n_tiles = (w->outputs / (w->gated ? 2 : 1) + LANES - 1) / LANES;
+    p.share = (n_tiles + threads * SHARES - 1) / (threads * SHARES);
+    for (p.rows_from = 0; p.rows_from < n_rows; p.rows_from += CHUNK) {
+        p.rows_to = p.rows_from + CHUNK < n_rows ? p.rows_from + CHUNK : n_rows;
+        parallel(product_item, &p, (n_tiles + p.share - 1) / p.share, threads);
+    }
+}
+
+/* Bytes that `linear` needs beside its arguments. */
+int64_t scratch_bytes(int32_t n_rows, int32_t groups) { return (int64_t)n_rows * groups * (GROUP + 2 * sizeof(float)); }

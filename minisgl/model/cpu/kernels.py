@@ -1,0 +1,106 @@
+"""The C kernels as functions on tensors.  Arguments that stay the same are structures made once; a call passes addresses."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from minisgl.model.cpu.build import load_kernels
+from minisgl.model.cpu.packed import BLOCK_BYTES, LANES
+
+
+class Weight(Structure):
+    """A packed matrix: `Weight` of csrc/linear.c."""
+
+    _fields_ = (
+        ("blocks", c_void_p),
+        ("bias", c_void_p),
+        *((name, c_int32) for name in ("outputs", "groups", "inputs", "bits", "gated")),
+    )
+
+
+class Norm(Structure):
+    """`Norm` of csrc/linear.c."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+
+class Layer(Structure):
+    """What attention has for each layer: `Layer` of csrc/attention.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("cache", "q_norm", "k_norm", "sinks")),
+        *((name, c_float) for name in ("eps", "scale", "softcap")),
+        *((name, c_int32) for name in ("page_size", "heads", "kv_heads", "dim", "window")),
+    )
+
+
+class Step(Structure):
+    """What the layers of a step share: `Step` of csrc/attention.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("slots", "cos", "sin", "items", "pages")),
+        *((name, c_int32) for name in ("n_tokens", "n_items", "pages_per_row", "rotary")),
+    )
+
+
+class Kernels:
+    """The loaded library, the threads it uses and the memory it works in.  Not for two threads at a time."""
+
+    def __init__(self, threads: int, flags: tuple[str, ...] = ("-march=native",)) -> None:
+        """Builds the library if need be.  Raises NoKernels."""
+        library = load_kernels(flags)
+        self.threads = threads
+        self._linear = library.linear
+        self._linear.argtypes = (POINTER(Weight), POINTER(Norm), c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32)
+        self._linear.restype = None
+        self._attention = library.attention
+        self._attention.argtypes = (POINTER(Layer), POINTER(Step), c_void_p, c_void_p, c_int32)
+        self._attention.restype = None
+        self._scratch_bytes = library.scratch_bytes
+        self._scratch_bytes.argtypes, self._scratch_bytes.restype = (c_int32, c_int32), c_int64
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def linear(self, weight: PackedWeight, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
+        """f32[T, K] -> f32[T, N].  A `delta` is added to x in place, then the norm applied."""
+        n = len(x)
+        needed = self._scratch_bytes(n, weight.struct.groups)
+        if needed > len(self._scratch):
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        y = torch.empty(n, weight.width)
+        self._linear(
+            weight.struct,
+            norm,
+            None if delta is None else delta.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            n,
+            self._scratch.data_ptr(),
+            self.threads,
+        )
+        return y
+
+    def attention(self, layer: Layer, step: Step, qkv: torch.Tensor, width: int) -> torch.Tensor:
+        """f32[T, (H + 2K) D], which is changed -> f32[T, width]."""
+        out = torch.empty(len(qkv), width)
+        self._attention(layer, step, qkv.data_ptr(), out.data_ptr(), self.threads)
+        return out
+
+
+class PackedWeight:
+    """Blocks u8[tiles, G, block bytes] (see packed.py) and what a product needs to know of them; keeps the memory alive."""
+
+    GATED = ("", "silu", "gelu_tanh")
+
+    def __init__(
+        self, blocks: torch.Tensor, outputs: int, inputs: int, *, bias: torch.Tensor | None = None, gated: str = ""
+    ) -> None:
+        """`gated`: the tiles are those of gate and up in turns, and this activation is applied."""
+        self.blocks = blocks
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.width = outputs // 2 if gated else outputs
+        bits = {v: k for k, v in BLOCK_BYTES.items()}[blocks.shape[2]]
+        address = None if self.bias is None else self.bias.data_ptr()
+        self.struct = Weight(blocks.data_ptr(), address, outputs, blocks.shape[1], inputs, bits, self.GATED.index(gated))
+        assert len(blocks) == -(-outputs // LANES)

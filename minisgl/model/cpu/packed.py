@@ -1,0 +1,100 @@
+"""Matrices in 4 or 8 bits, in groups of 32 inputs, laid out for the C kernels (csrc/linear.c has the format).
+
+A matrix is first brought to `Groups`, numbers and scales in the usual order, then tiled.  The groups of GGUF's Q8_0, Q4_0 and
+Q4_1 are taken as they are stored; everything else is rounded: to 8 bits symmetrically, to 4 between the group's extremes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+GROUP, LANES = 32, 16
+BLOCK_BYTES = {4: 320, 8: 544}
+Q4_0, Q4_1, Q8_0 = 2, 3, 8  # ggml's numbers of these types
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """[N, G, 32] numbers u8, of them w = scale * q + offset (4 bits) or scale * (q - 128) (8 bits); scale, offset f16[N, G]."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.offset is None else 4
+
+    def values(self) -> torch.Tensor:
+        """The weights that these stand for, f32[N, 32 G]."""
+        if self.offset is None:
+            out = (self.numbers.float() - 128) * self.scale.float()[..., None]
+        else:
+            out = self.numbers.float() * self.scale.float()[..., None] + self.offset.float()[..., None]
+        return out.flatten(1)
+
+
+def quantise(weight: torch.Tensor, bits: int) -> Groups:
+    """Round f32[N, K] to groups; K is filled up with zeros to a multiple of 32."""
+    n, k = weight.shape
+    groups = torch.nn.functional.pad(weight.float(), (0, -k % GROUP)).view(n, -1, GROUP)
+    if bits == 8:
+        scale = (groups.abs().amax(-1) / 127).half()
+        step = scale.float()[..., None]
+        numbers = torch.where(step > 0, groups / step, 0).round_().clamp_(-127, 127) + 128
+        return Groups(numbers.to(torch.uint8), scale, None)
+    low, high = groups.amin(-1), groups.amax(-1)
+    offset, scale = low.half(), ((high - low) / 15).half()
+    step = scale.float()[..., None]
+    numbers = torch.where(step > 0, (groups - offset.float()[..., None]) / step, 0).round_().clamp_(0, 15)
+    return Groups(numbers.to(torch.uint8), scale, offset)
+
+
+def from_gguf(raw: torch.Tensor, kind: int) -> Groups:
+    """Stored rows u8[N, bytes] of Q4_0, Q4_1 or Q8_0 -> the same numbers.
+
+    Block: f16 scale, for Q4_1 f16 minimum, then 32 i8, or 16 bytes with inputs 0-15 in the low halves and 16-31 in the high.
+    """
+    head, width = {Q4_0: (2, 18), Q4_1: (4, 20), Q8_0: (2, 34)}[kind]
+    blocks = raw.view(raw.shape[0], -1, width)
+    halves = blocks[..., :head].contiguous().view(torch.float16)
+    scale, body = halves[..., 0].contiguous(), blocks[..., head:]
+    if kind == Q8_0:
+        return Groups(body ^ 128, scale, None)
+    numbers = torch.cat((body & 15, body >> 4), -1)
+    return Groups(numbers, scale, halves[..., 1].contiguous() if kind == Q4_1 else scale * -8)
+
+
+def tile(parts: Sequence[Groups]) -> torch.Tensor:
+    """Matrices of the same width and bits on top of each other -> blocks u8[tiles, G, BLOCK_BYTES], the last tile padded."""
+    numbers = torch.cat([p.numbers for p in parts])
+    n, g, _ = numbers.shape
+    pad = -n % LANES
+
+    def lanes(x: torch.Tensor) -> torch.Tensor:  # f16[N, G] -> u8[tiles, G, 32]
+        x = torch.nn.functional.pad(x, (0, 0, 0, pad)).view(-1, LANES, g).transpose(1, 2)
+        return x.contiguous().view(torch.uint8)
+
+    quads = torch.nn.functional.pad(numbers, (0, 0, 0, 0, 0, pad)).view(-1, LANES, g, 8, 4).permute(0, 2, 3, 1, 4)
+    scale = lanes(torch.cat([p.scale for p in parts]))
+    if parts[0].offset is None:
+        return torch.cat((quads.flatten(2), scale), -1)
+    both = quads[:, :, :4] | quads[:, :, 4:] << 4
+    offset = lanes(torch.cat([p.offset for p in parts if p.offset is not None]))
+    return torch.cat((both.flatten(2), scale, offset), -1)
+
+
+def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Tiles of gate and up in turns, as `linear` wants them of a gated product."""
+    return torch.stack((gate, up), 1).flatten(0, 1).contiguous()
+
+
+def round_trip(x: torch.Tensor) -> torch.Tensor:
+    """What is left of rows f32[T, K] after the quantisation that `linear` does: 8 bits, a scale for each group of 32."""
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
+    most = groups.abs().amax(-1, keepdim=True)
+    numbers = (groups * torch.where(most > 1e-30, 127 / most, 0)).round()
+    return (numbers * (most / 127)).flatten(1)
