@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minisgl.api import openai as api
 from minisgl.api.conversation import MAX_MESSAGES
-from minisgl.api.openai import parse_chat, parse_completion, parse_json
+from minisgl.api.openai import Usage, parse_chat, parse_completion, parse_json
 from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.api.sampling import MAX_CHOICES
 from minisgl.errors import InvalidParam, RequestError
@@ -94,7 +94,7 @@ def test_json_is_read_as_json() -> None:
 def test_a_minimal_chat_may_go_on_to_the_end_of_the_context() -> None:
     request = chat()
     assert request.params == SamplingParams()
-    assert (request.model, request.stream, request.include_usage, request.ignored) == ("oracle", False, False, ())
+    assert (request.model, request.stream, request.usage, request.ignored) == ("oracle", False, Usage(), ())
     assert rendered(request) == {"messages": USER, "kwargs": {}}
 
 
@@ -204,10 +204,8 @@ def test_completions_refuse_what_they_cannot_do() -> None:
 
 
 def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
-    request = chat(
-        user="u", metadata={"a": [1]}, store=True, frobnicate=1, stream=True, stream_options={"continuous_usage_stats": True}
-    )
-    assert request.ignored == ("frobnicate", "stream_options.continuous_usage_stats")
+    request = chat(user="u", metadata={"a": [1]}, store=True, frobnicate=1, stream=True, stream_options={"colour": True})
+    assert request.ignored == ("frobnicate", "stream_options.colour")
 
 
 # ---------------- wrong types and ranges
@@ -294,11 +292,12 @@ def test_no_more_tokens_can_be_asked_for_at_least_than_at_most() -> None:
     assert refusal(chat, max_tokens=3, min_tokens=4).param == "min_tokens"
 
 
-def test_include_usage_is_a_boolean() -> None:
-    assert chat(stream=True, stream_options={"include_usage": True}).include_usage
-    assert not chat(stream=True, stream_options={"include_usage": None}).include_usage
-    error = refusal(chat, stream=True, stream_options={"include_usage": 1})
-    assert (error.param, error.code) == ("stream_options.include_usage", "invalid_type")
+def test_options_of_a_stream_are_booleans() -> None:
+    for name, usage in (("include_usage", Usage(last=True)), ("continuous_usage_stats", Usage(so_far=True))):
+        assert chat(stream=True, stream_options={name: True}).usage == usage
+        assert chat(stream=True, stream_options={name: None}).usage == Usage()
+        error = refusal(chat, stream=True, stream_options={name: 1})
+        assert (error.param, error.code) == (f"stream_options.{name}", "invalid_type")
 
 
 # ---------------- model

@@ -270,7 +270,7 @@ class Speaker(FakeEngine):
         if uid not in self.live:
             return
         last = at == len(self.said) - 1
-        self.live[uid](Chunk(self.said[at], (at,), Finish.STOP if last else Finish.NONE, 3, 0))
+        self.live[uid](Chunk(self.said[at], (at,), self.finish if last else Finish.NONE, 3, 0))
         if last:
             del self.live[uid]
         else:

@@ -776,6 +776,26 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
     ]
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_every_event_tells_the_usage_of_its_choice_so_far_where_that_was_asked_for(path: str) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"messages": USER} if path == CHAT else {"prompt": "x"}
+        got = events((await ask(http, path, {**body, "n": 2, "stream": True, "stream_options": options}))[2])
+        last = got.pop()
+        assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2 * len(PIECES))
+        counts: dict[int, list[int]] = {0: [], 1: []}
+        for event in got[2 if path == CHAT else 0 :]:  # what announces the role knows of no tokens yet
+            usage = event["usage"]
+            assert (usage["prompt_tokens"], usage["total_tokens"]) == (3, 3 + usage["completion_tokens"])
+            counts[event["choices"][0]["index"]].append(usage["completion_tokens"])
+        for told in counts.values():
+            assert told == sorted(told)
+            assert told[-1] == len(PIECES)
+
+    play(scene)
+
+
 async def _raw(http: Server, head: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection that has sent a streaming request of its own making and reads nothing ahead."""
     reader, writer = await asyncio.open_connection("127.0.0.1", http.port, limit=1 << 16)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from minisgl import __version__
-from minisgl.api.replies import Reply
+from minisgl.api.replies import Part, Reply, delta
 from minisgl.api.requests import Chunk, TokenLogprob
+from minisgl.api.tool_calls import Said
 from minisgl.errors import RequestError
 from minisgl.types import Finish
 
@@ -48,6 +49,7 @@ class Result:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    last: int = -1  # its latest token
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk.  Its text and log probabilities are the caller's: a stream has sent them and need not keep them."""
@@ -55,6 +57,8 @@ class Result:
         self.prompt_tokens = chunk.prompt_tokens
         self.cached_tokens = chunk.cached_tokens
         self.finish = chunk.finish
+        if chunk.token_ids:
+            self.last = chunk.token_ids[-1]
 
 
 def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
@@ -151,9 +155,16 @@ class EventStream:
         self._text = b',"delta":{"content":' if chat else b',"text":'
         self._logprobs = (b"}" if chat else b"") + b',"logprobs":'
         self._reason = b',"finish_reason":'
-        self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        self._go_on = self._logprobs + b"null" + self._reason + b"null" + self._end
+        self._ends_with(b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n")
         self._heads = [b"%s%d%s" % (self._choice, i, self._text) for i in range(choices)]
+
+    def _ends_with(self, end: bytes) -> None:
+        self._end = end
+        self._go_on = self._logprobs + b"null" + self._reason + b"null" + end
+
+    def count(self, usage: Mapping[str, Any]) -> None:
+        """The events from here on tell the counts of tokens so far."""
+        self._ends_with(b'}],"usage":%s}\n\n' % _dump(usage))
 
     def start(self) -> bytes:
         """What comes before the first text: in a chat, an event for each choice that announces the role."""
@@ -178,12 +189,12 @@ class EventStream:
         end = self._logprobs + b"null" + self._reason + reason + self._end
         return b"".join((self.text(index, text, logprobs), self._choice, b'%d,"delta":{' % index, end))
 
-    def deltas(self, index: int, deltas: Sequence[dict[str, Any]], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+    def parts(self, index: int, parts: Sequence[Part], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """Parts of a chat answer that is taken apart (see replies), an event each; log probabilities go with the first."""
         head = b'%s%d,"delta":' % (self._choice, index)
         out = []
-        for delta in deltas or ([{"content": ""}] if logprobs else []):
-            body = _dump(delta)[:-1]  # its brace is the end's
+        for part in parts or ([Said("")] if logprobs else []):
+            body = _dump(delta(part))[:-1]  # its brace is the end's
             out.append(b"".join((head, body, self._told(logprobs, b"null") if logprobs else self._go_on)))
             logprobs = ()
         return b"".join(out)

@@ -9,7 +9,7 @@ from minisgl.api.embeddings import embed, parse_embeddings
 from minisgl.api.http import check_unknown
 from minisgl.api.requests import Engine
 from minisgl.api.responses import parse_responses, respond
-from minisgl.api.serving import chat, completion, refuse_stream, served_names
+from minisgl.api.serving import chat, completion, refuse_stream
 
 
 async def embeddings(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,9 +21,9 @@ async def embeddings(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
 
 async def responses(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """POST /v1/responses.  Raises RequestError."""
-    request = parse_responses(body, served_names(engine.config), engine.config.sampling_defaults)
+    request = parse_responses(engine, body)
     check_unknown(engine.config, request.ignored)
-    refuse_stream(request.chat.stream)
+    refuse_stream(request.stream)
     return await respond(engine, request)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from minisgl.api.messages import error_body
+from minisgl.api.message_blocks import error_body
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")

@@ -6,24 +6,19 @@ As in responses.py a request becomes the body of a chat.  Errors have Anthropic'
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api import serving
-from minisgl.api.answers import Result
-from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, wrong_type
-from minisgl.api.http import sse
+from minisgl.api.message_blocks import Message
 from minisgl.api.native import ids_of
-from minisgl.api.openai import CHAT_USED, ChatRequest, parse_chat, refuse_unsupported, served_model, unknown_fields
-from minisgl.api.requests import Chunk, Engine
-from minisgl.api.serving import served_names
+from minisgl.api.openai import CHAT_USED, ChatRequest, refuse_unsupported, unknown_fields
+from minisgl.api.requests import ChatPrompt, Engine
 from minisgl.api.stream import StreamedAnswer
-from minisgl.api.translate import text_of, whole
-from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import Finish
+from minisgl.api.translate import functions, renamed, text_of
+from minisgl.errors import InvalidParam
 
 _PASSED = CHAT_USED - {
     "messages",
@@ -35,21 +30,20 @@ _PASSED = CHAT_USED - {
     "stream_options",
     "logprobs",
     "top_logprobs",
+    "response_format",
 }
-MESSAGE_FIELDS = _PASSED | {"messages", "system", "max_tokens", "stop_sequences"}
-COUNT_FIELDS = frozenset({"model", "messages", "system", "chat_template_kwargs"})  # the others of a message do not count
-MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
-    "thinking": ({"type": "disabled"},),
-    "mcp_servers": ([],),
-    "container": (),
-    "output_config": ({},),
-    "output_format": (),
-}
+MESSAGE_FIELDS = _PASSED | {"messages", "system", "max_tokens", "stop_sequences", "thinking", "output_config", "output_format"}
+# Of a count; the other fields of a message do not count.
+COUNT_FIELDS = frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs"})
+MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 _HARMLESS = frozenset({"metadata", "service_tier", "cache_control", "context_management", "inference_geo", "speed"})
-_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_ERRORS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+_NAMES = {  # fields of a chat, as they are called here
+    r"stop$": "stop_sequences",
+    r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
+    r"(tools\[\d+\])\.function": r"\1",
+}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +54,77 @@ class MessageRequest:
     stops: tuple[str, ...]
     ignored: tuple[str, ...]
 
+    @property
+    def stream(self) -> bool:
+        return self.chat.stream
 
-def parse_messages(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any]) -> MessageRequest:
-    """Check the body of POST /v1/messages.  Raises RequestError: 400, or 404 for the model."""
+
+def parse_messages(engine: Engine, body: Mapping[str, Any]) -> MessageRequest:
+    """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     fields = Fields(body)
-    refuse_unsupported(body, MESSAGE_UNSUPPORTED)
     if body.get("max_tokens") is None:
         raise InvalidParam("max_tokens", "max_tokens is required.", "missing_required_parameter")
-    chat: dict[str, Any] = {name: body[name] for name in _PASSED if name in body}
-    chat["messages"] = _conversation(body)
+    chat, ignored = _chat(engine, body)
     chat["max_tokens"] = fields.integer("max_tokens", 1, (1 << 31) - 1)
+    form, form_field, unused = _format(fields)
+    if form is not None:
+        chat["response_format"] = {"type": "json_schema", "json_schema": form}
     stops = fields.get("stop_sequences", list, "an array of strings") or []
     if not all(isinstance(s, str) for s in stops):
         raise wrong_type("stop_sequences", "an array of strings", next(s for s in stops if not isinstance(s, str)))
-    try:
-        parsed = parse_chat({**chat, "stop": stops}, served, defaults)
-    except InvalidParam as e:
-        raise InvalidParam("stop_sequences", e.message, e.code or "") if e.param == "stop" else e from None
-    return MessageRequest(parsed, tuple(stops), unknown_fields(body, MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS))
+    with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
+        parsed = serving.chat_request(engine, {**chat, "stop": stops})
+    if form is not None:
+        parsed = replace(parsed, bound_by=form_field)
+    return MessageRequest(parsed, tuple(stops), ignored + unused)
+
+
+def _chat(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The body of a chat with what makes its prompt; names of fields that are not used."""
+    fields = Fields(body)
+    refuse_unsupported(body, MESSAGE_UNSUPPORTED)
+    chat: dict[str, Any] = {name: body[name] for name in _PASSED if name in body}
+    chat["messages"] = _conversation(body)
+    chat["tools"] = functions(fields.get("tools", list, "an array of tools"), (None, "custom"), "input_schema")
+    choice = fields.get("tool_choice", dict, "an object") or {"type": "auto"}
+    if choice.get("type") == "tool":
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
+    elif choice.get("type") in _CHOICES:
+        chat["tool_choice"] = _CHOICES[choice["type"]]
+    else:
+        raise InvalidParam("tool_choice.type", "tool_choice.type must be auto, any, tool or none.")
+    if choice.get("disable_parallel_tool_use"):
+        chat["parallel_tool_calls"] = False
+    ignored = unknown_fields(body, MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS)
+    thinking = fields.get("thinking", dict, "an object") or {}
+    if not thinking:
+        return chat, ignored
+    if (kind := thinking.get("type")) not in _THINKING:
+        raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
+    if engine.config.server.reasoning_parser:
+        given = fields.get("chat_template_kwargs", dict, "an object") or {}
+        chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **given}
+        ignored += tuple(f"thinking.{name}" for name in thinking if name != "type")  # a thought has no bounds of its own
+    elif _THINKING[kind]:
+        text = "thinking is not supported: the chat template of this model shows no thoughts (see --reasoning-parser)."
+        raise InvalidParam("thinking", text, "unsupported_parameter")
+    return chat, ignored
+
+
+def _format(fields: Fields) -> tuple[dict[str, Any] | None, str, tuple[str, ...]]:
+    """`output_config.format`, in older clients `output_format`: (what a chat has for it, its name, unused names)."""
+    config = fields.get("output_config", dict, "an object") or {}
+    unused = tuple(f"output_config.{name}" for name, value in config.items() if name != "format" and value is not None)
+    given, at = config.get("format"), "output_config.format"
+    if given is None:
+        given, at = fields.get("output_format", dict, "an object"), "output_format"
+    if given is None:
+        return None, at, unused
+    if not isinstance(given, dict):
+        raise wrong_type(at, "an object", given)
+    if given.get("type") != "json_schema":
+        raise InvalidParam(f"{at}.type", f"{at}.type must be json_schema.", "unsupported_value")
+    return {"schema": given.get("schema")}, at, unused
 
 
 def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,105 +175,24 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
 
 async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """POST /v1/messages/count_tokens: how long the prompt is.  Returns the answer and the names of unknown fields."""
-    served_model(Fields(body), served_names(engine.config))
-    refuse_unsupported(body, MESSAGE_UNSUPPORTED)
-    kwargs = body.get("chat_template_kwargs")
-    prompt = chat_prompt({"messages": _conversation(body), "chat_template_kwargs": kwargs})
-    tokens = await ids_of(engine, prompt)
-    known = MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS
-    return {"input_tokens": len(tokens)}, unknown_fields(body, known)
+    chat, ignored = _chat(engine, body)
+    counted = {"messages", "tools", "tool_choice", "chat_template_kwargs", "model"}
+    with renamed(_NAMES):
+        [prompt] = serving.chat_request(engine, {name: chat[name] for name in counted & chat.keys()}).prompts
+    if not isinstance(prompt, ChatPrompt):
+        raise TypeError("a chat has a ChatPrompt")
+    return {"input_tokens": len(await ids_of(engine, prompt))}, ignored
 
 
 # ---------------- answers
-@dataclass(slots=True)
-class _Answer:
-    """One message as it grows, and its events."""
-
-    request: MessageRequest
-    eos_ids: tuple[int, ...]
-    result: Result = field(default_factory=Result)
-    last: int = -1  # its latest token
-    id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
-    started: bool = False
-
-    def body(self, text: str | None, reason: tuple[str | None, str | None]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.request.chat.model,
-            "content": [] if text is None else [{"type": "text", "text": text}],
-            "stop_reason": reason[0],
-            "stop_sequence": reason[1],
-            "usage": self.usage(),
-        }
-
-    def usage(self) -> dict[str, Any]:
-        """What was found in the cache is not among the input tokens."""
-        r = self.result
-        return {
-            "input_tokens": r.prompt_tokens - r.cached_tokens,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": r.cached_tokens,
-            "output_tokens": r.completion_tokens,
-        }
-
-    def reason(self) -> tuple[str, str | None]:
-        """(stop_reason, stop_sequence).  A sequence is named if there is but one: the engine does not say which it was."""
-        if self.result.finish is Finish.LENGTH:
-            return "max_tokens", None
-        ended = {*self.eos_ids, *self.request.chat.params.stop_token_ids}
-        if not self.request.stops or self.last in ended:
-            return "end_turn", None
-        return "stop_sequence", self.request.stops[0] if len(self.request.stops) == 1 else None
-
-    def add(self, chunk: Chunk) -> None:
-        self.result.add(chunk)
-        self.last = chunk.token_ids[-1] if chunk.token_ids else self.last
-
-    def start(self) -> bytes:
-        return b""
-
-    def news(self, index: int, chunk: Chunk) -> bytes:
-        out = []
-        self.add(chunk)
-        if not self.started:
-            self.started = True
-            first = {"type": "message_start", "message": self.body(None, (None, None))}
-            block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-            out += [sse(first, "message_start"), sse(block, "content_block_start")]
-        if chunk.text:
-            delta = {"type": "text_delta", "text": chunk.text}
-            out.append(sse({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta"))
-        return b"".join(out)
-
-    def end(self) -> bytes:
-        reason, sequence = self.reason()
-        end = {"stop_reason": reason, "stop_sequence": sequence}
-        out = [
-            sse({"type": "content_block_stop", "index": 0}, "content_block_stop"),
-            sse({"type": "message_delta", "delta": end, "usage": self.usage()}, "message_delta"),
-            sse({"type": "message_stop"}, "message_stop"),
-        ]
-        return b"".join(out)
-
-    def failed(self, error: RequestError) -> bytes:
-        return sse(error_body(error), "error")
-
-
 async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
-    answer = _Answer(request, engine.config.model.eos_ids)
-    answer.result, answer.last = await whole(engine, request.chat)
-    return answer.body(answer.result.text, answer.reason())
+    answer = Message(request.chat, request.stops, engine.config.model.eos_ids)
+    [answer.result] = await serving.generate(engine, request.chat)
+    answer.take(answer.result.text, end=True)
+    return answer.body()
 
 
 async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:
     """The streamed answer.  Raises RequestError."""
-    return await serving.stream(engine, request.chat, _Answer(request, engine.config.model.eos_ids))
-
-
-def error_body(error: RequestError) -> dict[str, Any]:
-    """Anthropic's error object."""
-    kind = _ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return await serving.stream(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))

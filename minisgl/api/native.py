@@ -19,7 +19,7 @@ from minisgl.api.answers import DONE, error_event
 from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.http import sse
-from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, served_model, text_prompts, unknown_fields
+from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, Usage, served_model, text_prompts, unknown_fields
 from minisgl.api.requests import ChatPrompt, Chunk, Engine, TakeIds, TakeText, TextPrompt, TokenLogprob
 from minisgl.api.sampling import options, sampling, token_ids
 from minisgl.api.serving import check_size, served_names
@@ -179,7 +179,7 @@ def parse_generate(body: Mapping[str, Any], served: tuple[str, ...], defaults: M
         params=params,
         options=options(fields),
         stream=stream,
-        include_usage=False,
+        usage=Usage(),
         ignored=unknown_fields(body, GENERATE_FIELDS) + ignored,
         several=several,
         incremental=fields.boolean("incremental"),

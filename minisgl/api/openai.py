@@ -114,11 +114,20 @@ __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat"
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Which counts of tokens a stream tells: those of the whole in a last event, those so far in every event."""
+
+    last: bool = False
+    so_far: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the two endpoints have in common.
 
-    `model` is the served name to report; `n` the number of answers to each prompt; `ignored` are unknown field names;
-    `bound_by` is the field to which params.grammar is due, `form` what an answer is taken apart into.
+    `model` is the served name to report; `n` the number of answers to each prompt; `usage` the counts of tokens that a stream
+    tells; `ignored` are unknown field names; `bound_by` is the field to which params.grammar is due, `form` what an answer is
+    taken apart into.
     """
 
     model: str
@@ -127,7 +136,7 @@ class GenerationRequest:
     params: SamplingParams
     options: RequestOptions
     stream: bool
-    include_usage: bool
+    usage: Usage
     ignored: tuple[str, ...]
     bound_by: str = ""
     form: Form = WHOLE
@@ -144,6 +153,7 @@ class CompletionRequest(GenerationRequest):
 
 
 _NONE: Mapping[str, Any] = {}
+_USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
 
 # ---------------- requests
@@ -163,7 +173,7 @@ def parse_chat(
     fields = Fields(body)
     model = served_model(fields, served)
     refuse_unsupported(body, CHAT_UNSUPPORTED)
-    stream, include_usage, ignored = _stream(fields)
+    stream, usage, ignored = _stream(fields)
     offered = tools(fields, tool_style)
     bound = constraint(fields)
     if offered.must and bound.grammar:
@@ -184,7 +194,7 @@ def parse_chat(
         params=params,
         options=options(fields),
         stream=stream,
-        include_usage=include_usage,
+        usage=usage,
         ignored=unknown_fields(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
@@ -204,7 +214,7 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
     fields = Fields(body)
     model = served_model(fields, served)
     refuse_unsupported(body, COMPLETION_UNSUPPORTED)
-    stream, include_usage, ignored = _stream(fields)
+    stream, usage, ignored = _stream(fields)
     bound = constraint(fields)
     echo = fields.boolean("echo") or None
     return CompletionRequest(
@@ -216,7 +226,7 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
         ),
         options=options(fields),
         stream=stream,
-        include_usage=include_usage,
+        usage=usage,
         ignored=unknown_fields(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
         bound_by=bound.field,
     )
@@ -235,19 +245,19 @@ def served_model(fields: Fields, served: Sequence[str]) -> str:
     return served[0]
 
 
-def _stream(fields: Fields) -> tuple[bool, bool, tuple[str, ...]]:
-    """(stream, include_usage, names of unknown stream options)."""
+def _stream(fields: Fields) -> tuple[bool, Usage, tuple[str, ...]]:
+    """(stream, what it tells of usage, names of unknown stream options)."""
     stream = fields.boolean("stream")
     options = fields.get("stream_options", dict, "an object")
     if not options:
-        return stream, False, ()
+        return stream, Usage(), ()
     if not stream:
         raise InvalidParam("stream_options", "stream_options is only allowed together with stream: true.")
-    include_usage = options.get("include_usage")
-    if not isinstance(include_usage, bool | None):
-        raise wrong_type("stream_options.include_usage", "a boolean", include_usage)
-    unknown = tuple(f"stream_options.{k}" for k, v in options.items() if k != "include_usage" and v is not None)
-    return stream, bool(include_usage), unknown
+    for name in _USAGE:
+        if not isinstance(options.get(name), bool | None):
+            raise wrong_type(f"stream_options.{name}", "a boolean", options[name])
+    unknown = tuple(f"stream_options.{k}" for k, v in options.items() if k not in _USAGE and v is not None)
+    return stream, Usage(*(bool(options.get(name)) for name in _USAGE)), unknown
 
 
 def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, ...]:

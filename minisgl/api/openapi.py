@@ -113,7 +113,9 @@ SCHEMAS: Mapping[str, Schema] = {
     "n": _integer("Answers to each prompt.", 1, 128),
     "best_of": _integer("1, or the same as n.", 1, 128),
     "stream": _boolean("Answer with server-sent events."),
-    "stream_options": _object("include_usage: the last event has the counts of tokens."),
+    "stream_options": _object(
+        "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far."
+    ),
     "priority": _integer("Higher is served first.", -MAX_PRIORITY, MAX_PRIORITY),
     "timeout": _number("Seconds until the request is given up; 0: never.", 0, MAX_TIMEOUT),
     "cache_salt": _string("Cached prefixes are shared with the same salt only."),
@@ -129,6 +131,9 @@ SCHEMAS: Mapping[str, Schema] = {
     "instructions": _string("The system message."),
     "include": _array("message.output_text.logprobs asks for log probabilities.", {"type": "string"}),
     "system": {"description": "The system message: a text, or an array of text blocks."},
+    "thinking": _object("Whether the model thinks first: type is enabled or disabled; for models that do."),
+    "output_config": _object("format: {type: json_schema, schema: ...}, the form of the answer."),
+    "output_format": _object("An older name of output_config.format."),
     "sampling_params": _object("max_new_tokens, temperature, top_p, top_k, stop, ..."),
     "incremental": _boolean("Events hold what is new, not all of the text so far."),
     "return_logprob": _boolean("With log probabilities."),

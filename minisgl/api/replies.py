@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisgl.api.reasoning import ThoughtReader
-from minisgl.api.tool_calls import READERS, Called, CallReader, Piece, Said
+from minisgl.api.tool_calls import READERS, Argued, Called, CallReader, Piece, Said
 from minisgl.types import Finish
 
 
@@ -31,11 +31,24 @@ class Form:
 WHOLE = Form()
 
 
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """More of what the model thinks."""
+
+    text: str
+
+
 @dataclass(slots=True)
-class _Call:
+class Call:
+    """A call of a tool begins; its arguments, JSON text, come in pieces."""
+
+    index: int
     id: str
     name: str
     arguments: list[str] = field(default_factory=list)
+
+
+Part = Thought | Said | Call | Argued
 
 
 class Reply:
@@ -49,18 +62,18 @@ class Reply:
         self._short_ids = form.tools == "mistral"  # nine characters, as its templates demand
         self._thought: list[str] = []
         self._said: list[str] = []
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
 
-    def feed(self, text: str) -> list[dict[str, Any]]:
-        """The `delta` objects that more text completes."""
+    def feed(self, text: str) -> list[Part]:
+        """The parts that more text completes."""
         thought, answer = self._thoughts.feed(text) if self._thoughts else ("", text)
         return self._thinks(thought) + self._says(answer)
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Part]:
         """The rest, when nothing more comes."""
         thought, answer = self._thoughts.end() if self._thoughts else ("", "")
-        deltas = self._thinks(thought) + self._says(answer)
-        return deltas + (self._deltas(self._reader.end()) if self._reader else [])
+        parts = self._thinks(thought) + self._says(answer)
+        return parts + (self._parts(self._reader.end()) if self._reader else [])
 
     def reason(self, finish: Finish) -> str | None:
         """The `finish_reason`: a call that was cut off is no call to act upon."""
@@ -82,32 +95,43 @@ class Reply:
             ]
         return message
 
-    def _thinks(self, thought: str) -> list[dict[str, Any]]:
+    def _thinks(self, thought: str) -> list[Part]:
         if not thought:
             return []
         self._thought.append(thought)
-        return [{"reasoning_content": thought, "reasoning": thought}]
+        return [Thought(thought)]
 
-    def _says(self, text: str) -> list[dict[str, Any]]:
+    def _says(self, text: str) -> list[Part]:
         if not text:
             return []
-        return self._deltas(self._reader.feed(text) if self._reader else [Said(text)])
+        return self._parts(self._reader.feed(text) if self._reader else [Said(text)])
 
-    def _deltas(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        out: list[dict[str, Any]] = []
+    def _parts(self, pieces: list[Piece]) -> list[Part]:
+        out: list[Part] = []
         for piece in pieces:
+            if isinstance(piece, Called):
+                call = Call(piece.index, self._new_id(), piece.name)
+                self._calls.append(call)
+                out.append(call)
+                continue
             if isinstance(piece, Said):
                 self._said.append(piece.text)
-                out.append({"content": piece.text})
-            elif isinstance(piece, Called):
-                call = _Call(self._new_id(), piece.name)
-                self._calls.append(call)
-                function = {"name": call.name, "arguments": ""}
-                out.append({"tool_calls": [{"index": piece.index, "id": call.id, "type": "function", "function": function}]})
             else:
                 self._calls[piece.index].arguments.append(piece.text)
-                out.append({"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]})
+            out.append(piece)
         return out
 
     def _new_id(self) -> str:
         return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
+
+def delta(part: Part) -> dict[str, Any]:
+    """The `delta` of a part of a streamed chat."""
+    if isinstance(part, Thought):
+        return {"reasoning_content": part.text, "reasoning": part.text}
+    if isinstance(part, Said):
+        return {"content": part.text}
+    if isinstance(part, Call):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}

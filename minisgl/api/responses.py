@@ -6,38 +6,46 @@ A request becomes the body of a chat and is checked as one, so every sampling fi
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api import serving
-from minisgl.api.answers import Result, chat_logprobs
 from minisgl.api.fields import Fields, wrong_type
-from minisgl.api.http import sse
-from minisgl.api.openai import CHAT_USED, HARMLESS, ChatRequest, parse_chat, refuse_unsupported, unknown_fields
-from minisgl.api.requests import Chunk, Engine, TokenLogprob
+from minisgl.api.openai import CHAT_USED, HARMLESS, ChatRequest, refuse_unsupported, unknown_fields
+from minisgl.api.requests import Engine
+from minisgl.api.response_items import Response
 from minisgl.api.stream import StreamedAnswer
-from minisgl.api.translate import text_of, whole
+from minisgl.api.translate import functions, renamed, text_of
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.types import Finish
 
-_PASSED = CHAT_USED - {"messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs"}
+_PASSED = CHAT_USED - {
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "best_of",
+    "stream_options",
+    "logprobs",
+    "response_format",
+}
 RESPONSE_FIELDS = _PASSED | {"input", "instructions", "max_output_tokens", "text", "include"}
 RESPONSE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "previous_response_id": (),  # nothing is kept here
     "conversation": (),
     "background": (False,),
     "prompt": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "truncation": ("disabled",),
     "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "context_management": ([],),
 }
 _HARMLESS = HARMLESS | {"max_tool_calls", "stream_options", "client_metadata", "prompt_cache_options"}
 _LOGPROBS = "message.output_text.logprobs"
+_NAMES = {  # fields of a chat, as they are called here
+    r"response_format(\.json_schema)?": "text.format",
+    r"(tools\[\d+\])\.function": r"\1",
+    r"max_tokens": "max_output_tokens",
+}
 _NOT_SHOWN = "reasoning.encrypted_content"  # there is none to include
 
 
@@ -49,9 +57,13 @@ class ResponsesRequest:
     echoed: dict[str, Any]
     ignored: tuple[str, ...]
 
+    @property
+    def stream(self) -> bool:
+        return self.chat.stream
 
-def parse_responses(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any]) -> ResponsesRequest:
-    """Check the body of POST /v1/responses.  Raises RequestError: 400, or 404 for the model."""
+
+def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest:
+    """Check the body of POST /v1/responses, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     fields = Fields(body)
     refuse_unsupported(body, RESPONSE_UNSUPPORTED)
     chat: dict[str, Any] = {name: body[name] for name in _PASSED if name in body}
@@ -64,8 +76,14 @@ def parse_responses(body: Mapping[str, Any], served: Sequence[str], defaults: Ma
     if text.get("format") is not None:
         chat["response_format"] = _format(text["format"])
     chat["logprobs"] = _wants_logprobs(fields)
-    parsed = parse_chat(chat, served, defaults)
+    tools = fields.get("tools", list, "an array of tools")
+    chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(body.get("tool_choice"))
+    with renamed(_NAMES):
+        parsed = serving.chat_request(engine, chat)
+    if parsed.bound_by == "response_format":
+        parsed = replace(parsed, bound_by="text.format")
     unknown = unknown_fields(body, RESPONSE_FIELDS | RESPONSE_UNSUPPORTED.keys() | _HARMLESS)
+    unknown += tuple(f"text.{name}" for name, value in text.items() if name != "format" and value is not None)
     stored = ("store",) if fields.boolean("store") else ()
     p = parsed.params
     echoed = {
@@ -74,7 +92,10 @@ def parse_responses(body: Mapping[str, Any], served: Sequence[str], defaults: Ma
         "metadata": body.get("metadata") or {},
         "temperature": p.temperature,
         "top_p": p.top_p,
-        "text": {"format": {"type": "text"}, **text},
+        "text": {"format": text.get("format") or {"type": "text"}},
+        "tools": tools or [],
+        "tool_choice": body.get("tool_choice") or "auto",
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
     }
     return ResponsesRequest(parsed, echoed, unknown + stored)
 
@@ -96,6 +117,15 @@ def _format(given: Any) -> Any:
     return {"type": "json_schema", "json_schema": {k: v for k, v in given.items() if k != "type"}}
 
 
+def _tool_choice(given: Any) -> Any:
+    """That of a chat."""
+    if not isinstance(given, dict):
+        return given
+    if given.get("type") != "function":
+        raise InvalidParam("tool_choice", "tool_choice must be none, auto, required or a function.", "unsupported_value")
+    return {"type": "function", "function": {"name": given.get("name")}}
+
+
 def _messages(given: Any) -> list[dict[str, Any]]:
     """`input`: a text, or items, each of which is a message or belongs to a call of a function."""
     if given is None:
@@ -106,7 +136,14 @@ def _messages(given: Any) -> list[dict[str, Any]]:
         raise wrong_type("input", "a string or an array of items", given)
     if not given:
         raise InvalidParam("input", "input is empty: there is nothing to answer.")
-    return [m for i, item in enumerate(given) for m in _item(item, f"input[{i}]")]
+    out: list[dict[str, Any]] = []
+    for i, item in enumerate(given):
+        for message in _item(item, f"input[{i}]"):
+            if "tool_calls" in message and out and out[-1]["role"] == "assistant":  # a call belongs to what was said with it
+                out[-1] = {**out[-1], "tool_calls": out[-1].get("tool_calls", []) + message["tool_calls"]}
+            else:
+                out.append(message)
+    return out
 
 
 def _item(item: Any, at: str) -> list[dict[str, Any]]:
@@ -131,125 +168,18 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
 
 
 # ---------------- answers
-@dataclass(slots=True)
-class _Answer:
-    """One response as it grows, and its events."""
-
-    request: ResponsesRequest
-    result: Result = field(default_factory=Result)
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
-    item: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    number: int = 0  # of the next event
-
-    def body(self, status: str, error: RequestError | None = None) -> dict[str, Any]:
-        ended = status in ("completed", "incomplete")
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "completed_at": int(time.time()) if status == "completed" else None,
-            "status": status,
-            "background": False,
-            "error": None if error is None else {"code": "server_error", "message": error.message},
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "model": self.request.chat.model,
-            "output": [self.message(status)] if ended else [],
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
-            "service_tier": "default",
-            "store": False,
-            "tool_choice": "auto",
-            "tools": [],
-            "top_logprobs": self.request.chat.params.logprobs or 0,
-            "truncation": "disabled",
-            "usage": self._usage() if ended else None,
-            **self.request.echoed,
-        }
-
-    def message(self, status: str) -> dict[str, Any]:
-        content = [] if status == "in_progress" else [self.part("".join(self.texts), self.logprobs)]
-        return {"id": self.item, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def part(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": _logprobs(logprobs)}
-
-    def _usage(self) -> dict[str, Any]:
-        r = self.result
-        return {
-            "input_tokens": r.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": r.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": r.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": r.prompt_tokens + r.completion_tokens,
-        }
-
-    @property
-    def status(self) -> str:
-        return "incomplete" if self.result.finish is Finish.LENGTH else "completed"
-
-    # ---------------- events
-    def event(self, kind: str, **fields: Any) -> bytes:
-        self.number += 1
-        return sse({"type": kind, "sequence_number": self.number - 1, **fields}, kind)
-
-    def start(self) -> bytes:
-        place = {"item_id": self.item, "output_index": 0, "content_index": 0}
-        body = self.body("in_progress")
-        return b"".join(
-            (
-                self.event("response.created", response=body),
-                self.event("response.in_progress", response=body),
-                self.event("response.output_item.added", output_index=0, item=self.message("in_progress")),
-                self.event("response.content_part.added", **place, part=self.part("", ())),
-            )
-        )
-
-    def news(self, index: int, chunk: Chunk) -> bytes:
-        self.result.add(chunk)
-        self.texts.append(chunk.text)
-        self.logprobs.extend(chunk.logprobs)
-        place = {"item_id": self.item, "output_index": 0, "content_index": 0}
-        if chunk.text or chunk.logprobs:
-            told = _logprobs(chunk.logprobs)
-            return self.event("response.output_text.delta", **place, delta=chunk.text, logprobs=told)
-        return b""
-
-    def end(self) -> bytes:
-        text, place = "".join(self.texts), {"item_id": self.item, "output_index": 0, "content_index": 0}
-        return b"".join(
-            (
-                self.event("response.output_text.done", **place, text=text, logprobs=_logprobs(self.logprobs)),
-                self.event("response.content_part.done", **place, part=self.part(text, self.logprobs)),
-                self.event("response.output_item.done", output_index=0, item=self.message(self.status)),
-                self.event(f"response.{self.status}", response=self.body(self.status)),
-            )
-        )
-
-    def failed(self, error: RequestError) -> bytes:
-        told = {"code": error.code, "message": error.message, "param": error.param}
-        return self.event("error", **told) + self.event("response.failed", response=self.body("failed", error))
-
-
-def _logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = chat_logprobs(tokens)["content"]
-    return told
-
-
 async def respond(engine: Engine, request: ResponsesRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
-    answer = _Answer(request)
-    answer.result, _ = await whole(engine, request.chat)
-    answer.texts, answer.logprobs = [answer.result.text], answer.result.logprobs or []
+    answer = Response(request.chat, request.echoed)
+    [answer.result] = await serving.generate(engine, request.chat)
+    answer.take(answer.result.text, answer.result.logprobs or (), end=True)
+    answer.end()
     return answer.body(answer.status)
 
 
 async def stream(engine: Engine, request: ResponsesRequest) -> StreamedAnswer:
     """The streamed answer.  Raises RequestError."""
-    return await serving.stream(engine, request.chat, _Answer(request))
+    return await serving.stream(engine, request.chat, Response(request.chat, request.echoed))
 
 
 def not_stored(response_id: str) -> RequestError:

@@ -125,9 +125,9 @@ class _Routes:
         return web.json_response(await serving.answer(self._engine, parsed), headers=headers)
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
-        parsed = responses.parse_responses(await self._body(request), *self._accepted)
+        parsed = responses.parse_responses(self._engine, await self._body(request))
         headers = ignored_header(self._config, parsed.ignored)
-        if parsed.chat.stream:
+        if parsed.stream:
             return await stream(request, await responses.stream(self._engine, parsed), headers)
         return web.json_response(await responses.respond(self._engine, parsed), headers=headers)
 
@@ -135,9 +135,9 @@ class _Routes:
         raise responses.not_stored(request.match_info["response_id"])
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
-        parsed = messages.parse_messages(await self._body(request), *self._accepted)
+        parsed = messages.parse_messages(self._engine, await self._body(request))
         headers = ignored_header(self._config, parsed.ignored)
-        if parsed.chat.stream:
+        if parsed.stream:
             return await stream(request, await messages.stream(self._engine, parsed), headers)
         return web.json_response(await messages.message(self._engine, parsed), headers=headers)
 

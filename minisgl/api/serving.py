@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__, grammar
-from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event
+from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event, usage
 from minisgl.api.http import check_unknown
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.replies import Reply
@@ -62,12 +62,23 @@ def refuse_stream(stream: bool) -> None:
 
 
 async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
-    """Generate to the end.  Raises RequestError; cancelling the caller cancels the request."""
+    """The body of the answer to a chat or a completion.  Raises RequestError."""
+    results, head = await generate(engine, request), _head(request)
+    for result in results if request.form else ():
+        result.reply = Reply(request.form)
+        result.reply.feed(result.text)
+        result.reply.end()
+    if isinstance(request, ChatRequest):
+        return chat_body(head, results)
+    return completion_body(head, results, request.n, request.params.logprobs or 0)
+
+
+async def generate(engine: Engine, request: GenerationRequest) -> list[Result]:
+    """The answers to all choices.  Raises RequestError; cancelling the caller cancels the request."""
     check_size(engine, request)
     await _check_grammar(request)
     prompts, params = _choices(request)
-    wanted = request.params.logprobs
-    results = [Result(logprobs=None if wanted is None else []) for _ in prompts]
+    results = [Result(logprobs=None if request.params.logprobs is None else []) for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     async with aclosing(generate_all(engine, prompts, params, request.options)) as stream:
         async for news in stream:
@@ -78,14 +89,7 @@ async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
                     told.extend(chunk.logprobs)
     for result, parts in zip(results, texts, strict=True):
         result.text = "".join(parts)
-        if request.form:
-            result.reply = Reply(request.form)
-            result.reply.feed(result.text)
-            result.reply.end()
-    head = _head(request)
-    if isinstance(request, ChatRequest):
-        return chat_body(head, results)
-    return completion_body(head, results, request.n, wanted or 0)
+    return results
 
 
 async def stream(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
@@ -101,13 +105,13 @@ class OpenAIEvents:
 
     def __init__(self, request: GenerationRequest) -> None:
         choices = len(request.prompts) * request.n
-        self._usage = request.include_usage
+        self._usage = request.usage
         self._results = [Result() for _ in range(choices)]
         self._replies = [Reply(request.form) for _ in range(choices)] if request.form else []
         self._render = EventStream(
             _head(request),
             chat=isinstance(request, ChatRequest),
-            include_usage=request.include_usage,
+            include_usage=request.usage.last,
             choices=choices,
             n=request.n,
             wanted=request.params.logprobs,
@@ -117,7 +121,10 @@ class OpenAIEvents:
         return self._render.start()
 
     def news(self, index: int, chunk: Chunk) -> bytes:
-        self._results[index].add(chunk)
+        result = self._results[index]
+        result.add(chunk)
+        if self._usage.so_far:
+            self._render.count(usage([result]))
         if self._replies:
             return _taken_apart(self._render, index, self._replies[index], chunk)
         if chunk.finish:
@@ -125,7 +132,7 @@ class OpenAIEvents:
         return self._render.text(index, chunk.text, chunk.logprobs)
 
     def end(self) -> bytes:
-        return (self._render.usage(self._results) if self._usage else b"") + DONE
+        return (self._render.usage(self._results) if self._usage.last else b"") + DONE
 
     def failed(self, error: RequestError) -> bytes:
         return error_event(error) + DONE
@@ -133,11 +140,11 @@ class OpenAIEvents:
 
 def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) -> bytes:
     """The events of a chunk of an answer that has thoughts or calls of tools."""
-    deltas = reply.feed(chunk.text)
+    parts = reply.feed(chunk.text)
     if not chunk.finish:
-        return render.deltas(index, deltas, chunk.logprobs)
-    deltas += reply.end()
-    return render.deltas(index, deltas, chunk.logprobs) + render.close(index, reply.reason(chunk.finish))
+        return render.parts(index, parts, chunk.logprobs)
+    parts += reply.end()
+    return render.parts(index, parts, chunk.logprobs) + render.close(index, reply.reason(chunk.finish))
 
 
 def check_size(engine: Engine, request: GenerationRequest) -> None:

@@ -1,16 +1,13 @@
-"""What /v1/responses and /v1/messages have in common: both become a chat.  Runs in the api process."""
+"""What /v1/responses and /v1/messages have in common: both become a chat.  Pure functions; run in the api process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import aclosing
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.answers import Result
 from minisgl.api.fields import wrong_type
-from minisgl.api.openai import ChatRequest
-from minisgl.api.requests import Engine
-from minisgl.api.stream import generate
 from minisgl.errors import InvalidParam
 
 
@@ -32,16 +29,30 @@ def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-async def whole(engine: Engine, request: ChatRequest) -> tuple[Result, int]:
-    """The answer to a chat of one choice, and its last token (-1: none)."""
-    result = Result(logprobs=None if request.params.logprobs is None else [])
-    texts, last = [], -1
-    async with aclosing(generate(engine, request.prompts[0], request.params, request.options)) as stream:
-        async for chunk in stream:
-            result.add(chunk)
-            texts.append(chunk.text)
-            last = chunk.token_ids[-1] if chunk.token_ids else last
-            if result.logprobs is not None:
-                result.logprobs.extend(chunk.logprobs)
-    result.text = "".join(texts)
-    return result, last
+def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
+    """The field `tools` -> the tools of a chat.  `kinds`: what a tool's `type` may be; `schema`: its name for the parameters.
+
+    Raises InvalidParam.
+    """
+    out = []
+    for i, tool in enumerate(given or ()):
+        if not isinstance(tool, dict):
+            raise wrong_type(f"tools[{i}]", "an object", tool)
+        if tool.get("type") not in kinds:
+            raise InvalidParam(f"tools[{i}].type", "only functions can be tools of this model.", "unsupported_value")
+        function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}
+        out.append({"type": "function", "function": {**function, "parameters": tool.get(schema)}})
+    return out
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of a chat's fields, told of those that they came from.  `names`: regular expressions of beginnings -> names."""
+    try:
+        yield
+    except InvalidParam as e:
+        for pattern, name in names.items():
+            if e.param and re.match(pattern, e.param):
+                param = re.sub(pattern, name, e.param, count=1)
+                raise InvalidParam(param, e.message.replace(e.param, param), e.code or "") from None
+        raise
