@@ -1,4 +1,4 @@
-"""The first seconds of a connection: who does not say what they want is shown out.  Runs in the api process.
+"""Connections: who does not say what they want is shown out, who does not speak HTTP is told so.  Runs in the api process.
 
 aiohttp waits for ever for the end of a first request's headers, so that a few thousand silent connections take every file
 descriptor.  A `Door` is a connection's protocol until those headers are complete; then aiohttp's own takes its place.
@@ -8,20 +8,66 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import uuid
 from collections.abc import Callable
 from typing import cast
 
-from minisgl.errors import RequestError
+from aiohttp import web
+from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 
+from minisgl.errors import RequestError, internal_error
+
+log = logging.getLogger("minisgl.api")
 HEADER_SECONDS = 30.0  # from the connection to the end of its first request's headers
 _END = b"\r\n\r\n"
+
+
+class Handler(web.RequestHandler):
+    """aiohttp's protocol, but for what it answers by itself to bytes that are not HTTP: OpenAI's error body.
+
+    Its `handle_error` would repeat what was sent, perhaps a key, to the client and with a traceback to the log.
+    """
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client has left, and aiohttp knows what to do
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun and cannot become another")
+        if status >= 500:
+            log.error("a request failed outside its handler", exc_info=exc)
+            error = internal_error()
+        else:
+            error = _not_http(exc, message or "")
+            log.info("%s: %s", request.remote, error.message)
+        response = web.json_response(error.body(), status=error.status, headers={"x-request-id": uuid.uuid4().hex})
+        response.force_close()
+        return response
+
+
+def _not_http(exc: BaseException | None, message: str) -> RequestError:
+    """In the parser's own words, without what it quotes."""
+    if isinstance(exc, LineTooLong):
+        return RequestError("The request's line or one of its headers is too long.", status=431, code="header_too_large")
+    said = [line.strip(" :.") for line in message.partition("\n\n")[0].splitlines()] or ["it cannot be read"]
+    fault = "its URL cannot be read" if isinstance(exc, InvalidURLError) else said[-1][:80]
+    return RequestError(f"The request is not HTTP/1.1: {fault}.", code="invalid_http")
 
 
 class Door(asyncio.Protocol):
     """The protocol of a new connection; `make` is aiohttp's factory of protocols (`AppRunner.server`)."""
 
-    def __init__(self, make: Callable[[], asyncio.Protocol], seconds: float = HEADER_SECONDS) -> None:
+    def __init__(self, make: Callable[[], web.RequestHandler], seconds: float = HEADER_SECONDS) -> None:
         self._inner = make()
+        self._inner.__class__ = Handler  # aiohttp takes no other way to name the class that it makes
         self._seconds = seconds
         self._tail = b""
         self._transport: asyncio.Transport | None = None
@@ -55,8 +101,8 @@ class Door(asyncio.Protocol):
             self._timer.cancel()
         self._inner.connection_lost(exc)
 
-    def eof_received(self) -> bool | None:
-        return self._inner.eof_received()
+    def eof_received(self) -> None:
+        self._inner.eof_received()
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()

@@ -33,6 +33,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         if "Allow" in e.headers:
             response.headers["Allow"] = e.headers["Allow"]
         return response
+    except ConnectionError:  # the client has left; aiohttp ends the connection
+        raise
     except Exception:
         response = error_response(internal_error(), request)
         await name_response(request, response)

@@ -31,6 +31,8 @@ async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
     if (request.content_length or 0) > limit:
         raise body_too_large(limit)
     try:
+        if request.content.is_eof():  # all of it has come with the headers
+            return parse_json(await request.read())
         return parse_json(await asyncio.wait_for(request.read(), _BODY_SECONDS))
     except asyncio.TimeoutError:
         text = f"The request body did not arrive within {_BODY_SECONDS:.0f} seconds."
