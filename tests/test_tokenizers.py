@@ -29,13 +29,16 @@ class Collector(Actor):
         super().__init__(ctx)
         self.ring = RingReader(arenas.requests)
         self.prompts: dict[int, bytes] = {}
+        self.cancelled: set[int] = set()
 
     @on(Generate)
     def generate(self, m: Generate) -> None:
         self.prompts[m.uid] = bytes(np.frombuffer(self.ring.take_now(), np.int32).astype(np.uint8))
 
     @on(Cancel)
-    def cancel(self, m: Cancel) -> None: ...
+    def cancel(self, m: Cancel) -> None:
+        assert m.uid in self.prompts, "a cancellation has overtaken its request"
+        self.cancelled.add(m.uid)
 
     @on(Wake)
     def wake(self, m: Wake) -> None: ...

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from minisgl.api.batches import Batches, new_batch
 from minisgl.api.endpoints import ENDPOINTS
@@ -23,7 +24,7 @@ MAX_FILE_BYTES = 200 << 20
 MAX_PAGE = 10_000
 _IDLE_SECONDS = 30.0  # between two pieces of an upload
 BATCH_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata"})
-_PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
+PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 
 
 class FileRoutes:
@@ -47,7 +48,7 @@ class FileRoutes:
     def _store(self) -> Store:
         if self._store_or_none is None:
             text = "This server keeps no files: start it with --data-dir DIR to have /v1/files and /v1/batches."
-            raise RequestError(text, status=501, code="no_data_dir")
+            raise RequestError(text, status=404, code="no_data_dir")
         return self._store_or_none
 
     @property
@@ -84,14 +85,14 @@ class FileRoutes:
                     await self._copy(field, part)
                 elif field.name == "purpose":
                     purpose = (await field.read_chunk(256)).decode("utf-8", "replace")
-        except (ValueError, AssertionError):
+        except (ValueError, AssertionError, HttpProcessingError):
             raise RequestError("The form could not be read as multipart/form-data.", code="invalid_form") from None
         except asyncio.TimeoutError:
             raise RequestError("The file did not arrive.", status=408, code="request_timeout") from None
         if filename is None:
             raise InvalidParam("file", "file is required.", "missing_required_parameter")
-        if purpose not in _PURPOSES:
-            raise InvalidParam("purpose", f"purpose must be one of {', '.join(_PURPOSES)}.")
+        if purpose not in PURPOSES:
+            raise InvalidParam("purpose", f"purpose must be one of {', '.join(PURPOSES)}.")
         return filename, purpose
 
     async def _copy(self, field: BodyPartReader, part: Path) -> None:
