@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 import aiohttp
@@ -24,7 +23,7 @@ from minisgl.api.door import Door
 from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.server import RUN_KWARGS, build_app
-from minisgl.api.stream import generate, generate_all
+from minisgl.api.stream import Generation, whole
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
 from minisgl.types import DEFAULT_OPTIONS, MAX_SEED, Finish, RequestOptions, SamplingParams
@@ -759,11 +758,12 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
     async def main(params: SamplingParams) -> list[Chunk]:
         engine = FakeEngine()
         got = []
-        async with aclosing(generate(engine, TextPrompt("x"), params)) as stream:
-            async for chunk in stream:
-                got.append(chunk)
-                for _ in range(10):  # meanwhile the rest is delivered
-                    await asyncio.sleep(0)
+        generation = Generation(engine, [TextPrompt("x")], params)
+        while generation.unfinished:
+            got += [chunk for _, chunk in await generation.take()]
+            for _ in range(10):  # meanwhile the rest is delivered
+                await asyncio.sleep(0)
+        generation.close()
         assert engine.closed == [0]
         return got
 
@@ -877,17 +877,52 @@ def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
         engine.error, engine.after = DIED, 3
         texts: list[str] = []
 
+        generation = Generation(engine, [TextPrompt("x")], SamplingParams())
+
         async def consume() -> None:
-            async with aclosing(generate_all(engine, [TextPrompt("x")], SamplingParams())) as stream:
-                async for news in stream:
-                    texts.extend(chunk.text for _, chunk in news)
-                    for _ in range(10):
-                        await asyncio.sleep(0)
+            while True:
+                texts.extend(chunk.text for _, chunk in await generation.take())
+                for _ in range(10):
+                    await asyncio.sleep(0)
 
         with pytest.raises(RequestError, match=r"The engine failed\."):
             await consume()
+        generation.close()
         assert "".join(texts) == "Hello"
         assert engine.closed == [0]
+
+    asyncio.run(main())
+
+
+def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outlives_a_failure() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        engine.stall = True  # nothing is said before go_on
+        prompts = [TextPrompt(name) for name in "abc"]
+        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams(logprobs=0)))
+        await asyncio.sleep(0)
+        engine.live[2](Chunk("one ", (1,), Finish.NONE, 3, 2))
+        for uid, text in ((2, "two"), (0, "zero"), (1, "")):
+            await asyncio.sleep(0)
+            assert not asking.done()
+            engine.live.pop(uid)(Chunk(text, (uid,), Finish.STOP, 3, uid))
+        assert [(c.text, c.token_ids, c.cached_tokens) for c in await asking] == [
+            ("zero", (0,), 0),
+            ("", (1,), 1),
+            ("one two", (1, 2), 2),
+        ]
+        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        await asyncio.sleep(0)
+        engine.live.pop(3)(Chunk("a", (1,), Finish.STOP, 3, 0))
+        engine.live.pop(4)(DIED)
+        with pytest.raises(RequestError, match="engine failed"):
+            await asking
+        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert sorted(engine.closed) == list(range(9))
+        assert not engine.live
 
     asyncio.run(main())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from minisgl.api.openai import HARMLESS, refuse_unsupported, served_model, text_
 from minisgl.api.requests import Engine, Prompt
 from minisgl.api.sampling import options
 from minisgl.api.serving import served_names
-from minisgl.api.stream import generate_all
+from minisgl.api.stream import whole
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import RequestOptions, SamplingParams
 
@@ -78,14 +77,9 @@ def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingReques
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
     """The answer.  Raises RequestError; cancelling the caller cancels what is not computed yet."""
-    vectors: list[F32 | None] = [None] * len(request.prompts)
-    tokens = 0
-    async with aclosing(generate_all(engine, request.prompts, _ONE_TOKEN, request.options)) as stream:
-        async for news in stream:
-            for i, chunk in news:
-                vectors[i] = chunk.vector
-                tokens += chunk.prompt_tokens
-    data = [{"object": "embedding", "index": i, "embedding": _told(request, v)} for i, v in enumerate(vectors)]
+    chunks = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
+    tokens = sum(chunk.prompt_tokens for chunk in chunks)
+    data = [{"object": "embedding", "index": i, "embedding": _told(request, c.vector)} for i, c in enumerate(chunks)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
 

@@ -10,7 +10,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, Usage, served_mod
 from minisgl.api.requests import ChatPrompt, Chunk, Engine, TakeIds, TakeText, TextPrompt, TokenLogprob
 from minisgl.api.sampling import options, sampling, token_ids
 from minisgl.api.serving import check_size, served_names
-from minisgl.api.stream import StreamedAnswer, generate_all
+from minisgl.api.stream import StreamedAnswer, whole
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import MAX_LOGPROBS
 
@@ -248,10 +247,9 @@ async def generate(engine: Engine, request: NativeRequest) -> Any:
     """POST /generate without a stream: an object, or an array of them where several prompts were given."""
     check_size(engine, request)
     answers = [_Answer(request, i) for i in range(len(request.prompts))]
-    async with aclosing(generate_all(engine, request.prompts, request.params, request.options)) as stream:
-        async for news in stream:
-            for i, chunk in news:
-                answers[i].add(chunk)
+    chunks = await whole(engine, request.prompts, request.params, request.options)
+    for answer, chunk in zip(answers, chunks, strict=True):
+        answer.add(chunk)
     bodies = [a.body() for a in answers]
     return bodies if request.several else bodies[0]
 

@@ -150,7 +150,7 @@ def document(config: Config) -> dict[str, Any]:
     """The OpenAPI 3.1 description."""
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method] = _operation(route, bool(config.server.api_keys))
+        paths.setdefault(route.path, {})[route.method] = _operation(route, config)
     out: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "minisgl", "version": __version__, "description": _about(config)},
@@ -179,7 +179,7 @@ _REFUSALS = {
 _ALWAYS = (400, 431, 500)
 
 
-def _operation(route: Route, keys: bool) -> dict[str, Any]:
+def _operation(route: Route, config: Config) -> dict[str, Any]:
     out: dict[str, Any] = {
         "summary": route.summary,
         "operationId": f"{route.method}_{route.path.strip('/').replace('/', '_')}".translate({ord(c): None for c in "{}."}),
@@ -187,7 +187,7 @@ def _operation(route: Route, keys: bool) -> dict[str, Any]:
     }
     shape = "MessageError" if route.path.startswith("/v1/messages") else "Error"
     states = route.path in ("/health", "/ready")  # whose 503 is an answer
-    for status in sorted({*_ALWAYS, *route.refusals, *((401,) if keys else ())}):
+    for status in sorted({*_ALWAYS, *route.refusals, *((401,) if config.server.api_keys else ())}):
         schema = {"$ref": f"#/components/schemas/{shape}"} if status != 503 or not states else ANSWERS[f"get {route.path}"]
         out["responses"][str(status)] = {"description": _REFUSALS[status], "content": {"application/json": {"schema": schema}}}
     names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
@@ -196,7 +196,7 @@ def _operation(route: Route, keys: bool) -> dict[str, Any]:
     if parameters:
         out["parameters"] = parameters
     if route.fields is not None:
-        out["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route)}}}
+        out["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route, config)}}}
     elif (route.method, route.path) == ("post", "/v1/files"):
         form = {"file": {"type": "string", "format": "binary"}, "purpose": string("What it is for.", *PURPOSES)}
         schema = {"type": "object", "properties": form, "required": list(form)}
@@ -216,9 +216,12 @@ def _field(route: Route, name: str) -> Schema:
     return SPECIAL.get((route.path, name)) or SCHEMAS.get(name, {})
 
 
-def _body(route: Route) -> Schema:
+def _body(route: Route, config: Config) -> Schema:
     needed = {*route.required, *route.either}
+    names = config.server.served_names or (config.model.name,)
     properties = {n: _field(route, n) for n in sorted(route.fields or ())}
+    if "model" in properties and not config.server.any_model_name:
+        properties["model"] = {**properties["model"], "enum": list(names)}
     schema: Schema = {
         "type": "object",
         "properties": {n: field if n in needed else nullable(field) for n, field in properties.items()},

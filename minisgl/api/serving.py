@@ -9,7 +9,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from minisgl.api.http import check_unknown
 from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
 from minisgl.api.replies import Reply
 from minisgl.api.requests import Chunk, Engine, Prompt
-from minisgl.api.stream import Events, Generation, StreamedAnswer, generate_all
+from minisgl.api.stream import Events, Generation, StreamedAnswer, whole
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import MAX_SEED, SamplingParams
@@ -78,17 +77,11 @@ async def generate(engine: Engine, request: GenerationRequest) -> list[Result]:
     check_size(engine, request)
     await _check_grammar(request)
     prompts, params = _choices(request)
-    results = [Result(logprobs=None if request.params.logprobs is None else []) for _ in prompts]
-    texts: list[list[str]] = [[] for _ in prompts]
-    async with aclosing(generate_all(engine, prompts, params, request.options)) as stream:
-        async for news in stream:
-            for i, chunk in news:
-                results[i].add(chunk)
-                texts[i].append(chunk.text)
-                if (told := results[i].logprobs) is not None:
-                    told.extend(chunk.logprobs)
-    for result, parts in zip(results, texts, strict=True):
-        result.text = "".join(parts)
+    results = []
+    for chunk in await whole(engine, prompts, params, request.options):
+        result = Result(chunk.text, logprobs=None if request.params.logprobs is None else list(chunk.logprobs))
+        result.add(chunk)
+        results.append(result)
     return results
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Protocol
 
 from minisgl.api.requests import Chunk, Engine, Prompt
@@ -20,34 +20,20 @@ log = logging.getLogger("minisgl.api")
 News = list[tuple[int, Chunk]]  # (index of the prompt, what it has said since)
 
 
-async def generate(
-    engine: Engine, prompt: Prompt, params: SamplingParams, options: RequestOptions = DEFAULT_OPTIONS
-) -> AsyncGenerator[Chunk, None]:
-    """Continue one prompt.  Ends after the chunk with a `finish`, which is STOP or LENGTH; raises RequestError instead if the
-    request fails.  However the consumer leaves, the request is closed, once; use `contextlib.aclosing` to have that at once.
-    """
-    async with aclosing(generate_all(engine, [prompt], params, options)) as stream:
-        async for news in stream:
-            for _, chunk in news:
-                yield chunk
-
-
-async def generate_all(
+async def whole(
     engine: Engine,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
     options: RequestOptions = DEFAULT_OPTIONS,
-) -> AsyncGenerator[News, None]:
-    """Continue several prompts at the same time.  Each item is all there is to tell, at most one chunk for each prompt.
+) -> list[Chunk]:
+    """Continue several prompts to their ends, at the same time: all that is said of each, in one chunk.
 
-    `params`: for all of them, or one for each.
-
-    Ends when every prompt has its `finish`; raises RequestError, and closes the others, if one of them fails.
+    `params`: for all of them, or one for each.  Raises RequestError, and closes the others, if one of them fails; cancelling
+    the caller closes all of them.
     """
     generation = Generation(engine, prompts, params, options)
     try:
-        while generation.unfinished:
-            yield await generation.take()
+        return [chunk for _, chunk in sorted(await generation.take_all(), key=itemgetter(0))]
     finally:
         generation.close()
 
@@ -71,6 +57,7 @@ class Generation:
         self._news: News = []
         self._error: RequestError | None = None
         self._wake: Callable[[], object] | None = None
+        self._growing = len(prompts)  # have no `finish` yet
         self._uids: list[int] = []
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         try:
@@ -95,6 +82,8 @@ class Generation:
             self._error = RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
         else:
             self._news.append((index, item))
+            if item.finish:
+                self._growing -= 1
         if self._wake is not None:
             wake, self._wake = self._wake, None
             wake()
@@ -112,6 +101,22 @@ class Generation:
             awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.listen(functools.partial(_settle, awaited))
             await awaited
+        return self.take_now()
+
+    async def take_all(self) -> News:
+        """Everything, one chunk for each prompt.  No task is woken before the end, or before a failure, which is raised."""
+        awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            if self._error is not None or not self._growing:
+                _settle(awaited)
+            else:
+                self._wake = look
+
+        look()
+        await awaited
+        if self._error is not None:
+            raise self._error
         return self.take_now()
 
     def take_now(self) -> News:

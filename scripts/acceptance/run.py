@@ -37,7 +37,10 @@ CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names th
 }
 
 
-FLAGS: dict[str, tuple[str, ...]] = {"schemathesis": ("--max-context", "96")}  # thousands of answers, of any length
+FLAGS: dict[str, tuple[str, ...]] = {
+    "openai": ("--tool-call-parser", "hermes"),  # the embedded model's template knows no tools; a grammar makes it call
+    "schemathesis": ("--max-context", "96"),  # thousands of answers, of any length
+}
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""The openai SDK: models, chat and completions, streamed and whole, errors."""
+"""The openai SDK: models, chat, completions, embeddings, responses, forms, tools, files, batches, streamed and whole; errors."""
 
+import json
 import os
+import time
+from typing import Literal
 
 import openai
+from pydantic import BaseModel, Field
 
 client = openai.OpenAI(base_url=os.environ["MINISGL_URL"] + "/v1", api_key="none")
 model = client.models.list().data[0].id
@@ -32,4 +36,58 @@ for bad, kind in (({"temperature": -1}, openai.BadRequestError), ({"model": "gpt
     except kind:
         continue
     raise AssertionError(bad)
-print("chat, completions, models, streams, n, logprobs, errors")
+
+
+class City(BaseModel):
+    name: str = Field(max_length=20)
+    country: Literal["France", "Italy"]
+
+
+# ---------------- embeddings (the SDK asks for base64)
+one, other = (d.embedding for d in client.embeddings.create(model=model, input=["a cat", "a kitten"]).data)
+assert abs(sum(x * x for x in one) - 1) < 1e-4
+assert sum(a * b for a, b in zip(one, other, strict=True)) > 0.5
+
+# ---------------- forms
+messages = [{"role": "user", "content": "Describe the capital of France as JSON."}]
+parsed = client.chat.completions.parse(model=model, messages=messages, temperature=0, response_format=City)
+assert isinstance(parsed.choices[0].message.parsed, City), parsed
+with client.chat.completions.stream(model=model, messages=messages, temperature=0, response_format=City) as stream:
+    assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
+answer = client.responses.parse(model=model, input=messages[0]["content"], temperature=0, text_format=City)
+assert isinstance(answer.output_parsed, City), answer
+
+# ---------------- tools
+tool = openai.pydantic_function_tool(City, name="show_city")
+required = {"model": model, "temperature": 0, "tools": [tool], "tool_choice": "required"}
+with client.chat.completions.stream(messages=messages, **required) as stream:
+    kinds = {event.type for event in stream}
+    call = stream.get_final_completion().choices[0].message.tool_calls[0]
+assert "tool_calls.function.arguments.delta" in kinds, kinds
+assert isinstance(call.function.parsed_arguments, City)
+with client.responses.stream(input=messages[0]["content"], **required) as stream:
+    assert any(event.type == "response.function_call_arguments.delta" for event in stream)
+    assert isinstance(stream.get_final_response().output[0].parsed_arguments, City)
+told = {"role": "tool", "tool_call_id": call.id, "content": "shown"}
+done = client.chat.completions.create(
+    model=model,
+    messages=[*messages, {"role": "assistant", "tool_calls": [call.model_dump(exclude_none=True)]}, told],
+    max_tokens=5,
+)
+assert done.choices[0].finish_reason in {"stop", "length"}
+
+# ---------------- files and batches
+lines = [
+    {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": f"{i}, ", "max_tokens": 4}}
+    for i in range(5)
+]
+file = client.files.create(file=("in.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+while batch.status not in {"completed", "failed"}:
+    time.sleep(0.2)
+    batch = client.batches.retrieve(batch.id)
+assert (batch.status, batch.request_counts.completed) == ("completed", 5), batch
+out = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+assert sorted(line["custom_id"] for line in out) == list("01234")
+assert all(line["response"]["body"]["choices"][0]["text"] for line in out)
+print("chat, completions, models, streams, n, logprobs, errors, embeddings, forms, tools, responses, files, batches")

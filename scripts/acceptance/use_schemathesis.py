@@ -26,4 +26,4 @@ command = [
 ]
 done = subprocess.run(command, capture_output=True, text=True, check=False)
 assert done.returncode == 0, done.stdout[-3000:]
-print(next(line for line in done.stdout.splitlines() if "generated" in line).strip())
+print(next(line for line in done.stdout.splitlines() if "generated," in line).strip())
