@@ -1,4 +1,4 @@
-"""The openai SDK: models, chat, completions, embeddings, responses, forms, tools, files, batches, streamed and whole; errors."""
+"""The openai SDK: chat, completions, embeddings, responses, forms, tools, files and batches; streams and errors."""
 
 import json
 import os
@@ -71,7 +71,7 @@ with client.responses.stream(input=messages[0]["content"], **required) as stream
 told = {"role": "tool", "tool_call_id": call.id, "content": "shown"}
 done = client.chat.completions.create(
     model=model,
-    messages=[*messages, {"role": "assistant", "tool_calls": [call.model_dump(exclude_none=True)]}, told],
+    messages=[*messages, {"role": "assistant", "content": "", "tool_calls": [call.model_dump(exclude_none=True)]}, told],
     max_tokens=5,
 )
 assert done.choices[0].finish_reason in {"stop", "length"}
