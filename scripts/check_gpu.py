@@ -419,7 +419,7 @@ def soak(seconds: float) -> None:
                     max_tokens=rng.randrange(1, 700),
                     presence_penalty=rng.choice([0.0] * 9 + [0.7]),
                     repetition_penalty=rng.choice([1.0] * 9 + [1.2]),
-                    logit_bias={rng.randrange(9000): 3.0} if rng.random() < 0.1 else (),
+                    logit_bias=((rng.randrange(9000), 3.0),) if rng.random() < 0.1 else (),
                     logprobs=rng.choice([None] * 9 + [3]),
                 )
                 box: list[int] = []
