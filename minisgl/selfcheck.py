@@ -8,6 +8,7 @@ with free memory.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -164,7 +165,8 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
         running: list[subprocess.Popen[bytes]] = []
         try:
             for a, file in zip(arguments, said, strict=True):
-                running.append(subprocess.Popen([sys.executable, "-m", "minisgl.model.jobs", kind, *a], stderr=file))
+                command = [sys.executable, "-m", "minisgl.model.jobs", str(os.getpid()), kind, *a]
+                running.append(subprocess.Popen(command, stderr=file))
             for done in as_completed([waiting.submit(p.wait) for p in running]):
                 if done.result():
                     break  # the other ranks would wait for this one
