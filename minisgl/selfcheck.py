@@ -94,6 +94,8 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
         ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
     where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
+    if config.engine.eight_bits:
+        where += ", 8 bits: the limits are wide, --quantization none compares exactly"
     lengths = ", ".join(str(len(p)) for p in ids)
     print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
     columns = _columns(config, ids, ours, theirs, spread)
