@@ -1,6 +1,6 @@
 """Where the time of a step goes: one worker, no other processes, one step repeated; one JSON line, then a table of its kernels.
 
-    python scripts/profile_step.py [--shape S] [--points 256x600 ...] [--prefill 16384] [--kv-cache-dtype fp8] [--quantization fp8]
+    python scripts/profile_step.py [--shape S] [--points 256x600 ...] [--prefill 16384] [engine flags of minisgl]
 
 Kernels are counted and timed by torch's profiler; the step itself is timed without it, by events.  Points are decode steps,
 rows x context.  What removing a kernel would gain is another question: see ablate_step.py.

@@ -302,11 +302,18 @@ def test_silu_mul_gates() -> None:
     gate_up = rand(5, 2 * 333)
     gate, up = gate_up.float().chunk(2, -1)
     assert error(layer.silu_mul(gate_up), F.silu(gate) * up) < TOLERANCE
-    gate_up = rand(5, 2 * 2333)
+
+
+@pytest.mark.parametrize("rows", [5, 66])
+def test_silu_mul_quantises_rows_as_a_whole(rows: int) -> None:
+    gate_up = rand(rows, 2 * 2333) * torch.rand(rows, 1, device=DEVICE).to(HALF)
     gate, up = gate_up.float().chunk(2, -1)
+    want = F.silu(gate) * up
     for product in (gate_up, scaled(gate_up)):
         for few in (0, 512):
-            assert error(rows_of(layer.silu_mul_quantized(product, few=few)), F.silu(gate) * up) < FP8_TOLERANCE
+            got = layer.silu_mul_quantized(product, few=few)
+            assert error(rows_of(got), want) < FP8_TOLERANCE
+            assert error(got.scales[:, 0] * 448, want.abs().amax(1)) < TOLERANCE
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -87,11 +87,12 @@ class FlashInferAttention:
 
     def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         window = self._heads.window(layer)
+        out = torch.empty_like(q)  # FlashInfer would fill its own with zeros first
         if self._widened is None:
-            out: torch.Tensor = self._prefill[window].run(q, (self._cache.keys(layer), self._cache.values(layer)))
+            self._prefill[window].run(q, (self._cache.keys(layer), self._cache.values(layer)), out=out)
         else:
             widen_pages(self._cache.pages(layer), self._widened, self._scratch)
-            out = self._widening[window].run(q, (self._scratch[:, 0], self._scratch[:, 1]))
+            self._widening[window].run(q, (self._scratch[:, 0], self._scratch[:, 1]), out=out)
         return out
 
     def plan_decode(self, rows: DecodeRows) -> None:

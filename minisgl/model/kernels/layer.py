@@ -156,43 +156,53 @@ def silu_mul(gate_up: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
 
 
 @triton.jit
-def _gated_block(gate_up, row, at, by_row, by_column, width, SCALED: tl.constexpr):
-    """silu(gate) * up, f32, of some columns of a row of a product."""
-    inside = at < width
+def _gated_block(gate_up, row, at, by_row, by_column, width, inside, SCALED: tl.constexpr):
+    """silu(gate) * up, f32: of the columns `at` of a row of a product, or of a tile of rows [R, 1] and columns [1, C]."""
     first = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         scale = tl.load(by_row + row)
-        first *= scale * tl.load(by_column + at, mask=inside, other=0.0)
-        second *= scale * tl.load(by_column + width + at, mask=inside, other=0.0)
+        first *= scale * tl.load(by_column + at, mask=at < width, other=0.0)
+        second *= scale * tl.load(by_column + width + at, mask=at < width, other=0.0)
     return gate(first, second, gate_up)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _silu_mul_largest(
-    gate_up, out, largest, by_row, by_column, width, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr
-):
-    """One program per (row, block of columns): the values, and the largest of the block, f32 [rows, blocks]."""
+    gate_up, out, largest, by_row, by_column, width, rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per ROWS rows and block of columns: the values, and the largest of each row's block, f32 [blocks, rows].
+
+    Several rows, because the scales of the columns are twice as many bytes as a row.
+    """
     begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = _gated_block(gate_up, row, at, by_row, by_column, width, SCALED)
-    tl.store(largest + row * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(value), 0))
-    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=at < width)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < rows)[:, None] & (at < width)
+    known = tl.minimum(row, rows - 1)[:, None]
+    value = _gated_block(gate_up, known, at, by_row, by_column, width, inside, SCALED)
+    tl.store(largest + tl.program_id(1) * rows + row, tl.max(tl.abs(value), 1), mask=row < rows)
+    tl.store(out + known * width + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _quantize_blocks(x, largest, out, scales, width, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):
-    """The second half: one program per (row, block of columns)."""
+@triton.jit(do_not_specialize=["rows"])
+def _quantize_blocks(
+    x, largest, out, scales, width, blocks, rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The second half, by the same blocks."""
     begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < rows)[:, None] & (at < width)
     b = tl.arange(0, BLOCKS)
-    value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.load(largest + row * blocks + b, mask=b < blocks, other=0.0), 0), 1e-12) / 448.0
+    value = tl.load(x + row[:, None] * width + at, mask=inside, other=0.0).to(tl.float32)
+    found = tl.load(largest + b[None, :] * rows + row[:, None], mask=(row < rows)[:, None] & (b < blocks)[None, :], other=0.0)
+    scale = tl.maximum(tl.max(found, 1), 1e-12) / 448.0
     if tl.program_id(1) == 0:
-        tl.store(scales + row, scale)
-    tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
+        tl.store(scales + row, scale, mask=row < rows)
+    tl.store(out + row[:, None] * width + at, (value / scale[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -204,13 +214,13 @@ def _silu_mul_quantized(
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
-        value = _gated_block(gate_up, row, first + tl.arange(0, BLOCK), by_row, by_column, width, SCALED)
-        largest = tl.maximum(largest, tl.abs(value))
+        at = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(_gated_block(gate_up, row, at, by_row, by_column, width, at < width, SCALED)))
     scale = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
     tl.store(scales + row, scale)
     for first in range(0, width, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        value = _gated_block(gate_up, row, at, by_row, by_column, width, SCALED)
+        value = _gated_block(gate_up, row, at, by_row, by_column, width, at < width, SCALED)
         tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
 
 
@@ -226,16 +236,17 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled, *, few: int = 512) -> Qua
             values, out, scales, by_row, by_column, width, BLOCK=2048, SCALED=is_scaled, num_warps=8, **options
         )
         return Quantized(out, scales)
-    block = 1024
-    blocks = triton.cdiv(width, block)
+    tile, block = (4 if rows > 64 else 1), 1024
+    grid = (triton.cdiv(rows, tile), triton.cdiv(width, block))
     gated = torch.empty(rows, width, dtype=values.dtype, device=values.device)
-    largest = torch.empty(rows, blocks, dtype=torch.float32, device=values.device)
-    _silu_mul_largest[(rows, blocks)](
-        values, gated, largest, by_row, by_column, width, BLOCK=block, SCALED=is_scaled, num_warps=4, **options
+    largest = torch.empty(grid[1], rows, dtype=torch.float32, device=values.device)
+    _silu_mul_largest[grid](
+        values, gated, largest, by_row, by_column, width, rows, ROWS=tile, BLOCK=block, SCALED=is_scaled, num_warps=4, **options
     )
-    _quantize_blocks[(rows, blocks)](
-        gated, largest, out, scales, width, blocks, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), num_warps=4, **options
-    )
+    _quantize_blocks[grid](
+        gated, largest, out, scales, width, grid[1], rows, ROWS=tile, BLOCK=block, BLOCKS=triton.next_power_of_2(grid[1]),
+        num_warps=4, **options,
+    )  # fmt: skip
     return Quantized(out, scales)
 
 
