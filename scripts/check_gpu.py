@@ -183,7 +183,7 @@ def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harn
 
 
 def cpu(spec: ModelSpec, dtype: str = "float32") -> Harness:
-    engine = EngineConfig(max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=16, dtype=dtype)
+    engine = EngineConfig(max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=16, dtype=dtype, quantization="none")
     runner = Runner(Config(spec, engine), 0, "")
     runner.allocate(runner.max_pages())
     return Harness(runner, runner.max_pages(), 16)
