@@ -168,6 +168,7 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
                 **about,
                 "ms_per_token": round(float(np.median(one)) / 255 * 1e3, 3),
                 "gpu_ms_per_step": round(alone["busy_us"] / alone["steps"] / 1e3, 3),
+                "gpu_idle_ms_per_step": round(alone["idle_us"] / alone["steps"] / 1e3, 3),
                 "launch_ms_per_step": round(alone["launch_us"] / alone["steps"] / 1e3, 3),
                 "ttft_ms": round(float(np.median(first)) * 1e3, 2),
                 "ttft_p90_ms": round(float(np.quantile(first, 0.9)) * 1e3, 2),
