@@ -99,7 +99,7 @@ class EngineConfig:
     itl_target_ms: float = 0.0  # prefill chunks shrink so that running requests get a token this often; 0 = fixed budget
     threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
     attention_backend: str = "auto"  # of a GPU: "auto" | "triton" | "flashinfer" | "torch"
-    quantization: str = "none"  # of the linear layers: "none" | "fp8" (GPU) | "int8" | "q4" | "auto" (CPU); see --quantization
+    quantization: str = "auto"  # of the linear layers: "auto" | "none" | "fp8" (GPU) | "int8" | "q4" (CPU); see --quantization
     kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
     graphs: str = "on"  # CUDA graphs on a GPU: "on" | "off" (every step is launched kernel by kernel)
     chat_template: str = ""  # file of a chat template that replaces the checkpoint's; "" = the checkpoint's

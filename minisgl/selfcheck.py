@@ -8,6 +8,7 @@ with free memory.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,8 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
         ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
     where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
+    if config.engine.eight_bits:
+        where += ", 8 bits: the limits are wide, --quantization none compares exactly"
     lengths = ", ".join(str(len(p)) for p in ids)
     print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
     columns = _columns(config, ids, ours, theirs, spread)
@@ -164,7 +167,8 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
         running: list[subprocess.Popen[bytes]] = []
         try:
             for a, file in zip(arguments, said, strict=True):
-                running.append(subprocess.Popen([sys.executable, "-m", "minisgl.model.jobs", kind, *a], stderr=file))
+                command = [sys.executable, "-m", "minisgl.model.jobs", str(os.getpid()), kind, *a]
+                running.append(subprocess.Popen(command, stderr=file))
             for done in as_completed([waiting.submit(p.wait) for p in running]):
                 if done.result():
                     break  # the other ranks would wait for this one

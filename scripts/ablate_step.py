@@ -27,12 +27,13 @@ from reference import provenance
 from tune_kernels import linear_settings
 
 from minisgl.config import Config, EngineConfig
-from minisgl.model.cuda.blocks import Linear, Quantized
+from minisgl.model.cuda.blocks import Linear
 from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import linear
 from minisgl.model.kernels.decode_attention import decode_attention
 from minisgl.model.kernels.layer import silu_mul
 from minisgl.model.kernels.linear import skinny
+from minisgl.model.kernels.rows import Quantized, Scaled
 from minisgl.model.shapes import random_shape
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
 
@@ -46,7 +47,7 @@ class Ready:
         self._width, self._made = width, {}  # type: ignore[var-annotated]
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
-        rows = x.values if isinstance(x, Quantized) else x
+        rows = x.values if isinstance(x, Quantized | Scaled) else x
         shape = (rows.shape[-2], self._width)
         if shape not in self._made:
             self._made[shape] = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
@@ -98,7 +99,15 @@ class Bench:
 
         return self._time(plan, 12)
 
+    def again(self, steps: int) -> None:
+        """Run the step that was timed last, one at a time."""
+        for _ in range(steps):
+            pending = self.runner.launch(self._plan(1))
+            self.step += 1
+            self._finish(pending)
+
     def _time(self, plan: Callable[[int], StepPlan], steps: int) -> float:
+        self._plan = plan
         busy: list[int] = []
         running: deque[Any] = deque()
         for i in range(steps):
@@ -125,7 +134,7 @@ def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
     layers = model.layers
     assert attention is not None
 
-    def same(q: torch.Tensor, layer: int) -> torch.Tensor:
+    def same(q: torch.Tensor, *_: Any) -> torch.Tensor:
         return q
 
     def heads(qkv: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -179,7 +188,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches) of other settings for the products."""
 
     def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        product = Linear(gated._weight, True)
+        product = Linear(gated.weight, True)
         return lambda x: silu_mul(product(x))
 
     def with_settings(change: Callable[..., dict[str, Any] | None]) -> list[Any]:

@@ -1,12 +1,12 @@
 """The offline benchmark of nano-vllm and mini-sglang through all processes, with random weights of published shapes.
 
-    python scripts/bench_offline.py [--shape qwen3-0.6b ...] [--passes 2] [--latency] [--ablate] [engine flags of minisgl]
+    python scripts/bench_offline.py [--shape qwen3-0.6b ...] [--passes 2] [--latency] [--ablate [WHAT ...]] [engine flags]
 
 256 requests, 100 to 1,024 tokens in and out each, seed 0 (142,827 tokens in, 133,966 out), temperature 0.6, EOS ignored,
 prefill budget 16,384 tokens a step, no prefix cache.  One JSON line a measurement: tokens per second and their share of a
 roofline (every operation at the larger of its bytes over --bandwidth and its flops over --flops, one after another); CPU time
 of a launch; the share of time in which the GPU waited for the host.  --latency adds batch 1 (ms per token) and the time to the
-first token of a prompt of 128 tokens.  --ablate measures variants of one setting each.
+first token of a prompt of 128 tokens.  --ablate measures variants of one setting each, all or some (by their first word).
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
                 **about,
                 "ms_per_token": round(float(np.median(one)) / 255 * 1e3, 3),
                 "gpu_ms_per_step": round(alone["busy_us"] / alone["steps"] / 1e3, 3),
+                "gpu_idle_ms_per_step": round(alone["idle_us"] / alone["steps"] / 1e3, 3),
                 "launch_ms_per_step": round(alone["launch_us"] / alone["steps"] / 1e3, 3),
                 "ttft_ms": round(float(np.median(first)) * 1e3, 2),
                 "ttft_p90_ms": round(float(np.quantile(first, 0.9)) * 1e3, 2),
@@ -179,13 +180,13 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "overlap off (lag 1)": {"lag": 1},
-    "lag 3": {"lag": 3},
-    "CUDA graphs off": {"graphs": "off"},
-    "page size 1": {"page_size": 1},
-    "page size 64": {"page_size": 64},
-    "FlashInfer for everything": {"attention_backend": "flashinfer"},
-    "Triton for everything": {"attention_backend": "triton"},
+    "lag1: no overlap": {"lag": 1},
+    "lag3": {"lag": 3},
+    "eager: no CUDA graphs": {"graphs": "off"},
+    "page1": {"page_size": 1},
+    "page64": {"page_size": 64},
+    "flashinfer for everything": {"attention_backend": "flashinfer"},
+    "triton for everything": {"attention_backend": "triton"},
     "fp8 KV cache": {"kv_cache_dtype": "fp8"},
 }
 
@@ -216,7 +217,7 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", default=["qwen3-0.6b"])
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--latency", action="store_true")
-    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--ablate", nargs="*", metavar="WHAT", help=", ".join(ABLATIONS))
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
@@ -229,8 +230,10 @@ def main() -> int:
     base = {k: getattr(args, k) for k in ("quantization", "kv_cache_dtype", "attention_backend", "lag")}
     for name in args.shape:
         measure(name, args, args.passes, args.latency, **base)
-        if args.ablate:
+        if args.ablate is not None:
             for what, change in ABLATIONS.items():
+                if args.ablate and not any(what.startswith(word) for word in args.ablate):
+                    continue
                 print(json.dumps({"ablation": what}), flush=True)
                 measure(name, args, 2, False, **{**base, **change})
     return 0

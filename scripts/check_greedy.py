@@ -51,7 +51,7 @@ def main() -> int:
     failed = 0
     for tp, lag in product(args.tp, args.lag):
         for way in ("one at a time", "16 at once"):
-            with LLM(spec, tp=tp, lag=lag, dtype="float32", max_running=16) as llm:
+            with LLM(spec, tp=tp, lag=lag, quantization="none", max_running=16) as llm:
                 for cache in ("cold", "warm"):
                     alone = way == "one at a time"
                     got = [llm.generate([p], params)[0] for p in ids] if alone else llm.generate(ids, params)

@@ -4,7 +4,8 @@
 
 Kernels are compiled by several processes first.  Each figure is the median over replays of a CUDA graph that runs a whole layer
 (route, count, place, both products) for several inputs, whose choices are even; beside it the share of the memory's rate at
-which the weights of the experts that were hit would be read in that time.  Every setting is compared with the one that the engine would choose.
+which the weights of the experts that were hit would be read in that time.  Every setting is compared with the one that the
+engine would choose.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 
@@ -62,4 +63,30 @@ def make_refusing(ctx: Context) -> Actor:
 
 def make_dying_worker(ctx: Context, config: object, arenas: Arenas, rank: int, run_dir: str) -> Actor:
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def never_return() -> None:
+    """A C call that no signal interrupts, with the GIL held: a lock taken twice."""
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+class Deaf(Actor):
+    """Answers Wake, and after that nothing any more."""
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        self.ctx.send("api", Tokenized(0, os.getpid()))
+        never_return()
+
+
+def make_deaf(ctx: Context) -> Actor:
+    return Deaf(ctx)
+
+
+def make_deaf_at_once(ctx: Context) -> Actor:
+    ctx.send("api", Tokenized(0, os.getpid()))
+    never_return()
     raise AssertionError("unreachable")

@@ -143,22 +143,30 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"quantization": "auto"}, "4 bits of a file"),
-        ({}, "in float32, torch"),
+        ({}, "4 bits of a file that has them, 8 bits for the rest, C kernels"),
+        ({"quantization": "none"}, "in float32, torch"),
         ({"quantization": "int8"}, "8 bits, C"),
         ({"dtype": "bfloat16"}, "in bfloat16, torch"),
-        ({"quantization": "auto", "page_size": 8}, "multiples of 16"),
+        ({"page_size": 8}, "multiples of 16"),
     ],
 )
 def test_the_start_says_which_arithmetic_was_chosen(settings: dict[str, Any], words: str) -> None:
     assert words in CpuArithmetic.choose(EngineConfig(**settings), resolve(None), 1).text
 
 
-def test_without_a_compiler_the_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_says_that_experts_stay_in_float32(tmp_path: Path) -> None:
+    save_architecture(tmp_path, "qwen3-moe")
+    assert "experts in float32, C kernels" in CpuArithmetic.choose(EngineConfig(), resolve(str(tmp_path)), 1).text
+
+
+def test_without_a_compiler_the_default_is_float32_and_the_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    chosen = CpuArithmetic.choose(EngineConfig(quantization="auto"), resolve(None), 1)
-    assert "in torch" in chosen.text
-    assert "no-such-compiler" in chosen.text
+    default, asked = (CpuArithmetic.choose(EngineConfig(quantization=k), resolve(None), 1) for k in ("auto", "int8"))
+    assert "float32, torch" in default.text
+    assert not isinstance(default.blocks, QuantBlocks)
+    assert "8 bits, in torch" in asked.text
+    assert isinstance(asked.blocks, QuantBlocks)
+    assert all("slower" in chosen.text and "no-such-compiler" in chosen.text for chosen in (default, asked))
 
 
 @pytest.mark.parametrize(

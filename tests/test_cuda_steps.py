@@ -49,6 +49,7 @@ from minisgl.plan import StepPlan
 
 CPU = torch.device("cpu")
 PAGES = 60
+SMALL = {"heads": 4, "kv_heads": 2}  # one program does all heads of a token; what more of them do is in test_kernels.py
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def random_plans(seed: int, steps: int) -> list[StepPlan]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_plans_give_the_tokens_of_the_cpu_worker(tmp_path: Path, seed: int, graphs: bool) -> None:
     save = save_qwen3 if seed else save_llama
-    save(tmp_path)
+    save(tmp_path, **SMALL)
     ours, theirs = Interpreted(tmp_path, graphs=graphs), cpu_runner(tmp_path)
     sampled = 0
     for plan in random_plans(seed, 10):
@@ -211,7 +212,7 @@ def test_a_batch_that_stays_the_same_is_not_sent_again(tmp_path: Path, monkeypat
 
 
 def test_preparing_graphs_touches_no_slot_and_no_page_of_others(tmp_path: Path) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, **SMALL)
     a, b, plans = Interpreted(tmp_path), cpu_runner(tmp_path), random_plans(3, 6)
     prepared = 0
     for plan in plans:
@@ -233,7 +234,7 @@ def test_the_torch_backend_agrees_with_the_kernels(tmp_path: Path, group_heads: 
 
 
 def test_over_a_float8_cache_the_kernels_agree_with_the_torch_backend(tmp_path: Path) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, **SMALL)
     ours = Interpreted(tmp_path, graphs=False, fp8=True)
     reference = Interpreted(tmp_path, graphs=False, fp8=True, backend=TorchReference)
     exact = Interpreted(tmp_path, graphs=False)
@@ -246,7 +247,7 @@ def test_over_a_float8_cache_the_kernels_agree_with_the_torch_backend(tmp_path: 
 
 
 def test_the_largest_step_runs_before_anything_else_and_leaves_no_trace(tmp_path: Path) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, **SMALL)
     used, fresh = Interpreted(tmp_path, step_tokens=20), cpu_runner(tmp_path)
     with torch.inference_mode():
         used.steps.run_largest()
@@ -469,7 +470,7 @@ def _a_chunk_starts_at_its_own_beginning(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_planted_bugs_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, layers=1, **SMALL)
     plant(monkeypatch)
     ours, theirs = Interpreted(tmp_path), cpu_runner(tmp_path)
     noticed = False

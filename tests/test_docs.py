@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses as dc
+import functools
 import re
 from collections import defaultdict
 from fnmatch import fnmatch
@@ -113,6 +114,7 @@ def test_the_arena_table_is_the_arenas() -> None:
         assert re.search(r"\s+".join(map(re.escape, row)), arenas.__doc__ or ""), row[0]
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     out = {}
     for path in PACKAGE.rglob("*.py"):
@@ -122,6 +124,7 @@ def modules() -> dict[str, ast.Module]:
     return out
 
 
+@functools.cache
 def room_of(module: str) -> str:
     rooms = [room for room, members, _ in TABLES["room"] if any(fnmatch(module, m) for m in members.split())]
     assert len(rooms) == 1, f"{module} is in {rooms or 'no room'}"
@@ -138,12 +141,12 @@ def imports_of(tree: ast.Module) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("module", "tree"), modules().items())
-def test_no_room_imports_upwards(module: str, tree: ast.Module) -> None:
+@pytest.mark.parametrize("module", modules())
+def test_no_room_imports_upwards(module: str) -> None:
     allowed = {row[0]: set(row[2].split()) for row in TABLES["room"]}
     mine = room_of(module)
     known = modules()
-    for name in imports_of(tree):
+    for name in imports_of(known[module]):
         target = name.removeprefix("minisgl.")
         if name.startswith("minisgl.") and target in known:
             assert room_of(target) in {mine} | allowed[mine], f"{module} imports {target}"

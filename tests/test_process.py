@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -70,7 +69,6 @@ class Root:
     def close(self) -> None:
         self.supervisor.kill()
         self.ctx.close()
-        shutil.rmtree(self.run_dir)
 
 
 @pytest.fixture
@@ -197,16 +195,19 @@ def test_control_c_is_the_roots_business_and_nobody_survives_a_killed_root(tmp_p
     proc.stdout.close()
 
 
-def test_an_exception_in_the_root_ends_everything(tmp_path: Path) -> None:
+def test_an_exception_in_the_root_ends_everything_but_the_end_of_its_fork_nothing(tmp_path: Path) -> None:
     code = (
-        "import process_actors; from test_process import Root; from minisgl.actors.messages import Hello\n"
+        "import os, sys, process_actors; from test_process import Root, alive; from minisgl.actors.messages import Hello\n"
         "root = Root(); root.supervisor.spawn('echo', process_actors.make_echo); root.wait_for(Hello)\n"
-        "print(root.supervisor.pids['echo'], flush=True); raise KeyError('a bug')"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait(); pid = root.supervisor.pids['echo']; assert alive(pid)\n"
+        "print(pid, flush=True); raise KeyError('a bug')"
     )
     env = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False)
     assert "KeyError: 'a bug'" in done.stderr
     assert not alive(int(done.stdout))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_scheduler_never_imports_torch() -> None:

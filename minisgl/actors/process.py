@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import heapq
 import os
-import shutil
 import signal
 import sys
 import time
@@ -20,13 +18,13 @@ import zmq
 from minisgl.actors.actor import Actor, Context
 from minisgl.actors.messages import MAX_BYTES, BadMessage, Failed, Hello, Stop, Stopped, decode, encode
 from minisgl.errors import UserError
+from minisgl.lifeline import die_with_parent
 
 ROOT = "api"  # the process that supervises the others
 LINGER_MS = 500  # long enough for a last message, short enough for ^C
 BURST = 64  # messages handled before idle() is asked again
 SETTLE_MS = 5  # see run()
 _IPC_PATH_MAX = 107  # bytes; a limit of AF_UNIX
-_PR_SET_PDEATHSIG = 1
 
 
 def address(run_dir: str, name: str) -> str:
@@ -146,28 +144,9 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
         settled = settled and not busy
 
 
-def _die_with_parent(parent: int, run_dir: str, name: str) -> None:
-    """Ask the kernel to end this process when the root dies, however that happens.
-
-    A worker can be deep inside a computation and is killed outright.  The others get a signal that they handle, so that one
-    of them removes the run directory: nobody else is left to do it after the root was killed with SIGKILL.
-    """
-
-    def leave(*_: object) -> None:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        os._exit(1)
-
-    number = signal.SIGKILL if name.startswith("worker") else signal.SIGRTMIN
-    if number != signal.SIGKILL:
-        signal.signal(number, leave)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent:  # the parent died before the line above
-        leave()
-
-
 def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, ...], parent: int) -> None:
     """What a child process runs.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
-    _die_with_parent(parent, run_dir, name)
+    die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may reach the whole group; only the root acts on them
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()

@@ -11,6 +11,7 @@ import multiprocessing.util
 import os
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +40,23 @@ def make_run_dir() -> str:
     return path
 
 
+# Nobody can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so somebody else tidies up: it reads
+# from a pipe that ends when the root does, and is in a session of its own, out of reach of what is sent to the group.
+_GUARD = """
+import os, sys
+sys.stdin.read()
+if os.path.exists(sys.argv[1]):
+    import shutil
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+
+def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
+    """A small process that removes `run_dir` as soon as this one has ended, however that happens, or closes its input."""
+    command, nothing = [sys.executable, "-I", "-S", "-c", _GUARD, run_dir], subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True)
+
+
 @contextmanager
 def _quiet_spawn() -> Iterator[None]:
     """Two things a child must not inherit while it is being spawned.
@@ -58,7 +76,7 @@ def _quiet_spawn() -> Iterator[None]:
 
 
 class Supervisor:
-    """Owns the child processes of one run.  Not an actor: it sends nothing, it only spawns, reaps and kills."""
+    """Owns the children of one run, and its directory.  Not an actor: it sends nothing, it only spawns, reaps and kills."""
 
     def __init__(self, run_dir: str) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -66,6 +84,8 @@ class Supervisor:
         self.run_dir = run_dir
         self._mp = mp.get_context("spawn")
         self._procs: dict[str, BaseProcess] = {}
+        self._guard = _start_guard(run_dir)
+        self._pid = os.getpid()
         # Should the root end by an exception, the exit handler of multiprocessing would wait for the children for ever.
         # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
         atexit.register(self.kill)
@@ -103,10 +123,13 @@ class Supervisor:
         return not self._procs
 
     def kill(self) -> None:
-        """End whatever is left: SIGKILL to the pids that were spawned here, never to a tree or a group."""
+        """End whatever is left, SIGKILL to the pids that were spawned here, never to a tree or a group, and the directory."""
+        if os.getpid() != self._pid:  # a fork of the root has come to its own end
+            return
         for proc in self._procs.values():
             proc.kill()
         for proc in self._procs.values():
             proc.join()
         self._procs.clear()
+        self._guard.communicate()
         atexit.unregister(self.kill)  # nothing is left to do: a program may make many engines, one after the other

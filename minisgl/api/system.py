@@ -35,12 +35,12 @@ class System:
             self.run_dir = make_run_dir()
             undo.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
             self.supervisor = Supervisor(self.run_dir)
+            undo.callback(self.supervisor.kill)
             self.ctx = ZmqContext(self.run_dir, "api")
             undo.callback(self.ctx.close)
             arenas, self._fds = create_arenas(config)
             undo.callback(close_arenas, self._fds)
             self.gateway = Gateway(self.ctx, config, arenas)
-            undo.callback(self.supervisor.kill)
             self._spawn(arenas, make_worker)
             undo.pop_all()
 

@@ -2,7 +2,7 @@
 
 `Blocks` makes layers; `CpuBlocks` those of minisgl.model.layers, `CudaBlocks` (minisgl.model.cuda.blocks) fused kernels.  What
 passes between layers is up to the blocks: on a GPU a product may hand on its parts [parts, T, N] to be summed by the next
-layer, and a norm float8 values with their scales.  Models only pass them on.
+layer, or what is still to be scaled, and a norm float8 values with their scales.  Models only pass them on.
 """
 
 from __future__ import annotations

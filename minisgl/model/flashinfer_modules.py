@@ -108,8 +108,8 @@ def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decod
     groups = {shard.num_heads // shard.num_kv_heads for shard in (Shard.of(spec, r, engine.tp) for r in range(engine.tp))}
     for window in sorted({width > 0 for width in spec.windows or (0,)}):
         kind = {"window": window, "softcap": spec.attn_softcap > 0}
-        if hopper and kv == q:
-            modules.append(ModuleSpec("fa3", spec.head_dim, q, kv, hopper, **kind))
+        if hopper:  # over a float8 cache, too, whose pages are widened
+            modules.append(ModuleSpec("fa3", spec.head_dim, q, q, hopper, **kind))
         if kv != q or hopper != every or (decode and not groups <= set(CUDA_CORE_GROUPS)):
             modules.append(ModuleSpec("fa2", spec.head_dim, q, kv, every, **kind))
         if decode and groups & set(CUDA_CORE_GROUPS):

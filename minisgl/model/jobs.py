@@ -1,6 +1,7 @@
-"""The processes of `minisgl selfcheck`: `python -m minisgl.model.jobs probe FOLDER RANK`, or `reference FOLDER`.
+"""The processes of `minisgl selfcheck`: `python -m minisgl.model.jobs PARENT probe FOLDER RANK`, or `reference FOLDER`.
 
-A job is a file in FOLDER, its result another.  No torch until the job is known: its threads must be set before.
+A job is a file in FOLDER, its result another; PARENT is the process that asks, without which nobody wants it.  No torch until
+the job is known: its threads must be set before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import UserError
+from minisgl.lifeline import die_with_parent
 from minisgl.model.threads import prepare_environment, threads_per_rank
 
 FAILED = 3  # exit code when a sentence on stderr says why
@@ -45,8 +47,9 @@ def work(kind: str, folder: str, rank: str = "0") -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
     try:
-        work(*sys.argv[1:])
+        work(*sys.argv[2:])
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(FAILED)

@@ -35,16 +35,22 @@ class CpuArithmetic:
 
     @classmethod
     def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
-        """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be; without them, the same in torch."""
+        """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be.
+
+        Without them auto is float32, which is faster in torch; a kind that was asked for is computed in torch.
+        """
         kind, dtype = engine.quantization, _DTYPES[engine.dtype]
+        plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
         if not engine.eight_bits:
-            return cls(dtype, dtype, CpuBlocks(dtype), None, f"weights in {str(dtype).removeprefix('torch.')}, torch")
-        text = f"weights in {_WEIGHTS[kind]}, "
+            return cls(dtype, dtype, CpuBlocks(dtype), None, plain)
+        text = f"weights in {_WEIGHTS[kind]}, " + "experts in float32, " * (spec.num_experts > 0)
         try:
             run = Kernels(threads)
         except NoKernels as e:
-            text += f"in torch, several times slower than C: {e}"
-            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, text)
+            slower = f", several times slower than 8 bits on C kernels: {e}"
+            if kind == "auto":
+                return cls(dtype, dtype, CpuBlocks(dtype), None, plain + slower)
+            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, f"{text}in torch{slower}")
         blocks = QuantBlocks(kind, run)
         if not can_attend(spec, engine.page_size):
             text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"

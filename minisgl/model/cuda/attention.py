@@ -23,7 +23,8 @@ import torch
 from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.cuda.cache import FP8, KVCache
-from minisgl.model.kernels.layer import prepare_heads
+from minisgl.model.kernels.heads import prepare_heads
+from minisgl.model.kernels.rows import Product
 from minisgl.model.layers import QKNorm
 from minisgl.model.shard import Shard
 from minisgl.plan import I32
@@ -223,7 +224,7 @@ class PagedAttention:
     def __call__(
         self,
         layer: int,
-        qkv: torch.Tensor,
+        qkv: Product,
         cos: torch.Tensor | None,
         sin: torch.Tensor | None,
         qk_norm: QKNorm | None,

@@ -1,12 +1,12 @@
 """Decoder layers on an NVIDIA GPU.  Runs in the workers.
 
-Between layers travel plain rows [T, N], f32 parts [parts, T, N] of a product whose sum over K was cut, or `Quantized` rows.
+Between layers travel plain rows [T, N], f32 parts [parts, T, N] of a product whose sum over K was cut, or `Quantized` or
+`Scaled` rows (minisgl.model.kernels.rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,99 +14,107 @@ import torch.nn.functional as F
 from minisgl.config import ModelSpec
 from minisgl.model.blocks import Norm as NormLayer
 from minisgl.model.blocks import Positions, Rows
-from minisgl.model.kernels import layer, moe
+from minisgl.model.kernels import heads, layer, moe
 from minisgl.model.kernels.linear import choose, few_rows
+from minisgl.model.kernels.rows import Product, Quantized, Scaled
 from minisgl.model.layers import Biases
 from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
 
 
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """Rows as float8_e4m3fn [T, N] and a scale f32 [T, 1] for each."""
-
-    values: torch.Tensor
-    scales: torch.Tensor
-
-
 class Linear:
     """Few rows through our kernels, where they are faster, many through cuBLAS."""
 
     def __init__(self, weight: torch.Tensor, whole: bool) -> None:
-        self._weight, self._whole = weight, whole
+        self.weight, self._whole = weight, whole
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        n, k = self._weight.shape
+        n, k = self.weight.shape
         settings = None if x.dtype == torch.float32 else choose(len(x), n, k, whole=self._whole)
         if settings is None:
-            return F.linear(x, self._weight)
-        return few_rows(x, self._weight, settings)
+            return F.linear(x, self.weight)
+        return few_rows(x, self.weight, settings)
 
 
-def scaled_product(x: Quantized, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T -> bfloat16 [T, N], for float8 weights [N, K] with scales f32 [1, N]."""
-    y: torch.Tensor = torch._scaled_mm(
-        x.values, weight.t(), scale_a=x.scales, scale_b=scales, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    return y
+class Fp8Product:
+    """Products of rows and a weight [N, K] in float8, with a scale for each output channel and for each row."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        quantized = layer.quantize_rows(weight)
+        self.weight, self.scales = quantized.values, quantized.scales.view(-1)
+        self._one = torch.ones((), dtype=torch.float32, device=weight.device)
+
+    def few(self, x: torch.Tensor, **options: bool) -> torch.Tensor:
+        """Plain rows through our kernels."""
+        n, k = self.weight.shape
+        settings = choose(len(x), n, k, fp8=True, **options) or {}
+        return few_rows(x, self.weight, settings, scales=self.scales, gated=options.get("gated", False))
+
+    def many(self, x: Quantized) -> Scaled:
+        """bfloat16, still to be scaled: the library's products are up to a third faster like that."""
+        return Scaled(self._scaled_mm(x.values, self._one, self._one), x.scales, self.scales)
+
+    def many_whole(self, x: Quantized) -> torch.Tensor:
+        """bfloat16 [T, N]."""
+        return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
+
+    def _scaled_mm(self, x: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch._scaled_mm(
+            x, self.weight.t(), scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return y
 
 
 class Fp8Linear:
-    """W8A8: a scale for each output channel and for each row; up to WEIGHT_ONLY_ROWS rows W8A16."""
+    """W8A8; up to WEIGHT_ONLY_ROWS rows W8A16."""
 
     def __init__(self, weight: torch.Tensor, whole: bool) -> None:
-        self._weight, scales = layer.quantize_rows(weight)
-        self._scales = scales.view(1, -1)
-        self._whole = whole
+        self._product, self._whole = Fp8Product(weight), whole
 
-    def __call__(self, x: Rows) -> torch.Tensor:
+    def __call__(self, x: Rows) -> Product:
         if not isinstance(x, Quantized):
             if len(x) <= WEIGHT_ONLY_ROWS:
-                n, k = self._weight.shape
-                settings = choose(len(x), n, k, whole=self._whole, fp8=True)
-                return few_rows(x, self._weight, settings or {}, scales=self._scales)
-            x = Quantized(*layer.quantize_rows(x))
-        return scaled_product(x, self._weight, self._scales)
+                return self._product.few(x, whole=self._whole)
+            x = layer.quantize_rows(x)
+        return self._product.many_whole(x) if self._whole else self._product.many(x)
 
 
 class Gated:
     """silu(gate) * up of [gate, up] weights: in the product's own kernel where that is ours."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
+        self.weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        n, k = self._weight.shape
+        n, k = self.weight.shape
         settings = None if x.dtype == torch.float32 else choose(len(x), n, k, gated=True)
         if settings is None:
-            return layer.silu_mul(F.linear(x, self._weight))
-        return few_rows(x, self._weight, settings, gated=True)
+            return layer.silu_mul(F.linear(x, self.weight))
+        return few_rows(x, self.weight, settings, gated=True)
 
 
 class Fp8Gated:
     """As Gated; what it hands on is float8, too, where the next layer wants that."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight, scales = layer.quantize_rows(weight)
-        self._scales = scales.view(1, -1)
+        self._product = Fp8Product(weight)
 
     def __call__(self, x: Rows) -> Rows:
         if not isinstance(x, Quantized):
-            n, k = self._weight.shape
-            settings = choose(len(x), n, k, gated=True, fp8=True) or {}
-            return few_rows(x, self._weight, settings, scales=self._scales, gated=True)
-        return Quantized(*layer.silu_mul_quantized(scaled_product(x, self._weight, self._scales)))
+            return self._product.few(x, gated=True)
+        return layer.silu_mul_quantized(self._product.many(x))
 
 
 class Biased:
     """A product of whole rows, plus a bias [N]."""
 
-    def __init__(self, product: Callable[[Rows], torch.Tensor], bias: torch.Tensor) -> None:
+    def __init__(self, product: Callable[[Rows], Rows], bias: torch.Tensor) -> None:
         self._product, self._bias = product, bias
 
     def __call__(self, x: Rows) -> torch.Tensor:
-        return self._product(x).add_(self._bias)
+        rows: torch.Tensor = self._product(x)
+        return rows.add_(self._bias)
 
 
 class GeluGated:
@@ -138,10 +146,9 @@ class Norm:
     def __init__(self, weight: torch.Tensor, eps: float, quantize: bool) -> None:
         self._weight, self._eps, self._quantize = weight, eps, quantize
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> Rows:
+    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> Rows:
         quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
-        rows, scales = layer.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
-        return rows if scales is None else Quantized(rows, scales)
+        return layer.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
 
 
 class CudaBlocks:
@@ -187,4 +194,4 @@ class CudaBlocks:
     def rope(self, spec: ModelSpec) -> Positions:
         freqs, amplitude = frequencies(spec)
         freqs = freqs.to(self._device)
-        return lambda positions: layer.rope_tables(positions, freqs, amplitude)
+        return lambda positions: heads.rope_tables(positions, freqs, amplitude)

@@ -31,6 +31,15 @@ class KVCache:
         raw = torch.zeros(shape, dtype=torch.uint8 if dtype == FP8 else dtype, device=device)
         self._cache = raw.view(dtype)
 
+    def pages(self, layer: int) -> torch.Tensor:
+        """[pages, 2, K, page_size, D] of one layer."""
+        return self._cache[layer]
+
+    def scratch(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Pages like those of one layer, of another dtype, as many as `size` bytes hold; zeroed, as these are."""
+        page = self._cache.shape[2:]
+        return torch.zeros(size // (page.numel() * dtype.itemsize), *page, dtype=dtype, device=self._cache.device)
+
     def keys(self, layer: int) -> torch.Tensor:
         """[pages, K, page_size, D] of one layer."""
         return self._cache[layer, :, 0]

@@ -218,11 +218,10 @@ def sort(experts: torch.Tensor, e: int, block_m: int) -> tuple[torch.Tensor, tor
 
 
 def choose(tokens: int, top: int, e: int) -> dict[str, int]:
-    """The sizes of a program, by how many choices fall on an expert.  Not measured yet: scripts/tune_experts.py does."""
+    """The sizes of a program, by how many choices fall on an expert.  From scripts/tune_experts.py on an H200."""
     each = tokens * top / e
-    block_m = 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 128 else 128
-    stages, warps = 4 if each <= 32 else 3, 8 if block_m == 128 else 4
-    return {"block_m": block_m, "block_n": 64, "block_k": 64, "warps": warps, "stages": stages}
+    block_m, block_k = (16, 128) if each <= 8 else (32, 64) if each <= 32 else (64, 64) if each <= 64 else (128, 64)
+    return {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": 4, "stages": 3}
 
 
 def experts(
