@@ -32,6 +32,7 @@ from test_server import (
 from minisgl.api import openapi
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.server import build_app
+from minisgl.api.stream import Generation, Timings
 from minisgl.cli import read_keys
 from minisgl.errors import RequestError, UserError, context_overflow, model_loading
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
@@ -325,6 +326,7 @@ def test_a_message_is_answered_in_anthropics_shape() -> None:
         answer = json.loads(raw)
         assert (status, headers["X-Ignored-Params"]) == (200, "colour")
         assert answer.pop("id").startswith("msg_")
+        assert answer.pop("timings")["cached_n"] == 2
         usage = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 2, "input_tokens": 1, "output_tokens": 4}
         assert answer == {
             "type": "message",
@@ -501,6 +503,54 @@ class VectorEngine(FakeEngine):
         super().__init__(**server)
         model = dataclasses.replace(self.config.model, hidden_size=3)
         self.config = dataclasses.replace(self.config, model=model)
+
+
+# ---------------- timings
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSES, MESSAGES])
+def test_every_answer_says_how_long_it_took_in_its_body_and_a_header(path: str) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        status, headers, raw = await ask(http, path, BODIES[path])
+        timings = json.loads(raw)["timings"]
+        assert status == 200
+        assert timings.keys() == {"ttft_ms", "decode_ms", "total_ms", "tok_s", "cached_n"}
+        assert timings["total_ms"] == pytest.approx(timings["ttft_ms"] + timings["decode_ms"], abs=0.002)
+        assert timings["tok_s"] == pytest.approx(
+            3000 / timings["decode_ms"], rel=0.1
+        )  # of four tokens the first is not counted
+        assert re.fullmatch(r"ttft;dur=[\d.]+, decode;dur=[\d.]+, total;dur=[\d.]+", headers["Server-Timing"])
+        options = {"stream_options": {"include_usage": True}} if path in (CHAT, COMPLETION) else {}
+        _, headers, raw = await ask(http, path, {**BODIES[path], "stream": True, **options})
+        assert re.fullmatch(r"ttft;dur=[\d.]+", headers["Server-Timing"])
+        assert raw.count(b'"ttft_ms"') == 1
+
+    play(scene)
+
+
+def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("minisgl.api.stream.time.monotonic", lambda: now)
+
+    async def main() -> None:
+        nonlocal now
+        engine = FakeEngine()
+        engine.stall = True
+        generation = Generation(engine, [TextPrompt("a"), TextPrompt("b")], SamplingParams())
+        now = 100.25
+        assert generation.timings == Timings(0.25, 0)
+        engine.live[1](Chunk("x", (1,), Finish.NONE, 3, 2))
+        now = 100.5
+        assert generation.timings == Timings(0.25, 0.25)
+        engine.live.pop(1)(Chunk("y", (1, 2), Finish.STOP, 3, 2))
+        now = 101.25
+        engine.live.pop(0)(Chunk("z", (1, 2, 3), Finish.STOP, 3, 2))
+        now = 900.0
+        assert generation.timings == Timings(0.25, 1.0)
+        generation.close()
+
+    asyncio.run(main())
+    told = Timings(0.25, 1.0).told(tokens=6, cached=2)
+    assert told == {"ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
+    assert Timings(0.25, 0.0).told(tokens=1, cached=0)["tok_s"] is None
 
 
 # ---------------- errors that every endpoint has

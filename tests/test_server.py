@@ -906,7 +906,7 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
             await asyncio.sleep(0)
             assert not asking.done()
             engine.live.pop(uid)(Chunk(text, (uid,), Finish.STOP, 3, uid))
-        assert [(c.text, c.token_ids, c.cached_tokens) for c in await asking] == [
+        assert [(c.text, c.token_ids, c.cached_tokens) for c in (await asking)[0]] == [
             ("zero", (0,), 0),
             ("", (1,), 1),
             ("one two", (1, 2), 2),
@@ -930,12 +930,12 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
 def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
     async def main() -> None:
         engine = FakeEngine()
-        answer = await ENDPOINTS[CHAT](engine, GOOD)
+        answer = await ENDPOINTS[CHAT].ask(engine, GOOD)
         assert answer["choices"][0]["message"]["content"] == TEXT
-        answer = await ENDPOINTS[COMPLETION](engine, {"prompt": [[1], [2]]})
+        answer = await ENDPOINTS[COMPLETION].ask(engine, {"prompt": [[1], [2]]})
         assert [c["index"] for c in answer["choices"]] == [0, 1]
         with pytest.raises(RequestError) as caught:
-            await serving.chat(engine, {**GOOD, "stream": True})
+            await ENDPOINTS[CHAT].ask(engine, {**GOOD, "stream": True})
         assert caught.value.param == "stream"
         assert engine.closed == [0, 1, 2]
 

@@ -11,6 +11,7 @@ from typing import Any
 from minisgl import __version__
 from minisgl.api.replies import Part, Reply, delta
 from minisgl.api.requests import Chunk, TokenLogprob
+from minisgl.api.stream import Timings
 from minisgl.api.tool_calls import Said
 from minisgl.errors import RequestError
 from minisgl.types import Finish
@@ -73,6 +74,15 @@ def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
     }
 
 
+def told_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dict[str, Any]:
+    """The `timings` object of such a request."""
+    return timings.told(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
+
+
+def _counts(results: Sequence[Result], n: int, timings: Timings) -> dict[str, Any]:
+    return {"usage": usage(results, n), "timings": told_timings(results, timings, n)}
+
+
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """The `logprobs` object of a chat.  A token that is less than a character has U+FFFD for text; its bytes are exact."""
 
@@ -109,7 +119,7 @@ def _text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-def chat_body(head: Head, results: Sequence[Result]) -> dict[str, Any]:
+def chat_body(head: Head, results: Sequence[Result], timings: Timings) -> dict[str, Any]:
     """The answer to a chat request that does not stream; all choices answer the same conversation."""
     choices = [
         {
@@ -120,10 +130,10 @@ def chat_body(head: Head, results: Sequence[Result]) -> dict[str, Any]:
         }
         for i, r in enumerate(results)
     ]
-    return {**head.fields("chat.completion"), "choices": choices, "usage": usage(results, len(results))}
+    return {**head.fields("chat.completion"), "choices": choices, **_counts(results, len(results), timings)}
 
 
-def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int) -> dict[str, Any]:
+def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int, timings: Timings) -> dict[str, Any]:
     """The answer to a completion request that does not stream; choice i continues prompt i // n."""
     choices = [
         {
@@ -134,7 +144,7 @@ def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int) 
         }
         for i, r in enumerate(results)
     ]
-    return {**head.fields("text_completion"), "choices": choices, "usage": usage(results, n)}
+    return {**head.fields("text_completion"), "choices": choices, **_counts(results, n, timings)}
 
 
 class EventStream:
@@ -211,9 +221,9 @@ class EventStream:
             told = chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, self._wanted or 0)
         return b"".join((self._logprobs, _dump(told), self._reason, reason, self._end))
 
-    def usage(self, results: Sequence[Result]) -> bytes:
+    def usage(self, results: Sequence[Result], timings: Timings) -> bytes:
         """The event with the counts of tokens, if it was asked for."""
-        return self._common + b'],"usage":' + _dump(usage(results, self._n)) + b"}\n\n"
+        return self._common + b"]," + _dump(_counts(results, self._n, timings))[1:] + b"\n\n"
 
 
 def error_event(error: RequestError) -> bytes:

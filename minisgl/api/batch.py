@@ -19,7 +19,7 @@ import zmq
 
 from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
 from minisgl.actors.process import ZmqContext, address
-from minisgl.api.endpoints import ENDPOINTS
+from minisgl.api.endpoints import BATCHED, ENDPOINTS
 from minisgl.api.fields import parse_json
 from minisgl.api.requests import Engine
 from minisgl.errors import RequestError, internal_error
@@ -94,10 +94,9 @@ class BatchServer:
 
     async def _serve(self, identity: bytes, m: BatchSubmit) -> None:
         try:
-            handler = ENDPOINTS.get(m.url)
-            if handler is None:
-                raise RequestError(f"url must be one of {', '.join(ENDPOINTS)}.", param="url", code="invalid_value")
-            status, body = 200, await handler(self._engine, parse_json(m.body))
+            if m.url not in BATCHED:
+                raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
+            status, body = 200, await ENDPOINTS[m.url].ask(self._engine, parse_json(m.body))
         except RequestError as e:
             status, body = e.status, e.body()
             if e.retry_after is not None:

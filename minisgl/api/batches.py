@@ -169,7 +169,7 @@ class Batches:
                 await asyncio.sleep(_WAIT_SECONDS)
                 continue
             try:
-                return 200, await ENDPOINTS[url](self._engine, {"priority": PRIORITY, **body})
+                return 200, await ENDPOINTS[url].ask(self._engine, {"priority": PRIORITY, **body})
             except RequestError as e:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)

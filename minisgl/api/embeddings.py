@@ -49,6 +49,7 @@ class EmbeddingRequest:
     normalize: bool
     base64: bool
     ignored: tuple[str, ...]
+    stream: bool = False  # never
 
 
 def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingRequest:
@@ -77,7 +78,7 @@ def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingReques
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
     """The answer.  Raises RequestError; cancelling the caller cancels what is not computed yet."""
-    chunks = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
+    chunks, _ = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
     tokens = sum(chunk.prompt_tokens for chunk in chunks)
     data = [{"object": "embedding", "index": i, "embedding": _told(request, c.vector)} for i, c in enumerate(chunks)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}

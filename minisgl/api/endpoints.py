@@ -1,35 +1,54 @@
-"""What can be asked without a stream, by path: for the batch socket and for /v1/batches.  Runs in the api process."""
+"""The endpoints that generate, by path, for HTTP, the batch socket and /v1/batches alike.  Runs in the api process."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from minisgl.api.embeddings import embed, parse_embeddings
+from minisgl.api import completions, embeddings, messages, native, responses
 from minisgl.api.http import check_unknown
 from minisgl.api.requests import Engine
-from minisgl.api.responses import parse_responses, respond
-from minisgl.api.serving import chat, completion, refuse_stream
+from minisgl.api.stream import StreamedAnswer
+from minisgl.errors import InvalidParam
 
 
-async def embeddings(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST /v1/embeddings.  Raises RequestError."""
-    request = parse_embeddings(engine, body)
-    check_unknown(engine.config, request.ignored)
-    return await embed(engine, request)
+class Checked(Protocol):
+    """What all checked requests have.  `ignored`: names of unknown fields; `stream`: whether it asks for one."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]: ...
+
+    @property
+    def stream(self) -> bool: ...
 
 
-async def responses(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST /v1/responses.  Raises RequestError."""
-    request = parse_responses(engine, body)
-    check_unknown(engine.config, request.ignored)
-    refuse_stream(request.stream)
-    return await respond(engine, request)
+R = TypeVar("R", bound=Checked)
 
 
-ENDPOINTS: Mapping[str, Callable[[Engine, Mapping[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completion,
-    "/v1/embeddings": embeddings,
-    "/v1/responses": responses,
+@dataclass(frozen=True, slots=True)
+class Endpoint(Generic[R]):
+    """`parse` checks a body, `answer` gives the whole answer, `stream` begins one in events.  All raise RequestError."""
+
+    parse: Callable[[Engine, Mapping[str, Any]], R]
+    answer: Callable[[Engine, R], Awaitable[Any]]
+    stream: Callable[[Engine, R], Awaitable[StreamedAnswer]] | None = None
+
+    async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
+        """The answer in one piece, where there is no other.  Raises RequestError."""
+        request = self.parse(engine, body)
+        check_unknown(engine.config, request.ignored)
+        if request.stream:
+            raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
+        return await self.answer(engine, request)
+
+
+ENDPOINTS: Mapping[str, Endpoint[Any]] = {
+    "/v1/chat/completions": Endpoint(completions.parse_chat, completions.answer, completions.stream),
+    "/v1/completions": Endpoint(completions.parse_completions, completions.answer, completions.stream),
+    "/v1/embeddings": Endpoint(embeddings.parse_embeddings, embeddings.embed),
+    "/v1/responses": Endpoint(responses.parse_responses, responses.respond, responses.stream),
+    "/v1/messages": Endpoint(messages.parse_messages, messages.message, messages.stream),
+    "/generate": Endpoint(native.parse_generate, native.generate, native.stream),
 }
+BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # those that a batch may ask

@@ -12,7 +12,7 @@ from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from minisgl.api.batches import Batches, new_batch
-from minisgl.api.endpoints import ENDPOINTS
+from minisgl.api.endpoints import BATCHED
 from minisgl.api.fields import Fields
 from minisgl.api.http import body_too_large, check_encoding, ignored_header, read_json
 from minisgl.api.openai import unknown_fields
@@ -134,8 +134,8 @@ class FileRoutes:
         for name, value in given.items():
             if value is None:
                 raise InvalidParam(name, f"{name} is required.", "missing_required_parameter")
-        if given["endpoint"] not in ENDPOINTS:
-            raise InvalidParam("endpoint", f"endpoint must be one of {', '.join(ENDPOINTS)}.")
+        if given["endpoint"] not in BATCHED:
+            raise InvalidParam("endpoint", f"endpoint must be one of {', '.join(BATCHED)}.")
         if given["completion_window"] != "24h":
             raise InvalidParam("completion_window", "completion_window must be 24h (a batch never expires here).")
         source = store.load("files", given["input_file_id"], "input_file_id")

@@ -59,7 +59,8 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
     """
     try:
         first = await answer.first()
-        response = web.StreamResponse(headers={**_SSE_HEADERS, **headers})
+        timing = f"ttft;dur={1000 * answer.timings.first:.1f}"
+        response = web.StreamResponse(headers={**_SSE_HEADERS, "Server-Timing": timing, **headers})
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         try:
@@ -72,6 +73,14 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
         return response
     finally:
         answer.close()
+
+
+def timing_header(answer: Any) -> dict[str, str]:
+    """Server-Timing, of a body that has `timings`."""
+    timings = answer.get("timings") if isinstance(answer, dict) else None
+    if timings is None:
+        return {}
+    return {"Server-Timing": ", ".join(f"{name};dur={timings[f'{name}_ms']:.1f}" for name in ("ttft", "decode", "total"))}
 
 
 def sse(data: Mapping[str, Any], event: str = "") -> bytes:

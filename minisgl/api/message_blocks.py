@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.api.answers import Result
+from minisgl.api.answers import Result, told_timings
 from minisgl.api.http import sse
 from minisgl.api.openai import ChatRequest
 from minisgl.api.replies import Call, Part, Reply, Thought
 from minisgl.api.requests import Chunk
+from minisgl.api.stream import Timings
 from minisgl.api.tool_calls import Argued
 from minisgl.errors import RequestError
 from minisgl.types import Finish
@@ -151,7 +152,7 @@ class Message:
         out.append({"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block.begun()})
         return block
 
-    def end(self) -> bytes:
+    def end(self, timings: Timings) -> bytes:
         reason, sequence = self._reason()
         return _told(
             [
@@ -160,6 +161,7 @@ class Message:
                     "type": "message_delta",
                     "delta": {"stop_reason": reason, "stop_sequence": sequence},
                     "usage": self._usage(),
+                    "timings": told_timings([self.result], timings),
                 },
                 {"type": "message_stop"},
             ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api import serving
+from minisgl.api.answers import told_timings
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.message_blocks import Message
 from minisgl.api.native import ids_of
@@ -188,11 +189,11 @@ async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[st
 async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
     answer = Message(request.chat, request.stops, engine.config.model.eos_ids)
-    [answer.result] = await serving.generate(engine, request.chat)
+    [answer.result], timings = await serving.generate(engine, request.chat)
     answer.take(answer.result.text, end=True)
-    return answer.body()
+    return {**answer.body(), "timings": told_timings([answer.result], timings)}
 
 
 async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:
     """The streamed answer.  Raises RequestError."""
-    return await serving.stream(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))
+    return await serving.begin(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))

@@ -21,8 +21,8 @@ from minisgl.api.http import sse
 from minisgl.api.openai import MAX_PROMPTS, GenerationRequest, Usage, served_model, text_prompts, unknown_fields
 from minisgl.api.requests import ChatPrompt, Chunk, Engine, TakeIds, TakeText, TextPrompt, TokenLogprob
 from minisgl.api.sampling import options, sampling, token_ids
-from minisgl.api.serving import check_size, served_names
-from minisgl.api.stream import StreamedAnswer, whole
+from minisgl.api.serving import served_names
+from minisgl.api.stream import StreamedAnswer, Timings
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import MAX_LOGPROBS
 
@@ -144,10 +144,10 @@ class NativeRequest(GenerationRequest):
     rid: str
 
 
-def parse_generate(body: Mapping[str, Any], served: tuple[str, ...], defaults: Mapping[str, Any]) -> NativeRequest:
-    """Check the body of POST /generate.  Raises RequestError."""
-    fields = Fields(body)
-    model = served_model(fields, served)
+def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
+    """Check the body of POST /generate, for the model that is served.  Raises RequestError."""
+    fields, defaults = Fields(body), engine.config.sampling_defaults
+    model = served_model(fields, served_names(engine.config))
     if (body.get("text") is None) == (body.get("input_ids") is None):
         raise InvalidParam("text", "give either text or input_ids.", "missing_required_parameter")
     name = "text" if body.get("text") is not None else "input_ids"
@@ -245,9 +245,8 @@ class _Answer:
 
 async def generate(engine: Engine, request: NativeRequest) -> Any:
     """POST /generate without a stream: an object, or an array of them where several prompts were given."""
-    check_size(engine, request)
     answers = [_Answer(request, i) for i in range(len(request.prompts))]
-    chunks = await whole(engine, request.prompts, request.params, request.options)
+    chunks, _ = await serving.generate_chunks(engine, request)
     for answer, chunk in zip(answers, chunks, strict=True):
         answer.add(chunk)
     bodies = [a.body() for a in answers]
@@ -256,7 +255,7 @@ async def generate(engine: Engine, request: NativeRequest) -> Any:
 
 async def stream(engine: Engine, request: NativeRequest) -> StreamedAnswer:
     """POST /generate as events; each has all of the text so far, or what is new with `incremental`.  Raises RequestError."""
-    return await serving.stream(engine, request, _Events(request))
+    return await serving.begin(engine, request, _Events(request))
 
 
 class _Events:
@@ -273,7 +272,7 @@ class _Events:
         self._answers[index].add(chunk)
         return sse(self._answers[index].body(chunk if self._incremental else None))
 
-    def end(self) -> bytes:
+    def end(self, timings: Timings) -> bytes:
         return DONE
 
     def failed(self, error: RequestError) -> bytes:

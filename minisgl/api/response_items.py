@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from minisgl.api.answers import Result, chat_logprobs
+from minisgl.api.answers import Result, chat_logprobs, told_timings
 from minisgl.api.http import sse
 from minisgl.api.openai import ChatRequest
 from minisgl.api.replies import Call, Part, Reply, Thought
 from minisgl.api.requests import Chunk, TokenLogprob
+from minisgl.api.stream import Timings
 from minisgl.api.tool_calls import Said
 from minisgl.errors import RequestError
 from minisgl.types import Finish
@@ -147,6 +148,7 @@ class Response:
     _reply: Reply = field(init=False)
     _logprobs: list[TokenLogprob] = field(default_factory=list)  # of text that is held back
     _number: int = 0  # of the next event
+    _timings: Fields | None = None  # once it has ended
 
     def __post_init__(self) -> None:
         self._reply = Reply(self.chat.form)
@@ -178,6 +180,7 @@ class Response:
             "top_logprobs": self.chat.params.logprobs or 0,
             "truncation": "disabled",
             "usage": self._usage() if ended else None,
+            "timings": self._timings,
             **self.echoed,
         }
 
@@ -235,7 +238,8 @@ class Response:
         out += item.opened()
         return item
 
-    def end(self) -> bytes:
+    def end(self, timings: Timings) -> bytes:
+        self._timings = told_timings([self.result], timings)
         status = self.status
         return self._told([*self._items[-1].closed(status), (status, {"response": self.body(status)})])
 

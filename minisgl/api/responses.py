@@ -171,15 +171,15 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
 async def respond(engine: Engine, request: ResponsesRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
     answer = Response(request.chat, request.echoed)
-    [answer.result] = await serving.generate(engine, request.chat)
+    [answer.result], timings = await serving.generate(engine, request.chat)
     answer.take(answer.result.text, answer.result.logprobs or (), end=True)
-    answer.end()
+    answer.end(timings)
     return answer.body(answer.status)
 
 
 async def stream(engine: Engine, request: ResponsesRequest) -> StreamedAnswer:
     """The streamed answer.  Raises RequestError."""
-    return await serving.stream(engine, request.chat, Response(request.chat, request.echoed))
+    return await serving.begin(engine, request.chat, Response(request.chat, request.echoed))
 
 
 def not_stored(response_id: str) -> RequestError:

@@ -12,14 +12,14 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from minisgl.api import embeddings, messages, native, openapi, responses, serving
+from minisgl.api import messages, native, openapi, responses, serving
 from minisgl.api.auth import authenticate
 from minisgl.api.batches import Batches
+from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.errors import errors, name_response
 from minisgl.api.files import FileRoutes
-from minisgl.api.http import ignored_header, read_json, stream
+from minisgl.api.http import ignored_header, read_json, stream, timing_header
 from minisgl.api.metrics import CONTENT_TYPE, Metered
-from minisgl.api.openai import GenerationRequest
 from minisgl.api.requests import Engine
 from minisgl.api.store import Store
 from minisgl.errors import model_loading
@@ -29,7 +29,6 @@ from minisgl.errors import model_loading
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
 BATCHES = web.AppKey("batches", Batches)  # only with a store
 
-Parse = Callable[[Engine, Mapping[str, Any]], GenerationRequest]
 Small = Callable[[Engine, Mapping[str, Any]], Awaitable[tuple[dict[str, Any], tuple[str, ...]]]]
 
 
@@ -85,20 +84,15 @@ class _Routes:
     def __init__(self, engine: Metered, batch_socket: str | None) -> None:
         self._engine = engine
         self._config = engine.config
-        self._accepted = serving.served_names(engine.config), engine.config.sampling_defaults
         self._batch_socket = batch_socket
 
     def add_to(self, router: web.UrlDispatcher) -> None:
-        router.add_post("/v1/chat/completions", self.chat)
-        router.add_post("/v1/completions", self.completion)
-        router.add_post("/v1/embeddings", self.embeddings)
-        router.add_post("/v1/responses", self.responses)
+        for path in ENDPOINTS:
+            router.add_post(path, self.generate)
         router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
-        router.add_post("/v1/messages", self.messages)
         router.add_post("/v1/messages/count_tokens", self.count_tokens)
         router.add_get("/v1/models", self.models)
         router.add_get("/v1/models/{name:.+}", self.model)
-        router.add_post("/generate", self.generate)
         router.add_post("/tokenize", self.tokenize)
         router.add_post("/detokenize", self.detokenize)
         router.add_get("/tokenizer_info", self.tokenizer_info)
@@ -111,47 +105,18 @@ class _Routes:
         router.add_get("/docs", self.docs)
 
     # ---------------- that generate
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, serving.chat_request)
-
-    async def completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, serving.completion_request)
-
-    async def _generate(self, request: web.Request, parse: Parse) -> web.StreamResponse:
-        parsed = parse(self._engine, await self._body(request))
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Whatever its path is for."""
+        endpoint = ENDPOINTS[request.path]
+        parsed = endpoint.parse(self._engine, await self._body(request))
         headers = ignored_header(self._config, parsed.ignored)
-        if parsed.stream:
-            return await stream(request, await serving.stream(self._engine, parsed, serving.OpenAIEvents(parsed)), headers)
-        return web.json_response(await serving.answer(self._engine, parsed), headers=headers)
-
-    async def responses(self, request: web.Request) -> web.StreamResponse:
-        parsed = responses.parse_responses(self._engine, await self._body(request))
-        headers = ignored_header(self._config, parsed.ignored)
-        if parsed.stream:
-            return await stream(request, await responses.stream(self._engine, parsed), headers)
-        return web.json_response(await responses.respond(self._engine, parsed), headers=headers)
+        if parsed.stream and endpoint.stream is not None:
+            return await stream(request, await endpoint.stream(self._engine, parsed), headers)
+        answer = await endpoint.answer(self._engine, parsed)
+        return web.json_response(answer, headers={**headers, **timing_header(answer)})
 
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])
-
-    async def messages(self, request: web.Request) -> web.StreamResponse:
-        parsed = messages.parse_messages(self._engine, await self._body(request))
-        headers = ignored_header(self._config, parsed.ignored)
-        if parsed.stream:
-            return await stream(request, await messages.stream(self._engine, parsed), headers)
-        return web.json_response(await messages.message(self._engine, parsed), headers=headers)
-
-    async def generate(self, request: web.Request) -> web.StreamResponse:
-        parsed = native.parse_generate(await self._body(request), *self._accepted)
-        headers = ignored_header(self._config, parsed.ignored)
-        if parsed.stream:
-            return await stream(request, await native.stream(self._engine, parsed), headers)
-        return web.json_response(await native.generate(self._engine, parsed), headers=headers)
-
-    async def embeddings(self, request: web.Request) -> web.Response:
-        parsed = embeddings.parse_embeddings(self._engine, await self._body(request))
-        headers = ignored_header(self._config, parsed.ignored)
-        return web.json_response(await embeddings.embed(self._engine, parsed), headers=headers)
 
     # ---------------- about tokens
     async def count_tokens(self, request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""What the server does, whatever the transport: request body in, answer out.  Used by HTTP and by the batch socket.
+"""What all endpoints that generate share: a checked request in, its generation out; and what is told of the server itself.
 
 Runs in the api process, on the thread of its event loop.
 """
@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from minisgl import __version__, grammar
-from minisgl.api.answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event, usage
-from minisgl.api.http import check_unknown
-from minisgl.api.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_chat, parse_completion, unknown_model
-from minisgl.api.replies import Reply
+from minisgl.api.answers import Result
+from minisgl.api.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
 from minisgl.api.requests import Chunk, Engine, Prompt
-from minisgl.api.stream import Events, Generation, StreamedAnswer, whole
+from minisgl.api.stream import Events, Generation, StreamedAnswer, Timings, whole
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import InvalidParam
 from minisgl.types import MAX_SEED, SamplingParams
 
 _STARTED = int(time.time())  # reported as the creation time of the models
-
-
-async def chat(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST /v1/chat/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(engine, chat_request(engine, body)))
-
-
-async def completion(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST /v1/completions without a stream.  Raises RequestError."""
-    return await answer(engine, _whole(engine, completion_request(engine, body)))
 
 
 def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
@@ -43,104 +30,32 @@ def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
     return parse_chat(body, served_names(config), config.sampling_defaults, *styles)
 
 
-def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
-    """The body of POST /v1/completions, likewise."""
-    return parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
-
-
-def _whole(engine: Engine, request: GenerationRequest) -> GenerationRequest:
-    check_unknown(engine.config, request.ignored)
-    refuse_stream(request.stream)
-    return request
-
-
-def refuse_stream(stream: bool) -> None:
-    """Raises InvalidParam where no stream can be had."""
-    if stream:
-        raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
-
-
-async def answer(engine: Engine, request: GenerationRequest) -> dict[str, Any]:
-    """The body of the answer to a chat or a completion.  Raises RequestError."""
-    results, head = await generate(engine, request), _head(request)
-    for result in results if request.form else ():
-        result.reply = Reply(request.form)
-        result.reply.feed(result.text)
-        result.reply.end()
-    if isinstance(request, ChatRequest):
-        return chat_body(head, results)
-    return completion_body(head, results, request.n, request.params.logprobs or 0)
-
-
-async def generate(engine: Engine, request: GenerationRequest) -> list[Result]:
+async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Result], Timings]:
     """The answers to all choices.  Raises RequestError; cancelling the caller cancels the request."""
-    check_size(engine, request)
-    await _check_grammar(request)
-    prompts, params = _choices(request)
+    chunks, timings = await generate_chunks(engine, request)
     results = []
-    for chunk in await whole(engine, prompts, params, request.options):
+    for chunk in chunks:
         result = Result(chunk.text, logprobs=None if request.params.logprobs is None else list(chunk.logprobs))
         result.add(chunk)
         results.append(result)
-    return results
+    return results, timings
 
 
-async def stream(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
-    """Begin a streamed answer.  Raises RequestError."""
-    check_size(engine, request)
+async def generate_chunks(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
+    """The same, as the engine tells it: one chunk for each choice."""
+    _check_size(engine, request)
     await _check_grammar(request)
-    prompts, params = _choices(request)
-    return StreamedAnswer(Generation(engine, prompts, params, request.options), events)
+    return await whole(engine, *_choices(request), request.options)
 
 
-class OpenAIEvents:
-    """The Events of the two endpoints, of a checked request."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        choices = len(request.prompts) * request.n
-        self._usage = request.usage
-        self._results = [Result() for _ in range(choices)]
-        self._replies = [Reply(request.form) for _ in range(choices)] if request.form else []
-        self._render = EventStream(
-            _head(request),
-            chat=isinstance(request, ChatRequest),
-            include_usage=request.usage.last,
-            choices=choices,
-            n=request.n,
-            wanted=request.params.logprobs,
-        )
-
-    def start(self) -> bytes:
-        return self._render.start()
-
-    def news(self, index: int, chunk: Chunk) -> bytes:
-        result = self._results[index]
-        result.add(chunk)
-        if self._usage.so_far:
-            self._render.count(usage([result]))
-        if self._replies:
-            return _taken_apart(self._render, index, self._replies[index], chunk)
-        if chunk.finish:
-            return self._render.finish(index, chunk.text, chunk.finish, chunk.logprobs)
-        return self._render.text(index, chunk.text, chunk.logprobs)
-
-    def end(self) -> bytes:
-        return (self._render.usage(self._results) if self._usage.last else b"") + DONE
-
-    def failed(self, error: RequestError) -> bytes:
-        return error_event(error) + DONE
+async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
+    """Begin a streamed answer.  Raises RequestError."""
+    _check_size(engine, request)
+    await _check_grammar(request)
+    return StreamedAnswer(Generation(engine, *_choices(request), request.options), events)
 
 
-def _taken_apart(render: EventStream, index: int, reply: Reply, chunk: Chunk) -> bytes:
-    """The events of a chunk of an answer that has thoughts or calls of tools."""
-    parts = reply.feed(chunk.text)
-    if not chunk.finish:
-        return render.parts(index, parts, chunk.logprobs)
-    parts += reply.end()
-    return render.parts(index, parts, chunk.logprobs) + render.close(index, reply.reason(chunk.finish))
-
-
-def check_size(engine: Engine, request: GenerationRequest) -> None:
+def _check_size(engine: Engine, request: GenerationRequest) -> None:
     """More prompts than the server ever admits would be told to try again, for ever."""
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
@@ -165,11 +80,6 @@ def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingPar
 def _next_seed(seed: int, i: int) -> int:
     """The i-th seed after `seed`, from the largest on to the smallest."""
     return (seed + i + MAX_SEED) % (2 * MAX_SEED + 1) - MAX_SEED
-
-
-def _head(request: GenerationRequest) -> Head:
-    kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-    return Head(f"{kind}-{uuid.uuid4().hex}", int(time.time()), request.model)
 
 
 # ---------------- about the server

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 from minisgl.api.requests import Chunk, Engine, Prompt
 from minisgl.errors import RequestError, internal_error
@@ -25,7 +27,7 @@ async def whole(
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
     options: RequestOptions = DEFAULT_OPTIONS,
-) -> list[Chunk]:
+) -> tuple[list[Chunk], Timings]:
     """Continue several prompts to their ends, at the same time: all that is said of each, in one chunk.
 
     `params`: for all of them, or one for each.  Raises RequestError, and closes the others, if one of them fails; cancelling
@@ -33,7 +35,8 @@ async def whole(
     """
     generation = Generation(engine, prompts, params, options)
     try:
-        return [chunk for _, chunk in sorted(await generation.take_all(), key=itemgetter(0))]
+        news = sorted(await generation.take_all(), key=itemgetter(0))
+        return [chunk for _, chunk in news], generation.timings
     finally:
         generation.close()
 
@@ -58,6 +61,7 @@ class Generation:
         self._error: RequestError | None = None
         self._wake: Callable[[], object] | None = None
         self._growing = len(prompts)  # have no `finish` yet
+        self._began, self._first, self._ended = time.monotonic(), 0.0, 0.0
         self._uids: list[int] = []
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         try:
@@ -82,11 +86,21 @@ class Generation:
             self._error = RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
         else:
             self._news.append((index, item))
+            if not self._first:
+                self._first = time.monotonic()
             if item.finish:
                 self._growing -= 1
+                self._ended = time.monotonic()
         if self._wake is not None:
             wake, self._wake = self._wake, None
             wake()
+
+    @property
+    def timings(self) -> Timings:
+        """Until now."""
+        now = time.monotonic()
+        first = self._first or now
+        return Timings(first - self._began, (now if self._growing else self._ended) - first)
 
     def listen(self, wake: Callable[[], object]) -> None:
         """Have `wake` called once, as soon as there is something to take; it must not take it there and then."""
@@ -139,6 +153,24 @@ class Generation:
         return news
 
 
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Of a generation, in seconds: until the first news of any prompt, and from there to the end of the last."""
+
+    first: float
+    rest: float
+
+    def told(self, tokens: int, cached: int) -> dict[str, Any]:
+        """What clients are told: milliseconds, `tokens` a second behind the first, and how many of the prompt were `cached`."""
+        return {
+            "ttft_ms": round(1000 * self.first, 3),
+            "decode_ms": round(1000 * self.rest, 3),
+            "total_ms": round(1000 * (self.first + self.rest), 3),
+            "tok_s": round((tokens - 1) / self.rest, 3) if self.rest > 0 and tokens > 1 else None,
+            "cached_n": cached,
+        }
+
+
 class Events(Protocol):
     """An answer as server-sent events: bytes, each piece of which is whole events."""
 
@@ -148,7 +180,7 @@ class Events(Protocol):
     def news(self, index: int, chunk: Chunk) -> bytes:
         """What is new of the answer to a prompt, perhaps nothing."""
 
-    def end(self) -> bytes:
+    def end(self, timings: Timings) -> bytes:
         """What comes when every prompt has its `finish`."""
 
     def failed(self, error: RequestError) -> bytes:
@@ -166,6 +198,11 @@ class StreamedAnswer:
         self._generation = generation
         self._events = events
         self.listen, self.close = generation.listen, generation.close
+
+    @property
+    def timings(self) -> Timings:
+        """Until now."""
+        return self._generation.timings
 
     async def first(self) -> bytes:
         """What comes first, waiting for it.  Raises RequestError."""
@@ -193,7 +230,7 @@ class StreamedAnswer:
             out += self._events.news(index, chunk)
         if not self._generation.unfinished:
             self.done = True
-            out += self._events.end()
+            out += self._events.end(self._generation.timings)
         return out
 
 
