@@ -108,10 +108,25 @@ def test_eight_bits_are_near_float32_and_torch_does_the_same_as_c(
     assert 0 < (c - fallback).norm() / exact.norm() < 0.05  # rounding the other way moves later activations
 
 
-def perplexity(blocks: CpuBlocks, attention: Any) -> tuple[float, torch.Tensor]:
+@pytest.mark.parametrize("name", ["qwen3-moe", "phi3"])
+def test_matrices_as_they_are_stored_give_what_their_copies_in_float32_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_architecture(tmp_path, name).bfloat16().save_pretrained(tmp_path)
+    ids = prompts(2)
+    lazy = logits_of(tmp_path, monkeypatch, ids, quantization="int8")
+    monkeypatch.setattr(CpuArithmetic, "lazy", False)
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(lazy, logits_of(tmp_path, monkeypatch, ids, quantization="int8"), strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def perplexity(blocks: CpuBlocks, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
     """Of TEXT under the embedded model, and the logits."""
     spec = resolve(None)
-    weights = open_weights(spec, torch.float32)
+    weights = open_weights(spec, torch.float32, lazy=lazy)
     with torch.inference_mode():
         model = model_class(spec.architecture)(spec, Shard.of(spec, 0, 1), weights, Parallel(), blocks)
         ids = np.array([1, *load_tokenizer(spec).encode(TEXT, False)], np.int32)
@@ -132,7 +147,7 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     found = {}
     for kind in ("none", "auto"):
         arithmetic = CpuArithmetic.choose(EngineConfig(quantization=kind), spec, 1)
-        found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16))
+        found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16), arithmetic.lazy)
     assert isinstance(arithmetic.blocks, QuantBlocks)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()

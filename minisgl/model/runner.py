@@ -63,7 +63,7 @@ class Runner:
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = Parallel(rank, engine.tp, run_dir)
         with torch.inference_mode():
-            weights = open_weights(spec, self._arithmetic.dtype)
+            weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
             served = replace(spec, max_context=config.max_context)
             blocks = self._arithmetic.blocks
             self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)

@@ -57,6 +57,11 @@ class CpuArithmetic:
             return cls(torch.float32, torch.float32, blocks, None, text)
         return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels")
 
+    @property
+    def lazy(self) -> bool:
+        """Whether the blocks take matrices as the file has them, see `open_weights`."""
+        return isinstance(self.blocks, QuantBlocks)
+
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
         """The cache of `num_pages` pages, and what reads it."""
         sizes = {"num_pages": num_pages, "page_size": page_size}
