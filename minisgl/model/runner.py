@@ -53,11 +53,11 @@ class Runner:
         """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
         engine, spec = config.engine, config.model
         threads = threads_per_rank(engine)
-        torch.set_num_threads(threads)
         with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
             torch.set_num_interop_threads(1)
         self._config = config
         self._arithmetic = CpuArithmetic.choose(engine, spec, threads)
+        torch.set_num_threads(self._arithmetic.torch_threads)
         if rank == 0:
             to_stderr(self._arithmetic.text)
         self._shard = Shard.of(spec, rank, engine.tp)
