@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import oracle_spec
+from tiny_models import needs_compiler
 
 from minisgl.model.cpu import build
 from minisgl.model.cpu.attention import KernelAttention
@@ -36,7 +37,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=needs_compiler) for name in SETS])
 def run(request: pytest.FixtureRequest, libraries: None) -> Kernels:
     flags = build.processor()
     if request.param == "avx2" and not {"avx2", "fma", "f16c", "bmi2"} <= set(flags.split()):
@@ -286,6 +287,7 @@ def test_attention_of_a_row_does_not_depend_on_its_neighbours(run: Kernels) -> N
         assert torch.equal(scene.step([row], [scene.contexts[row]], [1])[0], together[row])
 
 
+@needs_compiler
 def test_the_second_start_compiles_nothing(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     build.load_kernels()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import Driver, config_for, save_architecture, save_qwen3
+from tiny_models import Driver, config_for, needs_compiler, save_architecture, save_qwen3
 
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
@@ -91,6 +91,7 @@ def test_a_request_gets_the_same_logits_whatever_runs_beside_it(
         assert all(torch.equal(a, b) for a, b in zip(alone, mine, strict=True))
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "qwen3-moe", "gpt-oss", "smollm3"])
 def test_eight_bits_are_near_float32_and_torch_does_the_same_as_c(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +142,19 @@ def perplexity(blocks: CpuBlocks, attention: Any, lazy: bool) -> tuple[float, to
     return float(losses.exp()), logits
 
 
+def test_without_a_compiler_the_default_computes_what_float32_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the kinds that are asked for are computed in torch."""
+    save_qwen3(tmp_path)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    default, exact, eight = (
+        torch.stack([x for row in logits_of(tmp_path, monkeypatch, prompts(2), quantization=k) for x in row])
+        for k in ("auto", "none", "int8")
+    )
+    assert torch.equal(default, exact)
+    assert 0 < (eight - exact).norm() / exact.norm() < 0.12
+
+
+@needs_compiler
 def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None:
     spec, shard = resolve(None), Shard.of(resolve(None), 0, 1)
     torch.set_num_threads(1)
@@ -155,6 +169,7 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     assert (mine - theirs).norm() / theirs.norm() < 0.05
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -169,6 +184,7 @@ def test_the_start_says_which_arithmetic_was_chosen(settings: dict[str, Any], wo
     assert words in CpuArithmetic.choose(EngineConfig(**settings), resolve(None), 1).text
 
 
+@needs_compiler
 def test_the_start_says_that_experts_stay_in_float32(tmp_path: Path) -> None:
     save_architecture(tmp_path, "qwen3-moe")
     assert "experts in float32, C kernels" in CpuArithmetic.choose(EngineConfig(), resolve(str(tmp_path)), 1).text
