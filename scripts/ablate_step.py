@@ -44,7 +44,8 @@ class Ready:
     """Stands in for a part: gives out a buffer of the right shape."""
 
     def __init__(self, width: int) -> None:
-        self._width, self._made = width, {}  # type: ignore[var-annotated]
+        self._width = width
+        self._made: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
         rows = x.values if isinstance(x, Quantized | Scaled) else x
@@ -170,7 +171,7 @@ def attention_tries(_: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
         for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (3, 4)):
             if block // warps not in (16, 32, 64) or stages * block > 256 + 128:
                 continue
-            setting = {"block": block, "warps": warps, "stages": stages}
+            setting: dict[str, Any] = {"block": block, "warps": warps, "stages": stages}
             yield (
                 json.dumps({"splits": splits, **setting}),
                 [
@@ -205,7 +206,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
         return change
 
-    mlps = [la.mlp for la in bench.runner._model.layers]
+    mlps: list[Any] = [la.mlp for la in bench.runner._model.layers]
     yield "no silu in the product", [mock.patch.object(m, "gated", apart(m.gated)) for m in mlps]
     yield "library everywhere", with_settings(lambda *_, **__: None)
     for name, (n, k, gated) in products(bench.spec).items():
@@ -263,9 +264,9 @@ def main() -> int:
             pool.map(compile_share, jobs, chunksize=1)
     bench = Bench(args.shape, points, args.prefill, **engine)
     print(json.dumps({"shape": args.shape, **engine, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
-    runs = [(f"decode {r} rows, context {c}", r, lambda r=r, c=c: bench.decode(r, c)) for r, c in points]
+    runs = [(f"decode {r} rows, context {c}", r, partial(bench.decode, r, c)) for r, c in points]
     if args.prefill:
-        runs.append((f"prefill {args.prefill}", args.prefill, lambda: bench.prefill(args.prefill)))
+        runs.append((f"prefill {args.prefill}", args.prefill, partial(bench.prefill, args.prefill)))
     variants = {None: parts, "products": product_tries, "attention": attention_tries}[args.tries]
     for name, rows, run in runs:
         run()

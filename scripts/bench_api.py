@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,7 @@ def server(rate: float, tokenizers: int = 1) -> Iterator[Server]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         try:
+            assert process.stdout is not None
             port = int(process.stdout.readline())
             ready = Server(port, process.pid)
             while b"200" not in ready.get("/ready").split(b"\r\n", 1)[0]:
@@ -143,6 +145,7 @@ class Streams:
     def poll(self, seconds: float) -> None:
         for key, _ in self.selector.select(seconds):
             i, sock = key.data, key.fileobj
+            assert isinstance(sock, socket.socket)
             data = sock.recv(1 << 18)
             now = time.monotonic()
             if not self.last[i] and not self.events[i] and b" 200 " not in data[:20]:
@@ -171,6 +174,7 @@ class Streams:
 
     def close(self) -> None:
         for key in list(self.selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
             key.fileobj.close()
         self.selector.close()
 
@@ -180,7 +184,7 @@ def report(measure: str, value: object, unit: str, must: str, **config: object) 
 
 
 # ---------------- the measures
-def run_streams(rate: float, seconds: float) -> dict[str, object]:
+def run_streams(rate: float, seconds: float) -> dict[str, Any]:
     """STREAMS streams to their end, `rate` tokens a second each; counted from when all of them have begun."""
     tokens = int(rate * seconds)
     with server(rate) as s:

@@ -5,7 +5,8 @@
 llama.cpp is built from the llama-cpp-python of PyPI in a virtual environment of its own (once; takes minutes), and reads the
 same GGUF file through its own batch interface: as many sequences as there are streams, one token of each in every call, which
 is what its server does with as many slots.  transformers runs in float32 from this repository's environment.  Ours is measured
-twice: the whole engine with all its processes, and the bare loop of its CPU worker, which llama.cpp's figures compare with.
+three times: the bare loop of its CPU worker, which llama.cpp's figures compare with; the whole engine with all its processes,
+offline; and the server, over HTTP, with answers streamed to a client on the same cores.
 
 One JSON line per measure; ratios are of medians over the rounds.
 """
@@ -13,6 +14,7 @@ One JSON line per measure; ratios are of medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
@@ -97,12 +99,13 @@ class Loop:
     """The CPU worker's runner without the other processes."""
 
     def __init__(self, streams: int, threads: int, quantization: str) -> None:
+        from minisgl.model.threads import prepare_environment
+
+        prepare_environment(threads)  # before torch is loaded
         from minisgl.config import Config, EngineConfig
         from minisgl.model.resolve import resolve
         from minisgl.model.runner import Runner
-        from minisgl.model.threads import prepare_environment
 
-        prepare_environment(threads)
         engine = EngineConfig(
             max_running=streams,
             step_tokens=streams + LONG,
@@ -182,6 +185,56 @@ class Engine:
         """With everything that is between a request and its first token."""
         return LONG / self._timed([ids(LONG, 0)], 1)
 
+    def close(self) -> None:
+        self.llm.close()
+
+
+class Http:
+    """The server, and a client that reads streams without taking them apart."""
+
+    def __init__(self, streams: int, threads: int, quantization: str) -> None:
+        settings = {"cache": "none", "threads": threads, "quantization": quantization, "port": 0}
+        settings |= {"max-running": max(streams, 2), "step-tokens": max(LONG, streams + 64)}
+        flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        self.server = subprocess.Popen([sys.executable, "-m", "minisgl", *flags], stderr=subprocess.PIPE, text=True)
+        assert self.server.stderr is not None
+        ready = next((line for line in self.server.stderr if line.startswith("ready")), None)
+        if ready is None:
+            raise SystemExit("the server ended; see its message above")
+        self.port = int(ready.split()[4].rsplit(":", 1)[1].split("/")[0])
+
+    async def _ask(self, prompt: list[int], tokens: int) -> None:
+        body = {"model": "SmolLM2-135M-Instruct", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+        raw = json.dumps(body | {"ignore_eos": True}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        answer = bytearray()
+        while more := await reader.read(1 << 16):
+            answer += more
+        writer.close()
+        if b'"finish_reason":"length"' not in answer.replace(b": ", b":"):
+            raise SystemExit(f"an unexpected answer: {answer[:500]!r}")
+
+    def _timed(self, prompts: list[list[int]], tokens: int) -> float:
+        async def all_of_them() -> None:
+            await asyncio.gather(*(self._ask(p, tokens) for p in prompts))
+
+        start = time.perf_counter()
+        asyncio.run(all_of_them())
+        return time.perf_counter() - start
+
+    def decode(self, streams: int, tokens: int) -> float:
+        prompts = [ids(PROMPT, s) for s in range(streams)]
+        return streams * tokens / (self._timed(prompts, tokens + 1) - self._timed(prompts, 1))
+
+    def prefill(self) -> float:
+        return LONG / self._timed([ids(LONG, 0)], 1)
+
+    def close(self) -> None:
+        self.server.terminate()
+        self.server.wait(timeout=20)
+
 
 class Transformers:
     """One static batch."""
@@ -216,8 +269,8 @@ def serve(make: Any) -> None:
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         print(json.dumps(getattr(contender, name)(*arguments)), flush=True)
-    if isinstance(contender, Engine):
-        contender.llm.close()
+    if isinstance(contender, Engine | Http):
+        contender.close()
 
 
 class Peer:
@@ -244,17 +297,20 @@ class Peer:
         return float(self._answer())
 
     def memory_mb(self) -> int:
-        """Proportional set size of the process and its children."""
-        total = 0
+        """Proportional set size of the process and all below it."""
+        parents, sizes = {}, {}
         for status in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int((status / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if self.process.pid in (parent, int(status.name)):
-                    rollup = (status / "smaps_rollup").read_text()
-                    total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+                parents[int(status.name)] = int((status / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                rollup = (status / "smaps_rollup").read_text()
+                sizes[int(status.name)] = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
             except (OSError, ValueError):
                 continue
-        return total // 1000
+
+        def below(pid: int) -> int:
+            return sizes.get(pid, 0) + sum(below(child) for child, parent in parents.items() if parent == pid)
+
+        return below(self.process.pid) // 1000
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -281,7 +337,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--without", nargs="*", default=[], choices=["engine", "transformers", "llama.cpp"])
+    parser.add_argument("--without", nargs="*", default=[], choices=["loop", "engine", "http", "transformers", "llama.cpp"])
     parser.add_argument("--peers", type=Path, help="environment of llama.cpp (minisgl/bench-llama-cpp in the user's cache)")
     parser.add_argument("--quantization", default="auto", help="of ours")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -295,7 +351,7 @@ def main() -> None:
         if args.serve == "transformers":
             serve(lambda: Transformers(most, threads))
         else:
-            serve(lambda: {"loop": Loop, "engine": Engine}[args.serve](most, threads, args.quantization))
+            serve(lambda: {"loop": Loop, "engine": Engine, "http": Http}[args.serve](most, threads, args.quantization))
         return
     from reference import provenance
 
@@ -315,7 +371,7 @@ def main() -> None:
         )
     )
     peers: dict[str, Peer] = {}
-    for name in ("loop", "engine", "llama.cpp", "transformers"):
+    for name in ("loop", "engine", "http", "llama.cpp", "transformers"):
         if name not in args.without:
             python = (
                 llama_python(args.peers or cache_directory() / "bench-llama-cpp") if name == "llama.cpp" else sys.executable
@@ -335,19 +391,18 @@ def main() -> None:
     for name, peer in peers.items():
         print(json.dumps({"contender": name, "seconds to ready": round(peer.ready, 2), "memory MB": peer.memory_mb()}))
         peer.close()
-    print("\n| tok/s (median) | " + " | ".join(peers) + " | loop / llama.cpp | engine / llama.cpp |")
-    print("|---" * (len(peers) + 3) + "|")
+    pairs = [("loop", "llama.cpp"), ("http", "llama.cpp"), ("http", "loop"), ("http", "transformers")]
+    pairs = [(a, b) for a, b in pairs if {a, b} <= set(peers)]
+    print(f"\n| tok/s (median) | {' | '.join([*peers, *(f'{a} / {b}' for a, b in pairs)])} |")
+    print("|---" * (len(peers) + len(pairs) + 1) + "|")
     for measure, by in found.items():
         print(json.dumps({"measure": measure, "runs": {k: [round(x, 1) for x in v] for k, v in by.items()}}), file=sys.stderr)
         median = {name: statistics.median(v) for name, v in by.items()}
-        ratios = [
-            f"{median[a] / median['llama.cpp']:.2f}" if {a, "llama.cpp"} <= set(median) else "-" for a in ("loop", "engine")
-        ]
-        print(
-            f"| {measure} | "
-            + " | ".join(f"{median[n]:.1f}" if n in median else "-" for n in peers)
-            + f" | {' | '.join(ratios)} |"
-        )
+        cells = [f"{median[n]:.1f}" if n in median else "-" for n in peers]
+        cells += [f"{median[a] / median[b]:.2f}" if {a, b} <= set(median) else "-" for a, b in pairs]
+        print(f"| {measure} | {' | '.join(cells)} |")
+    firsts = (f"{LONG / statistics.median(found['prefill'][n]) * 1e3:.0f}" for n in peers)
+    print(f"| time to first token, prompt of {LONG}, ms | {' | '.join(firsts)} |{' - |' * len(pairs)}")
 
 
 if __name__ == "__main__":

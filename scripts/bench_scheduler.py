@@ -15,11 +15,12 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from reference import provenance
 
-from minisgl.actors.machine import Add, Limits, StepMachine
+from minisgl.actors.machine import Add, Event, Limits, StepMachine
 from minisgl.actors.queue import Request
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import StepResult
@@ -41,8 +42,14 @@ def random_ids(n: int) -> np.ndarray:
 class Driver:
     """A machine whose results come back at once, as those of an infinitely fast worker at the machine's lag."""
 
-    def __init__(self, **limits: object) -> None:
-        settings = {"page_size": PAGE, "max_context": 40_000, "lag": 2, "vocab_size": VOCAB, "eos_ids": (2,)} | limits
+    def __init__(self, **limits: Any) -> None:
+        settings: dict[str, Any] = {
+            "page_size": PAGE,
+            "max_context": 40_000,
+            "lag": 2,
+            "vocab_size": VOCAB,
+            "eos_ids": (2,),
+        } | limits
         self.machine = StepMachine(Limits(**settings))
         self.now = 0.0
         self.uid = 0
@@ -55,7 +62,7 @@ class Driver:
     def step(self, adds: list[Add]) -> float:
         """One step; returns its CPU milliseconds, publishing included."""
         inflight = self.machine.inflight
-        events: list[object] = list(adds)
+        events: list[Event] = list(adds)
         if len(inflight) >= self.machine.limits.lag:
             sent = inflight[0]
             events.append(StepResult(sent.step, RNG.integers(3, VOCAB, len(sent.slots), dtype=np.int32), 3000))

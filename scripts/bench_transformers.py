@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from reference import greedy, load_transformers, prompts, provenance
@@ -49,7 +50,7 @@ def main() -> None:
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     model = load_transformers(spec, threads)
 
-    def timed(run, tokens: int) -> float:
+    def timed(run: Callable[[], list[list[int]]], tokens: int) -> float:
         begin = time.perf_counter()
         answers = run()
         seconds = time.perf_counter() - begin

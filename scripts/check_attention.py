@@ -65,7 +65,7 @@ class Case:
             part.copy_(torch.randn(part.shape, device="cuda", generator=generator).to(heads.kv_dtype))
         slots = np.arange(len(chunks), dtype=np.int32)
         self.chunks = Chunks(new, self.total, slots, pages)
-        on_device = [torch.from_numpy(x).cuda() for x in (slots, self.total)]
+        on_device = torch.from_numpy(slots).cuda(), torch.from_numpy(self.total).cuda()
         self.rows = DecodeRows(*on_device, 4, self.total, pages)
         shape = (int(new.sum()), heads.num_heads, heads.head_dim)
         self.q = torch.randn(shape, device="cuda", generator=generator).to(heads.dtype)

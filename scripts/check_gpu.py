@@ -109,7 +109,7 @@ def tiny(directory: str, kind: str, heads: int, kv_heads: int, dim: int) -> Mode
 class Harness:
     """One runner, its logits recorded, driven by plans for slots 0..n with scattered pages."""
 
-    def __init__(self, runner: object, pages: int, page_size: int) -> None:
+    def __init__(self, runner: Any, pages: int, page_size: int) -> None:
         self.runner, self.size = runner, page_size
         self.logits: list[torch.Tensor] = []
         self.step = 0
@@ -121,7 +121,7 @@ class Harness:
         inner = owner._model
 
         def spy(ids: torch.Tensor, positions: torch.Tensor, rows: object, attend: object) -> torch.Tensor:
-            out = inner(ids, positions, rows, attend)
+            out: torch.Tensor = inner(ids, positions, rows, attend)
             if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
                 self.logits.append(out.float().cpu())
             return out
@@ -248,7 +248,7 @@ def check_paths(spec: ModelSpec) -> None:
         with gpu(spec, eager=eager, dtype="float32") as harness:
             rng = random.Random(2)
             texts = [(s, [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 90))], True) for s in range(23)]
-            warm = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+            warm: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
             out = [harness.run(texts[:3], [], join=True), harness.run(texts[3:], [], join=True, **warm)]
             for n in (23, 23, 5, 1, 17, 23):  # several graphs, and back
                 out.append(harness.run([], list(range(n))))
@@ -375,8 +375,8 @@ def check_accuracy(spec: ModelSpec, tokenizer: Any) -> None:
             inner = harness.runner._steps._model
             kept: list[torch.Tensor] = []
 
-            def every_row(ids: torch.Tensor, positions: torch.Tensor, rows: object, attend: object) -> torch.Tensor:
-                logits = inner(ids, positions, None, attend)
+            def every_row(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: object) -> torch.Tensor:
+                logits: torch.Tensor = inner(ids, positions, None, attend)
                 kept.append(torch.log_softmax(logits.float(), -1))
                 return logits[rows]
 
@@ -408,7 +408,8 @@ def soak(seconds: float) -> None:
     rng = random.Random(4)
     counts = {"finished": 0, "cancelled": 0, "tokens": 0, "errors": 0}
     with LLM(random_shape("qwen3-0.6b"), device="cuda", kv_tokens=60_000, step_tokens=4096) as llm:
-        gateway, open_ids = llm.system.gateway, {}
+        gateway = llm.system.gateway
+        open_ids: dict[int, bool] = {}
         shared = [[rng.randrange(9000) for _ in range(700)] for _ in range(6)]
         end = time.monotonic() + seconds
         while time.monotonic() < end or open_ids:

@@ -108,7 +108,9 @@ class Rank:
     def sums(self, rows: int, width: int, dtype: torch.dtype) -> None:
         steps = REPEATS if rows * width < 1 << 20 else 10
         inputs = [values(self.rank, step, rows, width, dtype) for step in range(steps)]
-        want = [sum(values(r, step, rows, width, dtype).float() for r in range(self.size)) for step in range(steps)]
+        want = [
+            torch.stack([values(r, step, rows, width, dtype).float() for r in range(self.size)]).sum(0) for step in range(steps)
+        ]
         name = str(dtype).removeprefix("torch.")
         one_shot = isinstance(self.parallel, CudaParallel) and self.parallel.is_one_shot(inputs[0])
         self.run(f"sum {rows}x{width} {name}", inputs, want, TOLERANCE[dtype], one_shot=one_shot)
@@ -164,7 +166,9 @@ def rank_main(rank: int, kind: Kind, size: int, run_dir: str, *, bench: bool, re
             for case in GATHERS:
                 checks.gathers(*case)
             if bench and kind == "nccl":
-                checks.bench(CudaParallel(rank, size, torch.distributed.group.WORLD, None))
+                world = torch.distributed.group.WORLD
+                assert world is not None
+                checks.bench(CudaParallel(rank, size, world, None))
         torch.cuda.synchronize()
         parallel.close()
         tell("close", True, {}, "")

@@ -48,7 +48,7 @@ def report(bench: Bench, us: float, top: int, **about: object) -> None:
         bench.again(REPEATS)
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if str(event.device_type) == "DeviceType.CUDA":
             by_name[event.name].append(event.device_time)
     kernels = sum(len(t) for n, t in by_name.items() if not n.startswith("Mem")) / REPEATS
     print(json.dumps({**about, "step_us": round(us), "kernels": round(kernels)}), flush=True)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from reference import provenance
 from tune_kernels import graph_us, say
@@ -78,7 +79,7 @@ def main() -> int:
     weights, settings = Weights(rand(e, 2 * inner, outer), rand(e, outer, inner)), Settings(top, spec.norm_topk)
     for tokens in args.tokens:
         inputs = [(rand(tokens, outer), rand(tokens, e) * 30) for _ in range(INPUTS)]
-        hit = sum(len(route(logits, top, True)[0].unique()) for _, logits in inputs) / INPUTS
+        hit = sum(len(np.unique(route(logits, top, True)[0].cpu().numpy())) for _, logits in inputs) / INPUTS
         least = hit * 3 * inner * outer * 2 / args.bandwidth * 1e6
         chosen = choose(tokens, top, e)
         want = experts(*inputs[0], weights, settings).float().sum(0)

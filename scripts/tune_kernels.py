@@ -53,7 +53,7 @@ def graph_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -177,6 +177,11 @@ def work(attention: bool, linear: bool) -> Iterator[tuple[str, Any]]:
                         yield "linear", (f"{model} {name}", rows, shape, setting)
 
 
+def attend(inputs: tuple[Any, ...], workspace: DecodeWorkspace, **setting: Any) -> torch.Tensor:
+    q, keys, values, table, slots, lens, _ = inputs
+    return decode_attention(q, keys, values, table, slots, lens, workspace, **setting)
+
+
 def tune_attention() -> None:
     for name, (heads, kv, rows, context) in ATTENTION.items():
         for fp8 in (False, True):
@@ -189,7 +194,7 @@ def tune_attention() -> None:
                 ws = DecodeWorkspace(rows, splits, heads, kv, 128, torch.device("cuda"))
                 for setting in attention_settings(fp8):
                     try:
-                        us = graph_us([partial(decode_attention, *i[:6], ws, **setting) for i in inputs], 9)
+                        us = graph_us([partial(attend, i, ws, **setting) for i in inputs], 9)
                     except Exception as e:
                         print(name, setting, repr(e)[:120], file=sys.stderr)
                         continue

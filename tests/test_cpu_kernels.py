@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import oracle_spec
+from tiny_models import needs_compiler
 
 from minisgl.model.cpu import build
 from minisgl.model.cpu.attention import KernelAttention
 from minisgl.model.cpu.kernels import Kernels, Norm, PackedWeight
 from minisgl.model.cpu.packed import Groups, from_gguf, interleave, quantise, round_trip, tile
+from minisgl.model.cpu.stored import FLOATS, KINDS
 from minisgl.model.layers import QKNorm, act_mul
 from minisgl.model.rope import Rope
 from minisgl.model.state import Batch
@@ -35,7 +37,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=needs_compiler) for name in SETS])
 def run(request: pytest.FixtureRequest, libraries: None) -> Kernels:
     flags = build.processor()
     if request.param == "avx2" and not {"avx2", "fma", "f16c", "bmi2"} <= set(flags.split()):
@@ -117,6 +119,33 @@ def test_the_numbers_of_a_file_are_kept(kind: gguf.GGMLQuantizationType) -> None
     raw = gguf.quantize(rand(24, 96).numpy(), kind)
     values = from_gguf(torch.from_numpy(raw), int(kind)).values()
     assert torch.equal(values, torch.from_numpy(gguf.dequantize(raw, kind)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_rounds_as_torch_does(run: Kernels, bits: int, dtype: torch.dtype) -> None:
+    """Bitwise, whatever tiles the matrices share, and of columns of a larger matrix, as a rank has them."""
+    widths = (64, 96) if bits == 4 else (64, 96, 40)
+    for inputs in widths:
+        parts = [(rand(n, inputs, seed=n) * 3 + 0.2).to(dtype) for n in (5, 16, 37)]
+        parts[0][1] = 0
+        parts[1][2, :32] = 7e-6  # a step that is subnormal
+        of_rank = torch.cat((parts[1], parts[1]), 1)[:, inputs:]
+        kind = FLOATS[dtype]
+        expected = tile([quantise(w, bits) for w in parts])
+        assert torch.equal(run.pack([(w, kind) for w in (parts[0], of_rank, parts[2])], inputs, bits), expected)
+    gate, up = (rand(48, 64, seed=s).to(dtype) for s in (1, 2))
+    expected = interleave(tile([quantise(gate, bits)]), tile([quantise(up, bits)]))
+    assert torch.equal(run.pack([(gate, kind), (up, kind)], 64, bits, in_turns=True), expected)
+
+
+@pytest.mark.parametrize(
+    "kind", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0]
+)
+def test_packing_keeps_the_numbers_of_a_file(run: Kernels, kind: gguf.GGMLQuantizationType) -> None:
+    parts = [torch.from_numpy(gguf.quantize(rand(n, 96, seed=n).numpy(), kind)) for n in (9, 40)]
+    expected = tile([from_gguf(p, int(kind)) for p in parts])
+    assert torch.equal(run.pack([(p, int(kind)) for p in parts], 96, KINDS[int(kind)]), expected)
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.08), (8, 0.006)])
@@ -258,6 +287,7 @@ def test_attention_of_a_row_does_not_depend_on_its_neighbours(run: Kernels) -> N
         assert torch.equal(scene.step([row], [scene.contexts[row]], [1])[0], together[row])
 
 
+@needs_compiler
 def test_the_second_start_compiles_nothing(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     build.load_kernels()
 

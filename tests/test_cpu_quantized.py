@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import Driver, config_for, save_architecture, save_qwen3
+from tiny_models import Driver, config_for, needs_compiler, save_architecture, save_qwen3
 
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
@@ -91,6 +91,7 @@ def test_a_request_gets_the_same_logits_whatever_runs_beside_it(
         assert all(torch.equal(a, b) for a, b in zip(alone, mine, strict=True))
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "qwen3-moe", "gpt-oss", "smollm3"])
 def test_eight_bits_are_near_float32_and_torch_does_the_same_as_c(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,10 +109,25 @@ def test_eight_bits_are_near_float32_and_torch_does_the_same_as_c(
     assert 0 < (c - fallback).norm() / exact.norm() < 0.05  # rounding the other way moves later activations
 
 
-def perplexity(blocks: CpuBlocks, attention: Any) -> tuple[float, torch.Tensor]:
+@pytest.mark.parametrize("name", ["qwen3-moe", "phi3"])
+def test_matrices_as_they_are_stored_give_what_their_copies_in_float32_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_architecture(tmp_path, name).bfloat16().save_pretrained(tmp_path)
+    ids = prompts(2)
+    lazy = logits_of(tmp_path, monkeypatch, ids, quantization="int8")
+    monkeypatch.setattr(CpuArithmetic, "lazy", False)
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(lazy, logits_of(tmp_path, monkeypatch, ids, quantization="int8"), strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def perplexity(blocks: CpuBlocks, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
     """Of TEXT under the embedded model, and the logits."""
     spec = resolve(None)
-    weights = open_weights(spec, torch.float32)
+    weights = open_weights(spec, torch.float32, lazy=lazy)
     with torch.inference_mode():
         model = model_class(spec.architecture)(spec, Shard.of(spec, 0, 1), weights, Parallel(), blocks)
         ids = np.array([1, *load_tokenizer(spec).encode(TEXT, False)], np.int32)
@@ -126,13 +142,26 @@ def perplexity(blocks: CpuBlocks, attention: Any) -> tuple[float, torch.Tensor]:
     return float(losses.exp()), logits
 
 
+def test_without_a_compiler_the_default_computes_what_float32_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the kinds that are asked for are computed in torch."""
+    save_qwen3(tmp_path)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    default, exact, eight = (
+        torch.stack([x for row in logits_of(tmp_path, monkeypatch, prompts(2), quantization=k) for x in row])
+        for k in ("auto", "none", "int8")
+    )
+    assert torch.equal(default, exact)
+    assert 0 < (eight - exact).norm() / exact.norm() < 0.12
+
+
+@needs_compiler
 def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None:
     spec, shard = resolve(None), Shard.of(resolve(None), 0, 1)
     torch.set_num_threads(1)
     found = {}
     for kind in ("none", "auto"):
         arithmetic = CpuArithmetic.choose(EngineConfig(quantization=kind), spec, 1)
-        found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16))
+        found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16), arithmetic.lazy)
     assert isinstance(arithmetic.blocks, QuantBlocks)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()
@@ -140,6 +169,7 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     assert (mine - theirs).norm() / theirs.norm() < 0.05
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -154,6 +184,7 @@ def test_the_start_says_which_arithmetic_was_chosen(settings: dict[str, Any], wo
     assert words in CpuArithmetic.choose(EngineConfig(**settings), resolve(None), 1).text
 
 
+@needs_compiler
 def test_the_start_says_that_experts_stay_in_float32(tmp_path: Path) -> None:
     save_architecture(tmp_path, "qwen3-moe")
     assert "experts in float32, C kernels" in CpuArithmetic.choose(EngineConfig(), resolve(str(tmp_path)), 1).text

@@ -8,6 +8,7 @@ from conftest import EOS, VOCAB, World, oracle_config, random_traffic
 
 from minisgl.actors import machine as machine_module
 from minisgl.actors.machine import StepMachine
+from minisgl.actors.messages import Stats
 from minisgl.model.oracle import reference
 from minisgl.plan import BIAS, EXTRA, Scores, StepPlan, StepResult
 from minisgl.types import Finish
@@ -272,3 +273,20 @@ def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> Non
     w.machine.step([StepResult(inflight.step, np.zeros(1, np.int32), busy_us=1200, idle_us=3, launch_us=80)], 0.0)
     stats = w.machine.stats()
     assert (stats["busy_us"], stats["idle_us"], stats["launch_us"]) == (1200, 3, 80)
+
+
+def test_statistics_are_not_told_between_two_steps_of_a_busy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1, oracle_config())
+    rest, send = [], world.scheduler.ctx.send
+
+    def watch(to: str, message: object) -> None:
+        if isinstance(message, Stats):
+            rest.append(world.machine.idle)
+        send(to, message)
+
+    monkeypatch.setattr(world.scheduler.ctx, "send", watch)
+    world.submit([1, 2, 3], 40)
+    world.system.run()
+    assert rest[-1]
+    assert len(rest) <= 3
+    world.close()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from minisgl.config import Config, EngineConfig
 from minisgl.model.resolve import resolve
 from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, PREFILL, StepPlan
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="there is no C compiler")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

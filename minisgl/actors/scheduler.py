@@ -189,7 +189,7 @@ class SchedulerActor(Actor):
             return True
         if self._look_again():
             return True
-        self._report(0.0)
+        self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # waiting for a step is no rest
         return False
 
     def _report(self, seconds: float) -> None:

@@ -14,6 +14,8 @@ from minisgl.model.cpu.stored import KINDS, note
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.shard import Range
 
+TABLE = "model.embed_tokens.weight"  # whose rows are looked up
+
 
 class GGUFWeights:
     """An open GGUF file; see `Weights`.  Names: gguf-py's constants.py (MODEL_TENSOR), biases like the weights."""
@@ -38,13 +40,14 @@ class GGUFWeights:
     }
     _IGNORE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # the first is part of the ModelSpec
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
+        """`lazy`: see `open_weights`."""
         self._file = GGUFFile.open(spec.path)
         # llama.cpp's files of this architecture alone rotate neighbours; see `halves_from_pairs`.
         pairs = self._file.fields.get("general.architecture") == "llama"
         self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
         self._head_dim = spec.head_dim
-        self._dtype = dtype
+        self._dtype, self._lazy = dtype, lazy
         self._taken: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
@@ -64,9 +67,13 @@ class GGUFWeights:
             part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch wants to be able to write
             return halves_from_pairs(part, self._head_dim) if pairs else part
 
-        start, end = cols or (0, shape[1])
-        out = in_pieces(read, rows or (0, shape[0]), end - start, self._dtype, self._head_dim if pairs else 1)
-        if (kind := self._file.tensors[stored].kind) in KINDS and start % GROUP == end % GROUP == 0:
+        (first, last), (start, end) = rows or (0, shape[0]), cols or (0, shape[1])
+        kept = (kind := self._file.tensors[stored].kind) in KINDS and start % GROUP == end % GROUP == 0
+        if kept and self._lazy and name != TABLE:
+            out = torch.empty(last - first, end - start, device="meta")
+        else:
+            out = in_pieces(read, (first, last), end - start, self._dtype, self._head_dim if pairs else 1)
+        if kept:
             note(out, lambda: self._stored(stored, rows, cols, pairs), kind)
         return out
 

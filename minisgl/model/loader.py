@@ -18,14 +18,17 @@ from minisgl.model.safetensors_weights import SafetensorsWeights
 __all__ = ["Weights", "open_weights"]
 
 
-def open_weights(spec: ModelSpec, dtype: torch.dtype) -> Weights:
+def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Weights:
     """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU.
 
     Quantised ones are dequantised: to float32, then rounded to `dtype`.
+
+    With `lazy`, the matrices of products come as they are stored, where that is a floating-point type or one of the kinds of
+    minisgl.model.cpu.stored, which are shapes alone then, with a way to what the file has of them.
     """
     match spec.format:
         case "random":
             return RandomWeights(dtype, torch.device("cpu"))
         case "gguf":
-            return GGUFWeights(spec, dtype)
-    return SafetensorsWeights(spec, dtype)
+            return GGUFWeights(spec, dtype, lazy)
+    return SafetensorsWeights(spec, dtype, lazy)

@@ -53,17 +53,17 @@ class Runner:
         """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
         engine, spec = config.engine, config.model
         threads = threads_per_rank(engine)
-        torch.set_num_threads(threads)
         with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
             torch.set_num_interop_threads(1)
         self._config = config
         self._arithmetic = CpuArithmetic.choose(engine, spec, threads)
+        torch.set_num_threads(self._arithmetic.torch_threads)
         if rank == 0:
             to_stderr(self._arithmetic.text)
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = Parallel(rank, engine.tp, run_dir)
         with torch.inference_mode():
-            weights = open_weights(spec, self._arithmetic.dtype)
+            weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
             served = replace(spec, max_context=config.max_context)
             blocks = self._arithmetic.blocks
             self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)

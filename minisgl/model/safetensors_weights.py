@@ -20,6 +20,8 @@ DTYPES = ("F32", "F16", "BF16", "U8")  # bytes are numbers to all the others, to
 # Scales of activations and of the KV cache: neither is quantised by them here.
 _OTHER_SCALES = r"|.*\.(input|output|q|k|v)_scale|.*\.input_zero_point"
 
+_PRODUCT = re.compile(r".*\.self_attn\.\w+_proj\.weight|.*\.mlp\.\w+_proj\.weight|(.*\.)?lm_head\.weight")  # not of experts
+
 
 class Files:
     """All tensors of some files by name; remembers which were used."""
@@ -59,8 +61,9 @@ class Files:
 class SafetensorsWeights:
     """One *.safetensors file, or several with an index; see `Weights`."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
+        """`lazy`: see `open_weights`."""
+        self._dtype, self._lazy = dtype, lazy
         self._files = Files(spec.path)
         self._settings = settings_of(spec.weight_format)
         self._prefix = spec.weight_prefix
@@ -81,6 +84,8 @@ class SafetensorsWeights:
                 f"--model {self._files.path}: {name} has dtype {tensor.get_dtype()}; {', '.join(DTYPES)} are supported."
             )
         part = tensor[slice(*rows)] if rows else tensor[:, slice(*cols)] if cols else tensor[:]
+        if self._lazy and _PRODUCT.fullmatch(name) and part.dtype.is_floating_point:
+            return part  # type: ignore[no-any-return]
         return own(part, self._dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

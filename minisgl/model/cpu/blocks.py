@@ -14,8 +14,8 @@ from minisgl.model import layers
 from minisgl.model.blocks import CpuBlocks, Norm, Rows
 from minisgl.model.cpu import kernels
 from minisgl.model.cpu.kernels import Kernels, PackedWeight
-from minisgl.model.cpu.packed import GROUP, LANES, Groups, interleave, quantise, round_trip, tile
-from minisgl.model.cpu.stored import stored_groups
+from minisgl.model.cpu.packed import GROUP, LANES, Groups, quantise, round_trip
+from minisgl.model.cpu.stored import FLOATS, stored_bits, stored_groups, stored_rows, values
 
 
 class Normed:
@@ -91,11 +91,12 @@ class QuantBlocks(CpuBlocks):
     def linear(
         self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
     ) -> Callable[[Rows], Rows]:
-        parts, inputs = self._groups(weights), weights[0].shape[1]
+        inputs, bits = weights[0].shape[1], self._bits(weights)
         if self._run is None:
-            return TorchLinear(parts, inputs, bias)
-        outputs = sum(len(w) for w in weights)
-        return QuantLinear(PackedWeight(tile(parts), outputs, inputs, bias=bias), self._run)
+            groups = [stored_groups(w) if stored_bits(w) == bits else quantise(values(w), bits) for w in weights]
+            return TorchLinear(groups, inputs, bias)
+        blocks = self._run.pack(_parts(weights, bits), inputs, bits)
+        return QuantLinear(PackedWeight(blocks, sum(len(w) for w in weights), inputs, bias=bias), self._run)
 
     def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
         return PlainNorm(weight.float(), eps) if last else QuantNorm(weight, eps)
@@ -104,9 +105,9 @@ class QuantBlocks(CpuBlocks):
         if self._run is None or len(gate) % LANES or activation not in PackedWeight.GATED:
             both = self.linear(gate, up)
             return lambda x: layers.act_mul(both(x), activation)
-        parts = self._groups((gate, up))
-        tiles = interleave(*(tile([p]) for p in parts))
-        return QuantLinear(PackedWeight(tiles, 2 * len(gate), gate.shape[1], gated=activation), self._run)
+        inputs, bits = gate.shape[1], self._bits((gate, up))
+        blocks = self._run.pack(_parts((gate, up), bits), inputs, bits, in_turns=True)
+        return QuantLinear(PackedWeight(blocks, 2 * len(gate), inputs, gated=activation), self._run)
 
     def experts(
         self,
@@ -122,11 +123,22 @@ class QuantBlocks(CpuBlocks):
         run = super().experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
         return lambda x: run(plain(x))
 
-    def _groups(self, weights: tuple[torch.Tensor, ...]) -> list[Groups]:
-        """All in the same number of bits."""
-        stored = [stored_groups(w) for w in weights]
-        if self._kind != "int8" and all(s is not None and s.bits == 4 for s in stored):
-            return [s for s in stored if s is not None]
+    def _bits(self, weights: tuple[torch.Tensor, ...]) -> int:
+        """All of a product have the same."""
+        stored = [stored_bits(w) for w in weights]
+        if self._kind != "int8" and set(stored) == {4}:
+            return 4
         # The table of tokens is the head, too, where 4 bits cost most: it stays at 8 unless it is stored in 4.
-        bits = 4 if self._kind == "q4" and weights[0].shape[1] % GROUP == 0 and stored[0] is None else 8
-        return [s if s is not None and s.bits == bits else quantise(w, bits) for s, w in zip(stored, weights, strict=True)]
+        return 4 if self._kind == "q4" and weights[0].shape[1] % GROUP == 0 and not stored[0] else 8
+
+
+def _parts(weights: tuple[torch.Tensor, ...], bits: int) -> list[tuple[torch.Tensor, int]]:
+    """What `Kernels.pack` takes: stored rows where they have that many bits."""
+
+    def part(w: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if stored_bits(w) == bits:
+            return stored_rows(w)
+        numbers = w if w.dtype in FLOATS and not w.is_meta else values(w)
+        return numbers, FLOATS[numbers.dtype]
+
+    return [part(w) for w in weights]

@@ -32,6 +32,7 @@ class CpuArithmetic:
     blocks: CpuBlocks
     run: Kernels | None  # of attention, too
     text: str
+    torch_threads: int  # what is left to torch beside C kernels is too little to share, and its threads would be in the way
 
     @classmethod
     def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
@@ -42,20 +43,25 @@ class CpuArithmetic:
         kind, dtype = engine.quantization, _DTYPES[engine.dtype]
         plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
         if not engine.eight_bits:
-            return cls(dtype, dtype, CpuBlocks(dtype), None, plain)
+            return cls(dtype, dtype, CpuBlocks(dtype), None, plain, threads)
         text = f"weights in {_WEIGHTS[kind]}, " + "experts in float32, " * (spec.num_experts > 0)
         try:
             run = Kernels(threads)
         except NoKernels as e:
             slower = f", several times slower than 8 bits on C kernels: {e}"
             if kind == "auto":
-                return cls(dtype, dtype, CpuBlocks(dtype), None, plain + slower)
-            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, f"{text}in torch{slower}")
+                return cls(dtype, dtype, CpuBlocks(dtype), None, plain + slower, threads)
+            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, f"{text}in torch{slower}", threads)
         blocks = QuantBlocks(kind, run)
         if not can_attend(spec, engine.page_size):
             text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
-            return cls(torch.float32, torch.float32, blocks, None, text)
-        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels")
+            return cls(torch.float32, torch.float32, blocks, None, text, threads)
+        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels", threads if spec.num_experts else 1)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the blocks take matrices as the file has them, see `open_weights`."""
+        return isinstance(self.blocks, QuantBlocks)
 
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
         """The cache of `num_pages` pages, and what reads it."""

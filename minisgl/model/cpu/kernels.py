@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
+import numpy as np
 import torch
 
 from minisgl.model.cpu.build import load_kernels
-from minisgl.model.cpu.packed import BLOCK_BYTES, LANES
+from minisgl.model.cpu.packed import BLOCK_BYTES, GROUP, LANES
 
 
 class Weight(Structure):
@@ -24,6 +26,17 @@ class Norm(Structure):
     """`Norm` of csrc/linear.c."""
 
     _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+
+class Pack(Structure):
+    """`Pack` of csrc/pack.c."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("row_bytes", c_int64),
+        ("blocks", c_void_p),
+        *((name, c_int32) for name in ("kind", "n", "inputs", "groups", "bits", "first", "step", "shift")),
+    )
 
 
 class Layer(Structure):
@@ -58,9 +71,30 @@ class Kernels:
         self._attention = library.attention
         self._attention.argtypes = (POINTER(Layer), POINTER(Step), c_void_p, c_void_p, c_int32)
         self._attention.restype = None
+        self._pack = library.pack
+        self._pack.argtypes, self._pack.restype = (POINTER(Pack), c_int32), None
         self._scratch_bytes = library.scratch_bytes
         self._scratch_bytes.argtypes, self._scratch_bytes.restype = (c_int32, c_int32), c_int64
         self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def pack(
+        self, parts: Sequence[tuple[torch.Tensor, int]], inputs: int, bits: int, *, in_turns: bool = False
+    ) -> torch.Tensor:
+        """What `tile` makes of matrices on top of each other, or `interleave` of two whose rows are whole tiles: their blocks.
+
+        A part is [n, inputs] of float32, float16 or bfloat16, or the rows u8[n, bytes] of a GGUF type with that many bits; and
+        ggml's number of its type.
+        """
+        n_rows, groups, first = sum(len(rows) for rows, _ in parts), -(-inputs // GROUP), 0
+        # Fresh zero pages of the operating system, which are written to once.
+        blocks = torch.from_numpy(np.zeros((-(-n_rows // LANES), groups, BLOCK_BYTES[bits]), np.uint8))
+        for i, (rows, kind) in enumerate(parts):
+            place = (0, len(parts), i) if in_turns else (first, 1, 0)
+            whole = rows.contiguous()
+            source = (whole.data_ptr(), whole.stride(0) * whole.itemsize, blocks.data_ptr(), kind, len(whole))
+            self._pack(Pack(*source, inputs, groups, bits, *place), self.threads)
+            first += len(whole)
+        return blocks
 
     def linear(self, weight: PackedWeight, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
         """f32[T, K] -> f32[T, N].  A `delta` is added to x in place, then the norm applied."""

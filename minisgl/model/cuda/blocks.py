@@ -21,6 +21,9 @@ from minisgl.model.layers import Biases
 from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
+ONE_SCALE_ROWS = (
+    1024  # up to here the library's FP8 products with one scale are faster than those with one for each row and column
+)
 
 
 class Linear:
@@ -51,13 +54,11 @@ class Fp8Product:
         settings = choose(len(x), n, k, fp8=True, **options) or {}
         return few_rows(x, self.weight, settings, scales=self.scales, gated=options.get("gated", False))
 
-    def many(self, x: Quantized) -> Scaled:
-        """bfloat16, still to be scaled: the library's products are up to a third faster like that."""
+    def many(self, x: Quantized, *, whole: bool = False) -> Product:
+        """bfloat16 rows, still to be scaled if that makes the product faster and the next layer can (not `whole`)."""
+        if whole or len(x.values) > ONE_SCALE_ROWS:
+            return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
         return Scaled(self._scaled_mm(x.values, self._one, self._one), x.scales, self.scales)
-
-    def many_whole(self, x: Quantized) -> torch.Tensor:
-        """bfloat16 [T, N]."""
-        return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
 
     def _scaled_mm(self, x: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch._scaled_mm(
@@ -77,7 +78,7 @@ class Fp8Linear:
             if len(x) <= WEIGHT_ONLY_ROWS:
                 return self._product.few(x, whole=self._whole)
             x = layer.quantize_rows(x)
-        return self._product.many_whole(x) if self._whole else self._product.many(x)
+        return self._product.many(x, whole=self._whole)
 
 
 class Gated:
