@@ -87,8 +87,8 @@ def test_after_any_traffic_nothing_is_left_of_the_requests_that_have_ended(seed:
     for uid in live:
         engine.close(uid)
     g = front.gateway
-    assert (len(g._ledger), len(g._asked), len(g._tokenizing), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
-    assert [t.load for t in g._tokenizers] == [0, 0]
+    assert (len(g._ledger), len(g._asked), len(g._tokenizers._reading), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
+    assert g._tokenizers.loads == [0, 0]
     assert not engine._open
     assert sum(engine.metrics.finished.values()) > 20
 

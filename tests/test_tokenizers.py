@@ -94,7 +94,7 @@ def test_every_prompt_keeps_its_ids_whichever_tokenizer_reads_it(seed: int) -> N
             assert alphabet.setdefault(letter, token) == token
     assert len(set(alphabet.values())) == len(alphabet) == 8
     assert front.asked() == set(front.names)
-    assert [t.load for t in front.gateway._tokenizers] == [0, 0, 0]
+    assert front.gateway._tokenizers.loads == [0, 0, 0]
     assert all(isinstance(n, RequestError) and n.code == "no_chat_template" for n in front.news)
     close_arenas(front.fds)
 
@@ -105,9 +105,9 @@ def test_a_short_prompt_goes_to_a_tokenizer_that_does_not_read_a_long_one() -> N
     for _ in range(20):
         front.open("b" * 10)
     assert front.asked() == {"tokenizer", "tokenizer1"}
-    assert [t.load for t in front.gateway._tokenizers] == [4000, 200]
+    assert front.gateway._tokenizers.loads == [4000, 200]
     front.system.run()
-    assert [t.load for t in front.gateway._tokenizers] == [0, 0]
+    assert front.gateway._tokenizers.loads == [0, 0]
     close_arenas(front.fds)
 
 

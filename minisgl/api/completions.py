@@ -15,8 +15,6 @@ from minisgl.api.requests import Chunk, Engine
 from minisgl.api.stream import StreamedAnswer, Timings
 from minisgl.errors import RequestError
 
-parse_chat = serving.chat_request
-
 
 def parse_completions(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
     """Check the body of POST /v1/completions, for the model that is served.  Raises RequestError."""

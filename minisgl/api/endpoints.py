@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from minisgl.api import completions, embeddings, messages, native, responses
+from minisgl.api import completions, embeddings, messages, native, responses, serving
 from minisgl.api.http import check_unknown
 from minisgl.api.requests import Engine
 from minisgl.api.stream import StreamedAnswer
@@ -44,7 +44,7 @@ class Endpoint(Generic[R]):
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
-    "/v1/chat/completions": Endpoint(completions.parse_chat, completions.answer, completions.stream),
+    "/v1/chat/completions": Endpoint(serving.chat_request, completions.answer, completions.stream),
     "/v1/completions": Endpoint(completions.parse_completions, completions.answer, completions.stream),
     "/v1/embeddings": Endpoint(embeddings.parse_embeddings, embeddings.embed),
     "/v1/responses": Endpoint(responses.parse_responses, responses.respond, responses.stream),

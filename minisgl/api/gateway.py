@@ -24,12 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas, actor_names, tokenizer_names
+from minisgl.actors.arenas import Arenas, actor_names
 from minisgl.actors.board import Board
 from minisgl.actors.messages import (
     ActorDied,
     Cancel,
-    Detokenize,
     Detokenized,
     Embedded,
     EngineReady,
@@ -42,20 +41,19 @@ from minisgl.actors.messages import (
     Stats,
     Stopped,
     Text,
-    Tokenize,
     Tokenized,
     TokenizerInfo,
     Wake,
 )
-from minisgl.actors.ring import RingReader, RingWriter
+from minisgl.actors.ring import RingWriter
 from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.tokenizers import Tokenizers
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.grammar import too_complex
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
-_CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
 IMPOSSIBLE = -9999.0  # instead of minus infinity, as OpenAI and vLLM write it
 _MIX = 0x9E3779B97F4A7C15
 
@@ -77,21 +75,11 @@ class Entry:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that the next Text brings
 
 
-@dataclass(slots=True, eq=False)
-class _Tokenizer:
-    """A tokenizer as its clients see it."""
-
-    name: str
-    ring: RingReader
-    load: int = 0  # characters that it has not answered yet
-
-
 class Gateway(Actor):
     """See the module's docstring; implements the `Engine` protocol of minisgl.api.requests."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
-        tokenizers = config.server.num_tokenizers
         self.config = config
         self.num_pages = 0
         self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
@@ -99,17 +87,14 @@ class Gateway(Actor):
         self.stats: dict[str, int] = {}  # the scheduler's, at most a second old while it works
         self.tokenizer_info: dict[str, Any] = {}
         self._state = "starting"
-        self._tokenizers = [
-            _Tokenizer(n, RingReader(a)) for n, a in zip(tokenizer_names(tokenizers), arenas.prompts, strict=True)
-        ]
-        self._tokenizing: dict[int, tuple[_Tokenizer, int]] = {}  # who was asked, and to read how many characters
+        self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context)
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
         self._asked: dict[int, Callable[[Any], None]] = {}  # who waits for an answer of the tokenizer alone
         self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
         self._last_uid = 0
-        self._silent = set(actor_names(config.engine.tp, tokenizers))  # actors that have not said Hello
+        self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors that have not said Hello
         self._stopped: set[str] = set()
 
     # ---------------- the Engine protocol
@@ -139,36 +124,15 @@ class Gateway(Actor):
                 del self._ledger[entry.uid]
                 raise
             return entry.uid
-        self._send_text(entry.uid, prompt, entry.source)
+        self._tokenizers.send(entry.uid, prompt, entry.source)
         self._ledger[entry.uid] = entry
         return entry.uid
-
-    def _send_text(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str) -> None:
-        """To the tokenizer with the least to do.  Raises RequestError."""
-        size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
-        if size > _CHARS_PER_TOKEN * self.config.max_context + 4096:
-            raise context_overflow(
-                source, self.config.max_context, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {source}"
-            )
-        to = self._idlest()
-        try:
-            if isinstance(prompt, TextPrompt):
-                self.ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
-            else:
-                self.ctx.send(to.name, Tokenize(uid, None, prompt.payload, False))
-        except UnicodeEncodeError as e:
-            raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
-        self._tokenizing[uid] = to, size
-        to.load += size
-
-    def _idlest(self) -> _Tokenizer:
-        return min(self._tokenizers, key=lambda t: t.load)
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
         self._check_open()
         self._last_uid += 1
         source = _source(prompt, DEFAULT_OPTIONS)
-        self._send_text(self._last_uid, prompt, source)
+        self._tokenizers.send(self._last_uid, prompt, source)
         self._asked[self._last_uid] = take
         return self._last_uid
 
@@ -176,7 +140,7 @@ class Gateway(Actor):
         self._check_open()
         checked = self._check_ids(ids, "tokens")
         self._last_uid += 1
-        self.ctx.send(self._idlest().name, Detokenize(self._last_uid, checked, skip_special))
+        self._tokenizers.send_ids(self._last_uid, checked, skip_special)
         self._asked[self._last_uid] = take
         return self._last_uid
 
@@ -263,11 +227,7 @@ class Gateway(Actor):
     # ---------------- from the actors
     @on(Tokenized)
     def tokenized(self, m: Tokenized) -> None:
-        by, size = self._tokenizing.pop(m.uid)
-        by.load -= size
-        ids = np.frombuffer(by.ring.take_now(), np.int32)
-        if by.ring.starved():
-            self.ctx.send(by.name, Wake())
+        ids = self._tokenizers.take(m.uid)
         if (asked := self._asked.pop(m.uid, None)) is not None:
             asked(tuple(ids.tolist()))
             return
@@ -342,8 +302,7 @@ class Gateway(Actor):
 
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
-        if (tokenizing := self._tokenizing.pop(m.uid, None)) is not None:
-            tokenizing[0].load -= tokenizing[1]
+        self._tokenizers.drop(m.uid)
         kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
         error = RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
         if (asked := self._asked.pop(m.uid, None)) is not None:
