@@ -178,6 +178,27 @@ def test_a_call_that_was_cut_off_is_incomplete_in_both_shapes() -> None:
     play(engine, scene)
 
 
+# ---------------- the native endpoint
+def test_a_native_answer_has_the_form_that_its_sampling_parameters_ask_for() -> None:
+    forms = {"json_schema": json.dumps(SCHEMA), "regex": "[0-9]+", "ebnf": 'root ::= "x"'}
+    good = {"json_schema": '{"n": 5}', "regex": "42", "ebnf": "x"}
+
+    async def scene(http: Any) -> None:
+        for name, value in forms.items():
+            status, headers, _ = await ask(http, "/generate", {"text": "a", "sampling_params": {name: value}})
+            assert (status, headers.get("X-Ignored-Params")) == (200, None)
+        for bad in ({"regex": "("}, {"regex": "a", "ebnf": "root ::= x"}, {"json_schema": '{"type": "strnig"}'}):
+            for stream in (False, True):
+                body = {"text": "a", "sampling_params": bad, "stream": stream}
+                error = check_error(*await ask(http, "/generate", body))
+                assert error["param"] in bad
+
+    play(engine := Speaker("x"), scene)
+    for (_, params), (name, said) in zip(engine.opened, good.items(), strict=True):
+        assert admits(params.grammar, said), name
+        assert not admits(params.grammar, "no")
+
+
 # ---------------- Anthropic's
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_the_blocks_of_a_streamed_message_are_those_of_a_whole_one(size: int) -> None:

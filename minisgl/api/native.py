@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from minisgl.api import serving
 from minisgl.api.answers import DONE, error_event
+from minisgl.api.constraints import constraint
 from minisgl.api.conversation import chat_prompt
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.http import sse
@@ -46,6 +47,7 @@ GENERATE_FIELDS = frozenset(
         "rid",
     }
 )
+_FORMS = ("json_schema", "regex", "ebnf")
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 SAMPLING_FIELDS = frozenset(
     {
@@ -63,6 +65,7 @@ SAMPLING_FIELDS = frozenset(
         "repetition_penalty",
         "logit_bias",
         "n",
+        *_FORMS,
     }
 )
 T = TypeVar("T")
@@ -169,7 +172,8 @@ def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
         raise InvalidParam("logprob_start_len", "the prompt is not scored in a stream; leave one of the two out.")
     top = (fields.integer("top_logprobs_num", 0, MAX_LOGPROBS) or 0) if wanted else None
     names = {_RENAMED.get(k, k): v for k, v in inner.items()}
-    params = sampling(Fields(names), GENERATE_TOKENS, defaults, logprobs=top, echo=scored or None)
+    bound = constraint(Fields({name: inner.get(name) for name in _FORMS}))
+    params = sampling(Fields(names), GENERATE_TOKENS, defaults, logprobs=top, echo=scored or None, grammar=bound.grammar)
     ignored = tuple(f"sampling_params.{k}" for k, v in inner.items() if k not in SAMPLING_FIELDS and v is not None)
     return NativeRequest(
         model=model,
@@ -179,6 +183,7 @@ def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
         options=options(fields),
         stream=stream,
         usage=Usage(),
+        bound_by=bound.field,
         ignored=unknown_fields(body, GENERATE_FIELDS) + ignored,
         several=several,
         incremental=fields.boolean("incremental"),

@@ -46,7 +46,20 @@ FLAGS: dict[str, tuple[str, ...]] = {
 @contextmanager
 def server(data: str, *flags: str) -> Iterator[str]:
     """The address of a server with the embedded model, which keeps its files in the directory `data`."""
-    command = [sys.executable, "-m", "minisgl", "--port", "0", "--kv-tokens", "32768", "--data-dir", data, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "minisgl",
+        "--port",
+        "0",
+        "--kv-tokens",
+        "32768",
+        "--quantization",
+        "none",
+        "--data-dir",
+        data,
+        *flags,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
