@@ -14,10 +14,10 @@ from minisgl.api import serving
 from minisgl.api.answers import told_timings
 from minisgl.api.fields import Fields, wrong_type
 from minisgl.api.message_blocks import Message
-from minisgl.api.native import ids_of
 from minisgl.api.openai import CHAT_USED, ChatRequest, refuse_unsupported, unknown_fields
 from minisgl.api.requests import ChatPrompt, Engine
 from minisgl.api.stream import StreamedAnswer
+from minisgl.api.tokens import ids_of
 from minisgl.api.translate import functions, renamed, text_of
 from minisgl.errors import InvalidParam
 

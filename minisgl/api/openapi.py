@@ -14,10 +14,11 @@ from minisgl import __version__
 from minisgl.api.embeddings import EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED
 from minisgl.api.files import BATCH_FIELDS, MAX_PAGE, PURPOSES
 from minisgl.api.messages import COUNT_FIELDS, MESSAGE_FIELDS, MESSAGE_UNSUPPORTED
-from minisgl.api.native import DETOKENIZE_FIELDS, GENERATE_FIELDS, TOKENIZE_FIELDS
+from minisgl.api.native import GENERATE_FIELDS
 from minisgl.api.openai import CHAT_UNSUPPORTED, CHAT_USED, COMPLETION_UNSUPPORTED, COMPLETION_USED
 from minisgl.api.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR, SCHEMAS, SPECIAL, Schema, integer, nullable, string
 from minisgl.api.responses import RESPONSE_FIELDS, RESPONSE_UNSUPPORTED
+from minisgl.api.tokens import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from minisgl.config import Config
 
 

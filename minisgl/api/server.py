@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from minisgl.api import messages, native, openapi, responses, serving
+from minisgl.api import messages, openapi, responses, serving, tokens
 from minisgl.api.auth import authenticate
 from minisgl.api.batches import Batches
 from minisgl.api.endpoints import ENDPOINTS
@@ -123,10 +123,10 @@ class _Routes:
         return await self._small(request, messages.count_tokens)
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, native.tokenize)
+        return await self._small(request, tokens.tokenize)
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, native.detokenize)
+        return await self._small(request, tokens.detokenize)
 
     async def _small(self, request: web.Request, work: Small) -> web.Response:
         answer, unknown = await work(self._engine, await self._body(request))
