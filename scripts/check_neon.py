@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +50,11 @@ class Case:
             return rng.standard_normal(shape).astype(np.float32)
 
         weight = normal(self.outputs, self.inputs)
-        raw = {F32: weight, F16: weight.astype(np.float16), BF16: (weight.view(np.uint32) >> 16).astype(np.uint16)}[self.kind]
+        raw: npt.NDArray[Any] = weight
+        if self.kind != F32:
+            raw = weight.astype(np.float16) if self.kind == F16 else (weight.view(np.uint32) >> 16).astype(np.uint16)
         angles = normal(self.tokens, self.dim)
-        parts: list[npt.NDArray[np.generic]] = [
+        parts: list[npt.NDArray[Any]] = [
             np.array([self.kind, self.outputs, self.inputs, self.bits, self.gated, self.rows], np.int32),
             raw,
             *(normal(self.inputs), normal(self.rows, self.inputs), normal(self.rows, self.inputs)),
@@ -105,7 +108,7 @@ def main() -> int:
             got = [run(["qemu-aarch64", "-cpu", "max", there], i) for i in range(len(CASES))]
             pairs = list(zip(got, expected, strict=True))
             equal = all(a[0] == b[0] for a, b in pairs)
-            product, attention = (max(off(a[i], b[i]) for a, b in pairs) for i in (1, 2))
+            product, attention = (max(off(a[1], b[1]) for a, b in pairs), max(off(a[2], b[2]) for a, b in pairs))
             ok = equal and product <= TOLERANCE and attention <= TOLERANCE
             failed |= not ok
             result = {"blocks equal": equal, "product": product, "attention": attention, "ok": ok}
