@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from test_endpoints import MESSAGES, RESPONSES, typed
 from test_replies import CALL, SCHEMA, STYLES, TALK, WEATHER, Speaker, admits, play
-from test_server import USER, ask, check_error, client
+from test_server import CHAT, USER, ask, check_error, client
 
 from minisgl import grammar
 from minisgl.types import Finish
@@ -152,6 +152,40 @@ def test_what_cannot_be_used_of_a_response_is_named_as_its_client_named_it(body:
             assert ".function." not in error["message"]
 
     play(Speaker("x", tool_call_parser="hermes"), scene)
+
+
+def test_the_effort_of_thinking_reaches_the_template_of_a_model_that_thinks_and_no_other() -> None:
+    async def scene(http: Any) -> None:
+        for effort in ("none", "low"):
+            assert (await ask(http, CHAT, {"messages": USER, "reasoning_effort": effort}))[0] == 200
+        status, headers, raw = await ask(http, RESPONSES, {"input": "hi", "reasoning": {"effort": "high", "summary": "auto"}})
+        assert (status, headers["X-Ignored-Params"]) == (200, "reasoning.summary")
+        assert json.loads(raw)["reasoning"] == {"effort": "high", "summary": None}
+        given = {"messages": USER, "reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+        assert (await ask(http, CHAT, given))[0] == 200  # what is said more plainly counts
+        error = check_error(*await ask(http, CHAT, {"messages": USER, "reasoning_effort": "deep"}))
+        assert (error["param"], error["code"]) == ("reasoning_effort", "invalid_value")
+
+    play(engine := Speaker("x", **STYLES), scene)
+    assert [(k["enable_thinking"], k["reasoning_effort"]) for k in (kwargs(engine, i) for i in range(4))] == [
+        (False, "none"),
+        (True, "low"),
+        (True, "high"),
+        (False, "high"),
+    ]
+
+    async def without(http: Any) -> None:
+        for path, body, param in (
+            (CHAT, {"messages": USER, "reasoning_effort": "low"}, "reasoning_effort"),
+            (RESPONSES, {"input": "hi", "reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ):
+            error = check_error(*await ask(http, path, body))
+            assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+            assert param in error["message"]
+        assert (await ask(http, CHAT, {"messages": USER, "reasoning_effort": "none"}))[0] == 200
+
+    play(engine := Speaker("x"), without)
+    assert kwargs(engine) == {}
 
 
 def test_what_is_not_used_of_text_is_reported() -> None:

@@ -32,6 +32,7 @@ _PASSED = CHAT_USED - {
     "logprobs",
     "top_logprobs",
     "response_format",
+    "reasoning_effort",
 }
 MESSAGE_FIELDS = _PASSED | {"messages", "system", "max_tokens", "stop_sequences", "thinking", "output_config", "output_format"}
 # Of a count; the other fields of a message do not count.

@@ -28,6 +28,7 @@ from minisgl.api.tools import tools
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.types import RequestOptions, SamplingParams
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of thinking
 MAX_PROMPTS = 1024  # of one completion request
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
 
@@ -75,7 +76,7 @@ _USED = frozenset(
 CHAT_USED = (
     _USED
     | constraints.USED
-    | {"messages", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+    | {"messages", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"}
 )
 COMPLETION_USED = _USED | constraints.USED | {"prompt", "add_special_tokens", "echo"}
 
@@ -95,7 +96,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
     "audio": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "chat_template": (),  # templates come with the model, never from a request
@@ -174,6 +174,7 @@ def parse_chat(
     model = served_model(fields, served)
     refuse_unsupported(body, CHAT_UNSUPPORTED)
     stream, usage, ignored = _stream(fields)
+    body = {**body, "chat_template_kwargs": _template_switches(fields, reasoning_style)}
     offered = tools(fields, tool_style)
     bound = constraint(fields)
     if offered.must and bound.grammar:
@@ -199,6 +200,20 @@ def parse_chat(
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
     )
+
+
+def _template_switches(fields: Fields, reasoning_style: str) -> dict[str, Any] | None:
+    """`chat_template_kwargs`, behind what `reasoning_effort` says to the template of a model that thinks."""
+    given: dict[str, Any] | None = fields.get("chat_template_kwargs", dict, "an object")
+    effort = fields.get("reasoning_effort", str, "a string")
+    if effort not in (None, *EFFORTS):
+        raise InvalidParam("reasoning_effort", f"reasoning_effort must be one of {', '.join(EFFORTS)}.")
+    if reasoning_style and effort is not None:
+        return {"enable_thinking": effort != "none", "reasoning_effort": effort, **(given or {})}
+    if effort not in (None, "none"):
+        text = "reasoning_effort is not supported: the chat template of this model shows no thoughts (see --reasoning-parser)."
+        raise InvalidParam("reasoning_effort", text, "unsupported_parameter")
+    return given
 
 
 def _behind_thought(text: str, style: str) -> str:

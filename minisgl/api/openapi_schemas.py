@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minisgl.api.openai import EFFORTS
 from minisgl.types import (
     MAX_LOGPROBS,
     MAX_PRIORITY,
@@ -118,6 +119,8 @@ SCHEMAS: Mapping[str, Schema] = {
     "instructions": string("The system message."),
     "include": array("message.output_text.logprobs asks for log probabilities.", {"type": "string"}),
     "system": {"description": "The system message: a text, or an array of text blocks."},
+    "reasoning_effort": string("Whether a model that thinks does so; its template may know degrees.", *EFFORTS),
+    "reasoning": object("effort: as reasoning_effort of a chat."),
     "thinking": object("Whether the model thinks first: type is enabled or disabled; for models that do."),
     "output_config": object("format: {type: json_schema, schema: ...}, the form of the answer."),
     "output_format": object("An older name of output_config.format."),

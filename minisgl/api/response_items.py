@@ -174,7 +174,6 @@ class Response:
             "model": self.chat.model,
             "output": output if ended else [],
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
             "top_logprobs": self.chat.params.logprobs or 0,

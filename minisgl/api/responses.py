@@ -28,15 +28,15 @@ _PASSED = CHAT_USED - {
     "stream_options",
     "logprobs",
     "response_format",
+    "reasoning_effort",
 }
-RESPONSE_FIELDS = _PASSED | {"input", "instructions", "max_output_tokens", "text", "include"}
+RESPONSE_FIELDS = _PASSED | {"input", "instructions", "max_output_tokens", "text", "include", "reasoning"}
 RESPONSE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "previous_response_id": (),  # nothing is kept here
     "conversation": (),
     "background": (False,),
     "prompt": (),
     "truncation": ("disabled",),
-    "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "context_management": ([],),
 }
 _HARMLESS = HARMLESS | {"max_tool_calls", "stream_options", "client_metadata", "prompt_cache_options"}
@@ -45,6 +45,7 @@ _NAMES = {  # fields of a chat, as they are called here
     r"response_format(\.json_schema)?": "text.format",
     r"(tools\[\d+\])\.function": r"\1",
     r"max_tokens": "max_output_tokens",
+    r"reasoning_effort": "reasoning.effort",
 }
 _NOT_SHOWN = "reasoning.encrypted_content"  # there is none to include
 
@@ -76,6 +77,8 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
     if text.get("format") is not None:
         chat["response_format"] = _format(text["format"])
     chat["logprobs"] = _wants_logprobs(fields)
+    reasoning = fields.get("reasoning", dict, "an object") or {}
+    chat["reasoning_effort"] = reasoning.get("effort")
     tools = fields.get("tools", list, "an array of tools")
     chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(body.get("tool_choice"))
     with renamed(_NAMES):
@@ -84,6 +87,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
         parsed = replace(parsed, bound_by="text.format")
     unknown = unknown_fields(body, RESPONSE_FIELDS | RESPONSE_UNSUPPORTED.keys() | _HARMLESS)
     unknown += tuple(f"text.{name}" for name, value in text.items() if name != "format" and value is not None)
+    unknown += tuple(f"reasoning.{name}" for name, value in reasoning.items() if name != "effort" and value is not None)
     stored = ("store",) if fields.boolean("store") else ()
     p = parsed.params
     echoed = {
@@ -93,6 +97,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
         "temperature": p.temperature,
         "top_p": p.top_p,
         "text": {"format": text.get("format") or {"type": "text"}},
+        "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "tools": tools or [],
         "tool_choice": body.get("tool_choice") or "auto",
         "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
