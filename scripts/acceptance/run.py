@@ -39,7 +39,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names th
 
 FLAGS: dict[str, tuple[str, ...]] = {
     "openai": ("--tool-call-parser", "hermes"),  # the embedded model's template knows no tools; a grammar makes it call
-    "schemathesis": ("--max-context", "96"),  # thousands of answers, of any length
+    "schemathesis": ("--max-context", "32", "--quantization", "auto"),  # thousands of answers, of any length
 }
 
 
@@ -151,7 +151,7 @@ def run(client: str, url: str, tokenizer: Path) -> tuple[bool, str]:
         }
         with tempfile.TemporaryDirectory() as home:
             command = [python, str(HERE / f"use_{client}.py")]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=env, cwd=home, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=env, cwd=home, check=False)
         if done.returncode:
             return False, f"{client} {version}: FAILED: {(done.stdout + done.stderr)[-1500:]}"
         seen = done.stdout.strip().splitlines()[-1]

@@ -19,7 +19,7 @@ command = [
     Path(sys.executable).with_name("schemathesis"),
     "run",
     os.environ["MINISGL_URL"] + "/openapi.json",
-    "--max-examples=10",
+    "--max-examples=5",
     "--workers=1",
     "--request-timeout=120",
     f"--checks={','.join(CHECKS)}",
