@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the server."""
     p = argparse.ArgumentParser(
         prog="minisgl",
-        description="Serve a language model over an OpenAI-compatible API.  Other commands: chat, batch (each with --help).",
+        description="Serve a language model over an OpenAI-compatible API.  "
+        "Other commands, each with --help: chat, batch, selfcheck, prebuild, simulate.",
     )
     p.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_engine_flags(p)

@@ -1,12 +1,13 @@
 """The offline benchmark of nano-vllm and mini-sglang through all processes, with random weights of published shapes.
 
-    python scripts/bench_offline.py [--shape qwen3-0.6b ...] [--passes 2] [--latency] [--ablate [WHAT ...]] [engine flags]
+    python scripts/bench_offline.py [--shape S ...] [--passes 2] [--latency] [--kernels] [--ablate [WHAT ...]] [engine flags]
 
 256 requests, 100 to 1,024 tokens in and out each, seed 0 (142,827 tokens in, 133,966 out), temperature 0.6, EOS ignored,
 prefill budget 16,384 tokens a step, no prefix cache.  One JSON line a measurement: tokens per second and their share of a
 roofline (every operation at the larger of its bytes over --bandwidth and its flops over --flops, one after another); CPU time
 of a launch; the share of time in which the GPU waited for the host.  --latency adds batch 1 (ms per token) and the time to the
-first token of a prompt of 128 tokens.  --ablate measures variants of one setting each, all or some (by their first word).
+first token of a prompt of 128 tokens, --kernels the number of kernels in decode steps (see profile_step.py).  --ablate
+measures variants of one setting each, all or some (by their first word).
 """
 
 from __future__ import annotations
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", default=["qwen3-0.6b"])
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--ablate", nargs="*", metavar="WHAT", help=", ".join(ABLATIONS))
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-cache-dtype", default="auto")
@@ -230,6 +232,14 @@ def main() -> int:
     base = {k: getattr(args, k) for k in ("quantization", "kv_cache_dtype", "attention_backend", "lag")}
     for name in args.shape:
         measure(name, args, args.passes, args.latency, **base)
+        if args.kernels:
+            from ablate_step import Bench
+            from profile_step import report
+
+            points = [(256, 600), (1, 300)]
+            bench = Bench(name, points, 0, **{k: v for k, v in base.items() if k != "lag"})
+            for rows, context in points:
+                report(bench, bench.decode(rows, context), 0, model=name, decode_rows=rows, context=context)
         if args.ablate is not None:
             for what, change in ABLATIONS.items():
                 if args.ablate and not any(what.startswith(word) for word in args.ablate):

@@ -31,7 +31,7 @@ _patched: set[str] = set()
 
 
 def _patch_once(fn):  # type: ignore[no-untyped-def]
-    """The interpreter replaces what the language can do for every call of a kernel, and of functions in it: here it stays so."""
+    """The interpreter replaces what the language can do for every call of a kernel and of functions in it: here it stays so."""
     if (module := fn.__module__) not in _patched:
         _patched.add(module)
         _patch_lang(fn)

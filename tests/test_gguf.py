@@ -148,9 +148,9 @@ def test_the_embedded_file_is_parsed_at_once():
         spec = resolve(None)
     except UserError as e:
         pytest.skip(str(e))
-    start = time.perf_counter()
+    start = time.process_time()
     file = GGUFFile.open(spec.path)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert len(file.fields) == 33
     assert len(file.tensors) == 272
     assert len(file.fields["tokenizer.ggml.tokens"]) == 49152
@@ -258,14 +258,14 @@ def small_file(tmp_path_factory):
 
 def resolves_or_explains(path, raw: bytes) -> None:
     path.write_bytes(raw)
-    start = time.perf_counter()
+    start = time.process_time()
     complaint = str(path)
     try:
         resolve(str(path))
     except UserError as e:
         complaint = str(e)
     assert str(path) in complaint
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @settings(max_examples=150, deadline=None)

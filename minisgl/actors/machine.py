@@ -267,7 +267,7 @@ class StepMachine:
         self.counters.busy_us += result.busy_us
         self.counters.idle_us += result.idle_us
         self.counters.launch_us += result.launch_us
-        if result.busy_us:
+        if result.busy_us and self.limits.itl_target:  # who else would ask?
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         live = table.epoch[sent.slots] == sent.epochs
         slots, tokens = sent.slots[live], result.tokens[live]

@@ -53,7 +53,7 @@ if os.path.exists(sys.argv[1]):
 
 def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
     """A small process that removes `run_dir` as soon as this one has ended, however that happens, or closes its input."""
-    command, nothing = [sys.executable, "-I", "-S", "-c", _GUARD, run_dir], subprocess.DEVNULL
+    command, nothing = [sys.executable, "-I", "-S", "-c", _GUARD, os.path.abspath(run_dir)], subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ class Norm(Structure):
     """`Norm` of csrc/linear.c."""
 
     _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+    def __init__(self, weight: int, eps: float) -> None:
+        super().__init__(weight, eps)
+        self.address = addressof(self)
 
 
 class Pack(Structure):
@@ -66,16 +70,17 @@ class Kernels:
         library = load_kernels(flags)
         self.threads = threads
         self._linear = library.linear
-        self._linear.argtypes = (POINTER(Weight), POINTER(Norm), c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32)
+        self._linear.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32)
         self._linear.restype = None
         self._attention = library.attention
         self._attention.argtypes = (POINTER(Layer), POINTER(Step), c_void_p, c_void_p, c_int32)
         self._attention.restype = None
         self._pack = library.pack
         self._pack.argtypes, self._pack.restype = (POINTER(Pack), c_int32), None
-        self._scratch_bytes = library.scratch_bytes
-        self._scratch_bytes.argtypes, self._scratch_bytes.restype = (c_int32, c_int32), c_int64
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        library.scratch_bytes.argtypes, library.scratch_bytes.restype = (c_int32, c_int32), c_int64
+        self._group_scratch = int(library.scratch_bytes(1, 1))
+        self._scratch = np.empty(0, np.uint8)
+        self._scratch_at = 0
 
     def pack(
         self, parts: Sequence[tuple[torch.Tensor, int]], inputs: int, bits: int, *, in_turns: bool = False
@@ -98,26 +103,27 @@ class Kernels:
 
     def linear(self, weight: PackedWeight, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
         """f32[T, K] -> f32[T, N].  A `delta` is added to x in place, then the norm applied."""
-        n = len(x)
-        needed = self._scratch_bytes(n, weight.struct.groups)
-        if needed > len(self._scratch):
-            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        n = x.shape[0]  # not len(x): two hundred of these calls are a step, and a microsecond in each is to be seen
+        needed = n * weight.groups * self._group_scratch
+        if needed > self._scratch.nbytes:
+            self._scratch = np.empty(needed, np.uint8)
+            self._scratch_at = self._scratch.ctypes.data
         y = torch.empty(n, weight.width)
         self._linear(
-            weight.struct,
-            norm,
+            weight.address,
+            None if norm is None else norm.address,
             None if delta is None else delta.data_ptr(),
             x.data_ptr(),
             y.data_ptr(),
             n,
-            self._scratch.data_ptr(),
+            self._scratch_at,
             self.threads,
         )
         return y
 
     def attention(self, layer: Layer, step: Step, qkv: torch.Tensor, width: int) -> torch.Tensor:
         """f32[T, (H + 2K) D], which is changed -> f32[T, width]."""
-        out = torch.empty(len(qkv), width)
+        out = torch.empty(qkv.shape[0], width)
         self._attention(layer, step, qkv.data_ptr(), out.data_ptr(), self.threads)
         return out
 
@@ -133,8 +139,9 @@ class PackedWeight:
         """`gated`: the tiles are those of gate and up in turns, and this activation is applied."""
         self.blocks = blocks
         self.bias = None if bias is None else bias.float().contiguous()
-        self.width = outputs // 2 if gated else outputs
+        self.width, self.groups = outputs // 2 if gated else outputs, blocks.shape[1]
         bits = {v: k for k, v in BLOCK_BYTES.items()}[blocks.shape[2]]
         address = None if self.bias is None else self.bias.data_ptr()
-        self.struct = Weight(blocks.data_ptr(), address, outputs, blocks.shape[1], inputs, bits, self.GATED.index(gated))
+        self._struct = Weight(blocks.data_ptr(), address, outputs, self.groups, inputs, bits, self.GATED.index(gated))
+        self.address = addressof(self._struct)
         assert len(blocks) == -(-outputs // LANES)
