@@ -137,34 +137,6 @@ SCHEMAS: Mapping[str, Schema] = {
     "metadata": object("Comes back with the batch."),
 }
 
-# ---------------- fields that are something else on some path
-_TEXT_OR_PARTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
-_MESSAGES: Schema = {
-    "type": "array",
-    "description": "The conversation, oldest first.",
-    "minItems": 1,
-    "items": {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"oneOf": [*_TEXT_OR_PARTS["oneOf"], {"type": "null"}]},
-        },
-    },
-}
-_TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-SPECIAL: Mapping[tuple[str, str], Schema] = {
-    ("/v1/chat/completions", "messages"): _MESSAGES,
-    ("/v1/chat/completions", "logprobs"): boolean("With log probabilities."),
-    ("/v1/completions", "logprobs"): integer("Alternatives to each token.", 0, MAX_LOGPROBS),
-    ("/v1/responses", "input"): {"description": "A text, or messages, calls and their outputs.", **_TEXT_OR_PARTS},
-    ("/v1/responses", "text"): object("format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
-    ("/v1/messages", "tool_choice"): object("type: auto, any, none, or tool with its name."),
-    ("/v1/messages/count_tokens", "tool_choice"): object("As in a message."),
-    ("/generate", "text"): {"description": "A text, or several.", **_TEXT_OR_TEXTS},
-    ("/tokenize", "prompt"): {"description": "A text, or several.", **_TEXT_OR_TEXTS},
-}
-
 
 def nullable(schema: Schema) -> Schema:
     """The same, or null, which means the same as leaving the field out."""
@@ -176,6 +148,37 @@ def nullable(schema: Schema) -> Schema:
     if "oneOf" in out:
         out["oneOf"] = [*out["oneOf"], {"type": "null"}]
     return out
+
+
+# ---------------- fields that are something else on some path
+_TEXT_OR_PARTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+
+
+def _conversation(content: Schema, *roles: str) -> Schema:
+    item = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": list(roles)}, "content": content},
+    }
+    return {"type": "array", "description": "The conversation, oldest first.", "minItems": 1, "items": item}
+
+
+_MESSAGES = _conversation(nullable(_TEXT_OR_PARTS), "system", "developer", "user", "assistant", "tool")
+_ANTHROPIC = _conversation(_TEXT_OR_PARTS, "system", "user", "assistant")
+_TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+SPECIAL: Mapping[tuple[str, str], Schema] = {
+    ("/v1/chat/completions", "messages"): _MESSAGES,
+    ("/v1/chat/completions", "logprobs"): boolean("With log probabilities."),
+    ("/v1/completions", "logprobs"): integer("Alternatives to each token.", 0, MAX_LOGPROBS),
+    ("/v1/responses", "input"): {"description": "A text, or messages, calls and their outputs.", **_TEXT_OR_PARTS},
+    ("/v1/responses", "text"): object("format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
+    ("/v1/messages", "messages"): _ANTHROPIC,
+    ("/v1/messages/count_tokens", "messages"): _ANTHROPIC,
+    ("/v1/messages", "tool_choice"): object("type: auto, any, none, or tool with its name."),
+    ("/v1/messages/count_tokens", "tool_choice"): object("As in a message."),
+    ("/generate", "text"): {"description": "A text, or several.", **_TEXT_OR_TEXTS},
+    ("/tokenize", "prompt"): {"description": "A text, or several.", **_TEXT_OR_TEXTS},
+}
 
 
 # ---------------- answers

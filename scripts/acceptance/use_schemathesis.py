@@ -19,7 +19,7 @@ command = [
     Path(sys.executable).with_name("schemathesis"),
     "run",
     os.environ["MINISGL_URL"] + "/openapi.json",
-    "--max-examples=5",
+    "--max-examples=20",
     "--workers=1",
     "--request-timeout=120",
     f"--checks={','.join(CHECKS)}",
