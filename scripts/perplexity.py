@@ -1,63 +1,86 @@
-"""What kinds of arithmetic cost: perplexity of texts in windows of 512 tokens, against the first kind; one JSON line each.
+"""What quantisation costs a model on a CPU: perplexity of English text in float32 and in each kind, on the same tokens.
 
-    python scripts/perplexity.py [--model M] [--quantization none auto ...] [--device cpu] [--files FILE ...]
+    .venv/bin/python scripts/perplexity.py [--model M] [--kinds auto int8] [--segments 16] [--length 512]
 
-Without --files: this repository's README and docs.  The change is that of the mean log probability, with two standard errors.
+The text is the reference that comes with Python (pydoc_data.topics), from which segments are cut evenly.  The error is that of
+the mean over segments of the difference to float32, so what is hard in the text drops out.  One JSON line for each kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
+import os
+import pydoc_data.topics
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from reference import provenance
 
-from minisgl import LLM, SamplingParams
+from minisgl.config import EngineConfig, ModelSpec
+from minisgl.model.archs import model_class
+from minisgl.model.cpu.choice import CpuArithmetic
+from minisgl.model.loader import open_weights
+from minisgl.model.parallel import Parallel
 from minisgl.model.resolve import resolve
+from minisgl.model.shard import Shard
+from minisgl.model.state import SlotState
 from minisgl.model.tokenizer import load_tokenizer
+from minisgl.plan import StepPlan
 
-WINDOW = 512
-
-
-def log_probabilities(windows: list[list[int]], model: str | None, **engine: str) -> npt.NDArray[np.float64]:
-    """Of every token but the first of each window."""
-    with LLM(model, **engine) as llm:
-        answers = llm.generate(windows, SamplingParams(max_tokens=0, echo=True, logprobs=0))
-    failed = [a.error for a in answers if a.error is not None]
-    if failed:
-        raise SystemExit(f"{len(failed)} windows failed: {failed[0]}")
-    return np.array([t.logprob for a in answers for t in a.logprobs[1:]], np.float64)
+PAGE = 16
 
 
-def main() -> int:
+def segments(spec: ModelSpec, number: int, length: int) -> list[npt.NDArray[np.int32]]:
+    """i32[length] each, BOS in front where the model has one."""
+    text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:400_000]
+    ids = np.asarray(load_tokenizer(spec).encode(text, False), np.int32)
+    first = [] if spec.bos_id is None else [spec.bos_id]
+    starts = np.linspace(0, len(ids) - length, number).astype(int)
+    return [np.array([*first, *ids[s : s + length - len(first)]], np.int32) for s in starts]
+
+
+def losses(spec: ModelSpec, kind: str, texts: list[npt.NDArray[np.int32]], threads: int) -> npt.NDArray[np.float64]:
+    """f64[segments, length - 1]: of each token but the first."""
+    arithmetic, shard = CpuArithmetic.choose(EngineConfig(quantization=kind), spec, threads), Shard.of(spec, 0, 1)
+    pages = -(-len(texts[0]) // PAGE)
+    attention = arithmetic.attention(spec, shard, pages, PAGE)
+    weights = open_weights(spec, torch.float32, lazy=arithmetic.lazy)
+    found = []
+    with torch.inference_mode():
+        model = model_class(spec.architecture)(spec, shard, weights, Parallel(), arithmetic.blocks)
+        for ids in texts:
+            state = SlotState(1, pages * PAGE, PAGE)
+            state.page_table[0] = np.arange(pages)
+            prefill = np.zeros(1, StepPlan(1).prefill.dtype)
+            prefill["n_ids"] = len(ids)
+            batch = state.apply(StepPlan(1, prefill=prefill, ids=ids))
+            attention.prepare(batch)
+            logits = model(torch.from_numpy(batch.ids), torch.from_numpy(batch.positions), None, attention)
+            targets = torch.from_numpy(ids[1:].astype(np.int64))
+            found.append(torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none").double().numpy())
+    return np.stack(found)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--quantization", nargs="+", default=["none", "auto"])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--files", nargs="+", type=Path)
+    parser.add_argument("--kinds", nargs="+", default=["auto", "int8"])
+    parser.add_argument("--segments", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
-    root = Path(__file__).parent.parent
-    files = args.files or [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    tokenizer = load_tokenizer(resolve(args.model))
-    ids = [t for file in files for t in tokenizer.encode(file.read_text(encoding="utf-8"), False)]
-    windows = [list(ids[at : at + WINDOW]) for at in range(0, len(ids) - WINDOW, WINDOW)]
-    print(
-        json.dumps({"windows": len(windows), "tokens": WINDOW * len(windows), "files": len(files), **provenance()}), flush=True
-    )
-    exact = None
-    for kind in args.quantization:
-        found = log_probabilities(windows, args.model, quantization=kind, device=args.device)
-        exact = found if exact is None else exact
-        change = float(np.expm1(np.mean(exact - found)))
-        chance = 2 * float(np.std(exact - found)) / len(found) ** 0.5
-        line = {"quantization": kind, "perplexity": round(float(np.exp(-found.mean())), 4)}
-        print(json.dumps({**line, "percent": round(100 * change, 3), "chance": round(100 * chance, 3)}), flush=True)
-    return 0
+    spec, threads = resolve(args.model), len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    texts = segments(spec, args.segments, args.length)
+    exact = losses(spec, "none", texts, threads)
+    print(json.dumps({"check": "perplexity", **provenance(), "tokens": exact.size, "float32": float(np.exp(exact.mean()))}))
+    for kind in args.kinds:
+        off = losses(spec, kind, texts, threads) - exact
+        error = off.mean(1).std(ddof=1) / np.sqrt(len(off))
+        result = {"perplexity": float(np.exp((exact + off).mean())), "more": float(np.expm1(off.mean())), "error": float(error)}
+        print(json.dumps({"kind": kind, **result}), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,7 @@ import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from test_process import HERE, eventually
+from test_process import HERE, eventually, minisgl_command
 from tiny_models import save_byte_tokenizer, save_qwen3
 
 from minisgl import LLM, BatchClient, SamplingParams, grammar
@@ -39,7 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = tmp_path_factory.mktemp("run")
     env = os.environ | {"XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(HERE.parent)}
     flags = ["--port", "0", "--tp", "2", "--kv-tokens", "16384", "--quantization", "none"]
-    server = subprocess.Popen([sys.executable, "-m", "minisgl", *flags], stderr=subprocess.PIPE, text=True, env=env)
+    server = subprocess.Popen(minisgl_command(*flags), stderr=subprocess.PIPE, text=True, env=env)
     assert server.stderr is not None
     lines: list[str] = []
     address = ""

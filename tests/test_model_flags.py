@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from test_process import HERE
+from test_process import HERE, minisgl_command
 from tiny_models import save_byte_tokenizer, save_llama
 
 FLAGS = ["--port", "0", "--kv-tokens", "1024", "--threads", "1"]
@@ -31,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def command(checkpoint: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "minisgl", *FLAGS, "--model", str(checkpoint), *flags]
+    return minisgl_command(*FLAGS, "--model", str(checkpoint), *flags)
 
 
 @contextmanager

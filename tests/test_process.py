@@ -34,6 +34,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def minisgl_command(*arguments: str, before: str = "") -> list[str]:
+    """`python -m minisgl ARGUMENTS`, as a process that ends with this one should a test fail or be killed."""
+    code = f"import sys; from minisgl.lifeline import die_with_parent; die_with_parent({os.getpid()})\n{before}\n"
+    return [sys.executable, "-c", f"{code}from minisgl.__main__ import main; sys.exit(main(sys.argv[1:]))", *arguments]
+
+
 def eventually(what: Callable[[], Any], seconds: float = 10.0) -> Any:
     """Poll until `what()` is true; the deadline only bounds a failing test."""
     end = time.monotonic() + seconds

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import process_actors
 import pytest
-from test_process import HERE, alive, eventually
+from test_process import HERE, alive, eventually, minisgl_command
 
 from minisgl import LLM, SamplingParams
 from minisgl.actors import topology
@@ -166,14 +166,11 @@ def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
     system.close()
 
 
-SERVER = """
-import asyncio, sys, time
-from minisgl import serve
+WITH_ORACLE = """
 from minisgl.actors import topology
 from minisgl.api import system
 real = system.System
 system.System = lambda config, _: real(config, topology.make_oracle_worker)
-sys.exit(serve.run(sys.argv[1:]))
 """
 
 
@@ -183,7 +180,7 @@ class ServerProcess:
     def __init__(self, tmp: Path, *flags: str) -> None:
         env = os.environ | {"PYTHONPATH": str(HERE.parent), "XDG_RUNTIME_DIR": str(tmp)}
         self.proc = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "--port", "0", "--kv-tokens", "4096", *flags],
+            minisgl_command("--port", "0", "--kv-tokens", "4096", *flags, before=WITH_ORACLE),
             stderr=subprocess.PIPE,
             text=True,
             env=env,
