@@ -20,6 +20,7 @@ from minisgl.api.errors import errors, name_response
 from minisgl.api.files import FileRoutes
 from minisgl.api.http import ignored_header, read_json, stream, timing_header
 from minisgl.api.metrics import CONTENT_TYPE, Metered
+from minisgl.api.pipe import TURN, Turn
 from minisgl.api.requests import Engine
 from minisgl.api.store import Store
 from minisgl.errors import model_loading
@@ -41,6 +42,7 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     server = engine.config.server
     guards = [authenticate(server.api_keys)] if server.api_keys else []
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
+    app[TURN] = Turn()
     app.on_response_prepare.append(name_response)
     batches = None
     if store is not None:
