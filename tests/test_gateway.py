@@ -16,6 +16,7 @@ from test_tokenizers import Front
 from minisgl.actors.messages import ActorDied, Rejected, Text
 from minisgl.api.gateway import Gateway
 from minisgl.api.metrics import Metered
+from minisgl.api.pipe import Turn
 from minisgl.api.requests import ChatPrompt, Chunk, TextPrompt, TokenPrompt
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.detokenize import ByteStream, WindowStream
@@ -220,3 +221,28 @@ def test_what_arrives_in_one_turn_of_the_loop_is_written_in_one_piece() -> None:
         assert all(f"<{turn}0><{turn}1>" in chunks[1 + turn].decode() for turn in range(4))
 
     play(scene)
+
+
+def test_a_turn_calls_everybody_once_in_one_callback_of_the_loop_and_a_bug_costs_its_own_stream(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        loop, turn, called = asyncio.get_running_loop(), Turn(), []
+
+        def again() -> None:
+            called.append("again")
+            turn.soon(lambda: called.append("next"))
+
+        turn.soon(lambda: called.append("first"))
+        turn.soon(again)
+        turn.soon(lambda: called[99])
+        turn.soon(lambda: called.append("last"))
+        loop.call_soon(lambda: called.append("loop"))
+        assert called == []
+        await asyncio.sleep(0)
+        assert called == ["first", "again", "last", "loop"]
+        await asyncio.sleep(0)
+        assert called == ["first", "again", "last", "loop", "next"]
+
+    asyncio.run(main())
+    assert "IndexError" in caplog.text

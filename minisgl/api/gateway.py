@@ -54,6 +54,7 @@ from minisgl.grammar import too_complex
 from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
+_GOES_ON = Finish.NONE  # looked up once: a member of an enumeration takes longer than the rest of a row
 IMPOSSIBLE = -9999.0  # instead of minus infinity, as OpenAI and vLLM write it
 _MIX = 0x9E3779B97F4A7C15
 
@@ -266,21 +267,16 @@ class Gateway(Actor):
             if entry is None or entry.ids is None:
                 continue
             entry.delivered.extend(new)
-            if finish == Finish.ABORT:  # nobody here asked for it
-                self._fail(entry, RequestError("The request was aborted.", status=500, kind="server_error", code="aborted"))
-                continue
-            if finish == Finish.TIMEOUT:
-                self._fail(entry, _timed_out(entry))
-                continue
-            if finish == Finish.GRAMMAR:
-                self._fail(entry, too_complex(len(entry.delivered)))
-                continue
+            end = _GOES_ON
             if finish:
+                end = Finish(finish)
+                if (error := _failure(entry, end)) is not None:
+                    self._fail(entry, error)
+                    continue
                 del self._ledger[uid]
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            end = Finish(finish) if finish else Finish.NONE
             entry.deliver(Chunk(text, new, end, len(entry.ids), cached, logprobs))
 
     @on(Logprobs)
@@ -386,7 +382,14 @@ def _source(prompt: Prompt, options: RequestOptions) -> str:
     return "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
 
 
-def _timed_out(entry: Entry) -> RequestError:
+def _failure(entry: Entry, end: Finish) -> RequestError | None:
+    """What its client is told of an end that is no answer."""
+    if end is Finish.ABORT:  # nobody here asked for it
+        return RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
+    if end is Finish.GRAMMAR:
+        return too_complex(len(entry.delivered))
+    if end is not Finish.TIMEOUT:
+        return None
     text = (
         f"The request was not finished within its timeout of {entry.options.timeout:g} s "
         f"({len(entry.delivered)} tokens were generated)."

@@ -81,7 +81,7 @@ class Generation:
         """The engine's `deliver`: never blocks."""
         if isinstance(item, RequestError):
             self._error = self._error or item
-        elif item.finish is Finish.ABORT:
+        elif item.finish and item.finish is Finish.ABORT:
             # Only a client that has left aborts a request, and nobody listens for it; whoever still listens gets an error.
             self._error = RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
         else:
