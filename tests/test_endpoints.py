@@ -222,7 +222,7 @@ def test_items_become_the_messages_of_a_chat() -> None:
     assert json.loads(prompt.payload)["messages"] == [
         {"role": "system", "content": "d"},
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "7", "tool_call_id": "c1"},
         {"role": "assistant", "content": "b"},
     ]

@@ -332,7 +332,7 @@ def test_tool_calls_of_an_assistant_reach_the_template() -> None:
     ]
     got = rendered(chat(messages=messages))["messages"]
     want = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
-    assert got[1] == {"role": "assistant", "content": None, "tool_calls": [want]}
+    assert got[1] == {"role": "assistant", "content": "", "tool_calls": [want]}
     assert got[2] == {"role": "tool", "content": "42", "tool_call_id": "c1"}
 
 

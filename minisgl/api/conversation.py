@@ -75,7 +75,7 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None and not calls:
         raise InvalidParam(f"{at}.content", f"{at}.content is required.", "missing_required_parameter")
-    out["content"] = None if content is None else _text(content, f"{at}.content")
+    out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates join it with strings
     if calls:
         out["tool_calls"] = calls
     for name in _STRINGS:
