@@ -18,7 +18,7 @@ from minisgl.model import runner as runner_module
 from minisgl.model.memory import available_bytes
 from minisgl.model.runner import MAX_KV_TOKENS, Runner
 from minisgl.model.state import SlotState
-from minisgl.model.threads import SPIN_COUNT, prepare_environment, threads_per_rank
+from minisgl.model.threads import SPIN_COUNT, prepare_environment, threads_per_rank, usable_cores
 from minisgl.plan import StepPlan
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)] for i in range(4)]
@@ -186,6 +186,37 @@ def fake_root(tmp_path, files: dict[str, str]):
 )
 def test_free_memory_is_what_machine_and_control_groups_leave(files, free, tmp_path):
     assert available_bytes(fake_root(tmp_path, files)) == free
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 6),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 6),
+        (  # the quota is the parent's; a part of a core is a core
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "150000 100000",
+            },
+            2,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"}, 6),
+        (
+            {  # version 1
+                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/x\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "20000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+            },
+            1,
+        ),
+    ],
+)
+def test_cores_are_those_of_the_affinity_within_the_quotas_of_control_groups(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert usable_cores(fake_root(tmp_path, files)) == cores
 
 
 def test_threads_are_divided_over_the_ranks(monkeypatch):

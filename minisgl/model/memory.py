@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from minisgl.model.cgroups import groups
+
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
 
 
@@ -13,7 +15,7 @@ def available_bytes(root: str = "/") -> int:
     `root` stands in for the root directory in tests.
     """
     candidates = [_meminfo(os.path.join(root, "proc/meminfo"))]
-    for group in _groups(root):
+    for group in groups(root, "memory"):
         v2 = (group, "memory.max", "memory.current", "inactive_file")
         v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         candidates += [left for left in (_left(*v2), _left(*v1)) if left is not None]
@@ -26,26 +28,6 @@ def _meminfo(path: str) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return _UNLIMITED
-
-
-def _groups(root: str) -> list[str]:
-    """The directories of this process's control groups and their parents, for both versions of the interface."""
-    groups = []
-    try:
-        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as f:
-            lines = [line.rstrip("\n").split(":", 2) for line in f]
-    except OSError:
-        return []
-    for line in lines:
-        if len(line) == 3 and (line[1] == "" or "memory" in line[1].split(",")):
-            base = os.path.join(root, "sys/fs/cgroup", "memory" if line[1] else "")
-            path = line[2].strip("/")
-            while True:  # inside a container the inner directories may be invisible: the base itself still counts
-                groups.append(os.path.join(base, path))
-                if not path:
-                    break
-                path = os.path.dirname(path)
-    return groups
 
 
 def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
