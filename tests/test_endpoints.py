@@ -409,7 +409,6 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "invalid_request_error", "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "text parts"),
         ({"system": 5}, 400, "invalid_request_error", "system"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
         ({"stop_sequences": "x"}, 400, "invalid_request_error", "stop_sequences"),
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop"),
         ({"temperature": -1}, 400, "invalid_request_error", "temperature"),

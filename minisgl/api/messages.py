@@ -108,8 +108,7 @@ def _chat(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
         chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **given}
         ignored += tuple(f"thinking.{name}" for name in thinking if name != "type")  # a thought has no bounds of its own
     elif _THINKING[kind]:
-        text = "thinking is not supported: the chat template of this model shows no thoughts (see --reasoning-parser)."
-        raise InvalidParam("thinking", text, "unsupported_parameter")
+        ignored += ("thinking",)
     return chat, ignored
 
 

@@ -174,7 +174,8 @@ def parse_chat(
     model = served_model(fields, served)
     refuse_unsupported(body, CHAT_UNSUPPORTED)
     stream, usage, ignored = _stream(fields)
-    body = {**body, "chat_template_kwargs": _template_switches(fields, reasoning_style)}
+    switches, unheeded = _template_switches(fields, reasoning_style)
+    body, ignored = {**body, "chat_template_kwargs": switches}, ignored + unheeded
     offered = tools(fields, tool_style)
     bound = constraint(fields)
     if offered.must and bound.grammar:
@@ -202,18 +203,18 @@ def parse_chat(
     )
 
 
-def _template_switches(fields: Fields, reasoning_style: str) -> dict[str, Any] | None:
-    """`chat_template_kwargs`, behind what `reasoning_effort` says to the template of a model that thinks."""
+def _template_switches(fields: Fields, reasoning_style: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """`chat_template_kwargs`, behind what `reasoning_effort` says to the template of a model that thinks; and what is ignored.
+
+    Some clients ask every model for an effort; one that cannot think does not make the request wrong.
+    """
     given: dict[str, Any] | None = fields.get("chat_template_kwargs", dict, "an object")
     effort = fields.get("reasoning_effort", str, "a string")
     if effort not in (None, *EFFORTS):
         raise InvalidParam("reasoning_effort", f"reasoning_effort must be one of {', '.join(EFFORTS)}.")
     if reasoning_style and effort is not None:
-        return {"enable_thinking": effort != "none", "reasoning_effort": effort, **(given or {})}
-    if effort not in (None, "none"):
-        text = "reasoning_effort is not supported: the chat template of this model shows no thoughts (see --reasoning-parser)."
-        raise InvalidParam("reasoning_effort", text, "unsupported_parameter")
-    return given
+        return {"enable_thinking": effort != "none", "reasoning_effort": effort, **(given or {})}, ()
+    return given, ("reasoning_effort",) if effort not in (None, "none") else ()
 
 
 def _behind_thought(text: str, style: str) -> str:

@@ -88,6 +88,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
     unknown = unknown_fields(body, RESPONSE_FIELDS | RESPONSE_UNSUPPORTED.keys() | _HARMLESS)
     unknown += tuple(f"text.{name}" for name, value in text.items() if name != "format" and value is not None)
     unknown += tuple(f"reasoning.{name}" for name, value in reasoning.items() if name != "effort" and value is not None)
+    unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
     stored = ("store",) if fields.boolean("store") else ()
     p = parsed.params
     echoed = {
