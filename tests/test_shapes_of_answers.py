@@ -336,7 +336,6 @@ def test_tools_count_as_part_of_a_prompt_and_switches_of_thinking_reach_the_temp
         ({"tools": [{"name": "a", "input_schema": 5}]}, "tools[0].input_schema"),
         ({"tools": [BLOCK], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"),
         ({"tools": [BLOCK], "tool_choice": {"type": "some"}}, "tool_choice.type"),
-        ({"thinking": {"type": "enabled"}}, "--reasoning-parser"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"output_format": {"type": "text"}}, "output_format.type"),
         ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "output_config.format.schema"),
