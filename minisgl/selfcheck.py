@@ -312,5 +312,6 @@ def _perplexity(config: Config, text: list[int], ours: Arrays, theirs: Arrays) -
         f"perplexity of a text of {length} tokens: {np.exp(mine.mean()):.4f}, transformers {np.exp(exact.mean()):.4f} "
         f"({100 * off:.3f} % apart, of which {100 * chance:.3f} % may be chance)"
     )
-    off = off if math.isnan(off) else max(0.0, off - chance)
+    if config.engine.eight_bits and not math.isnan(off):
+        off = max(0.0, off - chance)
     return [f"perplexity is {100 * off:.2f} % off ({100 * allowed:.2f} % allowed)"] if not off <= allowed else []
