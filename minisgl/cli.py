@@ -31,7 +31,7 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
         "quantization",
         str,
         "KIND",
-        "of the linear layers: none; fp8 (GPU); int8 or q4, with 8-bit activations (CPU); auto: on a CPU, without --dtype, "
+        "of the linear layers: none; fp8 (GPU); int8 or q4, on weights of 8 or 4 bits (CPU); auto: on a CPU, without --dtype, "
         "4 bits where a GGUF file has them and 8 for the rest, elsewhere none",
     ),
     ("kv_cache_dtype", str, "TYPE", "auto (the model's), or fp8 (GPU)"),

@@ -108,7 +108,7 @@ class EngineConfig:
 
     @property
     def eight_bits(self) -> bool:
-        """Whether linear layers round activations to 8 bits."""
+        """Whether linear layers compute with numbers of 8 bits or fewer."""
         if self.quantization == "auto":
             return self.device == "cpu" and self.dtype == "auto"
         return self.quantization != "none"

@@ -55,7 +55,8 @@ def packed(weight: torch.Tensor, bits: int, **kwargs: Any) -> tuple[PackedWeight
     return PackedWeight(tile([groups]), *weight.shape, **kwargs), groups.values()[:, : weight.shape[1]]
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 3e-6) -> None:
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """A number on the edge may be rounded either way, by 3e-5 of the largest of its group."""
     assert got.shape == expected.shape
     assert (got - expected).norm() <= tolerance * expected.norm() + 1e-12, (got - expected).abs().max()
 

@@ -165,8 +165,9 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     assert isinstance(arithmetic.blocks, QuantBlocks)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()
-    assert abs(quantised / exact - 1) < 0.01
-    assert (mine - theirs).norm() / theirs.norm() < 0.05
+    # The file's 4 bits are what both compute with; with activations of one byte the logits would be 3 % apart.
+    assert abs(quantised / exact - 1) < 0.001
+    assert (mine - theirs).norm() / theirs.norm() < 0.002
 
 
 @needs_compiler

@@ -93,8 +93,9 @@ def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def round_trip(x: torch.Tensor) -> torch.Tensor:
-    """What is left of rows f32[T, K] after the quantisation that `linear` does: 8 bits, a scale for each group of 32."""
+    """What is left of rows f32[T, K] after the quantisation that `linear` does: two bytes, a scale for each group of 32."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
     most = groups.abs().amax(-1, keepdim=True)
-    numbers = (groups * torch.where(most > 1e-30, 127 / most, 0)).round()
-    return (numbers * (most / 127)).flatten(1)
+    numbers = groups * torch.where(most > 1e-30, 127 / most, 0)
+    whole = numbers.round()
+    return ((whole + ((numbers - whole) * 254).round() / 254) * (most / 127)).flatten(1)

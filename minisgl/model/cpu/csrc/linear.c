@@ -1,4 +1,4 @@
-/* y = x W^T with W in 4 or 8 bits and x quantised to 8 bits on the way, for one to some hundred rows.
+/* y = x W^T with W in 4 or 8 bits and x quantised to two bytes on the way, for one to some hundred rows.
  *
  * W [N, K] lies in tiles of 16 outputs, and a tile in groups of 32 inputs, each of them one block of bytes:
  *   8 bits: 8 x [16 outputs][4 inputs] u8, of 128 + q; d f16[16]                     weight = d * q         (544 bytes)
@@ -7,8 +7,9 @@
  * so that a thread reads its part from front to back, and 4 inputs of 16 outputs are one instruction.  These are the numbers
  * of GGUF's Q8_0 and Q4_1, in another order.
  *
- * A row of x has a scale for each group of 32.  Sums within a group are exact integers, groups are added in order, and a row
- * never meets another one: what it becomes depends on its values alone. */
+ * A row of x has a scale s for each group of 32, and x = s * (q + r / 254) with bytes q and r: 8 bits alone would round away
+ * more than 4-bit weights are off, and products of bytes are cheap beside reading the weights.  Sums within a group are exact
+ * integers, groups are added in order, and a row never meets another one: what it becomes depends on its values alone. */
 #include "pool.h"
 #include "simd.h"
 
@@ -18,8 +19,8 @@
 #define SHARES 4   /* items for each thread: a late one leaves its items to the others */
 
 typedef struct {
-    int8_t *q;     /* [T, K] */
-    float *scale;  /* [T, K / 32]; x = scale * q */
+    int8_t *q;     /* [T, K / 32, 2, 32]: q and r of each group */
+    float *scale;  /* [T, K / 32] */
     float *total;  /* [T, K / 32]: the sum of x over each group */
 } Quantised;
 
@@ -43,11 +44,13 @@ INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total
     float most = largest(greater(absolute(a), absolute(b)));
     float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     i32x16 qa = nearest(a * inverse), qb = nearest(b * inverse), s = qa + qb;
-    int32_t sum = 0;
+    i32x16 ra = nearest((a * inverse - to_float(qa)) * 254.0f), rb = nearest((b * inverse - to_float(qb)) * 254.0f), t = ra + rb;
+    int32_t sum = 0, rest = 0;
     for (int i = 0; i < LANES; i++) q[i] = (int8_t)qa[i], q[i + LANES] = (int8_t)qb[i];
-    for (int i = 0; i < LANES; i++) sum += s[i];
+    for (int i = 0; i < LANES; i++) q[GROUP + i] = (int8_t)ra[i], q[GROUP + i + LANES] = (int8_t)rb[i];
+    for (int i = 0; i < LANES; i++) sum += s[i], rest += t[i];
     *scale = most / 127.0f;
-    *total = *scale * sum;
+    *total = *scale * (sum + rest * (1.0f / 254.0f));
 }
 
 /* One row: x += delta, x / rms(x) * weight, quantise. */
@@ -70,7 +73,7 @@ static void prepare_row(float *x, const float *delta, const Norm *norm, int inpu
             for (int j = 0; j < n; j++) buffer[j] = x[i + j] * factor * norm->weight[i + j];
         else
             memcpy(buffer, x + i, n * sizeof(float));
-        quantise_group(buffer, q + i, scale + i / GROUP, total + i / GROUP);
+        quantise_group(buffer, q + 2 * i, scale + i / GROUP, total + i / GROUP);
     }
 }
 
@@ -99,18 +102,21 @@ INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Q
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const int64_t at = (first + r) * groups + g;
-            const int8_t *xq = x.q + at * GROUP;
-            i32x16 dot = {};
+            const int8_t *xq = x.q + at * 2 * GROUP;
+            i32x16 dot = {}, rest = {};
 #pragma GCC unroll 8
             for (int v = 0; v < 8; v++) {
                 int32_t four;
                 memcpy(&four, xq + 4 * v, 4);
                 dot = dot4(dot, q[v], four);
+                memcpy(&four, xq + GROUP + 4 * v, 4);
+                rest = dot4(rest, q[v], four);
             }
+            f32x16 product = to_float(dot) + to_float(rest) * (1.0f / 254.0f);
             if (bits == 4)
-                acc[r] += to_float(dot) * x.scale[at] * d + m * x.total[at];
+                acc[r] += product * x.scale[at] * d + m * x.total[at];
             else
-                acc[r] += (to_float(dot) * x.scale[at] - 128.0f * x.total[at]) * d;
+                acc[r] += (product * x.scale[at] - 128.0f * x.total[at]) * d;
         }
     }
     for (int r = 0; r < rows; r++) y[r] = acc[r];
@@ -146,7 +152,7 @@ static void prepare_item(void *args, int32_t i) {
     const Product *p = args;
     const int64_t inputs = p->w->inputs, groups = p->w->groups;
     for (int64_t t = i; t < p->n_rows; t += p->items)
-        prepare_row(p->x + t * inputs, p->delta ? p->delta + t * inputs : NULL, p->norm, inputs, p->q.q + t * groups * GROUP,
+        prepare_row(p->x + t * inputs, p->delta ? p->delta + t * inputs : NULL, p->norm, inputs, p->q.q + t * groups * 2 * GROUP,
                     p->q.scale + t * groups, p->q.total + t * groups);
 }
 
@@ -194,4 +200,4 @@ void linear(const Weight *w, const Norm *norm, const float *delta, float *x, flo
 }
 
 /* Bytes that `linear` needs beside its arguments. */
-int64_t scratch_bytes(int32_t n_rows, int32_t groups) { return (int64_t)n_rows * groups * (GROUP + 2 * sizeof(float)); }
+int64_t scratch_bytes(int32_t n_rows, int32_t groups) { return (int64_t)n_rows * groups * (2 * GROUP + 2 * sizeof(float)); }
