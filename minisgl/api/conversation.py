@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minisgl.api.fields import json_type, loads, wrong_type
+from minisgl.api.fields import function_of, json_type, loads, wrong_type
 from minisgl.api.requests import ChatPrompt
 from minisgl.errors import InvalidParam, RequestError
 
@@ -113,13 +113,7 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, at: str) -> dict[str, Any]:
-    if not isinstance(call, dict):
-        raise wrong_type(at, "an object", call)
-    if call.get("type", "function") != "function":
-        raise InvalidParam(f"{at}.type", f'{at}.type must be "function".', "unsupported_value")
-    function = call.get("function")
-    if not isinstance(function, dict):
-        raise wrong_type(f"{at}.function", "an object", function)
+    function = function_of(call, at)
     name = _required(function, "name", f"{at}.function")
     out: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": _arguments(function, f"{at}.function")}}
     if call.get("id") is not None:

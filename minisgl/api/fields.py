@@ -113,3 +113,15 @@ class Fields:
 
 def wrong_type(name: str, expected: str, value: object) -> InvalidParam:
     return InvalidParam(name, f"{name} must be {expected}, not {json_type(value)}.", "invalid_type")
+
+
+def function_of(value: Any, at: str) -> dict[str, Any]:
+    """What `{"type": "function", "function": {...}}` holds: a tool, or a call of one.  Raises InvalidParam naming `at`."""
+    if not isinstance(value, dict):
+        raise wrong_type(at, "an object", value)
+    if value.get("type", "function") != "function":
+        raise InvalidParam(f"{at}.type", f'{at}.type must be "function".', "unsupported_value")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        raise wrong_type(f"{at}.function", "an object", function)
+    return function

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl import grammar
-from minisgl.api.fields import Fields, wrong_type
+from minisgl.api.fields import Fields, function_of, wrong_type
 from minisgl.api.tool_calls import READERS
 from minisgl.errors import InvalidParam
 
@@ -61,13 +61,7 @@ def tools(fields: Fields, style: str) -> Tools:
 
 
 def _function(tool: Any, at: str) -> Mapping[str, Any]:
-    if not isinstance(tool, dict):
-        raise wrong_type(at, "an object", tool)
-    if tool.get("type", "function") != "function":
-        raise InvalidParam(f"{at}.type", f'{at}.type must be "function".', "unsupported_value")
-    function = tool.get("function")
-    if not isinstance(function, dict):
-        raise wrong_type(f"{at}.function", "an object", function)
+    function = function_of(tool, at)
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidParam(f"{at}.function.name", f"{at}.function.name must be 1 to 64 letters, digits, underscores or dashes.")

@@ -21,9 +21,8 @@ from minisgl.model.layers import Biases
 from minisgl.model.rope import frequencies
 
 WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
-ONE_SCALE_ROWS = (
-    1024  # up to here the library's FP8 products with one scale are faster than those with one for each row and column
-)
+# Up to here the library's FP8 products with one scale are faster than those with one for each row and column.
+ONE_SCALE_ROWS = 1024
 
 
 class Linear:

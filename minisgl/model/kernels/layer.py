@@ -19,7 +19,6 @@ from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.model.kernels.rows import Product, Quantized, Scaled, unscaled
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 
 @triton.jit
@@ -226,20 +225,15 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled) -> Quantized:
 
 
 @triton.jit
-def _store_quantized(value, row, at, out, scales, width):
-    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
-    tl.store(scales + row, scale)
-    tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
-
-
-@triton.jit
 def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per row."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-    _store_quantized(value, row, at, out, scales, width)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(out + row * width + at, (value / scale).to(out.dtype.element_ty), mask=at < width)
 
 
 def quantize_rows(x: torch.Tensor) -> Quantized:
