@@ -4,10 +4,11 @@
 
 256 requests, 100 to 1,024 tokens in and out each, seed 0 (142,827 tokens in, 133,966 out), temperature 0.6, EOS ignored,
 prefill budget 16,384 tokens a step, no prefix cache.  One JSON line a measurement: tokens per second and their share of a
-roofline (every operation at the larger of its bytes over --bandwidth and its flops over --flops, one after another); CPU time
-of a launch; the share of time in which the GPU waited for the host.  --latency adds batch 1 (ms per token) and the time to the
-first token of a prompt of 128 tokens, --kernels the number of kernels in decode steps (see profile_step.py).  --ablate
-measures variants of one setting each, all or some (by their first word).
+roofline (every operation at the larger of its bytes over --bandwidth and its flops over --flops, one after another, divided by
+--tp); CPU time of a launch; the share of time in which the GPU waited for the host.  --latency adds batch 1 (ms per token) and
+the time to the first token of a prompt of 128 tokens, --kernels the number of kernels in decode steps (see profile_step.py).
+--ablate measures variants of one setting each, all or some (by their first word).  --sums, with --tp: --latency again in
+another engine, whose ranks do not add up their parts, and the share of a decode step that goes into sums.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from typing import Any
 
 import numpy as np
+import silent_worker
 from reference import provenance
 
 from minisgl import LLM, SamplingParams
@@ -135,8 +137,11 @@ def offline(llm: LLM, spec: ModelSpec, passes: int, limit: float, **about: Any) 
         )
 
 
-def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
-    """Batch 1 and the first token, medians of several runs; GPU idle time in lock-step decoding of 256 rows."""
+def latency(llm: LLM, spec: ModelSpec, **about: Any) -> dict[str, float]:
+    """Batch 1 and the first token, medians of several runs; GPU idle time in lock-step decoding of 256 rows.
+
+    Returns GPU milliseconds of a step by the number of rows.
+    """
     rng = random.Random(1)
 
     def prompt(n: int) -> list[int]:
@@ -161,6 +166,7 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
     seconds(many, 400)
     after = engine_stats(llm)
     idle, busy = (after[k] - before[k] for k in ("idle_us", "busy_us"))
+    steps = {"1": alone["busy_us"] / alone["steps"] / 1e3, "256": busy / (after["steps"] - before["steps"]) / 1e3}
     print(
         json.dumps(
             {
@@ -168,7 +174,8 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
                 "model": spec.name,
                 **about,
                 "ms_per_token": round(float(np.median(one)) / 255 * 1e3, 3),
-                "gpu_ms_per_step": round(alone["busy_us"] / alone["steps"] / 1e3, 3),
+                "gpu_ms_per_step": round(steps["1"], 3),
+                "gpu_ms_per_step_256": round(steps["256"], 3),
                 "gpu_idle_ms_per_step": round(alone["idle_us"] / alone["steps"] / 1e3, 3),
                 "launch_ms_per_step": round(alone["launch_us"] / alone["steps"] / 1e3, 3),
                 "ttft_ms": round(float(np.median(first)) * 1e3, 2),
@@ -178,6 +185,7 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> None:
         ),
         flush=True,
     )
+    return steps
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -194,12 +202,19 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def measure(name: str, args: argparse.Namespace, passes: int, with_latency: bool, **settings: Any) -> None:
     spec = random_shape(name)
-    engine: dict[str, Any] = {"device": "cuda", "max_running": 256, "step_tokens": 16_384, "cache": "none", **settings}
+    engine: dict[str, Any] = {
+        "device": "cuda",
+        "tp": args.tp,
+        "max_running": 256,
+        "step_tokens": 16_384,
+        "cache": "none",
+        **settings,
+    }
     prompts, outs = requests()
     roof = Roofline(
         spec,
-        args.bandwidth,
-        args.flops,
+        args.bandwidth * args.tp,
+        args.flops * args.tp,
         1 if engine.get("quantization") == "fp8" else 2,
         1 if engine.get("kv_cache_dtype") == "fp8" else 2,
     )
@@ -207,10 +222,16 @@ def measure(name: str, args: argparse.Namespace, passes: int, with_latency: bool
     start = time.perf_counter()
     with LLM(spec, **engine) as llm:
         time.sleep(args.settle)
-        about = {"settings": settings, "ready_s": round(time.perf_counter() - start, 1)}
+        about = {"tp": args.tp, "settings": settings, "ready_s": round(time.perf_counter() - start, 1)}
         offline(llm, spec, passes, limit, **about)
-        if with_latency:
-            latency(llm, spec, **about)
+        whole = latency(llm, spec, **about) if with_latency else {}
+    if with_latency and args.sums:
+        with LLM(spec, make_worker=silent_worker.make_worker, **engine) as llm:
+            without = latency(llm, spec, **about, sums="left out")
+        shares = {f"share_{rows}": round(1 - without[rows] / whole[rows], 3) for rows in whole}
+        count = 2 * spec.num_layers + 1
+        each = {f"us_each_{rows}": round((whole[rows] - without[rows]) / count * 1e3, 1) for rows in whole}
+        print(json.dumps({"bench": "sums", "model": spec.name, "tp": args.tp, "count": count, **shares, **each}), flush=True)
 
 
 def main() -> int:
@@ -223,15 +244,21 @@ def main() -> int:
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks, each with its GPU")
+    parser.add_argument("--sums", action="store_true", help="the share of sums in decode steps; implies --latency")
     parser.add_argument("--lag", type=int, default=2)
     parser.add_argument("--settle", type=float, default=5.0, help="seconds before the first pass, for graphs to be captured")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes/s of the roofline (an H200's measured copy)")
     parser.add_argument("--flops", type=float, default=790e12, help="bf16 flop/s of the roofline; float8 counts twice")
     args = parser.parse_args()
+    if args.tp > 1 and args.kernels:
+        parser.error("--kernels looks into one worker: use it without --tp")
+    if args.tp == 1 and args.sums:
+        parser.error("--sums needs --tp 2 or more: one rank has nothing to add up")
     print(json.dumps({"provenance": provenance()}), flush=True)
     base = {k: getattr(args, k) for k in ("quantization", "kv_cache_dtype", "attention_backend", "lag")}
     for name in args.shape:
-        measure(name, args, args.passes, args.latency, **base)
+        measure(name, args, args.passes, args.latency or args.sums, **base)
         if args.kernels:
             from ablate_step import Bench
             from profile_step import report

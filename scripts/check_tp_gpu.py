@@ -1,13 +1,16 @@
-"""Tensor-parallel collectives on GPUs: several ranks on GPU 0, or one rank per GPU over NCCL.
+"""Tensor parallelism on GPUs: collectives, models and the loss of a rank.
 
-    python scripts/check_tp_gpu.py [--backend nccl] [--ranks 2 3] [--deadline 300] [--bench]
+    python scripts/check_tp_gpu.py [--backend nccl|shared-gpu] [--ranks 2 3] [--deadline 100] [--only collectives models loss]
 
-Checks, each one JSON line with ok true or false; exit code 1 if one fails or a rank does not finish:
+Each check is one line: ok or FAILED, its name, and numbers as JSON.  Exit code 1 if one fails or does not finish in time.
   eager     50 sums (or gathers) in a row without waiting, ranks delayed in turn, so that a buffer reused too early shows
   graph     the same from one CUDA graph with three collectives, replayed 50 times with changing inputs
 Each compares with a sum in float32 (a gather: exactly), and the ranks' results with each other, bit by bit.  `one_shot` tells
-whether sums of that shape went through symmetric memory.
-With --backend nccl --bench: microseconds per sum in a graph, one-shot and over NCCL, by size.
+whether sums of that shape went through symmetric memory.  With a GPU for each rank (the default where there are two) also
+  bench     microseconds per sum in a graph, one-shot and over NCCL, by size
+  models    logits and greedy text of tiny models, on all ranks against one (see tp_models.py)
+  loss      a rank is killed under load: requests fail with a clear error, nothing is left, a new engine answers as the first
+Otherwise all ranks share GPU 0, and collectives alone are checked.
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import tp_models
 
-from minisgl.model.cuda_parallel import ONE_SHOT_BYTES, CudaParallel
+from minisgl.lifeline import die_with_parent
+from minisgl.model.cuda_parallel import CudaParallel, SymmetricMemory
 from minisgl.model.parallel import Kind, Parallel, make_parallel
 
 REPEATS = 50
+BENCH_BYTES = 1 << 20  # sums up to here are timed both ways
 SUMS = [  # rows, width, dtype
     (1, 64, torch.float32),
     (1, 4096, torch.bfloat16),
@@ -39,6 +45,8 @@ SUMS = [  # rows, width, dtype
     (8, 2048, torch.float16),  # not a dtype of the one-shot kernel
     (32, 4096, torch.bfloat16),  # 256 KiB: the largest that is one-shot
     (33, 4096, torch.bfloat16),
+    (1, 5120, torch.bfloat16),  # decode steps of a model of 14 or 32 billion parameters
+    (256, 5120, torch.bfloat16),
     (520, 4096, torch.float32),  # more than the 8 MiB of a shared GPU's buffer
 ]
 GATHERS = [(1, 1001, torch.float32), (5, 16_032, torch.bfloat16), (33, 49_152, torch.bfloat16)]  # rows, columns in all, dtype
@@ -47,7 +55,7 @@ failed: list[str] = []
 
 
 def report(check: str, ok: bool, **numbers: object) -> None:
-    print(json.dumps({"check": check, "ok": bool(ok), **numbers}), flush=True)
+    print(f"{'ok    ' if ok else 'FAILED'} {check} {json.dumps(numbers)}", flush=True)
     if not ok:
         failed.append(check)
 
@@ -87,7 +95,7 @@ class Rank:
         fixed = [torch.empty_like(inputs[0]) for _ in range(3)]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as minisgl.model.cuda.graphs
             out = [self.collective(check, x.clone()) for x in fixed]
         got = []
         for step in range(len(inputs)):
@@ -127,48 +135,57 @@ class Rank:
         ]
         self.run(f"gather {rows}x{width} {str(dtype).removeprefix('torch.')}", inputs, want, 0, widths=self.widths)
 
-    def bench(self, other: CudaParallel) -> None:
-        for kib in (8, 32, 64, 128, 256, 512, 1024):
-            x = torch.zeros(kib * 512, dtype=torch.bfloat16, device="cuda")
-            micros = {}
-            for name, parallel in (("one_shot", self.parallel), ("nccl", other)):
+    def bench(self, parallel: CudaParallel, run_dir: str) -> None:
+        small = parallel.is_one_shot(torch.empty(1, 4096, dtype=torch.bfloat16))
+        self.tell("small sums go through symmetric memory", small, {}, "")
+        world = torch.distributed.group.WORLD
+        assert world is not None
+        memory = SymmetricMemory(world, torch.device("cuda", torch.cuda.current_device()), BENCH_BYTES, run_dir)
+        one_shot = CudaParallel(self.rank, self.size, world, memory if small else None, one_shot_bytes=BENCH_BYTES)
+        nccl = CudaParallel(self.rank, self.size, world, None)
+        for rows in (1, 4, 8, 16, 25, 51, 102, 256, 1024, 8192):  # of 5120 columns: decode and prefill
+            x = torch.zeros(rows, 5120, dtype=torch.bfloat16, device="cuda")
+            micros = {"nccl": self.micros(nccl, x)}
+            if one_shot.is_one_shot(x):
+                micros["one_shot"] = self.micros(one_shot, x)
+            self.tell(f"bench {rows} rows, {x.nbytes >> 10} KiB", True, {"us": micros}, "")
+
+    def micros(self, parallel: CudaParallel, x: torch.Tensor) -> float:
+        """Of one sum, in a graph of 20."""
+        parallel.all_reduce_(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(20):
                 parallel.all_reduce_(x)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    for _ in range(20):
-                        parallel.all_reduce_(x)
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                graph.replay()
-                start.record()
-                for _ in range(10):
-                    graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                micros[name] = round(start.elapsed_time(end) * 1e3 / 200, 2)
-                del graph
-            self.tell(f"bench {kib} KiB", True, {"us": micros}, "")
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+        start.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return round(float(start.elapsed_time(end)) * 1e3 / 200, 2)
 
 
-def rank_main(rank: int, kind: Kind, size: int, run_dir: str, *, bench: bool, results: Any) -> None:
+def rank_main(rank: int, kind: Kind, size: int, run_dir: str, results: Any) -> None:
+    die_with_parent(os.getppid())
+
     def tell(check: str, ok: bool, numbers: dict[str, object], digest: str) -> None:
         results.put((rank, check, ok, numbers, digest))
 
     try:
         device = torch.device("cuda", 0 if kind == "shared-gpu" else rank)
         torch.cuda.set_device(device)
-        limit = 1 << 20 if bench else ONE_SHOT_BYTES
-        parallel = make_parallel(kind, rank, size, run_dir, device, one_shot_bytes=limit)
+        parallel = make_parallel(kind, rank, size, run_dir, device)
         checks = Rank(parallel, tell)
         with torch.inference_mode():
             for case in SUMS:
                 checks.sums(*case)
             for case in GATHERS:
                 checks.gathers(*case)
-            if bench and kind == "nccl":
-                world = torch.distributed.group.WORLD
-                assert world is not None
-                checks.bench(CudaParallel(rank, size, world, None))
+            if isinstance(parallel, CudaParallel) and kind == "nccl":
+                checks.bench(parallel, run_dir)
         torch.cuda.synchronize()
         parallel.close()
         tell("close", True, {}, "")
@@ -181,16 +198,14 @@ def rank_main(rank: int, kind: Kind, size: int, run_dir: str, *, bench: bool, re
 
 
 # ---------------------------------------------------------------- in the parent
-def check(kind: Kind, size: int, seconds: float, bench: bool) -> None:
+def check(kind: Kind, size: int, seconds: float) -> None:
     """One group of ranks.  Whatever they do, it is over after `seconds`."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="minisgl-") as run_dir:
-        more = {"bench": bench, "results": results}
-        ranks = [
-            context.Process(target=rank_main, args=(r, kind, size, run_dir), kwargs=more, daemon=True) for r in range(size)
-        ]
+        args = (kind, size, run_dir, results)
+        ranks = [context.Process(target=rank_main, args=(r, *args), daemon=True) for r in range(size)]
         heard: dict[str, dict[int, tuple[bool, dict[str, object], str]]] = {}
         try:
             for p in ranks:
@@ -226,18 +241,30 @@ def check(kind: Kind, size: int, seconds: float, bench: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--backend", choices=["shared-gpu", "nccl"], default="shared-gpu")
+    parser.add_argument("--backend", choices=["shared-gpu", "nccl"], help="default: nccl where there are two GPUs")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 2 and 3 on a shared GPU, else one per GPU")
-    parser.add_argument("--deadline", type=float, default=300, help="seconds for each number of ranks")
-    parser.add_argument("--bench", action="store_true", help="with --backend nccl")
+    parser.add_argument("--deadline", type=float, default=100, help="seconds for each part and number of ranks")
+    parser.add_argument(
+        "--only", nargs="+", choices=["collectives", "models", "loss"], default=["collectives", "models", "loss"]
+    )
     args = parser.parse_args()
     gpus = torch.cuda.device_count()
-    needed = max(args.ranks or [2]) if args.backend == "nccl" else 1
+    kind: Kind = args.backend or ("nccl" if gpus > 1 else "shared-gpu")
+    sizes = args.ranks or ([2, 3] if kind == "shared-gpu" else [gpus])
+    needed = max(sizes) if kind == "nccl" else 1
     if gpus < needed:
-        print(f"check_tp_gpu: --backend {args.backend} needs {needed} GPUs and {gpus} are visible", file=sys.stderr)
+        print(f"check_tp_gpu: --backend {kind} needs {needed} GPUs and {gpus} are visible", file=sys.stderr)
         return 2
-    for size in args.ranks or ([2, 3] if args.backend == "shared-gpu" else [gpus]):
-        check(args.backend, size, args.deadline, args.bench)
+    began = time.monotonic()
+    for size in sizes:
+        if "collectives" in args.only:
+            check(kind, size, args.deadline)
+        if kind == "nccl":
+            if "models" in args.only:
+                tp_models.check_models(size, args.deadline, report)
+            if "loss" in args.only:
+                tp_models.check_loss(size, args.deadline, report)
+    print(f"{len(failed)} failed in {time.monotonic() - began:.0f} s {json.dumps(failed)}", flush=True)
     return 1 if failed else 0
 
 

@@ -36,7 +36,7 @@ class FakeCuda:
             raise AssertionError("not recorded")
 
     @contextmanager
-    def graph(self, graph: Any, pool: object) -> Iterator[None]:
+    def graph(self, graph: Any, pool: object, capture_error_mode: str) -> Iterator[None]:
         if self.room == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.room -= 1

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import setproctitle
 import zmq
@@ -162,12 +162,20 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
         ctx.send(ROOT, Stopped(name))
     except UserError as e:
         ctx.send(ROOT, Failed(name, str(e)))
-        sys.exit(1)
+        _abandon(ctx, 1)
     except Exception:
         traceback.print_exc()
-        sys.exit(70)
+        _abandon(ctx, 70)
     finally:
         ctx.close()
+
+
+def _abandon(ctx: ZmqContext, code: int) -> NoReturn:
+    """End this process without exit handlers: those of a GPU's libraries may wait for ranks that will never answer."""
+    ctx.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _as_context(ctx: ZmqContext) -> Context:

@@ -69,7 +69,7 @@ class WorkerActor(Actor):
         self._make_runner = make_runner
         self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
-        self._armed = False
+        self._armed = self._stopped = False
         self._ready = self._prepared = False
         self._planned = float("-inf")  # when the latest plan came
         self._pid = os.getpid()
@@ -125,6 +125,7 @@ class WorkerActor(Actor):
         if self.plans.starved():
             self.ctx.send("scheduler", Wake())
         if plan.kind == PlanKind.STOP:
+            self._stopped = True
             self.ctx.stop()
             return
         if self._runner is None:
@@ -145,5 +146,6 @@ class WorkerActor(Actor):
         return True
 
     def stopping(self) -> None:
-        if self._runner is not None:
+        """Leave the group where all ranks do.  A rank that fails alone would wait there for the others, who wait for it."""
+        if self._runner is not None and self._stopped:
             self._runner.close()

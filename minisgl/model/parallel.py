@@ -72,6 +72,7 @@ def join(
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_NET", "Socket")  # the ranks are on one host: nothing is gained by looking for other networks
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     store = dist.FileStore(os.path.join(run_dir, "tp"), size)  # type: ignore[attr-defined]

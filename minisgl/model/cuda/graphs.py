@@ -47,7 +47,8 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # The watchdog thread of a group of ranks queries events at any time, which must not end the capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
         except torch.OutOfMemoryError:
             if not self._eager:
