@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import setproctitle
 import zmq
@@ -153,6 +153,7 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
     faulthandler.register(signal.SIGUSR1)
     setproctitle.setproctitle(f"minisgl::{name}")
     ctx = ZmqContext(run_dir, name)
+    code = 0
     try:
         actor = make(_as_context(ctx), *args)
         try:
@@ -162,19 +163,16 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
         ctx.send(ROOT, Stopped(name))
     except UserError as e:
         ctx.send(ROOT, Failed(name, str(e)))
-        _abandon(ctx, 1)
+        code = 1
     except Exception:
         traceback.print_exc()
-        _abandon(ctx, 70)
+        code = 70
     finally:
         ctx.close()
-
-
-def _abandon(ctx: ZmqContext, code: int) -> NoReturn:
-    """End this process without exit handlers: those of a GPU's libraries may wait for ranks that will never answer."""
-    ctx.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Nothing is left to do: taking a model apart, object by object, would take seconds, and exit handlers of a GPU's libraries
+    # could wait for ranks that will never answer.
     os._exit(code)
 
 
