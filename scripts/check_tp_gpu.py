@@ -188,13 +188,14 @@ def rank_main(rank: int, kind: Kind, size: int, run_dir: str, results: Any) -> N
                 checks.bench(parallel, run_dir)
         torch.cuda.synchronize()
         parallel.close()
-        tell("close", True, {}, "")
+        closed = True
     except Exception:
         traceback.print_exc()
-        tell("close", False, {}, "")
-        results.close()
-        results.join_thread()
-        os._exit(1)  # a process whose peers are stuck in a kernel cannot clean up
+        closed = False
+    tell("close", closed, {}, "")
+    results.close()
+    results.join_thread()
+    os._exit(not closed)  # as workers do; a process whose peers are stuck in a kernel cannot clean up
 
 
 # ---------------------------------------------------------------- in the parent

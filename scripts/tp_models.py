@@ -82,9 +82,10 @@ def model_rank(rank: int, size: int, run_dir: str, specs: list[ModelSpec], resul
         results.put((size, rank, outcomes))
         results.close()
         results.join_thread()
-    except BaseException:
+    except Exception:
         traceback.print_exc()
-        os._exit(1)  # a process whose peers are stuck in a kernel cannot clean up
+        os._exit(1)
+    os._exit(0)  # as workers do; a process whose peers are stuck in a kernel cannot clean up
 
 
 def collect(size: int, specs: list[ModelSpec], run_dir: str, seconds: float) -> tuple[dict[tuple[int, int], Any], list[Any]]:

@@ -1,4 +1,4 @@
-"""The worker actor: when it lets its runner prepare for later steps."""
+"""The worker actor: when it lets its runner prepare for later steps, and when its runner leaves the group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from conftest import oracle_config
 
 from minisgl.actors.arenas import Arenas, close_arenas, create_arenas
 from minisgl.actors.messages import Capacity
+from minisgl.actors.ring import RingWriter
 from minisgl.actors.worker import WorkerActor
+from minisgl.plan import PlanKind, StepPlan
 
 
 class Clock:
@@ -25,11 +27,15 @@ class Clock:
     def send(self, to: str, msg: Any) -> None:
         """Nobody listens."""
 
+    def stop(self) -> None:
+        """The loop around the actor ends."""
+
 
 class SlowStarter:
     """A runner with three things to prepare."""
 
     left = 3
+    closed = False
 
     def max_pages(self) -> int:
         return 4
@@ -40,6 +46,9 @@ class SlowStarter:
     def prepare(self) -> bool:
         self.left -= 1
         return self.left > 0
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -66,3 +75,15 @@ def test_a_runner_prepares_before_the_first_plan_and_in_pauses_but_not_between_s
     assert runner.left == 1
     assert worker.idle() is False  # all is done: it may sleep
     assert (runner.left, worker.idle(), runner.left) == (0, False, 0)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_rank_leaves_its_group_where_all_do_and_not_when_it_fails_alone(arenas: Arenas, told: bool) -> None:
+    runner = SlowStarter()
+    worker = WorkerActor(Clock(), 0, arenas, lambda: runner)  # type: ignore[arg-type, return-value]
+    worker.started()
+    if told:
+        RingWriter(arenas.plans).publish(StepPlan(0, kind=PlanKind.STOP).pack())
+        worker.idle()
+    worker.stopping()
+    assert runner.closed is told
