@@ -168,7 +168,7 @@ def test_control_c_is_the_roots_business_and_nobody_survives_a_killed_root(tmp_p
     script.write_text(
         textwrap.dedent(
             """
-            import signal, sys, time
+            import os, signal, sys, time
             sys.path.insert(0, sys.argv[1])
             from test_process import Root
             import process_actors
@@ -178,7 +178,8 @@ def test_control_c_is_the_roots_business_and_nobody_survives_a_killed_root(tmp_p
                 root.supervisor.spawn(f"echo{i}", process_actors.make_echo)
             while sum(isinstance(m, Hello) for m in root.seen) < 3:
                 root.pump(0.05)
-            signal.signal(signal.SIGINT, lambda *_: print("root saw it", flush=True))
+            # not print: the signal may come before the print below has returned, and a buffered file refuses to be reentered
+            signal.signal(signal.SIGINT, lambda *_: os.write(1, b"root saw it\\n"))
             print(*root.supervisor.pids.values(), flush=True)
             while True:
                 time.sleep(60)
