@@ -272,7 +272,7 @@ def main() -> int:
                 if args.ablate and not any(what.startswith(word) for word in args.ablate):
                     continue
                 print(json.dumps({"ablation": what}), flush=True)
-                measure(name, args, 2, False, **{**base, **change})
+                measure(name, args, args.passes, False, **{**base, **change})
     return 0
 
 

@@ -1,6 +1,6 @@
 """The GPU worker against the CPU worker: tiny random checkpoints, and the embedded model; one JSON line a check.
 
-    python scripts/check_gpu.py [--quick | --architectures | --only-embedded | --only-soak] [--soak SECONDS]
+    python scripts/check_gpu.py [--heads DIM ... | --architectures [NAME ...] | --only-embedded | --only-soak] [--soak SECONDS]
 
   logits    prefill in chunks over a cached prefix, and decode steps: the GPU against float32 on the CPU (which the tests hold
             against transformers), as a ratio of norms, for every attention backend, in float32, bfloat16 and with float8
@@ -280,9 +280,9 @@ def check_paths(spec: ModelSpec) -> None:
         report("cached equals uncached", bad < 1e-4, error=bad)
 
 
-def check_architectures() -> None:
-    """Every architecture in float32 and in its own dtype, on every backend, and from graphs."""
-    for kind in ARCHITECTURES:
+def check_architectures(kinds: list[str]) -> None:
+    """Architectures in float32 and in their own dtype, on every backend, and from graphs."""
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as directory:
             spec = tiny(directory, kind, 6, 2, 64)
             reference = cpu(spec)
@@ -466,24 +466,32 @@ def soak(seconds: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    parser.add_argument("--heads", type=int, nargs="+", metavar="DIM", help="only the shapes with heads of these sizes")
     parser.add_argument("--only-soak", action="store_true")
     parser.add_argument("--only-embedded", action="store_true", help="the embedded model's text, and what float8 costs it")
-    parser.add_argument("--architectures", action="store_true", help="windows, soft caps, experts and so on, and nothing else")
+    parser.add_argument(
+        "--architectures",
+        nargs="*",
+        metavar="NAME",
+        choices=list(ARCHITECTURES),
+        help="all or these, with their windows, soft caps, experts and so on, and nothing else",
+    )
     parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
     shapes = [("Llama", 8, 2, 64), ("Qwen3", 10, 2, 128), ("Llama", 5, 1, 80), ("Qwen3", 7, 1, 96), ("Llama", 4, 2, 256)]
+    if args.heads:
+        shapes = [shape for shape in shapes if shape[3] in args.heads]
     if args.only_soak:
         soak(args.soak)
         return 1 if failed else 0
-    if args.architectures:
-        check_architectures()
+    if args.architectures is not None:
+        check_architectures(args.architectures or list(ARCHITECTURES))
         print(json.dumps({"failed": failed}), flush=True)
         return 1 if failed else 0
     if args.only_embedded:
         shapes = []
-    for kind, heads, kv_heads, dim in shapes[:2] if args.quick else shapes:
+    for kind, heads, kv_heads, dim in shapes:
         with tempfile.TemporaryDirectory() as directory:
             spec = tiny(directory, kind, heads, kv_heads, dim)
             name = f"{kind} {heads}/{kv_heads} heads of {dim}"
