@@ -87,10 +87,15 @@ _SCORES = struct.Struct("<ii")
 
 
 class PlanKind(enum.IntEnum):
-    """What a record asks of the workers.  STOP travels in band so that all ranks leave at the same step."""
+    """What a record asks of the workers.
+
+    STOP travels in band so that all ranks leave at the same step, PREPARE so that they capture the same graph at the same time.
+    Neither is a step: there is no result, and "the previous plan" is the one before.
+    """
 
     STEP = 0
     STOP = 1
+    PREPARE = 2
 
 
 def _rows(dtype: np.dtype[np.void]) -> Rows:

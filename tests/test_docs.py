@@ -57,14 +57,15 @@ def fields_of(name: str) -> str:
 
 def observed_edges() -> set[tuple[str, str, str]]:
     """Every edge seen while all real actors work in one deterministic system, text, chat and trouble included."""
-    config = Config(resolve(None), EngineConfig(kv_tokens=512, max_context=256, max_running=8, step_tokens=64))
+    config = Config(resolve(None), EngineConfig(tp=2, kv_tokens=512, max_context=256, max_running=8, step_tokens=64))
     shared, fds = arenas.create_arenas(config)
     system = LocalSystem(3)
     gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))
     system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts[0])))
     system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
     system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
-    system.spawn("worker0", lambda ctx: WorkerActor(ctx, 0, shared, lambda: OracleRunner(config, 32)))
+    for rank in range(2):
+        system.spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, shared, lambda: OracleRunner(config, 32)))
     gateway._silent.clear()
     system.run()
     seen: list[object] = []

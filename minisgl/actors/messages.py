@@ -237,6 +237,11 @@ class WorkerArmed:
 
 
 @message
+class MayPrepare:
+    """worker 0 of several -> scheduler: nothing was planned for a while, and later steps could be made faster meanwhile."""
+
+
+@message
 class EngineReady:
     """scheduler -> api: requests can be served."""
 

@@ -1,8 +1,8 @@
 """The scheduler actor.
 
 Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
-Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, Wake (workers); Stop (api); results through the
-token ring.
+Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayPrepare, Wake (workers); Stop (api); results
+through the token ring.
 Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans through
 the plan ring.
 """
@@ -24,6 +24,7 @@ from minisgl.actors.messages import (
     EngineReady,
     FlushCache,
     Generate,
+    MayPrepare,
     Rejected,
     Scores,
     Stats,
@@ -57,7 +58,7 @@ class SchedulerActor(Actor):
         self._unsent: StepPlan | None = None  # a plan that waits for room in the ring
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
         self._armed: set[int] = set()
-        self._stopping = False
+        self._stopping = self._may_prepare = False
         self._armed_bells = False
         self._reported = -STATS_SECONDS
         self._stats: dict[str, int] = {}
@@ -158,6 +159,10 @@ class SchedulerActor(Actor):
     def wake(self, m: Wake) -> None:
         """A bell: `idle` runs next, which is the point of it."""
 
+    @on(MayPrepare)
+    def may_prepare(self, m: MayPrepare) -> None:
+        self._may_prepare = True
+
     @on(Stop)
     def stop(self, m: Stop) -> None:
         if self.machine is None or len(self._armed) < self.config.engine.tp:
@@ -181,7 +186,11 @@ class SchedulerActor(Actor):
             output = self.machine.step(inbox, self.ctx.now())
             self._tell(output)
             self._unsent = output.plan
-            worked |= output.plan is not None
+            if self._may_prepare and len(self._armed) == self.config.engine.tp:
+                self._may_prepare = False  # otherwise the worker asks again after the next plan
+                if self.machine.idle:
+                    self._unsent = StepPlan(self.machine.counters.steps, PlanKind.PREPARE)
+            worked |= self._unsent is not None
             self._flush()
         if worked:
             self._arm(False)

@@ -2,7 +2,7 @@
 
 Owns      the model's shard, its KV cache, and the resident state of every slot (inside the runner).
 Receives  Capacity (scheduler, once), Wake (scheduler); plans through the plan ring, STOP among them.
-Sends     WorkerLoaded, WorkerArmed, Wake (scheduler); rank 0 publishes results through the token ring.
+Sends     WorkerLoaded, WorkerArmed, MayPrepare, Wake (scheduler); rank 0 publishes results through the token ring.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas
 from minisgl.actors.board import Board
-from minisgl.actors.messages import Capacity, Wake, WorkerArmed, WorkerLoaded
+from minisgl.actors.messages import Capacity, MayPrepare, Wake, WorkerArmed, WorkerLoaded
 from minisgl.actors.ring import RingReader, RingWriter
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
@@ -47,7 +47,10 @@ class RunnerLike(Protocol):
         """Start a step behind those already started."""
 
     def prepare(self) -> bool:
-        """Spend some milliseconds, while nothing is to be done, on making later steps faster.  False: nothing is left."""
+        """Spend some milliseconds, while nothing is to be done, on making later steps faster.  False: nothing is left.
+
+        All ranks do the same thing in the same call.
+        """
 
     def close(self) -> None:
         """Leave the group, free the device."""
@@ -70,7 +73,8 @@ class WorkerActor(Actor):
         self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
         self._armed = self._stopped = False
-        self._ready = self._prepared = False
+        self._ready = self._prepared = self._asked = False
+        self._ranks = arenas.plans.readers
         self._planned = float("-inf")  # when the latest plan came
         self._pid = os.getpid()
 
@@ -106,11 +110,19 @@ class WorkerActor(Actor):
         return self.plans.pending()  # one more look with the flag up
 
     def _prepare(self) -> bool:
-        """Let the runner prepare, not between two steps but after a pause, for which it stays awake.  False: it is done."""
-        if self._runner is None or not self._ready or self._prepared:
+        """Let the runner prepare, not between two steps but after a pause, for which it stays awake.  False: it is done.
+
+        Several ranks pause at different moments, and what they prepare has sums over all of them in it: rank 0 asks the
+        scheduler, whose PREPARE reaches all between the same two steps.
+        """
+        if self._runner is None or not self._ready or self._prepared or self._asked or self.rank > 0:
             return False
         if self.ctx.now() - self._planned < _PAUSE_SECONDS:
             time.sleep(_BREATHE_SECONDS)
+            return True
+        if self._ranks > 1:
+            self._asked = True
+            self.ctx.send("scheduler", MayPrepare())
             return True
         self._prepared = not self._runner.prepare()
         return not self._prepared
@@ -130,6 +142,10 @@ class WorkerActor(Actor):
             return
         if self._runner is None:
             raise RuntimeError(f"plan {plan.step} arrived before the model was loaded")
+        self._asked = False  # what is asked during a step may be passed over
+        if plan.kind == PlanKind.PREPARE:
+            self._prepared = not self._runner.prepare()
+            return
         self.board.beat(self._pid, plan.step, True)
         self._planned = self.ctx.now()
         self._running.append(self._runner.launch(plan))

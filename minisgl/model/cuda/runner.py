@@ -267,9 +267,9 @@ class CudaRunner:
     def prepare(self) -> bool:
         """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.
 
-        Ranks are idle at different moments, and a graph has collectives in it, so only a single rank does this.
+        A graph has collectives in it: several ranks are called at the same point of their plans, so they capture the same one.
         """
-        if self._parallel.size > 1 or not self._ready:
+        if not self._ready:
             return False
         with torch.inference_mode():
             return self._steps.prepare()
