@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+NOT_HTTP = "invalid_http"  # the code of what is not HTTP: its connection ends with the answer
+
 
 class UserError(Exception):
     """A command cannot go on because of something its user can change.

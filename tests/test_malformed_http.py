@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_server import COMPLETION, FakeEngine, Server, play
+
+from minisgl.api.store import Store
 
 SECRET = b"sk-very-secret"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
@@ -50,8 +53,11 @@ async def say(http: Server, *pieces: bytes) -> tuple[int, dict[str, str], bytes]
         ([POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n"], 400, "invalid_http"),
         ([POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"], 400, "invalid_http"),
         ([CHUNKED + SECRET + b"\r\n\r\n"], 400, "invalid_http"),
-        ([CHUNKED, SECRET + b"\r\n\r\n"], 408, "request_timeout"),  # its handler has begun to read
-        ([CHUNKED + b"2\r\n{}\r\n", SECRET + b"\r\n\r\n"], 408, "request_timeout"),
+        ([CHUNKED, SECRET + b"\r\n\r\n"], 400, "invalid_http"),  # its handler has begun to read
+        ([CHUNKED + b"2\r\n{}\r\n", SECRET + b"\r\n\r\n"], 400, "invalid_http"),
+        ([CHUNKED + b"2\r\n{}\r\n", b"2\r\n{}" + SECRET], 400, "invalid_http"),  # behind a chunk
+        ([CHUNKED + b"2\r\n{}\r\n", b"0\r\n" + SECRET + b"\r\n\r\n"], 400, "invalid_http"),  # in a trailer
+        ([CHUNKED + b"2\r\n{}\r\n"], 408, "request_timeout"),  # and no more
         ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + SECRET], 400, "invalid_http"),  # TLS
         ([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], 400, "invalid_http"),
     ],
@@ -77,6 +83,36 @@ def test_what_is_not_http_gets_an_error_body_that_quotes_nothing(
     assert not engine.opened
     assert SECRET.decode() not in caplog.text
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("path", [COMPLETION, "/v1/messages", "/v1/files"])
+def test_a_body_that_breaks_off_in_bad_bytes_gets_one_answer_and_its_connection_ends(path: str, tmp_path: Path) -> None:
+    kind = b"multipart/form-data; boundary=x" if path == "/v1/files" else b"application/json"
+    head = (
+        b"POST " + path.encode() + b" HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\nContent-Type: %s\r\n\r\n" % kind
+    )
+
+    async def main() -> None:
+        http = Server(FakeEngine(), store=Store(str(tmp_path)))
+        await http.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        for piece in (head, b"5\r\n--x\r\n\r\n", SECRET + b"\r\nGET /health HTTP/1.1\r\nHost: t\r\n\r\n"):
+            writer.write(piece)
+            await writer.drain()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        said = await asyncio.wait_for(reader.read(), 5)  # to the end of the connection, long before a body may be late
+        writer.close()
+        await http.close()
+        head_, body = said.split(b"\r\n\r\n")
+        assert head_.startswith(b"HTTP/1.1 400 ")
+        assert b"connection: close" in head_.lower()
+        told = json.loads(body)
+        assert told["error"]["message"].startswith("The request is not HTTP/1.1: ")
+        assert ("code" in told["error"]) is (path != "/v1/messages")  # whose errors have another shape
+        assert SECRET not in said
+
+    asyncio.run(main())
 
 
 @settings(max_examples=60, deadline=None)

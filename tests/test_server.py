@@ -23,6 +23,7 @@ from minisgl.api.door import Door
 from minisgl.api.endpoints import ENDPOINTS
 from minisgl.api.requests import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.server import RUN_KWARGS, build_app
+from minisgl.api.store import Store
 from minisgl.api.stream import Generation, whole
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
@@ -141,9 +142,9 @@ class FakeEngine:
 class Server:
     """The application as the product runs it, on a port of the kernel's choice."""
 
-    def __init__(self, engine: FakeEngine, header_seconds: float = 30.0) -> None:
+    def __init__(self, engine: FakeEngine, header_seconds: float = 30.0, store: Store | None = None) -> None:
         self._seconds = header_seconds
-        self._runner = web.AppRunner(build_app(engine, batch_socket="ipc://somewhere"), **RUN_KWARGS)
+        self._runner = web.AppRunner(build_app(engine, batch_socket="ipc://somewhere", store=store), **RUN_KWARGS)
         self.port = 0
 
     async def start(self) -> None:

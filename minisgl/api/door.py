@@ -15,8 +15,9 @@ from typing import cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
+from aiohttp.web_protocol import _ErrInfo
 
-from minisgl.errors import RequestError, internal_error
+from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 HEADER_SECONDS = 30.0  # from the connection to the end of its first request's headers
@@ -24,12 +25,24 @@ _END = b"\r\n\r\n"
 
 
 class Handler(web.RequestHandler):
-    """aiohttp's protocol, but for what it answers by itself to bytes that are not HTTP: OpenAI's error body.
+    """aiohttp's protocol, but for what it does by itself about bytes that are not HTTP.
 
-    Its `handle_error` would repeat what was sent, perhaps a key, to the client and with a traceback to the log.
+    Its `handle_error` would repeat what was sent, perhaps a key, to the client and with a traceback to the log; here it is
+    OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
     """
 
     __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._messages and isinstance(broken := self._messages[-1][0], _ErrInfo):
+            bodies = [payload for _, payload in self._messages]
+            if self._current_request is not None:
+                bodies.append(self._current_request.content)
+            for body in bodies:
+                if not body.is_eof():
+                    body.set_exception(_not_http(broken.exc, broken.message or ""))
+                    body.feed_eof()  # aiohttp reads and drops the rest of a body that its handler has left: there is none
 
     def handle_error(
         self,
@@ -59,7 +72,7 @@ def _not_http(exc: BaseException | None, message: str) -> RequestError:
         return RequestError("The request's line or one of its headers is too long.", status=431, code="header_too_large")
     said = [line.strip(" :.") for line in message.partition("\n\n")[0].splitlines()] or ["it cannot be read"]
     fault = "its URL cannot be read" if isinstance(exc, InvalidURLError) else said[-1][:80]
-    return RequestError(f"The request is not HTTP/1.1: {fault}.", code="invalid_http")
+    return RequestError(f"The request is not HTTP/1.1: {fault}.", code=NOT_HTTP)
 
 
 class Door(asyncio.Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import web
 
 from minisgl.api.message_blocks import error_body
-from minisgl.errors import RequestError, internal_error
+from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -57,7 +57,10 @@ def error_response(error: RequestError, request: web.Request) -> web.Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(error) if request.path.startswith("/v1/messages") else error.body()
-    return web.json_response(body, status=error.status, headers=headers)
+    response = web.json_response(body, status=error.status, headers=headers)
+    if error.code == NOT_HTTP:
+        response.force_close()  # where its body ends, and another request might begin, nobody can say
+    return response
 
 
 def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
