@@ -14,7 +14,7 @@ from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.arenas import Arenas, close_arenas, create_arenas
 from minisgl.actors.local import LocalSystem
 from minisgl.actors.machine import Add, Drop, Event, Flush, Limits, Output, StepMachine
-from minisgl.actors.messages import Text, Tokens, Track
+from minisgl.actors.messages import Started, Text, Tokens, Track
 from minisgl.actors.queue import Request
 from minisgl.actors.scheduler import SchedulerActor
 from minisgl.actors.worker import WorkerActor
@@ -71,6 +71,7 @@ class PlainDetokenizer(Actor):
     def track(self, m: Track) -> None:
         assert m.uid not in self.cached, "a request was announced twice"
         self.cached[m.uid] = m.n_cached
+        self.ctx.send("api", Started(m.uid, m.queued))
 
     @on(Tokens)
     def tokens(self, m: Tokens) -> None:
@@ -104,6 +105,7 @@ class World:
         self.answers: dict[int, list[int]] = {}
         self.ends: dict[int, Finish | RequestError] = {}
         self.cached: dict[int, int] = {}
+        self.queued: dict[int, float] = {}
 
     @property
     def machine(self) -> Any:
@@ -119,7 +121,7 @@ class World:
                 self.ends[uid] = chunk
                 return
             tokens.extend(chunk.token_ids)
-            self.cached[uid] = chunk.cached_tokens
+            self.cached[uid], self.queued[uid] = chunk.cached_tokens, chunk.queued
             if chunk.finish:
                 self.ends[uid] = chunk.finish
 

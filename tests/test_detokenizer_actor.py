@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_tokenizer_actor import Recorder
 
 from minisgl.actors import detokenizer as module
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import Cancel, Logprobs, Scores, Text, Tokens, Track, decode, encode
+from minisgl.actors.messages import Cancel, Logprobs, Scores, Started, Text, ThoughtEnded, Tokens, Track, decode, encode
 from minisgl.model.tokenizer import Tokenizer
 from minisgl.types import Finish, SamplingParams
 
@@ -43,7 +44,7 @@ class Setup:
         self, uid: int, *stop: str, skip: bool = True, cached: int = 0, prompt: tuple[int, ...] = (), **params: Any
     ) -> None:
         p = SamplingParams(stop=stop, skip_special_tokens=skip, **params)
-        self.actor.receive(Track(uid, cached, np.array(prompt, np.int32), p))
+        self.actor.receive(Track(uid, cached, np.array(prompt, np.int32), p, uid / 4))
 
     def score(self, *rows: tuple[int, bool, int, float, list[tuple[int, float]]]) -> list[Any]:
         """Scores of (uid, drawn, token, logprob, alternatives); returns what api is told of them at once."""
@@ -84,7 +85,7 @@ class Setup:
         """Feed one step; returns the rows of the Text that comes out: (uid, tokens, finish, text)."""
         self.ctx.sent.clear()
         self.actor.receive(step(*rows))
-        texts = [m for to, m in self.ctx.sent if to == "api" and not isinstance(m, Logprobs)]
+        texts = [m for to, m in self.ctx.sent if to == "api" and not isinstance(m, Logprobs | ThoughtEnded)]
         assert len(texts) <= 1
         if not texts:
             return []
@@ -96,6 +97,23 @@ class Setup:
             (u, t.tolist(), f, s)
             for u, t, f, s in zip(text.uids.tolist(), tokens, text.finish.tolist(), text.texts, strict=True)
         ]
+
+    def think(self, style: str) -> None:
+        """From now on it is a model that does so."""
+        config = self.actor.config
+        self.actor.config = dataclasses.replace(config, server=dataclasses.replace(config.server, reasoning_parser=style))
+
+    def say(self, uid: int, ids: list[int], finish: Finish) -> list[tuple[int, int, int]]:
+        """Feed an answer token by token; returns the thoughts that end: (uid, tokens, after how many tokens of the answer)."""
+        out = []
+        for i, token in enumerate(ids, 1):
+            self.step((uid, [token], finish if i == len(ids) else Finish.NONE))
+            told = [m for _, m in self.ctx.sent]
+            for m in told:
+                if isinstance(m, ThoughtEnded):
+                    assert isinstance(told[-1], Text), "the Text comes behind it"
+                    out.append((m.uid, m.tokens, i))
+        return out
 
     def cancelled(self) -> list[int]:
         return [m.uid for to, m in self.ctx.sent if to == "scheduler" and isinstance(m, Cancel)]
@@ -119,6 +137,14 @@ def test_a_step_becomes_one_text_with_a_row_per_request(world: Setup) -> None:
     assert world.step((1, [e], GO), (2, [], GO)) == [(1, [e], 0, ""), (2, [], 0, "")]
     [(_, text)] = world.ctx.sent
     assert text.cached.tolist() == [5, 0]
+
+
+def test_api_is_told_once_how_long_a_request_was_queued(world: Setup) -> None:
+    world.track(3)
+    [(to, m)] = world.ctx.sent
+    assert (to, type(m), m.uid, m.queued) == ("api", Started, 3, 0.75)
+    world.step((3, world.ids("x"), GO))
+    assert [type(m) for _, m in world.ctx.sent] == [Text]
 
 
 def test_tokens_of_strangers_are_ignored(world: Setup) -> None:
@@ -314,3 +340,32 @@ def test_state_is_dropped_for_any_end(world: Setup) -> None:
 
 def test_the_actor_handles_what_the_protocol_sends_it() -> None:
     assert DetokenizerActor.accepts() == {Track, Scores, Tokens}
+
+
+# ---------------- thoughts
+def test_a_thought_that_ends_is_counted_in_tokens_and_told_once_before_the_text_that_ends_it(world: Setup) -> None:
+    world.think("qwen3")
+    for uid in (1, 2):
+        world.track(uid)
+    before, thought, after = (world.ids(text) for text in ("<think>", "\nh\u20ac <b>\n", "</think>"))
+    assert min(map(len, (before, thought, after))) > 1, "the tags are several tokens here"
+    said = before + thought + after
+    assert world.say(1, said + world.ids("\n\nYes </think>") + [0], STOP) == [(1, len(thought), len(said))]
+    assert world.say(2, world.ids("No <think>x</think>"), LENGTH) == []
+
+
+def test_a_thought_that_is_not_closed_ends_with_its_request(world: Setup) -> None:
+    world.think("deepseek_r1")
+    for uid in (1, 2, 3):
+        world.track(uid, *(["stop"] if uid == 3 else []))
+    ids = world.ids("so h\u20ac </thi")
+    assert world.say(1, ids, LENGTH) == [(1, len(ids), len(ids))]
+    assert world.say(2, [*ids, 0], STOP) == [(2, len(ids), len(ids) + 1)]  # the end token is no thought
+    cut = world.ids("ab stop")
+    assert world.say(3, cut, GO) == [(3, len(cut), len(cut))]
+    assert world.cancelled() == [3]
+
+
+def test_a_model_without_thoughts_has_none_counted(world: Setup) -> None:
+    world.track(1)
+    assert world.say(1, world.ids("<think>x</think>y"), LENGTH) == []

@@ -23,7 +23,7 @@ from minisgl.actors.tokenizer import TokenizerActor
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.gateway import Gateway
 from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
-from minisgl.config import Config, EngineConfig
+from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.model.oracle import OracleRunner
 from minisgl.model.resolve import resolve
 from minisgl.types import RequestOptions, SamplingParams
@@ -57,7 +57,8 @@ def fields_of(name: str) -> str:
 
 def observed_edges() -> set[tuple[str, str, str]]:
     """Every edge seen while all real actors work in one deterministic system, text, chat and trouble included."""
-    config = Config(resolve(None), EngineConfig(tp=2, kv_tokens=512, max_context=256, max_running=8, step_tokens=64))
+    engine = EngineConfig(tp=2, kv_tokens=512, max_context=256, max_running=8, step_tokens=64)
+    config = Config(resolve(None), engine, ServerConfig(reasoning_parser="deepseek_r1"))
     shared, fds = arenas.create_arenas(config)
     system = LocalSystem(3)
     gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))

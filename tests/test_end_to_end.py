@@ -91,6 +91,8 @@ def test_a_streamed_answer_says_paris_and_the_second_time_the_prompt_is_cached(c
         assert reason == "stop"
         assert usage is not None
         assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (37, 8, 45)
+        assert usage.completion_tokens_details.reasoning_tokens == 0
+        assert 0 <= chunk.timings["queue_ms"] < chunk.timings["ttft_ms"]
         cached.append(usage.prompt_tokens_details.cached_tokens)
     assert cached[1] == 32 >= cached[0]
 

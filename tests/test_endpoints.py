@@ -511,15 +511,15 @@ def test_every_answer_says_how_long_it_took_in_its_body_and_a_header(path: str) 
         status, headers, raw = await ask(http, path, BODIES[path])
         timings = json.loads(raw)["timings"]
         assert status == 200
-        assert timings.keys() == {"ttft_ms", "decode_ms", "total_ms", "tok_s", "cached_n"}
+        assert timings.keys() == {"queue_ms", "ttft_ms", "decode_ms", "total_ms", "tok_s", "cached_n"}
         assert timings["total_ms"] == pytest.approx(timings["ttft_ms"] + timings["decode_ms"], abs=0.002)
         assert timings["tok_s"] == pytest.approx(
             3000 / timings["decode_ms"], rel=0.1
         )  # of four tokens the first is not counted
-        assert re.fullmatch(r"ttft;dur=[\d.]+, decode;dur=[\d.]+, total;dur=[\d.]+", headers["Server-Timing"])
+        assert re.fullmatch(r"queue;dur=[\d.]+, ttft;dur=[\d.]+, decode;dur=[\d.]+, total;dur=[\d.]+", headers["Server-Timing"])
         options = {"stream_options": {"include_usage": True}} if path in (CHAT, COMPLETION) else {}
         _, headers, raw = await ask(http, path, {**BODIES[path], "stream": True, **options})
-        assert re.fullmatch(r"ttft;dur=[\d.]+", headers["Server-Timing"])
+        assert re.fullmatch(r"queue;dur=[\d.]+, ttft;dur=[\d.]+", headers["Server-Timing"])
         assert raw.count(b'"ttft_ms"') == 1
 
     play(scene)
@@ -536,19 +536,19 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
         generation = Generation(engine, [TextPrompt("a"), TextPrompt("b")], SamplingParams())
         now = 100.25
         assert generation.timings == Timings(0.25, 0)
-        engine.live[1](Chunk("x", (1,), Finish.NONE, 3, 2))
+        engine.live[1](Chunk("x", (1,), Finish.NONE, 3, 2, queued=0.125))
         now = 100.5
-        assert generation.timings == Timings(0.25, 0.25)
+        assert generation.timings == Timings(0.25, 0.25, 0.125)
         engine.live.pop(1)(Chunk("y", (1, 2), Finish.STOP, 3, 2))
         now = 101.25
-        engine.live.pop(0)(Chunk("z", (1, 2, 3), Finish.STOP, 3, 2))
+        engine.live.pop(0)(Chunk("z", (1, 2, 3), Finish.STOP, 3, 2, queued=0.5))
         now = 900.0
-        assert generation.timings == Timings(0.25, 1.0)
+        assert generation.timings == Timings(0.25, 1.0, 0.125)  # of the prompt that was first
         generation.close()
 
     asyncio.run(main())
-    told = Timings(0.25, 1.0).told(tokens=6, cached=2)
-    assert told == {"ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
+    told = Timings(0.25, 1.0, 0.125).told(tokens=6, cached=2)
+    assert told == {"queue_ms": 125, "ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
     assert Timings(0.25, 0.0).told(tokens=1, cached=0)["tok_s"] is None
 
 

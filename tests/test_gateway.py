@@ -13,7 +13,7 @@ import pytest
 from test_server import FakeEngine, Server, _raw, play
 from test_tokenizers import Front
 
-from minisgl.actors.messages import ActorDied, Rejected, Text
+from minisgl.actors.messages import ActorDied, Rejected, Started, Text, ThoughtEnded, decode, encode
 from minisgl.api.gateway import Gateway
 from minisgl.api.metrics import Metered
 from minisgl.api.pipe import Turn
@@ -50,6 +50,16 @@ def test_requests_without_a_seed_draw_different_numbers_in_every_run_and_one_wit
     assert seeds(0, -1) == [(1 << 64) - 1] * 8
     assert seeds(5, None) == seeds(5, None)  # --sample-seed: a run can be repeated
     assert len(set(seeds(5, None))) == 8
+
+
+# ---------------- what is said once of a request
+def test_what_is_said_once_of_a_request_is_in_its_chunks_from_there_on() -> None:
+    front = Front(1, None)
+    uids = [front.gateway.open(TokenPrompt((1, 2)), SamplingParams(), front.news.append) for _ in range(2)]
+    said = [Started(uids[0], 0.5), Started(99, 7.0), text(uids[0]), ThoughtEnded(uids[0], 3), ThoughtEnded(99, 8)]
+    for m in [*said, text(uids[0]), text(uids[1]), text(uids[0], Finish.STOP)]:
+        front.gateway.receive(decode(encode(m)))
+    assert [(c.queued, c.thought_tokens) for c in front.news] == [(0.5, 0), (0.5, 3), (0.0, 0), (0.5, 3)]
 
 
 # ---------------- what is left behind

@@ -88,9 +88,7 @@ def test_what_is_not_http_gets_an_error_body_that_quotes_nothing(
 @pytest.mark.parametrize("path", [COMPLETION, "/v1/messages", "/v1/files"])
 def test_a_body_that_breaks_off_in_bad_bytes_gets_one_answer_and_its_connection_ends(path: str, tmp_path: Path) -> None:
     kind = b"multipart/form-data; boundary=x" if path == "/v1/files" else b"application/json"
-    head = (
-        b"POST " + path.encode() + b" HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\nContent-Type: %s\r\n\r\n" % kind
-    )
+    head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\nContent-Type: %s\r\n\r\n" % kind
 
     async def main() -> None:
         http = Server(FakeEngine(), store=Store(str(tmp_path)))

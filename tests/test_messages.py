@@ -115,7 +115,7 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Text", *[msgpack.ExtType(2, b"|O8xxxxxxxx")] * 5, []]),  # an array of objects
         msgpack.packb(["Generate", 1, 1, 1, 1, 1, msgpack.ExtType(1, msgpack.packb(["SamplingParams", -5] + [0] * 9))]),
         msgpack.packb(["Cancel", 1]) + b"trailing",
-        m.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0})))[1:].replace(
+        m.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0))[1:].replace(
             b"\x92\x07", b"\x92\xc3"
         ),
     ],

@@ -497,6 +497,24 @@ def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -
     w.close()
 
 
+def test_a_client_is_told_how_long_its_request_waited_for_its_first_step() -> None:
+    w = World(3, oracle_config(max_running=1))
+    w.system.clock = 7.0
+    first = w.submit(talker(6, 40), 40)
+    while not w.answers[first]:
+        w.system.step()
+    second = w.submit(prompt(6, 3), 4)
+    while not len(w.machine.waiting):
+        w.system.step()
+    w.system.clock += 2.5
+    while not w.answers[second]:
+        w.system.step()
+    w.system.clock += 9
+    w.system.run()
+    assert (w.queued[first], w.queued[second]) == (0.0, 2.5)
+    w.close()
+
+
 # ---------------- the bounds of the queue
 def crowded(**server: int) -> World:
     config = oracle_config(max_running=1, step_tokens=9, tp=1)

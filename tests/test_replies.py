@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
 import re
+from itertools import accumulate
 from typing import Any
 
 import llguidance
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 from test_server import FakeEngine, Server, ask, check_error, client, events
 
 from minisgl import grammar
+from minisgl.actors.thoughts import CLOSE, OPEN, ThoughtCounter
 from minisgl.api.openai import parse_chat, parse_completion
 from minisgl.api.reasoning import ThoughtReader
 from minisgl.api.replies import Form, Reply
@@ -235,6 +240,41 @@ def test_thoughts_are_told_from_answers_whatever_the_split(style: str, text: str
         assert ("".join(t for t, _ in told), "".join(a for _, a in told)) == (thought, answer), pieces
 
 
+def inside(style: str, pieces: list[str]) -> tuple[int, str]:
+    """Slow and plain: how many of the pieces begin between the tags, and the text there."""
+    text = "".join(pieces)
+    begin, lead = 0, len(text) - len(text.lstrip())
+    if text.startswith(OPEN, lead):
+        begin = lead + len(OPEN)
+    elif style == "qwen3":
+        return 0, ""
+    end = text.find(CLOSE, begin)
+    starts = accumulate(map(len, pieces), initial=0)
+    n = sum(begin <= at and (at < end or end < 0) for at, _ in zip(starts, pieces, strict=False))
+    return n, text[begin:end] if end >= 0 else text[begin:]
+
+
+TAGGED = st.lists(st.sampled_from([OPEN, CLOSE, "<", "<thi", "</th", "nk>", "a b", "\n", " ", "é"]), max_size=8).map("".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(("qwen3", "deepseek_r1")), TAGGED, st.lists(st.integers(0, 60), max_size=30))
+def test_the_tokens_of_a_thought_are_those_that_begin_between_its_tags(style: str, text: str, cuts: list[int]) -> None:
+    cuts = sorted(min(cut, len(text)) for cut in cuts)  # tokens without a text of their own are among them
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    counter, reader = ThoughtCounter(style), ThoughtReader(style)
+    for piece in pieces:
+        if not counter.done:
+            counter.feed(piece)
+    tokens, thought = inside(style, pieces)
+    assert counter.count() == tokens
+    if counter._inside and not counter.done:
+        assert len(counter._starts) <= len(CLOSE) > len(counter._held), "no more is kept than may become a tag"
+    told = "".join(reader.feed(piece)[0] for piece in pieces) + reader.end()[0]
+    if not OPEN.startswith(text.lstrip()):  # a tag that is not all there
+        assert told.strip() == thought.strip(), "the reader of the text means the same thought"
+
+
 def test_a_model_that_thinks_may_think_before_it_is_bound() -> None:
     opened = chat("", "deepseek_r1", regex="[0-9]+").params.grammar
     free = chat("", "qwen3", regex="[0-9]+").params.grammar
@@ -260,17 +300,19 @@ def test_templates_show_how_a_model_writes() -> None:
 
 # ---------------- over HTTP
 class Speaker(FakeEngine):
-    """Says a given text in pieces of a given size."""
+    """Says a given text in pieces of a given size, `thoughts` of them a thought."""
 
-    def __init__(self, text: str, size: int = 3, **server: Any) -> None:
+    def __init__(self, text: str, size: int = 3, thoughts: int = 0, **server: Any) -> None:
         super().__init__(**server)
+        self.thoughts = thoughts
         self.said = [text[i : i + size] for i in range(0, len(text), size)]
 
     def _piece(self, uid: int, at: int) -> None:
         if uid not in self.live:
             return
         last = at == len(self.said) - 1
-        self.live[uid](Chunk(self.said[at], (at,), self.finish if last else Finish.NONE, 3, 0))
+        counted = self.thoughts if last or CLOSE in "".join(self.said[: at + 1]) else 0  # as soon as it has ended
+        self.live[uid](Chunk(self.said[at], (at,), self.finish if last else Finish.NONE, 3, 0, thought_tokens=counted))
         if last:
             del self.live[uid]
         else:
@@ -323,6 +365,24 @@ def test_a_stream_says_what_the_answer_in_one_piece_says(size: int) -> None:
             assert choice["finish_reason"] == got[i]["reason"] == "tool_calls"
 
     play(Speaker(TALK, size, **STYLES), scene)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_chat_tells_the_tokens_of_all_its_thoughts_streamed_or_not(n: int) -> None:
+    async def scene(http: Server) -> None:
+        async with client(http) as sdk:
+            create = functools.partial(sdk.chat.completions.create, model="oracle", messages=MESSAGES, n=n)
+            whole = (await create()).usage
+            told = [e.usage async for e in await create(stream=True, stream_options={"include_usage": True}) if e.usage]
+            assert len(told) == 1
+            for usage in (whole, told[0]):
+                assert usage.completion_tokens_details.reasoning_tokens == 5 * n
+                assert usage.completion_tokens == len(engine.said) * n
+            plain = await sdk.completions.create(model="oracle", prompt="a")
+            assert plain.usage.completion_tokens_details is None  # a text is not taken apart
+
+    engine = Speaker(TALK, 4, thoughts=5, **STYLES)
+    play(engine, scene)
 
 
 def test_the_sdk_streams_and_parses_tools() -> None:

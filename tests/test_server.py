@@ -234,6 +234,7 @@ def test_the_sdk_reads_a_chat_answer() -> None:
         assert answer.system_fingerprint == f"minisgl-{__version__}"
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 4, 7)
         assert answer.usage.prompt_tokens_details.cached_tokens == 2
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 0
         assert engine.opened[0][1].max_tokens == 7
 
     play(scene)

@@ -61,10 +61,14 @@ def test_the_items_of_a_streamed_response_are_those_of_a_whole_one(size: int) ->
                 assert data["arguments"] == texts[data["output_index"]]
         assert told[-1][0] == "response.completed"
         assert told[-1][1]["response"]["output"] == done
+        for usage in (whole["usage"], told[-1][1]["response"]["usage"]):
+            assert usage["output_tokens_details"] == {"reasoning_tokens": 1}
+            assert usage["output_tokens"] == len(engine.said)
         for a, b in zip(whole["output"], done, strict=True):
             assert {k: v for k, v in a.items() if "id" not in k} == {k: v for k, v in b.items() if "id" not in k}
 
-    play(Speaker(TALK, size, **STYLES), scene)
+    engine = Speaker(TALK, size, thoughts=1, **STYLES)
+    play(engine, scene)
 
 
 def test_the_sdk_parses_a_form_and_streams_calls_of_functions_through_responses() -> None:

@@ -1,10 +1,10 @@
 """The detokenizer actor.
 
-Owns      for every running request: the half-finished character and the half-finished stop string at the end of its text, and
-          log probabilities of tokens that have not come yet.
+Owns      for every running request: the half-finished character and the half-finished stop string at the end of its text,
+          log probabilities of tokens that have not come yet, and the length of its thought, where the model writes such.
 Receives  Track, Scores, Tokens (scheduler).
-Sends     Text (api), one per Tokens; Logprobs (api), for requests that want them; Cancel (scheduler), when a stop string was
-          found.
+Sends     Started (api), one per Track; Text (api), one per Tokens; Logprobs (api), for requests that want them; ThoughtEnded
+          (api), where there was one; Cancel (scheduler), when a stop string was found.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.messages import Cancel, Logprobs, Scores, Text, Tokens, Track
+from minisgl.actors.messages import Cancel, Logprobs, Scores, Started, Text, ThoughtEnded, Tokens, Track
+from minisgl.actors.thoughts import ThoughtCounter
 from minisgl.config import Config
 from minisgl.model.detokenize import DecodeState, StopMatcher
 from minisgl.model.tokenizer import Tokenizer, load_tokenizer
@@ -46,10 +47,13 @@ class _Stream:
     offsets: list[int] = field(default_factory=list)  # where the prompt's tokens begin, if they are to be scored
     scored: int = 0  # tokens of the prompt whose log probabilities have been told
     scores: deque[_Score] = field(default_factory=deque)  # of tokens that come with the next Tokens
+    thought: ThoughtCounter | None = None  # while it may go on
 
     def push(self, token: int) -> str:
         text = self.decode.push(token)
         self.chars += len(text)
+        if self.thought is not None:
+            self.thought.feed(text)
         return text
 
 
@@ -76,7 +80,10 @@ class DetokenizerActor(Actor):
         tokenizer, p = self._loaded(), m.params
         stream = _Stream(tokenizer.stream(p.skip_special_tokens), StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
         self._streams[m.uid] = stream
+        self.ctx.send("api", Started(m.uid, m.queued))
         if not p.echo:
+            if style := self.config.server.reasoning_parser:
+                stream.thought = ThoughtCounter(style)
             return
         pieces = []
         for token in m.prompt.tolist():
@@ -137,6 +144,10 @@ class DetokenizerActor(Actor):
             text, end = _advance(stream, new, finish)
             if end and not finish:
                 self.ctx.send("scheduler", Cancel(uid))
+            if stream.thought is not None and (end or stream.thought.done):
+                if n := stream.thought.count():
+                    self.ctx.send("api", ThoughtEnded(uid, n))
+                stream.thought = None
             rows.append((uid, count, end, stream.n_cached, text))
             kept.extend(new)
         if report:

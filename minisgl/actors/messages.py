@@ -359,13 +359,31 @@ class Embedded:
 class Track:
     """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text.
 
-    `prompt`: the prompt's tokens if they are to stand before the text (echo), else none.
+    `prompt`: the prompt's tokens if they are to stand before the text (echo), else none.  `queued`: as in Started.
     """
 
     uid: int
     n_cached: int
     prompt: I32
     params: SamplingParams
+    queued: float
+
+
+@message
+class Started:
+    """detokenizer -> api, before the first Text of a request: it was `queued` for so many seconds, from its arrival at the
+    scheduler to the first step that computes something of its prompt."""
+
+    uid: int
+    queued: float
+
+
+@message
+class ThoughtEnded:
+    """detokenizer -> api, before the Text that ends the thought of a model, closed or not: it has so many tokens."""
+
+    uid: int
+    tokens: int
 
 
 @message

@@ -183,8 +183,9 @@ class SchedulerActor(Actor):
         elif self._unsent is None:  # while a plan waits for room in the ring, so does everything else
             inbox, self._inbox = self._inbox, []
             worked |= bool(inbox)
-            output = self.machine.step(inbox, self.ctx.now())
-            self._tell(output)
+            now = self.ctx.now()
+            output = self.machine.step(inbox, now)
+            self._tell(output, now)
             self._unsent = output.plan
             if self._may_prepare and len(self._armed) == self.config.engine.tp:
                 self._may_prepare = False  # otherwise the worker asks again after the next plan
@@ -252,14 +253,14 @@ class SchedulerActor(Actor):
             return True
         return False
 
-    def _tell(self, output: Output) -> None:
+    def _tell(self, output: Output, now: float) -> None:
         machine = self._machine()
         for uid, cached in output.started:
             request = machine.running[uid][1]
             if request.options.pooling:  # it has no text
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
-            self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params))
+            self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params, now - request.arrived))
         for s in output.scores:
             inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
             tops = (s.top_ids[inside], s.top_logprobs[inside])

@@ -50,6 +50,7 @@ class Result:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of these, the thought's (see actors/thoughts.py); known when it has ended
     last: int = -1  # its latest token
 
     def add(self, chunk: Chunk) -> None:
@@ -57,6 +58,7 @@ class Result:
         self.completion_tokens += len(chunk.token_ids)
         self.prompt_tokens = chunk.prompt_tokens
         self.cached_tokens = chunk.cached_tokens
+        self.reasoning_tokens = chunk.thought_tokens
         self.finish = chunk.finish
         if chunk.token_ids:
             self.last = chunk.token_ids[-1]
@@ -79,8 +81,12 @@ def told_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dic
     return timings.told(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
 
 
-def _counts(results: Sequence[Result], n: int, timings: Timings) -> dict[str, Any]:
-    return {"usage": usage(results, n), "timings": told_timings(results, timings, n)}
+def _counts(results: Sequence[Result], n: int, timings: Timings, *, chat: bool) -> dict[str, Any]:
+    """What is told at the end; in a chat with the tokens of its thoughts."""
+    counts = usage(results, n)
+    if chat:
+        counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
+    return {"usage": counts, "timings": told_timings(results, timings, n)}
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def chat_body(head: Head, results: Sequence[Result], timings: Timings) -> dict[s
         }
         for i, r in enumerate(results)
     ]
-    return {**head.fields("chat.completion"), "choices": choices, **_counts(results, len(results), timings)}
+    return {**head.fields("chat.completion"), "choices": choices, **_counts(results, len(results), timings, chat=True)}
 
 
 def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int, timings: Timings) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int, 
         }
         for i, r in enumerate(results)
     ]
-    return {**head.fields("text_completion"), "choices": choices, **_counts(results, n, timings)}
+    return {**head.fields("text_completion"), "choices": choices, **_counts(results, n, timings, chat=False)}
 
 
 class EventStream:
@@ -223,7 +229,7 @@ class EventStream:
 
     def usage(self, results: Sequence[Result], timings: Timings) -> bytes:
         """The event with the counts of tokens, if it was asked for."""
-        return self._common + b"]," + _dump(_counts(results, self._n, timings))[1:] + b"\n\n"
+        return self._common + b"]," + _dump(_counts(results, self._n, timings, chat=self._chat))[1:] + b"\n\n"
 
 
 def error_event(error: RequestError) -> bytes:

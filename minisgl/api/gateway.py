@@ -3,7 +3,8 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever
           else dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
-          TokenizerInfo, Rejected (tokenizer); Text, Logprobs (detokenizer); ActorDied (supervisor, in process).
+          TokenizerInfo, Rejected (tokenizer); Started, Text, Logprobs, ThoughtEnded (detokenizer); ActorDied (supervisor, in
+          process).
 Sends     Tokenize, Detokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
@@ -38,9 +39,11 @@ from minisgl.actors.messages import (
     Hello,
     Logprobs,
     Rejected,
+    Started,
     Stats,
     Stopped,
     Text,
+    ThoughtEnded,
     Tokenized,
     TokenizerInfo,
     Wake,
@@ -72,6 +75,8 @@ class Entry:
     max_tokens: int = 0
     seed: int = 0
     sent: bool = False  # the scheduler knows of it
+    queued: float = 0.0  # seconds that it waited for its first step
+    thought_tokens: int = 0  # once its thought has ended
     delivered: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that the next Text brings
 
@@ -255,6 +260,16 @@ class Gateway(Actor):
         if entry is not None and entry.ids is not None:
             entry.deliver(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
+    @on(Started)
+    def request_started(self, m: Started) -> None:
+        if (entry := self._ledger.get(m.uid)) is not None:
+            entry.queued = m.queued
+
+    @on(ThoughtEnded)
+    def thought_ended(self, m: ThoughtEnded) -> None:
+        if (entry := self._ledger.get(m.uid)) is not None:
+            entry.thought_tokens = m.tokens
+
     @on(Text)
     def text(self, m: Text) -> None:
         at = 0
@@ -277,7 +292,8 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            entry.deliver(Chunk(text, new, end, len(entry.ids), cached, logprobs))
+            told = Chunk(text, new, end, len(entry.ids), cached, logprobs, None, entry.queued, entry.thought_tokens)
+            entry.deliver(told)
 
     @on(Logprobs)
     def logprobs(self, m: Logprobs) -> None:

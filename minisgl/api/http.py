@@ -59,7 +59,8 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
     """
     try:
         first = await answer.first()
-        timing = f"ttft;dur={1000 * answer.timings.first:.1f}"
+        timings = answer.timings
+        timing = f"queue;dur={1000 * timings.queued:.1f}, ttft;dur={1000 * timings.first:.1f}"
         response = web.StreamResponse(headers={**_SSE_HEADERS, "Server-Timing": timing, **headers})
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
@@ -80,7 +81,8 @@ def timing_header(answer: Any) -> dict[str, str]:
     timings = answer.get("timings") if isinstance(answer, dict) else None
     if timings is None:
         return {}
-    return {"Server-Timing": ", ".join(f"{name};dur={timings[f'{name}_ms']:.1f}" for name in ("ttft", "decode", "total"))}
+    names = ("queue", "ttft", "decode", "total")
+    return {"Server-Timing": ", ".join(f"{name};dur={timings[f'{name}_ms']:.1f}" for name in names)}
 
 
 def sse(data: Mapping[str, Any], event: str = "") -> bytes:

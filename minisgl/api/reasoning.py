@@ -5,7 +5,8 @@ Pure; runs in the api process.  Like the reader of tool calls it never looks at 
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+from minisgl.actors.thoughts import CLOSE, OPEN
+
 STYLES = ("qwen3", "deepseek_r1")  # the model opens the thought itself, or not at all; the prompt has opened it
 
 

@@ -63,6 +63,9 @@ class Chunk(NamedTuple):
 
     `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`, if they were
     asked for: of the `token_ids`, with `echo` behind those of the prompt.  `vector` f32[hidden size], if one was asked for.
+
+    `queued`: seconds from the request's arrival at the scheduler to the first step that computes something of its prompt.
+    `thought_tokens`: of all its tokens so far, those of its thought (see actors/thoughts.py), once that has ended.
     """
 
     text: str
@@ -72,6 +75,8 @@ class Chunk(NamedTuple):
     cached_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     vector: npt.NDArray[np.float32] | None = None
+    queued: float = 0.0
+    thought_tokens: int = 0
 
 
 Deliver = Callable[[Chunk | RequestError], None]

@@ -62,6 +62,7 @@ class Generation:
         self._wake: Callable[[], object] | None = None
         self._growing = len(prompts)  # have no `finish` yet
         self._began, self._first, self._ended = time.monotonic(), 0.0, 0.0
+        self._queued = 0.0  # of the prompt that was first
         self._uids: list[int] = []
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         try:
@@ -87,7 +88,7 @@ class Generation:
         else:
             self._news.append((index, item))
             if not self._first:
-                self._first = time.monotonic()
+                self._first, self._queued = time.monotonic(), item.queued
             if item.finish:
                 self._growing -= 1
                 self._ended = time.monotonic()
@@ -100,7 +101,7 @@ class Generation:
         """Until now."""
         now = time.monotonic()
         first = self._first or now
-        return Timings(first - self._began, (now if self._growing else self._ended) - first)
+        return Timings(first - self._began, (now if self._growing else self._ended) - first, self._queued)
 
     def listen(self, wake: Callable[[], object]) -> None:
         """Have `wake` called once, as soon as there is something to take; it must not take it there and then."""
@@ -155,14 +156,20 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Of a generation, in seconds: until the first news of any prompt, and from there to the end of the last."""
+    """Of a generation, in seconds: until the first news of any prompt, and from there to the end of the last.
+
+    `queued`: the part of `first` in which that prompt waited for its first step (see Chunk).  What it leaves of `first` is the
+    prefill, with a little for tokenizing and for the ways between the processes.
+    """
 
     first: float
     rest: float
+    queued: float = 0.0
 
     def told(self, tokens: int, cached: int) -> dict[str, Any]:
         """What clients are told: milliseconds, `tokens` a second behind the first, and how many of the prompt were `cached`."""
         return {
+            "queue_ms": round(1000 * self.queued, 3),
             "ttft_ms": round(1000 * self.first, 3),
             "decode_ms": round(1000 * self.rest, 3),
             "total_ms": round(1000 * (self.first + self.rest), 3),
@@ -245,4 +252,4 @@ def _merge(chunks: list[Chunk]) -> Chunk:
         return last
     ids = tuple(t for c in chunks for t in c.token_ids)
     logprobs = tuple(p for c in chunks for p in c.logprobs)
-    return Chunk("".join(c.text for c in chunks), ids, last.finish, last.prompt_tokens, last.cached_tokens, logprobs)
+    return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
