@@ -48,6 +48,8 @@ class ThoughtReader:
         rest, self._held = self._held, ""
         if self._stage == "think":
             return rest.rstrip("\n"), ""
+        if self._stage == "begin" and (core := rest.strip()) != OPEN:
+            return core, ""  # a thought that the prompt has opened, and no more of it than looks like the tag
         return "", rest if self._stage == "open" else ""
 
     def _think(self) -> str:
