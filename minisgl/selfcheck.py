@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,15 @@ Arrays = Mapping[str, Any]
 Jobs = Callable[[str, list[list[str]]], None]  # (kind, further arguments of each process): run them side by side
 
 ROUNDING = 1e-4  # of float32: the relative difference that different orders of summation may make
-FLOAT8 = 0.2  # what 8-bit weights, activations or caches may add to that
-SLACK = 3.0  # times the reference's own rounding in the dtype that is checked
+FLOAT8 = 0.2  # what 8-bit floats of a GPU, in weights, activations or caches, may add to that
+SLACK = 3.0  # times the reference's own rounding: in the dtype that is checked, or to half precision (`Yardstick`)
 PERPLEXITY = 1e-3
-PERPLEXITY_8 = 0.01  # with 8-bit activations
+PERPLEXITY_FLOAT8 = 0.01
+# What rounding may change of a matrix, |w' - w| / |w|, by its bits.  In a group of 32 with the largest weight a no number moves
+# by more than half a step, a / 254, so the group by a sqrt(32) / 254 at most, and its norm is at least a.  In 4 bits a step is
+# (high - low) / 15, so that is (high - low) sqrt(32) / 30, and the norm is at least (high - low) / sqrt(2).
+CHANGED = {8: 0.023, 4: 0.27}
+GROUP = 32  # of the weights that share a scale on a CPU
 TEXT = (
     "The lighthouse keeper kept two books. In the first he wrote, every evening, what the sea had done: the height of the "
     "waves, the colour of the water, and the names of the ships that had passed. In the second he wrote what he had expected "
@@ -87,6 +93,31 @@ class Column:
         return int(bad[0]) if len(bad) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """Which of the reference's results ours must equal, and which tells by its distance from that what rounding may cost.
+
+    What a CPU computes on weights in 4 or 8 bits is compared with float32 on the same weights, so that the limits need not
+    make room for what the bits cost; whether rounding was sound is judged for itself (`CHANGED`).
+    """
+
+    exact: str = "float32"
+    rough: str = "float32"
+    floor: float = ROUNDING  # of the limits
+    perplexity: float = PERPLEXITY
+    wide: bool = False  # a few tokens of so rough a dtype may move the perplexity by chance
+
+    @classmethod
+    def of(cls, config: Config, theirs: Arrays) -> Yardstick:
+        if "0.rounded.logits" in theirs:
+            return cls("rounded", "half")
+        engine = config.engine
+        if engine.device == "cuda" and (engine.eight_bits or engine.kv_cache_dtype == "fp8"):
+            perplexity = PERPLEXITY_FLOAT8 if engine.eight_bits else PERPLEXITY
+            return cls("float32", config.dtype, FLOAT8, perplexity, wide=engine.eight_bits)
+        return cls("float32", config.dtype)
+
+
 # ---------------- the check
 def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | None = None) -> int:
     """Run all jobs, print the table.  `given`: keywords for LLM; `jobs` stands in for processes in tests."""
@@ -94,15 +125,20 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     tp = config.engine.tp
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
         ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
+    yard = Yardstick.of(config, theirs)
     where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
-    if config.engine.eight_bits:
-        where += ", 8 bits: the limits are wide, --quantization none compares exactly"
+    if yard.exact == "rounded":
+        where += ", weights in 4 or 8 bits, also those of transformers"
+    elif yard.floor == FLOAT8:
+        where += ", 8 bits: the limits are wide, --quantization none compares closely"
     lengths = ", ".join(str(len(p)) for p in ids)
     print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
     columns = _columns(config, ids, ours, theirs, spread)
-    faults = _print_table(columns) + _perplexity(config, ids[0], ours, theirs)
-    say("the whole engine")  # last: it may not even start
-    faults += _greedy(ids, ours, theirs, _answers(config.model, given, ids, tokens), columns[0].limits[0, -1])
+    faults = _print_table(columns) + _perplexity(ids[0], ours, theirs, yard) + _changed(theirs)
+    with phase("the whole engine"):  # last: it may not even start
+        answers = _answers(config.model, given, ids, tokens)
+    exact = [theirs[f"{i}.{yard.exact}.logits"] for i in range(len(ids))]
+    faults += _greedy(ids, ours, exact, answers, columns[0].limits[0, -1])
     for fault in faults:
         print(f"selfcheck: {fault}")
     print("selfcheck: FAILED" if faults else "selfcheck: everything agrees")
@@ -141,23 +177,27 @@ def _observe(
     )
     one, many = folder / "1", folder / "n"
     write_job(one, replace(config, engine=small), ids, tokens)
-    say("layers, one rank")
-    jobs("probe", [[str(one), "0"]])
-    say("transformers on the CPU")
-    jobs("reference", [[str(one)]])
+    with phase("layers, one rank"):
+        jobs("probe", [[str(one), "0"]])
+    with phase("transformers on the CPU"):
+        jobs("reference", [[str(one)]])
     ours, theirs = load_file(one / "probe.safetensors"), load_file(one / "reference.safetensors")
     if engine.tp == 1:
         return ours, theirs, None
     whole = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
     write_job(many, replace(config, engine=replace(small, tp=engine.tp)), whole, 0)
-    say(f"layers, {engine.tp} ranks")
-    jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
+    with phase(f"layers, {engine.tp} ranks"):
+        jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
     return ours, theirs, load_file(many / "probe.safetensors")
 
 
-def say(text: str) -> None:
+@contextmanager
+def phase(text: str) -> Iterator[None]:
     """Progress, for whoever waits."""
+    start = time.monotonic()
     print(f"selfcheck: {text} ...", file=sys.stderr, flush=True)
+    yield
+    print(f"selfcheck: {text}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _processes(kind: str, arguments: list[list[str]]) -> None:
@@ -217,18 +257,18 @@ def _rows(a: Arrays, b: Arrays, first: str, second: str, start: int = 0) -> F32:
 
 
 def _columns(config: Config, ids: list[list[int]], ours: Arrays, theirs: Arrays, spread: Arrays | None) -> list[Column]:
-    each = range(len(ids))
+    each, yard = range(len(ids)), Yardstick.of(config, theirs)
 
     def worst(*found: F32) -> F32:
         return np.asarray(np.max(found, axis=0), np.float32)
 
-    rounding = worst(*(_rows(theirs, theirs, f"{i}.{config.dtype}", f"{i}.float32") for i in each))
-    engine = config.engine
-    floor = FLOAT8 if engine.eight_bits or engine.kv_cache_dtype == "fp8" else ROUNDING
-    limits = np.maximum(SLACK * np.maximum.accumulate(rounding, 1), floor).astype(np.float32)
+    def allowed(rough: str, exact: str) -> F32:
+        rounding = worst(*(_rows(theirs, theirs, f"{i}.{rough}", f"{i}.{exact}") for i in each))
+        return np.maximum(SLACK * np.maximum.accumulate(rounding, 1), yard.floor).astype(np.float32)
 
+    limits = allowed(yard.rough, yard.exact)
     columns = [
-        Column("transformers", worst(*(_rows(ours, theirs, f"{i}.prefill", f"{i}.float32") for i in each)), limits),
+        Column("transformers", worst(*(_rows(ours, theirs, f"{i}.prefill", f"{i}.{yard.exact}") for i in each)), limits),
         Column("decode", worst(*(_rows(ours, ours, f"{i}.decode", f"{i}.prefill", len(ids[i])) for i in each)), limits),
     ]
     cached = [i for i in each if f"{i}.cached.logits" in ours]
@@ -237,8 +277,31 @@ def _columns(config: Config, ids: list[list[int]], ours: Arrays, theirs: Arrays,
         columns.append(Column("cached", worst(*found), limits))
     if spread is not None:
         found = [_rows(spread, ours, f"{i}.prefill", f"{i}.prefill") for i in each]
-        columns.append(Column(f"tp {engine.tp}", worst(*found), limits))
+        if yard.exact == "rounded" and not _whole_groups(config):
+            limits = np.maximum(limits, allowed("rounded", "float32"))
+        columns.append(Column(f"tp {config.engine.tp}", worst(*found), limits))
     return columns
+
+
+def _whole_groups(config: Config) -> bool:
+    """Whether the ranks cut no group of weights in two, so that they round to the numbers of one rank."""
+    from minisgl.model.shard import Shard
+
+    tp = config.engine.tp
+    shards = [Shard.of(config.model, rank, tp) for rank in range(tp)]
+    return all(s.q_rows[0] % GROUP == s.mlp[0] % GROUP == 0 for s in shards)
+
+
+def _changed(theirs: Arrays) -> list[str]:
+    """What rounding the weights, which both sides compute with, has done to them."""
+    faults = []
+    for bits, bound in CHANGED.items():
+        if f"changed.{bits}" in theirs:
+            most = float(theirs[f"changed.{bits}"][0])
+            print(f"weights rounded to {bits} bits: no matrix changes by more than {100 * most:.2f} %")
+            if not most <= bound:
+                faults.append(f"rounding to {bits} bits changes a matrix by {100 * most:.2f} % ({100 * bound:g} % allowed)")
+    return faults
 
 
 def _print_table(columns: list[Column]) -> list[str]:
@@ -264,7 +327,7 @@ def _print_table(columns: list[Column]) -> list[str]:
 
 
 def _greedy(
-    ids: list[list[int]], ours: Arrays, theirs: Arrays, answers: Mapping[str, list[list[int]]], limit: float
+    ids: list[list[int]], ours: Arrays, exact: list[F32], answers: Mapping[str, list[list[int]]], limit: float
 ) -> list[str]:
     """The engine's tokens must be the likeliest of the reference, or so near to it that rounding decides.
 
@@ -275,7 +338,7 @@ def _greedy(
         same = judged = 0
         for i, (prompt, text) in enumerate(zip(ids, texts, strict=True)):
             known = ours[f"{i}.tokens"].tolist()
-            for at, (token, logits) in enumerate(zip(text, theirs[f"{i}.float32.logits"][len(prompt) - 1 :], strict=True)):
+            for at, (token, logits) in enumerate(zip(text, exact[i][len(prompt) - 1 :], strict=True)):
                 judged += 1
                 same += int(token == int(logits.argmax()))
                 gap = float(logits.max() - logits[token])
@@ -290,7 +353,7 @@ def _greedy(
     return faults
 
 
-def _perplexity(config: Config, text: list[int], ours: Arrays, theirs: Arrays) -> list[str]:
+def _perplexity(text: list[int], ours: Arrays, theirs: Arrays, yard: Yardstick) -> list[str]:
     """Of the first prompt."""
     length = len(text)
 
@@ -301,17 +364,18 @@ def _perplexity(config: Config, text: list[int], ours: Arrays, theirs: Arrays) -
         return found
 
     mine, exact, rounded = (
-        nll(a) for a in (ours["0.prefill.logits"], theirs["0.float32.logits"], theirs[f"0.{config.dtype}.logits"])
+        nll(a) for a in (ours["0.prefill.logits"], theirs[f"0.{yard.exact}.logits"], theirs[f"0.{yard.rough}.logits"])
     )
-    allowed = max(
-        PERPLEXITY_8 if config.engine.eight_bits else PERPLEXITY, SLACK * abs(float(np.expm1(np.mean(rounded - exact))))
-    )
+    allowed = max(yard.perplexity, SLACK * abs(float(np.expm1(np.mean(rounded - exact)))))
     off = abs(float(np.expm1(np.mean(mine - exact))))
     chance = 2 * float(np.std(mine - exact)) / (length - 1) ** 0.5  # rounding moves single tokens either way
     print(
         f"perplexity of a text of {length} tokens: {np.exp(mine.mean()):.4f}, transformers {np.exp(exact.mean()):.4f} "
         f"({100 * off:.3f} % apart, of which {100 * chance:.3f} % may be chance)"
     )
-    if config.engine.eight_bits and not math.isnan(off):
+    if any(f"changed.{bits}" in theirs for bits in CHANGED):
+        cost = float(np.expm1(np.mean(exact - nll(theirs["0.float32.logits"]))))
+        print(f"perplexity that the rounding of weights adds: {100 * cost:.3f} %")
+    if yard.wide and not math.isnan(off):
         off = max(0.0, off - chance)
     return [f"perplexity is {100 * off:.2f} % off ({100 * allowed:.2f} % allowed)"] if not off <= allowed else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,13 @@ from minisgl import selfcheck
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model import runner as runner_module
+from minisgl.model.cpu.blocks import QuantBlocks
 from minisgl.model.gguf_file import GGUFFile
 from minisgl.model.gguf_weights import halves_from_pairs
 from minisgl.model.layers import Linear
 from minisgl.model.loader import open_weights
 from minisgl.model.probe import observe
-from minisgl.model.reference import states
+from minisgl.model.reference import round_weights, states
 from minisgl.model.resolve import resolve
 from minisgl.model.runner import Runner
 
@@ -355,6 +358,18 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
     assert np.stack(steps).T.tolist() == theirs
 
 
+def test_the_reference_keeps_the_bits_that_a_gguf_file_has(embedded):
+    spec, model = embedded
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert round_weights(model, spec, QuantBlocks("auto", None)) == {}
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    eight = copy.deepcopy(model)
+    changed = round_weights(eight, spec, QuantBlocks("int8", None))
+    assert list(changed) == [8]
+    assert 0.004 < changed[8] < 0.01  # of bell-shaped weights it would be 0.005
+    assert torch.equal(eight.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
 def test_the_embedded_model_has_the_perplexity_that_transformers_computes(embedded, capsys):
     """Through the self-check's own comparison: the same to a thousandth, and the states of every layer."""
     spec, model = embedded
@@ -363,8 +378,8 @@ def test_the_embedded_model_has_the_perplexity_that_transformers_computes(embedd
     ours = {name: t.numpy() for name, t in observe(config, [ids], 0).items()}
     hidden, logits = states(model, ids)
     theirs = {"0.float32.hidden": hidden.numpy(), "0.float32.logits": logits.numpy()}
-    assert selfcheck._perplexity(config, ids, ours, theirs) == []
+    assert selfcheck._perplexity(ids, ours, theirs, selfcheck.Yardstick()) == []
     assert selfcheck._rows(ours, theirs, "0.prefill", "0.float32").max() < selfcheck.ROUNDING
     ours["0.prefill.logits"] = ours["0.prefill.logits"] * 1.01
-    assert len(selfcheck._perplexity(config, ids, ours, theirs)) == 1
+    assert len(selfcheck._perplexity(ids, ours, theirs, selfcheck.Yardstick())) == 1
     assert "perplexity of a text of 64 tokens" in capsys.readouterr().out

@@ -8,19 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_gguf import write_gguf
-from test_quantized import FP8, channel_fp8, quantise
-from tiny_models import save_byte_tokenizer, save_llama
+from test_quantized import FP8, channel_fp8
+from test_quantized import quantise as save_quantised
+from tiny_models import needs_compiler, save_byte_tokenizer, save_llama
 
 from minisgl import selfcheck
 from minisgl.__main__ import main
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model import runner
+from minisgl.model import reference, runner
 from minisgl.model.attention import TorchAttention
+from minisgl.model.cpu import blocks, packed
+from minisgl.model.cpu.attention import KernelAttention
+from minisgl.model.cpu.kernels import Kernels
+from minisgl.model.cpu.packed import BLOCK_BYTES, quantise
 from minisgl.model.jobs import work, write_job
 from minisgl.model.loader import open_weights
 from minisgl.model.resolve import resolve
@@ -46,7 +52,7 @@ def checked(
 ) -> tuple[int, str]:
     """Exit code and table, without the engine's answers, which need processes."""
     monkeypatch.setattr(selfcheck, "_answers", lambda *_: answers or {})
-    config = Config(resolve(str(path)), EngineConfig(quantization="none", threads=1, page_size=4, **engine))
+    config = Config(resolve(str(path)), EngineConfig(**{"quantization": "none", "threads": 1, "page_size": 4, **engine}))
     code = selfcheck.check(config, {}, TOKENS, jobs)
     return code, capfd.readouterr().out
 
@@ -105,7 +111,7 @@ def test_gguf_files_and_quantised_checkpoints_have_a_reference(checkpoint, tmp_p
         scale = w.abs().amax(1, keepdim=True) / 448
         return {"weight": (w / scale).to(FP8), "weight_scale": scale}
 
-    quantise(folder, load_file(checkpoint / "model.safetensors"), channel_fp8()[0], layer)
+    save_quantised(folder, load_file(checkpoint / "model.safetensors"), channel_fp8()[0], layer)
     code, out = checked(folder, monkeypatch, capfd)
     assert code == 0, out
     from transformers import AutoModelForCausalLM
@@ -181,6 +187,138 @@ def test_ranks_that_disagree_are_found(checkpoint, monkeypatch, capfd):
     code, out = checked(checkpoint, monkeypatch, capfd, jobs=jobs, tp=2)
     assert code == 1
     assert re.search(r"selfcheck: tp 2: layer 2 is the first that differs, by \S+ \(1.0e-04/1.0e-04 allowed\)", out)
+
+
+# ---------------- weights in 4 or 8 bits on a CPU
+@pytest.fixture(params=["auto", "int8", "q4"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@needs_compiler
+@pytest.mark.parametrize("page_size", [16, 4])
+def test_rounded_weights_are_compared_as_closely_as_their_activations_allow(page_size, kind, checkpoint, monkeypatch, capfd):
+    """And what rounding costs is told apart from it.  With pages of 4 attention is torch's."""
+    code, out = checked(checkpoint, monkeypatch, capfd, quantization=kind, page_size=page_size)
+    assert code == 0, out
+    assert "weights in 4 or 8 bits, also those of transformers" in out
+    limits = [float(n) for line in out.splitlines()[2:7] for n in line.split()[-1].split("/")]
+    assert max(limits) < 0.03
+    assert re.search(rf"weights rounded to {4 if kind == 'q4' else 8} bits: no matrix changes by more than \d", out)
+
+
+PACK, ATTEND = Kernels.pack, KernelAttention.__call__
+SCALES = {8: (512,), 4: (256, 288)}  # where a block has its scales and offsets, f16[16] each
+
+
+def wrong_scales(product: int, rows: slice, factor: float = 1.02) -> Callable[..., torch.Tensor]:
+    """`Kernels.pack` with the scales of some tiles of 16 rows of one product slightly wrong; a layer has four products."""
+    count = iter(range(1000))
+
+    def pack(self: Kernels, parts: Any, inputs: int, bits: int, **options: Any) -> torch.Tensor:
+        out = PACK(self, parts, inputs, bits, **options)
+        if next(count) == product:
+            for at in SCALES[bits]:
+                scales = out[rows, :, at : at + 32].contiguous().view(torch.float16)
+                out[rows, :, at : at + 32] = (scales.float() * factor).half().view(torch.uint8)
+        assert out.shape[-1] == BLOCK_BYTES[bits]
+        return out
+
+    return pack
+
+
+def attend(change: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """Attention of layer 1 on something else."""
+
+    def call(self: KernelAttention, layer: int, *given: Any, **options: Any) -> torch.Tensor:
+        return ATTEND(self, layer, *(change(self, *given) if layer == 1 else given), **options)
+
+    return call
+
+
+def swapped(self: KernelAttention, qkv: torch.Tensor, *rest: Any) -> Any:
+    """The first two KV heads' values."""
+    layer = self._layers[1]
+    order = np.arange(qkv.shape[1])
+    values = (layer.heads + layer.kv_heads) * layer.dim
+    order[values : values + 2 * layer.dim] = np.roll(order[values : values + 2 * layer.dim], layer.dim)
+    return qkv[:, order].contiguous(), *rest
+
+
+def one_late(self: KernelAttention, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any) -> Any:
+    """A decode at the position of the token before."""
+    if len(qkv) > 1:
+        self.before = cos[-1:].clone(), sin[-1:].clone()  # type: ignore[attr-defined]
+        return qkv, cos, sin, *rest
+    now, (cos, sin) = (cos.clone(), sin.clone()), self.before  # type: ignore[attr-defined]
+    self.before = now  # type: ignore[attr-defined]
+    return qkv, cos, sin, *rest
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bug", "told"),
+    [
+        (lambda: (Kernels, "pack", wrong_scales(7, slice(None))), ("transformers: layer 1", False)),
+        (lambda: (Kernels, "pack", wrong_scales(5, slice(0, 1))), ("transformers: layer 1", False)),
+        (lambda: (Kernels, "pack", wrong_scales(12, slice(None))), ("transformers: logits", False)),
+        (lambda: (KernelAttention, "__call__", attend(swapped)), ("transformers: layer 1", True)),
+        (lambda: (KernelAttention, "__call__", attend(one_late)), ("decode: layer 1", False)),
+    ],
+    ids=["all scales of down", "sixteen rows of o", "scales of the head", "values of two KV heads", "positions of decodes"],
+)
+def test_a_bug_planted_in_the_kernels_of_few_bits_is_found(bug, told, checkpoint, monkeypatch, capfd):
+    """Most of them move nothing by a fifth, which a limit for exact weights would have to allow (`told`: what does)."""
+    complaint, much = told
+    monkeypatch.setattr(*bug())
+    code, out = checked(checkpoint, monkeypatch, capfd, quantization="auto", page_size=16)
+    assert code == 1
+    assert f"selfcheck: {complaint} is the first that differs, by " in out
+    errors = [float(n) for line in out.splitlines()[2:7] for cell in line.split()[-4:-1] for n in cell.rstrip("!").split("/")]
+    assert (max(errors) > 0.2) == much
+
+
+def test_activations_of_one_byte_are_found(checkpoint, monkeypatch, capfd):
+    """In the torch arithmetic, where a test can take the second byte away."""
+
+    def one_byte(x: torch.Tensor) -> torch.Tensor:
+        return quantise(x, 8).values()
+
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert checked(checkpoint, monkeypatch, capfd, quantization="int8")[0] == 0
+    monkeypatch.setattr(blocks, "round_trip", one_byte)
+    code, out = checked(checkpoint, monkeypatch, capfd, quantization="int8")
+    assert code == 1
+    assert "selfcheck: transformers: layer 0 is the first that differs" in out
+
+
+def test_a_rounding_that_is_coarser_than_its_bits_is_found_though_both_sides_share_it(checkpoint, monkeypatch, capfd):
+    def coarse(w: torch.Tensor, bits: int) -> packed.Groups:
+        whole = quantise(w, bits)
+        return packed.Groups(whole.numbers // 16 * 16, whole.scale, whole.offset)
+
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(blocks, "quantise", coarse)
+    monkeypatch.setattr(reference, "quantise", coarse)
+    code, out = checked(checkpoint, monkeypatch, capfd, quantization="int8")
+    assert code == 1
+    assert re.search(r"selfcheck: rounding to 8 bits changes a matrix by [\d.]+ % \(2\.3 % allowed\)", out)
+    assert "is the first that differs" not in out
+
+
+def test_limits_of_8_bit_floats_on_a_gpu_are_wide(checkpoint):
+    spec = resolve(str(checkpoint))
+    for settings, floor in (({"quantization": "fp8"}, 0.2), ({"kv_cache_dtype": "fp8"}, 0.2), ({}, 1e-4)):
+        yard = selfcheck.Yardstick.of(Config(spec, EngineConfig(device="cuda", **settings)), {})
+        assert (yard.exact, yard.floor) == ("float32", floor)
+
+
+def test_phases_say_how_long_they_took(capfd):
+    with selfcheck.phase("layers, one rank"):
+        pass
+    first, last = capfd.readouterr().err.splitlines()
+    assert first == "selfcheck: layers, one rank ..."
+    assert re.fullmatch(r"selfcheck: layers, one rank: \d+\.\d s", last)
 
 
 def test_an_engine_that_says_something_else_is_found(checkpoint, monkeypatch, capfd):

@@ -6,8 +6,11 @@ what our loader makes of them: their readers in transformers need a GPU or packa
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +19,16 @@ from safetensors.torch import save_file
 
 from minisgl.config import Config, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.safetensors_weights import SafetensorsWeights
+from minisgl.model.cpu.blocks import QuantBlocks
+from minisgl.model.cpu.choice import CpuArithmetic
+from minisgl.model.cpu.packed import quantise
+from minisgl.model.cpu.stored import stored_bits
+from minisgl.model.loader import open_weights
+from minisgl.model.safetensors_weights import PRODUCT, SafetensorsWeights
+from minisgl.model.threads import usable_cores
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOGETHER = re.compile(r"\b([qkv]|gate|up)_proj$")  # what our models compute in one product, all of it in the same bits
 
 
 def load_transformers(spec: ModelSpec, threads: int) -> Any:
@@ -49,20 +59,73 @@ def load_transformers(spec: ModelSpec, threads: int) -> Any:
 
 def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, file = os.path.split(spec.path)
-    config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
-    config.head_dim = spec.head_dim  # which transformers does not read from these files
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=skeleton)["tensors"]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with _read_once():
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
+        config.head_dim = spec.head_dim  # which transformers does not read from these files
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        tensors = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=skeleton)["tensors"]
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, extra = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     if extra or set(missing) - {"lm_head.weight"}:
         raise UserError(f"transformers reads {spec.path} otherwise: {', '.join([*missing, *extra][:5])} do not match.")
     model.tie_weights()
     return model.eval()
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration and once more for the tensors, and has gguf make its table of names
+    anew for every module: 9 of 14 s with the embedded model, more with more layers.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    plain = [getattr(gguf, name) for name in names]
+    try:
+        for name, made in zip(names, plain, strict=True):
+            setattr(gguf, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in zip(names, plain, strict=True):
+            setattr(gguf, name, made)
+
+
+def round_weights(model: Any, spec: ModelSpec, blocks: QuantBlocks) -> dict[int, float]:
+    """Give the products of `model` the weights that `blocks` makes of theirs, by the readable `quantise`.
+
+    Returns what that changes, by the bits rounded to: the largest |w' - w| / |w| of a matrix.
+    """
+    weights = open_weights(spec, torch.float32, lazy=True)
+    found = {n: m for n, m in model.named_modules() if PRODUCT.fullmatch(f"{n}.weight")}
+    products: dict[str, list[tuple[Any, torch.Tensor]]] = {}
+    for name, module in found.items():
+        stored = module.weight
+        if spec.format == "gguf":  # which may have these bits already
+            tied = spec.tie_embeddings and name == "lm_head"
+            stored = weights.take("model.embed_tokens.weight" if tied else f"{name}.weight", tuple(stored.shape))
+        product = _TOGETHER.sub("", name)
+        products.setdefault(product, []).append((module, stored))
+    changed: dict[int, float] = {}
+    for parts in products.values():
+        bits = blocks.bits([stored for _, stored in parts])
+        for module, _ in (part for part in parts if stored_bits(part[1]) != bits):
+            w = module.weight.detach()
+            rounded = quantise(w, bits).values()[:, : w.shape[1]]
+            changed[bits] = max(changed.get(bits, 0.0), float((rounded - w).norm() / w.norm()))
+            module.weight = torch.nn.Parameter(rounded, requires_grad=False)  # the table that it may be tied to stays
+    return changed
+
+
+def _halve(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The 11 bits of half precision, whatever the exponent."""
+    mantissa, exponent = torch.frexp(args[0])
+    return (torch.ldexp((mantissa * 2048).round() / 2048, exponent), *args[1:])
 
 
 def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,17 +147,36 @@ def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> None:
-    """For the sequences that the probe has written in `folder`: "<prompt>.<dtype>.hidden" and ".logits", in float32 and in the
+    """For the sequences that the probe has written in `folder`: "<prompt>.<kind>.hidden" and ".logits", in float32 and in the
     dtype that is checked, which tells how much of a difference is rounding.
+
+    Where a CPU computes with rounded weights the further kinds are "rounded", float32 with the same weights, and "half", in
+    which the rows of every product are also rounded to half precision: that costs about what the engine's activations of two
+    bytes and cache in half precision do.  "changed.<bits>" f32[1] is what `round_weights` returns.
     """
     with safe_open(os.path.join(folder, "probe.safetensors"), framework="pt") as probe:
         tokens = [probe.get_tensor(f"{i}.tokens").tolist() for i in range(len(prompts))]
-    model = load_transformers(config.model, config.engine.threads or len(os.sched_getaffinity(0)))
+    threads = config.engine.threads or usable_cores()
+    model = load_transformers(config.model, threads)
     out: dict[str, torch.Tensor] = {}
+
+    def keep(kind: str) -> None:
+        for i, prompt in enumerate(prompts):
+            hidden, logits = states(model, [*prompt, *tokens[i][:-1]])
+            out.update({f"{i}.{kind}.hidden": hidden.contiguous(), f"{i}.{kind}.logits": logits.contiguous()})
+
     for kind in dict.fromkeys(["float32", config.dtype]):
         for p in model.parameters():  # but no buffer: the frequencies of rotary positions are always float32
             p.data = p.data.to(_DTYPES[kind])
-        for i, prompt in enumerate(prompts):
-            hidden, logits = states(model, [*prompt, *tokens[i][:-1]])
-            out |= {f"{i}.{kind}.hidden": hidden.contiguous(), f"{i}.{kind}.logits": logits.contiguous()}
+        keep(kind)
+    if config.engine.device == "cpu":
+        blocks = CpuArithmetic.choose(config.engine, config.model, threads).blocks
+        if isinstance(blocks, QuantBlocks):  # then the dtype is float32
+            changed = round_weights(model, config.model, blocks)
+            out |= {f"changed.{bits}": torch.tensor([most]) for bits, most in changed.items()}
+            keep("rounded")
+            for name, module in model.named_modules():
+                if PRODUCT.fullmatch(f"{name}.weight"):
+                    module.register_forward_pre_hook(_halve)
+            keep("half")
     save_file(out, os.path.join(folder, "reference.safetensors"))

@@ -20,7 +20,7 @@ DTYPES = ("F32", "F16", "BF16", "U8")  # bytes are numbers to all the others, to
 # Scales of activations and of the KV cache: neither is quantised by them here.
 _OTHER_SCALES = r"|.*\.(input|output|q|k|v)_scale|.*\.input_zero_point"
 
-_PRODUCT = re.compile(r".*\.self_attn\.\w+_proj\.weight|.*\.mlp\.\w+_proj\.weight|(.*\.)?lm_head\.weight")  # not of experts
+PRODUCT = re.compile(r".*\.self_attn\.\w+_proj\.weight|.*\.mlp\.\w+_proj\.weight|(.*\.)?lm_head\.weight")  # not of experts
 
 
 class Files:
@@ -84,7 +84,7 @@ class SafetensorsWeights:
                 f"--model {self._files.path}: {name} has dtype {tensor.get_dtype()}; {', '.join(DTYPES)} are supported."
             )
         part = tensor[slice(*rows)] if rows else tensor[:, slice(*cols)] if cols else tensor[:]
-        if self._lazy and _PRODUCT.fullmatch(name) and part.dtype.is_floating_point:
+        if self._lazy and PRODUCT.fullmatch(name) and part.dtype.is_floating_point:
             return part  # type: ignore[no-any-return]
         return own(part, self._dtype)
 

@@ -6,7 +6,7 @@ are exact.  Each row is computed for itself.  Without a compiler the same arithm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -91,7 +91,7 @@ class QuantBlocks(CpuBlocks):
     def linear(
         self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
     ) -> Callable[[Rows], Rows]:
-        inputs, bits = weights[0].shape[1], self._bits(weights)
+        inputs, bits = weights[0].shape[1], self.bits(weights)
         if self._run is None:
             groups = [stored_groups(w) if stored_bits(w) == bits else quantise(values(w), bits) for w in weights]
             return TorchLinear(groups, inputs, bias)
@@ -105,7 +105,7 @@ class QuantBlocks(CpuBlocks):
         if self._run is None or len(gate) % LANES or activation not in PackedWeight.GATED:
             both = self.linear(gate, up)
             return lambda x: layers.act_mul(both(x), activation)
-        inputs, bits = gate.shape[1], self._bits((gate, up))
+        inputs, bits = gate.shape[1], self.bits((gate, up))
         blocks = self._run.pack(_parts((gate, up), bits), inputs, bits, in_turns=True)
         return QuantLinear(PackedWeight(blocks, 2 * len(gate), inputs, gated=activation), self._run)
 
@@ -123,8 +123,8 @@ class QuantBlocks(CpuBlocks):
         run = super().experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
         return lambda x: run(plain(x))
 
-    def _bits(self, weights: tuple[torch.Tensor, ...]) -> int:
-        """All of a product have the same."""
+    def bits(self, weights: Sequence[torch.Tensor]) -> int:
+        """Of the weights of one product, which all have the same."""
         stored = [stored_bits(w) for w in weights]
         if self._kind != "int8" and set(stored) == {4}:
             return 4
