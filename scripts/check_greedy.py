@@ -51,6 +51,7 @@ def main() -> int:
     failed = 0
     for tp, lag in product(args.tp, args.lag):
         for way in ("one at a time", "16 at once"):
+            # float32, as transformers: weights that --model has in more than 8 bits would be rounded.
             with LLM(spec, tp=tp, lag=lag, quantization="none", max_running=16) as llm:
                 for cache in ("cold", "warm"):
                     alone = way == "one at a time"

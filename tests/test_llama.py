@@ -345,6 +345,7 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
         ids = torch.tensor([p])  # the mask is given because generate() would take <|im_end|>, its padding, out of the prompt
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, eos_token_id=None)
         theirs.append(out[0, len(p) :].tolist())
+    # float32 is the point here and below: the default is compared in tests/test_cpu_quantized.py.
     config = Config(spec, EngineConfig(kv_tokens=512, max_running=4, max_context=128, quantization="none"))
     runner = Runner(config, 0, "")
     runner.allocate(runner.max_pages())

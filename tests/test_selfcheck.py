@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_gguf import write_gguf
 from test_quantized import FP8, channel_fp8
 from test_quantized import quantise as save_quantised
-from tiny_models import needs_compiler, save_byte_tokenizer, save_llama
+from tiny_models import needs_compiler, save_architecture, save_byte_tokenizer, save_llama
 
 from minisgl import selfcheck
 from minisgl.__main__ import main
@@ -205,6 +205,20 @@ def test_rounded_weights_are_compared_as_closely_as_their_activations_allow(page
     limits = [float(n) for line in out.splitlines()[2:7] for n in line.split()[-1].split("/")]
     assert max(limits) < 0.03
     assert re.search(rf"weights rounded to {4 if kind == 'q4' else 8} bits: no matrix changes by more than \d", out)
+
+
+@needs_compiler
+def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path, monkeypatch, capfd):
+    """Of the tokens here one is: its vector changes by a tenth, the others' by a thousandth, which is what is judged."""
+    save_architecture(tmp_path, "qwen3-moe, windows")
+    save_byte_tokenizer(tmp_path)
+    code, out = checked(tmp_path, monkeypatch, capfd, quantization="q4", page_size=16)
+    assert code == 0, out
+    (typical, largest), (limit, far) = (
+        map(float, c.rstrip("!").split("/")) for c in np.take(out.splitlines()[6].split(), [1, -1])
+    )
+    assert typical < limit < 0.004
+    assert limit < largest < far == 1
 
 
 PACK, ATTEND = Kernels.pack, KernelAttention.__call__

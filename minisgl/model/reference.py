@@ -174,7 +174,10 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
         if isinstance(blocks, QuantBlocks):  # then the dtype is float32
             changed = round_weights(model, config.model, blocks)
             out |= {f"changed.{bits}": torch.tensor([most]) for bits, most in changed.items()}
-            keep("rounded")
+            if changed:
+                keep("rounded")
+            else:
+                out |= {name.replace(".float32.", ".rounded."): t.clone() for name, t in out.items() if ".float32." in name}
             for name, module in model.named_modules():
                 if PRODUCT.fullmatch(f"{name}.weight"):
                     module.register_forward_pre_hook(_halve)

@@ -39,7 +39,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names th
 
 FLAGS: dict[str, tuple[str, ...]] = {
     "openai": ("--tool-call-parser", "hermes"),  # the embedded model's template knows no tools; a grammar makes it call
-    "schemathesis": ("--max-context", "192", "--quantization", "auto"),  # thousands of answers, of any length
+    "schemathesis": ("--max-context", "192"),  # thousands of answers, of any length
 }
 
 
@@ -54,8 +54,6 @@ def server(data: str, *flags: str) -> Iterator[str]:
         "0",
         "--kv-tokens",
         "32768",
-        "--quantization",
-        "none",
         "--data-dir",
         data,
         *flags,
