@@ -122,6 +122,28 @@ def test_gguf_files_and_quantised_checkpoints_have_a_reference(checkpoint, tmp_p
     assert code == 0, out
 
 
+def test_the_reference_parses_a_gguf_file_once_and_takes_the_cores_that_a_quota_leaves(checkpoint, tmp_path, monkeypatch):
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    path = write_gguf(tmp_path / "m.gguf", AutoModelForCausalLM.from_pretrained(checkpoint))
+    parsed, threads, reader = [], [], gguf.GGUFReader
+
+    def counting(file: str) -> Any:
+        parsed.append(file)
+        return reader(file)
+
+    config = Config(resolve(str(path)), EngineConfig(quantization="none", page_size=4, kv_tokens=64, max_context=16))
+    write_job(tmp_path, config, [[1, 2, 3]], 2)
+    in_process("probe", [[str(tmp_path), "0"]])
+    monkeypatch.setattr(gguf, "GGUFReader", counting)
+    monkeypatch.setattr(reference, "usable_cores", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    in_process("reference", [[str(tmp_path)]])
+    assert (parsed, threads) == ([str(path)], [3])
+    assert gguf.GGUFReader is counting
+
+
 # ---------------- planted bugs
 def perturbed(name: str, factor: float = 1.01) -> Callable[..., Any]:
     """open_weights with one tensor slightly wrong."""
