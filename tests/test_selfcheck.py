@@ -194,8 +194,8 @@ def test_a_planted_bug_is_found_and_its_layer_named(bug, complaint, checkpoint, 
     assert not any(f"selfcheck: {name}:" in out for name in others)
 
 
-def test_ranks_that_disagree_are_found(checkpoint, monkeypatch, capfd):
-    """The job of two ranks is done by one whose layer 2 is wrong."""
+def two_ranks(monkeypatch: pytest.MonkeyPatch, product: str) -> Callable[[str, list[list[str]]], None]:
+    """Jobs of which that of two ranks is done by one, with a product of layer 2 slightly wrong."""
 
     def jobs(kind: str, arguments: list[list[str]]) -> None:
         if len(arguments) == 2:
@@ -203,10 +203,15 @@ def test_ranks_that_disagree_are_found(checkpoint, monkeypatch, capfd):
             job = json.loads(file.read_text())
             job["engine"]["tp"] = 1
             file.write_text(json.dumps(job))
-            monkeypatch.setattr(runner, "open_weights", perturbed("model.layers.2.mlp.up_proj.weight"))
+            monkeypatch.setattr(runner, "open_weights", perturbed(f"model.layers.2.mlp.{product}_proj.weight"))
         in_process(kind, arguments[:1])
 
-    code, out = checked(checkpoint, monkeypatch, capfd, jobs=jobs, tp=2)
+    return jobs
+
+
+def test_ranks_that_disagree_are_found(checkpoint, monkeypatch, capfd):
+    """The job of two ranks is done by one whose layer 2 is wrong."""
+    code, out = checked(checkpoint, monkeypatch, capfd, jobs=two_ranks(monkeypatch, "up"), tp=2)
     assert code == 1
     assert re.search(r"selfcheck: tp 2: layer 2 is the first that differs, by \S+ \(1.0e-04/1.0e-04 allowed\)", out)
 
@@ -241,6 +246,17 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path, mon
     )
     assert typical < limit < 0.004
     assert limit < largest < far == 1
+
+
+@pytest.mark.parametrize(("inner", "agree"), [(71, True), (128, False)])
+def test_ranks_may_differ_by_what_rounding_costs_only_where_they_cut_its_groups(inner, agree, tmp_path, monkeypatch, capfd):
+    """71 columns are 36 + 35 for two ranks, whose groups of 32 are others than those of one.  64 are two groups."""
+    save_llama(tmp_path, layers=3, inner=inner)
+    save_byte_tokenizer(tmp_path)
+    engine = {"quantization": "int8", "tp": 2}
+    code, out = checked(tmp_path, monkeypatch, capfd, jobs=two_ranks(monkeypatch, "down"), **engine)
+    assert (code == 0) == agree, out
+    assert ("selfcheck: tp 2: layer 2 is the first that differs" in out) != agree
 
 
 PACK, ATTEND = Kernels.pack, KernelAttention.__call__
