@@ -13,6 +13,7 @@ from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 from minisgl import selfcheck
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
+from minisgl.model import differences
 from minisgl.model import runner as runner_module
 from minisgl.model.cpu.blocks import QuantBlocks
 from minisgl.model.gguf_file import GGUFFile
@@ -379,8 +380,8 @@ def test_the_embedded_model_has_the_perplexity_that_transformers_computes(embedd
     ours = {name: t.numpy() for name, t in observe(config, [ids], 0).items()}
     hidden, logits = states(model, ids)
     theirs = {"0.float32.hidden": hidden.numpy(), "0.float32.logits": logits.numpy()}
-    assert selfcheck._perplexity(ids, ours, theirs, selfcheck.Yardstick()) == []
-    assert selfcheck._rows(ours, theirs, "0.prefill", "0.float32").max() < selfcheck.ROUNDING
+    assert differences.perplexity(ids, ours, theirs, differences.Yardstick()) == []
+    assert differences.rows_of(ours, theirs, "0.prefill", "0.float32").max() < differences.ROUNDING
     ours["0.prefill.logits"] = ours["0.prefill.logits"] * 1.01
-    assert len(selfcheck._perplexity(ids, ours, theirs, selfcheck.Yardstick())) == 1
+    assert len(differences.perplexity(ids, ours, theirs, differences.Yardstick())) == 1
     assert "perplexity of a text of 64 tokens" in capsys.readouterr().out

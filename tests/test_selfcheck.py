@@ -21,7 +21,7 @@ from minisgl import selfcheck
 from minisgl.__main__ import main
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model import reference, runner
+from minisgl.model import differences, reference, runner
 from minisgl.model.attention import TorchAttention
 from minisgl.model.cpu import blocks, packed
 from minisgl.model.cpu.attention import KernelAttention
@@ -361,7 +361,7 @@ def test_a_rounding_that_is_coarser_than_its_bits_is_found_though_both_sides_sha
 def test_limits_of_8_bit_floats_on_a_gpu_are_wide(checkpoint):
     spec = resolve(str(checkpoint))
     for settings, floor in (({"quantization": "fp8"}, 0.2), ({"kv_cache_dtype": "fp8"}, 0.2), ({}, 1e-4)):
-        yard = selfcheck.Yardstick.of(Config(spec, EngineConfig(device="cuda", **settings)), {})
+        yard = differences.Yardstick.of(Config(spec, EngineConfig(device="cuda", **settings)), {})
         assert (yard.exact, yard.floor) == ("float32", floor)
 
 
