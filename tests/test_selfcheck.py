@@ -380,7 +380,6 @@ def test_an_engine_that_says_something_else_is_found(checkpoint, monkeypatch, ca
 
 
 def test_a_perplexity_that_is_off_is_found(checkpoint, monkeypatch, capfd):
-    monkeypatch.setattr(selfcheck, "ROUNDING", 1.0)  # the layers say nothing
     monkeypatch.setattr(runner, "open_weights", perturbed("lm_head.weight", 1.1))
     code, out = checked(checkpoint, monkeypatch, capfd)
     assert code == 1
