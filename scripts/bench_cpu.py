@@ -21,8 +21,11 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from live_server import live_server
 
 PACKAGE = "llama-cpp-python==0.3.36"
 PROMPT = 32  # tokens before decoding
@@ -193,15 +196,11 @@ class Http:
     """The server, and a client that reads streams without taking them apart."""
 
     def __init__(self, streams: int, threads: int, quantization: str) -> None:
-        settings = {"cache": "none", "threads": threads, "quantization": quantization, "port": 0}
+        settings = {"cache": "none", "threads": threads, "quantization": quantization}
         settings |= {"max-running": max(streams, 2), "step-tokens": max(LONG, streams + 64)}
         flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        self.server = subprocess.Popen([sys.executable, "-m", "minisgl", *flags], stderr=subprocess.PIPE, text=True)
-        assert self.server.stderr is not None
-        ready = next((line for line in self.server.stderr if line.startswith("ready")), None)
-        if ready is None:
-            raise SystemExit("the server ended; see its message above")
-        self.port = int(ready.split()[4].rsplit(":", 1)[1].split("/")[0])
+        self._open = ExitStack()
+        self.port = int(self._open.enter_context(live_server(*flags)).rsplit(":", 1)[1])
 
     async def _ask(self, prompt: list[int], tokens: int) -> None:
         body = {"model": "SmolLM2-135M-Instruct", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
@@ -232,8 +231,7 @@ class Http:
         return LONG / self._timed([ids(LONG, 0)], 1)
 
     def close(self) -> None:
-        self.server.terminate()
-        self.server.wait(timeout=20)
+        self._open.close()
 
 
 class Transformers:

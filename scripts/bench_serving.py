@@ -21,20 +21,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
 import numpy.typing as npt
+from live_server import live_server
 from reference import provenance
 
 from minisgl.errors import UserError
@@ -66,7 +64,8 @@ def prompt_ids(request: TraceRequest, vocab: int) -> list[int]:
     starts = np.cumsum(request.counts) - request.counts
     long = request.counts > 1
     ids[starts[long] + 1] = high[long]
-    return list((ids + FIRST_ID).tolist())
+    out: list[int] = (ids + FIRST_ID).tolist()
+    return out
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float, due: float) -> Outcome:
@@ -146,31 +145,6 @@ def summary(outcomes: Sequence[Outcome], seconds: float, ttft_ms: float, tpot_ms
     }
 
 
-@contextmanager
-def server(flags: Sequence[str]) -> Iterator[str]:
-    """A server of our own; gives its address when it is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([sys.executable, "-m", "minisgl", "--port", str(port), *flags]) as process:
-        try:
-            while not is_ready(url):
-                if process.poll() is not None:
-                    raise UserError("the server ended before it was ready; see above")
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return bool(get(url + "/ready")["status"] == "ready")
-    except OSError:
-        return False
-
-
 def get(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=10) as answer:
         return dict(json.load(answer))
@@ -224,9 +198,9 @@ def main() -> int:
         if args.url:
             measure(args.url.rstrip("/").removesuffix("/v1"), args, about)
         else:
-            with server(flags) as url:
+            with live_server(*flags) as url:
                 measure(url, args, about)
-    except (UserError, OSError) as e:
+    except (UserError, RuntimeError, OSError) as e:
         print(f"bench_serving: {args.url or ''} {e}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from reference import greedy, load_transformers, prompts, provenance
 
 from minisgl import LLM, SamplingParams
 from minisgl.model.resolve import resolve
+from minisgl.model.threads import usable_cores
 
 
 def rss_mb(pid: int) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tp", type=int, default=1)
     args = parser.parse_args()
-    spec, threads, n = resolve(None), len(os.sched_getaffinity(0)), args.tokens
+    spec, threads, n = resolve(None), usable_cores(), args.tokens
     ids = sorted(prompts(spec), key=len)[:16]
     how = {**provenance(), "tokens": n, "threads": threads, "prompt_tokens": [len(p) for p in ids], "tp": args.tp}
     print(json.dumps({"bench": "transformers", **how}), flush=True)

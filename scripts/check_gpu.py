@@ -208,13 +208,16 @@ def two_chunks(harness: Harness, texts: dict[int, list[int]]) -> tuple[torch.Ten
     return harness.last(len(texts) - 1), tokens
 
 
+Bounds = tuple[float, float]  # of the errors of prefill and decode
+
+
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def rounding_of(name: str, spec: ModelSpec) -> tuple[float, float]:
-    """What bfloat16 on the CPU changes in the logits of `check_logits`: (prefill, decode)."""
-    exact, rounded = cpu(spec), cpu(spec, "bfloat16")
+def rounding_of(name: str, spec: ModelSpec, exact: Harness) -> Bounds:
+    """What bfloat16 on the CPU changes in the logits of `check_logits`; `exact` is float32."""
+    rounded = cpu(spec, "bfloat16")
     texts = prompts(random.Random(1), LENGTHS)
     slots = list(texts)
     (want, tokens), (got, _) = two_chunks(exact, texts), two_chunks(rounded, texts)
@@ -225,9 +228,6 @@ def rounding_of(name: str, spec: ModelSpec) -> tuple[float, float]:
     found = error(got, want), error(rounded.last(len(slots)), exact.last(len(slots)))
     report(f"bfloat16 on the CPU, {name}", True, prefill_error=round(found[0], 6), decode_error=round(found[1], 6))
     return found
-
-
-Bounds = tuple[float, float]  # of the errors of prefill and decode
 
 
 def check_logits(name: str, spec: ModelSpec, bounds: Bounds, reference: Harness, **engine: Any) -> None:
@@ -311,7 +311,7 @@ def check_architectures(kinds: list[str]) -> None:
             for backend in ("triton", "torch"):
                 check_logits(kind, spec, (2e-4, 2e-4), reference, dtype="float32", attention_backend=backend)
             # A router that is rounded otherwise may choose another expert.
-            near = times(2 if spec.num_experts else 1.5, rounding_of(kind, spec))
+            near = times(2 if spec.num_experts else 1.5, rounding_of(kind, spec, reference))
             check_logits(kind, spec, near, reference, attention_backend="triton")
             check_paths(spec)
 
@@ -519,7 +519,7 @@ def main() -> int:
             def check(bounds: Bounds, spec: ModelSpec = spec, name: str = name, **engine: Any) -> None:
                 check_logits(name, spec, bounds, cpu(spec), **engine)
 
-            near = times(1.5, rounding_of(name, spec))  # no worse than the same model in bfloat16 anywhere
+            near = times(1.5, rounding_of(name, spec, cpu(spec)))  # no worse than the same model in bfloat16 anywhere
             exact = (2e-4, 2e-4)
             check(exact, dtype="float32")
             check(exact, dtype="float32", attention_backend="torch")

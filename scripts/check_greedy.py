@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from itertools import product
 
@@ -19,6 +18,7 @@ from reference import greedy, load_transformers, prompts, provenance
 from minisgl import LLM, SamplingParams
 from minisgl.llm import Completion
 from minisgl.model.resolve import resolve
+from minisgl.model.threads import usable_cores
 
 
 def compare(want: list[list[int]], got: list[Completion]) -> list[str]:
@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     spec = resolve(args.model)
     ids = prompts(spec)
-    model = load_transformers(spec, threads=len(os.sched_getaffinity(0)))
+    model = load_transformers(spec, threads=usable_cores())
     want = [greedy(model, [p], args.tokens)[0] for p in ids]
     del model
     params = SamplingParams(temperature=0, max_tokens=args.tokens)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pydoc_data.topics
 
 import numpy as np
@@ -26,6 +25,7 @@ from minisgl.model.parallel import Parallel
 from minisgl.model.resolve import resolve
 from minisgl.model.shard import Shard
 from minisgl.model.state import SlotState
+from minisgl.model.threads import usable_cores
 from minisgl.model.tokenizer import load_tokenizer
 from minisgl.plan import StepPlan
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
-    spec, threads = resolve(args.model), len(os.sched_getaffinity(0))
+    spec, threads = resolve(args.model), usable_cores()
     torch.set_num_threads(threads)
     texts = segments(spec, args.segments, args.length)
     exact = losses(spec, "none", texts, threads)

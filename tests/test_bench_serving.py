@@ -126,3 +126,11 @@ def test_an_error_within_a_stream_is_counted(bench: ModuleType) -> None:
 
     _, (outcome,) = asyncio.run(served(handler, lambda url: bench.replay(url, "m", [request([1], [4])], 32_000)))
     assert outcome.error == "engine_error"
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_message(
+    bench: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="ended before it was ready"), bench.live_server("--port", "99999"):
+        pass
+    assert "--port must be between 0 and 65535" in capfd.readouterr().err

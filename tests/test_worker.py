@@ -58,8 +58,9 @@ class SlowStarter:
 
 
 @pytest.fixture
-def arenas() -> Iterator[Arenas]:
-    made, fds = create_arenas(oracle_config(tp=1))
+def arenas(request: pytest.FixtureRequest) -> Iterator[Arenas]:
+    """Of one worker, or as many as a test has in its mark."""
+    made, fds = create_arenas(oracle_config(tp=getattr(request, "param", 1)))
     yield made
     close_arenas(fds)
 
@@ -95,16 +96,10 @@ def test_a_rank_leaves_its_group_where_all_do_and_not_when_it_fails_alone(arenas
     assert runner.closed is told
 
 
-@pytest.fixture
-def shared() -> Iterator[Arenas]:
-    made, fds = create_arenas(oracle_config(tp=2))
-    yield made
-    close_arenas(fds)
-
-
-def test_of_several_ranks_the_first_asks_and_all_prepare_when_the_plan_says_so(shared: Arenas) -> None:
+@pytest.mark.parametrize("arenas", [2], indirect=True)
+def test_of_several_ranks_the_first_asks_and_all_prepare_when_the_plan_says_so(arenas: Arenas) -> None:
     clock, runners = Clock(), [SlowStarter(), SlowStarter()]
-    workers = [WorkerActor(clock, rank, shared, lambda r=rank: runners[r]) for rank in range(2)]  # type: ignore[arg-type, misc]
+    workers = [WorkerActor(clock, rank, arenas, lambda r=rank: runners[r]) for rank in range(2)]  # type: ignore[arg-type, misc]
     for worker in workers:
         worker.started()
         worker.capacity(Capacity(4))
@@ -112,7 +107,7 @@ def test_of_several_ranks_the_first_asks_and_all_prepare_when_the_plan_says_so(s
     assert [workers[1].idle(), workers[0].idle(), workers[0].idle()] == [False, True, False]
     assert [type(m) for m in clock.sent] == [MayPrepare]
     assert [r.left for r in runners] == [3, 3]  # nobody prepares alone
-    plans = RingWriter(shared.plans)
+    plans = RingWriter(arenas.plans)
     for left in (2, 1, 0):
         plans.publish(StepPlan(0, kind=PlanKind.PREPARE).pack())
         for worker in workers:

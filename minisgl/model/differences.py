@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config import Config
+from minisgl.model.shard import Shard
 
 F32 = npt.NDArray[np.float32]
 Arrays = Mapping[str, Any]
@@ -119,8 +120,6 @@ def columns_of(config: Config, ids: list[list[int]], ours: Arrays, theirs: Array
 
 def _whole_groups(config: Config) -> bool:
     """Whether the ranks cut no group of weights in two, so that they round to the numbers of one rank."""
-    from minisgl.model.shard import Shard
-
     tp = config.engine.tp
     shards = [Shard.of(config.model, rank, tp) for rank in range(tp)]
     return all(s.q_rows[0] % GROUP == s.mlp[0] % GROUP == 0 for s in shards)

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from live_server import live_server  # noqa: E402
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minisgl-acceptance"
 CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names the version
     "curl": (),
@@ -41,31 +42,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "openai": ("--tool-call-parser", "hermes"),  # the embedded model's template knows no tools; a grammar makes it call
     "schemathesis": ("--max-context", "192"),  # thousands of answers, of any length
 }
-
-
-@contextmanager
-def server(data: str, *flags: str) -> Iterator[str]:
-    """The address of a server with the embedded model, which keeps its files in the directory `data`."""
-    command = [
-        sys.executable,
-        "-m",
-        "minisgl",
-        "--port",
-        "0",
-        "--kv-tokens",
-        "32768",
-        "--data-dir",
-        data,
-        *flags,
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            ready = next(line for line in process.stderr if line.startswith("ready"))
-            yield ready.split()[4].removesuffix("/v1")
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def python_of(client: str) -> str:
@@ -170,7 +146,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as data:
         save_tokenizer(Path(folder))
         for flags in sorted({FLAGS.get(c, ()) for c in clients}):
-            with server(data, *flags) as url:
+            with live_server("--kv-tokens", "32768", "--data-dir", data, *flags) as url:
                 for client in (c for c in clients if FLAGS.get(c, ()) == flags):
                     passed, line = run(client, url, Path(folder))
                     failed += not passed
