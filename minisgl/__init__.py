@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "BatchClient", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from minisgl.client import BatchClient
+    from minisgl.client.batch_client import BatchClient
     from minisgl.llm import LLM
-    from minisgl.types import SamplingParams
+    from minisgl.sampling_params import SamplingParams
 
-_HOME = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.types", "BatchClient": "minisgl.client"}
+_HOME = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.sampling_params", "BatchClient": "minisgl.client.batch_client"}
 
 
 def __getattr__(name: str) -> Any:

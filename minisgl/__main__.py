@@ -9,12 +9,12 @@ import sys
 from minisgl.errors import UserError
 
 COMMANDS = {
-    "serve": "minisgl.serve",
-    "chat": "minisgl.chat",
-    "batch": "minisgl.batch",
-    "simulate": "minisgl.simulate",
-    "prebuild": "minisgl.prebuild",
-    "selfcheck": "minisgl.selfcheck",
+    "serve": "minisgl.commands.serve",
+    "chat": "minisgl.commands.chat",
+    "batch": "minisgl.commands.batch",
+    "simulate": "minisgl.commands.simulate",
+    "prebuild": "minisgl.commands.prebuild",
+    "selfcheck": "minisgl.selfcheck.command",
 }
 
 

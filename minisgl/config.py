@@ -17,7 +17,7 @@ from minisgl.errors import UserError
 class ModelSpec:
     """What a checkpoint says about itself, read from its metadata without loading weights (and without torch).
 
-    Produced by `minisgl.model.resolve.resolve`, or by `minisgl.model.shapes.random_shape` for a checkpoint of random weights.
+    Produced by `resolve` of minisgl.model.checkpoint.resolve, or by `random_shape` of .presets for random weights.
     Sizes are in elements; `max_context` in tokens.
     """
 
@@ -42,7 +42,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
     generation: str = ""  # JSON of the sampling parameters that the checkpoint recommends (generation_config.json), "" for none
-    weight_format: str = ""  # JSON of how quantised safetensors store linear layers (minisgl.model.quant_spec), "" if plain
+    weight_format: str = ""  # JSON of how quantised safetensors store linear layers (checkpoint/quant_spec.py), "" if plain
     qkv_bias: bool = False  # the products that make queries, keys and values add a bias
     o_bias: bool = False  # and so does the one behind the attention
     activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh" | "clamped_swiglu" (gpt-oss)

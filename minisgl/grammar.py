@@ -1,7 +1,7 @@
 """Grammars that bind an answer: JSON schemas, regular expressions, choices and EBNF, as text of the llguidance library.
 
 The text is what travels (SamplingParams.grammar, plan.GRAMMAR); `check` runs where a request enters, in the api process or the
-caller's, and minisgl.model.grammar gives it effect in the workers.  The library is imported when it is first needed.
+caller's, and minisgl.model.common.grammar gives it effect in the workers.  The library is imported when it is first needed.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from minisgl import grammar
-from minisgl.actors import topology
-from minisgl.api.requests import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.actors import spawn
+from minisgl.api.engine import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.system import System
-from minisgl.cli import engine_config
+from minisgl.commands.flags import engine_config
 from minisgl.config import Config, ModelSpec, ServerConfig
 from minisgl.errors import RequestError, UserError
-from minisgl.types import Finish, SamplingParams
+from minisgl.sampling_params import Finish, SamplingParams
 
 _UNBOUNDED = 1 << 30
 
@@ -62,10 +62,10 @@ class LLM:
     """
 
     def __init__(self, model: str | ModelSpec | None = None, *, revision: str | None = None, **engine: Any) -> None:
-        from minisgl.model.resolve import resolve
-        from minisgl.model.shard import check_tp
+        from minisgl.model.checkpoint.resolve import resolve
+        from minisgl.model.common.shard import check_tp
 
-        make_worker = engine.pop("make_worker", topology.make_worker)
+        make_worker = engine.pop("make_worker", spawn.make_worker)
         spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
         settings = _known(engine)
         check_tp(spec, settings.get("tp", 1))

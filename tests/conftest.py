@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas, close_arenas, create_arenas
-from minisgl.actors.local import LocalSystem
-from minisgl.actors.machine import Add, Drop, Event, Flush, Limits, Output, StepMachine
 from minisgl.actors.messages import Started, Text, Tokens, Track
-from minisgl.actors.queue import Request
-from minisgl.actors.scheduler import SchedulerActor
+from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.local import LocalSystem
+from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
+from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Limits, Output, StepMachine
+from minisgl.actors.scheduler.waiting_queue import Request
 from minisgl.actors.worker import WorkerActor
+from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.gateway import Gateway
-from minisgl.api.requests import Chunk, TokenPrompt
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import RequestError
-from minisgl.model.oracle import OracleRunner, reference
+from minisgl.model.fake_runner import OracleRunner, reference
 from minisgl.plan import StepPlan, StepResult
-from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
+from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 VOCAB, EOS = 23, 0
 

@@ -6,10 +6,10 @@ import ctypes
 import os
 import signal
 
-from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas
 from minisgl.actors.messages import Cancel, Tokenized, Wake
-from minisgl.actors.ring import RingReader, RingSpec
+from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.ring import RingReader, RingSpec
+from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.errors import UserError
 
 

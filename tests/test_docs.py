@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 from conftest import World, oracle_config, random_traffic
 
-from minisgl.actors import arenas
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.local import LocalSystem
 from minisgl.actors.messages import registry
-from minisgl.actors.ring import RingWriter
-from minisgl.actors.scheduler import SchedulerActor
+from minisgl.actors.runtime import shared_memory
+from minisgl.actors.runtime.local import LocalSystem
+from minisgl.actors.runtime.ring import RingWriter
+from minisgl.actors.scheduler.actor import SchedulerActor
 from minisgl.actors.tokenizer import TokenizerActor
 from minisgl.actors.worker import WorkerActor
+from minisgl.api.engine import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
-from minisgl.api.requests import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.config import Config, EngineConfig, ServerConfig
-from minisgl.model.oracle import OracleRunner
-from minisgl.model.resolve import resolve
-from minisgl.types import RequestOptions, SamplingParams
+from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.fake_runner import OracleRunner
+from minisgl.sampling_params import RequestOptions, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minisgl"
@@ -59,7 +59,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     """Every edge seen while all real actors work in one deterministic system, text, chat and trouble included."""
     engine = EngineConfig(tp=2, kv_tokens=512, max_context=256, max_running=8, step_tokens=64)
     config = Config(resolve(None), engine, ServerConfig(reasoning_parser="deepseek_r1"))
-    shared, fds = arenas.create_arenas(config)
+    shared, fds = shared_memory.create_arenas(config)
     system = LocalSystem(3)
     gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))
     system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts[0])))
@@ -87,7 +87,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     assert gateway.stats["cached_pages"] == 0
     assert gateway.stats["free_pages"] == gateway.stats["total_pages"]
     assert gateway.stats["evicted_pages"] > 0
-    arenas.close_arenas(fds)
+    shared_memory.close_arenas(fds)
     small = World(0, oracle_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)
     random_traffic(small, 0)
@@ -111,9 +111,9 @@ def test_every_message_of_the_registry_is_documented() -> None:
 
 
 def test_the_arena_table_is_the_arenas() -> None:
-    assert [r[0] for r in TABLES["arena"]] == [f.name for f in dc.fields(arenas.Arenas)]
+    assert [r[0] for r in TABLES["arena"]] == [f.name for f in dc.fields(shared_memory.Arenas)]
     for row in TABLES["arena"]:  # the module's own docstring has the same table
-        assert re.search(r"\s+".join(map(re.escape, row)), arenas.__doc__ or ""), row[0]
+        assert re.search(r"\s+".join(map(re.escape, row)), shared_memory.__doc__ or ""), row[0]
 
 
 @functools.cache

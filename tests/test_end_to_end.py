@@ -21,13 +21,13 @@ from typing import Any, Literal
 import numpy as np
 import openai
 import pytest
+from processes import REPOSITORY, eventually, minisgl_command
 from pydantic import BaseModel, Field
-from test_process import HERE, eventually, minisgl_command
 from tiny_models import save_byte_tokenizer, save_qwen3
 
 from minisgl import LLM, BatchClient, SamplingParams, grammar
-from minisgl.model.resolve import resolve
-from minisgl.model.tokenizer import load_tokenizer
+from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.text.tokenizer import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TOPICS = ("the sea", "bread", "a red bicycle", "winter", "the number 12", "chess")
@@ -37,7 +37,7 @@ TOPICS = ("the sea", "bread", "a red bicycle", "winter", "the number 12", "chess
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server on a free port, as `scripts/launch.sh --tp 2` starts it."""
     run = tmp_path_factory.mktemp("run")
-    env = os.environ | {"XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(HERE.parent)}
+    env = os.environ | {"XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(REPOSITORY)}
     flags = ["--port", "0", "--tp", "2", "--kv-tokens", "16384"]
     server = subprocess.Popen(minisgl_command(*flags), stderr=subprocess.PIPE, text=True, env=env)
     assert server.stderr is not None
@@ -286,7 +286,7 @@ def test_the_batch_command_resumes_where_it_ended(url: str, tmp_path: Path) -> N
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "minisgl", "batch", str(requests), str(results), "--url", url]
-        return subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=100, check=False)
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=100, check=False)
 
     requests.write_text("".join(map(line, range(10))))
     assert run().returncode == 0

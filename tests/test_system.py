@@ -14,23 +14,23 @@ from pathlib import Path
 import numpy as np
 import process_actors
 import pytest
-from test_process import HERE, alive, eventually, minisgl_command
+from processes import REPOSITORY, alive, eventually, minisgl_command
 
 from minisgl import LLM, SamplingParams
-from minisgl.actors import topology
-from minisgl.api.requests import Chunk, TokenPrompt
+from minisgl.actors import spawn
+from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.system import System
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import RequestError, UserError
-from minisgl.model.oracle import alternatives, logprob, reference
-from minisgl.model.resolve import resolve
+from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.fake_runner import alternatives, logprob, reference
 
 ENGINE = {"tp": 2, "kv_tokens": 4096, "max_context": 512, "page_size": 16, "max_running": 8, "step_tokens": 64}
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(make_worker=topology.make_oracle_worker, **ENGINE) as engine:
+    with LLM(make_worker=spawn.make_oracle_worker, **ENGINE) as engine:
         yield engine
 
 
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyt
 
     def start() -> None:
         try:
-            LLM(make_worker=topology.make_oracle_worker, **ENGINE)
+            LLM(make_worker=spawn.make_oracle_worker, **ENGINE)
         except BaseException as e:
             errors.append(e)
 
@@ -132,7 +132,7 @@ def test_unknown_settings_are_named() -> None:
 @pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])
 def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
     config = Config(resolve(None), EngineConfig(**ENGINE))
-    system = System(config, topology.make_oracle_worker)
+    system = System(config, spawn.make_oracle_worker)
     system.wait_ready()
     pids = system.supervisor.pids
     run_dir = Path(system.run_dir)
@@ -167,7 +167,7 @@ def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
 
 
 WITH_ORACLE = """
-from minisgl.actors import topology
+from minisgl.actors import spawn
 from minisgl.api import system
 real = system.System
 system.System = lambda config, _: real(config, topology.make_oracle_worker)
@@ -178,7 +178,7 @@ class ServerProcess:
     """A server with the oracle behind it, as a user would start it."""
 
     def __init__(self, tmp: Path, *flags: str) -> None:
-        env = os.environ | {"PYTHONPATH": str(HERE.parent), "XDG_RUNTIME_DIR": str(tmp)}
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_RUNTIME_DIR": str(tmp)}
         self.proc = subprocess.Popen(
             minisgl_command("--port", "0", "--kv-tokens", "4096", *flags, before=WITH_ORACLE),
             stderr=subprocess.PIPE,
@@ -253,7 +253,7 @@ def test_a_busy_port_and_a_missing_model_are_one_sentence_before_anything_is_loa
     for flags, text in cases.items():
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         done = subprocess.run(
-            [sys.executable, "-m", "minisgl", *flags], capture_output=True, text=True, cwd=HERE.parent, timeout=30, check=False
+            [sys.executable, "-m", "minisgl", *flags], capture_output=True, text=True, cwd=REPOSITORY, timeout=30, check=False
         )
         assert done.returncode == 2, done
         assert text in done.stderr

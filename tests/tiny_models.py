@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minisgl.config import Config, EngineConfig
-from minisgl.model.resolve import resolve
+from minisgl.model.checkpoint.resolve import resolve
 from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, PREFILL, StepPlan
 
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="there is no C compiler")
@@ -144,7 +144,7 @@ def save_qwen2(path: Any) -> Any:
 
 def save_byte_tokenizer(path: Any) -> None:
     """Write a tokenizer.json in which every byte is a token, with the byte's value as its id."""
-    from minisgl.model.tokenizer import load_tokenizer
+    from minisgl.model.text.tokenizer import load_tokenizer
 
     spec = replace(resolve(os.fspath(path)), format="random")
     load_tokenizer(spec)._backend.save(os.path.join(path, "tokenizer.json"))

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minisgl.actors.actor import Actor, Context, on
 from minisgl.actors.messages import Cancel, Logprobs, Scores, Started, Text, ThoughtEnded, Tokens, Track
-from minisgl.actors.thoughts import ThoughtCounter
+from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.config import Config
-from minisgl.model.detokenize import DecodeState, StopMatcher
-from minisgl.model.tokenizer import Tokenizer, load_tokenizer
-from minisgl.types import Finish, SamplingParams
+from minisgl.model.text.detokenize import DecodeState, StopMatcher
+from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
+from minisgl.reasoning import ThoughtCounter
+from minisgl.sampling_params import Finish, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 from typing_extensions import dataclass_transform
 
-from minisgl.types import RequestOptions, SamplingParams
+from minisgl.sampling_params import RequestOptions, SamplingParams
 
 PROTOCOL = 1
 MAX_BYTES = 64 << 20  # larger frames are refused before they are parsed

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas
-from minisgl.actors.board import Board
 from minisgl.actors.messages import Capacity, MayPrepare, Wake, WorkerArmed, WorkerLoaded
-from minisgl.actors.ring import RingReader, RingWriter
+from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.ring import RingReader, RingWriter
+from minisgl.actors.runtime.shared_memory import Arenas
+from minisgl.actors.runtime.status import Board
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 _BREATHE_SECONDS = 20e-6
@@ -35,7 +35,7 @@ class Pending(Protocol):
 
 
 class RunnerLike(Protocol):
-    """What a worker needs of the model side: minisgl.model.runner.Runner, or the oracle of the tests."""
+    """What a worker needs of the model side: minisgl.model.cpu.runner.Runner, or the oracle of the tests."""
 
     def max_pages(self) -> int:
         """How many KV pages would fit."""

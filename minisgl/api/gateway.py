@@ -24,9 +24,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.actors.actor import Actor, Context, on
-from minisgl.actors.arenas import Arenas, actor_names
-from minisgl.actors.board import Board
 from minisgl.actors.messages import (
     ActorDied,
     Cancel,
@@ -48,13 +45,16 @@ from minisgl.actors.messages import (
     TokenizerInfo,
     Wake,
 )
-from minisgl.actors.ring import RingWriter
-from minisgl.api.requests import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
-from minisgl.api.tokenizers import Tokenizers
+from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.ring import RingWriter
+from minisgl.actors.runtime.shared_memory import Arenas, actor_names
+from minisgl.actors.runtime.status import Board
+from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.grammar import too_complex
-from minisgl.types import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
+from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 I32 = npt.NDArray[np.int32]
 _GOES_ON = Finish.NONE  # looked up once: a member of an enumeration takes longer than the rest of a row
@@ -82,7 +82,7 @@ class Entry:
 
 
 class Gateway(Actor):
-    """See the module's docstring; implements the `Engine` protocol of minisgl.api.requests."""
+    """See the module's docstring; implements the `Engine` protocol of minisgl.api.engine."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)

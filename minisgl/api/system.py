@@ -12,11 +12,11 @@ from contextlib import ExitStack
 
 import zmq
 
-from minisgl.actors import topology
-from minisgl.actors.arenas import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
+from minisgl.actors import spawn as topology
 from minisgl.actors.messages import Stop
-from minisgl.actors.process import ZmqContext
-from minisgl.actors.supervisor import Supervisor, make_run_dir
+from minisgl.actors.runtime.process import ZmqContext
+from minisgl.actors.runtime.shared_memory import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
+from minisgl.actors.runtime.supervisor import Supervisor, make_run_dir
 from minisgl.api.gateway import Gateway
 from minisgl.config import Config
 from minisgl.errors import UserError

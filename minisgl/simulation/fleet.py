@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisgl.actors.machine import Limits
-from minisgl.actors.queue import Request
+from minisgl.actors.scheduler.step_machine import Limits
+from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.sampling_params import SamplingParams
 from minisgl.simulation.gpu import CostModel
 from minisgl.simulation.replica import I64, Log, Replica
 from minisgl.simulation.router import PrefixRouter, RoundRobin
 from minisgl.simulation.trace import TraceRequest, ideal_hits
-from minisgl.types import SamplingParams
 
 LATENCY = 100e-6  # seconds that a call of the scheduler takes
 ROUTERS = ("prefix", "round-robin")

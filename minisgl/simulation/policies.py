@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from minisgl.actors.machine import Limits
+from minisgl.actors.scheduler.step_machine import Limits
 
 
 def as_given(limits: Limits) -> Limits:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.actors.machine import Add, Event, Limits, News, StepMachine
-from minisgl.actors.queue import Request
+from minisgl.actors.scheduler.step_machine import Add, Event, Limits, News, StepMachine
+from minisgl.actors.scheduler.waiting_queue import Request
 from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from live_server import live_server  # noqa: E402
+sys.path.append(str(HERE.parents[1]))
+from scripts.lib.live_server import live_server  # noqa: E402
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minisgl-acceptance"
 CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names the version
@@ -67,9 +67,9 @@ def version_of(client: str, python: str) -> str:
 
 def save_tokenizer(folder: Path) -> None:
     """The embedded model's tokenizer in Hugging Face's layout, for clients that count tokens themselves."""
-    from minisgl.model import gguf_tokenizer
-    from minisgl.model.gguf_file import GGUFFile
-    from minisgl.model.resolve import embedded_model
+    from minisgl.model.checkpoint.gguf_file import GGUFFile
+    from minisgl.model.checkpoint.resolve import embedded_model
+    from minisgl.model.text import gguf_tokenizer
 
     path = embedded_model()
     gguf_tokenizer.build(GGUFFile.open(path).fields, path).save(str(folder / "tokenizer.json"))
@@ -79,12 +79,11 @@ def save_tokenizer(folder: Path) -> None:
 
 def check_scores(told: dict[str, Any]) -> str:
     """lm-evaluation-harness's log likelihoods and answers through the server, against transformers on the same items."""
-    sys.path.insert(0, str(HERE.parent))
     import torch
-    from reference import greedy, load_transformers
 
-    from minisgl.model.resolve import resolve
-    from minisgl.model.tokenizer import load_tokenizer
+    from minisgl.model.checkpoint.resolve import resolve
+    from minisgl.model.text.tokenizer import load_tokenizer
+    from scripts.lib.reference import greedy, load_transformers
 
     spec = resolve(None)
     model, tokenizer = load_transformers(spec, 2), load_tokenizer(spec)

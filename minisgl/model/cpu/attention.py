@@ -1,81 +1,29 @@
-"""The CPU's attention on the C kernel.  Runs in the workers."""
+"""Attention over a paged KV cache.  Runs in the workers.
+
+`AttentionBackend` is what a model needs; `TorchAttention` is the one for CPUs, in plain torch.
+
+Shapes: T tokens of a step, H query heads, K KV heads, G = H / K heads per group, D head size, S context length.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
-from minisgl.model.cpu.kernels import Kernels, Layer, Step
-from minisgl.model.cpu.packed import LANES
-from minisgl.model.layers import QKNorm
-from minisgl.model.state import Batch
+from minisgl.model.common.rope import rotate_
+from minisgl.model.common.slots import Batch
+from minisgl.model.cpu.layers import QKNorm, rms_norm, softcap_, softmax
 
-QUERIES = 16  # tokens of a prompt that are one item of work
-MAX_DIM = 512
-KV_DTYPE = torch.float16
+GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough to stay in the caches
 
 
-def can_attend(spec: ModelSpec, page_size: int) -> bool:
-    """Whether the kernel serves this model with this page size; TorchAttention serves all."""
-    rotary = spec.rotary_dim or spec.head_dim
-    return page_size % LANES == 0 and spec.head_dim % LANES == 0 and spec.head_dim <= MAX_DIM and rotary % 2 == 0
-
-
-class KernelAttention:
-    """See `AttentionBackend`.  The cache is in half precision: csrc/attention.c has its layout."""
-
-    def __init__(
-        self, spec: ModelSpec, run: Kernels, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int
-    ) -> None:
-        """`num_heads` and `num_kv_heads`: of this rank."""
-        self._run = run
-        self._width = num_heads * spec.head_dim
-        layer_bytes = num_pages * page_size * 2 * num_kv_heads * spec.head_dim * KV_DTYPE.itemsize
-        # Zero pages of the operating system: costs no memory until written.
-        self._cache = np.zeros(spec.num_layers * layer_bytes, np.uint8)
-        base = self._cache.ctypes.data
-        self._layers = [
-            Layer(
-                cache=base + i * layer_bytes,
-                scale=spec.scale,
-                softcap=spec.attn_softcap,
-                page_size=page_size,
-                heads=num_heads,
-                kv_heads=num_kv_heads,
-                dim=spec.head_dim,
-                window=spec.window(i),
-            )
-            for i in range(spec.num_layers)
-        ]
-        self._step = Step()
-        self._kept: tuple[object, ...] = ()  # arrays that the step points to
-
-    def prepare(self, batch: Batch) -> None:
-        """Lay out the step's items of work.  Once per step, before the first layer."""
-        lens, contexts = batch.chunk_lens.astype(np.int64), batch.kv_lens.astype(np.int64)
-        n_chunks = len(lens)
-        rows = np.arange(len(contexts))
-        count = np.concatenate((lens, np.ones(len(contexts) - n_chunks, np.int64)))  # tokens of each row
-        start = np.cumsum(count) - count
-        pieces = -(-count // QUERIES)
-        row = np.repeat(rows, pieces)
-        offset = (np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * QUERIES
-        items = np.stack(
-            (start[row] + offset, np.minimum(QUERIES, count[row] - offset), contexts[row] - count[row] + offset, row), 1
-        )
-        work = items[:, 1] * (items[:, 1] + items[:, 2])
-        items = np.ascontiguousarray(items[np.argsort(-work, kind="stable")], np.int32)  # the largest first
-        pages, slots = np.ascontiguousarray(batch.pages, np.int32), np.ascontiguousarray(batch.kv_index, np.int64)
-        self._kept = (items, pages, slots)
-        self._step = Step(
-            slots=slots.ctypes.data,
-            items=items.ctypes.data,
-            pages=pages.ctypes.data,
-            n_tokens=len(slots),
-            n_items=len(items),
-            pages_per_row=pages.shape[1],
-        )
+class AttentionBackend(Protocol):
+    """Owns the KV cache and knows where the rows of the current step keep theirs: it is told before the first layer."""
 
     def __call__(
         self,
@@ -87,12 +35,198 @@ class KernelAttention:
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        here, step = self._layers[layer], self._step
+        """Rotate the queries and keys of qkv [T, (H + 2K) * D], store keys and values, attend -> [T, H * D].
+
+        cos and sin: from the `rope` of the same blocks (see common/interfaces.py), None for a layer that does not rotate.  With
+        `qk_norm`, queries and keys are normalised head by head before they are rotated.  `sinks` f32[H]: scores without values
+        that take part in the softmax.  Window, scale and soft cap are those of the ModelSpec.  Takes `qkv` over: it may be
+        changed in place.
+        """
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A prompt chunk: tokens start..end of the step, whose last one sees `context` tokens from the first of the pages on."""
+
+    start: int
+    end: int
+    context: int
+    pages: torch.Tensor | None  # i64; None without a cached prefix: the keys and values are at hand
+    mask: torch.Tensor | None  # [chunk, context], 0 or -inf; None: causal
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    """Decode rows start..end of the step, padded to the context of the longest."""
+
+    start: int
+    end: int
+    pages: torch.Tensor  # i64[rows * pages per row]
+    mask: torch.Tensor  # [rows, 1, G, padded context], 0 or -inf
+
+
+@dataclass(slots=True)
+class _Step:
+    """How the rows of a step are computed in layers of one window."""
+
+    chunks: list[_Chunk]
+    groups: list[_DecodeGroup]
+
+
+class TorchAttention:
+    """scaled_dot_product_attention on gathered pages.
+
+    The cache is one tensor [layer, page, page_size, 2, K, D]: keys and values of a token lie side by side, so one index_copy_
+    writes them and one index_select of whole pages gathers them (several times faster than advanced indexing by token).
+    Groups of query heads are folded into the query length (decode) or the head dimension (prefill); `enable_gqa` would
+    repeat the keys instead.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
+    ) -> None:
+        """`num_heads` and `num_kv_heads`: of this rank."""
+        self._page_size = page_size
+        self._kv_heads, self._group, self._dim = num_kv_heads, num_heads // num_kv_heads, spec.head_dim
+        self._scale, self._softcap = spec.scale, spec.attn_softcap
+        self._by_hand = spec.sinks or self._softcap > 0  # what scaled_dot_product_attention cannot do
+        self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
+        token = 2 * num_kv_heads * spec.head_dim
+        self._token_bytes = token * dtype.itemsize
+        # Zero pages of the operating system: costs no memory until written, and what padding reads is never NaN.
+        raw = np.zeros(spec.num_layers * num_pages * page_size * self._token_bytes, np.uint8)
+        cache = torch.from_numpy(raw).view(dtype)
+        self._by_token = cache.view(spec.num_layers, num_pages * page_size, 2, num_kv_heads, spec.head_dim)
+        self._by_page = cache.view(spec.num_layers, num_pages, page_size * token)
+        self._workspace = torch.empty(0, dtype=dtype)
+        self._dtype = dtype
+        self._kv_index = torch.empty(0, dtype=torch.int64)
+        self._steps: dict[int, _Step] = {}  # by window
+
+    def prepare(self, batch: Batch) -> None:
+        """Compute whatever all layers of the step share.  Once per step, before the first layer."""
+        self._kv_index = torch.from_numpy(batch.kv_index)
+        self._steps = {window: self._lay_out(batch, window) for window in set(self._windows)}
+        steps = self._steps.values()
+        needed = max([len(c.pages) for s in steps for c in s.chunks if c.pages is not None], default=0)
+        needed = max([needed, *(len(g.pages) for s in steps for g in s.groups)])
+        if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
+            self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
+
+    def _lay_out(self, batch: Batch, window: int) -> _Step:
+        ends = np.cumsum(batch.chunk_lens)
+        chunks = [
+            self._chunk(int(end - n), int(end), int(batch.kv_lens[i]), batch.pages[i], window)
+            for i, (n, end) in enumerate(zip(batch.chunk_lens, ends, strict=True))
+        ]
+        groups = []
+        first, n_prompt_ids = len(batch.chunk_lens), int(batch.chunk_lens.sum())
+        lens, pages = batch.kv_lens[first:], batch.pages[first:]
+        start = 0
+        while start < len(lens):  # longest first: a group is as long as its first row
+            n_pages = self._pages_of(int(lens[start]))
+            if window:  # whose first page may be cut off, and the last one
+                n_pages = min(n_pages, self._pages_of(window - 1) + 1)
+            end = start + max(1, GATHER_BYTES // (n_pages * self._page_size * self._token_bytes))
+            groups.append(self._decode_group(start + n_prompt_ids, lens[start:end], pages[start:end], n_pages, window))
+            start = min(end, len(lens))
+        return _Step(chunks, groups)
+
+    def __call__(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        qk_norm: QKNorm | None,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        heads = self._kv_heads * self._group
+        qkv = qkv.view(-1, heads + 2 * self._kv_heads, self._dim)
         if qk_norm is not None:
-            here.q_norm, here.k_norm, here.eps = qk_norm.q.data_ptr(), qk_norm.k.data_ptr(), qk_norm.eps
-        if sinks is not None:
-            here.sinks = sinks.data_ptr()
-        step.cos = step.sin = None
+            queries, keys = qkv[:, :heads], qkv[:, heads : heads + self._kv_heads]
+            queries.copy_(rms_norm(queries, qk_norm.q, qk_norm.eps))
+            keys.copy_(rms_norm(keys, qk_norm.k, qk_norm.eps))
         if cos is not None and sin is not None:
-            step.cos, step.sin, step.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-        return self._run.attention(here, step, qkv, self._width)
+            rotate_(qkv[:, : heads + self._kv_heads], cos, sin)
+        q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
+        self._by_token[layer].index_copy_(0, self._kv_index, kv)
+        step = self._steps[self._windows[layer]]
+        out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
+        out += [self._decode(layer, g, q[g.start : g.end], sinks) for g in step.groups]
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _pages_of(self, tokens: int) -> int:
+        return -(-tokens // self._page_size)
+
+    def _chunk(
+        self, start: int, end: int, context: int, pages: np.ndarray[tuple[int], np.dtype[np.int32]], window: int
+    ) -> _Chunk:
+        n = end - start
+        alone = context == n  # no cached prefix
+        if alone and not (window and context > window) and not self._by_hand:
+            return _Chunk(start, end, context, None, None)
+        # The pages before the first token that any query sees are left out, and positions count from the rest.
+        skipped = 0 if alone or not window else max(0, context - n - window + 1) // self._page_size
+        rest = context - skipped * self._page_size
+        mask = torch.full((n, rest), -torch.inf, dtype=self._dtype).triu_(rest - n + 1)
+        if window:
+            mask += torch.full((n, rest), -torch.inf, dtype=self._dtype).tril_(rest - n - window)
+        mine = torch.from_numpy(pages[skipped : self._pages_of(context)].astype(np.int64))
+        return _Chunk(start, end, rest, None if alone else mine, mask)
+
+    def _decode_group(
+        self,
+        start: int,
+        lens: np.ndarray[tuple[int], np.dtype[np.int32]],
+        pages: np.ndarray[tuple[int, int], np.dtype[np.int32]],
+        n_pages: int,
+        window: int,
+    ) -> _DecodeGroup:
+        first = np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)  # token that is seen
+        page = first // self._page_size + np.arange(n_pages)
+        position = (page[:, :, None] * self._page_size + np.arange(self._page_size)).reshape(len(lens), -1)
+        unseen = (position < first) | (position >= lens[:, None])
+        # Entries behind a row's last page may name any page: read page 0 instead, whose values are finite.
+        mine = page * self._page_size < lens[:, None]
+        found = np.take_along_axis(pages, np.minimum(page, pages.shape[1] - 1), axis=1)
+        index = torch.from_numpy(np.where(mine, found, 0).astype(np.int64).reshape(-1))
+        mask = torch.zeros(unseen.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(unseen), -torch.inf)
+        return _DecodeGroup(start, start + len(lens), index, mask[:, None, None].expand(-1, 1, self._group, -1))
+
+    def _gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """Copy whole pages -> [tokens, 2, K, D], valid until the next gather."""
+        out = self._workspace[: len(pages)]
+        torch.index_select(self._by_page[layer], 0, pages, out=out)
+        return out.view(-1, 2, self._kv_heads, self._dim)
+
+    def _prefill(self, layer: int, c: _Chunk, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        kv = kv[c.start : c.end] if c.pages is None else self._gather(layer, c.pages)[: c.context]
+        keys, values = kv.permute(1, 2, 0, 3)[:, :, None].expand(-1, -1, self._group, -1, -1)  # [K, G, S, D]
+        q = q.view(len(q), self._kv_heads, self._group, self._dim).permute(1, 2, 0, 3)  # [K, G, chunk, D]
+        if sinks is not None:
+            sinks = sinks.view(self._kv_heads, self._group, 1, 1)
+        return self._attend(q, keys, values, c.mask, sinks).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
+
+    def _decode(self, layer: int, g: _DecodeGroup, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        rows = len(q)
+        kv = self._gather(layer, g.pages).view(rows, -1, 2, self._kv_heads, self._dim)
+        keys, values = kv.permute(2, 0, 3, 1, 4)  # [rows, K, S, D]
+        q = q.view(rows, self._kv_heads, self._group, self._dim)
+        if sinks is not None:
+            sinks = sinks.view(self._kv_heads, self._group, 1)
+        return self._attend(q, keys, values, g.mask, sinks).reshape(rows, -1)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if mask is None or not self._by_hand:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scale)
+        scores = softcap_(q @ keys.transpose(-1, -2) * self._scale, self._softcap) + mask
+        return softmax(scores, sinks) @ values

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from minisgl.model.cpu.build import load_kernels
-from minisgl.model.cpu.packed import BLOCK_BYTES, GROUP, LANES
+from minisgl.model.cpu.packing import BLOCK_BYTES, GROUP, LANES
 
 
 class Weight(Structure):

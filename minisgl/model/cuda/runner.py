@@ -20,19 +20,19 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.archs import model_class
-from minisgl.model.cuda.attention import Heads, PagedAttention, check_float8, choose, find, kv_dtype_of
-from minisgl.model.cuda.blocks import CudaBlocks
-from minisgl.model.cuda.cache import KVCache, page_bytes
+from minisgl.model.checkpoint.loader import Weights, open_weights
+from minisgl.model.checkpoint.random_weights import RandomWeights
+from minisgl.model.common.parallel import make_parallel
+from minisgl.model.common.registry import model_class
+from minisgl.model.common.shard import Range, Shard
+from minisgl.model.cuda.attention.base import Heads, PagedAttention, check_float8, choose, find, kv_dtype_of
 from minisgl.model.cuda.graphs import Graphs
+from minisgl.model.cuda.kv_cache import KVCache, page_bytes
+from minisgl.model.cuda.layers import CudaBlocks
 from minisgl.model.cuda.memory import GRAPHS, Ledger
-from minisgl.model.cuda.steps import Steps
+from minisgl.model.cuda.step import Steps
+from minisgl.model.kernels.logprobs import Scored
 from minisgl.model.kernels.sampling import Extras
-from minisgl.model.kernels.score import Scored
-from minisgl.model.loader import Weights, open_weights
-from minisgl.model.parallel import make_parallel
-from minisgl.model.random_weights import RandomWeights
-from minisgl.model.shard import Range, Shard
 from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,7 +145,7 @@ class CudaRunner:
 
     def _compile_flashinfer(self) -> None:
         """Rank 0 compiles what is missing, the others wait for it; all of them raise UserError if it could not."""
-        from minisgl.model.flashinfer_modules import build_missing
+        from minisgl.model.cuda.flashinfer.modules import build_missing
 
         failure: UserError | None = None
         if self._rank == 0:

@@ -210,7 +210,7 @@ def decode_attention(
     rows, heads, dim = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
-    if not block:  # from scripts/ablate_step.py --tries attention, on an H200
+    if not block:  # from scripts/bench/ablate_step.py --tries attention, on an H200
         block, warps = 64, 2
         if keys.dtype != q.dtype and rows > 4:
             block, warps = (64, 1) if rows > 192 else (64, 2) if rows > 128 else (64, 1) if 16 < rows <= 64 else (128, 4)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.layer import gate
+from minisgl.model.kernels.norm_activation import gate
 from minisgl.model.kernels.pdl import begin, launch_options
 
 SUB = 64  # choices that are compared with all experts at a time
@@ -157,7 +157,7 @@ def _experts(
 
 @triton.jit
 def clamped_gate(gate, up, out):
-    """The activation of gpt-oss: see minisgl.model.layers.act_mul."""
+    """The activation of gpt-oss: see minisgl.model.cpu.layers.act_mul."""
     gate = tl.minimum(gate.to(out.dtype.element_ty).to(tl.float32), 7.0)
     up = tl.clamp(up.to(out.dtype.element_ty).to(tl.float32), -7.0, 7.0)
     return (up + 1) * (gate * tl.sigmoid(1.702 * gate))
@@ -218,7 +218,7 @@ def sort(experts: torch.Tensor, e: int, block_m: int) -> tuple[torch.Tensor, tor
 
 
 def choose(tokens: int, top: int, e: int) -> dict[str, int]:
-    """The sizes of a program, by how many choices fall on an expert.  From scripts/tune_experts.py on an H200."""
+    """The sizes of a program, by how many choices fall on an expert.  From scripts/tune/experts.py on an H200."""
     each = tokens * top / e
     block_m, block_k = (16, 128) if each <= 8 else (32, 64) if each <= 32 else (64, 64) if each <= 64 else (128, 64)
     return {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": 4, "stages": 3}

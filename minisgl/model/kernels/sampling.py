@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from minisgl.model.kernels.pdl import begin, launch_options
-from minisgl.types import MAX_EOS_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from minisgl.sampling_params import MAX_EOS_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _BLOCK = 4096
 MAX_BIAS = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_IDS  # entries of a slot
@@ -278,7 +278,7 @@ class Extras:
     def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
         self.vocab = vocab
         self.bias = torch.zeros(slots, 3 * MAX_BIAS, dtype=torch.int32, device=device)  # rows of plan.BIAS
-        self.seen: torch.Tensor | None = None  # i32 [slots, vocab], see minisgl.model.adjust; for penalties
+        self.seen: torch.Tensor | None = None  # i32 [slots, vocab], see minisgl.model.cpu.penalties; for penalties
 
     def count(self) -> None:
         """Have `seen`."""

@@ -1,0 +1,123 @@
+"""All actors in one thread, one seeded interleaving, virtual time.  This is what tests and pdb use.
+
+Every message is encoded and decoded on the way, so a test that passes here cannot fail later on serialisation.  Delivery is
+FIFO per (sender, receiver) pair, as ZMQ's is, and otherwise as adversarial as the seed makes it; `seed=None` is a fixed order
+for pdb.  An actor whose `idle()` said False is not asked again before it has mail, exactly as in a real process: a lost
+doorbell ends in quiescence with requests open, which a test can see, instead of a hang.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from minisgl.actors.messages import Stop, decode, encode
+from minisgl.actors.runtime.actor import Actor
+
+A = TypeVar("A", bound=Actor)
+
+
+class LocalContext:
+    """The Context of one actor in a LocalSystem."""
+
+    def __init__(self, system: LocalSystem, name: str) -> None:
+        self._system = system
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def send(self, to: str, msg: Any) -> None:
+        self._system.post(self._name, to, msg)
+
+    def after(self, seconds: float, msg: Any) -> None:
+        self._system.schedule(seconds, self._name, msg)
+
+    def now(self) -> float:
+        return self._system.clock
+
+    def stop(self) -> None:
+        self._system.stop(self._name)
+
+
+class LocalSystem:
+    """The deterministic runtime.  `edges` records who sent what to whom, for the documentation test."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.clock = 0.0  # virtual seconds
+        self.actors: dict[str, Actor] = {}
+        self.dead_letters: list[tuple[str, str, Any]] = []
+        self.edges: set[tuple[str, str, str]] = set()
+        self._rng = random.Random(seed) if seed is not None else None
+        self._lanes: dict[tuple[str, str], deque[bytes]] = {}
+        self._timers: list[tuple[float, int, str, bytes]] = []
+        self._tickets = 0
+        self._asleep: set[str] = set()
+
+    def spawn(self, name: str, make: Callable[[LocalContext], A]) -> A:
+        """Create an actor under `name` and run its `started`."""
+        actor = make(LocalContext(self, name))
+        self.actors[name] = actor
+        actor.started()
+        return actor
+
+    def stop(self, name: str) -> None:
+        """Remove an actor; what is sent to it later becomes a dead letter."""
+        if (actor := self.actors.pop(name, None)) is not None:
+            actor.stopping()
+
+    def post(self, src: str, dst: str, msg: Any) -> None:
+        """Put a message on the lane from `src` to `dst`.  Encodes even for a dead receiver: the sender's mistake must show."""
+        raw = encode(msg)
+        self.edges.add((type(msg).__name__, src, dst))
+        if dst in self.actors:
+            self._lanes.setdefault((src, dst), deque()).append(raw)
+        else:
+            self.dead_letters.append((src, dst, msg))
+
+    def schedule(self, seconds: float, name: str, msg: Any) -> None:
+        """Deliver a message to `name` after virtual seconds."""
+        self._tickets += 1
+        heapq.heappush(self._timers, (self.clock + seconds, self._tickets, name, encode(msg)))
+
+    def step(self) -> bool:
+        """One event: deliver a message, run one `idle()`, or advance the clock to a timer.  False: nothing can happen."""
+        lanes = [k for k, lane in self._lanes.items() if lane and k[1] in self.actors]
+        choices: list[Any] = [*lanes, *(name for name in self.actors if name not in self._asleep)]
+        if self._rng:
+            self._rng.shuffle(choices)
+        for choice in choices:
+            if isinstance(choice, tuple):
+                self._deliver(choice[1], self._lanes[choice].popleft())
+                return True
+            if self.actors[choice].idle():
+                return True
+            self._asleep.add(choice)
+        if any(lane and dst in self.actors for (_, dst), lane in self._lanes.items()):
+            return True  # somebody sent a last message before going to sleep
+        if self._timers:
+            self.clock, _, name, raw = heapq.heappop(self._timers)
+            if name in self.actors:
+                self._deliver(name, raw)
+            return True
+        return False
+
+    def _deliver(self, name: str, raw: bytes) -> None:
+        self._asleep.discard(name)
+        msg = decode(raw)
+        actor = self.actors[name]
+        if isinstance(msg, Stop) and Stop not in actor.accepts():
+            self.stop(name)
+        else:
+            actor.receive(msg)
+
+    def run(self, max_events: int = 1_000_000) -> int:
+        """Until nothing can happen; returns the number of events.  Raises RuntimeError if that takes too many."""
+        for n in range(max_events):
+            if not self.step():
+                return n
+        raise RuntimeError(f"no quiescence after {max_events} events")

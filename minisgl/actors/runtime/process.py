@@ -1,0 +1,180 @@
+"""The same actors, one operating-system process each: a ZMQ PULL socket is the mailbox, PUSH sockets are the addresses."""
+
+from __future__ import annotations
+
+import faulthandler
+import heapq
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import setproctitle
+import zmq
+
+from minisgl.actors.messages import MAX_BYTES, BadMessage, Failed, Hello, Stop, Stopped, decode, encode
+from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.errors import UserError
+from minisgl.lifeline import die_with_parent
+
+ROOT = "api"  # the process that supervises the others
+LINGER_MS = 500  # long enough for a last message, short enough for ^C
+BURST = 64  # messages handled before idle() is asked again
+SETTLE_MS = 5  # see run()
+_IPC_PATH_MAX = 107  # bytes; a limit of AF_UNIX
+
+
+def address(run_dir: str, name: str) -> str:
+    """The ZMQ address of a mailbox.  Raises UserError where the path is too long for a Unix socket."""
+    path = f"{run_dir}/{name}"
+    if len(path.encode()) > _IPC_PATH_MAX:
+        raise UserError(
+            f"the run directory {run_dir} is too long for a Unix socket ({_IPC_PATH_MAX} bytes): "
+            "set XDG_RUNTIME_DIR or TMPDIR to a shorter path"
+        )
+    return f"ipc://{path}"
+
+
+class ZmqContext:
+    """The Context of an actor in a process of its own.
+
+    Receivers bind, senders connect, and no queue has a mark that could block or drop: what may be in flight is bounded by
+    admission at the door.  Frames that are not messages are counted and dropped.
+    """
+
+    def __init__(self, run_dir: str, name: str) -> None:
+        self._name = name
+        self._run_dir = run_dir
+        self._zmq = zmq.Context()
+        self.inbox = self.socket(zmq.PULL)
+        self.inbox.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        self.inbox.bind(address(run_dir, name))
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._timers: list[tuple[float, int, bytes]] = []
+        self._tickets = 0
+        self.running = True
+        self.bad_frames = 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A socket of this process with the settings that all of them share."""
+        sock = self._zmq.socket(kind)
+        sock.linger, sock.sndhwm, sock.rcvhwm = LINGER_MS, 0, 0
+        return sock
+
+    def send(self, to: str, msg: Any) -> None:
+        if (sock := self._peers.get(to)) is None:
+            sock = self._peers[to] = self.socket(zmq.PUSH)
+            sock.connect(address(self._run_dir, to))
+        sock.send(encode(msg), zmq.NOBLOCK)
+
+    def recv(self) -> Any | None:
+        """The next message of the mailbox, or None if it is empty."""
+        while True:
+            try:
+                return decode(self.inbox.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+            except BadMessage:
+                self.bad_frames += 1
+
+    def after(self, seconds: float, msg: Any) -> None:
+        self._tickets += 1
+        heapq.heappush(self._timers, (self.now() + seconds, self._tickets, encode(msg)))
+
+    def due(self) -> float | None:
+        """Seconds until the next timer (0 if it is due), or None."""
+        return max(0.0, self._timers[0][0] - self.now()) if self._timers else None
+
+    def pop_due(self) -> Any | None:
+        """The message of a timer that has run out, or None."""
+        if self._timers and self._timers[0][0] <= self.now():
+            return decode(heapq.heappop(self._timers)[2])
+        return None
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def stop(self) -> None:
+        self.running = False
+
+    def close(self) -> None:
+        """Send what is queued (for at most LINGER_MS) and close every socket."""
+        for sock in (self.inbox, *self._peers.values()):
+            sock.close()
+        self._zmq.term()
+
+
+def run(actor: Actor, ctx: ZmqContext) -> None:
+    """The whole life of an actor: mail first, then idle(), then block.
+
+    Before it blocks for good, an actor that has just parked waits SETTLE_MS and looks once more.  "Raise my flag, then look
+    at the ring" against "publish, then look at the flag" is a race that only a full memory fence closes; a store buffer
+    drains in far less than that time, so whatever the first look missed, the second one sees, and every later writer sees the
+    flag.  An idle actor uses no CPU.
+    """
+    ctx.send(ROOT, Hello(ctx.name, os.getpid()))
+    actor.started()
+    busy, settled = True, False
+    while ctx.running:
+        due = ctx.due()
+        limit = 0 if busy else None if settled else SETTLE_MS
+        if due is not None and (limit is None or due * 1000 < limit):
+            limit = int(due * 1000) + 1
+        got_mail = bool(ctx.inbox.poll(limit))
+        if got_mail:
+            for _ in range(BURST):
+                if not ctx.running or (msg := ctx.recv()) is None:
+                    break
+                if isinstance(msg, Stop) and Stop not in actor.accepts():
+                    ctx.stop()
+                else:
+                    actor.receive(msg)
+        while (timed := ctx.pop_due()) is not None:
+            actor.receive(timed)
+            got_mail = True
+        settled = not busy and not got_mail
+        busy = ctx.running and actor.idle()
+        settled = settled and not busy
+
+
+def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, ...], parent: int) -> None:
+    """What a child process runs.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may reach the whole group; only the root acts on them
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    setproctitle.setproctitle(f"minisgl::{name}")
+    ctx = ZmqContext(run_dir, name)
+    code = 0
+    try:
+        actor = make(_as_context(ctx), *args)
+        try:
+            run(actor, ctx)
+        finally:
+            actor.stopping()
+        ctx.send(ROOT, Stopped(name))
+    except UserError as e:
+        ctx.send(ROOT, Failed(name, str(e)))
+        code = 1
+    except Exception:
+        traceback.print_exc()
+        code = 70
+    finally:
+        ctx.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing is left to do: taking a model apart, object by object, would take seconds, and exit handlers of a GPU's libraries
+    # could wait for ranks that will never answer.
+    os._exit(code)
+
+
+def _as_context(ctx: ZmqContext) -> Context:
+    return ctx  # checked by mypy: ZmqContext satisfies the protocol

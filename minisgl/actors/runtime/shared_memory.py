@@ -1,0 +1,71 @@
+"""The shared memory of a run, in one table.  Each word has one writer; docs/structures.md shows it and a test compares.
+
+arena     writer      readers       holds
+plans     scheduler   worker 0..N-1 StepPlan records
+results   worker 0    scheduler     StepResult records
+prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized; one ring for each tokenizer
+requests  api         scheduler     token ids to continue, i32, announced by Generate
+board     everybody   api           one status line per process
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from minisgl.actors.runtime.ring import RingSpec, create_ring
+from minisgl.actors.runtime.status import BoardSpec, create_board
+from minisgl.config import Config
+from minisgl.plan import POOLED_ROWS, SCORED_TOKENS
+from minisgl.sampling_params import MAX_LOGPROBS
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Arenas:
+    """Addresses of all shared memory of one run; travels in the spawn arguments."""
+
+    plans: RingSpec
+    results: RingSpec
+    prompts: tuple[RingSpec, ...]  # of each tokenizer
+    requests: RingSpec
+    board: BoardSpec
+
+
+def tokenizer_names(n: int) -> tuple[str, ...]:
+    """The first has no number: mostly it is the only one."""
+    return ("tokenizer", *(f"tokenizer{i}" for i in range(1, n)))
+
+
+def actor_names(tp: int, tokenizers: int = 1) -> tuple[str, ...]:
+    """The processes of a run besides api, in the order in which they are started."""
+    return (*tokenizer_names(tokenizers), "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
+
+
+def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
+    """Make the shared memory of a run.  Runs in the api process; close the descriptors when the run is over.
+
+    The memory is sparse: a page of it exists once it has been written to.
+    """
+    engine = config.engine
+    longest = 4 * 4 * config.max_context  # a prompt may reach the api four times too long, to be refused with its number
+    table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # a plan that grants every page of every slot
+    plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 8 * config.max_context + 2 * _MIB
+    result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
+    result += 4 * config.model.hidden_size * POOLED_ROWS
+    plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
+    results, fd_results = create_ring("results", 1, _MIB + 2 * engine.lag * result)
+    prompts, fds_prompts = zip(
+        *(create_ring(name, 1, max(16 * _MIB, 3 * longest)) for name in tokenizer_names(config.server.num_tokenizers)),
+        strict=True,
+    )
+    requests, fd_requests = create_ring("requests", 1, max(16 * _MIB, 3 * longest))
+    board, fd_board = create_board(("api", *actor_names(engine.tp, config.server.num_tokenizers)))
+    return Arenas(plans, results, prompts, requests, board), [fd_plans, fd_results, *fds_prompts, fd_requests, fd_board]
+
+
+def close_arenas(fds: list[int]) -> None:
+    """Let go of the shared memory; what is still mapped somewhere stays until that process ends."""
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,135 @@
+"""The root of the process tree: spawns the actors, hears of their deaths at once, and ends them.
+
+Runs in the api process, on its main thread: PR_SET_PDEATHSIG fires when the *thread* that spawned a child ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import multiprocessing.util
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from minisgl.actors.messages import ActorDied
+from minisgl.actors.runtime.actor import Actor
+from minisgl.actors.runtime.process import main
+from minisgl.errors import UserError
+
+
+def make_run_dir() -> str:
+    """A private directory (0700) for the sockets of one run.  Raises UserError if none can be made."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    parent = base if base and os.access(base, os.W_OK) else None
+    try:
+        path = tempfile.mkdtemp(prefix="minisgl-", dir=parent)
+    except OSError as e:
+        raise UserError(f"cannot create a run directory in {parent or tempfile.gettempdir()}: {e.strerror}") from e
+    os.chmod(path, stat.S_IRWXU)
+    return path
+
+
+# Nobody can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so somebody else tidies up: it reads
+# from a pipe that ends when the root does, and is in a session of its own, out of reach of what is sent to the group.
+_GUARD = """
+import os, sys
+sys.stdin.read()
+if os.path.exists(sys.argv[1]):
+    import shutil
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+
+def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
+    """A small process that removes `run_dir` as soon as this one has ended, however that happens, or closes its input."""
+    command, nothing = [sys.executable, "-I", "-S", "-c", _GUARD, os.path.abspath(run_dir)], subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True)
+
+
+@contextmanager
+def _quiet_spawn() -> Iterator[None]:
+    """Two things a child must not inherit while it is being spawned.
+
+    SIGINT is ignored around the spawn (and that survives exec), so ^C during a child's imports prints no traceback.  And
+    `__main__` is hidden: multiprocessing would import the caller's script again in every child, which runs an unguarded
+    script twice and fails in a REPL; our children only need importable modules.
+    """
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    caller = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = caller
+        signal.signal(signal.SIGINT, old)
+
+
+class Supervisor:
+    """Owns the children of one run, and its directory.  Not an actor: it sends nothing, it only spawns, reaps and kills."""
+
+    def __init__(self, run_dir: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise UserError("minisgl must be started from the main thread: its processes die with the thread that spawned them")
+        self.run_dir = run_dir
+        self._mp = mp.get_context("spawn")
+        self._procs: dict[str, BaseProcess] = {}
+        self._guard = _start_guard(run_dir)
+        self._pid = os.getpid()
+        # Should the root end by an exception, the exit handler of multiprocessing would wait for the children for ever.
+        # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
+        atexit.register(self.kill)
+
+    def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
+        """Start an actor process.  `make` must be a module-level function."""
+        with _quiet_spawn():
+            proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
+            proc.start()
+        self._procs[name] = proc
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the children that have not been reaped."""
+        return {name: p.pid or 0 for name, p in self._procs.items()}
+
+    def sentinels(self) -> list[int]:
+        """Descriptors that become readable when a child ends: watch them, then call `reap`."""
+        return [p.sentinel for p in self._procs.values()]
+
+    def reap(self) -> list[ActorDied]:
+        """The children that have ended since the last call."""
+        gone = [(name, p) for name, p in self._procs.items() if p.exitcode is not None]
+        for name, proc in gone:
+            del self._procs[name]
+            proc.join()
+        return [ActorDied(name, p.exitcode or 0) for name, p in gone]
+
+    def join(self, seconds: float, pump: Callable[[float], object]) -> bool:
+        """Wait until all children have ended; `pump(timeout)` keeps the mailbox drained meanwhile.  False: time is up."""
+        end = time.monotonic() + seconds
+        while self._procs and (left := end - time.monotonic()) > 0:
+            pump(min(left, 0.05))
+            self.reap()
+        return not self._procs
+
+    def kill(self) -> None:
+        """End whatever is left, SIGKILL to the pids that were spawned here, never to a tree or a group, and the directory."""
+        if os.getpid() != self._pid:  # a fork of the root has come to its own end
+            return
+        for proc in self._procs.values():
+            proc.kill()
+        for proc in self._procs.values():
+            proc.join()
+        self._procs.clear()
+        self._guard.communicate()
+        atexit.unregister(self.kill)  # nothing is left to do: a program may make many engines, one after the other

@@ -1,0 +1,281 @@
+"""The scheduler actor.
+
+Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
+Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayPrepare, Wake (workers); Stop (api); results
+through the token ring.
+Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans through
+the plan ring.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from minisgl.actors.messages import (
+    Cancel,
+    Capacity,
+    Embedded,
+    EngineReady,
+    FlushCache,
+    Generate,
+    MayPrepare,
+    Rejected,
+    Scores,
+    Stats,
+    Stop,
+    Tokens,
+    Track,
+    Wake,
+    WorkerArmed,
+    WorkerLoaded,
+)
+from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.ring import RingReader, RingWriter
+from minisgl.actors.runtime.shared_memory import Arenas
+from minisgl.actors.runtime.status import Board
+from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Limits, News, Output, StepMachine
+from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.config import Config
+from minisgl.plan import PlanKind, StepPlan, StepResult
+
+STATS_SECONDS = 1.0
+
+
+class SchedulerActor(Actor):
+    """Feeds the machine, publishes its plans, rings the bells."""
+
+    def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
+        super().__init__(ctx)
+        self.config = config
+        self.plans = RingWriter(arenas.plans)
+        self.results = RingReader(arenas.results)
+        self.requests = RingReader(arenas.requests)
+        self.board = Board(arenas.board, ctx.name)
+        self.machine: StepMachine | None = None  # made when the workers have said how much memory there is
+        self._inbox: list[Event] = []
+        self._unsent: StepPlan | None = None  # a plan that waits for room in the ring
+        self._max_pages: dict[int, int] = {}  # rank -> pages that fit
+        self._armed: set[int] = set()
+        self._stopping = self._may_prepare = False
+        self._armed_bells = False
+        self._reported = -STATS_SECONDS
+        self._stats: dict[str, int] = {}
+        self._pid = os.getpid()
+
+    # ---------------- start-up
+    @on(WorkerLoaded)
+    def worker_loaded(self, m: WorkerLoaded) -> None:
+        self._max_pages[m.rank] = m.max_pages
+        engine = self.config.engine
+        if len(self._max_pages) < engine.tp:
+            return
+        num_pages = min(self._max_pages.values())
+        self.machine = StepMachine(
+            Limits(
+                slots=engine.max_running,
+                num_pages=num_pages,
+                page_size=engine.page_size,
+                max_context=self.config.max_context,
+                step_tokens=engine.step_tokens,
+                lag=engine.lag,
+                vocab_size=self.config.model.vocab_size,
+                eos_ids=self.config.model.eos_ids,
+                cache=engine.cache,
+                itl_target=engine.itl_target_ms / 1000,
+                order=engine.order,
+                known_first=engine.device == "cuda",
+            )
+        )
+        for rank in range(engine.tp):
+            self.ctx.send(f"worker{rank}", Capacity(num_pages))
+
+    @on(WorkerArmed)
+    def worker_armed(self, m: WorkerArmed) -> None:
+        self._armed.add(m.rank)
+        if len(self._armed) == self.config.engine.tp:
+            self.ctx.send("api", EngineReady(self._machine().limits.num_pages))
+
+    def _machine(self) -> StepMachine:
+        if self.machine is None:
+            raise RuntimeError("the workers have not reported their memory yet")
+        return self.machine
+
+    # ---------------- requests
+    @on(Generate)
+    def generate(self, m: Generate) -> None:
+        ids = np.frombuffer(self.requests.take_now(), np.int32)
+        if len(ids) != m.n_ids:
+            raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
+        if self.requests.starved():
+            self.ctx.send("api", Wake())
+        machine = self._machine()
+        if not machine.fits(len(ids) + 1):
+            self._reject_too_long(m)
+            return
+        limits = machine.limits
+        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, limits.num_pages * limits.page_size)
+        if (retry := self._overload(len(ids))) is not None:
+            text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
+            self.ctx.send("api", Rejected(m.uid, 429, text, None, "server_overloaded", retry))
+            return
+        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
+
+    def _overload(self, n_ids: int) -> int | None:
+        """Seconds after which a client should try again, if the queue is full; None if it is not.
+
+        Tokens are the bound that matters: they are the time that a newcomer would wait.  An empty queue takes any request.
+        """
+        machine, server = self._machine(), self.config.server
+        adds = [e.request for e in self._inbox if isinstance(e, Add)]
+        waiting = len(machine.waiting) + max(0, len(adds) - machine.table.free_slots)
+        tokens = machine.waiting.tokens + sum(len(r.ids) for r in adds)
+        full = server.max_queue and waiting >= server.max_queue
+        heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
+        if not full and not heavy:
+            return None
+        return max(1, min(30, round(tokens / machine.prefill_rate))) if machine.prefill_rate else 5
+
+    def _reject_too_long(self, m: Generate) -> None:
+        limits = self._machine().limits
+        room = limits.num_pages * limits.page_size
+        text = (
+            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
+            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
+            "larger --kv-tokens. (context_length_exceeded)"
+        )
+        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None))
+
+    @on(Cancel)
+    def cancel(self, m: Cancel) -> None:
+        self._inbox.append(Drop(m.uid))
+
+    @on(FlushCache)
+    def flush_cache(self, m: FlushCache) -> None:
+        self._inbox.append(Flush())
+
+    @on(Wake)
+    def wake(self, m: Wake) -> None:
+        """A bell: `idle` runs next, which is the point of it."""
+
+    @on(MayPrepare)
+    def may_prepare(self, m: MayPrepare) -> None:
+        self._may_prepare = True
+
+    @on(Stop)
+    def stop(self, m: Stop) -> None:
+        if self.machine is None or len(self._armed) < self.config.engine.tp:
+            self.ctx.stop()  # the workers do not read the ring yet
+        self._stopping = True
+
+    # ---------------- the step
+    def idle(self) -> bool:
+        """Results in, plan out.  False only when there is nothing to do and the bells are armed."""
+        if self.machine is None:
+            return False
+        worked = self._flush()
+        while (raw := self.results.take()) is not None:
+            self._inbox.append(StepResult.unpack(raw))
+            worked = True
+        if self._stopping:
+            worked |= self._stop_workers()
+        elif self._unsent is None:  # while a plan waits for room in the ring, so does everything else
+            inbox, self._inbox = self._inbox, []
+            worked |= bool(inbox)
+            now = self.ctx.now()
+            output = self.machine.step(inbox, now)
+            self._tell(output, now)
+            self._unsent = output.plan
+            if self._may_prepare and len(self._armed) == self.config.engine.tp:
+                self._may_prepare = False  # otherwise the worker asks again after the next plan
+                if self.machine.idle:
+                    self._unsent = StepPlan(self.machine.counters.steps, PlanKind.PREPARE)
+            worked |= self._unsent is not None
+            self._flush()
+        if worked:
+            self._arm(False)
+            self._report(STATS_SECONDS)
+            return True
+        if self._look_again():
+            return True
+        self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # waiting for a step is no rest
+        return False
+
+    def _report(self, seconds: float) -> None:
+        """Tell api the statistics, unless they are as before or it heard them less than `seconds` ago."""
+        now = self.ctx.now()
+        if now - self._reported < seconds:
+            return
+        self._reported, stats = now, self._machine().stats()
+        if stats == self._stats:
+            return
+        self._stats = stats
+        self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
+
+    def _arm(self, flag: bool) -> None:
+        """Raise or lower my flags: "ring me when there is a result" and, if a plan waits, "when there is room"."""
+        if flag != self._armed_bells:
+            self.results.park(flag)
+            self.plans.starve(flag and self._unsent is not None)
+            self._armed_bells = flag
+
+    def _look_again(self) -> bool:
+        """Flags up, then one more look: what was published before they became visible is seen now.
+
+        The flags stay up until there is work, so that the runtime's second look (see process.run) finds them long visible.
+        """
+        self._arm(True)
+        return self.results.pending() or (self._unsent is not None and self.plans.has_room(len(self._unsent.pack())))
+
+    def _flush(self) -> bool:
+        """Publish the plan that is waiting, and ring whoever sleeps.  False: none waits, or a worker is too far behind."""
+        plan = self._unsent
+        if plan is None:
+            return False
+        raw = plan.pack()
+        if not self.plans.has_room(len(raw)):
+            return False
+        self.plans.publish(raw)
+        self._unsent = None
+        for rank in self.plans.parked():
+            self.ctx.send(f"worker{rank}", Wake())
+        self.board.beat(self._pid, plan.step, bool(self._machine().inflight))
+        return True
+
+    def _stop_workers(self) -> bool:
+        """STOP goes through the ring, so that every rank leaves after the same step.  True: something was done."""
+        if self._unsent is None:
+            self._unsent = StepPlan(self._machine().counters.steps, PlanKind.STOP)
+        last = self._unsent.kind == PlanKind.STOP
+        if self._flush() and last:
+            self.ctx.stop()
+            return True
+        return False
+
+    def _tell(self, output: Output, now: float) -> None:
+        machine = self._machine()
+        for uid, cached in output.started:
+            request = machine.running[uid][1]
+            if request.options.pooling:  # it has no text
+                continue
+            prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
+            self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params, now - request.arrived))
+        for s in output.scores:
+            inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
+            tops = (s.top_ids[inside], s.top_logprobs[inside])
+            self.ctx.send("detokenizer", Scores(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
+        for uid, vector in output.vectors:
+            self.ctx.send("api", Embedded(uid, vector))
+        if output.news:
+            self.ctx.send("detokenizer", _join(output.news))
+
+
+def _join(news: list[News]) -> Tokens:
+    """One message per step, whatever happened in it."""
+    return Tokens(
+        np.concatenate([n.uids for n in news]),
+        np.concatenate([n.counts for n in news]),
+        np.concatenate([n.tokens for n in news]),
+        np.concatenate([n.finish for n in news]),
+    )

@@ -1,0 +1,65 @@
+"""How each actor is built in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.runtime.shared_memory import Arenas
+from minisgl.config import Config
+
+MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
+
+
+def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0) -> Actor:
+    """Runs in tokenizer process `index`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one prompt at a time: threads would only contend with the workers
+    from minisgl.actors.runtime.ring import RingWriter
+    from minisgl.actors.tokenizer import TokenizerActor
+
+    return TokenizerActor(ctx, config, RingWriter(arenas.prompts[index]))
+
+
+def make_detokenizer(ctx: Context, config: Config) -> Actor:
+    """Runs in the detokenizer process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from minisgl.actors.detokenizer import DetokenizerActor
+
+    return DetokenizerActor(ctx, config)
+
+
+def make_scheduler(ctx: Context, config: Config, arenas: Arenas) -> Actor:
+    """Runs in the scheduler process, which never imports torch."""
+    from minisgl.actors.scheduler.actor import SchedulerActor
+
+    return SchedulerActor(ctx, config, arenas)
+
+
+def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+    """Runs in worker `rank`.  Prepares the environment before the first import of torch."""
+    from minisgl.actors.worker import WorkerActor
+    from minisgl.model.common.host import prepare_environment, threads_per_rank
+
+    prepare_environment(threads_per_rank(config.engine))
+
+    def runner() -> Any:
+        if config.engine.device == "cuda":
+            from minisgl.model.cuda.runner import CudaRunner
+
+            return CudaRunner(config, rank, run_dir)
+        from minisgl.model.cpu.runner import Runner
+
+        return Runner(config, rank, run_dir)
+
+    return WorkerActor(ctx, rank, arenas, runner)
+
+
+def make_oracle_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+    """A worker without a model (see minisgl.model.fake_runner), for tests of everything around it.  `kv_tokens` must be set."""
+    from minisgl.actors.worker import WorkerActor
+    from minisgl.model.fake_runner import OracleRunner
+
+    pages = -(-config.engine.kv_tokens // config.engine.page_size)
+    return WorkerActor(ctx, rank, arenas, lambda: OracleRunner(config, pages))

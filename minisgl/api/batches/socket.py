@@ -1,0 +1,136 @@
+"""The batch socket: requests and answers as msgpack messages over ZMQ, for clients on the same machine.
+
+One ROUTER socket in the private run directory (GET /server_info says where).  A client keeps a DEALER socket, submits with
+BatchSubmit, reads BatchResults as they finish, in any order, and pings once a second; a client that falls silent has its
+requests cancelled.  Runs in the api process, on its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
+from minisgl.actors.runtime.process import ZmqContext, address
+from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
+from minisgl.api.engine import Engine
+from minisgl.api.requests.fields import parse_json
+from minisgl.errors import RequestError, internal_error
+
+log = logging.getLogger("minisgl.api")
+SILENT_SECONDS = 10.0
+_MAX_FRAME = 16 << 20
+
+
+@dataclass(slots=True)
+class _Client:
+    """One connected client: when it was last heard, and its requests that are being served."""
+
+    heard: float
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class BatchServer:
+    """Binds the socket on construction; must be made and closed inside the running event loop."""
+
+    def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine) -> None:
+        self.address = address(run_dir, "batch")
+        self._engine = engine
+        self._clients: dict[bytes, _Client] = {}
+        self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
+        self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._sock.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME)
+        self._sock.bind(self.address)
+        self._loop = asyncio.get_running_loop()
+        self._fd: Any = self._sock.FD
+        self._loop.add_reader(self._fd, self._drain)
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Cancel what is being served and close the socket."""
+        self._loop.remove_reader(self._fd)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for identity in list(self._clients):
+            self._forget(identity)
+        self._sock.close()
+
+    # ---------------- in
+    def _drain(self) -> None:
+        """ZMQ's descriptor signals edges: read until nothing is left."""
+        while True:
+            try:
+                identity, *frames = self._sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(identity, frames)
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        try:
+            msg = decode(frames[-1] if frames else b"")
+        except BadMessage as e:
+            self._send(identity, BatchRefused(str(e)))
+            return
+        client = self._clients.get(identity)
+        if client is None:
+            client = self._clients[identity] = _Client(time.monotonic())
+            self._arm_sweeper()
+        client.heard = time.monotonic()
+        if isinstance(msg, BatchSubmit):
+            task = self._loop.create_task(self._serve(identity, msg))
+            client.tasks.add(task)
+            task.add_done_callback(client.tasks.discard)
+        elif isinstance(msg, BatchPing):
+            self._send(identity, BatchPong(len(client.tasks)))
+        else:
+            self._send(identity, BatchRefused(f"{type(msg).__name__} is not for the batch socket"))
+
+    async def _serve(self, identity: bytes, m: BatchSubmit) -> None:
+        try:
+            if m.url not in BATCHED:
+                raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
+            status, body = 200, await ENDPOINTS[m.url].ask(self._engine, parse_json(m.body))
+        except RequestError as e:
+            status, body = e.status, e.body()
+            if e.retry_after is not None:
+                body["error"]["retry_after"] = e.retry_after
+        except Exception:
+            log.exception("a batch request failed")
+            status, body = 500, internal_error().body()
+        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", json.dumps(body).encode()))
+        # The descriptor signals edges, and sending may have consumed one: look for mail that arrived meanwhile.
+        self._drain()
+
+    # ---------------- out
+    def _send(self, identity: bytes, msg: Any) -> None:
+        try:
+            self._sock.send_multipart([identity, encode(msg)], zmq.NOBLOCK)
+        except zmq.ZMQError as e:
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._forget(identity)
+
+    def _forget(self, identity: bytes) -> None:
+        client = self._clients.pop(identity, None)
+        for task in client.tasks if client else ():
+            task.cancel()
+
+    # ---------------- silence
+    def _arm_sweeper(self) -> None:
+        """Only while there are clients: an idle server has no timer."""
+        if self._sweeper is None and self._clients:
+            self._sweeper = self._loop.call_later(SILENT_SECONDS / 4, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        limit = time.monotonic() - SILENT_SECONDS
+        for identity in [i for i, c in self._clients.items() if c.heard < limit]:
+            self._forget(identity)
+        self._arm_sweeper()

@@ -1,0 +1,283 @@
+"""Batches: files of requests that the server answers by itself, in the background, whatever happens to it meanwhile.
+
+One batch after another, oldest first, `WINDOW` of its requests at a time and with a lower priority than what clients wait for.
+Each answer is on disk before it counts; a server that starts again goes on with the requests that have none.  Runs in the api
+process, as one task of its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minisgl.api.batches.store import Log, Store, new_file_id
+from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.engine import Engine
+from minisgl.errors import RequestError, internal_error
+
+log = logging.getLogger("minisgl.api")
+WINDOW = 128
+PRIORITY = -1  # of a request that does not say
+MAX_LINES = 50_000
+_MAX_ERRORS = 100  # that are told of a file
+_RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
+_FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
+_WAIT_SECONDS = 0.2  # between looks at an engine that is not ready
+
+
+class Batches:
+    """All batches of a data directory.  `start` once the event loop runs; `close` leaves the unfinished for the next start."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self._store, self._engine = store, engine
+        self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._current: asyncio.Task[None] | None = None
+        self._current_id = ""
+
+    def start(self) -> None:
+        self._news.set()
+        self._task = asyncio.get_running_loop().create_task(self._main())
+
+    async def close(self) -> None:
+        """Stop working.  Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    # ---------------- what clients ask
+    def create(self, batch: dict[str, Any]) -> None:
+        """Enter a new batch, whose input file is there."""
+        self._store.save("batches", batch)
+        self._live[batch["id"]] = batch
+        self._news.set()
+
+    def get(self, name: str) -> dict[str, Any]:
+        """Raises RequestError (404)."""
+        return self._live.get(name) or self._store.load("batches", name, "batch_id")
+
+    def all(self) -> list[dict[str, Any]]:
+        return [self._live.get(b["id"], b) for b in self._store.all("batches")]
+
+    def uses(self, file_id: str) -> bool:
+        """Whether a batch that is not finished reads this file."""
+        return any(b["input_file_id"] == file_id for b in self._live.values())
+
+    def cancel(self, name: str) -> dict[str, Any]:
+        """Start no more of its requests, drop those that run; what has been answered stays.  Raises RequestError."""
+        batch = self.get(name)
+        if batch["status"] not in ("validating", "in_progress"):
+            text = f"Batch {name} cannot be cancelled: it is {batch['status']}."
+            raise RequestError(text, status=409, param="batch_id", code="invalid_status")
+        self._set(batch, "cancelling")
+        if self._current is not None and self._current_id == name:
+            self._current.cancel()
+        else:
+            self._finish(batch)
+        return batch
+
+    # ---------------- in the background
+    async def _main(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._live:
+                batch = next(iter(self._live.values()))
+                self._current_id = batch["id"]
+                self._current = asyncio.get_running_loop().create_task(self._serve(batch))
+                try:
+                    await asyncio.wait([self._current])
+                finally:
+                    if not self._current.done():  # the server ends
+                        self._current.cancel()
+                        await asyncio.wait([self._current])
+                self._current_id = ""
+                if not self._current.cancelled() and (error := self._current.exception()) is not None:
+                    log.error("batch %s failed", batch["id"], exc_info=error)
+                    if isinstance(error, OSError):  # the disk, perhaps full: what is there stays for the next start
+                        self._live.pop(batch["id"], None)
+                        continue
+                    self._fail(batch, [_problem("internal_error", "The server failed while it worked on this batch.", None)])
+
+    def _set(self, batch: dict[str, Any], status: str) -> None:
+        batch["status"] = status
+        batch[f"{status}_at"] = int(time.time())
+        self._store.save("batches", batch)
+
+    async def _serve(self, batch: dict[str, Any]) -> None:
+        if batch["status"] not in ("cancelling", "finalizing"):
+            try:
+                if not await self._work(batch):
+                    return
+            except asyncio.CancelledError:
+                if batch["status"] != "cancelling":
+                    raise
+        self._finish(batch)
+
+    async def _work(self, batch: dict[str, Any]) -> bool:
+        """Answer what has no answer yet.  False: the batch has failed."""
+        path = self._store.content(batch["input_file_id"])
+        requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
+        if problems:
+            self._fail(batch, problems)
+            return False
+        if batch["status"] == "validating":
+            batch["request_counts"]["total"] = len(requests)
+            self._set(batch, "in_progress")
+        output, errors = (self._store.log(batch["id"], kind) for kind in ("output", "errors"))
+        try:
+            done = await asyncio.to_thread(_recover, batch, output, errors)
+            await self._answer(batch, [r for r in requests if r[0] not in done], output, errors)
+        finally:
+            output.close()
+            errors.close()
+        return True
+
+    async def _answer(self, batch: dict[str, Any], todo: list[tuple[str, dict[str, Any]]], output: Log, errors: Log) -> None:
+        queue = iter(todo)
+        window = max(1, min(WINDOW, self._engine.config.server.max_open_requests // 2))
+
+        async def work() -> None:
+            for custom_id, body in queue:  # shared by all workers
+                status, answer = await self._ask(batch["endpoint"], body)
+                response = {"status_code": status, "request_id": f"batch-{uuid.uuid4().hex}", "body": answer}
+                line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
+                (output if status == 200 else errors).append(line)
+                batch["request_counts"]["completed" if status == 200 else "failed"] += 1
+
+        workers = [asyncio.get_running_loop().create_task(work()) for _ in range(min(window, len(todo)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """(status, body) of the answer.  While the server is full or not ready, the request waits; when it ends, for ever."""
+        while True:
+            if self._engine.state != "ready":
+                await asyncio.sleep(_WAIT_SECONDS)
+                continue
+            try:
+                return 200, await ENDPOINTS[url].ask(self._engine, {"priority": PRIORITY, **body})
+            except RequestError as e:
+                if e.status in (429, 503):
+                    await asyncio.sleep(e.retry_after or 1)
+                elif self._engine.state == "ready":
+                    return e.status, e.body()
+            except Exception:
+                log.exception("a request of a batch failed")
+                return 500, internal_error().body()
+
+    def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
+        batch["errors"] = {"object": "list", "data": problems}
+        self._set(batch, "failed")
+        self._live.pop(batch["id"], None)
+
+    def _finish(self, batch: dict[str, Any]) -> None:
+        """The logs become files, whose ids are on disk before they do: a crash in between is finished by the next start."""
+        cancelled = batch["status"] == "cancelling"
+        parts = [(kind, key, self._store.log_path(batch["id"], kind)) for kind, key in _FILES]
+        for _, key, part in parts:
+            if part.exists() and part.stat().st_size and batch[key] is None:
+                batch[key] = new_file_id()
+        self._set(batch, "cancelling" if cancelled else "finalizing")
+        for kind, key, part in parts:
+            if batch[key] is not None:
+                self._store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
+            part.unlink(missing_ok=True)
+        self._set(batch, "cancelled" if cancelled else "completed")
+        self._live.pop(batch["id"], None)
+
+
+def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """The object of a batch that has just been asked for."""
+    return {
+        "id": f"batch_{uuid.uuid4().hex}",
+        "object": "batch",
+        "endpoint": endpoint,
+        "input_file_id": input_file_id,
+        "completion_window": window,
+        "status": "validating",
+        "created_at": int(time.time()),
+        "errors": None,
+        "output_file_id": None,
+        "error_file_id": None,
+        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "metadata": metadata,
+    }
+
+
+def _recover(batch: dict[str, Any], output: Log, errors: Log) -> set[str]:
+    """The ids that have an answer already; the counts are theirs."""
+    counts = batch["request_counts"]
+    done: set[str] = set()
+    for kind, file in (("completed", output), ("failed", errors)):
+        ids = {line["custom_id"] for line in file.recover()}
+        counts[kind] = len(ids)
+        done |= ids
+    return done
+
+
+# ---------------- input
+def read_requests(path: Path, endpoint: str) -> tuple[list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
+    """([(custom_id, body)], what is wrong with the file).  Runs in a thread."""
+    requests: list[tuple[str, dict[str, Any]]] = []
+    problems: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for number, line in _lines(path):
+        try:
+            custom_id, body = _parse_line(line, endpoint)
+            if custom_id in seen:
+                raise ValueError("custom_id", f"custom_id {custom_id[:80]!r} occurs twice.")
+            seen.add(custom_id)
+            requests.append((custom_id, body))
+        except ValueError as e:
+            problems.append(_problem("invalid_request", e.args[-1], number, e.args[0]))
+        if len(requests) > MAX_LINES:
+            problems.append(_problem("too_many_requests", f"The file has more than {MAX_LINES} requests.", number))
+        if len(problems) >= _MAX_ERRORS or len(requests) > MAX_LINES:
+            break
+    if not requests and not problems:
+        problems.append(_problem("empty_file", "There is no request in the file.", None))
+    return requests, problems
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line
+
+
+def _parse_line(line: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
+    """Raises ValueError(field, sentence)."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(None, "The line is not JSON.") from None
+    if not isinstance(value, dict):
+        raise ValueError(None, "The line is not a JSON object.")
+    if not isinstance(value.get("custom_id"), str) or not value["custom_id"]:
+        raise ValueError("custom_id", "custom_id must be a string.")
+    if value.get("method", "POST") != "POST":
+        raise ValueError("method", "method must be POST.")
+    if value.get("url") != endpoint:
+        raise ValueError("url", f"url must be that of the batch, {endpoint}.")
+    if not isinstance(value.get("body"), dict):
+        raise ValueError("body", "body must be an object.")
+    return value["custom_id"], value["body"]
+
+
+def _problem(code: str, text: str, line: int | None, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": text, "line": line, "param": param}

@@ -1,0 +1,1 @@
+"""One file for each shape of request and answer: OpenAI's, Anthropic's, SGLang's."""

@@ -1,0 +1,58 @@
+"""What /v1/responses and /v1/messages have in common: both become a chat.  Pure functions; run in the api process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from minisgl.api.requests.fields import wrong_type
+from minisgl.errors import InvalidParam
+
+
+def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
+    """A string, or the texts of an array of parts whose `type` is one of `kinds`.  Raises InvalidParam."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong_type(at, "a string or an array of text parts", content)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise wrong_type(f"{at}[{i}]", "an object", part)
+        if part.get("type") not in kinds:
+            raise InvalidParam(f"{at}[{i}].type", "only text parts are supported by this model.", "unsupported_value")
+        if not isinstance(part.get("text"), str):
+            raise wrong_type(f"{at}[{i}].text", "a string", part.get("text"))
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
+    """The field `tools` -> the tools of a chat.  `kinds`: what a tool's `type` may be; `schema`: its name for the parameters.
+
+    Raises InvalidParam.
+    """
+    out = []
+    for i, tool in enumerate(given or ()):
+        if not isinstance(tool, dict):
+            raise wrong_type(f"tools[{i}]", "an object", tool)
+        if tool.get("type") not in kinds:
+            raise InvalidParam(f"tools[{i}].type", "only functions can be tools of this model.", "unsupported_value")
+        function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}
+        out.append({"type": "function", "function": {**function, "parameters": tool.get(schema)}})
+    return out
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of a chat's fields, told of those that they came from.  `names`: regular expressions of beginnings -> names."""
+    try:
+        yield
+    except InvalidParam as e:
+        for pattern, name in names.items():
+            if e.param and re.match(pattern, e.param):
+                param = re.sub(pattern, name, e.param, count=1)
+                raise InvalidParam(param, e.message.replace(e.param, param), e.code or "") from None
+        raise

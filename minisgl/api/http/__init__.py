@@ -1,0 +1,1 @@
+"""The HTTP side of the facade: the only room that knows aiohttp."""

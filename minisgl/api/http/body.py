@@ -1,0 +1,107 @@
+"""What every HTTP handler needs: the body of a request, server-sent events, the header with ignored fields.
+
+Runs in the api process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+
+from minisgl.api.generation import StreamedAnswer
+from minisgl.api.http.stream_writer import Pipe
+from minisgl.api.requests.fields import parse_json
+from minisgl.config import Config
+from minisgl.errors import InvalidParam, RequestError
+
+_BODY_SECONDS = 30.0  # how long a client may take to send a body
+_MAX_IGNORED = 32  # names in X-Ignored-Params
+_SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
+    """The JSON object of a body.  Raises RequestError for what is not plain JSON, larger than `limit` bytes, or too slow."""
+    if request.content_type != "application/json":
+        raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
+    check_encoding(request)
+    if (request.content_length or 0) > limit:
+        raise body_too_large(limit)
+    try:
+        if request.content.is_eof():  # all of it has come with the headers
+            return parse_json(await request.read())
+        return parse_json(await asyncio.wait_for(request.read(), _BODY_SECONDS))
+    except asyncio.TimeoutError:
+        text = f"The request body did not arrive within {_BODY_SECONDS:.0f} seconds."
+        raise RequestError(text, status=408, code="request_timeout") from None
+    except web.HTTPRequestEntityTooLarge:
+        raise body_too_large(limit) from None
+
+
+def check_encoding(request: web.Request) -> None:
+    """A compressed body could be a thousand times larger than it looks.  Raises RequestError."""
+    if "Content-Encoding" in request.headers:
+        raise RequestError("Compressed request bodies are not supported.", code="unsupported_content_encoding")
+
+
+def body_too_large(limit: int) -> RequestError:
+    """413."""
+    return RequestError(f"The request body is larger than {limit} bytes.", status=413, code="body_too_large")
+
+
+async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[str, str]) -> web.StreamResponse:
+    """Answer with server-sent events, written as they come.  Closes the answer, which cancels its requests.
+
+    Raises RequestError while nothing has been sent.
+    """
+    try:
+        first = await answer.first()
+        timings = answer.timings
+        timing = f"queue;dur={1000 * timings.queued:.1f}, ttft;dur={1000 * timings.first:.1f}"
+        response = web.StreamResponse(headers={**_SSE_HEADERS, "Server-Timing": timing, **headers})
+        if request.version >= HttpVersion11:
+            response.enable_chunked_encoding()
+        try:
+            await response.prepare(request)
+            await response.write(first)
+            await Pipe(request, response, answer).run()
+            await response.write_eof()
+        except ConnectionResetError:
+            pass  # the client has left
+        return response
+    finally:
+        answer.close()
+
+
+def timing_header(answer: Any) -> dict[str, str]:
+    """Server-Timing, of a body that has `timings`."""
+    timings = answer.get("timings") if isinstance(answer, dict) else None
+    if timings is None:
+        return {}
+    names = ("queue", "ttft", "decode", "total")
+    return {"Server-Timing": ", ".join(f"{name};dur={timings[f'{name}_ms']:.1f}" for name in names)}
+
+
+def sse(data: Mapping[str, Any], event: str = "") -> bytes:
+    """One server-sent event.  Its payload is ASCII: no text can end a line."""
+    head = b"event: %s\n" % event.encode() if event else b""
+    return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+def check_unknown(config: Config, names: Sequence[str]) -> None:
+    """With --strict, a field that is not known is an error.  Raises InvalidParam for the first."""
+    if names and config.server.strict:
+        raise InvalidParam(names[0][:64], f"Unrecognized request argument: {names[0][:64]}.", "unknown_parameter")
+
+
+def ignored_header(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """X-Ignored-Params, or InvalidParam with --strict.
+
+    Field names come from the client: only plain ones may enter a header.
+    """
+    check_unknown(config, names)
+    plain = [n for n in names if len(n) <= 64 and n.isascii() and n.replace(".", "_").isidentifier()]
+    return {"X-Ignored-Params": ",".join(plain[:_MAX_IGNORED])} if plain else {}

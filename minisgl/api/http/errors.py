@@ -1,0 +1,85 @@
+"""HTTP errors: whatever goes wrong, the client gets an OpenAI error body with a status, and an x-request-id.
+
+Runs in the api process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+from minisgl.api.endpoints.anthropic_blocks import error_body
+from minisgl.errors import NOT_HTTP, RequestError, internal_error
+
+log = logging.getLogger("minisgl.api")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Middleware: turns every exception into an error body."""
+    try:
+        return await handler(request)
+    except RequestError as e:
+        return error_response(e, request)
+    except web.HTTPException as e:
+        response = error_response(_from_http(e, request), request)
+        if "Allow" in e.headers:
+            response.headers["Allow"] = e.headers["Allow"]
+        return response
+    except ConnectionError:  # the client has left; aiohttp ends the connection
+        raise
+    except Exception:
+        response = error_response(internal_error(), request)
+        await name_response(request, response)
+        log.exception("request %s failed", response.headers["x-request-id"])
+        return response
+
+
+async def name_response(request: web.Request, response: web.StreamResponse) -> None:
+    """`on_response_prepare`: x-request-id on every answer, streams included.
+
+    It is the caller's own if that is harmless in a header and in a log, else one made up here.
+    """
+    given = request.headers.get("x-request-id", "")
+    response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+
+
+def error_response(error: RequestError, request: web.Request) -> web.Response:
+    """The JSON answer for a RequestError, with Retry-After where a retry makes sense; of Anthropic's shape on their paths."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = error_body(error) if request.path.startswith("/v1/messages") else error.body()
+    response = web.json_response(body, status=error.status, headers=headers)
+    if error.code == NOT_HTTP:
+        response.force_close()  # where its body ends, and another request might begin, nobody can say
+    return response
+
+
+def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
+    """What aiohttp refuses by itself: an unknown path or method above all."""
+    if isinstance(e, web.HTTPNotFound):
+        return RequestError(_unknown_path(request), status=404, code="unknown_path")
+    if isinstance(e, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(e.allowed_methods))
+        text = f"{request.path[:200]} does not take {request.method[:20]}; use {allowed}."
+        return RequestError(text, status=405, code="method_not_allowed")
+    kind = "invalid_request_error" if e.status < 500 else "server_error"
+    return RequestError(f"{e.reason}.", status=e.status, kind=kind)
+
+
+def _unknown_path(request: web.Request) -> str:
+    paths = _paths(request.app)
+    near = difflib.get_close_matches(request.path[:200], paths, n=3, cutoff=0.5) or paths
+    return f"Unknown path {request.path[:200]}. Did you mean {' or '.join(near)}?"
+
+
+def _paths(app: web.Application) -> Sequence[str]:
+    return sorted({resource.canonical for resource in app.router.resources()})

@@ -1,0 +1,1 @@
+"""Request bodies: JSON in, checked and typed requests out."""

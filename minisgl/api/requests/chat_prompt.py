@@ -1,0 +1,172 @@
+"""The `messages` of a chat request: checked, and packed for the tokenizer process.  Pure functions; run in the api process.
+
+Only what a chat template reads is passed on, so nothing a client invents reaches the template, and the depth of what does is
+bounded here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisgl.api.engine import ChatPrompt
+from minisgl.api.requests.fields import function_of, json_type, loads, wrong_type
+from minisgl.errors import InvalidParam, RequestError
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+MAX_TOOL_CALLS = 128
+MAX_TEMPLATE_KWARGS = 32
+MAX_DEPTH = 32  # of tool-call arguments
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on as they are
+# Names that a template gets from the server, or that mean something to the template engine: not a request's to set.
+_RESERVED = frozenset(
+    {
+        "messages",
+        "conversation",
+        "chat_template",
+        "tools",
+        "documents",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+
+
+def chat_prompt(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+    """`messages` and `chat_template_kwargs` of a request, and its `tools` -> what the tokenizer process renders.
+
+    Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects, since
+    that is what chat templates expect.  Raises InvalidParam.
+    """
+    messages = body.get("messages")
+    if messages is None:
+        raise InvalidParam("messages", "messages is required.", "missing_required_parameter")
+    if not isinstance(messages, list):
+        raise wrong_type("messages", "an array of messages", messages)
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InvalidParam("messages", f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}.")
+    kwargs = _template_kwargs(body.get("chat_template_kwargs"))
+    payload = {
+        "messages": [_message(m, f"messages[{i}]") for i, m in enumerate(messages)],
+        "kwargs": {**kwargs, "tools": list(tools)} if tools else kwargs,
+    }
+    return ChatPrompt(json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _message(message: Any, at: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise wrong_type(at, "an object", message)
+    role = _required(message, "role", at)
+    if role not in _ROLES:
+        raise InvalidParam(f"{at}.role", f"{at}.role must be one of {', '.join(_ROLES)}.")
+    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = _tool_calls(message.get("tool_calls"), f"{at}.tool_calls") if role == "assistant" else []
+    content = message.get("content")
+    if content is None and not calls:
+        raise InvalidParam(f"{at}.content", f"{at}.content is required.", "missing_required_parameter")
+    out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates join it with strings
+    if calls:
+        out["tool_calls"] = calls
+    for name in _STRINGS:
+        value = message.get(name)
+        if value is not None:
+            out[name] = _string(value, f"{at}.{name}")
+    return out
+
+
+def _text(content: Any, at: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong_type(at, "a string or an array of text parts", content)
+    if len(content) > MAX_PARTS:
+        raise InvalidParam(at, f"{at} may hold at most {MAX_PARTS} parts.")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise wrong_type(f"{at}[{i}]", "an object", part)
+        if _required(part, "type", f"{at}[{i}]") != "text":
+            raise InvalidParam(f"{at}[{i}].type", "only text parts are supported by this model.", "unsupported_value")
+        texts.append(_required(part, "text", f"{at}[{i}]"))
+    return "\n".join(texts)
+
+
+def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise wrong_type(at, "an array", calls)
+    if len(calls) > MAX_TOOL_CALLS:
+        raise InvalidParam(at, f"{at} may hold at most {MAX_TOOL_CALLS} calls.")
+    return [_tool_call(call, f"{at}[{i}]") for i, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, at: str) -> dict[str, Any]:
+    function = function_of(call, at)
+    name = _required(function, "name", f"{at}.function")
+    out: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": _arguments(function, f"{at}.function")}}
+    if call.get("id") is not None:
+        out["id"] = _string(call["id"], f"{at}.id")
+    return out
+
+
+def _arguments(function: dict[str, Any], at: str) -> Any:
+    param = f"{at}.arguments"
+
+    def broken(fault: str) -> RequestError:
+        return InvalidParam(param, f"{param} must be the JSON text of an object: {fault}.")
+
+    text = _required(function, "arguments", at)
+    value = loads(text, broken) if text else {}
+    if not isinstance(value, dict):
+        raise broken(f"it is {json_type(value)}")
+    if not _shallow(value, MAX_DEPTH):
+        raise broken("it is nested too deeply")
+    return value
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_shallow(v, depth - 1) for v in inner)
+
+
+def _template_kwargs(kwargs: Any) -> dict[str, Any]:
+    """Switches such as {"enable_thinking": false}: plain values under names that the server does not use itself."""
+    at = "chat_template_kwargs"
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise wrong_type(at, "an object", kwargs)
+    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+        raise InvalidParam(at, f"{at} may hold at most {MAX_TEMPLATE_KWARGS} values.")
+    for name, value in kwargs.items():
+        if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
+            raise InvalidParam(at, f"{at} may only hold names that a template defines itself, not {name[:40]!r}.")
+        if isinstance(value, (dict, list)):
+            raise InvalidParam(at, f"the values of {at} must be strings, numbers, booleans or null.", "invalid_type")
+    return kwargs
+
+
+def _required(fields: dict[str, Any], name: str, at: str) -> str:
+    if fields.get(name) is None:
+        raise InvalidParam(f"{at}.{name}", f"{at}.{name} is required.", "missing_required_parameter")
+    return _string(fields[name], f"{at}.{name}")
+
+
+def _string(value: Any, at: str) -> str:
+    if not isinstance(value, str):
+        raise wrong_type(at, "a string", value)
+    return value

@@ -1,0 +1,140 @@
+"""What all endpoints that generate share: a checked request in, its generation out; and what is told of the server itself.
+
+Runs in the api process, on the thread of its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from minisgl import __version__, grammar
+from minisgl.api.endpoints.openai_answers import Result
+from minisgl.api.engine import Chunk, Engine, Prompt
+from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, whole
+from minisgl.api.requests.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
+from minisgl.config import Config
+from minisgl.errors import InvalidParam
+from minisgl.sampling_params import MAX_SEED, SamplingParams
+
+_STARTED = int(time.time())  # reported as the creation time of the models
+
+
+def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
+    """The body of POST /v1/chat/completions, for the model that is served.  Raises RequestError."""
+    config, server = engine.config, engine.config.server
+    styles = (server.tool_call_parser, server.reasoning_parser)
+    return parse_chat(body, served_names(config), config.sampling_defaults, *styles)
+
+
+async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Result], Timings]:
+    """The answers to all choices.  Raises RequestError; cancelling the caller cancels the request."""
+    chunks, timings = await generate_chunks(engine, request)
+    results = []
+    for chunk in chunks:
+        result = Result(chunk.text, logprobs=None if request.params.logprobs is None else list(chunk.logprobs))
+        result.add(chunk)
+        results.append(result)
+    return results, timings
+
+
+async def generate_chunks(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
+    """The same, as the engine tells it: one chunk for each choice."""
+    _check_size(engine, request)
+    await _check_grammar(request)
+    return await whole(engine, *_choices(request), request.options)
+
+
+async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
+    """Begin a streamed answer.  Raises RequestError."""
+    _check_size(engine, request)
+    await _check_grammar(request)
+    return StreamedAnswer(Generation(engine, *_choices(request), request.options), events)
+
+
+def _check_size(engine: Engine, request: GenerationRequest) -> None:
+    """More prompts than the server ever admits would be told to try again, for ever."""
+    limit = engine.config.server.max_open_requests
+    if len(request.prompts) > limit:
+        raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
+    if (choices := len(request.prompts) * request.n) > limit:
+        raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
+
+
+async def _check_grammar(request: GenerationRequest) -> None:
+    """Beside the event loop: reading a large grammar takes a while.  Raises InvalidParam."""
+    if request.params.grammar:
+        await asyncio.to_thread(grammar.check, request.params.grammar, request.bound_by)
+
+
+def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompt and the parameters of every choice.  The n answers to a prompt have n seeds, the first the one given."""
+    p, n = request.params, request.n
+    each = [p] * n if p.seed is None else [replace(p, seed=_next_seed(p.seed, i)) for i in range(n)]
+    return [prompt for prompt in request.prompts for _ in range(n)], each * len(request.prompts)
+
+
+def _next_seed(seed: int, i: int) -> int:
+    """The i-th seed after `seed`, from the largest on to the smallest."""
+    return (seed + i + MAX_SEED) % (2 * MAX_SEED + 1) - MAX_SEED
+
+
+# ---------------- about the server
+def served_names(config: Config) -> tuple[str, ...]:
+    """The values of `model` that are accepted; answers report the first."""
+    names = config.server.served_names or (config.model.name,)
+    return AnyName(names) if config.server.any_model_name else names
+
+
+class AnyName(tuple[str, ...]):
+    """Names that have every other among them (--any-model-name)."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
+
+
+def list_models(config: Config) -> dict[str, Any]:
+    """GET /v1/models."""
+    return {"object": "list", "data": [_model(config, name) for name in served_names(config)]}
+
+
+def retrieve_model(config: Config, name: str) -> dict[str, Any]:
+    """GET /v1/models/{name}.  Raises RequestError (404)."""
+    if name not in served_names(config):
+        raise unknown_model(name, served_names(config))
+    return _model(config, name)
+
+
+def _model(config: Config, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "minisgl",
+        "root": config.model.name,
+        "max_model_len": config.max_context,
+    }
+
+
+def server_info(engine: Engine) -> dict[str, Any]:
+    """GET /server_info, without what only the transport knows."""
+    config = engine.config
+    return {
+        "version": __version__,
+        "state": engine.state,
+        "model": served_names(config)[0],
+        "served_names": list(served_names(config)),
+        "max_context": config.max_context,
+        "tp": config.engine.tp,
+        "dtype": config.engine.dtype,
+        "page_size": config.engine.page_size,
+        "eos_ids": list(config.model.eos_ids),
+        "sampling_defaults": config.sampling_defaults,
+        "open_requests": engine.open_requests,
+        "stats": engine.stats,
+    }

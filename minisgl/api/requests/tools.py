@@ -1,0 +1,131 @@
+"""`tools`, `tool_choice` and `parallel_tool_calls` of a chat request: checked, and what they make of it.  Pure; api process.
+
+Whether the model calls a tool is its own affair with `auto`.  With `required`, or with a tool's name, a grammar sees to it:
+the answer then is calls and nothing else, with arguments that their schemas admit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minisgl import grammar
+from minisgl.api.parsers.tool_calls import READERS
+from minisgl.api.requests.fields import Fields, function_of, wrong_type
+from minisgl.errors import InvalidParam
+
+MAX_TOOLS = 128
+MAX_CALLS = 16  # of an answer that must call
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The tools of a request that may be called: OpenAI's objects for the template, their names, and how calls are written.
+
+    `grammar` binds an answer to calls and nothing else, as it is if the model `must` call.
+    """
+
+    given: tuple[Mapping[str, Any], ...] = ()
+    names: tuple[str, ...] = ()
+    style: str = ""
+    parallel: bool = True
+    grammar: str = ""
+    must: bool = False
+
+
+def tools(fields: Fields, style: str) -> Tools:
+    """Of a chat body; `style` is how the model writes calls, "" if it knows no tools.  Raises InvalidParam."""
+    given = fields.get("tools", list, "an array of tools") or []
+    parallel = fields.boolean("parallel_tool_calls", True)
+    if len(given) > MAX_TOOLS:
+        raise InvalidParam("tools", f"tools may hold at most {MAX_TOOLS} tools.")
+    functions = [_function(tool, f"tools[{i}]") for i, tool in enumerate(given)]
+    names = [f["name"] for f in functions]
+    if len(set(names)) < len(names):
+        raise InvalidParam("tools", "tools holds two functions of one name.")
+    must, only = _choice(fields.get("tool_choice", str | dict, "a string or an object"), names)
+    if not given or must is None:
+        return Tools()
+    if not style:
+        text = (
+            "tools cannot be used with this model: its chat template shows no form of tool calls that this server can read. "
+            "Start the server with --tool-call-parser to name one."
+        )
+        raise InvalidParam("tools", text, "unsupported_parameter")
+    offered = [f for f in functions if not only or f["name"] == only]
+    return Tools(tuple(given), tuple(names), style, parallel, _grammar(offered, style, parallel and not only), must)
+
+
+def _function(tool: Any, at: str) -> Mapping[str, Any]:
+    function = function_of(tool, at)
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidParam(f"{at}.function.name", f"{at}.function.name must be 1 to 64 letters, digits, underscores or dashes.")
+    if not isinstance(parameters, dict | None):
+        raise wrong_type(f"{at}.function.parameters", "an object", parameters)
+    return function
+
+
+def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
+    """(whether the model must call, None: it may not, which tool)."""
+    if value is None or value == "auto":
+        return False, ""
+    if value == "none":
+        return None, ""
+    if value == "required":
+        if not names:
+            raise InvalidParam("tool_choice", "tool_choice is required, but there are no tools.")
+        return True, ""
+    if isinstance(value, str):
+        raise InvalidParam("tool_choice", "tool_choice must be none, auto, required or the name of a function in an object.")
+    function = value.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if value.get("type") != "function" or not isinstance(name, str):
+        raise InvalidParam("tool_choice", 'tool_choice must be {"type": "function", "function": {"name": ...}}.')
+    if name not in names:
+        raise InvalidParam("tool_choice", f"tool_choice names the function {name[:64]!r}, which is not among the tools.")
+    return True, name
+
+
+# ---------------- answers that must call
+_FORMS: Mapping[str, tuple[str, str, str, str, str]] = {  # key of the arguments; before all, before a call, behind one, between
+    "hermes": ("arguments", "", "<tool_call>\n", "\n</tool_call>", "\n"),
+    "llama3": ("parameters", "", "", "", "; "),
+    "mistral": ("arguments", "[", "", "", ", "),
+}
+assert _FORMS.keys() == READERS.keys()
+
+
+def _grammar(functions: Sequence[Mapping[str, Any]], style: str, parallel: bool) -> str:
+    key, head, before, behind, between = _FORMS[style]
+    tail = "]" if head else ""
+    more = f"({_quote(between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    start = " ".join(part for part in (_quote(head), "call", more, _quote(tail)) if part)
+    call = " ".join(part for part in (_quote(before), "one", _quote(behind)) if part)
+    one = " | ".join(f"@tool{i}" for i in range(len(functions)))
+    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, key)} for i, f in enumerate(functions)]
+    lark = f"start: {start}\ncall: {call}\none: {one}"
+    return json.dumps({"grammars": [{"lark_grammar": lark}, *calls]}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text) if text else ""
+
+
+def _call_schema(function: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Of {"name": ..., key: {...}}.  Definitions move to the top, where references to them look."""
+    parameters = dict(function.get("parameters") or {"type": "object"})
+    parameters.setdefault("type", "object")
+    moved = {name: parameters.pop(name) for name in ("$defs", "definitions") if name in parameters}
+    schema = {
+        **moved,
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, key: parameters},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
+    return grammar.styled(schema)

@@ -1,0 +1,88 @@
+"""The tokenizers as the gateway sees them: who reads which prompt, and how much each has to do.  Runs in the api process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.actors.messages import Detokenize, Tokenize, Wake
+from minisgl.actors.runtime.actor import Context
+from minisgl.actors.runtime.ring import RingReader, RingSpec
+from minisgl.actors.runtime.shared_memory import tokenizer_names
+from minisgl.api.engine import ChatPrompt, TextPrompt
+from minisgl.errors import InvalidParam, context_overflow
+
+I32 = npt.NDArray[np.int32]
+_CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
+
+
+@dataclass(slots=True, eq=False)
+class _Tokenizer:
+    name: str
+    ring: RingReader
+    load: int = 0  # characters that it has not answered yet
+
+
+class Tokenizers:
+    """Sends each prompt to the tokenizer with the least to do, and takes the token ids from that one's ring."""
+
+    def __init__(self, ctx: Context, rings: tuple[RingSpec, ...], max_context: int) -> None:
+        self._ctx = ctx
+        self._max_context = max_context
+        self._all = [_Tokenizer(n, RingReader(r)) for n, r in zip(tokenizer_names(len(rings)), rings, strict=True)]
+        self._reading: dict[int, tuple[_Tokenizer, int]] = {}  # who was asked, and to read how many characters
+
+    @property
+    def loads(self) -> list[int]:
+        """Characters that each has not answered yet."""
+        return [t.load for t in self._all]
+
+    def send(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str) -> None:
+        """Ask for the ids of a prompt, which came in the request field `source`; `take` or `drop` must follow.
+
+        Raises RequestError for what is far too long, or no text.
+        """
+        size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
+        if size > _CHARS_PER_TOKEN * self._max_context + 4096:
+            raise context_overflow(
+                source, self._max_context, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {source}"
+            )
+        to = self._idlest()
+        try:
+            if isinstance(prompt, TextPrompt):
+                self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
+            else:
+                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False))
+        except UnicodeEncodeError as e:
+            raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
+        self._reading[uid] = to, size
+        to.load += size
+
+    def send_ids(self, uid: int, ids: I32, skip_special: bool) -> None:
+        """Ask for the text of token ids."""
+        self._ctx.send(self._idlest().name, Detokenize(uid, ids, skip_special))
+
+    def take(self, uid: int) -> I32:
+        """The ids that a Tokenized message has announced: they are the next in its sender's ring."""
+        by = self._answered(uid)
+        if by is None:
+            raise RuntimeError(f"nobody was asked to read the prompt of request {uid}")
+        ids = np.frombuffer(by.ring.take_now(), np.int32)
+        if by.ring.starved():
+            self._ctx.send(by.name, Wake())
+        return ids
+
+    def drop(self, uid: int) -> None:
+        """There will be no ids: whoever was asked has refused.  Nothing happens if nobody was."""
+        self._answered(uid)
+
+    def _idlest(self) -> _Tokenizer:
+        return min(self._all, key=lambda t: t.load)
+
+    def _answered(self, uid: int) -> _Tokenizer | None:
+        by, size = self._reading.pop(uid, (None, 0))
+        if by is not None:
+            by.load -= size
+        return by

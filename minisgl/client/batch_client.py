@@ -1,0 +1,202 @@
+"""A client of the batch socket: many requests over one ZMQ connection to a server on the same machine.  No torch.
+
+with BatchClient() as client:                       # asks http://127.0.0.1:8000/server_info for the socket
+    texts = client.generate(["Once upon", "a time"], SamplingParams(max_tokens=32))
+    for result in client.run(BatchRequest(str(i), "/v1/completions", {"prompt": p}) for i, p in enumerate(prompts)):
+        ...
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minisgl.actors.messages import BatchResult, BatchSubmit
+from minisgl.client.connection import Link, check_path
+from minisgl.errors import RequestError, UserError
+from minisgl.sampling_params import SamplingParams
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+MAX_BODY_BYTES = 15 << 20  # the server cuts a connection that sends frames of 16 MiB
+MAX_ATTEMPTS = 12
+MAX_BACKOFF_SECONDS = 30.0
+_RETRY = (429, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """One request: `body` is the JSON object that HTTP would carry to `url`, e.g. "/v1/chat/completions"."""
+
+    custom_id: str
+    url: str
+    body: Mapping[str, Any]
+
+
+class BatchClient:
+    """Raises UserError when no server can be reached at `url` (or `socket`, an ipc:// address), then and later."""
+
+    def __init__(self, url: str = DEFAULT_URL, socket: str | None = None, window: int = 256) -> None:
+        if window < 1:
+            raise UserError(f"window must be at least 1, got {window}")
+        self.window = window  # requests that are unanswered at the same time
+        self.address = socket or find_socket(url)
+        check_path(self.address)
+        self._link = Link(self.address)
+        self._running = False
+
+    def __enter__(self) -> BatchClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the socket; the server cancels what it still serves for this client.  Idempotent."""
+        self._link.close()
+
+    def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
+        """Send the requests and yield their results as they finish, in any order; `requests` is read as room becomes free.
+
+        Answers 429 and 503 are retried with growing pauses (the server's `retry_after` is the least).  Leaving the iteration
+        early cancels the rest.  Raises UserError when the server is gone.  One run at a time.
+        """
+        if self._running:
+            raise RuntimeError("a BatchClient does one run at a time")
+        self._running = True
+        run = _Run(self._link, requests, self.window)
+        try:
+            yield from run.results()
+        finally:
+            self._running = False
+            if run.open:  # a new connection is the way to cancel
+                self._link.close()
+                self._link = Link(self.address)
+
+    def chat(self, conversations: Sequence[Sequence[Mapping[str, Any]]], **params: Any) -> list[str]:
+        """The answers to conversations (lists of messages), in order.  `params`: fields of the request body.
+
+        Raises RequestError if one of them cannot be served.
+        """
+        bodies = [{"messages": list(messages), **params} for messages in conversations]
+        return [c["message"]["content"] for c in self._choices("/v1/chat/completions", bodies)]
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[str]:
+        """The continuations of prompts, in order.  Without `params` the server's defaults hold; without `max_tokens`, 16.
+
+        Raises RequestError if one of them cannot be served.
+        """
+        fields = {k: v for k, v in asdict(params).items() if v is not None} if params else {}
+        if "logit_bias" in fields:
+            fields["logit_bias"] = {str(token): value for token, value in fields["logit_bias"]}
+        return [c["text"] for c in self._choices("/v1/completions", [{"prompt": p, **fields} for p in prompts])]
+
+    def _choices(self, url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        choices: list[Any] = [None] * len(bodies)
+        for result in self.run(BatchRequest(str(i), url, body) for i, body in enumerate(bodies)):
+            body = json.loads(result.body)
+            if result.status != 200:
+                error = body.get("error", {})
+                text = error.get("message", "the server gave no reason")
+                raise RequestError(text, status=result.status, param=error.get("param"), code=error.get("code"))
+            choices[int(result.custom_id)] = body["choices"][0]
+        return choices
+
+
+def find_socket(url: str) -> str:
+    """The address of the batch socket of the server at `url`.  Raises UserError with what to do about it."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=10) as answer:
+            address = json.load(answer).get("batch_socket")
+    except (OSError, ValueError, AttributeError) as e:  # URLError is an OSError
+        reason = e.reason if isinstance(e, urllib.error.URLError) else e
+        raise UserError(
+            f"no minisgl server answers at {url} ({reason}): start one with scripts/launch.sh, or name another with --url"
+        ) from e
+    if not isinstance(address, str):
+        raise UserError(f"the server at {url} has no batch socket")
+    return address
+
+
+# ---------------- one run
+@dataclass(slots=True)
+class _Open:
+    request: BatchRequest
+    message: BatchSubmit
+    attempts: int = 0
+
+
+class _Run:
+    """The requests of one run that have no final answer yet.  On the wire they carry tickets: callers may repeat ids."""
+
+    def __init__(self, link: Link, requests: Iterable[BatchRequest], window: int) -> None:
+        self.open: dict[str, _Open] = {}
+        self._link = link
+        self._source = iter(requests)
+        self._window = window
+        self._later: list[tuple[float, str]] = []  # (when to send again, ticket)
+
+    def results(self) -> Iterator[BatchResult]:
+        more = True
+        while True:
+            while more and len(self.open) < self._window:
+                request = next(self._source, None)
+                if request is None:
+                    more = False
+                elif (refusal := self._submit(request)) is not None:
+                    yield refusal
+            if not self.open:
+                return
+            self._send_due()
+            result = self._next_answer()
+            if result is not None:
+                yield result
+
+    def _submit(self, request: BatchRequest) -> BatchResult | None:
+        """Send a request; returns its answer if it cannot be sent at all."""
+        body = json.dumps(request.body).encode()
+        if len(body) > MAX_BODY_BYTES:
+            text = f"The body has {len(body)} bytes; {MAX_BODY_BYTES} are allowed."
+            error = RequestError(text, status=413, code="request_too_large")
+            return BatchResult(request.custom_id, error.status, "", json.dumps(error.body()).encode())
+        ticket = self._link.ticket()
+        opened = _Open(request, BatchSubmit(ticket, request.url, body))
+        self.open[ticket] = opened
+        self._link.send(opened.message)
+        return None
+
+    def _send_due(self) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._link.send(self.open[heapq.heappop(self._later)[1]].message)
+
+    def _next_answer(self) -> BatchResult | None:
+        """Wait for the next final answer; None when it is time to do something else."""
+        due = max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+        answer = self._link.receive(due)
+        if answer is None or answer.custom_id not in self.open:
+            return None
+        opened = self.open[answer.custom_id]
+        opened.attempts += 1
+        if answer.status in _RETRY and opened.attempts < MAX_ATTEMPTS:
+            pause = _pause(answer.body, opened.attempts)
+            heapq.heappush(self._later, (time.monotonic() + pause, answer.custom_id))
+            return None
+        del self.open[answer.custom_id]
+        return BatchResult(opened.request.custom_id, answer.status, answer.request_id, answer.body)
+
+
+def _pause(body: bytes, attempts: int) -> float:
+    """Seconds before the next attempt: what the server asks for, but doubling each time, and not all requests at once."""
+    try:
+        asked = float(json.loads(body)["error"]["retry_after"])
+    except (ValueError, KeyError, TypeError):
+        asked = 0.0
+    backoff = min(MAX_BACKOFF_SECONDS, 0.25 * 2**attempts)
+    pause: float = max(min(asked, MAX_BACKOFF_SECONDS), backoff)
+    return pause * random.uniform(1.0, 1.25)

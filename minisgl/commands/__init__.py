@@ -1,0 +1,1 @@
+"""The commands of `python -m minisgl`, one file each, and their flags."""

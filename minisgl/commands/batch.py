@@ -1,0 +1,254 @@
+"""`python -m minisgl batch in.jsonl out.jsonl`: a file of requests in OpenAI's batch format, a file of answers.
+
+    in   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
+    out  {"id": "batch_req_...", "custom_id": "a", "response": {"status_code", "request_id", "body"}, "error": null}
+
+The output is a log: lines are appended as requests finish, in any order, and nothing is ever rewritten.  Running the same
+command again goes on where it ended: a torn last line is dropped, what has an answer with status 200 is skipped.  Where an id
+has several lines, the last one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from minisgl.actors.messages import BatchResult
+from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
+from minisgl.errors import UserError
+
+_HEAD = b'{"id": "batch_req_'  # how every line of an output begins
+_SYNC_LINES = 128
+_SYNC_SECONDS = 1.0
+_SHOWN_ERRORS = 10
+
+
+def run(argv: list[str]) -> int:
+    """Exit code: 0 every request has an answer, 1 some do not (yet), 2 (UserError) the files cannot be used, 130 ^C."""
+    args = _parse_args(argv)
+    requests = read_requests(args.input)
+    with ExitStack() as stack:
+        log = stack.enter_context(ResultLog(args.output))
+        errors = stack.enter_context(ResultLog(args.errors)) if args.errors else log
+        todo = [r for r in requests if r.custom_id not in log.done]
+        skipped = len(requests) - len(todo)
+        if skipped:
+            _say(f"{skipped} of {len(requests)} requests are answered in {args.output} already")
+        count = _Count(len(requests), skipped)
+        try:
+            _work(args, todo, log, errors, count)
+        except KeyboardInterrupt:
+            _say(f"interrupted: {count.ok} of {count.total} done; run the same command again to go on")
+            return 130
+        except UserError as e:
+            _say(f"{e}\n{count.ok} of {count.total} done; run the same command again to go on")
+            return 1
+    _say(count.summary())
+    return 0 if count.ok == count.total else 1
+
+
+def _parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="minisgl batch", description="Send a file of requests to a running server.")
+    parser.add_argument("input", help="requests, one JSON object per line")
+    parser.add_argument("output", help="answers, appended; may hold those of an earlier run")
+    parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")
+    parser.add_argument("--url", default=DEFAULT_URL, help="the server, on this machine (%(default)s)")
+    parser.add_argument("--window", type=int, default=256, metavar="N", help="requests in flight at a time (%(default)s)")
+    args = parser.parse_args(argv)
+    paths = [os.path.realpath(p) for p in (args.input, args.output, args.errors) if p]
+    if len(set(paths)) < len(paths):
+        raise UserError("the input, the output and --errors must be different files")
+    return args
+
+
+def _say(text: str) -> None:
+    print(f"minisgl batch: {text}", file=sys.stderr)
+
+
+class _Count:
+    """What has been done, for the bar and the summary."""
+
+    def __init__(self, total: int, ok: int) -> None:
+        self.total, self.ok, self.failed, self.tokens = total, ok, 0, 0
+        self._start = time.monotonic()
+
+    def add(self, status: int, body: Any) -> None:
+        if status == 200:
+            self.ok += 1
+        else:
+            self.failed += 1
+        usage = body.get("usage") if isinstance(body, dict) else None
+        self.tokens += usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens per second."""
+        return self.tokens / max(1e-6, time.monotonic() - self._start)
+
+    def summary(self) -> str:
+        seconds = time.monotonic() - self._start
+        text = f"{self.ok} of {self.total} done, {self.failed} failed"
+        text += f", {self.tokens} tokens in {seconds:.1f} s ({self.rate:.0f} tok/s)"
+        return text + ("; run the same command again to retry" if self.failed else "")
+
+
+def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, errors: ResultLog, count: _Count) -> None:
+    if not todo:
+        return
+    bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
+    with bar, BatchClient(args.url, window=args.window) as client:
+        for result in client.run(todo):
+            body = _json(result.body)
+            (log if result.status == 200 else errors).append(result, body)
+            count.add(result.status, body)
+            bar.set_postfix_str(f"{count.rate:.0f} tok/s" + (f", {count.failed} failed" if count.failed else ""), refresh=False)
+            bar.update()
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode("utf-8", "replace")
+
+
+# ---------------- input
+def read_requests(path: str) -> list[BatchRequest]:
+    """The requests of a file, all checked before the first is sent.  Raises UserError listing the bad lines."""
+    requests: list[BatchRequest] = []
+    problems: list[str] = []
+    lines: dict[str, int] = {}  # custom_id -> line
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    request = _parse_line(line)
+                    first = lines.setdefault(request.custom_id, number)
+                    if first != number:
+                        raise ValueError(f"custom_id {request.custom_id!r} is that of line {first} already")
+                    requests.append(request)
+                except ValueError as e:
+                    problems.append(f"line {number}: {e}")
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it: {e.strerror}") from e
+    if problems:
+        shown = "\n  ".join(problems[:_SHOWN_ERRORS])
+        more = f"\n  and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
+        raise UserError(f"{path}: nothing was sent, because these lines are no requests:\n  {shown}{more}")
+    if not requests:
+        raise UserError(f"{path}: there is no request in it")
+    return requests
+
+
+def _parse_line(line: bytes) -> BatchRequest:
+    """Raises ValueError saying what is wrong."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"should be an object, is a {type(value).__name__}")
+    custom_id, url, body = value.get("custom_id"), value.get("url"), value.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise ValueError("custom_id must be a string")
+    if value.get("method", "POST") != "POST":
+        raise ValueError(f"method must be POST, is {value['method']!r:.40}")
+    if not isinstance(url, str) or not (url.startswith("/") and url.isascii()):
+        raise ValueError('url must be a path such as "/v1/chat/completions"')
+    if not isinstance(body, dict):
+        raise ValueError("body must be an object")
+    return BatchRequest(custom_id, url, body)
+
+
+# ---------------- output
+class ResultLog:
+    """An append-only file of results; `done` are the ids that it had with status 200 when it was opened.
+
+    Every line reaches the kernel at once (it survives the death of this process) and the disk in groups.  Opening locks the
+    file and drops a torn last line.  Raises UserError if the file holds anything else, and leaves it untouched then.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._unsynced = 0
+        self._synced = time.monotonic()
+        try:
+            self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115  closed by __exit__
+        except OSError as e:
+            raise UserError(f"{path}: cannot write it: {e.strerror}") from e
+        try:
+            self._lock()
+            self.done = self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ResultLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        with self._file:
+            self._sync()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{self._path}: another batch run is writing it") from e
+
+    def _recover(self) -> set[str]:
+        done: set[str] = set()
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            torn = not line.endswith(b"\n")
+            if not line.startswith(_HEAD if not torn else _HEAD[: len(line)]):
+                raise UserError(f"{self._path}: line {number} is no result of a batch; name another output file")
+            if torn:
+                _say(f"dropped the incomplete last line of {self._path}")
+                self._file.truncate(end)
+                break
+            end += len(line)
+            done.update(_finished(line))
+        return done
+
+    def append(self, result: BatchResult, body: Any) -> None:
+        """Raises UserError when the disk is full."""
+        response = {"status_code": result.status, "request_id": result.request_id, "body": body}
+        line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": result.custom_id, "response": response, "error": None}
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            self._unsynced += 1
+            if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync()
+        except OSError as e:
+            raise UserError(f"{self._path}: cannot write it: {e.strerror}") from e
+
+    def _sync(self) -> None:
+        if self._unsynced:
+            os.fdatasync(self._file.fileno())
+        self._unsynced, self._synced = 0, time.monotonic()
+
+
+def _finished(line: bytes) -> Iterator[str]:
+    """The id of a line whose request needs no second attempt."""
+    try:
+        value = json.loads(line)
+        if value["response"]["status_code"] == 200:
+            yield value["custom_id"]
+    except (ValueError, KeyError, TypeError):  # damaged: do that one again
+        return

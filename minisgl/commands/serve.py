@@ -1,0 +1,203 @@
+"""`python -m minisgl [serve] ...`: the server, from flags to exit code.
+
+Order: everything that can be refused is refused before a process is started (flags, model files, tensor-parallel degree,
+port); then the port answers 503 while the engine loads; then requests are served until a signal or a death; then nothing is
+left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+from minisgl import __version__
+from minisgl.actors import spawn
+from minisgl.actors.spawn import MakeWorker
+from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from
+from minisgl.config import Config
+from minisgl.errors import UserError
+
+EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
+_FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of the server."""
+    p = argparse.ArgumentParser(
+        prog="minisgl",
+        description="Serve a language model over an OpenAI-compatible API.  "
+        "Other commands, each with --help: chat, batch, selfcheck, prebuild, simulate.",
+    )
+    p.add_argument("--version", action="version", version=f"minisgl {__version__}")
+    add_engine_flags(p)
+    add_server_flags(p)
+    return p
+
+
+def run(argv: list[str]) -> int:
+    """Serve until told to stop.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
+    start = time.monotonic()
+    args = parser().parse_args(argv)
+    from minisgl.model.checkpoint.resolve import resolve
+    from minisgl.model.common.shard import check_tp
+    from minisgl.model.text.chat_format import styles_of
+
+    with bind(args.host, args.port) as sock:
+        spec = resolve(args.model, args.revision)
+        config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
+        check_tp(spec, config.engine.tp)
+        return asyncio.run(_Server(config, sock, start).main())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.  Raises UserError where the port is taken or the address is not ours."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port must be between 0 and 65535, got {port}")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as e:
+        raise UserError(f"--host {host}: {e.strerror}") from e
+    sock = socket.socket(family, kind, proto)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        sock.listen(1024)
+    except OSError as e:
+        sock.close()
+        if e.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--port {port} is already in use on {host}: stop what listens there, or choose another port"
+            ) from e
+        raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
+    return sock
+
+
+class _Server:
+    """One run of the server on one event loop."""
+
+    def __init__(self, config: Config, sock: socket.socket, start: float, make_worker: MakeWorker = spawn.make_worker) -> None:
+        self.make_worker = make_worker
+        self.config = config
+        self.sock = sock
+        self.start = start
+        self.done = asyncio.Event()
+        self.watched: set[int] = set()
+        self.announced = False
+
+    async def main(self) -> int:
+        import setproctitle
+        from aiohttp import web
+
+        from minisgl.api.batches.socket import BatchServer
+        from minisgl.api.batches.store import Store
+        from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
+        from minisgl.api.http.connection import Door
+        from minisgl.api.http.metrics import Metered
+        from minisgl.api.system import System
+
+        setproctitle.setproctitle("minisgl::api")
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self.stop)
+        store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
+        method = json.loads(self.config.model.weight_format or "{}").get("method")
+        how = f" ({method} weights, dequantised as they load)" if method else ""
+        self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
+        self.system = System(self.config, self.make_worker)
+        try:
+            engine = Metered(self.system.gateway)
+            batch = BatchServer(self.system.ctx, self.system.run_dir, engine)
+            app = build_app(engine, batch.address, store)
+            runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
+            await runner.setup()
+            make = runner.server
+            if make is None:
+                raise RuntimeError("the runner has been set up")
+            door = await loop.create_server(lambda: Door(make), sock=self.sock, backlog=1024)
+            self.pump()
+            await self.done.wait()
+            if BATCHES in app:  # they go on with the next start
+                await app[BATCHES].close()
+            await self.drain()
+            batch.close()
+            door.close()
+            await runner.cleanup()
+        finally:
+            for fd in self.watched:
+                loop.remove_reader(fd)
+            self.system.close()
+        return self.exit_code()
+
+    # ---------------- while it runs
+    def pump(self) -> None:
+        """Handle what the children sent; called whenever one of their descriptors is readable."""
+        if self.system.pump(0):
+            asyncio.get_running_loop().call_soon(self.pump)  # sockets have their turn in between
+        self.watch()
+        state = self.system.gateway.state
+        if state == "ready" and not self.announced:
+            self.announced = True
+            self.announce()
+        if state == "dead":
+            self.done.set()
+
+    def watch(self) -> None:
+        loop, wanted = asyncio.get_running_loop(), set(self.system.fds())
+        for fd in wanted - self.watched:
+            loop.add_reader(fd, self.pump)
+        for fd in self.watched - wanted:
+            loop.remove_reader(fd)
+        self.watched = wanted
+
+    def announce(self) -> None:
+        engine, gateway = self.config.engine, self.system.gateway
+        host, port = self.sock.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.say(
+            f"ready in {time.monotonic() - self.start:.1f} s: {url}/v1   "
+            f"(tp {engine.tp}, context {self.config.max_context}, KV cache {gateway.num_pages * engine.page_size} tokens, "
+            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'}"
+            + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
+            + ")"
+        )
+
+    @staticmethod
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    # ---------------- the end
+    def stop(self) -> None:
+        """^C or SIGTERM: no new requests; those that run get --drain-seconds, unless the signal comes again."""
+        gateway = self.system.gateway
+        if gateway.state == "draining":
+            gateway.end()
+        gateway.drain()
+        self.done.set()
+
+    async def drain(self) -> None:
+        gateway = self.system.gateway
+        if gateway.open_requests:
+            self.say(f"stopping: {gateway.open_requests} open requests get {self.config.server.drain_seconds:g} s to finish")
+        end = time.monotonic() + self.config.server.drain_seconds
+        while gateway.state == "draining" and gateway.open_requests and time.monotonic() < end:  # noqa: ASYNC110  seldom, once
+            await asyncio.sleep(0.05)
+        if gateway.open_requests:
+            gateway.end()
+        await asyncio.sleep(_FLUSH_SECONDS if self.announced else 0)
+
+    def exit_code(self) -> int:
+        gateway = self.system.gateway
+        if gateway.failure is None:
+            self.say("minisgl has stopped")
+            return 0
+        if gateway.died is None:  # an actor refused to start, with a sentence
+            raise UserError(gateway.failure)
+        self.say(f"minisgl: {gateway.failure}; see the messages above")
+        return EXIT_DIED

@@ -1,0 +1,1 @@
+"""One file an architecture; minisgl.model.common.registry knows them by name."""

@@ -1,0 +1,111 @@
+"""ModelSpec of a GGUF file.  No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+from minisgl.config import ModelSpec
+from minisgl.errors import UserError
+from minisgl.model.checkpoint.gguf_file import GGUFFile
+from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
+from minisgl.model.common.registry import GGUF_ARCHS, HF_ARCHS
+
+_QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|T?Q\d_\w+|MXFP4\w*|BF16|F16|FP16|F32|FP32)$", re.IGNORECASE)
+_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_F32, _F16 = 0, 1  # ggml types
+
+
+def served_name(path: str) -> str:
+    """The file's name without its extension and its quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
+    stem = os.path.basename(path).removesuffix(".gguf")
+    return _QUANT_SUFFIX.sub("", stem) or stem
+
+
+def spec_from_gguf(path: str) -> ModelSpec:
+    """Read the metadata of one file.  Raises UserError if it is damaged or describes a model that cannot be served."""
+    file = GGUFFile.open(path)
+    fields = Metadata(path, file.fields)
+    arch = fields.get("general.architecture")
+    if arch not in GGUF_ARCHS:
+        known = ", ".join(GGUF_ARCHS)
+        raise UserError(f"--model {path}: architecture {arch!r:.80} is not supported. Supported in GGUF files: {known}.")
+    fields.refuse(f"{arch}.expert_count", (0,), "mixtures of experts are")
+    fields.refuse(f"{arch}.attention.sliding_window", (0,), "sliding-window attention is")
+    fields.refuse("split.count", (0, 1), "models split over several GGUF files are")
+
+    hidden = fields.size(f"{arch}.embedding_length")
+    heads = fields.size(f"{arch}.attention.head_count")
+    layers = fields.size(f"{arch}.block_count")
+    head_dim = fields.size(f"{arch}.attention.key_length", hidden // heads)
+    fields.refuse(f"{arch}.attention.value_length", (head_dim,), "values of another size than the keys are")
+    fields.refuse(f"{arch}.rope.dimension_count", (head_dim,), f"rotating only a part of a head of {head_dim} dimensions is")
+    for tensor in ("token_embd.weight", f"blk.{layers - 1}.attn_q.weight"):
+        if tensor not in file.tensors:
+            raise UserError(f"--model {path}: tensor {tensor} is missing.")
+    embedding = file.tensors["token_embd.weight"]
+    if len(embedding.shape) != 2 or embedding.shape[1] != hidden:
+        raise UserError(f"--model {path}: token_embd.weight has shape {embedding.shape}, expected (vocabulary, {hidden}).")
+
+    spec = ModelSpec(
+        name=served_name(path),
+        path=path,
+        format="gguf",
+        architecture=GGUF_ARCHS[arch],
+        dtype=_dtype(file),
+        hidden_size=hidden,
+        intermediate_size=fields.size(f"{arch}.feed_forward_length"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.size(f"{arch}.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab_size=embedding.shape[0],
+        max_context=fields.size(f"{arch}.context_length"),
+        rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
+        rope_scaling=_scaling(file, fields, arch, head_dim),
+        tie_embeddings="output.weight" not in file.tensors,
+        bos_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
+        eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
+        generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
+        qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # in llama's files, too, if the model has them
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+    )
+    return check(path, spec)
+
+
+def _dtype(file: GGUFFile) -> str:
+    """What a GPU computes in: that of plain matrices.  Where they are quantised, bfloat16, whose range no activation leaves;
+    what it rounds off the weights is less than what the blocks did."""
+    kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
+    return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
+
+
+def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
+    """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling and YaRN as keys."""
+    prefix = f"{arch}.rope.scaling."
+    kind = fields.get(prefix + "type")
+    fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
+    named = ""
+    if kind not in (None, "none"):
+        values = {"rope_type": kind, "factor": _factor(fields, arch)}
+        values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
+        values["original_max_position_embeddings"] = fields.get(prefix + "original_context_length")
+        named = rope_scaling(fields.source, values, fields.size(f"{arch}.context_length"))
+    if "rope_freqs.weight" not in file.tensors:
+        return named
+    if named or file.tensors["rope_freqs.weight"].shape != (head_dim // 2,) or file.tensors["rope_freqs.weight"].kind != _F32:
+        raise UserError(
+            f"--model {file.path}: rope_freqs.weight should be {head_dim // 2} float32 values and the only scaling."
+        )
+    divisors = file.dequantize("rope_freqs.weight").tolist()
+    if not all(1e-6 < d < 1e6 for d in divisors):
+        raise UserError(f"--model {file.path}: rope_freqs.weight holds values that are no frequency divisors.")
+    return json.dumps({"rope_type": "divisors", "divisors": divisors})
+
+
+def _factor(fields: Metadata, arch: str) -> float:
+    old = f"{arch}.rope.scale_linear"
+    return fields.number(old) if fields.get(old) is not None else fields.number(f"{arch}.rope.scaling.factor")

@@ -1,0 +1,111 @@
+"""The tensors of a GGUF file under Hugging Face names, dequantised piece by piece.  Runs in the workers."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import torch
+
+from minisgl.config import ModelSpec
+from minisgl.model.checkpoint.gguf_blocks import KINDS, note
+from minisgl.model.checkpoint.gguf_file import GGUFFile
+from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
+from minisgl.model.common.shard import Range
+from minisgl.model.cpu.packing import GROUP
+
+TABLE = "model.embed_tokens.weight"  # whose rows are looked up
+
+
+class GGUFWeights:
+    """An open GGUF file; see `Weights`.  Names: gguf-py's constants.py (MODEL_TENSOR), biases like the weights."""
+
+    _FIXED: ClassVar = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    _IN_LAYER: ClassVar = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    _IGNORE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # the first is part of the ModelSpec
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
+        """`lazy`: see `open_weights`."""
+        self._file = GGUFFile.open(spec.path)
+        # llama.cpp's files of this architecture alone rotate neighbours; see `halves_from_pairs`.
+        pairs = self._file.fields.get("general.architecture") == "llama"
+        self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
+        self._head_dim = spec.head_dim
+        self._dtype, self._lazy = dtype, lazy
+        self._taken: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        stored = self._stored_name(name)
+        if stored not in self._file.tensors:
+            raise missing(self._file.path, stored)
+        self._taken.add(stored)
+        check_shape(self._file.path, stored, self._file.tensors[stored].shape, shape)
+        pairs = self._in_pairs.fullmatch(stored) is not None
+        if len(shape) == 1:
+            vector = torch.from_numpy(self._file.dequantize(stored).copy())
+            vector = halves_from_pairs(vector[:, None], self._head_dim)[:, 0] if pairs else vector
+            return own(vector[slice(*rows)] if rows else vector, self._dtype)
+
+        def read(some: Range) -> torch.Tensor:
+            values = self._file.dequantize(stored, some, cols)
+            part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch wants to be able to write
+            return halves_from_pairs(part, self._head_dim) if pairs else part
+
+        (first, last), (start, end) = rows or (0, shape[0]), cols or (0, shape[1])
+        kept = (kind := self._file.tensors[stored].kind) in KINDS and start % GROUP == end % GROUP == 0
+        if kept and self._lazy and name != TABLE:
+            out = torch.empty(last - first, end - start, device="meta")
+        else:
+            out = in_pieces(read, (first, last), end - start, self._dtype, self._head_dim if pairs else 1)
+        if kept:
+            note(out, lambda: self._stored(stored, rows, cols, pairs), kind)
+        return out
+
+    def _stored(self, stored: str, rows: Range | None, cols: Range | None, pairs: bool) -> torch.Tensor:
+        """The quantised rows of a matrix, u8, of `cols` whole blocks."""
+        raw = torch.from_numpy(self._file.data(stored, rows).copy())
+        if cols:
+            width = raw.shape[1] * GROUP // self._file.tensors[stored].shape[1]
+            raw = raw[:, cols[0] // GROUP * width : cols[1] // GROUP * width].contiguous()
+        return halves_from_pairs(raw, self._head_dim) if pairs else raw
+
+    def finish(self) -> None:
+        left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]
+        if left:
+            raise extra(self._file.path, left)
+
+    def _stored_name(self, name: str) -> str:
+        """The file's name of a tensor; a name without a counterpart stays as it is, and will be missing."""
+        module, _, kind = name.rpartition(".")
+        if module in self._FIXED:
+            return f"{self._FIXED[module]}.{kind}"
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        if layer is None or layer[2] not in self._IN_LAYER:
+            return name
+        return f"blk.{layer[1]}.{self._IN_LAYER[layer[2]]}.{kind}"
+
+
+def halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder the rows of a query or key projection [heads * head_dim, hidden] to the rotate-half layout.
+
+    llama.cpp's files of the llama architecture rotate dimensions (2i, 2i + 1) of a head together; Hugging Face's rotate
+    (i, i + head_dim / 2).
+    """
+    by_pair = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return by_pair.transpose(1, 2).reshape(weight.shape)

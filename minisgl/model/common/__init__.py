@@ -1,0 +1,1 @@
+"""What CPU and GPU workers share: interfaces, slots, grammars, positions, shards."""

@@ -1,0 +1,126 @@
+"""Tensor-parallel collectives between the workers of one engine.  Every rank calls them in the same order."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
+
+# Renamed in torch 2.13, which warns at the old name.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Kind = Literal["gloo", "nccl", "shared-gpu"]
+
+
+class Parallel:
+    """One rank of `size`, over torch.distributed.  A single rank needs no process group, and its collectives do nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, run_dir: str = "", group: dist.ProcessGroup | None = None) -> None:
+        """Join the group; returns when all ranks have.  `run_dir`: see `join`; not used with a `group` already joined."""
+        self.rank = rank
+        self.size = size
+        self._group = group
+        if size > 1 and group is None:
+            self._group = join("gloo", rank, size, run_dir)
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` over the ranks, in place.  The result is bitwise the same on every rank."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather_cols(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        """[rows, widths[rank]] -> [rows, sum(widths)], the ranks' columns side by side.  Uneven shards travel padded."""
+        if self.size == 1:
+            return x
+        widest = max(widths)
+        if x.shape[1] < widest:
+            padded = x.new_empty(x.shape[0], widest)  # nobody reads the padding
+            padded[:, : x.shape[1]] = x
+            x = padded
+        parts = self._gather(x.contiguous())
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Contiguous [...] of one shape on all ranks -> [size, ...], in one collective."""
+        flat = x.new_empty(self.size * x.numel())
+        all_gather_single(flat, x.view(-1), group=self._group)
+        return flat.view(self.size, *x.shape)
+
+    def close(self) -> None:
+        """Leave the group.  Idempotent."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(
+    backend: Literal["gloo", "nccl"], rank: int, size: int, run_dir: str, device: torch.device | None = None
+) -> dist.ProcessGroup:
+    """Make the process group of all ranks; returns when all have joined.
+
+    `run_dir`: a private directory that is new for every engine start.  The ranks find each other through a file there instead
+    of a TCP port, so nobody outside can join and no port can collide; all sockets are on the loopback interface.
+
+    NVLink multicast stays off unless the user's environment turns it on: it is a resource of the whole host.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_NET", "Socket")  # the ranks are on one host: nothing is gained by looking for other networks
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    store = dist.FileStore(os.path.join(run_dir, "tp"), size)  # type: ignore[attr-defined]
+    # With a device, NCCL connects here and not in the first collective, where it could be in the middle of a graph capture.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def to_stderr(text: str) -> None:
+    """What CudaParallel has to tell the person who started the engine, unless told otherwise."""
+    print(f"minisgl: {text}", file=sys.stderr, flush=True)
+
+
+def make_parallel(
+    kind: Kind,
+    rank: int,
+    size: int,
+    run_dir: str,
+    device: torch.device | None = None,
+    *,
+    one_shot_bytes: int | None = None,
+    say: Callable[[str], None] = to_stderr,
+) -> Parallel:
+    """The collectives of this rank; returns when all ranks have called it with the same arguments.
+
+    "gloo": tensors on the CPU.  "nccl": one GPU per rank.  "shared-gpu": all ranks on one GPU, for checks on a machine that
+    has no second one; slow.  `device`: this rank's GPU, already current.  `one_shot_bytes` (0: never)
+    and `say`: see CudaParallel.
+
+    Raises RuntimeError where the kind cannot work at all: no such backend in this torch, or no symmetric memory for
+    "shared-gpu".
+    """
+    if size == 1:
+        return Parallel()
+    if kind == "gloo":
+        return Parallel(rank, size, run_dir)
+    from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory
+
+    if device is None or device.index is None:
+        raise ValueError(f'kind "{kind}" needs a device with an index')
+    limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes
+    if kind == "nccl":
+        group = join("nccl", rank, size, run_dir, device)
+        small = SymmetricMemory(group, device, limit, run_dir) if limit else None
+        return CudaParallel(rank, size, group, small, one_shot_bytes=limit, say=say)
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    group = join("gloo", rank, size, run_dir)
+    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir)
+    return SharedGpuParallel(rank, size, group, memory, one_shot_bytes=limit, say=say)

@@ -1,0 +1,162 @@
+"""What a worker remembers between steps, by slot, and how a plan changes it.  numpy only; one copy in every worker.
+
+    joins   a slot's KV length and sampling parameters are set
+    extras  it is noted which slots want log probabilities, and whose logits are adjusted (cpu/penalties.py)
+    grants  page_table[slot, index] = page
+    prefill n prompt tokens are appended at the slot's KV length
+    decode  the slot's last token is appended
+
+A row of the page table is valid for the pages that hold the slot's first kv_len tokens; behind them it may name pages of
+former owners, which are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.plan import DRAW, I32, SCORE, StepPlan
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+U64 = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Sampling parameters of the R rows that draw a token, and the index `positions` that the new token will have."""
+
+    temperature: F32
+    top_k: I32
+    top_p: F32
+    min_p: F32
+    seed: U64
+    positions: I64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All rows of one step, ready to compute: T tokens of P prompt chunks, then B decode rows.
+
+    The decode rows stand longest context first, so that attention can pad neighbours to one length cheaply; `sample_rows`
+    undoes the order.
+    """
+
+    ids: I64  # [T]
+    positions: I64  # [T]
+    kv_index: I64  # [T] where each token's key and value go: page * page_size + offset
+    chunk_lens: I32  # [P] tokens of each prompt chunk
+    kv_lens: I32  # [P + B] tokens in the KV cache after this step
+    pages: I32  # [P + B, pages of the longest row]; valid for the first kv_len tokens of each row
+    sample_rows: I64  # [R] the tokens whose logits are wanted, in the order of StepResult.tokens
+    sample_slots: I64  # [R]
+    decode_slots: I64  # [B] slot of each decode row
+    sampling: SamplingRows
+    score_rows: I64  # [M] the tokens of prompts whose followers are to be scored
+    score_slots: I64  # [M]
+    targets: I32  # [M] these followers
+
+
+class SlotState:
+    """Resident state of `max_running` slots."""
+
+    def __init__(self, max_running: int, max_context: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.last_token: I32 = np.zeros(max_running, np.int32)
+        self.kv_len: I32 = np.zeros(max_running, np.int32)
+        self.page_table: I32 = np.zeros((max_running, -(-max_context // page_size)), np.int32)
+        self.temperature: F32 = np.zeros(max_running, np.float32)
+        self.top_k: I32 = np.zeros(max_running, np.int32)
+        self.top_p: F32 = np.ones(max_running, np.float32)
+        self.min_p: F32 = np.zeros(max_running, np.float32)
+        self.seed: U64 = np.zeros(max_running, np.uint64)
+        self.extras = False  # whether any slot has ever had an extra: without, nobody need look at the next three
+        self.logprobs: I32 = np.full(max_running, -1, np.int32)  # alternatives that are wanted, -1: not even the token's own
+        self.adjusted = np.zeros(max_running, np.bool_)  # has biases or penalties
+        self.counted = np.zeros(max_running, np.bool_)  # has penalties
+        self._decode: I64 = np.zeros(0, np.int64)  # decode slots of the latest plan
+
+    def apply(self, plan: StepPlan) -> Batch:
+        """Take in one plan: update the slots and lay out its rows.  Plans must come in order, each exactly once."""
+        self._update(plan)
+        return self._lay_out(plan)
+
+    def advance_decode(self, plan: StepPlan) -> I32:
+        """`apply` for a plan without prompts, where nothing need be laid out: the slots that decode, in the plan's order."""
+        self._update(plan)
+        self.kv_len[self._decode] += 1
+        return self._decode.astype(np.int32)
+
+    def _update(self, plan: StepPlan) -> None:
+        j = plan.joins
+        self.kv_len[j["slot"]] = j["kv_len"]
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            getattr(self, name)[j["slot"]] = j[name]
+        if len(plan.extras):
+            self.extras = True
+            e, slots = plan.extras, plan.extras["slot"]
+            self.logprobs[slots] = e["logprobs"]
+            self.counted[slots] = (e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)
+            self.adjusted[slots] = self.counted[slots] | (e["n_bias"] > 0)
+        self.page_table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
+        if plan.decode is not None:
+            self._decode = plan.decode.astype(np.int64)
+
+    def advance(self, batch: Batch, tokens: I32) -> None:
+        """Remember what the rows of a batch sampled: the next decode step feeds it."""
+        self.last_token[batch.sample_slots] = tokens
+
+    def _lay_out(self, plan: StepPlan) -> Batch:
+        prompts, chunk_lens = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"]
+        order = np.argsort(-self.kv_len[self._decode], kind="stable")
+        decode = self._decode[order]
+        slots = np.concatenate((prompts, decode))
+        lens = np.concatenate((chunk_lens, np.ones(len(decode), np.int32)))  # tokens that each row appends
+
+        starts = np.cumsum(lens) - lens  # first token of each row within the step
+        row = np.repeat(np.arange(len(slots)), lens)  # row of each token
+        positions = self.kv_len[slots][row] + np.arange(len(row)) - starts[row]
+        page = self.page_table[slots[row], positions // self.page_size]
+        self.kv_len[slots] += lens
+        kv_lens = self.kv_len[slots]
+        longest = -(-int(kv_lens.max(initial=0)) // self.page_size)
+
+        sampling_prompts = np.flatnonzero(plan.prefill["sample"] & DRAW)
+        position_of = np.empty(len(decode), np.int64)  # of the plan's i-th decode slot among the decode rows
+        position_of[order] = np.arange(len(decode))
+        sample_slots = np.concatenate((prompts[sampling_prompts], self._decode))
+        n_prompt_ids = len(plan.ids)
+        score_rows = _score_rows(plan) if len(plan.targets) else np.zeros(0, np.int64)
+        return Batch(
+            ids=np.concatenate((plan.ids, self.last_token[decode])).astype(np.int64),
+            positions=positions.astype(np.int64),
+            kv_index=page.astype(np.int64) * self.page_size + positions % self.page_size,
+            chunk_lens=chunk_lens,
+            kv_lens=kv_lens,
+            pages=self.page_table[slots, :longest],
+            sample_rows=np.concatenate(((starts + lens - 1)[sampling_prompts], n_prompt_ids + position_of)).astype(np.int64),
+            sample_slots=sample_slots,
+            decode_slots=decode,
+            sampling=SamplingRows(
+                temperature=self.temperature[sample_slots],
+                top_k=self.top_k[sample_slots],
+                top_p=self.top_p[sample_slots],
+                min_p=self.min_p[sample_slots],
+                seed=self.seed[sample_slots],
+                positions=self.kv_len[sample_slots].astype(np.int64),
+            ),
+            score_rows=score_rows,
+            score_slots=slots[row[score_rows]],
+            targets=plan.targets,
+        )
+
+
+def _score_rows(plan: StepPlan) -> I64:
+    """The tokens of a step to which the plan's `targets` belong: all of rows with SCORE, less the last of one that draws."""
+    lens = plan.prefill["n_ids"]
+    scored = np.repeat(plan.prefill["sample"] & SCORE, lens) > 0
+    drawing = (plan.prefill["sample"] & DRAW) > 0
+    scored[np.cumsum(lens)[drawing] - 1] = False
+    return np.flatnonzero(scored)

@@ -1,0 +1,72 @@
+"""Which arithmetic a CPU worker uses: what the flags ask for, and what this machine can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.config import EngineConfig, ModelSpec
+from minisgl.model.common.interfaces import CpuBlocks
+from minisgl.model.common.shard import Shard
+from minisgl.model.cpu.attention import TorchAttention
+from minisgl.model.cpu.attention_c import KV_DTYPE, KernelAttention, can_attend
+from minisgl.model.cpu.build import NoKernels
+from minisgl.model.cpu.kernels import Kernels
+from minisgl.model.cpu.quantized_layers import QuantBlocks
+
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = {
+    "int8": "8 bits",
+    "q4": "4 bits, the table of tokens and the head in 8",
+    "auto": "the 4 bits of a file that has them, 8 bits for the rest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuArithmetic:
+    """Makes the layers and the attention of a worker.  `text` says it in words."""
+
+    dtype: torch.dtype  # of the weights as they are read, and of the residual stream
+    kv_dtype: torch.dtype
+    blocks: CpuBlocks
+    run: Kernels | None  # of attention, too
+    text: str
+    torch_threads: int  # what is left to torch beside C kernels is too little to share, and its threads would be in the way
+
+    @classmethod
+    def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
+        """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be.
+
+        Without them auto is float32, which is faster in torch; a kind that was asked for is computed in torch.
+        """
+        kind, dtype = engine.quantization, _DTYPES[engine.dtype]
+        plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
+        if not engine.eight_bits:
+            return cls(dtype, dtype, CpuBlocks(dtype), None, plain, threads)
+        text = f"weights in {_WEIGHTS[kind]}, " + "experts in float32, " * (spec.num_experts > 0)
+        try:
+            run = Kernels(threads)
+        except NoKernels as e:
+            slower = f", several times slower than 8 bits on C kernels: {e}"
+            if kind == "auto":
+                return cls(dtype, dtype, CpuBlocks(dtype), None, plain + slower, threads)
+            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, f"{text}in torch{slower}", threads)
+        blocks = QuantBlocks(kind, run)
+        if not can_attend(spec, engine.page_size):
+            text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
+            return cls(torch.float32, torch.float32, blocks, None, text, threads)
+        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels", threads if spec.num_experts else 1)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the blocks take matrices as the file has them, see `open_weights`."""
+        return isinstance(self.blocks, QuantBlocks)
+
+    def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
+        """The cache of `num_pages` pages, and what reads it."""
+        sizes = {"num_pages": num_pages, "page_size": page_size}
+        sizes |= {"num_heads": shard.num_heads, "num_kv_heads": shard.num_kv_heads}
+        if self.run is None:
+            return TorchAttention(spec, dtype=self.kv_dtype, **sizes)
+        return KernelAttention(spec, self.run, **sizes)

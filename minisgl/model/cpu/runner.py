@@ -1,0 +1,182 @@
+"""One tensor-parallel rank on a CPU: weights, KV cache, slots.  Runs in a worker process; the only way in is `Runner`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.config import Config
+from minisgl.errors import UserError
+from minisgl.model.checkpoint.loader import open_weights
+from minisgl.model.common.grammar import Grammars, unpack
+from minisgl.model.common.host import threads_per_rank
+from minisgl.model.common.host_memory import available_bytes
+from minisgl.model.common.parallel import Parallel, to_stderr
+from minisgl.model.common.pooling import Pooling
+from minisgl.model.common.registry import model_class
+from minisgl.model.common.shard import Shard
+from minisgl.model.common.slots import I64, Batch, SlotState
+from minisgl.model.cpu.attention import TorchAttention
+from minisgl.model.cpu.attention_c import KernelAttention
+from minisgl.model.cpu.backend import CpuArithmetic
+from minisgl.model.cpu.penalties import Adjustments, restrict
+from minisgl.model.cpu.sampler import sample, score
+from minisgl.plan import FAILED, I32, Scores, StepPlan, StepResult
+
+MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A launched step.  On a CPU it is finished when `launch` returns."""
+
+    _result: StepResult
+
+    def done(self) -> bool:
+        """Whether `result` returns without waiting.  Never blocks."""
+        return True
+
+    def result(self) -> StepResult:
+        """What the step sampled."""
+        return self._result
+
+
+class Runner:
+    """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
+
+    def __init__(self, config: Config, rank: int, run_dir: str) -> None:
+        """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
+        engine, spec = config.engine, config.model
+        threads = threads_per_rank(engine)
+        with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
+            torch.set_num_interop_threads(1)
+        self._config = config
+        self._arithmetic = CpuArithmetic.choose(engine, spec, threads)
+        torch.set_num_threads(self._arithmetic.torch_threads)
+        if rank == 0:
+            to_stderr(self._arithmetic.text)
+        self._shard = Shard.of(spec, rank, engine.tp)
+        self._parallel = Parallel(rank, engine.tp, run_dir)
+        with torch.inference_mode():
+            weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
+            served = replace(spec, max_context=config.max_context)
+            blocks = self._arithmetic.blocks
+            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
+            weights.finish()
+        self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
+        self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
+        self._grammars = Grammars.of(spec)
+        self._pooling = Pooling()
+        self._attention: TorchAttention | KernelAttention | None = None
+
+    def max_pages(self) -> int:
+        """How many KV pages fit beside the weights on this rank.  Raises UserError if not even one does."""
+        engine = self._config.engine
+        page_bytes = engine.page_size * self._token_bytes()
+        if engine.kv_tokens:
+            tokens = engine.kv_tokens
+        else:
+            share = int(available_bytes() * engine.memory_fraction) // engine.tp // page_bytes * engine.page_size
+            tokens = min(share, engine.max_running * self._config.max_context, MAX_KV_TOKENS)
+        pages = -(-tokens // engine.page_size)
+        if pages < 1:
+            raise UserError(
+                f"no memory for the KV cache: one page of {engine.page_size} tokens takes {page_bytes >> 10} KiB and "
+                f"memory_fraction {engine.memory_fraction:g} of the free memory is less. Free some memory, or set kv_tokens."
+            )
+        return pages
+
+    def allocate(self, num_pages: int) -> None:
+        """Create the KV cache: `num_pages` pages, the same number on every rank."""
+        page_size = self._config.engine.page_size
+        self._attention = self._arithmetic.attention(self._config.model, self._shard, num_pages, page_size)
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Run one step.  Plans come in order, each exactly once, and the same ones on every rank."""
+        if self._attention is None:
+            raise RuntimeError("launch before allocate")
+        start = time.perf_counter_ns()
+        batch = self._state.apply(plan)
+        if len(plan.extras):
+            self._adjustments.join(plan)
+        if len(plan.grammars):
+            self._grammars.join(plan)
+        if len(batch.ids) == 0:  # joins and grants alone
+            return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
+        with torch.inference_mode():
+            self._attention.prepare(batch)
+            ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
+            rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
+            vectors: torch.Tensor | None = None
+            if self._pooling.wanted(plan):
+                x, delta = self._model.states(ids, positions, self._attention)
+                vectors = self._pooling.take(plan, batch, lambda rows: self._model.final(x, delta, torch.from_numpy(rows)))
+                logits = self._model.logits(x, delta, rows)
+            else:
+                logits = self._model(ids, positions, rows, self._attention)
+            tokens, failed = self._draw(logits[: len(batch.sample_rows)], batch)
+            scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
+        self._state.advance(batch, tokens)
+        if failed is not None:
+            tokens = np.where(failed, np.int32(FAILED), tokens)
+        pooled = None if vectors is None else vectors.numpy()
+        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
+
+    def _draw(self, logits: torch.Tensor, batch: Batch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
+        """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
+        slots = batch.sample_slots
+        if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
+            adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
+            logits = logits.float().index_copy(0, torch.from_numpy(rows), adjusted)
+        if self._grammars and len(bound := self._grammars.rows(slots)):
+            return self._draw_bound(logits, batch, bound)
+        tokens = sample(logits, batch.sampling)
+        self._count(slots, tokens)
+        return tokens, None
+
+    def _draw_bound(
+        self, logits: torch.Tensor, batch: Batch, bound: npt.NDArray[np.int64]
+    ) -> tuple[I32, npt.NDArray[np.bool_]]:
+        """`_draw` where the rows `bound` have a grammar."""
+        slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
+        masks, failed[bound] = self._grammars.masks(slots[bound])
+        at, allowed = torch.from_numpy(bound), torch.from_numpy(unpack(masks, logits.shape[1]))
+        logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
+        tokens = sample(logits, batch.sampling)
+        self._count(slots, tokens)
+        self._grammars.advance(slots[bound], tokens[bound])
+        return tokens, failed
+
+    def _count(self, slots: I64, tokens: I32) -> None:
+        if self._state.extras and len(counted := np.flatnonzero(self._state.counted[slots])):
+            self._adjustments.count(slots[counted], tokens[counted])
+
+    def _score(self, logits: torch.Tensor, batch: Batch, tokens: I32) -> Scores | None:
+        """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""
+        if not self._state.extras:
+            return None
+        rows = np.flatnonzero(self._state.logprobs[batch.sample_slots] >= 0)
+        if not len(rows) and not len(batch.targets):
+            return None
+        chosen = np.concatenate((rows, len(batch.sample_rows) + np.arange(len(batch.targets))))
+        widths = self._state.logprobs[np.concatenate((batch.sample_slots[rows], batch.score_slots))]
+        return score(logits[torch.from_numpy(chosen)], np.concatenate((tokens[rows], batch.targets)), widths)
+
+    def prepare(self) -> bool:
+        """Nothing is left to be prepared."""
+        return False
+
+    def close(self) -> None:
+        """Leave the group and drop the cache.  Idempotent."""
+        self._attention = None
+        self._parallel.close()
+
+    def _token_bytes(self) -> int:
+        """Bytes of KV per token on this rank."""
+        spec = self._config.model
+        return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._arithmetic.kv_dtype.itemsize

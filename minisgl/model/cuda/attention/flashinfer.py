@@ -1,0 +1,145 @@
+"""The attention backend of FlashInfer.  Its kernels are compiled when first used, or ahead of time (`minisgl prebuild`).
+
+Prefill: ragged queries over paged keys, causal from the end, so that a cached prefix needs neither a second call nor a merge.
+On Hopper FA3: 1.3 to 1.9 times FA2 where it matters.  It has no kernel for queries of 16 bits over a float8 cache, so the pages
+of a step are widened into a scratch cache first, layer by layer, which costs little beside attention itself; FA2 reads the
+float8 cache where a step's contexts do not fit the scratch, and does everything on other GPUs.
+
+Decode: its kernel for CUDA cores where that knows the group of query heads, otherwise the one of prefill.  Each step is
+planned on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster (docs/benchmarks.md), so
+this one is used for decode only when asked for.
+
+FlashInfer's `plan` fills a pinned host buffer and copies it asynchronously; planning again before that copy has run would
+corrupt it, so an event after the copies is waited for first.  That wait is short: plan k is published after the result of
+step k - lag is known, and the copies of the step between stand right behind it in the stream.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads, paging
+from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS, HEAD_DIMS
+from minisgl.model.cuda.kv_cache import KVCache
+from minisgl.model.kernels.fp8_pages import widen_pages
+from minisgl.plan import I32
+
+WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
+WIDENED_BYTES = 512 << 20  # the scratch cache of one layer: 131,072 tokens of 8 heads of 128
+
+
+class FlashInferAttention:
+    """A Backend."""
+
+    graphs: ClassVar[bool] = False  # its plans are made on the host for every step
+
+    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+        import flashinfer
+
+        self._heads, self._cache, self._device = heads, cache, page_table.device
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+        fa3, widen = heads.capability == 90, heads.kv_dtype != heads.dtype
+        # A window is part of a plan, so layers with different ones have a wrapper each.
+        windows = set(heads.windows) or {0}
+
+        def wrappers(backend: str) -> dict[int, Any]:
+            return {w: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend) for w in windows}
+
+        self._prefill = wrappers("fa3" if fa3 and not widen else "fa2")
+        self._widening = wrappers("fa3") if fa3 and widen else {}
+        self._scratch = cache.scratch(WIDENED_BYTES if fa3 and widen else 0, heads.dtype)
+        self._widened: torch.Tensor | None = None  # the pages of this step that are to be widened
+        self._decode: dict[int, Any] = {
+            window: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace, "HND", use_tensor_cores=heads.group not in CUDA_CORE_GROUPS
+            )
+            for window in windows
+        }
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # after the copies of the latest plan
+
+    @classmethod
+    def refuses(cls, heads: Heads, task: str) -> str | None:
+        if heads.capability < 80:
+            return "it needs compute capability 8.0 or newer"
+        if heads.dtype == torch.float32:
+            return "it has no kernels for float32"
+        if heads.sinks:
+            return "its kernels are used without attention sinks"
+        if heads.head_dim not in HEAD_DIMS:
+            return f"it has no kernels for a head size of {heads.head_dim}"
+        if importlib.util.find_spec("flashinfer") is None:
+            return "the package flashinfer-python is not installed"
+        return None
+
+    def plan_prefill(self, chunks: Chunks) -> None:
+        starts = torch.zeros(len(chunks.chunk_lens) + 1, dtype=torch.int32)
+        starts[1:] = torch.from_numpy(np.cumsum(chunks.chunk_lens))
+        pages = int(np.sum(-(-chunks.kv_lens // self._cache.page_size)))
+        widen = bool(self._widening) and pages <= len(self._scratch)
+        indices = self._plan(
+            self._widening if widen else self._prefill, (starts,), chunks.kv_lens, chunks.pages, widened=widen, causal=True
+        )
+        self._widened = indices if widen else None
+
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        window = self._heads.window(layer)
+        out = torch.empty_like(q)  # FlashInfer would fill its own with zeros first
+        if self._widened is None:
+            self._prefill[window].run(q, (self._cache.keys(layer), self._cache.values(layer)), out=out)
+        else:
+            widen_pages(self._cache.pages(layer), self._widened, self._scratch)
+            self._widening[window].run(q, (self._scratch[:, 0], self._scratch[:, 1]), out=out)
+        return out
+
+    def plan_decode(self, rows: DecodeRows) -> None:
+        if rows.host_kv_lens is None or rows.host_pages is None:
+            raise RuntimeError("FlashInfer plans decode rows on the host")
+        self._plan(self._decode, (), rows.host_kv_lens, rows.host_pages)
+
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        wrapper = self._decode[self._heads.window(layer)]
+        out: torch.Tensor = wrapper.run(q, (self._cache.keys(layer), self._cache.values(layer)))
+        return out
+
+    def _plan(
+        self,
+        wrappers: dict[int, Any],
+        first: tuple[torch.Tensor, ...],
+        kv_lens: I32,
+        pages: I32,
+        *,
+        widened: bool = False,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Plan rows of kv_lens[r] tokens in `pages`; `first` and `more` are what the two kinds of wrappers do not share.
+
+        Returns the page numbers of all rows, on the device.  `widened`: the rows will be read from the scratch cache, whose
+        pages are these in their order.
+        """
+        indptr, indices, last = paging(kv_lens, pages, self._cache.page_size)
+        h, on_device = self._heads, torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
+        planned = torch.arange(len(indices), dtype=torch.int32, device=self._device) if widened else on_device
+        self._copied.synchronize()
+        for window, wrapper in wrappers.items():
+            wrapper.plan(
+                *first,
+                torch.from_numpy(indptr),
+                planned,
+                torch.from_numpy(last),
+                h.num_heads,
+                h.num_kv_heads,
+                h.head_dim,
+                self._cache.page_size,
+                q_data_type=h.dtype,
+                kv_data_type=h.dtype if widened else h.kv_dtype,
+                sm_scale=h.scale or None,
+                window_left=window - 1,  # tokens before the query's own; -1: all
+                logits_soft_cap=h.softcap or None,
+                **more,
+            )
+        self._copied.record()
+        return on_device

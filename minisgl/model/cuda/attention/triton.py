@@ -1,0 +1,82 @@
+"""The attention backend of our own kernels (minisgl.model.kernels).  No plan on the host, so everything can be in a graph."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads
+from minisgl.model.cuda.kv_cache import KVCache
+from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
+from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
+
+
+class TritonAttention:
+    """A Backend."""
+
+    graphs: ClassVar[bool] = True
+
+    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+        self._heads, self._cache, self._page_table = heads, cache, page_table
+        self._workspaces: dict[tuple[int, int], DecodeWorkspace] = {}
+        self._workspace: DecodeWorkspace | None = None
+        self._rows: DecodeRows | None = None
+        self._tiles: torch.Tensor | None = None
+
+    @classmethod
+    def refuses(cls, heads: Heads, task: str) -> str | None:
+        if heads.head_dim > 256:
+            return f"a head size of {heads.head_dim} is above 256"
+        return None if heads.capability >= 80 else "it needs compute capability 8.0 or newer"
+
+    def plan_prefill(self, chunks: Chunks) -> None:
+        tiles = chunks.tiles
+        if tiles is None:
+            table = tiles_of(chunks.chunk_lens, chunks.slots, chunks.kv_lens, self._heads.group)
+            tiles = torch.from_numpy(table)
+            if self._page_table.is_cuda:
+                tiles = tiles.pin_memory().to(self._page_table.device, non_blocking=True)
+        self._tiles = tiles
+
+    def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        assert self._tiles is not None
+        h = self._heads
+        return prefill_attention(
+            q,
+            self._cache.keys(layer),
+            self._cache.values(layer),
+            self._page_table,
+            self._tiles,
+            scale=h.scale,
+            window=h.window(layer),
+            softcap=h.softcap,
+            sinks=sinks,
+        )
+
+    def plan_decode(self, rows: DecodeRows) -> None:
+        self._rows = rows
+        key, h = (len(rows.slots), rows.splits), self._heads
+        workspace = self._workspaces.get(key)
+        if workspace is None:
+            workspace = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
+            if rows.host_kv_lens is None:  # graphs hold on to its address
+                self._workspaces[key] = workspace
+        self._workspace = workspace
+
+    def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        assert self._rows is not None
+        assert self._workspace is not None
+        return decode_attention(
+            q,
+            self._cache.keys(layer),
+            self._cache.values(layer),
+            self._page_table,
+            self._rows.slots,
+            self._rows.kv_lens,
+            self._workspace,
+            scale=self._heads.scale,
+            window=self._heads.window(layer),
+            softcap=self._heads.softcap,
+            sinks=sinks,
+        )

@@ -1,0 +1,109 @@
+"""What a GPU worker remembers of every slot, on the device, and how plans get there.  Runs in the workers.
+
+The host keeps a mirror (SlotState) for what must be laid out there: prompt chunks, and the order of the decode rows.  A plan's
+joins and grants travel as the bytes they are in the record; a decode batch that stays the same is not sent again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.model.kernels.apply_plan import apply_plan
+from minisgl.model.kernels.penalties import enter_extras
+from minisgl.model.kernels.sampling import Extras, SamplingState
+from minisgl.plan import I32, StepPlan
+
+
+class Uploads:
+    """Pinned buffers in rotation.  A buffer may be written again once the copy from it has run: a worker gets plan k + lag only
+    after the result of step k, so lag + 1 buffers are enough."""
+
+    def __init__(self, words: int, lag: int, device: torch.device) -> None:
+        self._device = device
+        pinned = device.type == "cuda"
+        self._ring = [torch.empty(words, dtype=torch.int32, pin_memory=pinned) for _ in range(lag + 1)]
+        self._staging = torch.empty(words, dtype=torch.int32, device=device)
+        self._next = 0
+
+    def send(self, parts: list[I32], into: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy int32 arrays, one behind the other, to the device, without waiting; valid for the step being launched."""
+        total = sum(p.size for p in parts)
+        if total > len(self._staging):  # a plan that grants very many pages: seldom
+            whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
+            whole = whole.pin_memory() if self._ring[0].is_pinned() else whole
+            return whole.to(self._device, non_blocking=True) if into is None else into.copy_(whole, non_blocking=True)
+        pinned = self._ring[self._next]
+        host, at = pinned.numpy(), 0
+        for part in parts:
+            host[at : at + part.size] = part.ravel()
+            at += part.size
+        target = self._staging[:total] if into is None else into
+        target.copy_(pinned[:total], non_blocking=True)
+        return target
+
+    def turn(self) -> None:
+        """The next step uses the next buffer."""
+        self._next = (self._next + 1) % len(self._ring)
+
+
+class DeviceState(SamplingState):
+    """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is the spare one."""
+
+    def __init__(
+        self, max_running: int, max_context: int, page_size: int, lag: int, device: torch.device, *, vocab: int
+    ) -> None:
+        super().__init__(max_running + 1, device)
+        self._vocab, self._device = vocab, device
+        self.spare = max_running
+        self.page_size = page_size
+        width = -(-max_context // page_size)
+        self.page_table = torch.zeros(max_running + 1, width, dtype=torch.int32, device=device)
+        self._plans = Uploads(1 << 16, lag, device)
+        self._rows = Uploads(2 * (max_running + 64) + 64, lag, device)
+        # Decode rows, longest context first (the last programs of a launch are then the short ones), and where in the
+        # plan's order each row's token goes; padding rows write behind the result.
+        self.decode_rows = torch.full((2, max_running + 64), max_running, dtype=torch.int32, device=device)
+
+    def spare_page(self, page: int) -> None:
+        """Where padding rows keep their key and value."""
+        self.page_table[self.spare].fill_(page)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Enter joins, grants and extras."""
+        self._plans.turn()
+        n_join, n_grant, n_extra = len(plan.joins), len(plan.grants), len(plan.extras)
+        if n_join or n_grant:
+            extras = self._lay_out(plan) if n_extra else []
+            words = self._plans.send([_words(plan.joins), _words(plan.grants), *extras])
+            apply_plan(words, n_join, n_grant, self, self.page_table)
+            if n_extra:
+                enter_extras(words[len(words) - sum(len(part) for part in extras) :], n_extra, self)
+
+    def _lay_out(self, plan: StepPlan) -> list[I32]:
+        """The words of `enter_extras`; makes room on the device for what has not been used before."""
+        e, n = plan.extras, len(plan.extras)
+        if self.extras is None:
+            self.extras = Extras(len(self.kv_len), self._vocab, self._device)
+        if ((e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)).any():
+            self.extras.count()
+        bias, history = 3 * e["n_bias"], e["n_prompt"] + e["n_output"]
+        starts = np.zeros((n, 2), np.int32)
+        starts[:, 0] = 10 * n + np.cumsum(bias) - bias
+        starts[:, 1] = 10 * n + bias.sum() + np.cumsum(history) - history
+        return [_words(e), starts.ravel(), _words(plan.bias), plan.history]
+
+    def set_decode(self, slots: I32, order: npt.NDArray[np.int64]) -> None:
+        """Make slots[order] the decode rows; row i's token is number order[i] of the result."""
+        self._rows.turn()
+        width = self.decode_rows.shape[1]
+        rows = np.full((2, width), self.spare, np.int32)
+        rows[1] = width - 1
+        rows[0, : len(slots)] = slots[order]
+        rows[1, : len(slots)] = order
+        self._rows.send([rows], into=self.decode_rows.view(-1))
+
+
+def _words(rows: npt.NDArray[np.void]) -> I32:
+    return np.frombuffer(rows.tobytes(), np.int32)

@@ -1,0 +1,95 @@
+"""Grammars of a GPU worker: tokens come back from the device, matchers read them, masks go there, all beside running steps.
+
+The scheduler plans a bound row only when it knows all of its tokens (Limits.known_first).  So whatever a mask depends on has
+been drawn before the plan was made, on this rank as on rank 0 within the length of a step, and no rank waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.model.common.grammar import Grammars
+from minisgl.plan import StepPlan
+
+
+class Event(Protocol):
+    """A torch.cuda.Event, as far as it is used."""
+
+    def synchronize(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Tokens of a step that matchers have not read."""
+
+    step: int
+    matchers: list[Any]
+    rows: npt.NDArray[np.int64]
+    tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
+    end: Event
+
+
+class BoundRows:
+    """`bound` i32[slots] and `masks` i32[slots, ceil(V / 32)] on the device, as kernels.restrict reads them; empty before the
+    first grammar."""
+
+    def __init__(self, grammars: Grammars, slots: int, vocab: int, lag: int, device: torch.device) -> None:
+        self.grammars = grammars
+        self._slots, self._words, self._lag, self._device = slots, -(-vocab // 32), lag, device
+        self._flags = np.zeros(slots, np.int32)
+        self.bound = self.masks = torch.zeros(0, dtype=torch.int32, device=device)
+        self._unread: deque[_Drawn] = deque()
+        self._step = 0
+        self._now: tuple[list[Any], npt.NDArray[np.int64]] | None = None  # the bound rows of the step being launched
+        self.failed: npt.NDArray[np.int64] | None = None  # rows of that step whose grammar cannot go on
+
+    def begin(self, plan: StepPlan) -> None:
+        """A step begins; its grammars are taken in."""
+        self._step += 1
+        self._now = self.failed = None
+        while self._unread and self._unread[0].step <= self._step - self._lag:  # before its buffer is used again
+            self._read(self._unread.popleft())
+        if not len(plan.grammars):
+            return
+        self.grammars.join(plan)
+        self._flags[plan.grammars["slot"]] = plan.grammars["n_bytes"] > 0
+        if not len(self.bound):
+            self.bound = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
+            self.masks = torch.zeros(self._slots, self._words, dtype=torch.int32, device=self._device)
+        self.bound.copy_(self._upload(self._flags))
+
+    def bind(self, slots: npt.NDArray[Any]) -> bool:
+        """Send the masks of those that are bound among the rows that draw for `slots`; whether there are any."""
+        rows = self.grammars.rows(slots) if self.grammars else np.zeros(0, np.int64)
+        if not len(rows):
+            return False
+        mine = slots[rows]
+        matchers = self.grammars.matchers(mine)
+        wanted = {id(m) for m in matchers}
+        for drawn in [d for d in self._unread if any(id(m) in wanted for m in d.matchers)]:
+            self._unread.remove(drawn)
+            self._read(drawn)
+        masks, failed = self.grammars.masks(mine)
+        self.masks.index_copy_(0, self._upload(mine).long(), self._upload(masks.view(np.int32)))
+        self._now = (matchers, rows)
+        self.failed = rows[failed] if failed.any() else None
+        return True
+
+    def end(self, tokens: torch.Tensor, end: Event) -> None:
+        """The step was launched: its tokens will be in `tokens`, on the host, when `end` has passed."""
+        if self._now is not None:
+            self._unread.append(_Drawn(self._step, *self._now, tokens, end))
+
+    def _read(self, drawn: _Drawn) -> None:
+        drawn.end.synchronize()
+        self.grammars.feed(drawn.matchers, drawn.tokens.numpy()[drawn.rows])
+
+    def _upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        host = torch.from_numpy(values.astype(np.int32))
+        return (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)

@@ -1,0 +1,197 @@
+"""Decoder layers on an NVIDIA GPU.  Runs in the workers.
+
+Between layers travel plain rows [T, N], f32 parts [parts, T, N] of a product whose sum over K was cut, or `Quantized` or
+`Scaled` rows (minisgl.model.kernels.activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.config import ModelSpec
+from minisgl.model.common.interfaces import Norm as NormLayer
+from minisgl.model.common.interfaces import Positions, Rows
+from minisgl.model.common.rope import frequencies
+from minisgl.model.cpu.layers import Biases
+from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
+from minisgl.model.kernels.activations import Product, Quantized, Scaled
+from minisgl.model.kernels.small_batch_matmul import choose, few_rows
+
+WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
+# Up to here the library's FP8 products with one scale are faster than those with one for each row and column.
+ONE_SCALE_ROWS = 1024
+
+
+class Linear:
+    """Few rows through our kernels, where they are faster, many through cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
+        self.weight, self._whole = weight, whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        n, k = self.weight.shape
+        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, whole=self._whole)
+        if settings is None:
+            return F.linear(x, self.weight)
+        return few_rows(x, self.weight, settings)
+
+
+class Fp8Product:
+    """Products of rows and a weight [N, K] in float8, with a scale for each output channel and for each row."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        quantized = norm_activation.quantize_rows(weight)
+        self.weight, self.scales = quantized.values, quantized.scales.view(-1)
+        self._one = torch.ones((), dtype=torch.float32, device=weight.device)
+
+    def few(self, x: torch.Tensor, **options: bool) -> torch.Tensor:
+        """Plain rows through our kernels."""
+        n, k = self.weight.shape
+        settings = choose(len(x), n, k, fp8=True, **options) or {}
+        return few_rows(x, self.weight, settings, scales=self.scales, gated=options.get("gated", False))
+
+    def many(self, x: Quantized, *, whole: bool = False) -> Product:
+        """bfloat16 rows, still to be scaled if that makes the product faster and the next layer can (not `whole`)."""
+        if whole or len(x.values) > ONE_SCALE_ROWS:
+            return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
+        return Scaled(self._scaled_mm(x.values, self._one, self._one), x.scales, self.scales)
+
+    def _scaled_mm(self, x: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch._scaled_mm(
+            x, self.weight.t(), scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return y
+
+
+class Fp8Linear:
+    """W8A8; up to WEIGHT_ONLY_ROWS rows W8A16."""
+
+    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
+        self._product, self._whole = Fp8Product(weight), whole
+
+    def __call__(self, x: Rows) -> Product:
+        if not isinstance(x, Quantized):
+            if len(x) <= WEIGHT_ONLY_ROWS:
+                return self._product.few(x, whole=self._whole)
+            x = norm_activation.quantize_rows(x)
+        return self._product.many(x, whole=self._whole)
+
+
+class Gated:
+    """silu(gate) * up of [gate, up] weights: in the product's own kernel where that is ours."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        n, k = self.weight.shape
+        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, gated=True)
+        if settings is None:
+            return norm_activation.silu_mul(F.linear(x, self.weight))
+        return few_rows(x, self.weight, settings, gated=True)
+
+
+class Fp8Gated:
+    """As Gated; what it hands on is float8, too, where the next layer wants that."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._product = Fp8Product(weight)
+
+    def __call__(self, x: Rows) -> Rows:
+        if not isinstance(x, Quantized):
+            return self._product.few(x, gated=True)
+        return norm_activation.silu_mul_quantized(self._product.many(x))
+
+
+class Biased:
+    """A product of whole rows, plus a bias [N]."""
+
+    def __init__(self, product: Callable[[Rows], Rows], bias: torch.Tensor) -> None:
+        self._product, self._bias = product, bias
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        rows: torch.Tensor = self._product(x)
+        return rows.add_(self._bias)
+
+
+class GeluGated:
+    """gelu(gate) * up of a product with [gate, up] weights."""
+
+    def __init__(self, product: Callable[[Rows], torch.Tensor]) -> None:
+        self._product = product
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        return norm_activation.silu_mul(self._product(x), gelu=True)
+
+
+class Experts:
+    """A mixture of experts.  Hands on a part for each of a token's choices, or their sum if the ranks add up theirs first."""
+
+    def __init__(
+        self, router: Callable[[Rows], torch.Tensor], weights: moe.Weights, settings: moe.Settings, *, whole: bool
+    ) -> None:
+        self._router, self._weights, self._settings, self._whole = router, weights, settings, whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parts = moe.experts(x, self._router(x), self._weights, self._settings)
+        return parts.sum(0) if self._whole else parts
+
+
+class Norm:
+    """RMSNorm; hands on float8 rows where the next layer wants them."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, quantize: bool) -> None:
+        self._weight, self._eps, self._quantize = weight, eps, quantize
+
+    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> Rows:
+        quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
+        return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
+
+
+class CudaBlocks:
+    """`whole`: products are never handed on in parts: ranks add theirs up first.  `fp8`: for all layers but the last."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, whole: bool = False, fp8: bool = False) -> None:
+        self._dtype, self._device, self._whole, self._fp8 = dtype, device, whole, fp8
+
+    def linear(
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
+    ) -> Callable[[Rows], Rows]:
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        whole |= self._whole or bias is not None
+        product = Fp8Linear(weight, whole) if self._fp8 and not last else Linear(weight, whole or last)
+        return product if bias is None else Biased(product, bias)
+
+    def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> NormLayer:
+        return Norm(weight, eps, self._fp8 and not last)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
+        if activation == "gelu_tanh":
+            return GeluGated(self.linear(gate, up, whole=True))
+        weight = torch.cat((gate, up))
+        return Fp8Gated(weight) if self._fp8 else Gated(weight)
+
+    def experts(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
+    ) -> Callable[[Rows], Rows]:
+        product = Linear(router, whole=True)
+        settings = moe.Settings(top_k, normalise, activation == "clamped_swiglu")
+        if biases is None:
+            return Experts(product, moe.Weights(gate_up, down), settings, whole=self._whole)
+        return Experts(Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, whole=self._whole)
+
+    def rope(self, spec: ModelSpec) -> Positions:
+        freqs, amplitude = frequencies(spec)
+        freqs = freqs.to(self._device)
+        return lambda positions: qk_norm_rope.rope_tables(positions, freqs, amplitude)

@@ -1,0 +1,165 @@
+"""The oracle: a runner whose "KV cache" stores token ids, so that any mistake of the protocol changes the text.
+
+Its "attention" reads the ids back through the page table, and the next token is a hash of everything it read.  Aliased pages,
+stale writes, a lost grant, a wrong length or a slot mixed up give other tokens than `reference`.  It needs numpy only and
+runs wherever the real runner does: in LocalSystem under a seed, or in real processes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.config import Config
+from minisgl.model.common.grammar import Grammars, unpack
+from minisgl.plan import DRAW, FAILED, POOL, SCORE, SUM, Scores, StepPlan, StepResult
+
+I32 = npt.NDArray[np.int32]
+_POISON = -7
+
+
+def next_token(context: I32, vocab_size: int, allowed: I32 | None = None) -> int:
+    """A hash (FNV-1a, 64 bit) of all ids of the context, reduced to the vocabulary, or to the tokens that are `allowed`."""
+    h = 0xCBF29CE484222325
+    for t in context.tolist():
+        h = ((h ^ (t + 1)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return (h >> 17) % vocab_size if allowed is None else int(allowed[(h >> 17) % len(allowed)])
+
+
+def reference(prompt: list[int], max_tokens: int, vocab_size: int, eos_ids: tuple[int, ...]) -> list[int]:
+    """What a request must answer: sequential, no cache, no batch."""
+    out: list[int] = []
+    while len(out) < max_tokens and (not out or out[-1] not in eos_ids):
+        out.append(next_token(np.array(prompt + out, np.int32), vocab_size))
+    return out
+
+
+def logprob(context: I32, token: int) -> float:
+    """What stands for the log probability of a token: another hash, of the token and all before it; exact in float32."""
+    return -next_token(np.append(context, np.int32(token)), 8191) / 64
+
+
+def alternatives(token: int, n: int, vocab_size: int) -> list[int]:
+    """What stands for the most likely tokens in the place of `token`."""
+    return [(token + i) % vocab_size for i in range(n)]
+
+
+def state(context: I32) -> float:
+    """What stands for the hidden state of the last token of a context: a hash of all of it; exact in float32."""
+    return logprob(context, 0)
+
+
+class Done:
+    """A step that has finished by the time it is launched."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class OracleRunner:
+    """Same interface and same resident state as the real runner; see the module's first paragraph."""
+
+    def __init__(self, config: Config, num_pages: int, grammars: Grammars | None = None) -> None:
+        self.grammars = grammars
+        self._vocab = config.model.vocab_size
+        self._size = config.engine.page_size
+        self._pages = num_pages
+        slots = config.engine.max_running
+        self.kv = np.zeros((0, self._size), np.int32)
+        self.table = np.full((slots, -(-config.max_context // self._size)), -1, np.int32)
+        self.kv_len = np.zeros(slots, np.int32)
+        self.last = np.zeros(slots, np.int32)
+        self.logprobs = np.full(slots, -1, np.int32)
+        self.sums = np.zeros(slots, np.float32)
+        self._batch = np.zeros(0, np.int32)
+
+    def max_pages(self) -> int:
+        return self._pages
+
+    def allocate(self, num_pages: int) -> None:
+        self.kv = np.full((num_pages, self._size), _POISON, np.int32)
+
+    def prepare(self) -> bool:
+        """Nothing is left to be prepared."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def launch(self, plan: StepPlan) -> Done:
+        """Run the plan at once, row by row."""
+        self.kv_len[plan.joins["slot"]] = plan.joins["kv_len"]
+        self.logprobs[plan.extras["slot"]] = plan.extras["logprobs"]
+        self.table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
+        if self.grammars is not None and len(plan.grammars):
+            self.grammars.join(plan)
+        if plan.decode is not None:
+            self._batch = plan.decode
+        sampled: list[int] = []  # a grammar that has failed gives FAILED
+        drawn: list[tuple[int, I32, int]] = []  # (slot, context, token) whose log probabilities are wanted
+        followers: list[tuple[int, I32, int]] = []  # likewise, of tokens of prompts
+        targets = plan.targets.tolist()
+        vectors: list[float] = []
+        at = 0
+        for slot, flags, n in plan.prefill.tolist():
+            for i, token in enumerate(plan.ids[at : at + n].tolist()):
+                self.sums[slot] *= self.kv_len[slot] > 0
+                self._append(slot, token)
+                if flags & SUM:
+                    self.sums[slot] += state(self._context(slot))
+                if flags & SCORE and not (flags & DRAW and i == n - 1):
+                    followers.append((slot, self._context(slot), targets[len(followers)]))
+            at += n
+            if flags & POOL:
+                vectors.append(self.sums[slot] / self.kv_len[slot] if flags & SUM else state(self._context(slot)))
+            if flags & DRAW:
+                sampled.append(self._sample(slot, drawn))
+        for slot in self._batch.tolist():
+            self._append(slot, int(self.last[slot]))
+            sampled.append(self._sample(slot, drawn))
+        pooled = np.array(vectors, np.float32).reshape(-1, 1) if vectors else None
+        return Done(StepResult(plan.step, np.array(sampled, np.int32), scores=self._scores(drawn + followers), vectors=pooled))
+
+    def _scores(self, wanted: list[tuple[int, I32, int]]) -> Scores | None:
+        if not wanted:
+            return None
+        width = int(self.logprobs[[slot for slot, _, _ in wanted]].max())
+        tops = [alternatives(token, width, self._vocab) for _, _, token in wanted]
+        values = [[logprob(context, t) for t in top] for (_, context, _), top in zip(wanted, tops, strict=True)]
+        return Scores(
+            np.array([logprob(context, token) for _, context, token in wanted], np.float32),
+            np.array(tops, np.int32).reshape(len(wanted), width),
+            np.array(values, np.float32).reshape(len(wanted), width),
+        )
+
+    def _append(self, slot: int, token: int) -> None:
+        page, offset = divmod(int(self.kv_len[slot]), self._size)
+        self.kv[self.table[slot, page], offset] = token
+        self.kv_len[slot] += 1
+
+    def _context(self, slot: int) -> I32:
+        """All tokens of a slot, read back through its page table."""
+        n = int(self.kv_len[slot])
+        return self.kv[self.table[slot, : -(-n // self._size)]].reshape(-1)[:n]
+
+    def _sample(self, slot: int, drawn: list[tuple[int, I32, int]]) -> int:
+        context = self._context(slot)
+        here = np.array([slot])
+        bound = self.grammars is not None and len(self.grammars.rows(here)) > 0
+        failed = False
+        if bound and self.grammars is not None:
+            masks, (failed,) = self.grammars.masks(here)
+            token = next_token(context, self._vocab, np.flatnonzero(unpack(masks, self._vocab)[0]).astype(np.int32))
+            self.grammars.advance(here, np.array([token], np.int32))
+        else:
+            token = next_token(context, self._vocab)
+        if self.logprobs[slot] >= 0:
+            drawn.append((slot, context, token))
+        self.last[slot] = token
+        return FAILED if failed else token

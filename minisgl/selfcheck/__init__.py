@@ -1,0 +1,1 @@
+"""`python -m minisgl selfcheck`: every layer of the engine against transformers."""

@@ -1,0 +1,185 @@
+"""`python -m minisgl selfcheck`: does this installation compute what the model means?  What to run after changing a kernel.
+
+Layer by layer against transformers, and against itself: decode against prefill, cached against uncached, `--tp N` against one
+rank; then greedy answers of the whole engine.  Everything that needs torch runs in processes of its own, so each job begins
+with free memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from minisgl.commands.flags import add_engine_flags, engine_config
+from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.errors import UserError
+from minisgl.selfcheck.compare import FLOAT8, Arrays, Yardstick, changed, columns_of, greedy, perplexity, print_table
+
+Jobs = Callable[[str, list[list[str]]], None]  # (kind, further arguments of each process): run them side by side
+
+TEXT = (
+    "The lighthouse keeper kept two books. In the first he wrote, every evening, what the sea had done: the height of the "
+    "waves, the colour of the water, and the names of the ships that had passed. In the second he wrote what he had expected "
+    "the sea to do. At the end of each year he laid the books side by side and counted the days on which they agreed. In forty "
+    "years the number had never risen above a hundred, and yet he would not have called himself a poor judge of the weather. "
+    '"The second book is not there to be right," he told the boy who brought the oil. "It is there so that I look."'
+)
+PROMPTS = (TEXT, "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return", "2, 4, 8, 16, 32, 64, 128, 256,")
+
+
+def run(argv: list[str]) -> int:
+    """Check and print.  Returns 0 where everything is within its limit, else 1.  Raises UserError."""
+    args = _parser().parse_args(argv)
+    from minisgl.model.checkpoint.resolve import resolve
+    from minisgl.model.common.shard import check_tp
+
+    spec = resolve(args.model, args.revision)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    config = Config(spec, engine_config(given))
+    check_tp(spec, config.engine.tp)
+    return check(config, given, args.tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="minisgl selfcheck",
+        description="Compare this installation with transformers (float32, on the CPU, which takes 4 bytes of memory per "
+        "parameter) layer by layer, and with itself: decode and prefill, cached and uncached, --tp N and one rank.  Exit code "
+        "1 if something differs by more than rounding.",
+    )
+    p.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens after each prompt (%(default)s)")
+    add_engine_flags(p)
+    return p
+
+
+# ---------------- the check
+def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | None = None) -> int:
+    """Run all jobs, print the table.  `given`: keywords for LLM; `jobs` stands in for processes in tests."""
+    ids = prompts(config, tokens)
+    tp = config.engine.tp
+    with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
+        ours, theirs, spread = _observe(config, ids, tokens, Path(folder), jobs or _processes)
+    yard = Yardstick.of(config, theirs)
+    where = f"{config.engine.device}, {config.dtype}" + (f", --tp {tp}" if tp > 1 else "")
+    if yard.exact == "rounded":
+        where += ", weights in 4 or 8 bits, also those of transformers"
+    elif yard.floor == FLOAT8:
+        where += ", 8 bits: the limits are wide, --quantization none compares closely"
+    lengths = ", ".join(str(len(p)) for p in ids)
+    print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
+    columns = columns_of(config, ids, ours, theirs, spread)
+    faults = print_table(columns) + perplexity(ids[0], ours, theirs, yard) + changed(theirs)
+    with phase("the whole engine"):  # last: it may not even start
+        answers = _answers(config.model, given, ids, tokens)
+    exact = [theirs[f"{i}.{yard.exact}.logits"] for i in range(len(ids))]
+    faults += greedy(ids, ours, exact, answers, max(yard.greedy, columns[0].limits[0, -1]))
+    for fault in faults:
+        print(f"selfcheck: {fault}")
+    print("selfcheck: FAILED" if faults else "selfcheck: everything agrees")
+    return 1 if faults else 0
+
+
+def prompts(config: Config, tokens: int) -> list[list[int]]:
+    """The fixed prompts as token ids, cut to the context of the model."""
+    from minisgl.model.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    room = config.max_context - tokens
+    if tokens < 2 or room < 2:
+        raise UserError(f"--tokens must be between 2 and {config.max_context - 2}, got {tokens}")
+    return [tokenizer.encode(text, add_special=True)[:room].tolist() for text in PROMPTS]
+
+
+def _observe(
+    config: Config, ids: list[list[int]], tokens: int, folder: Path, jobs: Jobs
+) -> tuple[Arrays, Arrays, Arrays | None]:
+    """What one rank computes, what transformers does, and what `tp` ranks compute of the same sequences (None: one rank)."""
+    from safetensors.numpy import load_file
+
+    from minisgl.selfcheck.job import write_job
+
+    engine, longest = config.engine, max(map(len, ids)) + tokens
+    small = replace(
+        engine,
+        tp=1,
+        lag=1,
+        graphs="off" if engine.device == "cuda" else "on",  # layers are watched from Python
+        max_running=4,
+        step_tokens=longest + 4,
+        max_context=longest,
+        kv_tokens=4 * (longest + engine.page_size),
+    )
+    one, many = folder / "1", folder / "n"
+    write_job(one, replace(config, engine=small), ids, tokens)
+    with phase("layers, one rank"):
+        jobs("probe", [[str(one), "0"]])
+    with phase("transformers on the CPU"):
+        jobs("reference", [[str(one)]])
+    ours, theirs = load_file(one / "probe.safetensors"), load_file(one / "reference.safetensors")
+    if engine.tp == 1:
+        return ours, theirs, None
+    whole = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
+    write_job(many, replace(config, engine=replace(small, tp=engine.tp)), whole, 0)
+    with phase(f"layers, {engine.tp} ranks"):
+        jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
+    return ours, theirs, load_file(many / "probe.safetensors")
+
+
+@contextmanager
+def phase(text: str) -> Iterator[None]:
+    """Progress, for whoever waits."""
+    start = time.monotonic()
+    print(f"selfcheck: {text} ...", file=sys.stderr, flush=True)
+    yield
+    print(f"selfcheck: {text}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def _processes(kind: str, arguments: list[list[str]]) -> None:
+    from minisgl.selfcheck.job import FAILED
+
+    with ExitStack() as files, ThreadPoolExecutor(len(arguments)) as waiting:
+        said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
+        running: list[subprocess.Popen[bytes]] = []
+        try:
+            for a, file in zip(arguments, said, strict=True):
+                command = [sys.executable, "-m", "minisgl.selfcheck.job", str(os.getpid()), kind, *a]
+                running.append(subprocess.Popen(command, stderr=file))
+            for done in as_completed([waiting.submit(p.wait) for p in running]):
+                if done.result():
+                    break  # the other ranks would wait for this one
+            failed = next(((p.returncode, file) for p, file in zip(running, said, strict=True) if p.poll()), None)
+        finally:
+            for p in running:
+                p.kill()
+        if failed is not None:
+            code, file = failed
+            file.seek(0)
+            text = file.read().strip() or "it said nothing"
+            raise UserError(text.splitlines()[-1] if code == FAILED else f"the {kind} ended with code {code}:\n{text}")
+
+
+def _answers(spec: ModelSpec, given: Mapping[str, Any], ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the whole engine, with a cold and a warm prefix cache."""
+    from minisgl.llm import LLM
+    from minisgl.sampling_params import SamplingParams
+
+    known = {f.name for f in fields(EngineConfig)}
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    with LLM(spec, **{k: v for k, v in given.items() if k in known}) as llm:
+        out = {}
+        for cache in ("cold", "warm"):
+            done = llm.generate(ids, params)
+            if (error := next((c.error for c in done if c.error), None)) is not None:
+                raise UserError(f"the engine could not answer: {error}")
+            out[cache] = [c.token_ids for c in done]
+        return out

@@ -1,0 +1,55 @@
+"""The processes of `minisgl selfcheck`: `python -m minisgl.selfcheck.job PARENT probe FOLDER RANK`, or `reference FOLDER`.
+
+A job is a file in FOLDER, its result another; PARENT is the process that asks, without which nobody wants it.  No torch until
+the job is known: its threads must be set before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.errors import UserError
+from minisgl.lifeline import die_with_parent
+from minisgl.model.common.host import prepare_environment, threads_per_rank
+
+FAILED = 3  # exit code when a sentence on stderr says why
+_FILE = "job.json"
+
+
+def write_job(folder: Path, config: Config, prompts: Sequence[Sequence[int]], generate: int) -> None:
+    """Ask for `generate` greedy tokens after each prompt; 0: prompts are whole sequences, computed in one step only."""
+    spec, engine = json.loads(config.model.to_json()), asdict(config.engine)
+    folder.mkdir(exist_ok=True)
+    (folder / _FILE).write_text(json.dumps({"spec": spec, "engine": engine, "prompts": prompts, "generate": generate}))
+
+
+def work(kind: str, folder: str, rank: str = "0") -> None:
+    """Do the job in `folder`: rank 0 writes `probe.safetensors`, or the reference `reference.safetensors`.
+
+    Raises UserError for a checkpoint that is unusable.
+    """
+    job = json.loads((Path(folder) / _FILE).read_text())
+    config = Config(ModelSpec.from_json(json.dumps(job["spec"])), EngineConfig(**job["engine"]))
+    prepare_environment(threads_per_rank(config.engine))
+    if kind == "probe":
+        from minisgl.selfcheck.probe import probe
+
+        probe(folder, config, job["prompts"], job["generate"], int(rank))
+    else:
+        from minisgl.selfcheck.reference import reference
+
+        reference(folder, config, job["prompts"])
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    try:
+        work(*sys.argv[2:])
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(FAILED)
