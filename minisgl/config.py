@@ -6,6 +6,7 @@ pages fit) travels back as a message, so that "configured" and "discovered" are 
 
 from __future__ import annotations
 
+import ctypes
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -221,3 +222,32 @@ class Config:
         """Fields of SamplingParams for requests that do not set them: what the checkpoint recommends, unless switched off."""
         found: dict[str, Any] = json.loads(self.model.generation or "{}")
         return found if self.engine.generation_config == "auto" else {}
+
+
+# A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
+GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that the driver shows to this process, without loading torch.  0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _check_gpus(gpus: int, tp: int) -> None:
+    if gpus == 0:
+        raise UserError(
+            "--device cuda: no NVIDIA GPU is visible. Check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, "
+            "or use --device cpu."
+        )
+    if tp > gpus:
+        raise UserError(
+            f"--tp {tp}: every rank needs a GPU of its own, and {gpus} {'is' if gpus == 1 else 'are'} visible. "
+            f"Use --tp {gpus} or less, or --device cpu."
+        )

@@ -42,8 +42,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-I32 = npt.NDArray[np.int32]
-F32 = npt.NDArray[np.float32]
+from minisgl.arrays import F32, I32
+
 Rows = npt.NDArray[np.void]
 
 JOIN = np.dtype(
@@ -89,13 +89,13 @@ _SCORES = struct.Struct("<ii")
 class PlanKind(enum.IntEnum):
     """What a record asks of the workers.
 
-    STOP travels in band so that all ranks leave at the same step, PREPARE so that they capture the same graph at the same time.
+    STOP travels in band so that all ranks leave at the same step, CAPTURE so that they capture the same graph at the same time.
     Neither is a step: there is no result, and "the previous plan" is the one before.
     """
 
     STEP = 0
     STOP = 1
-    PREPARE = 2
+    CAPTURE = 2
 
 
 def _rows(dtype: np.dtype[np.void]) -> Rows:
@@ -112,8 +112,8 @@ class StepPlan:
 
     step: int
     kind: PlanKind = PlanKind.STEP
-    joins: Rows = field(default_factory=lambda: _rows(JOIN))
-    grants: Rows = field(default_factory=lambda: _rows(GRANT))
+    new_slots: Rows = field(default_factory=lambda: _rows(JOIN))
+    page_grants: Rows = field(default_factory=lambda: _rows(GRANT))
     prefill: Rows = field(default_factory=lambda: _rows(PREFILL))
     decode: I32 | None = field(default_factory=_ints)
     ids: I32 = field(default_factory=_ints)
@@ -134,8 +134,8 @@ class StepPlan:
             self.kind,
             _SAME if same else 0,
             0,
-            len(self.joins),
-            len(self.grants),
+            len(self.new_slots),
+            len(self.page_grants),
             len(self.prefill),
             n_decode,
             len(self.ids),
@@ -143,7 +143,7 @@ class StepPlan:
             len(self.targets),
             len(self.grammars),
         )
-        parts = [head.ljust(HEADER_BYTES, b"\0"), self.joins.tobytes(), self.grants.tobytes(), self.prefill.tobytes()]
+        parts = [head.ljust(HEADER_BYTES, b"\0"), self.new_slots.tobytes(), self.page_grants.tobytes(), self.prefill.tobytes()]
         if self.decode is not None:
             parts.append(self.decode.astype("<i4", copy=False).tobytes())
         parts.append(self.ids.astype("<i4", copy=False).tobytes())
@@ -160,21 +160,21 @@ class StepPlan:
         """Read a record; the arrays are read-only views of `raw`.  Runs in every worker.  Raises ValueError if malformed."""
         if len(raw) < HEADER_BYTES:
             raise ValueError(f"a plan has at least {HEADER_BYTES} bytes, got {len(raw)}")
-        step, kind, flags, _, n_join, n_grant, n_prefill, n_decode, n_ids, n_extra, n_targets, n_grammars = _HEADER.unpack_from(
-            raw
+        step, kind, flags, _, n_new_slots, n_page_grants, n_prefill, n_decode, n_ids, n_extra, n_targets, n_grammars = (
+            _HEADER.unpack_from(raw)
         )
         at = HEADER_BYTES
-        joins = np.frombuffer(raw, JOIN, n_join, at)
-        at += joins.nbytes
-        grants = np.frombuffer(raw, GRANT, n_grant, at)
-        at += grants.nbytes
+        new_slots = np.frombuffer(raw, JOIN, n_new_slots, at)
+        at += new_slots.nbytes
+        page_grants = np.frombuffer(raw, GRANT, n_page_grants, at)
+        at += page_grants.nbytes
         prefill = np.frombuffer(raw, PREFILL, n_prefill, at)
         at += prefill.nbytes
         decode = None if flags & _SAME else np.frombuffer(raw, "<i4", n_decode, at)
         at += 0 if decode is None else decode.nbytes
         ids = np.frombuffer(raw, "<i4", n_ids, at)
         at += ids.nbytes
-        plan = cls(step, PlanKind(kind), joins, grants, prefill, decode, ids)
+        plan = cls(step, PlanKind(kind), new_slots, page_grants, prefill, decode, ids)
         if n_extra:
             plan.extras = np.frombuffer(raw, EXTRA, n_extra, at)
             at += plan.extras.nbytes
@@ -198,7 +198,7 @@ class StepPlan:
 
 
 @dataclass(slots=True)
-class Scores:
+class StepLogprobs:
     """Log probabilities of M tokens: of the drawn tokens of slots that want them, in the order of the rows, then of the plan's
     `targets`.  W is the largest number of alternatives that any of these slots wants; alternatives come most likely first,
     the smaller id first among equals.
@@ -221,7 +221,7 @@ class Scores:
         )
 
     @classmethod
-    def unpack(cls, raw: bytes, at: int) -> Scores:
+    def unpack(cls, raw: bytes, at: int) -> StepLogprobs:
         """Read what stands at `at`.  Raises ValueError if it does not reach to the end."""
         m, w = _SCORES.unpack_from(raw, at)
         at += _SCORES.size
@@ -248,7 +248,7 @@ class StepResult:
     busy_us: int = 0
     idle_us: int = 0
     launch_us: int = 0
-    scores: Scores | None = None
+    scores: StepLogprobs | None = None
     vectors: F32 | None = None
 
     def pack(self) -> bytes:
@@ -268,6 +268,6 @@ class StepResult:
         end = at + 4 * m * width
         if len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
-        scores = Scores.unpack(raw, end) if len(raw) > end else None
+        scores = StepLogprobs.unpack(raw, end) if len(raw) > end else None
         vectors = np.frombuffer(raw, "<f4", m * width, at).reshape(m, width) if m else None
         return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors)

@@ -15,21 +15,21 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.local import LocalSystem
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
 from minisgl.actors.scheduler.actor import SchedulerActor
-from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Limits, Output, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Output, SchedulerLimits, StepMachine
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.gateway import Gateway
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import RequestError
-from minisgl.model.fake_runner import OracleRunner, reference
+from minisgl.model.fake_runner import FakeRunner, expected_tokens
 from minisgl.plan import StepPlan, StepResult
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 VOCAB, EOS = 23, 0
 
 
-def oracle_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
+def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
     """A model of nothing, for the oracle."""
     return ModelSpec(
         name="oracle",
@@ -54,10 +54,10 @@ def oracle_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
     )
 
 
-def oracle_config(**engine: Any) -> Config:
+def fake_config(**engine: Any) -> Config:
     """Small on purpose: every limit is hit all the time."""
     settings = {"tp": 2, "page_size": 4, "max_running": 4, "step_tokens": 9, "lag": 2, "kv_tokens": 160} | engine
-    return Config(oracle_spec(), EngineConfig(**settings))
+    return Config(fake_spec(), EngineConfig(**settings))
 
 
 class PlainDetokenizer(Actor):
@@ -95,7 +95,7 @@ class World:
         pages = engine.kv_tokens // engine.page_size
         self.gateway = spawn("api", lambda ctx: Gateway(ctx, config, arenas))
         self.scheduler = spawn("scheduler", lambda ctx: scheduler(ctx, config, arenas))
-        self.runners = [OracleRunner(config, pages) for _ in range(engine.tp)]
+        self.runners = [FakeRunner(config, pages) for _ in range(engine.tp)]
         for rank in range(engine.tp):
             spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, arenas, lambda: self.runners[r]))
         spawn("detokenizer", PlainDetokenizer)
@@ -141,12 +141,19 @@ class Loop:
     """
 
     def __init__(self, **limits: Any) -> None:
-        settings = {"slots": 4, "num_pages": 40, "page_size": 4, "max_context": 64, "step_tokens": 9, "lag": 2} | limits
-        self.limits = Limits(**settings, vocab_size=VOCAB, eos_ids=(EOS,))
+        settings = {
+            "slots": 4,
+            "num_pages": 40,
+            "page_size": 4,
+            "max_context": 64,
+            "step_tokens": 9,
+            "max_steps_in_flight": 2,
+        } | limits
+        self.limits = SchedulerLimits(**settings, vocab_size=VOCAB, eos_ids=(EOS,))
         lim = self.limits
         self.machine = StepMachine(lim)
         engine = EngineConfig(page_size=lim.page_size, max_running=lim.slots, step_tokens=lim.step_tokens)
-        self.runner = OracleRunner(Config(oracle_spec(lim.max_context), engine), lim.num_pages)
+        self.runner = FakeRunner(Config(fake_spec(lim.max_context), engine), lim.num_pages)
         self.runner.allocate(lim.num_pages)
         self.now = 0.0
         self.asked: dict[int, tuple[list[int], int]] = {}
@@ -178,7 +185,7 @@ class Loop:
         By default as late as can be: a result comes when `lag` plans are in flight, or no plan was made without it.
         """
         if deliver is None:
-            deliver = int(len(self.pending) >= self.limits.lag or not self._planned)
+            deliver = int(len(self.pending) >= self.limits.max_steps_in_flight or not self._planned)
         results = [self.pending.popleft() for _ in range(min(deliver, len(self.pending)))]
         inbox, self._events = [*self._events, *results], []
         out = self.machine.step(inbox, self.now)
@@ -199,7 +206,7 @@ class Loop:
         return out
 
     def _launch(self, plan: StepPlan) -> None:
-        places = list(zip(plan.grants["slot"].tolist(), plan.grants["index"].tolist(), strict=True))
+        places = list(zip(plan.page_grants["slot"].tolist(), plan.page_grants["index"].tolist(), strict=True))
         assert len(places) == len(set(places)), "one plan grants a place of the page table twice"
         assert len(plan.ids) == int(plan.prefill["n_ids"].sum())
         self.plans.append(plan)
@@ -218,7 +225,7 @@ class Loop:
         assert self.ends.keys() == self.asked.keys(), "a request was never answered"
         for uid, end in self.ends.items():
             ids, most = self.asked[uid]
-            want, got = reference(ids, most, VOCAB, (EOS,)), self.said[uid]
+            want, got = expected_tokens(ids, most, VOCAB, (EOS,)), self.said[uid]
             if end in (Finish.ABORT, Finish.TIMEOUT):
                 assert got == want[: len(got)]
             else:
@@ -245,7 +252,7 @@ def random_traffic(world: World, seed: int, n: int = 14, abort: float = 0.15) ->
             ids = [*rng.choice(said)[: context - 22], rng.randrange(1, VOCAB)]
         max_tokens = rng.randrange(1, 20)
         uid = world.submit(ids, max_tokens)
-        want[uid] = reference(ids, max_tokens, VOCAB, (EOS,))
+        want[uid] = expected_tokens(ids, max_tokens, VOCAB, (EOS,))
         said.append(ids + want[uid])
         for _ in range(rng.randrange(0, 40)):
             world.system.step()
@@ -263,7 +270,7 @@ def world() -> Iterator[Callable[..., World]]:
     made: list[World] = []
 
     def make(seed: int | None = None, **engine: Any) -> World:
-        made.append(World(seed, oracle_config(**engine)))
+        made.append(World(seed, fake_config(**engine)))
         return made[-1]
 
     yield make

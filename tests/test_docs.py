@@ -11,21 +11,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from conftest import World, oracle_config, random_traffic
+from conftest import World, fake_config, random_traffic
 
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import registry
 from minisgl.actors.runtime import shared_memory
 from minisgl.actors.runtime.local import LocalSystem
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.scheduler.actor import SchedulerActor
 from minisgl.actors.tokenizer import TokenizerActor
+from minisgl.actors.wire import registry
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.engine import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
 from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.fake_runner import OracleRunner
+from minisgl.model.fake_runner import FakeRunner
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
     system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
     for rank in range(2):
-        system.spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, shared, lambda: OracleRunner(config, 32)))
+        system.spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, shared, lambda: FakeRunner(config, 32)))
     gateway._silent.clear()
     system.run()
     seen: list[object] = []
@@ -88,7 +88,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     assert gateway.stats["free_pages"] == gateway.stats["total_pages"]
     assert gateway.stats["evicted_pages"] > 0
     shared_memory.close_arenas(fds)
-    small = World(0, oracle_config(tp=1, kv_tokens=16))
+    small = World(0, fake_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)
     random_traffic(small, 0)
     edges = system.edges | small.system.edges
@@ -128,9 +128,10 @@ def modules() -> dict[str, ast.Module]:
 
 @functools.cache
 def room_of(module: str) -> str:
-    rooms = [room for room, members, _ in TABLES["room"] if any(fnmatch(module, m) for m in members.split())]
-    assert len(rooms) == 1, f"{module} is in {rooms or 'no room'}"
-    return rooms[0]
+    patterns = {pattern: room for room, members, _ in TABLES["room"] for pattern in members.split()}
+    matching = [pattern for pattern in patterns if fnmatch(module, pattern)]
+    assert matching, f"{module} is in no room"
+    return patterns[max(matching, key=len)]  # a folder's own row before that of the folder around it
 
 
 def imports_of(tree: ast.Module) -> set[str]:

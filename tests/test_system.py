@@ -23,20 +23,20 @@ from minisgl.api.system import System
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import RequestError, UserError
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.fake_runner import alternatives, logprob, reference
+from minisgl.model.fake_runner import alternatives, expected_tokens, logprob
 
 ENGINE = {"tp": 2, "kv_tokens": 4096, "max_context": 512, "page_size": 16, "max_running": 8, "step_tokens": 64}
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(make_worker=spawn.make_oracle_worker, **ENGINE) as engine:
+    with LLM(make_worker=spawn.make_fake_worker, **ENGINE) as engine:
         yield engine
 
 
 def expected(ids: list[int], n: int) -> list[int]:
     spec = resolve(None)
-    return reference(ids, n, spec.vocab_size, spec.eos_ids)
+    return expected_tokens(ids, n, spec.vocab_size, spec.eos_ids)
 
 
 def test_many_requests_at_once_get_the_text_of_the_reference(llm: LLM) -> None:
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyt
 
     def start() -> None:
         try:
-            LLM(make_worker=spawn.make_oracle_worker, **ENGINE)
+            LLM(make_worker=spawn.make_fake_worker, **ENGINE)
         except BaseException as e:
             errors.append(e)
 
@@ -132,7 +132,7 @@ def test_unknown_settings_are_named() -> None:
 @pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])
 def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
     config = Config(resolve(None), EngineConfig(**ENGINE))
-    system = System(config, spawn.make_oracle_worker)
+    system = System(config, spawn.make_fake_worker)
     system.wait_ready()
     pids = system.supervisor.pids
     run_dir = Path(system.run_dir)
@@ -166,11 +166,11 @@ def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
     system.close()
 
 
-WITH_ORACLE = """
+WITH_FAKE_RUNNER = """
 from minisgl.actors import spawn
 from minisgl.api import system
 real = system.System
-system.System = lambda config, _: real(config, topology.make_oracle_worker)
+system.System = lambda config, _: real(config, spawn.make_fake_worker)
 """
 
 
@@ -180,7 +180,7 @@ class ServerProcess:
     def __init__(self, tmp: Path, *flags: str) -> None:
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_RUNTIME_DIR": str(tmp)}
         self.proc = subprocess.Popen(
-            minisgl_command("--port", "0", "--kv-tokens", "4096", *flags, before=WITH_ORACLE),
+            minisgl_command("--port", "0", "--kv-tokens", "4096", *flags, before=WITH_FAKE_RUNNER),
             stderr=subprocess.PIPE,
             text=True,
             env=env,

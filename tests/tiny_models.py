@@ -205,8 +205,8 @@ class Driver:
         self.free = list(np.random.default_rng(seed).permutation(num_pages))
         self.kv_len: dict[int, int] = {}
         self.pages: dict[int, list[int]] = {}
-        self.joins: list[tuple[Any, ...]] = []
-        self.grants: list[tuple[int, int, int]] = []
+        self.new_slots: list[tuple[Any, ...]] = []
+        self.page_grants: list[tuple[int, int, int]] = []
         self.extras: list[tuple[Any, ...]] = []
         self.bias: list[tuple[int, float, int]] = []
         self.history: list[int] = []
@@ -214,7 +214,7 @@ class Driver:
 
     def join(self, slot: int, *, kv_len: int = 0, pages: list[int] | None = None, **params: Any) -> None:
         p = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, **params}
-        self.joins.append((slot, kv_len, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
+        self.new_slots.append((slot, kv_len, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
         self._extra(slot, p)
         self.kv_len[slot] = kv_len
         self.pages[slot] = []
@@ -252,8 +252,8 @@ class Driver:
         self.step += 1
         plan = StepPlan(
             self.step,
-            joins=np.array(self.joins, JOIN),
-            grants=np.array(self.grants, GRANT),
+            new_slots=np.array(self.new_slots, JOIN),
+            page_grants=np.array(self.page_grants, GRANT),
             prefill=np.array([(slot, int(sample), len(ids)) for slot, ids, sample in prefill], PREFILL),
             decode=None if decode is None else np.array(decode, np.int32),
             ids=np.array([t for _, ids, _ in prefill for t in ids], np.int32),
@@ -262,7 +262,7 @@ class Driver:
             history=np.array(self.history, np.int32),
             targets=np.array(targets, np.int32),
         )
-        self.joins, self.grants, self.extras, self.bias, self.history = [], [], [], [], []
+        self.new_slots, self.page_grants, self.extras, self.bias, self.history = [], [], [], [], []
         return StepPlan.unpack(plan.pack())  # read-only arrays, as in a worker
 
     def _append(self, slot: int, n: int) -> None:
@@ -271,5 +271,5 @@ class Driver:
             self._grant(slot, int(self.free.pop()))
 
     def _grant(self, slot: int, page: int) -> None:
-        self.grants.append((slot, len(self.pages[slot]), page))
+        self.page_grants.append((slot, len(self.pages[slot]), page))
         self.pages[slot].append(page)

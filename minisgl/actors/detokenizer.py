@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minisgl.actors.messages import Cancel, Logprobs, Scores, Started, Text, ThoughtEnded, Tokens, Track
+from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.config import Config
 from minisgl.model.text.detokenize import DecodeState, StopMatcher
@@ -99,8 +99,8 @@ class DetokenizerActor(Actor):
             stream.scored = 1
             self.ctx.send("api", report.message(tokenizer))
 
-    @on(Scores)
-    def scores(self, m: Scores) -> None:
+    @on(TokenLogprobs)
+    def scores(self, m: TokenLogprobs) -> None:
         report, at = _Report(), 0
         ids, values = m.top_ids.tolist(), m.top_logprobs.tolist()
         rows = (m.uids.tolist(), m.drawn.tolist(), m.tokens.tolist(), m.logprobs.tolist(), m.widths.tolist())

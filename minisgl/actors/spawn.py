@@ -56,10 +56,10 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     return WorkerActor(ctx, rank, arenas, runner)
 
 
-def make_oracle_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+def make_fake_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
     """A worker without a model (see minisgl.model.fake_runner), for tests of everything around it.  `kv_tokens` must be set."""
     from minisgl.actors.worker import WorkerActor
-    from minisgl.model.fake_runner import OracleRunner
+    from minisgl.model.fake_runner import FakeRunner
 
     pages = -(-config.engine.kv_tokens // config.engine.page_size)
-    return WorkerActor(ctx, rank, arenas, lambda: OracleRunner(config, pages))
+    return WorkerActor(ctx, rank, arenas, lambda: FakeRunner(config, pages))

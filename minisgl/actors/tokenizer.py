@@ -13,16 +13,13 @@ import logging
 from collections import deque
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from minisgl.actors.messages import Detokenize, Detokenized, Rejected, Tokenize, Tokenized, TokenizerInfo, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
 
-I32 = npt.NDArray[np.int32]
 _FAR_TOO_LONG = 4  # times the context; up to there api refuses a prompt itself, and the prompt ring has room for it
 _log = logging.getLogger(__name__)
 

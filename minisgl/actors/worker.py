@@ -2,7 +2,7 @@
 
 Owns      the model's shard, its KV cache, and the resident state of every slot (inside the runner).
 Receives  Capacity (scheduler, once), Wake (scheduler); plans through the plan ring, STOP among them.
-Sends     WorkerLoaded, WorkerArmed, MayPrepare, Wake (scheduler); rank 0 publishes results through the token ring.
+Sends     WorkerLoaded, WorkerArmed, MayCapture, Wake (scheduler); rank 0 publishes results through the token ring.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from minisgl.actors.messages import Capacity, MayPrepare, Wake, WorkerArmed, WorkerLoaded
+from minisgl.actors.messages import Capacity, MayCapture, Wake, WorkerArmed, WorkerLoaded
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
@@ -46,7 +46,7 @@ class RunnerLike(Protocol):
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step behind those already started."""
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         """Spend some milliseconds, while nothing is to be done, on making later steps faster.  False: nothing is left.
 
         All ranks do the same thing in the same call.
@@ -73,7 +73,7 @@ class WorkerActor(Actor):
         self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
         self._armed = self._stopped = False
-        self._ready = self._prepared = self._asked = False
+        self._ready = self._captured = self._asked = False
         self._ranks = arenas.plans.readers
         self._planned = float("-inf")  # when the latest plan came
         self._pid = os.getpid()
@@ -102,30 +102,30 @@ class WorkerActor(Actor):
         if not worked and self._running:
             time.sleep(_BREATHE_SECONDS)  # a step is in flight: poll, do not park
             worked = True
-        worked = worked or self._prepare()
+        worked = worked or self._capture_while_idle()
         if worked:
             self._arm(False)
             return True
         self._arm(True)
         return self.plans.pending()  # one more look with the flag up
 
-    def _prepare(self) -> bool:
+    def _capture_while_idle(self) -> bool:
         """Let the runner prepare, not between two steps but after a pause, for which it stays awake.  False: it is done.
 
         Several ranks pause at different moments, and what they prepare has sums over all of them in it: rank 0 asks the
-        scheduler, whose PREPARE reaches all between the same two steps.
+        scheduler, whose CAPTURE reaches all between the same two steps.
         """
-        if self._runner is None or not self._ready or self._prepared or self._asked or self.rank > 0:
+        if self._runner is None or not self._ready or self._captured or self._asked or self.rank > 0:
             return False
         if self.ctx.now() - self._planned < _PAUSE_SECONDS:
             time.sleep(_BREATHE_SECONDS)
             return True
         if self._ranks > 1:
             self._asked = True
-            self.ctx.send("scheduler", MayPrepare())
+            self.ctx.send("scheduler", MayCapture())
             return True
-        self._prepared = not self._runner.prepare()
-        return not self._prepared
+        self._captured = not self._runner.capture_ahead()
+        return not self._captured
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower my "ring me" flag; it stays up until there is work (see process.run)."""
@@ -143,8 +143,8 @@ class WorkerActor(Actor):
         if self._runner is None:
             raise RuntimeError(f"plan {plan.step} arrived before the model was loaded")
         self._asked = False  # what is asked during a step may be passed over
-        if plan.kind == PlanKind.PREPARE:
-            self._prepared = not self._runner.prepare()
+        if plan.kind == PlanKind.CAPTURE:
+            self._captured = not self._runner.capture_ahead()
             return
         self.board.beat(self._pid, plan.step, True)
         self._planned = self.ctx.now()

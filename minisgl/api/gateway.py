@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.actors.messages import (
     ActorDied,
@@ -51,12 +50,12 @@ from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.runtime.status import Board
 from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.grammar import too_complex
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
-I32 = npt.NDArray[np.int32]
 _GOES_ON = Finish.NONE  # looked up once: a member of an enumeration takes longer than the rest of a row
 IMPOSSIBLE = -9999.0  # instead of minus infinity, as OpenAI and vLLM write it
 _MIX = 0x9E3779B97F4A7C15

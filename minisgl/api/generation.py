@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
-from minisgl.api.engine import Chunk, Engine, Prompt
+from minisgl.api.engine import Chunk, Engine, Prompt, TokenLogprob
+from minisgl.api.parsers.reply import Reply
 from minisgl.errors import RequestError, internal_error
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
@@ -253,3 +254,29 @@ def _merge(chunks: list[Chunk]) -> Chunk:
     ids = tuple(t for c in chunks for t in c.token_ids)
     logprobs = tuple(p for c in chunks for p in c.logprobs)
     return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
+
+
+@dataclass(slots=True)
+class Result:
+    """One answer to one prompt, added up from its chunks.  `logprobs` is None where none were asked for, `reply` where the
+    text is the whole answer."""
+
+    text: str = ""
+    reply: Reply | None = None
+    logprobs: list[TokenLogprob] | None = None
+    finish: Finish = Finish.NONE
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of these, the thought's (see reasoning.py); known when it has ended
+    last: int = -1  # its latest token
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk.  Its text and log probabilities are the caller's: a stream has sent them and need not keep them."""
+        self.completion_tokens += len(chunk.token_ids)
+        self.prompt_tokens = chunk.prompt_tokens
+        self.cached_tokens = chunk.cached_tokens
+        self.reasoning_tokens = chunk.thought_tokens
+        self.finish = chunk.finish
+        if chunk.token_ids:
+            self.last = chunk.token_ids[-1]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.actors.messages import Detokenize, Tokenize, Wake
 from minisgl.actors.runtime.actor import Context
 from minisgl.actors.runtime.ring import RingReader, RingSpec
 from minisgl.actors.runtime.shared_memory import tokenizer_names
 from minisgl.api.engine import ChatPrompt, TextPrompt
+from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
 
-I32 = npt.NDArray[np.int32]
 _CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
 
 

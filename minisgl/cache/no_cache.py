@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from minisgl.cache.radix import I32, NO_PAGES, Match, Node
+from minisgl.arrays import I32
+from minisgl.cache.radix import NO_PAGES, Match, Node
 
 
 class NoCache:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-I32 = npt.NDArray[np.int32]
+from minisgl.arrays import I32
 
 
 class PagePool:

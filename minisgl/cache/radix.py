@@ -29,9 +29,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-I32 = npt.NDArray[np.int32]
+from minisgl.arrays import I32
+
 MAX_GHOSTS = 1 << 15  # evicted runs that are remembered
 NO_PAGES = np.zeros(0, np.int32)
 

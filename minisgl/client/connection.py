@@ -15,7 +15,8 @@ import time
 
 import zmq
 
-from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
+from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
+from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.errors import UserError
 
 PING_SECONDS = 1.0

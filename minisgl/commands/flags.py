@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 from dataclasses import fields
 from typing import Any
 
-from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig
+from minisgl.config import GPU_DEFAULTS, Config, EngineConfig, ModelSpec, ServerConfig, _check_gpus, gpu_count
 from minisgl.errors import UserError
 
 _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
@@ -47,34 +46,6 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
 )
 
 MIN_KEY_CHARS = 16
-
-# A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
-GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs that the driver shows to this process, without loading torch.  0 where there is no driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
-
-
-def _check_gpus(gpus: int, tp: int) -> None:
-    if gpus == 0:
-        raise UserError(
-            "--device cuda: no NVIDIA GPU is visible. Check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, "
-            "or use --device cpu."
-        )
-    if tp > gpus:
-        raise UserError(
-            f"--tp {tp}: every rank needs a GPU of its own, and {gpus} {'is' if gpus == 1 else 'are'} visible. "
-            f"Use --tp {gpus} or less, or --device cpu."
-        )
 
 
 def flag(name: str) -> str:

@@ -71,7 +71,9 @@ def run(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="minisgl-prebuild-") as workspace:
         os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", workspace)  # one that is set survives an interruption
         os.environ["FLASHINFER_CUDA_ARCH_LIST"] = " ".join(archs)
-        fm.build_all(todo, _say, directory)
+        from minisgl.model.cuda.flashinfer.compile import build_all  # imports torch
+
+        build_all(todo, _say, directory)
     _say(f"all {len(modules)} in {directory}")
     return 0
 

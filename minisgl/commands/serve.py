@@ -17,12 +17,12 @@ import socket
 import sys
 import time
 
-from minisgl import __version__
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
 from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.version import __version__
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients

@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     """Simulate and print.  Returns the exit code.  Raises UserError."""
     args = _parser().parse_args(argv)
     _check(args)
-    from minisgl.actors.scheduler.step_machine import Limits
+    from minisgl.actors.scheduler.step_machine import SchedulerLimits
     from minisgl.simulation import plots
     from minisgl.simulation.fleet import simulate
     from minisgl.simulation.gpu import PRESETS, read_costs
@@ -92,20 +92,20 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--compare: unknown policy {unknown[0]!r}; there are {', '.join(POLICIES)}")
     costs = read_costs(args.cost_json) if args.cost_json else PRESETS[args.gpu]
     requests = load(args.trace, args.limit, args.scale, args.duration)
-    limits = Limits(
+    limits = SchedulerLimits(
         slots=args.max_running,
         num_pages=args.kv_tokens // args.page_size,
         page_size=args.page_size,
         max_context=args.max_context or max(r.input + r.output for r in requests),
         step_tokens=args.step_tokens,
-        lag=args.lag,
+        max_steps_in_flight=args.lag,
         vocab_size=FIRST_PROMPT_TOKEN,
         cache=args.cache,
         itl_target=args.itl_target_ms / 1000,
         order=args.order,
     )
     results: dict[str, Summary] = {}
-    known: dict[Limits, Summary] = {}  # policies that change nothing here need no run of their own
+    known: dict[SchedulerLimits, Summary] = {}  # policies that change nothing here need no run of their own
     for name in names:
         changed = POLICIES[name](limits)
         if changed not in known:

@@ -1,20 +1,19 @@
 """The oracle: a runner whose "KV cache" stores token ids, so that any mistake of the protocol changes the text.
 
 Its "attention" reads the ids back through the page table, and the next token is a hash of everything it read.  Aliased pages,
-stale writes, a lost grant, a wrong length or a slot mixed up give other tokens than `reference`.  It needs numpy only and
+stale writes, a lost grant, a wrong length or a slot mixed up give other tokens than `expected_tokens`.  It needs numpy only and
 runs wherever the real runner does: in LocalSystem under a seed, or in real processes.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.model.common.grammar import Grammars, unpack
-from minisgl.plan import DRAW, FAILED, POOL, SCORE, SUM, Scores, StepPlan, StepResult
+from minisgl.plan import DRAW, FAILED, POOL, SCORE, SUM, StepLogprobs, StepPlan, StepResult
 
-I32 = npt.NDArray[np.int32]
 _POISON = -7
 
 
@@ -26,7 +25,7 @@ def next_token(context: I32, vocab_size: int, allowed: I32 | None = None) -> int
     return (h >> 17) % vocab_size if allowed is None else int(allowed[(h >> 17) % len(allowed)])
 
 
-def reference(prompt: list[int], max_tokens: int, vocab_size: int, eos_ids: tuple[int, ...]) -> list[int]:
+def expected_tokens(prompt: list[int], max_tokens: int, vocab_size: int, eos_ids: tuple[int, ...]) -> list[int]:
     """What a request must answer: sequential, no cache, no batch."""
     out: list[int] = []
     while len(out) < max_tokens and (not out or out[-1] not in eos_ids):
@@ -62,7 +61,7 @@ class Done:
         return self._result
 
 
-class OracleRunner:
+class FakeRunner:
     """Same interface and same resident state as the real runner; see the module's first paragraph."""
 
     def __init__(self, config: Config, num_pages: int, grammars: Grammars | None = None) -> None:
@@ -85,7 +84,7 @@ class OracleRunner:
     def allocate(self, num_pages: int) -> None:
         self.kv = np.full((num_pages, self._size), _POISON, np.int32)
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         """Nothing is left to be prepared."""
         return False
 
@@ -94,9 +93,9 @@ class OracleRunner:
 
     def launch(self, plan: StepPlan) -> Done:
         """Run the plan at once, row by row."""
-        self.kv_len[plan.joins["slot"]] = plan.joins["kv_len"]
+        self.kv_len[plan.new_slots["slot"]] = plan.new_slots["kv_len"]
         self.logprobs[plan.extras["slot"]] = plan.extras["logprobs"]
-        self.table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
+        self.table[plan.page_grants["slot"], plan.page_grants["index"]] = plan.page_grants["page"]
         if self.grammars is not None and len(plan.grammars):
             self.grammars.join(plan)
         if plan.decode is not None:
@@ -126,13 +125,13 @@ class OracleRunner:
         pooled = np.array(vectors, np.float32).reshape(-1, 1) if vectors else None
         return Done(StepResult(plan.step, np.array(sampled, np.int32), scores=self._scores(drawn + followers), vectors=pooled))
 
-    def _scores(self, wanted: list[tuple[int, I32, int]]) -> Scores | None:
+    def _scores(self, wanted: list[tuple[int, I32, int]]) -> StepLogprobs | None:
         if not wanted:
             return None
         width = int(self.logprobs[[slot for slot, _, _ in wanted]].max())
         tops = [alternatives(token, width, self._vocab) for _, _, token in wanted]
         values = [[logprob(context, t) for t in top] for (_, context, _), top in zip(wanted, tops, strict=True)]
-        return Scores(
+        return StepLogprobs(
             np.array([logprob(context, token) for _, context, token in wanted], np.float32),
             np.array(tops, np.int32).reshape(len(wanted), width),
             np.array(values, np.float32).reshape(len(wanted), width),

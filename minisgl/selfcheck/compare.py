@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.arrays import F32
 from minisgl.config import Config
 from minisgl.model.common.shard import Shard
 
-F32 = npt.NDArray[np.float32]
 Arrays = Mapping[str, Any]
 
 ROUNDING = 1e-4  # of float32: the relative difference that different orders of summation may make

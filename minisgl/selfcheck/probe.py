@@ -104,24 +104,24 @@ class _Probe:
         out: Tensors = {}
         ids = prompt
         if generate:
-            tokens = self._run(joins=[0], pages={0: first}, prefill=(0, prompt))
+            tokens = self._run(new_slots=[0], pages={0: first}, prefill=(0, prompt))
             for _ in range(generate - 1):
                 tokens += self._run(decode=[0])
             out |= self._take("decode") | {"tokens": torch.tensor(tokens)}
             ids = prompt + tokens[:-1]
-        self._run(joins=[0], pages={0: second}, prefill=(0, ids))
+        self._run(new_slots=[0], pages={0: second}, prefill=(0, ids))
         out |= self._take("prefill")
         cached = len(ids) // 2 // self._size * self._size
         if generate and cached:
             own = np.concatenate([second[: cached // self._size], third])[:per]
-            self._run(joins=[1], pages={1: own}, prefill=(1, ids[cached:]), kv_len=cached)
+            self._run(new_slots=[1], pages={1: own}, prefill=(1, ids[cached:]), kv_len=cached)
             out |= self._take("cached")
         return out
 
     def _run(
         self,
         *,
-        joins: Sequence[int] = (),
+        new_slots: Sequence[int] = (),
         pages: Mapping[int, Any] | None = None,
         prefill: tuple[int, list[int]] | None = None,
         decode: Sequence[int] = (),
@@ -129,14 +129,14 @@ class _Probe:
     ) -> list[int]:
         """Run one step; the greedy tokens it draws."""
         self._step += 1
-        join = np.zeros(len(joins), JOIN)
-        join["slot"], join["kv_len"], join["top_p"] = joins, kv_len, 1.0
-        grants = [(slot, i, page) for slot, granted in (pages or {}).items() for i, page in enumerate(granted)]
+        join = np.zeros(len(new_slots), JOIN)
+        join["slot"], join["kv_len"], join["top_p"] = new_slots, kv_len, 1.0
+        page_grants = [(slot, i, page) for slot, granted in (pages or {}).items() for i, page in enumerate(granted)]
         rows = [] if prefill is None else [(prefill[0], 1, len(prefill[1]))]
         plan = StepPlan(
             self._step,
-            joins=join,
-            grants=np.array(grants, GRANT),
+            new_slots=join,
+            page_grants=np.array(page_grants, GRANT),
             prefill=np.array(rows, PREFILL),
             decode=np.array(decode, np.int32),
             ids=np.array([] if prefill is None else prefill[1], np.int32),

@@ -25,7 +25,7 @@ from minisgl.model.checkpoint.safetensors_weights import PRODUCT, SafetensorsWei
 from minisgl.model.common.host import usable_cores
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.packing import quantise
-from minisgl.model.cpu.quantized_layers import QuantBlocks
+from minisgl.model.cpu.quantized_layers import QuantizedLayers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = re.compile(r"\b([qkv]|gate|up)_proj$")  # what our models compute in one product, all of it in the same bits
@@ -96,7 +96,7 @@ def _read_once() -> Iterator[None]:
             setattr(gguf, name, made)
 
 
-def round_weights(model: Any, spec: ModelSpec, blocks: QuantBlocks) -> dict[int, float]:
+def round_weights(model: Any, spec: ModelSpec, blocks: QuantizedLayers) -> dict[int, float]:
     """Give the products of `model` the weights that `blocks` makes of theirs, by the readable `quantise`.
 
     Returns what that changes, by the bits rounded to: the largest |w' - w| / |w| of a matrix.
@@ -171,7 +171,7 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
         keep(kind)
     if config.engine.device == "cpu":
         blocks = CpuArithmetic.choose(config.engine, config.model, threads).blocks
-        if isinstance(blocks, QuantBlocks):  # then the dtype is float32
+        if isinstance(blocks, QuantizedLayers):  # then the dtype is float32
             changed = round_weights(model, config.model, blocks)
             out |= {f"changed.{bits}": torch.tensor([most]) for bits, most in changed.items()}
             if changed:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisgl.actors.scheduler.step_machine import Limits
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import SchedulerLimits
+from minisgl.arrays import I64
 from minisgl.sampling_params import SamplingParams
 from minisgl.simulation.gpu import CostModel
-from minisgl.simulation.replica import I64, Log, Replica
+from minisgl.simulation.replica import Log, Replica
 from minisgl.simulation.router import PrefixRouter, RoundRobin
 from minisgl.simulation.trace import TraceRequest, ideal_hits
 
@@ -25,7 +26,7 @@ ROUTERS = ("prefix", "round-robin")
 class Run:
     """What a simulation leaves behind.  Rows of `log`, `inputs` and `ideal` belong to the requests of the trace, in order."""
 
-    limits: Limits
+    limits: SchedulerLimits
     replicas: list[Replica]
     log: Log
     inputs: I64  # prompt tokens
@@ -35,7 +36,7 @@ class Run:
 
 def simulate(
     requests: list[TraceRequest],
-    limits: Limits,
+    limits: SchedulerLimits,
     costs: CostModel,
     *,
     replicas: int = 1,

@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from minisgl.arrays import F64
 from minisgl.errors import UserError
-
-F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

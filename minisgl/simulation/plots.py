@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from minisgl.arrays import F64
 from minisgl.errors import UserError
 from minisgl.simulation.fleet import Run
-from minisgl.simulation.replica import F64
 from minisgl.simulation.report import gaps, ttft
 
 _BINS = 60

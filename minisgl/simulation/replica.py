@@ -18,15 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.actors.scheduler.step_machine import Add, Event, Limits, News, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine, StepOutputs
+from minisgl.arrays import F64, I32, I64
 from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
-
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
 
 
 class Log:
@@ -41,7 +38,7 @@ class Log:
         self.finish: npt.NDArray[np.uint8] = np.zeros(n, np.uint8)
         self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
 
-    def enter(self, news: News, now: float) -> tuple[list[int], list[int]]:
+    def enter(self, news: StepOutputs, now: float) -> tuple[list[int], list[int]]:
         """Enter one token for each row that has one.  Returns the uids that had their first, and those that ended."""
         uids = news.uids[news.counts > 0]
         old = self.tokens[uids] > 0
@@ -68,7 +65,7 @@ class Steps:
 class Replica:
     """A machine, its GPU, and what is on the way between them.  `wake` says when `call` is due."""
 
-    def __init__(self, limits: Limits, costs: CostModel, latency: float, log: Log) -> None:
+    def __init__(self, limits: SchedulerLimits, costs: CostModel, latency: float, log: Log) -> None:
         self.machine = StepMachine(limits)
         self.steps = Steps()
         self.requests = 0
@@ -113,7 +110,7 @@ class Replica:
             self._log.cached[uid] = cached
         if out.plan is not None:
             self._run(out.plan)
-        self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.lag
+        self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.max_steps_in_flight
         first: list[int] = []
         ended: list[int] = []
         for news in out.news:

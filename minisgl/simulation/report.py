@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from minisgl.arrays import F64
 from minisgl.simulation.fleet import Run
-from minisgl.simulation.replica import F64, Replica
+from minisgl.simulation.replica import Replica
 
 Summary = dict[str, Any]
 

@@ -18,10 +18,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 
-import numpy as np
-import numpy.typing as npt
+from minisgl.arrays import I32
 
-I32 = npt.NDArray[np.int32]
 HASH_TOKENS = 256
 DECODE_TOKENS = 64
 

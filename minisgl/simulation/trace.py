@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.arrays import I32
 from minisgl.errors import UserError
 
-I32 = npt.NDArray[np.int32]
 FIRST_PROMPT_TOKEN = 1 << 20
 BLOCK = 512  # tokens per hash id of a Mooncake trace
 _MAX_TOKENS = 1 << 24  # of one request: more is a broken line

@@ -129,18 +129,20 @@ class Loop:
 
         self.step += 1
         empty = StepPlan(self.step)
-        joins, prefill = np.zeros(len(prompts), empty.joins.dtype), np.zeros(len(prompts), empty.prefill.dtype)
-        grants = np.zeros(len(prompts) * pages, empty.grants.dtype)
+        new_slots, prefill = np.zeros(len(prompts), empty.new_slots.dtype), np.zeros(len(prompts), empty.prefill.dtype)
+        page_grants = np.zeros(len(prompts) * pages, empty.page_grants.dtype)
         slots = list(prompts)
         if slots:
-            joins["slot"] = prefill["slot"] = slots
-            joins["top_p"] = 1
+            new_slots["slot"] = prefill["slot"] = slots
+            new_slots["top_p"] = 1
             prefill["n_ids"], prefill["sample"] = [len(p) for p in prompts.values()], 1
-            grants["slot"], grants["index"] = np.repeat(slots, pages), np.tile(np.arange(pages), len(slots))
-            grants["page"] = grants["slot"] * pages + grants["index"]
+            page_grants["slot"], page_grants["index"] = np.repeat(slots, pages), np.tile(np.arange(pages), len(slots))
+            page_grants["page"] = page_grants["slot"] * pages + page_grants["index"]
         tokens = np.array([t for p in prompts.values() for t in p], np.int32)
         going = None if decode is None else np.array(decode, np.int32)
-        self.runner.launch(StepPlan(self.step, joins=joins, grants=grants, prefill=prefill, ids=tokens, decode=going))
+        self.runner.launch(
+            StepPlan(self.step, new_slots=new_slots, page_grants=page_grants, prefill=prefill, ids=tokens, decode=going)
+        )
 
     def decode(self, streams: int, tokens: int) -> float:
         for s in range(streams):

@@ -56,7 +56,7 @@ def losses(spec: ModelSpec, kind: str, texts: list[npt.NDArray[np.int32]], threa
             prefill = np.zeros(1, StepPlan(1).prefill.dtype)
             prefill["n_ids"] = len(ids)
             batch = state.apply(StepPlan(1, prefill=prefill, ids=ids))
-            attention.prepare(batch)
+            attention.plan(batch)
             logits = model(torch.from_numpy(batch.ids), torch.from_numpy(batch.positions), None, attention)
             targets = torch.from_numpy(ids[1:].astype(np.int64))
             found.append(torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none").double().numpy())

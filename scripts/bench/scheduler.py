@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from minisgl.actors.scheduler.step_machine import Add, Event, Limits, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import StepResult
 from minisgl.sampling_params import SamplingParams
@@ -46,11 +46,11 @@ class Driver:
         settings: dict[str, Any] = {
             "page_size": PAGE,
             "max_context": 40_000,
-            "lag": 2,
+            "max_steps_in_flight": 2,
             "vocab_size": VOCAB,
             "eos_ids": (2,),
         } | limits
-        self.machine = StepMachine(Limits(**settings))
+        self.machine = StepMachine(SchedulerLimits(**settings))
         self.now = 0.0
         self.uid = 0
 
@@ -63,7 +63,7 @@ class Driver:
         """One step; returns its CPU milliseconds, publishing included."""
         inflight = self.machine.inflight
         events: list[Event] = list(adds)
-        if len(inflight) >= self.machine.limits.lag:
+        if len(inflight) >= self.machine.limits.max_steps_in_flight:
             sent = inflight[0]
             events.append(StepResult(sent.step, RNG.integers(3, VOCAB, len(sent.slots), dtype=np.int32), 3000))
         self.now += 0.003
@@ -177,8 +177,8 @@ def eviction(leaves: int) -> float:
 def main() -> None:
     print(json.dumps({"bench": "scheduler", **provenance()}))
     few, many = steady(256), steady(4096)
-    report("step_256", few, "ms", "<= 0.25", running=256, lag=2)
-    report("step_4096", many, "ms", "<= 1.5", running=4096, lag=2)
+    report("step_256", few, "ms", "<= 0.25", running=256, max_steps_in_flight=2)
+    report("step_4096", many, "ms", "<= 1.5", running=4096, max_steps_in_flight=2)
     crowded = steady(256, waiting=100_000)
     report("waiting_ratio", crowded / steady(256), "x", "<= 1.1", running=256, waiting=100_000)
     tree()

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from minisgl.errors import UserError
-from minisgl.model.cuda.attention.base import Backend, Chunks, DecodeRows, Heads, find
+from minisgl.model.cuda.attention.base import AttentionSpec, Backend, Chunks, DecodeRows
+from minisgl.model.cuda.attention.choose import find
 from minisgl.model.cuda.attention.flashinfer import FlashInferAttention
-from minisgl.model.cuda.kv_cache import FP8, KVCache
+from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from scripts.lib.reference import provenance
 
 BF16 = torch.bfloat16
@@ -42,7 +43,7 @@ GROUPS = [(8, 8), (8, 4), (6, 2), (8, 2), (10, 2), (6, 1), (7, 1), (8, 1)]  # he
 class Case:
     """A cache with chunks, whose last tokens also serve as decode rows."""
 
-    def __init__(self, heads: Heads, page_size: int, chunks: list[tuple[int, int]]) -> None:
+    def __init__(self, heads: AttentionSpec, page_size: int, chunks: list[tuple[int, int]]) -> None:
         generator = torch.Generator("cuda").manual_seed(7)
         new, self.total = (np.array(x, np.int32) for x in zip(*chunks, strict=True))
         counts = -(-self.total // page_size)
@@ -102,7 +103,7 @@ def check() -> int:
     cases += [((5, 1), 80, 16, BF16), ((7, 1), 96, 16, BF16), ((4, 2), 256, 16, BF16), ((10, 2), 96, 1, FP8)]
     for (num_heads, kv_heads), dim, page_size, kv_dtype in cases:
         capability = torch.cuda.get_device_capability()
-        heads = Heads(num_heads, kv_heads, dim, BF16, kv_dtype, 10 * capability[0] + capability[1])
+        heads = AttentionSpec(num_heads, kv_heads, dim, BF16, kv_dtype, 10 * capability[0] + capability[1])
         case = Case(heads, page_size, CHUNKS)
         want = case.outputs("torch")
         names = ["triton", "flashinfer", "flashinfer fa2"] if dim in (64, 128) else ["triton"]
@@ -127,7 +128,7 @@ def check() -> int:
 def time_prefill() -> None:
     """Milliseconds of one layer, and TFLOP/s, causal work counted once."""
     for (num_heads, kv_heads), dim in (((16, 8), 128), ((40, 8), 128), ((32, 8), 64)):
-        heads = Heads(num_heads, kv_heads, dim, BF16, BF16, 90)
+        heads = AttentionSpec(num_heads, kv_heads, dim, BF16, BF16, 90)
         for chunks in ([(128, 128)], [(558, 558)] * 29, [(2048, 2048)] * 8, [(16_384, 16_384)], [(8192, 131_072)]):
             case = Case(heads, 16, chunks)
             pairs = sum(n * (s - n) + n * (n + 1) // 2 for n, s in chunks)

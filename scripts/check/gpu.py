@@ -36,7 +36,7 @@ from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.cpu.runner import Runner
 from minisgl.model.cuda.runner import CudaRunner
-from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, NO_EXTRA, PREFILL, Scores, StepPlan
+from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, NO_EXTRA, PREFILL, StepLogprobs, StepPlan
 from scripts.lib.reference import provenance
 
 VOCAB = 512
@@ -113,7 +113,7 @@ class Harness:
         self.runner, self.size = runner, page_size
         self.logits: list[torch.Tensor] = []
         self.step = 0
-        self.scores: Scores | None = None  # of the latest step
+        self.scores: StepLogprobs | None = None  # of the latest step
         self.free = list(np.random.default_rng(5).permutation(pages))
         self.tables: dict[int, list[int]] = {}
         self.lens: dict[int, int] = {}
@@ -141,22 +141,22 @@ class Harness:
         **params: float,
     ) -> list[int]:
         """`extras`: (row of plan.EXTRA, its biases, its history), of slots that join."""
-        joins, grants = [], []
+        new_slots, page_grants = [], []
         for slot, _, _ in prefill:
             if join:
                 self.tables[slot], self.lens[slot] = [], 0
                 p = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": slot} | params
-                joins.append((slot, 0, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
+                new_slots.append((slot, 0, p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]))
         for slot, n in [(s, len(ids)) for s, ids, _ in prefill] + [(s, 1) for s in decode]:
             self.lens[slot] += n
             while len(self.tables[slot]) * self.size < self.lens[slot]:
                 page = int(self.free.pop())
-                grants.append((slot, len(self.tables[slot]), page))
+                page_grants.append((slot, len(self.tables[slot]), page))
                 self.tables[slot].append(page)
         plan = StepPlan(
             self.step,
-            joins=np.array(joins, JOIN),
-            grants=np.array(grants, GRANT),
+            new_slots=np.array(new_slots, JOIN),
+            page_grants=np.array(page_grants, GRANT),
             prefill=np.array([(s, int(last), len(ids)) for s, ids, last in prefill], PREFILL),
             decode=np.array(decode, np.int32),
             ids=np.array([t for _, ids, _ in prefill for t in ids], np.int32),

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from minisgl.lifeline import die_with_parent
-from minisgl.model.common.parallel import Kind, Parallel, make_parallel
-from minisgl.model.cuda.parallel import CudaParallel, SymmetricMemory
+from minisgl.model.common.parallel import Parallel
+from minisgl.model.cuda.parallel import CudaParallel, Kind, SymmetricMemory, make_parallel
 from scripts.check import tp_models
 
 REPEATS = 50

@@ -29,7 +29,8 @@ from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import RequestError, UserError
 from minisgl.lifeline import die_with_parent
 from minisgl.model.checkpoint.presets import random_shape
-from minisgl.model.common.parallel import Parallel, make_parallel
+from minisgl.model.common.parallel import Parallel
+from minisgl.model.cuda.parallel import make_parallel
 
 Report = Callable[..., None]
 Outcome = dict[str, Any]  # "logits": of a prefill; "tokens": greedy, all steps and rows

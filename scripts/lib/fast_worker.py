@@ -49,7 +49,7 @@ class FastRunner:
     def allocate(self, num_pages: int) -> None:
         """There is no KV cache."""
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         return False
 
     def close(self) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minisgl.actors.scheduler.step_machine import Add, Event, Limits, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine
 from minisgl.config import Config, EngineConfig
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.cpu.runner import Runner
@@ -44,9 +44,11 @@ class Engine:
         self.pages = self.runner.max_pages()
         self.runner.allocate(self.pages)
 
-    def limits(self, vocab_size: int) -> Limits:
+    def limits(self, vocab_size: int) -> SchedulerLimits:
         e = self.config.engine
-        return Limits(e.max_running, self.pages, e.page_size, self.config.max_context, e.step_tokens, e.lag, vocab_size)
+        return SchedulerLimits(
+            e.max_running, self.pages, e.page_size, self.config.max_context, e.step_tokens, e.lag, vocab_size
+        )
 
     def serve(self, requests: list[TraceRequest]) -> tuple[Log, list[Work], list[float]]:
         """Run a trace by the wall clock.  Returns what happened, and the work and the busy seconds of every step."""
@@ -77,7 +79,7 @@ class Engine:
             if out.plan is not None:
                 decode = decode if out.plan.decode is None else out.plan.decode
                 published.append((out.plan, work_of(out.plan, decode, machine)))
-                if len(machine.inflight) < machine.limits.lag:
+                if len(machine.inflight) < machine.limits.max_steps_in_flight:
                     continue
             if published:
                 plan, work = published.popleft()

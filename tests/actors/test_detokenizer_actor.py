@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import oracle_config
+from conftest import fake_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import small
@@ -15,7 +15,8 @@ from test_tokenizer_actor import Recorder
 
 from minisgl.actors import detokenizer as module
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import Cancel, Logprobs, Scores, Started, Text, ThoughtEnded, Tokens, Track, decode, encode
+from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
+from minisgl.actors.wire import decode, encode
 from minisgl.model.text.tokenizer import Tokenizer
 from minisgl.sampling_params import Finish, SamplingParams
 
@@ -37,7 +38,7 @@ class Setup:
     def __init__(self, tok: Tokenizer) -> None:
         self.tok = tok
         self.ctx = Recorder()
-        self.actor = DetokenizerActor(self.ctx, oracle_config())
+        self.actor = DetokenizerActor(self.ctx, fake_config())
         self.actor.started()
 
     def track(
@@ -51,7 +52,7 @@ class Setup:
         self.ctx.sent.clear()
         tops = [t for *_, top in rows for t in top]
         self.actor.receive(
-            Scores(
+            TokenLogprobs(
                 np.array([r[0] for r in rows], np.int64),
                 np.array([r[1] for r in rows], np.uint8),
                 np.array([r[2] for r in rows], np.int32),
@@ -339,7 +340,7 @@ def test_state_is_dropped_for_any_end(world: Setup) -> None:
 
 
 def test_the_actor_handles_what_the_protocol_sends_it() -> None:
-    assert DetokenizerActor.accepts() == {Track, Scores, Tokens}
+    assert DetokenizerActor.accepts() == {Track, TokenLogprobs, Tokens}
 
 
 # ---------------- thoughts

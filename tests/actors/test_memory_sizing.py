@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import World, oracle_config
+from conftest import World, fake_config
 
 from minisgl.actors.messages import Capacity
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import RadixCache
-from minisgl.model.fake_runner import OracleRunner
+from minisgl.model.fake_runner import FakeRunner
 
 
 def test_the_rank_with_the_least_memory_decides_how_many_pages_all_have(monkeypatch) -> None:
     sizes = iter([40, 25])
-    monkeypatch.setattr(OracleRunner, "max_pages", lambda self: next(sizes))
+    monkeypatch.setattr(FakeRunner, "max_pages", lambda self: next(sizes))
     told: list[int] = []
-    monkeypatch.setattr(OracleRunner, "allocate", _recording(told))
-    world = World(0, oracle_config(tp=2))
+    monkeypatch.setattr(FakeRunner, "allocate", _recording(told))
+    world = World(0, fake_config(tp=2))
     assert world.machine.limits.num_pages == 25
     assert told == [25, 25]
     assert world.gateway.num_pages == 25
@@ -25,9 +25,9 @@ def test_the_rank_with_the_least_memory_decides_how_many_pages_all_have(monkeypa
 
 
 def _recording(told: list[int]):
-    allocate = OracleRunner.allocate
+    allocate = FakeRunner.allocate
 
-    def record(self: OracleRunner, num_pages: int) -> None:
+    def record(self: FakeRunner, num_pages: int) -> None:
         told.append(num_pages)
         allocate(self, num_pages)
 
@@ -35,7 +35,7 @@ def _recording(told: list[int]):
 
 
 def test_capacity_is_told_once_every_rank_has_reported() -> None:
-    world = World(0, oracle_config(tp=2))
+    world = World(0, fake_config(tp=2))
     capacity = [edge for edge in world.system.edges if edge[0] == Capacity.__name__]
     assert sorted(capacity) == [("Capacity", "scheduler", "worker0"), ("Capacity", "scheduler", "worker1")]
     world.close()

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.actors import messages as m
+from minisgl.actors import wire
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 
 def _value(hint: object) -> st.SearchStrategy:
-    checks = m._checker(hint)
+    checks = wire._checker(hint)
     if checks[0] == "tuple":
         return st.lists(st.text() if str in checks[1] else st.integers(-(2**60), 2**60), max_size=4).map(tuple)
     arms = []
@@ -59,7 +60,7 @@ def _value(hint: object) -> st.SearchStrategy:
 
 def _messages() -> st.SearchStrategy:
     builds = []
-    for cls in m.registry().values():
+    for cls in wire.registry().values():
         if cls not in (SamplingParams, RequestOptions):
             hints = typing.get_type_hints(cls)
             builds.append(st.builds(cls, **{f.name: _value(hints[f.name]) for f in dc.fields(cls)}))
@@ -69,7 +70,7 @@ def _messages() -> st.SearchStrategy:
 @settings(max_examples=300, deadline=None)
 @given(_messages())
 def test_every_message_survives_the_wire(msg: object) -> None:
-    back = m.decode(m.encode(msg))
+    back = wire.decode(wire.encode(msg))
     assert type(back) is type(msg)
     for f in dc.fields(msg):
         a, b = getattr(msg, f.name), getattr(back, f.name)
@@ -83,19 +84,19 @@ def test_every_message_survives_the_wire(msg: object) -> None:
 @settings(max_examples=2000, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_bad_message_and_nothing_else(raw: bytes) -> None:
-    for data in (raw, bytes([m.PROTOCOL]) + raw):
-        with pytest.raises(m.BadMessage):
-            m.decode(data)
+    for data in (raw, bytes([wire.PROTOCOL]) + raw):
+        with pytest.raises(wire.BadMessage):
+            wire.decode(data)
 
 
 @settings(max_examples=1500, deadline=None)
 @given(_messages(), st.data())
 def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.DataObject) -> None:
-    raw = bytearray(m.encode(msg))
+    raw = bytearray(wire.encode(msg))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(m.BadMessage):
-        assert type(m.decode(bytes(raw))) in m.registry().values()
+    with contextlib.suppress(wire.BadMessage):
+        assert type(wire.decode(bytes(raw))) in wire.registry().values()
 
 
 @pytest.mark.parametrize(
@@ -115,37 +116,37 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Text", *[msgpack.ExtType(2, b"|O8xxxxxxxx")] * 5, []]),  # an array of objects
         msgpack.packb(["Generate", 1, 1, 1, 1, 1, msgpack.ExtType(1, msgpack.packb(["SamplingParams", -5] + [0] * 9))]),
         msgpack.packb(["Cancel", 1]) + b"trailing",
-        m.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0))[1:].replace(
+        wire.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0))[1:].replace(
             b"\x92\x07", b"\x92\xc3"
         ),
     ],
 )
 def test_bombs_and_forgeries_are_refused(body: bytes) -> None:
-    with pytest.raises(m.BadMessage):
-        m.decode(bytes([m.PROTOCOL]) + body)
+    with pytest.raises(wire.BadMessage):
+        wire.decode(bytes([wire.PROTOCOL]) + body)
 
 
 def test_a_foreign_version_is_refused_with_both_numbers() -> None:
-    with pytest.raises(m.BadMessage, match="version 99, expected 1"):
-        m.decode(b"\x63" + m.encode(m.Cancel(1))[1:])
+    with pytest.raises(wire.BadMessage, match="version 99, expected 1"):
+        wire.decode(b"\x63" + wire.encode(m.Cancel(1))[1:])
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, object(), np.zeros((2, 2), np.int32), np.zeros(2, np.float64), np.array(["x"])])
 def test_what_is_not_declared_may_not_travel(value: object) -> None:
     with pytest.raises(TypeError):
-        m.encode(value)
+        wire.encode(value)
     with pytest.raises(TypeError):
-        m.encode(m.Tokens(value, value, value, value))
+        wire.encode(m.Tokens(value, value, value, value))
 
 
 def test_a_message_type_is_declared_once() -> None:
     with pytest.raises(TypeError, match="declared twice"):
-        m.message(type("Cancel", (), {"__annotations__": {"uid": int}}))
+        wire.message(type("Cancel", (), {"__annotations__": {"uid": int}}))
 
 
 def test_an_array_is_copied_and_writable() -> None:
     tokens = np.arange(3, dtype=np.int32)
     empty = np.zeros(0, np.uint8)
-    back = m.decode(m.encode(m.Tokens(np.zeros(0, np.int64), empty, tokens, empty)))
+    back = wire.decode(wire.encode(m.Tokens(np.zeros(0, np.int64), empty, tokens, empty)))
     back.tokens[0] = 9
     assert tokens[0] == 0

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, Loop, World, oracle_config, oracle_spec
+from conftest import EOS, VOCAB, Loop, World, fake_config, fake_spec
 
 from minisgl.actors.messages import Wake
 from minisgl.actors.scheduler import step_machine as machine_module
-from minisgl.actors.scheduler.step_machine import Add, Limits, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request, WaitQueue
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.cache.radix import Match, RadixCache
 from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.errors import RequestError
-from minisgl.model.fake_runner import reference
+from minisgl.model.fake_runner import expected_tokens
 from minisgl.plan import StepResult
 from minisgl.sampling_params import Finish, RequestOptions, SamplingParams
 
@@ -32,7 +33,7 @@ def talker(n: int, at_least: int, first: int = 1) -> list[int]:
     """A prompt of `n` tokens whose answer goes on for `at_least` tokens before its EOS."""
     for salt in range(first, 5000):
         ids = [salt % (VOCAB - 1) + 1, salt // (VOCAB - 1) % (VOCAB - 1) + 1, *prompt(n - 2, first)][:n]
-        if len(reference(ids, at_least, VOCAB, (EOS,))) == at_least:
+        if len(expected_tokens(ids, at_least, VOCAB, (EOS,))) == at_least:
             return ids
     raise AssertionError("no such prompt")
 
@@ -63,7 +64,7 @@ def test_those_who_wait_for_a_prefix_do_not_stand_in_the_way_of_others() -> None
 
 
 def test_without_sharing_a_burst_in_one_step_is_computed_by_each_and_still_right() -> None:
-    loop = Loop(slots=8, num_pages=200, step_tokens=250, share=False)
+    loop = Loop(slots=8, num_pages=200, step_tokens=250, wait_for_shared_prefix=False)
     for _ in range(6):
         loop.add(prompt(40), 4)
     loop.run()
@@ -73,7 +74,7 @@ def test_without_sharing_a_burst_in_one_step_is_computed_by_each_and_still_right
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4])
 def test_equal_prompts_prefilled_together_never_own_a_freed_page(lag: int) -> None:
-    loop = Loop(slots=6, num_pages=60, step_tokens=200, share=False, lag=lag)
+    loop = Loop(slots=6, num_pages=60, step_tokens=200, wait_for_shared_prefix=False, max_steps_in_flight=lag)
     for _ in range(3):
         loop.add(talker(18, 12), 12)
     for _ in range(6):
@@ -100,7 +101,7 @@ def test_the_chunks_of_a_long_prompt_are_visible_before_its_end() -> None:
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("how", ["abort", "timeout", "flush", "retract"])
 def test_followers_finish_when_their_leader_ends_midway(lag: int, steps: int, how: str) -> None:
-    loop = Loop(num_pages=30, step_tokens=9, lag=lag)
+    loop = Loop(num_pages=30, step_tokens=9, max_steps_in_flight=lag)
     leader = loop.add(prompt(40), 4, RequestOptions(timeout=steps if how == "timeout" else 0))
     followers = [loop.add([*prompt(36), 7, 8, 9], 6) for _ in range(3)]
     for _ in range(steps):
@@ -120,16 +121,16 @@ def test_followers_finish_when_their_leader_ends_midway(lag: int, steps: int, ho
 
 # ---------------- the end of a request
 def test_nothing_comes_after_an_eos_and_nothing_from_a_stopped_request() -> None:
-    ids = next(p for n in range(3, 400) if EOS in reference(p := talker(3, 3, n), 12, VOCAB, (EOS,)))
-    want = reference(ids, 30, VOCAB, (EOS,))
+    ids = next(p for n in range(3, 400) if EOS in expected_tokens(p := talker(3, 3, n), 12, VOCAB, (EOS,)))
+    want = expected_tokens(ids, 30, VOCAB, (EOS,))
     for lag in (1, 2, 3, 4):
-        loop = Loop(lag=lag)
+        loop = Loop(max_steps_in_flight=lag)
         uid = loop.add(ids, 30)
         loop.run()
         assert loop.said[uid] == want
         assert want[-1] == EOS
         assert loop.machine.counters.wasted_rows == lag - 1
-        loop = Loop(lag=lag)
+        loop = Loop(max_steps_in_flight=lag)
         uid = loop.add(ids, 30, stop_token_ids=(want[1],))
         loop.run()
         assert loop.said[uid] == want[: want.index(want[1]) + 1]
@@ -140,7 +141,7 @@ def test_nothing_comes_after_an_eos_and_nothing_from_a_stopped_request() -> None
 @pytest.mark.parametrize("others", [0, 2])
 def test_an_abort_in_any_step_returns_everything_also_with_results_in_flight(lag: int, others: int) -> None:
     for when in range(26):
-        loop = Loop(lag=lag, num_pages=24)
+        loop = Loop(max_steps_in_flight=lag, num_pages=24)
         uid = loop.add(talker(22, 14), 14)
         for i in range(others):
             loop.add(talker(22, 14)[:16] + prompt(3, i + 2), 9)  # a cached beginning
@@ -156,9 +157,9 @@ def test_an_abort_in_any_step_returns_everything_also_with_results_in_flight(lag
 
 @pytest.mark.parametrize("abort_first", [True, False])
 def test_an_abort_in_the_same_inbox_as_the_eos_frees_the_slot_once(abort_first: bool) -> None:
-    ids = next(p for n in range(3, 400) if reference(p := talker(5, 2, n), 9, VOCAB, (EOS,))[-1] == EOS)
-    want = reference(ids, 9, VOCAB, (EOS,))
-    loop = Loop(lag=2)
+    ids = next(p for n in range(3, 400) if expected_tokens(p := talker(5, 2, n), 9, VOCAB, (EOS,))[-1] == EOS)
+    want = expected_tokens(ids, 9, VOCAB, (EOS,))
+    loop = Loop(max_steps_in_flight=2)
     uid = loop.add(ids, 9)
     while len(loop.said[uid]) + 1 < len(want):
         loop.step()
@@ -173,7 +174,7 @@ def test_an_abort_in_the_same_inbox_as_the_eos_frees_the_slot_once(abort_first: 
 
 @pytest.mark.parametrize("lag", [2, 3, 4])
 def test_a_slot_that_is_reused_while_results_are_in_flight_gives_the_new_owner_its_own_tokens(lag: int) -> None:
-    loop = Loop(slots=1, lag=lag, step_tokens=40)
+    loop = Loop(slots=1, max_steps_in_flight=lag, step_tokens=40)
     for i in range(12):
         loop.add(prompt(3 + 5 * (i % 5), i + 1), 36)  # one slot: every end hands it on, to longer and shorter prompts
     loop.run()
@@ -182,7 +183,7 @@ def test_a_slot_that_is_reused_while_results_are_in_flight_gives_the_new_owner_i
 
 
 # ---------------- admission and memory
-def fabricated(limits: Limits, prompts: int, n_prompt: int, answer: int, max_tokens: int) -> int:
+def fabricated(limits: SchedulerLimits, prompts: int, n_prompt: int, answer: int, max_tokens: int) -> int:
     """The most requests that run at once, with a worker that says 5 and ends each answer after `answer` tokens."""
     machine, rng, most = StepMachine(limits), np.random.default_rng(0), 0
     inbox: list[Any] = [
@@ -204,12 +205,12 @@ def fabricated(limits: Limits, prompts: int, n_prompt: int, answer: int, max_tok
 
 
 def test_admission_does_not_reserve_max_tokens() -> None:
-    limits = Limits(512, 300_000 // 16, 16, 40_000, 8192, 1, 100, (EOS,))
+    limits = SchedulerLimits(512, 300_000 // 16, 16, 40_000, 8192, 1, 100, (EOS,))
     assert fabricated(limits, 400, 1000, 200, 32_768) >= 200
 
 
 def test_admission_counts_pages_and_not_tokens() -> None:
-    limits = Limits(8, 4, 256, 1024, 600, 1, 100, (EOS,))
+    limits = SchedulerLimits(8, 4, 256, 1024, 600, 1, 100, (EOS,))
     assert fabricated(limits, 5, 100, 100, 100) <= 4
 
 
@@ -242,7 +243,7 @@ def test_a_head_that_does_not_fit_lets_those_behind_it_pass() -> None:
 
 def overtaken(monkeypatch: pytest.MonkeyPatch, options: RequestOptions, others: RequestOptions) -> int:
     """How many of 60 small requests start before a big one that does not fit while one after another of them runs."""
-    monkeypatch.setattr(machine_module, "MAX_PASSED", 10)
+    monkeypatch.setattr(machine_module, "MAX_OVERTAKEN", 10)
     loop = Loop(slots=8, num_pages=24, max_context=96, step_tokens=60)
     loop.add(prompt(5), 3)
     loop.step()
@@ -308,7 +309,7 @@ def test_looking_past_the_head_costs_a_bounded_number_of_lookups(monkeypatch: py
 # ---------------- decodes and prompts
 @pytest.mark.parametrize("lag", [1, 2, 4])
 def test_a_decode_gets_its_token_in_every_step_of_a_steady_stream_of_long_prompts(lag: int) -> None:
-    loop = Loop(num_pages=400, step_tokens=10, lag=lag)
+    loop = Loop(num_pages=400, step_tokens=10, max_steps_in_flight=lag)
     talking = loop.add(talker(3, 50), 50)
     while talking not in loop.said or not loop.said[talking]:
         loop.step()
@@ -341,7 +342,7 @@ def itl_steps(target: float) -> list[tuple[float, int]]:
     def cost(prefill: int, rows: int, context: int) -> float:
         return 2e-3 + 2e-4 * prefill + 1e-4 * rows + 1e-6 * context
 
-    loop = Loop(slots=8, num_pages=1000, max_context=400, step_tokens=128, itl_target=target, lag=1)
+    loop = Loop(slots=8, num_pages=1000, max_context=400, step_tokens=128, itl_target=target, max_steps_in_flight=1)
     for i in range(3):
         loop.add(talker(20, 60, 60 * i + 1), 60)
     steps: list[tuple[float, int]] = []
@@ -380,7 +381,7 @@ def test_a_target_that_cannot_be_met_still_lets_prompts_on_by_a_page_a_step() ->
 
 # ---------------- priorities
 def admitted_by_priority() -> None:
-    loop = Loop(slots=1, lag=1)
+    loop = Loop(slots=1, max_steps_in_flight=1)
     loop.add(prompt(4), 3)
     loop.step()
     low, middle, high, second = (loop.add(prompt(4, i + 2), 2, RequestOptions(priority=p)) for i, p in enumerate((-3, 0, 7, 7)))
@@ -394,7 +395,7 @@ def test_higher_priorities_start_first() -> None:
 
 
 def retracted_by_priority() -> None:
-    loop = Loop(slots=3, num_pages=12, step_tokens=40, lag=2)
+    loop = Loop(slots=3, num_pages=12, step_tokens=40, max_steps_in_flight=2)
     order = [loop.add(talker(8, 24, i * 90 + 1), 24, RequestOptions(priority=p)) for i, p in enumerate((0, -1, 5))]
     gone: list[int] = []
     retract = loop.machine._retract
@@ -417,7 +418,7 @@ def test_the_least_important_is_retracted_first_and_the_most_important_never() -
 
 
 def test_among_equals_the_youngest_is_retracted_and_resumes_with_the_same_text() -> None:
-    loop = Loop(slots=3, num_pages=12, step_tokens=40, lag=2)
+    loop = Loop(slots=3, num_pages=12, step_tokens=40, max_steps_in_flight=2)
     for i in range(3):
         loop.add(talker(8, 24, i * 90 + 1), 24)
     while not loop.machine.counters.retractions:
@@ -430,7 +431,7 @@ def test_among_equals_the_youngest_is_retracted_and_resumes_with_the_same_text()
 
 
 def test_requests_with_a_cached_prefix_start_first_but_nobody_starves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "MAX_PASSED", 6)
+    monkeypatch.setattr(machine_module, "MAX_OVERTAKEN", 6)
     for order, most in (("prefix", 6), ("arrival", 0)):
         loop = Loop(slots=1, num_pages=60, order=order)
         loop.add(prompt(16), 1)
@@ -445,7 +446,7 @@ def test_requests_with_a_cached_prefix_start_first_but_nobody_starves(monkeypatc
 
 # ---------------- deadlines
 def deadline_is_kept(steps: int, lag: int) -> None:
-    loop = Loop(slots=2, num_pages=24, lag=lag)
+    loop = Loop(slots=2, num_pages=24, max_steps_in_flight=lag)
     late = loop.add(talker(20, 30), 30, RequestOptions(timeout=5.0))
     loop.add(talker(20, 30, 77), 30)
     waits = loop.add(prompt(20, 3), 30, RequestOptions(timeout=5.0))
@@ -481,7 +482,7 @@ def test_deadlines_of_requests_that_ended_do_not_pile_up() -> None:
 
 
 def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -> None:
-    w = World(3, oracle_config(max_running=1))
+    w = World(3, fake_config(max_running=1))
     running = w.submit(talker(6, 40), 40, RequestOptions(timeout=3.0))
     waiting = w.submit(prompt(6, 3), 4, RequestOptions(timeout=3.0))
     while not w.answers[running]:
@@ -492,13 +493,13 @@ def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -
         end = w.ends[uid]
         assert isinstance(end, RequestError)
         assert (end.status, end.code, end.param) == (504, "timeout", "timeout")
-    assert w.answers[running] == reference(talker(6, 40), 40, VOCAB, (EOS,))[: len(w.answers[running])]
+    assert w.answers[running] == expected_tokens(talker(6, 40), 40, VOCAB, (EOS,))[: len(w.answers[running])]
     assert w.answers[running]
     w.close()
 
 
 def test_a_client_is_told_how_long_its_request_waited_for_its_first_step() -> None:
-    w = World(3, oracle_config(max_running=1))
+    w = World(3, fake_config(max_running=1))
     w.system.clock = 7.0
     first = w.submit(talker(6, 40), 40)
     while not w.answers[first]:
@@ -517,7 +518,7 @@ def test_a_client_is_told_how_long_its_request_waited_for_its_first_step() -> No
 
 # ---------------- the bounds of the queue
 def crowded(**server: int) -> World:
-    config = oracle_config(max_running=1, step_tokens=9, tp=1)
+    config = fake_config(max_running=1, step_tokens=9, tp=1)
     w = World(None, dataclasses.replace(config, server=ServerConfig(**server)))
     w.submit(talker(4, 40), 40)
     while not w.machine.running:
@@ -650,7 +651,7 @@ def _no_deadline(self: StepMachine, request: Request, now: float) -> None:
 def _never_passed(self: StepMachine, *args: Any) -> None:
     ADMIT(self, *args)
     for request in self.waiting.front(1000):
-        request.passed = 0
+        request.overtaken_by = 0
 
 
 def _whole_budget(self: StepMachine, decode_rows: int, context: int) -> int:
@@ -737,11 +738,11 @@ def test_a_test_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_queue_of_a_config_with_a_long_context_starts() -> None:
-    config = Config(oracle_spec(512), EngineConfig(page_size=16, max_running=4, step_tokens=64, kv_tokens=512, tp=1))
+    config = Config(fake_spec(512), EngineConfig(page_size=16, max_running=4, step_tokens=64, kv_tokens=512, tp=1))
     w = World(None, config)
     uid = w.submit(prompt(500), 12)
     w.system.clock += 1
     w.scheduler.ctx.send("scheduler", Wake())
     w.system.run()
-    assert w.answers[uid] == reference(prompt(500), 12, VOCAB, (EOS,))
+    assert w.answers[uid] == expected_tokens(prompt(500), 12, VOCAB, (EOS,))
     w.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, World, oracle_config, random_traffic
+from conftest import EOS, VOCAB, World, fake_config, random_traffic
 
 from minisgl.actors.messages import Stats
 from minisgl.actors.scheduler import step_machine as machine_module
 from minisgl.actors.scheduler.step_machine import StepMachine
-from minisgl.model.fake_runner import reference
-from minisgl.plan import BIAS, EXTRA, Scores, StepPlan, StepResult
+from minisgl.model.fake_runner import expected_tokens
+from minisgl.plan import BIAS, EXTRA, StepLogprobs, StepPlan, StepResult
 from minisgl.sampling_params import Finish
 
 ROOMY, TIGHT = 160, 72  # KV tokens: enough for all, and so few that requests are evicted and retracted
@@ -28,7 +28,7 @@ def check_answers(world: World, want: dict[int, list[int]]) -> None:
 
 
 def run_world(seed: int, abort: float = 0.15, **engine: object) -> World:
-    world = World(seed, oracle_config(**engine))
+    world = World(seed, fake_config(**engine))
     check_answers(world, random_traffic(world, seed, abort=abort))
     assert world.gateway.open_requests == 0
     assert world.machine.idle
@@ -75,7 +75,7 @@ def test_a_second_turn_reads_its_history_from_the_cache(world) -> None:
     w.system.run()
     assert w.cached[first] == 0
     assert w.cached[second] == (len(ids + w.answers[first]) - 1) // 4 * 4  # the last answered token was never computed
-    assert w.answers[second] == reference(turn, 4, VOCAB, (EOS,))
+    assert w.answers[second] == expected_tokens(turn, 4, VOCAB, (EOS,))
 
 
 def test_identical_prompts_in_one_batch_share_pages_and_none_is_owned_twice(world) -> None:
@@ -87,12 +87,12 @@ def test_identical_prompts_in_one_batch_share_pages_and_none_is_owned_twice(worl
         w.system.step()
         w.machine.check()
     w.system.run()
-    assert all(tokens == reference(ids, 8, VOCAB, (EOS,)) for tokens in w.answers.values())
+    assert all(tokens == expected_tokens(ids, 8, VOCAB, (EOS,)) for tokens in w.answers.values())
 
 
 def test_an_aborted_request_gives_back_its_pages_in_every_phase() -> None:
     for phase in range(60):
-        w = World(phase, oracle_config())
+        w = World(phase, fake_config())
         uid = w.submit(list(range(1, 20)), 20)
         for _ in range(phase):
             w.system.step()
@@ -158,7 +158,7 @@ def test_results_that_come_while_a_plan_waits_for_room_are_not_a_livelock(monkey
     monkeypatch.setattr(
         shared_memory, "create_ring", lambda name, readers, n: real(name, readers, 4096 if name == "plans" else n)
     )
-    w = World(None, oracle_config(lag=4))
+    w = World(None, fake_config(lag=4))
     silent = w.system.actors["worker1"]
     idle = silent.idle
     silent.idle = lambda: False  # one rank falls far behind
@@ -225,7 +225,7 @@ def test_the_test_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_result_that_does_not_match_its_plan_is_refused() -> None:
-    w = World(None, oracle_config(tp=1))
+    w = World(None, fake_config(tp=1))
     w.submit([1, 2, 3], 4)
     while not w.machine.inflight:
         w.system.step()
@@ -248,7 +248,7 @@ def test_plans_and_results_with_everything_in_them_survive_the_ring() -> None:
             with pytest.raises(ValueError, match=r"plan 4 has|buffer"):
                 StepPlan.unpack(raw)
     for m, w in ((3, 0), (2, 4)):
-        scores = Scores(
+        scores = StepLogprobs(
             rng.random(m, np.float32), np.arange(m * w, dtype=np.int32).reshape(m, w), rng.random((m, w), np.float32)
         )
         raw = StepResult(7, np.array([5, 9], np.int32), 3, 2, 1, scores).pack()
@@ -269,7 +269,7 @@ def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> Non
     assert (got.step, got.tokens.tolist(), got.busy_us, got.idle_us, got.launch_us) == (7, [5, 9], 1200, 3, 80)
     with pytest.raises(ValueError, match="header says"):
         StepResult.unpack(sent.pack() + b"\0")
-    w = World(None, oracle_config(tp=1))
+    w = World(None, fake_config(tp=1))
     w.submit([1, 2, 3], 1)
     while not w.machine.inflight:
         w.system.step()
@@ -280,7 +280,7 @@ def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> Non
 
 
 def test_statistics_are_not_told_between_two_steps_of_a_busy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(1, oracle_config())
+    world = World(1, fake_config())
     rest, send = [], world.scheduler.ctx.send
 
     def watch(to: str, message: object) -> None:

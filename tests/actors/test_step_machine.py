@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, Loop, World, oracle_config, random_traffic
+from conftest import EOS, VOCAB, Loop, World, fake_config, random_traffic
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -18,7 +18,7 @@ from minisgl.api.gateway import Entry
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import RadixCache
 from minisgl.errors import RequestError
-from minisgl.model.fake_runner import reference
+from minisgl.model.fake_runner import expected_tokens
 from minisgl.sampling_params import Finish, RequestOptions
 
 few_tokens = st.lists(st.integers(1, 2), min_size=1, max_size=22)
@@ -43,10 +43,10 @@ class MachineAgainstReference(RuleBasedStateMachine):
             page_size=page_size,
             max_context=48,
             step_tokens=slots + extra,
-            lag=lag,
+            max_steps_in_flight=lag,
             cache=cache,
             order=order,
-            share=share,
+            wait_for_shared_prefix=share,
         )
 
     @rule(
@@ -126,11 +126,11 @@ def stress(seed: int, **limits: Any) -> Loop:
 @pytest.mark.parametrize("block", range(5))
 def test_the_machine_answers_like_the_reference_under_seeded_stress(lag: int, block: int) -> None:
     for seed in range(block * 80, block * 80 + 80):
-        stress(1000 * lag + seed, lag=lag)
+        stress(1000 * lag + seed, max_steps_in_flight=lag)
 
 
 def test_the_stress_reaches_what_it_is_meant_to_reach() -> None:
-    loops = [stress(seed, lag=1 + seed % 4) for seed in range(40)]
+    loops = [stress(seed, max_steps_in_flight=1 + seed % 4) for seed in range(40)]
     counters = [loop.machine.counters for loop in loops]
     assert sum(c.retractions for c in counters) > 10
     assert sum(c.timeouts for c in counters) > 10
@@ -144,14 +144,14 @@ def test_the_stress_reaches_what_it_is_meant_to_reach() -> None:
 def test_the_whole_system_answers_like_the_reference_with_options_mixed_in(lag: int) -> None:
     for seed in range(60):
         rng = random.Random(seed)
-        w = World(seed, oracle_config(lag=lag, kv_tokens=rng.choice((72, 96, 160)), tp=1))
+        w = World(seed, fake_config(lag=lag, kv_tokens=rng.choice((72, 96, 160)), tp=1))
         want: dict[int, list[int]] = {}
         trunk = [rng.randrange(1, VOCAB) for _ in range(12)]
         for _ in range(8):
             ids = trunk[: rng.randrange(1, 13)] + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 10))]
             most = rng.randrange(1, 20)
             uid = w.submit(ids, most, random_options(rng))
-            want[uid] = reference(ids, most, VOCAB, (EOS,))
+            want[uid] = expected_tokens(ids, most, VOCAB, (EOS,))
             for _ in range(rng.randrange(0, 30)):
                 w.system.clock += 0.02
                 w.system.step()
@@ -180,7 +180,7 @@ def test_after_a_restart_a_replayed_request_goes_on_where_its_text_stopped(lag: 
     replayed = 0
     for seed in range(40):
         rng = random.Random(seed)
-        first = World(seed, oracle_config(lag=lag, kv_tokens=rng.choice((72, 160)), tp=1))
+        first = World(seed, fake_config(lag=lag, kv_tokens=rng.choice((72, 160)), tp=1))
         asked: dict[int, tuple[list[int], int]] = {}
         for _ in range(6):
             ids, most = [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 24))], rng.randrange(4, 24)
@@ -189,7 +189,7 @@ def test_after_a_restart_a_replayed_request_goes_on_where_its_text_stopped(lag: 
                 first.system.step()
         open_entries = list(first.gateway._ledger.values())
         first.close()
-        second = World(seed + 1, oracle_config(lag=lag, kv_tokens=160, tp=1))
+        second = World(seed + 1, fake_config(lag=lag, kv_tokens=160, tp=1))
         replayed += sum(bool(e.delivered) for e in open_entries)
         for old in open_entries:
             rest: list[int] = []
@@ -208,7 +208,7 @@ def test_after_a_restart_a_replayed_request_goes_on_where_its_text_stopped(lag: 
         assert not second.gateway._ledger, "a replayed request was never answered"
         for old in open_entries:
             ids, most = asked[old.uid]
-            assert first.answers[old.uid] + second.answers[old.uid] == reference(ids, most, VOCAB, (EOS,))
+            assert first.answers[old.uid] + second.answers[old.uid] == expected_tokens(ids, most, VOCAB, (EOS,))
         second.close()
     assert replayed > 20
 
@@ -278,7 +278,7 @@ def test_the_stress_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     caught = 0
     for seed in range(24):
         try:
-            stress(seed, lag=1 + seed % 3)
+            stress(seed, max_steps_in_flight=1 + seed % 3)
         except Exception:  # whatever breaks first: a check, an assertion, an index
             caught += 1
     assert caught > 0
@@ -286,7 +286,7 @@ def test_the_stress_notices_when(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_random_traffic_leaves_no_waiting_tokens_behind() -> None:
     for seed in range(20):
-        w = World(seed, oracle_config(kv_tokens=72, tp=1))
+        w = World(seed, fake_config(kv_tokens=72, tp=1))
         random_traffic(w, seed)
         assert w.machine.waiting.tokens == 0
         w.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import oracle_spec
+from conftest import fake_spec
 from test_tokenizer import CHATML, small
 
 from minisgl.actors import tokenizer as module
@@ -68,7 +68,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
         tok = small(template)
         monkeypatch.setattr(module, "load_tokenizer", lambda spec, template: tok)
         ctx = Recorder()
-        config = Config(dataclasses.replace(oracle_spec(), max_context=max_context), EngineConfig())
+        config = Config(dataclasses.replace(fake_spec(), max_context=max_context), EngineConfig())
         actor = TokenizerActor(ctx, config, ring)
         actor.started()
         ((to, info),) = ctx.sent

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.actors.scheduler.waiting_queue import Request, WaitQueue
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 

@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from conftest import World, oracle_config
+from conftest import World, fake_config
 
-from minisgl.actors.messages import Capacity, MayPrepare, WorkerArmed
+from minisgl.actors.messages import Capacity, MayCapture, WorkerArmed
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
 from minisgl.actors.worker import WorkerActor
-from minisgl.model.fake_runner import Done, OracleRunner
+from minisgl.model.fake_runner import Done, FakeRunner
 from minisgl.plan import PlanKind, StepPlan
 
 
@@ -49,7 +49,7 @@ class SlowStarter:
     def allocate(self, num_pages: int) -> None:
         """Nothing to make."""
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         self.left -= 1
         return self.left > 0
 
@@ -60,7 +60,7 @@ class SlowStarter:
 @pytest.fixture
 def arenas(request: pytest.FixtureRequest) -> Iterator[Arenas]:
     """Of one worker, or as many as a test has in its mark."""
-    made, fds = create_arenas(oracle_config(tp=getattr(request, "param", 1)))
+    made, fds = create_arenas(fake_config(tp=getattr(request, "param", 1)))
     yield made
     close_arenas(fds)
 
@@ -105,20 +105,20 @@ def test_of_several_ranks_the_first_asks_and_all_prepare_when_the_plan_says_so(a
         worker.capacity(Capacity(4))
     clock.sent.clear()
     assert [workers[1].idle(), workers[0].idle(), workers[0].idle()] == [False, True, False]
-    assert [type(m) for m in clock.sent] == [MayPrepare]
+    assert [type(m) for m in clock.sent] == [MayCapture]
     assert [r.left for r in runners] == [3, 3]  # nobody prepares alone
     plans = RingWriter(arenas.plans)
     for left in (2, 1, 0):
-        plans.publish(StepPlan(0, kind=PlanKind.PREPARE).pack())
+        plans.publish(StepPlan(0, kind=PlanKind.CAPTURE).pack())
         for worker in workers:
             assert worker.idle() is True
         assert [r.left for r in runners] == [left, left]
         workers[0].idle()
-    assert [type(m) for m in clock.sent] == [MayPrepare] * 3  # not a fourth time: nothing is left
+    assert [type(m) for m in clock.sent] == [MayCapture] * 3  # not a fourth time: nothing is left
 
 
 def test_the_scheduler_lets_ranks_prepare_only_when_all_can_and_nothing_is_to_be_done() -> None:
-    world = World(0, oracle_config(tp=2))
+    world = World(0, fake_config(tp=2))
     plans = RingReader(world.arenas.plans, 1)
     while plans.take() is not None:
         pass
@@ -132,21 +132,21 @@ def test_the_scheduler_lets_ranks_prepare_only_when_all_can_and_nothing_is_to_be
         return found
 
     scheduler._armed.remove(1)
-    scheduler.receive(MayPrepare())
+    scheduler.receive(MayCapture())
     assert kinds() == []  # rank 1 has no cache yet
     scheduler.receive(WorkerArmed(1))
-    assert kinds() == [PlanKind.PREPARE]
+    assert kinds() == [PlanKind.CAPTURE]
     assert kinds() == []  # once for each time it is asked
     world.submit([1, 2, 3], 5)
     while not scheduler.machine or not scheduler.machine.inflight:
         world.system.step()
     kinds()
-    scheduler.receive(MayPrepare())
-    assert PlanKind.PREPARE not in kinds()
+    scheduler.receive(MayCapture())
+    assert PlanKind.CAPTURE not in kinds()
     world.close()
 
 
-class Recorder(OracleRunner):
+class Recorder(FakeRunner):
     """Writes down what it is asked to do, in order."""
 
     left = 0  # of what there is to prepare
@@ -156,7 +156,7 @@ class Recorder(OracleRunner):
         super().allocate(num_pages)
         self.events = []
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         self.events.append(-1)
         self.left -= 1
         return self.left > 0
@@ -170,11 +170,11 @@ def busy_world(seed: int) -> tuple[list[list[int]], dict[int, list[int]], dict[i
     """Requests come while three ranks have things to prepare: (what each rank did, answers, answers without preparing)."""
     answers = []
     for left in (12, 0):
-        rng, world = random.Random(seed), World(seed, oracle_config(tp=3))
+        rng, world = random.Random(seed), World(seed, fake_config(tp=3))
         for rank, runner in enumerate(world.runners):
             assert isinstance(runner, Recorder)
             runner.left, runner.events = left, []
-            world.system.actors[f"worker{rank}"]._prepared = left == 0  # type: ignore[attr-defined]
+            world.system.actors[f"worker{rank}"]._captured = left == 0  # type: ignore[attr-defined]
         world.system._asleep.clear()
         for _ in range(25):
             if rng.random() < 0.4:
@@ -190,7 +190,7 @@ def busy_world(seed: int) -> tuple[list[list[int]], dict[int, list[int]], dict[i
 
 
 def test_ranks_prepare_between_the_same_two_steps_and_answers_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conftest.OracleRunner", Recorder)
+    monkeypatch.setattr("conftest.FakeRunner", Recorder)
     monkeypatch.setattr("minisgl.actors.worker._PAUSE_SECONDS", 0.0)
     between = 0
     for seed in range(30):
@@ -203,16 +203,16 @@ def test_ranks_prepare_between_the_same_two_steps_and_answers_stay_the_same(monk
 
 
 def test_ranks_that_prepared_by_themselves_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conftest.OracleRunner", Recorder)
+    monkeypatch.setattr("conftest.FakeRunner", Recorder)
     monkeypatch.setattr("minisgl.actors.worker._PAUSE_SECONDS", 0.0)
 
     def alone(self: WorkerActor) -> bool:
-        if self._runner is None or not self._ready or self._prepared:
+        if self._runner is None or not self._ready or self._captured:
             return False
-        self._prepared = not self._runner.prepare()
-        return not self._prepared
+        self._captured = not self._runner.capture_ahead()
+        return not self._captured
 
-    monkeypatch.setattr(WorkerActor, "_prepare", alone)
+    monkeypatch.setattr(WorkerActor, "_capture_while_idle", alone)
     differ = 0
     for seed in range(10):
         events, _, _ = busy_world(seed)

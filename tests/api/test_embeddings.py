@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, World, oracle_config
+from conftest import VOCAB, World, fake_config
 from test_endpoints import VectorEngine
 from test_requests import ModelLoop
 from test_server import Server, ask, check_error, client, play
 from tiny_models import Driver, save_architecture, save_llama
 
 from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import Output
-from minisgl.actors.scheduler.waiting_queue import Request
 from minisgl.api.engine import TextPrompt, TokenPrompt
 from minisgl.errors import RequestError
 from minisgl.model.common.pooling import Pooling
@@ -215,7 +215,7 @@ def cuda_model(worker: Any) -> Any:
 # ---------------- through the actors
 @pytest.mark.parametrize("seed", range(4))
 def test_every_interleaving_of_the_actors_gives_the_oracles_vectors(seed: int) -> None:
-    rng, world = random.Random(seed), World(seed, oracle_config(tp=2, kv_tokens=96, lag=1 + seed % 3))
+    rng, world = random.Random(seed), World(seed, fake_config(tp=2, kv_tokens=96, lag=1 + seed % 3))
     got: dict[int, list[Any]] = {}
     want: dict[int, tuple[list[int], str]] = {}
     texts: dict[int, list[int]] = {}
@@ -255,7 +255,7 @@ def test_vectors_survive_the_ring_and_a_result_without_them_is_refused() -> None
     assert got.tokens.tolist() == [5, 9]
     with pytest.raises(ValueError, match="header says"):
         StepResult.unpack(raw[:-4])
-    w = World(None, oracle_config(tp=1))
+    w = World(None, fake_config(tp=1))
     w.gateway.open(TokenPrompt((1, 2)), SamplingParams(max_tokens=1), lambda _: None, RequestOptions(pooling="last"))
     while not w.machine.inflight:
         w.system.step()
@@ -264,7 +264,7 @@ def test_vectors_survive_the_ring_and_a_result_without_them_is_refused() -> None
 
 
 def test_a_prompt_that_does_not_fit_is_refused_under_the_name_of_its_field() -> None:
-    w = World(None, oracle_config(tp=1))
+    w = World(None, fake_config(tp=1))
     for ids in ((), tuple([1] * 64)):
         with pytest.raises(RequestError) as caught:
             w.gateway.open(TokenPrompt(ids), SamplingParams(max_tokens=1), lambda _: None, RequestOptions(pooling="mean"))

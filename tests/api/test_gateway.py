@@ -13,7 +13,8 @@ import pytest
 from test_server import FakeEngine, Server, _raw, play
 from test_tokenizer_pool import Front
 
-from minisgl.actors.messages import ActorDied, Rejected, Started, Text, ThoughtEnded, decode, encode
+from minisgl.actors.messages import ActorDied, Rejected, Started, Text, ThoughtEnded
+from minisgl.actors.wire import decode, encode
 from minisgl.api.engine import ChatPrompt, Chunk, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
 from minisgl.api.http.metrics import Metered

@@ -21,11 +21,10 @@ from test_server import FakeEngine, Server, ask, check_error, client, events
 from minisgl import grammar
 from minisgl.api.engine import Chunk
 from minisgl.api.parsers.reply import Form, Reply
-from minisgl.api.parsers.thoughts import ThoughtReader
 from minisgl.api.requests.openai import parse_chat, parse_completion
 from minisgl.errors import RequestError
 from minisgl.model.text.chat_format import guess
-from minisgl.reasoning import CLOSE, OPEN, ThoughtCounter
+from minisgl.reasoning import CLOSE, OPEN, ThoughtCounter, ThoughtReader
 from minisgl.sampling_params import Finish, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp import web
-from conftest import oracle_spec
+from conftest import fake_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_openai_validation import FIELDS, JSON
@@ -46,7 +46,7 @@ class FakeEngine:
 
     def __init__(self, **server: Any) -> None:
         names = ("oracle", "org/alias")
-        self.config = Config(oracle_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
+        self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
         self.state = "ready"
         self.refuse: RequestError | Exception | None = None
         self.admit = 0
@@ -708,7 +708,7 @@ def test_health_ready_and_info_follow_the_engine() -> None:
 
 
 def test_without_served_names_the_model_is_called_what_it_is() -> None:
-    assert generate.served_names(Config(oracle_spec())) == ("oracle",)
+    assert generate.served_names(Config(fake_spec())) == ("oracle",)
 
 
 # ---------------- any body at all

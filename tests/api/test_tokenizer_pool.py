@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import oracle_spec
+from conftest import fake_spec
 
 from minisgl.actors.messages import Cancel, EngineReady, Generate, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
@@ -48,7 +48,7 @@ class Front:
     """A gateway that is ready, `n` tokenizers in which the byte alphabet's characters are tokens, and a collector."""
 
     def __init__(self, n: int, seed: int | None) -> None:
-        spec = replace(oracle_spec(max_context=600, vocab=256), format="random", name="bytes")
+        spec = replace(fake_spec(max_context=600, vocab=256), format="random", name="bytes")
         config = Config(spec, EngineConfig(max_running=4, step_tokens=9), ServerConfig(num_tokenizers=n))
         arenas, self.fds = create_arenas(config)
         self.system = LocalSystem(seed)

@@ -13,7 +13,8 @@ import pytest
 import zmq
 
 from minisgl import __main__ as cli
-from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
+from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
+from minisgl.actors.wire import decode, encode
 from minisgl.client import batch_client, connection
 from minisgl.client.batch_client import BatchClient, BatchRequest, find_socket
 from minisgl.commands import batch

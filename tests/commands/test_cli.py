@@ -36,7 +36,7 @@ def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
 
 
 def test_a_visible_gpu_is_used_with_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.commands.flags.gpu_count", lambda: 2)
+    monkeypatch.setattr("minisgl.config.gpu_count", lambda: 2)
     on_gpu = engine_config(vars(parser().parse_args(["--tp", "2", "--max-running", "9"])))
     assert (on_gpu.device, on_gpu.tp, on_gpu.max_running) == ("cuda", 2, 9)
     assert (on_gpu.step_tokens, on_gpu.memory_fraction) == (8192, 0.9)
@@ -47,7 +47,7 @@ def test_a_visible_gpu_is_used_with_defaults_of_its_own(monkeypatch: pytest.Monk
 def test_gpus_that_are_not_there_are_missed_before_anything_starts(
     gpus: int, settings: dict[str, object], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minisgl.commands.flags.gpu_count", lambda: gpus)
+    monkeypatch.setattr("minisgl.config.gpu_count", lambda: gpus)
     with pytest.raises(UserError, match=named):
         engine_config(settings)
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import oracle_spec
+from conftest import fake_spec
 from tiny_models import save_llama
 
 from minisgl.__main__ import main
 from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.cuda.flashinfer import compile as compiling
 from minisgl.model.cuda.flashinfer import compile as flashinfer_jit
 from minisgl.model.cuda.flashinfer import modules as fm
 from minisgl.model.cuda.flashinfer import toolchain
@@ -34,7 +35,7 @@ HOPPER = ("9.0a",)
 
 
 def spec(head_dim: int = 128, dtype: str = "bfloat16") -> ModelSpec:
-    return replace(oracle_spec(), head_dim=head_dim, dtype=dtype)
+    return replace(fake_spec(), head_dim=head_dim, dtype=dtype)
 
 
 def with_cache(kind: str) -> EngineConfig:
@@ -135,11 +136,11 @@ def test_a_bad_compute_capability_is_refused(text: str, complaint: str) -> None:
 
 def test_the_announcement_names_modules_time_and_the_way_out() -> None:
     modules = [*needed(spec(), EngineConfig(), ["9.0"], decode=True), *needed(spec(), with_cache("fp8"), ["8.0"])]
-    assert fm.announce([]) == ""
-    assert fm.announce(modules[:1]).startswith(
+    assert compiling.announce([]) == ""
+    assert compiling.announce(modules[:1]).startswith(
         "FlashInfer has to compile 1 module first (fa3 prefill, head size 128, bfloat16):"
     )
-    line = fm.announce(modules)
+    line = compiling.announce(modules)
     for words in (
         "compile 3 modules",
         "decode, head size 128, bfloat16;",
@@ -216,19 +217,19 @@ def test_a_module_is_prebuilt_cached_or_missing(flashinfer: Path, tmp_path: Path
 
 
 def test_a_module_that_an_upgrade_of_flashinfer_left_behind_is_stale(flashinfer: Path, compiler: list[ModuleSpec]) -> None:
-    fm.build(DECODE)
+    compiling.build(DECODE)
     assert fm.status([DECODE]) == {DECODE: State.PREBUILT}
     set_version(flashinfer.parents[2], "0.7.2")
     assert fm.status([DECODE]) == {DECODE: State.STALE}
-    fm.build(DECODE)
+    compiling.build(DECODE)
     assert fm.status([DECODE]) == {DECODE: State.PREBUILT}
 
 
 def test_a_module_for_other_gpus_is_stale(flashinfer: Path, compiler: list[ModuleSpec]) -> None:
     both = replace(DECODE, archs=("8.0", "9.0a"))
-    fm.build(DECODE)
+    compiling.build(DECODE)
     assert fm.status([DECODE, both]) == {DECODE: State.PREBUILT, both: State.STALE}
-    fm.build(both)
+    compiling.build(both)
     assert fm.status([DECODE, both]) == {DECODE: State.PREBUILT, both: State.PREBUILT}
 
 
@@ -240,7 +241,7 @@ def test_a_note_that_makes_no_sense_is_not_believed(flashinfer: Path, note: str)
 
 def test_building_says_each_module_before_and_after(flashinfer: Path, compiler: list[ModuleSpec]) -> None:
     said: list[str] = []
-    fm.build_all(MODULES, said.append)
+    compiling.build_all(MODULES, said.append)
     assert compiler == MODULES
     first = "compiling 1 of 2: fa3 prefill, head size 128, bfloat16 ..."
     second = "compiling 2 of 2: decode, head size 128, bfloat16 ..."
@@ -255,10 +256,10 @@ def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_compil
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: str(flashinfer) not in str(path) and access(path, mode))
     with pytest.raises(UserError, match=rf"cannot write compiled modules to {flashinfer}.* \(permission denied\).*--out DIR"):
-        fm.build(DECODE)
+        compiling.build(DECODE)
     put(flashinfer.parent / "file")
     with pytest.raises(UserError, match="not a directory"):
-        fm.build(DECODE, flashinfer.parent / "file")
+        compiling.build(DECODE, flashinfer.parent / "file")
     assert compiler == []
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
 
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.common.interfaces import CpuBlocks
+from minisgl.model.common.functional import route
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import HF_ARCHS
-from minisgl.model.cpu import layers
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.attention import TorchAttention
+from minisgl.model.cpu.layers import CpuLayers
 from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import sample
 
@@ -225,14 +225,14 @@ def _unbounded(gate_up: torch.Tensor) -> torch.Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-_ROUTE, _GATED, _PROJECTION = layers.route, CpuBlocks.gated, CpuBlocks.linear
+_ROUTE, _GATED, _PROJECTION = route, CpuLayers.gated, CpuLayers.linear
 BUGS = {
     "window one too wide": ("mistral", _attention(windows=(22,) * 3)),
     "window one too narrow": ("mistral", _attention(windows=(20,) * 3)),
     "windows in the wrong layers": ("ministral", _attention(windows=(0, 13, 0))),
     "no biases": (
         "qwen2",
-        _replaced("minisgl.model.common.interfaces.CpuBlocks.linear", lambda s, *w, **k: _PROJECTION(s, *w)),
+        _replaced("minisgl.model.cpu.layers.CpuLayers.linear", lambda s, *w, **k: _PROJECTION(s, *w)),
     ),
     "yarn without its factor of attention": ("qwen3", _spec(rope_scaling='{"rope_type": "linear", "factor": 4.0}')),
     "weights of experts not normalised": (
@@ -249,7 +249,7 @@ BUGS = {
     "scaled by the head size": ("gemma2", _attention(attn_scale=0.0)),
     "silu in the place of gelu": (
         "gemma2",
-        _replaced("minisgl.model.common.interfaces.CpuBlocks.gated", lambda s, a, b, activation: _GATED(s, a, b)),
+        _replaced("minisgl.model.cpu.layers.CpuLayers.gated", lambda s, a, b, activation: _GATED(s, a, b)),
     ),
     "norms without the one": ("gemma3", _replaced("minisgl.model.architectures.gemma.OnePlus", lambda weights: weights)),
     "embedding not scaled": (
@@ -259,7 +259,10 @@ BUGS = {
     "one kind of rotation for all layers": ("gemma3", _spec(local_rope_theta=0.0)),
     "short factors beyond the original context": ("phi4-mini", _spec(max_context=64)),
     "no sinks": ("gpt-oss", _attends_without_sinks),
-    "activation without its bounds": ("gpt-oss", _replaced("minisgl.model.cpu.layers.act_mul", lambda x, _: _unbounded(x))),
+    "activation without its bounds": (
+        "gpt-oss",
+        _replaced("minisgl.model.cpu.layers.act_mul", lambda x, _: _unbounded(x)),
+    ),
     "all layers rotate": ("smollm3", _spec(nope_layers=())),
 }
 

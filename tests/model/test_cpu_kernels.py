@@ -12,17 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import oracle_spec
+from conftest import fake_spec
 from tiny_models import needs_compiler
 
-from minisgl.model.checkpoint.gguf_blocks import FLOATS, KINDS
+from minisgl.model.checkpoint.gguf_blocks import FLOATS, KINDS, Groups, from_gguf
+from minisgl.model.common.functional import act_mul
+from minisgl.model.common.interfaces import QKNorm
 from minisgl.model.common.rope import Rope
-from minisgl.model.common.slots import Batch
+from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu import build
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.kernels import Kernels, Norm, PackedWeight
-from minisgl.model.cpu.layers import QKNorm, act_mul
-from minisgl.model.cpu.packing import Groups, from_gguf, interleave, quantise, round_trip, tile
+from minisgl.model.cpu.packing import interleave, quantise, round_trip, tile
 
 SETS = {"native": ("-march=native",), "plain": ()}
 if platform.machine() == "x86_64":
@@ -209,7 +210,7 @@ class Scene:
         longest = -(-max(contexts) // c.page_size)
         self.pages = g.permutation(len(contexts) * longest).reshape(len(contexts), longest).astype(np.int32)
         self.spec = replace(
-            oracle_spec(),
+            fake_spec(),
             num_heads=c.heads,
             num_kv_heads=c.kv_heads,
             head_dim=c.dim,
@@ -234,7 +235,7 @@ class Scene:
         n_chunks = len(self.c.chunks) if len(rows) > 1 else 1
         positions = [np.arange(c - n, c) for c, n in zip(contexts, counts, strict=True)]
         size = self.c.page_size
-        batch: Any = object.__new__(Batch)
+        batch: Any = object.__new__(StepBatch)
         for name, value in {
             "chunk_lens": np.array(counts[:n_chunks], np.int32),
             "kv_lens": np.array(contexts, np.int32),
@@ -244,7 +245,7 @@ class Scene:
             ),
         }.items():
             object.__setattr__(batch, name, value)
-        self.attention.prepare(batch)
+        self.attention.plan(batch)
         qkv = torch.cat([self.qkv[r][p] for r, p in zip(rows, positions, strict=True)])
         cos, sin = Rope(self.spec, torch.float32).at(torch.from_numpy(np.concatenate(positions)))
         return self.attention(0, qkv, cos, sin, self.norm, sinks=self.sinks)

@@ -14,7 +14,6 @@ from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.common.interfaces import CpuBlocks
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
@@ -22,7 +21,8 @@ from minisgl.model.common.slots import SlotState
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
-from minisgl.model.cpu.quantized_layers import QuantBlocks
+from minisgl.model.cpu.layers import CpuLayers
+from minisgl.model.cpu.quantized_layers import QuantizedLayers
 from minisgl.model.cpu.runner import Runner
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.plan import StepPlan
@@ -124,7 +124,7 @@ def test_matrices_as_they_are_stored_give_what_their_copies_in_float32_do(
     )
 
 
-def perplexity(blocks: CpuBlocks, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
+def perplexity(blocks: CpuLayers, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
     """Of TEXT under the embedded model, and the logits."""
     spec = resolve(None)
     weights = open_weights(spec, torch.float32, lazy=lazy)
@@ -136,7 +136,7 @@ def perplexity(blocks: CpuBlocks, attention: Any, lazy: bool) -> tuple[float, to
         prefill = np.zeros(1, StepPlan(1).prefill.dtype)
         prefill["n_ids"] = len(ids)
         batch = state.apply(StepPlan(1, prefill=prefill, ids=ids))
-        attention.prepare(batch)
+        attention.plan(batch)
         logits = model(torch.from_numpy(batch.ids), torch.from_numpy(batch.positions), None, attention)
     losses = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:].astype(np.int64)))
     return float(losses.exp()), logits
@@ -162,7 +162,7 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     for kind in ("none", "auto"):
         arithmetic = CpuArithmetic.choose(EngineConfig(quantization=kind), spec, 1)
         found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16), arithmetic.lazy)
-    assert isinstance(arithmetic.blocks, QuantBlocks)
+    assert isinstance(arithmetic.blocks, QuantizedLayers)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()
     # The file's 4 bits are what both compute with; with activations of one byte the logits would be 3 % apart.
@@ -195,9 +195,9 @@ def test_without_a_compiler_the_default_is_float32_and_the_start_says_why(monkey
     monkeypatch.setenv("CC", "no-such-compiler")
     default, asked = (CpuArithmetic.choose(EngineConfig(quantization=k), resolve(None), 1) for k in ("auto", "int8"))
     assert "float32, torch" in default.text
-    assert not isinstance(default.blocks, QuantBlocks)
+    assert not isinstance(default.blocks, QuantizedLayers)
     assert "8 bits, in torch" in asked.text
-    assert isinstance(asked.blocks, QuantBlocks)
+    assert isinstance(asked.blocks, QuantizedLayers)
     assert all("slower" in chosen.text and "no-such-compiler" in chosen.text for chosen in (default, asked))
 
 

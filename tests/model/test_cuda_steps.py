@@ -34,12 +34,14 @@ from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.cuda import device_state as state_module
 from minisgl.model.cuda import step as steps_module
-from minisgl.model.cuda.attention.base import Heads, PagedAttention, check_float8, choose, paging, splits_for
+from minisgl.model.cuda.attention.base import AttentionSpec, paging, splits_for
+from minisgl.model.cuda.attention.choose import check_float8, choose
+from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
+from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.attention.torch import TorchReference
 from minisgl.model.cuda.attention.triton import TritonAttention
 from minisgl.model.cuda.device_state import DeviceState, Uploads
-from minisgl.model.cuda.kv_cache import FP8, KVCache
-from minisgl.model.cuda.layers import CudaBlocks
+from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.step import Steps, bucket_of
 from minisgl.model.kernels.apply_plan import apply_plan
@@ -87,10 +89,10 @@ class Interpreted:
         spec, shard = config.model, Shard.of(config.model)
         dtype = torch.float32
         kv_dtype = FP8 if fp8 else dtype
-        self.heads = Heads.of(spec, shard, dtype, kv_dtype, 90)
+        self.heads = AttentionSpec.of(spec, shard, dtype, kv_dtype, 90)
         weights = open_weights(spec, dtype)
         served = replace(spec, max_context=config.max_context)
-        model = model_class(spec.architecture)(served, shard, weights, Parallel(), CudaBlocks(dtype, CPU))
+        model = model_class(spec.architecture)(served, shard, weights, Parallel(), CudaLayers(dtype, CPU))
         self.steps = Steps(config, model, self.heads, 4, CPU)
         cache = KVCache(
             layers=spec.num_layers,
@@ -217,7 +219,7 @@ def test_preparing_graphs_touches_no_slot_and_no_page_of_others(tmp_path: Path) 
     prepared = 0
     for plan in plans:
         with torch.inference_mode():
-            while prepared < 40 and a.steps.prepare():
+            while prepared < 40 and a.steps.capture_ahead():
                 prepared += 1
         assert a.run(plan) == b.launch(plan).result().tokens.tolist()
     assert prepared > 5
@@ -261,7 +263,7 @@ def test_buckets_are_never_smaller_than_the_batch_and_waste_little() -> None:
         assert rows <= bucket_of(rows) <= max(2 * rows - 1, rows + 7, rows + rows // 4 + 16)
 
 
-def heads(**change: Any) -> Heads:
+def heads(**change: Any) -> AttentionSpec:
     base = {
         "num_heads": 16,
         "num_kv_heads": 8,
@@ -270,7 +272,7 @@ def heads(**change: Any) -> Heads:
         "kv_dtype": torch.bfloat16,
         "capability": 90,
     }
-    return Heads(**{**base, **change})
+    return AttentionSpec(**{**base, **change})
 
 
 def test_rows_are_cut_into_parts_only_where_there_are_too_few_of_them() -> None:
@@ -439,7 +441,9 @@ def _lengths_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _grants_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "apply_plan", lambda words, joins, grants, *a: apply_plan(words, joins, 0, *a))
+    monkeypatch.setattr(
+        state_module, "apply_plan", lambda words, new_slots, page_grants, *a: apply_plan(words, new_slots, 0, *a)
+    )
 
 
 def _padding_writes_to_a_page_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,18 @@ from conftest import EOS, VOCAB, Loop
 from tiny_models import Driver, save_byte_tokenizer, save_llama
 
 from minisgl import grammar
-from minisgl.actors.scheduler.sampling_extras import Bound
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.sampling_extras import GrammarRow
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.common.grammar import Grammars, Vocabulary, unpack, vocabulary_of
-from minisgl.model.cpu.penalties import LAST_RESORT, restrict
+from minisgl.model.common.functional import LAST_RESORT
+from minisgl.model.common.grammar import Grammars, Vocabulary, unpack
+from minisgl.model.cpu.penalties import restrict
 from minisgl.model.cpu.runner import Runner
+from minisgl.model.fake_runner import expected_tokens as plain_reference
 from minisgl.model.fake_runner import next_token
-from minisgl.model.fake_runner import reference as plain_reference
+from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import FAILED, GRAMMAR, StepPlan
 from minisgl.sampling_params import Finish, SamplingParams
 
@@ -52,11 +54,15 @@ def reference(ids: list[int], most: int, pattern: str) -> list[int]:
     return out
 
 
-@pytest.mark.parametrize("known_first", [False, True])
+@pytest.mark.parametrize("grammar_waits_for_token", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_answers_under_retraction_are_those_of_the_slow_loop(seed: int, known_first: bool) -> None:
+def test_answers_under_retraction_are_those_of_the_slow_loop(seed: int, grammar_waits_for_token: bool) -> None:
     rng = random.Random(seed)
-    loop = Loop(num_pages=rng.choice([11, 40]), lag=rng.choice([1, 2, 3]), known_first=known_first)
+    loop = Loop(
+        num_pages=rng.choice([11, 40]),
+        max_steps_in_flight=rng.choice([1, 2, 3]),
+        grammar_waits_for_token=grammar_waits_for_token,
+    )
     loop.runner.grammars = Grammars(lambda: WORDS)
     want: dict[int, list[int]] = {}
     plain: list[int] = []
@@ -77,7 +83,7 @@ def test_answers_under_retraction_are_those_of_the_slow_loop(seed: int, known_fi
     loop.asked = {uid: loop.asked[uid] for uid in plain}
     loop.ends = {uid: loop.ends[uid] for uid in plain}
     loop.check_answers()
-    assert loop.machine._bound == 0
+    assert loop.machine._with_grammar == 0
 
 
 def test_some_of_these_runs_retract_bound_requests() -> None:
@@ -91,7 +97,7 @@ def test_some_of_these_runs_retract_bound_requests() -> None:
 
 
 def test_bound_rows_wait_for_their_tokens_and_the_others_do_not() -> None:
-    loop = Loop(known_first=True)
+    loop = Loop(grammar_waits_for_token=True)
     loop.runner.grammars = Grammars(lambda: WORDS)
     bound = loop.add([1, 2], 12, grammar=grammar.regex("[a-j]{12}"))
     free = loop.add([3, 4], 12)
@@ -128,7 +134,7 @@ def test_a_slot_forgets_the_grammar_of_its_former_owner() -> None:
     loop.run()
     assert not loop.runner.grammars
     assert [loop.said[u] for u in (uid, third)] == [plain_reference(*loop.asked[u], VOCAB, (EOS,)) for u in (uid, third)]
-    assert [len(plan.grammars) for plan in loop.plans if len(plan.joins)] == [1, 1, 0]
+    assert [len(plan.grammars) for plan in loop.plans if len(plan.new_slots)] == [1, 1, 0]
 
 
 def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +160,8 @@ def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyP
 # ---------------- planted bugs
 def _the_past_is_left_behind(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(
-        "minisgl.actors.scheduler.step_machine.Bound.of", lambda slot, r: Bound(slot, r.params.grammar.encode(), r.ids[:0])
+        "minisgl.actors.scheduler.step_machine.GrammarRow.of",
+        lambda slot, r: GrammarRow(slot, r.params.grammar.encode(), r.ids[:0]),
     )
 
 
@@ -396,4 +403,4 @@ def test_whatever_is_drawn_under_a_random_schema_is_admitted_by_it(seed: int) ->
 
 def test_a_request_of_a_replay_brings_what_it_has_said() -> None:
     request = Request(1, np.array([1, 2, 3, 4, 5], np.int32), 20, 0, SamplingParams(grammar=grammar.regex("a*")), n_prompt=3)
-    assert Bound.of(2, request).output.tolist() == [4, 5]
+    assert GrammarRow.of(2, request).output.tolist() == [4, 5]

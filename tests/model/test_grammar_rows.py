@@ -20,7 +20,7 @@ from tiny_models import Driver, save_llama
 from minisgl import grammar
 from minisgl.model.common.grammar import Grammars, Vocabulary, unpack
 from minisgl.model.cpu.penalties import restrict as readable
-from minisgl.model.cuda.step import BOUND, COUNTED
+from minisgl.model.cuda.step import COUNTED, GRAMMAR_ROWS
 from minisgl.model.kernels import grammar_mask as kernels
 from minisgl.plan import StepPlan
 
@@ -45,10 +45,13 @@ def test_the_kernel_does_what_its_readable_form_does(monkeypatch: pytest.MonkeyP
     logits = torch.randn(5, 203).bfloat16()
     logits[1, ::3] = -torch.inf
     words = np.random.default_rng(0).integers(0, 1 << 32, (7, 7), np.uint32)
-    slots, bound = torch.tensor([3, 1, 6, 0, 2], dtype=torch.int32), torch.tensor([0, 1, 0, 1, 1, 1, 1], dtype=torch.int32)
-    got = kernels.restrict(logits, slots, bound, torch.from_numpy(words.view(np.int32)))
+    slots, grammar_rows = (
+        torch.tensor([3, 1, 6, 0, 2], dtype=torch.int32),
+        torch.tensor([0, 1, 0, 1, 1, 1, 1], dtype=torch.int32),
+    )
+    got = kernels.restrict(logits, slots, grammar_rows, torch.from_numpy(words.view(np.int32)))
     want = readable(logits, torch.from_numpy(unpack(words[slots.numpy()], 203)))
-    free = bound[slots] == 0
+    free = grammar_rows[slots] == 0
     assert torch.equal(got, torch.where(free[:, None], logits.float(), want))
     assert free.tolist() == [False, False, False, True, True]
 
@@ -75,14 +78,14 @@ def run(worker: Any, step: int, plan: StepPlan, read: list[int]) -> list[int]:
     """Its tokens; the worker gets them when it asks, and no earlier."""
     tokens: list[int] = worker.run(plan)
     late = torch.full((len(tokens),), -5, dtype=torch.int32)
-    worker.steps.bound.end(late, Passed(read, step, late, torch.tensor(tokens, dtype=torch.int32)))
+    worker.steps.grammar_rows.end(late, Passed(read, step, late, torch.tensor(tokens, dtype=torch.int32)))
     return tokens
 
 
 def test_the_gpu_worker_draws_what_the_cpu_worker_draws_and_waits_for_no_running_step(tmp_path: Path) -> None:
     save_llama(tmp_path)
     worker, runner = gpu.Interpreted(tmp_path), gpu.cpu_runner(tmp_path)
-    worker.steps.bound.grammars, runner._grammars = Grammars(lambda: WORDS), Grammars(lambda: WORDS)
+    worker.steps.grammar_rows.grammars, runner._grammars = Grammars(lambda: WORDS), Grammars(lambda: WORDS)
     said: dict[int, list[int]] = {0: [], 1: [], 2: []}
     read: list[int] = []
     batch: list[int] = []
@@ -99,14 +102,14 @@ def test_the_gpu_worker_draws_what_the_cpu_worker_draws_and_waits_for_no_running
         assert re.fullmatch(PATTERN, b"".join(WORDS.tokens[t] for t in said[slot][:2]).decode())
         assert said[slot][2] == 202
     kinds = {key[2] if len(key) > 2 else 0 for key in worker.graphs.keys if isinstance(key, tuple) and isinstance(key[0], int)}
-    assert kinds == {0, BOUND, BOUND | COUNTED}  # the unbound row alone is the plain graph
+    assert kinds == {0, GRAMMAR_ROWS, GRAMMAR_ROWS | COUNTED}  # the unbound row alone is the plain graph
 
 
 def test_matchers_that_miss_their_tokens_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_llama(tmp_path)
     monkeypatch.setattr(Grammars, "feed", lambda self, matchers, tokens: None)
     worker = gpu.Interpreted(tmp_path)
-    worker.steps.bound.grammars = Grammars(lambda: WORDS)
+    worker.steps.grammar_rows.grammars = Grammars(lambda: WORDS)
     tokens = [run(worker, step, plan, [])[0] for step, plan in enumerate(plans(Driver(gpu.PAGES, 4))[:3])]
     assert not re.fullmatch(PATTERN, "".join(chr(tokens[step]) for step in (0, 2)))
 
@@ -117,7 +120,7 @@ def test_a_worker_without_grammars_keeps_nothing_for_them(tmp_path: Path) -> Non
     driver.join(0)
     for plan in (driver.plan([(0, [1, 2], True)]), driver.plan(decode=[0])):
         worker.run(plan)
-    bound = worker.steps.bound
-    assert len(bound.bound) == len(bound.masks) == len(bound._unread) == 0
-    assert bound.grammars._tokenizer is None
+    grammar_rows = worker.steps.grammar_rows
+    assert len(grammar_rows.has_grammar) == len(grammar_rows.masks) == len(grammar_rows._unread) == 0
+    assert grammar_rows.grammars._tokenizer is None
     assert all(len(key) == 2 for key in worker.graphs.keys if isinstance(key, tuple))

@@ -16,8 +16,9 @@ if not torch.cuda.is_available():
 import numpy as np
 import torch.nn.functional as F
 
+from minisgl.model.common.functional import route
 from minisgl.model.common.slots import SamplingRows
-from minisgl.model.cpu.layers import Experts, route
+from minisgl.model.cpu.layers import Experts
 from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.kernels import moe, norm_activation
 from minisgl.model.kernels.activations import Quantized, Scaled
@@ -227,13 +228,13 @@ def test_the_chosen_settings_divide_the_products_they_are_chosen_for() -> None:
     shapes = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (5120, 17_408), (34_816, 5120), (960, 576), (576, 1536)]
     for rows in (1, 2, 8, 16, 17, 64, 65, 128, 129, 256, 257):
         for n, k in shapes:
-            for whole in (False, True):
-                settings = choose(rows, n, k, whole=whole)
+            for no_partial_sums in (False, True):
+                settings = choose(rows, n, k, no_partial_sums=no_partial_sums)
                 if settings is None or rows == 1:
                     continue
                 assert k % (settings["splits"] * settings["block_k"]) == 0
                 assert settings["prefetch_k"] <= k // settings["splits"]
-                assert settings["splits"] == 1 or not whole
+                assert settings["splits"] == 1 or not no_partial_sums
                 assert (settings["block_m"] + 64) * settings["block_k"] * 2 * settings["stages"] < 227 << 10  # of shared memory
 
 
@@ -454,10 +455,10 @@ def joined(rows: list[dict[str, float]]) -> tuple[SamplingState, torch.Tensor]:
     """A device state in which slot i has the parameters rows[i], through apply_plan."""
     state, table = SamplingState(len(rows) + 1, DEVICE), torch.zeros(len(rows) + 1, 8, dtype=torch.int32, device=DEVICE)
     default = {"kv_len": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
-    joins = np.array([(i, *(default | r).values()) for i, r in enumerate(rows)], JOIN)
-    grants = np.array([(0, 0, 5), (1, 3, 9), (len(rows) - 1, 7, 2)], GRANT)
-    words = np.concatenate([joins.view(np.int32), grants.view(np.int32)])
-    apply_plan(torch.from_numpy(words.copy()).to(DEVICE), len(joins), len(grants), state, table)
+    new_slots = np.array([(i, *(default | r).values()) for i, r in enumerate(rows)], JOIN)
+    page_grants = np.array([(0, 0, 5), (1, 3, 9), (len(rows) - 1, 7, 2)], GRANT)
+    words = np.concatenate([new_slots.view(np.int32), page_grants.view(np.int32)])
+    apply_plan(torch.from_numpy(words.copy()).to(DEVICE), len(new_slots), len(page_grants), state, table)
     assert table[0, 0] == 5
     assert table[1, 3] == 9
     assert int(table.sum()) == 16

@@ -18,7 +18,7 @@ from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.layers import Linear
-from minisgl.model.cpu.quantized_layers import QuantBlocks
+from minisgl.model.cpu.quantized_layers import QuantizedLayers
 from minisgl.model.cpu.runner import Runner
 from minisgl.selfcheck import command, compare
 from minisgl.selfcheck.probe import observe
@@ -362,10 +362,10 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
 def test_the_reference_keeps_the_bits_that_a_gguf_file_has(embedded):
     spec, model = embedded
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert round_weights(model, spec, QuantBlocks("auto", None)) == {}
+    assert round_weights(model, spec, QuantizedLayers("auto", None)) == {}
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     eight = copy.deepcopy(model)
-    changed = round_weights(eight, spec, QuantBlocks("int8", None))
+    changed = round_weights(eight, spec, QuantizedLayers("int8", None))
     assert list(changed) == [8]
     assert 0.004 < changed[8] < 0.01  # of bell-shaped weights it would be 0.005
     assert torch.equal(eight.model.embed_tokens.weight, model.model.embed_tokens.weight)

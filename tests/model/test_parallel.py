@@ -11,8 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minisgl.model.common.parallel import Parallel, join, make_parallel
-from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory, use_one_shot
+from minisgl.model.common.parallel import Parallel, join
+from minisgl.model.cuda.parallel import (
+    ONE_SHOT_BYTES,
+    CudaParallel,
+    SharedGpuParallel,
+    SymmetricMemory,
+    make_parallel,
+    use_one_shot,
+)
 
 WIDTHS = [5, 3, 4]  # uneven, and none divides another
 

@@ -26,7 +26,7 @@ from minisgl.model.kernels import logprobs as score_kernel
 from minisgl.model.kernels import penalties as kernels
 from minisgl.model.kernels import sampling
 from minisgl.model.kernels.logprobs import SCORE_WORDS
-from minisgl.plan import DRAW, SCORE, Scores, StepPlan
+from minisgl.plan import DRAW, SCORE, StepLogprobs, StepPlan
 
 VOCAB = 203
 Logits = list[float]
@@ -131,7 +131,7 @@ class Spied:
         self.runner._model = call  # type: ignore[assignment]
 
 
-def check_scores(scores: Scores | None, logits: list[Logits], tokens: list[int], widths: list[int]) -> None:
+def check_scores(scores: StepLogprobs | None, logits: list[Logits], tokens: list[int], widths: list[int]) -> None:
     """The log probabilities of `tokens`, each after its row of `logits`, against log-softmax with sorted lists."""
     if not tokens:
         assert scores is None
@@ -298,7 +298,7 @@ def test_the_gpu_scores_as_the_cpu_does_ties_and_impossible_tokens_included() ->
     rows = torch.arange(4, dtype=torch.int32)
     score_kernel.score(logits, rows, torch.from_numpy(tokens), rows, state, lines)
     want = score(logits, tokens, widths)
-    got = score_kernel.Scored(np.arange(4), 4, 0, 20).read(lines.numpy())
+    got = score_kernel.DeviceLogprobs(np.arange(4), 4, 0, 20).read(lines.numpy())
     assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
     for i, width in enumerate(widths):
         assert got.top_ids[i, :width].tolist() == want.top_ids[i, :width].tolist()

@@ -21,10 +21,10 @@ from test_sampler import reference_distribution, reference_draw
 from tiny_models import config_for, save_llama
 
 from minisgl.actors.scheduler import step_machine as machine_module
-from minisgl.actors.scheduler.logprobs import ScoreNews
+from minisgl.actors.scheduler.logprobs import LogprobOutputs
+from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra
 from minisgl.actors.scheduler.step_machine import Output, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
 from minisgl.model.cpu.penalties import Adjustments
 from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import uniform
@@ -93,7 +93,7 @@ class ModelLoop(Loop):
         )
         self.runner.allocate(lim.num_pages)
         self.params: dict[int, SamplingParams] = {}
-        self.scores: dict[int, list[ScoreNews]] = {}
+        self.scores: dict[int, list[LogprobOutputs]] = {}
         self.model = model
 
     def ask(self, ids: list[int], p: SamplingParams) -> int:
@@ -107,8 +107,8 @@ class ModelLoop(Loop):
         out = super().step(deliver)
         for news in out.scores:
             for i, uid in enumerate(news.uids.tolist()):
-                fields = [getattr(news, f)[i : i + 1] for f in ScoreNews.__dataclass_fields__]
-                self.scores.setdefault(uid, []).append(ScoreNews(*fields))
+                fields = [getattr(news, f)[i : i + 1] for f in LogprobOutputs.__dataclass_fields__]
+                self.scores.setdefault(uid, []).append(LogprobOutputs(*fields))
         return out
 
     def wrong(self) -> str:
@@ -214,7 +214,7 @@ def test_a_plan_and_a_result_of_plain_requests_carry_nothing_for_the_others(mode
     loop.run()
     for plan in loop.plans:
         decode = 0 if plan.decode is None else 4 * len(plan.decode)
-        parts = (plan.joins, plan.grants, plan.prefill, plan.ids)
+        parts = (plan.new_slots, plan.page_grants, plan.prefill, plan.ids)
         assert len(plan.pack()) == 64 + decode + sum(part.nbytes for part in parts)
     assert not loop.scores
 

@@ -248,7 +248,7 @@ def test_without_the_package_the_default_model_says_what_to_install(monkeypatch)
 
 def test_resolving_imports_no_torch():
     code = (
-        "import sys; from minisgl.model import resolve, shard, threads; import contextlib\n"
+        "import contextlib, sys; from minisgl.model.checkpoint import resolve; from minisgl.model.common import host, shard\n"
         "from minisgl.errors import UserError\n"
         "with contextlib.suppress(UserError): resolve.resolve(None)\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -14,8 +14,7 @@ from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.common.host import SPIN_COUNT, prepare_environment, threads_per_rank, usable_cores
-from minisgl.model.common.host_memory import available_bytes
+from minisgl.model.common.host import SPIN_COUNT, available_bytes, prepare_environment, threads_per_rank, usable_cores
 from minisgl.model.common.slots import SlotState
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.runner import MAX_KV_TOKENS, Runner

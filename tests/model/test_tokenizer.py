@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from conftest import oracle_spec
+from conftest import fake_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -280,7 +280,7 @@ def directory(path: Path, config: dict[str, Any] | None = None) -> ModelSpec:
     backend.save(str(path / "tokenizer.json"))
     if config is not None:
         (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return dataclasses.replace(oracle_spec(vocab=300), path=str(path), format="safetensors", bos_id=0, eos_ids=(1,))
+    return dataclasses.replace(fake_spec(vocab=300), path=str(path), format="safetensors", bos_id=0, eos_ids=(1,))
 
 
 def test_a_directory_is_read_without_transformers(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from tiny_models import needs_compiler, save_architecture, save_byte_tokenizer, 
 from minisgl.__main__ import main
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.gguf_blocks import Groups
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.cpu import packing, quantized_layers, runner
+from minisgl.model.cpu import quantized_layers, runner
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.kernels import Kernels
@@ -344,9 +345,9 @@ def test_activations_of_one_byte_are_found(checkpoint, monkeypatch, capfd):
 
 
 def test_a_rounding_that_is_coarser_than_its_bits_is_found_though_both_sides_share_it(checkpoint, monkeypatch, capfd):
-    def coarse(w: torch.Tensor, bits: int) -> packing.Groups:
+    def coarse(w: torch.Tensor, bits: int) -> Groups:
         whole = quantise(w, bits)
-        return packing.Groups(whole.numbers // 16 * 16, whole.scale, whole.offset)
+        return Groups(whole.numbers // 16 * 16, whole.scale, whole.offset)
 
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(quantized_layers, "quantise", coarse)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minisgl.actors.scheduler.step_machine import Limits
+from minisgl.actors.scheduler.step_machine import SchedulerLimits
 from minisgl.commands.simulate import _PRESETS, run
 from minisgl.errors import UserError
 from minisgl.sampling_params import Finish
@@ -25,9 +25,16 @@ from minisgl.simulation.trace import BLOCK, FIRST_PROMPT_TOKEN, TraceRequest, id
 SIMPLE = FittedCosts(1e-3, 1e-5, 1e-5, 1e-8)
 
 
-def limits(**changes: object) -> Limits:
-    settings = {"slots": 16, "num_pages": 512, "page_size": 16, "max_context": 4096, "step_tokens": 256, "lag": 2}
-    return Limits(**{**settings, "vocab_size": FIRST_PROMPT_TOKEN, **changes})
+def limits(**changes: object) -> SchedulerLimits:
+    settings = {
+        "slots": 16,
+        "num_pages": 512,
+        "page_size": 16,
+        "max_context": 4096,
+        "step_tokens": 256,
+        "max_steps_in_flight": 2,
+    }
+    return SchedulerLimits(**{**settings, "vocab_size": FIRST_PROMPT_TOKEN, **changes})
 
 
 def mooncake(path: Path, rows: list[tuple[int, int, int, list[int]]]) -> str:
@@ -177,9 +184,9 @@ def finished(result: Run, requests: list[TraceRequest]) -> None:
     "changes",
     [
         {},
-        {"lag": 1},
+        {"max_steps_in_flight": 1},
         {"cache": "none"},
-        {"order": "arrival", "share": False},
+        {"order": "arrival", "wait_for_shared_prefix": False},
         {"num_pages": 64, "max_context": 1024},
         {"itl_target": 2e-3},
     ],
@@ -207,7 +214,7 @@ def test_one_request_alone_takes_the_time_of_its_steps() -> None:
     request = load("synthetic:input=300,output=4,n=1")
     costs = FittedCosts(1e-3, 1e-5, 0, 0)
     for lag, waits in ((1, 2), (2, 1)):
-        result = simulate(request, limits(lag=lag), costs, latency=1e-4)
+        result = simulate(request, limits(max_steps_in_flight=lag), costs, latency=1e-4)
         assert ttft(result)[0] == pytest.approx(2e-3 + 300e-5 + waits * 1e-4)
         assert gaps(result) == pytest.approx([1e-3 + (1e-4 if lag == 1 else 0)] * 3)
 
@@ -326,7 +333,7 @@ def test_compare_prints_every_policy(capsys: pytest.CaptureFixture[str]) -> None
 def test_every_policy_changes_at_most_one_thing_and_something_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     base = limits(itl_target=0.01)
     for name, policy in POLICIES.items():
-        changed = [f for f in Limits.__slots__ if getattr(policy(base), f) != getattr(base, f)]
+        changed = [f for f in SchedulerLimits.__slots__ if getattr(policy(base), f) != getattr(base, f)]
         assert len(changed) <= 1, name
     assert run(["synthetic:n=5", "--compare", "cache=none,lag=1", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

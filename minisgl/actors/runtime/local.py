@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from minisgl.actors.messages import Stop, decode, encode
+from minisgl.actors.messages import Stop
 from minisgl.actors.runtime.actor import Actor
+from minisgl.actors.wire import decode, encode
 
 A = TypeVar("A", bound=Actor)
 

@@ -15,8 +15,9 @@ from typing import Any
 import setproctitle
 import zmq
 
-from minisgl.actors.messages import MAX_BYTES, BadMessage, Failed, Hello, Stop, Stopped, decode, encode
+from minisgl.actors.messages import Failed, Hello, Stop, Stopped
 from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.wire import MAX_BYTES, BadMessage, decode, encode
 from minisgl.errors import UserError
 from minisgl.lifeline import die_with_parent
 

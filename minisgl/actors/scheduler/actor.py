@@ -1,7 +1,7 @@
 """The scheduler actor.
 
 Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
-Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayPrepare, Wake (workers); Stop (api); results
+Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayCapture, Wake (workers); Stop (api); results
 through the token ring.
 Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans through
 the plan ring.
@@ -20,11 +20,11 @@ from minisgl.actors.messages import (
     EngineReady,
     FlushCache,
     Generate,
-    MayPrepare,
+    MayCapture,
     Rejected,
-    Scores,
     Stats,
     Stop,
+    TokenLogprobs,
     Tokens,
     Track,
     Wake,
@@ -35,8 +35,8 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
-from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Limits, News, Output, StepMachine
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Output, SchedulerLimits, StepMachine, StepOutputs
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
@@ -58,7 +58,7 @@ class SchedulerActor(Actor):
         self._unsent: StepPlan | None = None  # a plan that waits for room in the ring
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
         self._armed: set[int] = set()
-        self._stopping = self._may_prepare = False
+        self._stopping = self._may_capture = False
         self._armed_bells = False
         self._reported = -STATS_SECONDS
         self._stats: dict[str, int] = {}
@@ -73,19 +73,19 @@ class SchedulerActor(Actor):
             return
         num_pages = min(self._max_pages.values())
         self.machine = StepMachine(
-            Limits(
+            SchedulerLimits(
                 slots=engine.max_running,
                 num_pages=num_pages,
                 page_size=engine.page_size,
                 max_context=self.config.max_context,
                 step_tokens=engine.step_tokens,
-                lag=engine.lag,
+                max_steps_in_flight=engine.lag,
                 vocab_size=self.config.model.vocab_size,
                 eos_ids=self.config.model.eos_ids,
                 cache=engine.cache,
                 itl_target=engine.itl_target_ms / 1000,
                 order=engine.order,
-                known_first=engine.device == "cuda",
+                grammar_waits_for_token=engine.device == "cuda",
             )
         )
         for rank in range(engine.tp):
@@ -159,9 +159,9 @@ class SchedulerActor(Actor):
     def wake(self, m: Wake) -> None:
         """A bell: `idle` runs next, which is the point of it."""
 
-    @on(MayPrepare)
-    def may_prepare(self, m: MayPrepare) -> None:
-        self._may_prepare = True
+    @on(MayCapture)
+    def may_capture(self, m: MayCapture) -> None:
+        self._may_capture = True
 
     @on(Stop)
     def stop(self, m: Stop) -> None:
@@ -187,10 +187,10 @@ class SchedulerActor(Actor):
             output = self.machine.step(inbox, now)
             self._tell(output, now)
             self._unsent = output.plan
-            if self._may_prepare and len(self._armed) == self.config.engine.tp:
-                self._may_prepare = False  # otherwise the worker asks again after the next plan
+            if self._may_capture and len(self._armed) == self.config.engine.tp:
+                self._may_capture = False  # otherwise the worker asks again after the next plan
                 if self.machine.idle:
-                    self._unsent = StepPlan(self.machine.counters.steps, PlanKind.PREPARE)
+                    self._unsent = StepPlan(self.machine.counters.steps, PlanKind.CAPTURE)
             worked |= self._unsent is not None
             self._flush()
         if worked:
@@ -264,14 +264,14 @@ class SchedulerActor(Actor):
         for s in output.scores:
             inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
             tops = (s.top_ids[inside], s.top_logprobs[inside])
-            self.ctx.send("detokenizer", Scores(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
+            self.ctx.send("detokenizer", TokenLogprobs(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
         for uid, vector in output.vectors:
             self.ctx.send("api", Embedded(uid, vector))
         if output.news:
             self.ctx.send("detokenizer", _join(output.news))
 
 
-def _join(news: list[News]) -> Tokens:
+def _join(news: list[StepOutputs]) -> Tokens:
     """One message per step, whatever happened in it."""
     return Tokens(
         np.concatenate([n.uids for n in news]),

@@ -9,21 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.arrays import F32, I32, I64, U8
 from minisgl.plan import StepResult
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
 _NONE = np.zeros(0, np.int32)
 
 
 @dataclass(slots=True)
-class ScoreNews:
+class LogprobOutputs:
     """Log probabilities for the detokenizer, of M tokens: each is the next token of the prompt of uids[i], or the token `drawn`
     that the news of the same step bring.  The first widths[i] of the row's alternatives are meant.
     """
@@ -38,7 +34,7 @@ class ScoreNews:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ExpectedLogprobs:
     """The M tokens of a step whose log probabilities are computed, in the order of plan.Scores, with the owners of their slots.
 
     The first `drawn.size` are drawn by the rows `drawn` of the step; the others are `targets`, of prompts, at `positions`.
@@ -51,7 +47,7 @@ class Scored:
     positions: I32
 
     @classmethod
-    def of(cls, rows: I32, targets: Sequence[tuple[int, int, I32]], table: SlotTable) -> Scored | None:
+    def of(cls, rows: I32, targets: Sequence[tuple[int, int, I32]], table: SlotTable) -> ExpectedLogprobs | None:
         """Of a plan whose rows draw for the slots `rows`, with the `targets` (slot, position of the first, tokens)."""
         drawn = np.flatnonzero(table.logprobs[rows] >= 0)
         if not len(drawn) and not targets:
@@ -61,7 +57,7 @@ class Scored:
         positions = [np.arange(first, first + len(tokens), dtype=np.int32) for _, first, tokens in targets]
         return cls(drawn, slots, table.epoch[slots], tokens, np.concatenate([_NONE, *positions]))
 
-    def news(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> ScoreNews | None:
+    def news(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> LogprobOutputs | None:
         """What is to be told of a result: of requests that are still there, and of a prompt that was computed again, after a
         retraction, what had not been told.  None for nothing.  Raises RuntimeError if the result does not have it."""
         scores, n = result.scores, len(self.drawn)
@@ -78,7 +74,7 @@ class Scored:
         at = np.concatenate((at[at >= n], at[at < n]))  # a prompt before what was drawn after it
         tokens = np.concatenate((result.tokens[self.drawn], self.targets)).astype(np.int32)
         slots = self.slots[at]
-        return ScoreNews(
+        return LogprobOutputs(
             table.uid[slots],
             (at < n).astype(np.uint8),
             tokens[at],

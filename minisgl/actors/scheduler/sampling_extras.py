@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.actors.scheduler.waiting_queue import Request
+from minisgl.actors.scheduler.request import Request
+from minisgl.arrays import I32
 from minisgl.plan import BIAS, GRAMMAR, NO_EXTRA, StepPlan
 from minisgl.sampling_params import MAX_EOS_IDS
-
-I32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ def extra_bytes(request: Request) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class GrammarRow:
     """One row of plan.GRAMMAR with what belongs to it; no text: the slot's owner has no grammar."""
 
     slot: int
@@ -43,16 +42,16 @@ class Bound:
     output: I32
 
     @classmethod
-    def of(cls, slot: int, request: Request) -> Bound:
+    def of(cls, slot: int, request: Request) -> GrammarRow:
         output = request.ids[request.n_prompt :] if request.params.grammar else request.ids[:0]
         return cls(slot, request.params.grammar.encode(), output)
 
 
-def enter_grammars(plan: StepPlan, bound: list[Bound]) -> None:
+def enter_grammars(plan: StepPlan, rows: list[GrammarRow]) -> None:
     """Put the grammars of requests that start or resume into a plan."""
-    plan.grammars = np.array([(b.slot, len(b.text), len(b.output)) for b in bound], GRAMMAR)
-    plan.said = np.concatenate([b.output for b in bound])
-    plan.grammar_text = b"".join(b.text for b in bound)
+    plan.grammars = np.array([(b.slot, len(b.text), len(b.output)) for b in rows], GRAMMAR)
+    plan.said = np.concatenate([b.output for b in rows])
+    plan.grammar_text = b"".join(b.text for b in rows)
 
 
 def extra_of(request: Request, eos_ids: tuple[int, ...]) -> Extra:

@@ -14,11 +14,9 @@ ids of a request are read back through its page table; its newest token, which m
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from minisgl.arrays import I32
 from minisgl.cache.radix import Node
-
-I32 = npt.NDArray[np.int32]
 
 
 class SlotTable:
@@ -39,8 +37,8 @@ class SlotTable:
         self.tail = np.zeros(slots, np.int32)  # newest known token
         self.ignore_eos = np.zeros(slots, np.bool_)
         self.logprobs = np.full(slots, -1, np.int32)  # alternatives to each token that are wanted, -1: no log probabilities
-        self.extra = np.zeros(slots, np.bool_)  # the workers hold extras of this slot, perhaps a former owner's
-        self.bound = np.zeros(slots, np.bool_)  # likewise a grammar
+        self.sampling_extra = np.zeros(slots, np.bool_)  # the workers hold extras of this slot, perhaps a former owner's
+        self.has_grammar = np.zeros(slots, np.bool_)  # likewise a grammar
         self.pages = np.zeros((slots, max_pages), np.int32)
         self.handle: list[Node] = [root] * slots
         self.page_ids = np.zeros((num_pages, page_size), np.int32)

@@ -10,13 +10,13 @@ for hours, its coefficient stays as it was, and nothing grows.  Four numbers and
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from minisgl.arrays import F64
 
 _FORGET = 0.995
 _MIN_SAMPLES = 16
 _DAMPING = 1e-4  # of the scale of one sample: how much evidence it takes to move a coefficient
 _SCALE = np.array([1.0, 1e-2, 1e-1, 1e-5])  # brings the features to the same size
-F64 = npt.NDArray[np.float64]
 
 
 def features(prefill_tokens: int, decode_rows: int, context: int) -> F64:

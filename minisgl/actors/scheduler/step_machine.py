@@ -27,25 +27,23 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.actors.scheduler.logprobs import Scored, ScoreNews
-from minisgl.actors.scheduler.sampling_extras import NOTHING, Bound, Extra, enter_grammars, extra_bytes, extra_of
+from minisgl.actors.scheduler.logprobs import ExpectedLogprobs, LogprobOutputs
+from minisgl.actors.scheduler.request import Request
+from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra, GrammarRow, enter_grammars, extra_bytes, extra_of
 from minisgl.actors.scheduler.slot_table import SlotTable
-from minisgl.actors.scheduler.step_cost import F64, StepCosts, features
-from minisgl.actors.scheduler.waiting_queue import Request, WaitQueue
+from minisgl.actors.scheduler.step_cost import StepCosts, features
+from minisgl.actors.scheduler.waiting_queue import WaitQueue
+from minisgl.arrays import F32, F64, I32, I64, U8
 from minisgl.cache.no_cache import NoCache
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match, RadixCache
 from minisgl.plan import DRAW, EXTRA, GRANT, JOIN, POOL, POOLED_ROWS, PREFILL, SCORE, SCORED_TOKENS, SUM, StepPlan, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
 WINDOW = 16  # waiting requests that are looked at in one step
 MAX_FOLLOWERS = 64  # waiting requests that may be found, in one step, to wait for another's pages
 EXTRA_BYTES = 1 << 20  # of a plan's biases and histories; a single request may have more
-MAX_PASSED = 256  # a request that so many later ones have overtaken is not overtaken again
+MAX_OVERTAKEN = 256  # a request that so many later ones have overtaken is not overtaken again
 _NONE = np.zeros(0, np.int32)
 
 
@@ -74,7 +72,7 @@ Event = Add | Drop | Flush | StepResult
 
 # ---------------- what comes out
 @dataclass(slots=True)
-class News:
+class StepOutputs:
     """Rows for the detokenizer: row i appends counts[i] (0 or 1) tokens to request uids[i] and may finish it."""
 
     uids: I64
@@ -89,21 +87,22 @@ class Output:
     `vectors`: (uid, vector) of the requests that wanted one, which end with it and are in no news."""
 
     plan: StepPlan | None = None
-    news: list[News] = field(default_factory=list)
-    scores: list[ScoreNews] = field(default_factory=list)
+    news: list[StepOutputs] = field(default_factory=list)
+    scores: list[LogprobOutputs] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
     vectors: list[tuple[int, F32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SchedulerLimits:
     """The sizes that bound the machine.  `step_tokens` must exceed `slots`, or decodes could starve prefills.
 
     `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.
     `order`: "prefix" starts the requests with the longest cached prefix first (among the first WINDOW of equal priority),
-    "arrival" does not look.  `share`: a prompt whose beginning is just being computed by another request waits for its pages.
-    `known_first`: a row with a grammar decodes only when none of its tokens is in flight, for workers that learn tokens after
-    they have launched the next step.
+    "arrival" does not look.  `wait_for_shared_prefix`: a prompt whose beginning another request is just
+    computing waits for its pages.
+    `grammar_waits_for_token`: a row with a grammar decodes only when none of its tokens is in flight, for workers that learn
+    tokens after they have launched the next step.
     """
 
     slots: int
@@ -111,14 +110,14 @@ class Limits:
     page_size: int
     max_context: int
     step_tokens: int
-    lag: int
+    max_steps_in_flight: int
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     cache: str = "radix"
     itl_target: float = 0.0
     order: str = "prefix"
-    share: bool = True
-    known_first: bool = False
+    wait_for_shared_prefix: bool = True
+    grammar_waits_for_token: bool = False
 
 
 @dataclass(slots=True)
@@ -148,7 +147,7 @@ class _InFlight:
     slots: I32
     epochs: I64
     cost: F64
-    scored: Scored | None  # what log probabilities come with the result
+    scored: ExpectedLogprobs | None  # what log probabilities come with the result
     pooled: I32  # which rows have the result's vectors
 
 
@@ -156,14 +155,14 @@ class _PlanParts:
     """A plan while it is being put together."""
 
     def __init__(self) -> None:
-        self.joins: list[tuple[int, int, float, int, float, float, int]] = []
-        self.grants: list[npt.NDArray[np.void]] = []
+        self.new_slots: list[tuple[int, int, float, int, float, float, int]] = []
+        self.page_grants: list[npt.NDArray[np.void]] = []
         self.prefill: list[tuple[int, int, int]] = []
         self.ids: list[I32] = []
         self.sampling: list[int] = []  # slots of the prefill rows that sample
         self.extras: list[tuple[int, Extra]] = []  # (slot, extra)
         self.targets: list[tuple[int, int, I32]] = []  # (slot, position of the first, tokens of a prompt to be scored)
-        self.bound: list[Bound] = []
+        self.grammar_rows: list[GrammarRow] = []
         self.score_room = SCORED_TOKENS
         self.pooled: list[int] = []  # which of the prefill rows that sample have a vector
         self.extra_room = EXTRA_BYTES
@@ -171,13 +170,13 @@ class _PlanParts:
     def grant(self, slots: I32 | int, index: I32, pages: I32) -> None:
         rows = np.zeros(len(pages), GRANT)
         rows["slot"], rows["index"], rows["page"] = slots, index, pages
-        self.grants.append(rows)
+        self.page_grants.append(rows)
 
 
 class StepMachine:
     """The scheduler's mind.  Deterministic: the same inboxes give the same outputs."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.cache: RadixCache | NoCache = (RadixCache if limits.cache == "radix" else NoCache)(limits.page_size)
         self.pool = PagePool(limits.num_pages)
@@ -201,7 +200,7 @@ class StepMachine:
         self._eos[[t for t in limits.eos_ids if t < limits.vocab_size]] = True
         self._stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
         self._scoring = 0  # running requests that want log probabilities
-        self._bound = 0  # running requests with a grammar
+        self._with_grammar = 0  # running requests with a grammar
 
     # ---------------- the one entry
     def step(self, inbox: Iterable[Event], now: float) -> Output:
@@ -218,7 +217,7 @@ class StepMachine:
                 self._end(event.uid, Finish.ABORT, out)
         while self._deadlines and self._deadlines[0][0] <= now:
             self.counters.timeouts += self._end(heapq.heappop(self._deadlines)[1], Finish.TIMEOUT, out)
-        if len(self.inflight) < self.limits.lag:
+        if len(self.inflight) < self.limits.max_steps_in_flight:
             self._plan(out)
             self._measure_rate(now)
         return out
@@ -274,7 +273,7 @@ class StepMachine:
         self.counters.wasted_rows += len(sent.slots) - len(slots)
         if sent.scored is not None and (told := sent.scored.news(result, table, self.running)):
             out.scores.append(told)
-        if self._bound and (failed := tokens < 0).any():
+        if self._with_grammar and (failed := tokens < 0).any():
             for slot in slots[failed].tolist():
                 self._end(int(table.uid[slot]), Finish.GRAMMAR, out)
             slots, tokens = slots[~failed], tokens[~failed]
@@ -289,7 +288,7 @@ class StepMachine:
             for i, slot in enumerate(slots.tolist()):
                 if int(tokens[i]) in self._stop_ids.get(slot, ()):
                     finish[i] = Finish.STOP
-        out.news.append(News(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
+        out.news.append(StepOutputs(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
         for slot in slots[finish != 0].tolist():
             self._release(slot)
 
@@ -313,7 +312,7 @@ class StepMachine:
         elif self.waiting.remove(uid) is None:
             return False
         none = np.zeros(1, np.uint8)
-        out.news.append(News(np.array([uid], np.int64), none, _NONE, np.array([finish], np.uint8)))
+        out.news.append(StepOutputs(np.array([uid], np.int64), none, _NONE, np.array([finish], np.uint8)))
         return True
 
     def _release(self, slot: int) -> None:
@@ -332,7 +331,7 @@ class StepMachine:
             self._decoding = self._decoding[self._decoding != slot]
         self._stop_ids.pop(slot, None)
         self._scoring -= int(table.logprobs[slot] >= 0)
-        self._bound -= int(table.bound[slot])
+        self._with_grammar -= int(table.has_grammar[slot])
         table.logprobs[slot] = -1
         self._remaps = [rows for rows in self._remaps if rows["slot"][0] != slot]
         del self.running[uid]
@@ -365,7 +364,7 @@ class StepMachine:
     def _plan(self, out: Output) -> None:
         parts = _PlanParts()
         decode = self._plan_decode(parts)
-        parts.grants += self._remaps  # only now: rows retracted by the decodes have withdrawn theirs
+        parts.page_grants += self._remaps  # only now: rows retracted by the decodes have withdrawn theirs
         self._remaps = []
         context = int(self.table.planned[decode].sum())
         budget = self._prefill_budget(len(decode), context)
@@ -375,7 +374,7 @@ class StepMachine:
             budget -= self._plan_chunk(slot, budget, parts)
         self._admit(budget, parts, out)
         if not parts.prefill and not len(decode):
-            self._remaps = parts.grants
+            self._remaps = parts.page_grants
             if self._prefilling and not self.inflight and len(self.running) > 1:
                 self._retract()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
                 self._plan(out)
@@ -384,8 +383,8 @@ class StepMachine:
         self._last_decode = decode
         out.plan = StepPlan(
             self.counters.steps,
-            joins=np.array(parts.joins, JOIN),
-            grants=np.concatenate(parts.grants) if parts.grants else np.zeros(0, GRANT),
+            new_slots=np.array(parts.new_slots, JOIN),
+            page_grants=np.concatenate(parts.page_grants) if parts.page_grants else np.zeros(0, GRANT),
             prefill=np.array(parts.prefill, PREFILL),
             decode=None if same else decode,
             ids=np.concatenate(parts.ids) if parts.ids else _NONE,
@@ -394,14 +393,14 @@ class StepMachine:
             out.plan.extras = np.array([(slot, *extra.row) for slot, extra in parts.extras], EXTRA)
             out.plan.bias = np.concatenate([extra.bias for _, extra in parts.extras])
             out.plan.history = np.concatenate([extra.history for _, extra in parts.extras])
-        if parts.bound:
-            enter_grammars(out.plan, parts.bound)
+        if parts.grammar_rows:
+            enter_grammars(out.plan, parts.grammar_rows)
         if parts.targets:
             out.plan.targets = np.concatenate([tokens for _, _, tokens in parts.targets])
         rows = np.concatenate([np.array(parts.sampling, np.int32), decode])
         prefilled = len(out.plan.ids)
         cost = features(prefilled, len(decode), context)
-        scored = Scored.of(rows, parts.targets, self.table) if self._scoring else None
+        scored = ExpectedLogprobs.of(rows, parts.targets, self.table) if self._scoring else None
         pooled = np.array(parts.pooled, np.int32) if parts.pooled else _NONE
         self.inflight.append(_InFlight(self.counters.steps, rows, self.table.epoch[rows], cost, scored, pooled))
         self.counters.steps += 1
@@ -423,8 +422,8 @@ class StepMachine:
         while True:
             slots = self._decoding
             slots = slots[table.planned[slots] + 1 < table.limit[slots]]  # tokens known or asked = planned + 1
-            if self._bound and self.limits.known_first:
-                slots = slots[~table.bound[slots] | (table.planned[slots] + 1 == table.length[slots])]
+            if self._with_grammar and self.limits.grammar_waits_for_token:
+                slots = slots[~table.has_grammar[slots] | (table.planned[slots] + 1 == table.length[slots])]
             crossing = slots[table.planned[slots] == table.n_pages[slots] * size]
             if self._make_room(len(crossing)):
                 break
@@ -450,7 +449,7 @@ class StepMachine:
         slot, request = max(self.running.values(), key=lambda r: (-r[1].options.priority, r[1].order))
         ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
-        request.ids, request.need, request.resumed = ids, 0, True
+        request.ids, request.missing_pages, request.resumed = ids, 0, True
         self.waiting.add(request, front=True)
         self.counters.retractions += 1
 
@@ -517,19 +516,19 @@ class StepMachine:
             if request is None:
                 return
             slot = None
-            if request.need <= self.pool.free + self.cache.evictable:
+            if request.missing_pages <= self.pool.free + self.cache.evictable:
                 match = self._match(request)
-                if self.limits.share and not request.computes_all and self._is_being_computed(request, match):
+                if self.limits.wait_for_shared_prefix and not request.computes_all and self._is_being_computed(request, match):
                     followers.add(request.uid)
                     continue
                 slot = self._try_admit(request, match, parts, out)
             if slot is None:
                 left.add(request.uid)
-                if request.passed >= MAX_PASSED:
+                if request.overtaken_by >= MAX_OVERTAKEN:
                     return  # it has been overtaken often enough: those behind it wait until it fits
                 continue
             for other in self.waiting.front(WINDOW):
-                other.passed += other.options.priority > request.options.priority or (
+                other.overtaken_by += other.options.priority > request.options.priority or (
                     other.options.priority == request.options.priority and other.order < request.order
                 )
             budget -= self._plan_chunk(slot, budget, parts)
@@ -540,7 +539,7 @@ class StepMachine:
         if not window:
             return None
         first = window[0]
-        if self.limits.order == "arrival" or first.passed >= MAX_PASSED or first.resumed or len(window) == 1:
+        if self.limits.order == "arrival" or first.overtaken_by >= MAX_OVERTAKEN or first.resumed or len(window) == 1:
             return first
         equals = [r for r in window if r.options.priority == first.options.priority]
         for request in equals:
@@ -556,10 +555,10 @@ class StepMachine:
     def _try_admit(self, request: Request, match: Match, parts: _PlanParts, out: Output) -> int | None:
         """Give the request a slot and its cached prefix, if the rest of its prompt finds pages beside those promised."""
         table, size = self.table, self.limits.page_size
-        request.need = -(-(len(request.ids) + 1) // size) - match.num_pages
+        request.missing_pages = -(-(len(request.ids) + 1) // size) - match.num_pages
         promised = sum(-(-int(table.target[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
         watermark = len(self.running)  # a page for the next boundary of each running row
-        if request.need + promised + watermark > self.pool.free + self.cache.evictable - match.unreferenced:
+        if request.missing_pages + promised + watermark > self.pool.free + self.cache.evictable - match.unreferenced:
             return None  # the cache was only looked at: a request that waits keeps nothing from being evicted
         if (weight := extra_bytes(request)) > parts.extra_room < EXTRA_BYTES:
             return None  # the next plan has room
@@ -582,15 +581,15 @@ class StepMachine:
         self.running[request.uid] = (slot, request)
         self._prefilling.append(slot)
         p = request.params
-        parts.joins.append((slot, cached, p.temperature, p.top_k, p.top_p, p.min_p, request.seed))
+        parts.new_slots.append((slot, cached, p.temperature, p.top_k, p.top_p, p.min_p, request.seed))
         extra = extra_of(request, self._eos_ids)
-        if extra is not NOTHING or table.extra[slot]:
+        if extra is not NOTHING or table.sampling_extra[slot]:
             parts.extras.append((slot, extra))
-            table.extra[slot] = extra is not NOTHING
-        if p.grammar or table.bound[slot]:
-            parts.bound.append(Bound.of(slot, request))
-            table.bound[slot] = bool(p.grammar)
-            self._bound += bool(p.grammar)
+            table.sampling_extra[slot] = extra is not NOTHING
+        if p.grammar or table.has_grammar[slot]:
+            parts.grammar_rows.append(GrammarRow.of(slot, request))
+            table.has_grammar[slot] = bool(p.grammar)
+            self._with_grammar += bool(p.grammar)
         if p.logprobs is not None:
             table.logprobs[slot] = p.logprobs
             self._scoring += 1

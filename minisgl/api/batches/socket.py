@@ -17,8 +17,9 @@ from typing import Any
 
 import zmq
 
-from minisgl.actors.messages import BadMessage, BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit, decode, encode
+from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
 from minisgl.actors.runtime.process import ZmqContext, address
+from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.requests.fields import parse_json

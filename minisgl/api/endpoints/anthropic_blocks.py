@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.api.endpoints.openai_answers import Result, told_timings
+from minisgl.api.endpoints.openai_answers import told_timings
 from minisgl.api.engine import Chunk
-from minisgl.api.generation import Timings
-from minisgl.api.http.body import sse
+from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Call, Part, Reply, Thought
 from minisgl.api.parsers.tool_calls import Argued
 from minisgl.api.requests.openai import ChatRequest
+from minisgl.api.sse import sse
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.generation import whole
@@ -16,10 +15,10 @@ from minisgl.api.requests.fields import Fields
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import HARMLESS, refuse_unsupported, served_model, text_prompts, unknown_fields
 from minisgl.api.requests.sampling import options
+from minisgl.arrays import F32
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
-F32 = npt.NDArray[np.float32]
 EMBEDDING_FIELDS = frozenset(
     {
         "model",

@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from minisgl.api.endpoints.openai_answers import DONE, EventStream, Head, Result, chat_body, completion_body, error_event, usage
+from minisgl.api.endpoints.openai_answers import DONE, EventStream, Head, chat_body, completion_body, error_event, usage
 from minisgl.api.engine import Chunk, Engine
-from minisgl.api.generation import StreamedAnswer, Timings
+from minisgl.api.generation import Result, StreamedAnswer, Timings
 from minisgl.api.parsers.reply import Reply
 from minisgl.api.requests import generate
 from minisgl.api.requests.openai import ChatRequest, CompletionRequest, GenerationRequest, parse_completion

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from minisgl import __version__
-from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Timings
-from minisgl.api.parsers.reply import Part, Reply, delta
+from minisgl.api.engine import TokenLogprob
+from minisgl.api.generation import Result, Timings
+from minisgl.api.parsers.reply import Part, delta
 from minisgl.api.parsers.tool_calls import Said
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
+from minisgl.version import __version__
 
 FINGERPRINT = f"minisgl-{__version__}"
 DONE = b"data: [DONE]\n\n"
@@ -36,32 +36,6 @@ class Head:
             "model": self.model,
             "system_fingerprint": FINGERPRINT,
         }
-
-
-@dataclass(slots=True)
-class Result:
-    """One answer to one prompt, added up from its chunks.  `logprobs` is None where none were asked for, `reply` where the
-    text is the whole answer."""
-
-    text: str = ""
-    reply: Reply | None = None
-    logprobs: list[TokenLogprob] | None = None
-    finish: Finish = Finish.NONE
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0  # of these, the thought's (see reasoning.py); known when it has ended
-    last: int = -1  # its latest token
-
-    def add(self, chunk: Chunk) -> None:
-        """Count a chunk.  Its text and log probabilities are the caller's: a stream has sent them and need not keep them."""
-        self.completion_tokens += len(chunk.token_ids)
-        self.prompt_tokens = chunk.prompt_tokens
-        self.cached_tokens = chunk.cached_tokens
-        self.reasoning_tokens = chunk.thought_tokens
-        self.finish = chunk.finish
-        if chunk.token_ids:
-            self.last = chunk.token_ids[-1]
 
 
 def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:

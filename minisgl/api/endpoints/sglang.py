@@ -11,13 +11,13 @@ from typing import Any
 from minisgl.api.endpoints.openai_answers import DONE, error_event
 from minisgl.api.engine import Chunk, Engine, TokenLogprob
 from minisgl.api.generation import StreamedAnswer, Timings
-from minisgl.api.http.body import sse
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.fields import Fields, wrong_type
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import GenerationRequest, Usage, served_model, text_prompts, unknown_fields
 from minisgl.api.requests.sampling import options, sampling
 from minisgl.api.requests.structured_output import constraint
+from minisgl.api.sse import sse
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import MAX_LOGPROBS
 

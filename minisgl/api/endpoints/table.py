@@ -9,8 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from minisgl.api.endpoints import anthropic, embeddings, openai, responses, sglang
 from minisgl.api.engine import Engine
 from minisgl.api.generation import StreamedAnswer
-from minisgl.api.http.body import check_unknown
 from minisgl.api.requests import generate
+from minisgl.api.requests.unknown_fields import check_unknown
 from minisgl.errors import InvalidParam
 
 

@@ -21,11 +21,12 @@ from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
 from minisgl.api.http.auth import authenticate
 from minisgl.api.http.batch_routes import FileRoutes
-from minisgl.api.http.body import ignored_header, read_json, stream, timing_header
+from minisgl.api.http.body import read_json, stream, timing_header
 from minisgl.api.http.errors import errors, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.requests import generate as serving
+from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import model_loading
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine; compressed bodies are

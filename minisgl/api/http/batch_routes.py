@@ -15,9 +15,10 @@ from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.engine import Engine
-from minisgl.api.http.body import body_too_large, check_encoding, ignored_header, read_json
+from minisgl.api.http.body import body_too_large, check_encoding, read_json
 from minisgl.api.requests.fields import Fields
 from minisgl.api.requests.openai import unknown_fields
+from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_FILE_BYTES = 200 << 20

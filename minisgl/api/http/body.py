@@ -6,8 +6,7 @@ Runs in the api process.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import HttpVersion11, web
@@ -15,11 +14,9 @@ from aiohttp import HttpVersion11, web
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.stream_writer import Pipe
 from minisgl.api.requests.fields import parse_json
-from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import RequestError
 
 _BODY_SECONDS = 30.0  # how long a client may take to send a body
-_MAX_IGNORED = 32  # names in X-Ignored-Params
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -83,25 +80,3 @@ def timing_header(answer: Any) -> dict[str, str]:
         return {}
     names = ("queue", "ttft", "decode", "total")
     return {"Server-Timing": ", ".join(f"{name};dur={timings[f'{name}_ms']:.1f}" for name in names)}
-
-
-def sse(data: Mapping[str, Any], event: str = "") -> bytes:
-    """One server-sent event.  Its payload is ASCII: no text can end a line."""
-    head = b"event: %s\n" % event.encode() if event else b""
-    return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
-
-
-def check_unknown(config: Config, names: Sequence[str]) -> None:
-    """With --strict, a field that is not known is an error.  Raises InvalidParam for the first."""
-    if names and config.server.strict:
-        raise InvalidParam(names[0][:64], f"Unrecognized request argument: {names[0][:64]}.", "unknown_parameter")
-
-
-def ignored_header(config: Config, names: Sequence[str]) -> dict[str, str]:
-    """X-Ignored-Params, or InvalidParam with --strict.
-
-    Field names come from the client: only plain ones may enter a header.
-    """
-    check_unknown(config, names)
-    plain = [n for n in names if len(n) <= 64 and n.isascii() and n.replace(".", "_").isidentifier()]
-    return {"X-Ignored-Params": ",".join(plain[:_MAX_IGNORED])} if plain else {}

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl import __version__
 from minisgl.api.endpoints.anthropic import COUNT_FIELDS, MESSAGE_FIELDS, MESSAGE_UNSUPPORTED
 from minisgl.api.endpoints.embeddings import EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED
 from minisgl.api.endpoints.responses import RESPONSE_FIELDS, RESPONSE_UNSUPPORTED
@@ -20,6 +19,7 @@ from minisgl.api.http.batch_routes import BATCH_FIELDS, MAX_PAGE, PURPOSES
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR, SCHEMAS, SPECIAL, Schema, integer, nullable, string
 from minisgl.api.requests.openai import CHAT_UNSUPPORTED, CHAT_USED, COMPLETION_UNSUPPORTED, COMPLETION_USED
 from minisgl.config import Config
+from minisgl.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

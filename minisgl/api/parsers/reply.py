@@ -9,8 +9,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.api.parsers.thoughts import ThoughtReader
 from minisgl.api.parsers.tool_calls import READERS, Argued, Called, CallReader, Piece, Said
+from minisgl.reasoning import ThoughtReader
 from minisgl.sampling_params import Finish
 
 

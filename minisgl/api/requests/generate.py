@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisgl import __version__, grammar
-from minisgl.api.endpoints.openai_answers import Result
+from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, whole
+from minisgl.api.generation import Events, Generation, Result, StreamedAnswer, Timings, whole
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_SEED, SamplingParams
+from minisgl.version import __version__
 
 _STARTED = int(time.time())  # reported as the creation time of the models
 

@@ -24,10 +24,9 @@ import torch
 from minisgl.config import ModelSpec
 from minisgl.model.architectures import llama
 from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Blocks, Norm, Rotation, Rows
+from minisgl.model.common.interfaces import Activations, AttentionBackend, LayerFactory, Norm, Rotation
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Range, Shard
-from minisgl.model.cpu.attention import AttentionBackend
 
 
 class OnePlus:
@@ -48,20 +47,20 @@ class Layer(llama.Layer):
     """A decoder block with norms before and behind; see llama.Layer for what is returned."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
     ) -> None:
         def norm(name: str, *, behind: bool = False) -> Norm:
             weight = weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,))
-            return blocks.norm(weight, spec.rms_norm_eps, last=behind)
+            return blocks.norm(weight, spec.rms_norm_eps, plain_output=behind)
 
         self.attn_norm = norm("input_layernorm")
-        self.attn = llama.Attention(spec, shard, weights, parallel, blocks, layer=layer, whole=True)
+        self.attn = llama.Attention(spec, shard, weights, parallel, blocks, layer=layer, no_partial_sums=True)
         self.behind_attn = norm("post_attention_layernorm", behind=True)
         self.mlp_norm = norm("pre_feedforward_layernorm")
-        self.mlp = llama.MLP(spec, shard, weights, parallel, blocks, layer=layer, whole=True)
+        self.mlp = llama.MLP(spec, shard, weights, parallel, blocks, layer=layer, no_partial_sums=True)
         self.behind_mlp = norm("post_feedforward_layernorm", behind=True)
 
-    def __call__(self, x: torch.Tensor, delta: Rows | None, rotation: Rotation, attend: AttentionBackend) -> Rows:
+    def __call__(self, x: torch.Tensor, delta: Activations | None, rotation: Rotation, attend: AttentionBackend) -> Activations:
         delta = self.behind_attn(self.attn(self.attn_norm(x, delta), rotation, attend), None)
         return self.behind_mlp(self.mlp(self.mlp_norm(x, delta)), None)
 
@@ -71,7 +70,7 @@ class Gemma(llama.Llama):
 
     layer_class: ClassVar = Layer
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks) -> None:
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory) -> None:
         super().__init__(spec, shard, OnePlus(weights), parallel, blocks)
         self.local_rope = self.rope
         if spec.local_rope_theta:

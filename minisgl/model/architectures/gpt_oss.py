@@ -19,7 +19,7 @@ import torch
 from minisgl.config import ModelSpec
 from minisgl.model.architectures import llama
 from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Blocks, Rows
+from minisgl.model.common.interfaces import Activations, LayerFactory
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Shard
 
@@ -48,7 +48,7 @@ class Experts:
     """Takes the place of a layer's MLP; each rank computes some inner columns of every expert (see moe.py)."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
     ) -> None:
         name = f"model.layers.{layer}.mlp."
         number, inner, outer = spec.num_experts, spec.expert_size, spec.hidden_size
@@ -77,7 +77,7 @@ class Experts:
             ),
         )
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Activations) -> Activations:
         return self.parallel.all_reduce_(self.experts(x))
 
 
@@ -85,8 +85,8 @@ class Layer(llama.Layer):
     """A decoder block with experts."""
 
     def make_mlp(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
-    ) -> Callable[[Rows], Rows]:
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
+    ) -> Callable[[Activations], Activations]:
         return Experts(spec, shard, weights, parallel, blocks, layer=layer)
 
 

@@ -16,11 +16,11 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Blocks, Norm, Rotation, Rows
+from minisgl.model.common.embedding import Embedding
+from minisgl.model.common.functional import softcap_
+from minisgl.model.common.interfaces import Activations, AttentionBackend, LayerFactory, Norm, QKNorm, Rotation
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Shard, split
-from minisgl.model.cpu.attention import AttentionBackend
-from minisgl.model.cpu.layers import Embedding, QKNorm, softcap_
 
 
 class Attention:
@@ -32,12 +32,12 @@ class Attention:
         shard: Shard,
         weights: Weights,
         parallel: Parallel,
-        blocks: Blocks,
+        blocks: LayerFactory,
         *,
         layer: int,
-        whole: bool = False,
+        no_partial_sums: bool = False,
     ) -> None:
-        """`whole`: the result is plain rows, for a norm of it alone."""
+        """`no_partial_sums`: the result is plain rows, for a norm of it alone."""
         name = f"model.layers.{layer}.self_attn."
         sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
         sizes["v"] = sizes["k"]
@@ -54,7 +54,7 @@ class Attention:
         self.o = blocks.linear(
             weights.take(name + "o_proj.weight", (spec.hidden_size, sizes["q"]), cols=shard.q_rows),
             bias=o_bias if shard.rank == 0 else None,  # the ranks' results are added up
-            whole=whole,
+            no_partial_sums=no_partial_sums,
         )
         self.qk_norm: QKNorm | None = None
         if spec.qk_norm:  # the same for all heads, so every rank has it whole
@@ -62,7 +62,7 @@ class Attention:
             self.qk_norm = QKNorm(q, k, spec.rms_norm_eps)
         self.sinks = weights.take(name + "sinks", (spec.num_heads,), rows=shard.heads).float() if spec.sinks else None
 
-    def __call__(self, x: Rows, rotation: Rotation, attend: AttentionBackend) -> Rows:
+    def __call__(self, x: Activations, rotation: Rotation, attend: AttentionBackend) -> Activations:
         out = attend(self.layer, self.qkv(x), *rotation, self.qk_norm, sinks=self.sinks)  # [T, H * D]
         return self.parallel.all_reduce_(self.o(out))
 
@@ -76,12 +76,12 @@ class MLP:
         shard: Shard,
         weights: Weights,
         parallel: Parallel,
-        blocks: Blocks,
+        blocks: LayerFactory,
         *,
         layer: int,
-        whole: bool = False,
+        no_partial_sums: bool = False,
     ) -> None:
-        """`whole`: the result is plain rows, for a norm of it alone."""
+        """`no_partial_sums`: the result is plain rows, for a norm of it alone."""
         name = f"model.layers.{layer}.mlp."
         inner, outer = spec.intermediate_size, spec.hidden_size
         self.parallel = parallel
@@ -90,9 +90,11 @@ class MLP:
             weights.take(name + "up_proj.weight", (inner, outer), rows=shard.mlp),
             activation=spec.activation,
         )
-        self.down = blocks.linear(weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp), whole=whole)
+        self.down = blocks.linear(
+            weights.take(name + "down_proj.weight", (outer, inner), cols=shard.mlp), no_partial_sums=no_partial_sums
+        )
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Activations) -> Activations:
         return self.parallel.all_reduce_(self.down(self.gated(x)))
 
 
@@ -104,7 +106,7 @@ class Layer:
     """
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
     ) -> None:
         def norm(name: str) -> Norm:
             return blocks.norm(weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,)), spec.rms_norm_eps)
@@ -115,11 +117,11 @@ class Layer:
         self.mlp = self.make_mlp(spec, shard, weights, parallel, blocks, layer=layer)
 
     def make_mlp(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
-    ) -> Callable[[Rows], Rows]:
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
+    ) -> Callable[[Activations], Activations]:
         return MLP(spec, shard, weights, parallel, blocks, layer=layer)
 
-    def __call__(self, x: torch.Tensor, delta: Rows | None, rotation: Rotation, attend: AttentionBackend) -> Rows:
+    def __call__(self, x: torch.Tensor, delta: Activations | None, rotation: Rotation, attend: AttentionBackend) -> Activations:
         delta = self.attn(self.attn_norm(x, delta), rotation, attend)
         return self.mlp(self.mlp_norm(x, delta))
 
@@ -135,7 +137,7 @@ class Llama:
         shard: Shard,
         weights: Weights,
         parallel: Parallel,
-        blocks: Blocks,
+        blocks: LayerFactory,
     ) -> None:
         """`spec.max_context` is the context that is served, which some kinds of rotary positions depend on."""
         shape = (spec.vocab_size, spec.hidden_size)
@@ -145,9 +147,9 @@ class Llama:
         self.embedding = Embedding(table, shard.vocab, parallel)
         self.rope = blocks.rope(spec)
         self.layers = [self.layer_class(spec, shard, weights, parallel, blocks, layer=i) for i in range(spec.num_layers)]
-        self.norm = blocks.norm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps, last=True)
+        self.norm = blocks.norm(weights.take("model.norm.weight", (spec.hidden_size,)), spec.rms_norm_eps, plain_output=True)
         self.head = blocks.linear(
-            table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab), last=True
+            table if spec.tie_embeddings else weights.take("lm_head.weight", shape, rows=shard.vocab), is_lm_head=True
         )
         self.vocab_widths = [end - start for start, end in split(spec.vocab_size, shard.size)]
 
@@ -169,21 +171,21 @@ class Llama:
         x, delta = self.states(ids, positions, attend)
         return self.logits(x, delta, sample_rows)
 
-    def states(self, ids: torch.Tensor, positions: torch.Tensor, attend: AttentionBackend) -> tuple[torch.Tensor, Rows]:
+    def states(self, ids: torch.Tensor, positions: torch.Tensor, attend: AttentionBackend) -> tuple[torch.Tensor, Activations]:
         """All layers: the residual stream [T, C], and what the last layer adds to it."""
         x = self.embed(ids)  # [T, C]
-        delta: Rows | None = None
+        delta: Activations | None = None
         for layer, rotation in zip(self.layers, self.rotations(positions), strict=True):
             delta = layer(x, delta, rotation, attend)
         assert delta is not None
         return x, delta
 
-    def final(self, x: torch.Tensor, delta: Rows, rows: torch.Tensor) -> torch.Tensor:
+    def final(self, x: torch.Tensor, delta: Activations, rows: torch.Tensor) -> torch.Tensor:
         """The final hidden states [len(rows), C] of some rows of `states`, behind the last norm.  The same on every rank."""
         states: torch.Tensor = self.norm(x[rows], delta[..., rows, :])
         return states
 
-    def logits(self, x: torch.Tensor, delta: Rows, sample_rows: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, delta: Activations, sample_rows: torch.Tensor | None) -> torch.Tensor:
         """Of some rows of `states`, see `__call__`."""
         if sample_rows is not None:
             if len(sample_rows) == 0:  # chunks of prompts only; the same on every rank

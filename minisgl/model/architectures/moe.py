@@ -17,7 +17,7 @@ import torch
 from minisgl.config import ModelSpec
 from minisgl.model.architectures import llama
 from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Blocks, Rows
+from minisgl.model.common.interfaces import Activations, LayerFactory
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Range, Shard
 
@@ -26,7 +26,7 @@ class Experts:
     """Takes the place of a layer's MLP; each rank computes some of the inner columns of every expert."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
     ) -> None:
         name = f"model.layers.{layer}.mlp."
         inner, outer, mine = spec.expert_size, spec.hidden_size, shard.expert[1] - shard.expert[0]
@@ -41,7 +41,7 @@ class Experts:
             down[e] = weights.take(expert + "down_proj.weight", (outer, inner), cols=shard.expert)
         self.experts = blocks.experts(router, gate_up, down, top_k=spec.experts_per_token, normalise=spec.norm_topk)
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Activations) -> Activations:
         return self.parallel.all_reduce_(self.experts(x))
 
 
@@ -49,8 +49,8 @@ class Layer(llama.Layer):
     """A decoder block with experts, or with a dense MLP if it is one of `dense_layers`."""
 
     def make_mlp(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks, *, layer: int
-    ) -> Callable[[Rows], Rows]:
+        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
+    ) -> Callable[[Activations], Activations]:
         if layer in spec.dense_layers:
             return super().make_mlp(spec, shard, weights, parallel, blocks, layer=layer)
         return Experts(spec, shard, weights, parallel, blocks, layer=layer)
@@ -83,5 +83,5 @@ class _MixtralNames:
 class Mixtral(Qwen3Moe):
     """MixtralForCausalLM, the part of it that `shard` owns."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks) -> None:
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory) -> None:
         super().__init__(spec, shard, _MixtralNames(weights), parallel, blocks)

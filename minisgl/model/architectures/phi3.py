@@ -11,7 +11,7 @@ import torch
 from minisgl.config import ModelSpec
 from minisgl.model.architectures.llama import Llama
 from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Blocks
+from minisgl.model.common.interfaces import LayerFactory
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Range, Shard
 
@@ -46,5 +46,5 @@ class Unstacked:
 class Phi3(Llama):
     """Phi3ForCausalLM, the part of it that `shard` owns."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: Blocks) -> None:
+    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory) -> None:
         super().__init__(spec, shard, Unstacked(spec, weights), parallel, blocks)

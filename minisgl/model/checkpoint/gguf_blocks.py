@@ -7,11 +7,12 @@ The tensor may have a shape only (torch's meta device): then what it holds is re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from minisgl.model.cpu.packing import Q4_0, Q4_1, Q8_0, Groups, from_gguf
-
+GROUP = 32  # inputs that share a scale
+Q4_0, Q4_1, Q8_0 = 2, 3, 8  # ggml's numbers of these types
 KINDS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}  # their bits
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # ggml's numbers of these types
@@ -42,3 +43,39 @@ def stored_groups(tensor: torch.Tensor) -> Groups:
 def values(tensor: torch.Tensor) -> torch.Tensor:
     """f32[N, K]."""
     return stored_groups(tensor).values() if tensor.is_meta else tensor.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """[N, G, 32] numbers u8, of them w = scale * q + offset (4 bits) or scale * (q - 128) (8 bits); scale, offset f16[N, G]."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.offset is None else 4
+
+    def values(self) -> torch.Tensor:
+        """The weights that these stand for, f32[N, 32 G]."""
+        if self.offset is None:
+            out = (self.numbers.float() - 128) * self.scale.float()[..., None]
+        else:
+            out = self.numbers.float() * self.scale.float()[..., None] + self.offset.float()[..., None]
+        return out.flatten(1)
+
+
+def from_gguf(raw: torch.Tensor, kind: int) -> Groups:
+    """Stored rows u8[N, bytes] of Q4_0, Q4_1 or Q8_0 -> the same numbers.
+
+    Block: f16 scale, for Q4_1 f16 minimum, then 32 i8, or 16 bytes with inputs 0-15 in the low halves and 16-31 in the high.
+    """
+    head, width = {Q4_0: (2, 18), Q4_1: (4, 20), Q8_0: (2, 34)}[kind]
+    blocks = raw.view(raw.shape[0], -1, width)
+    halves = blocks[..., :head].contiguous().view(torch.float16)
+    scale, body = halves[..., 0].contiguous(), blocks[..., head:]
+    if kind == Q8_0:
+        return Groups(body ^ 128, scale, None)
+    numbers = torch.cat((body & 15, body >> 4), -1)
+    return Groups(numbers, scale, halves[..., 1].contiguous() if kind == Q4_1 else scale * -8)

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.checkpoint.gguf_blocks import KINDS, note
+from minisgl.model.checkpoint.gguf_blocks import GROUP, KINDS, note
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
 from minisgl.model.common.shard import Range
-from minisgl.model.cpu.packing import GROUP
 
 TABLE = "model.embed_tokens.weight"  # whose rows are looked up
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
-from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.files import INDEX, read_json, weight_files
 from minisgl.model.checkpoint.hf_layers import (
     activation,
     attention_scale,
@@ -109,20 +108,6 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     )
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON file that must hold an object.  Raises UserError naming it."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as e:
-        raise UserError(f"{path}: cannot read it: {e.strerror}.") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON ({e}).") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}.")
-    return value
-
-
 def _has_head(path: str) -> bool:
     """Whether a checkpoint with images has an lm_head, about which its two configurations may disagree."""
     index = os.path.join(path, INDEX)
@@ -149,21 +134,6 @@ def _no_config(path: str) -> str:
             f"the directory has no config.json. For a GGUF model give the file itself: --model {os.path.join(path, ggufs[0])}"
         )
     return "the directory has no config.json, so it is no Hugging Face model. Check the path."
-
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-def weight_files(path: str) -> list[str]:
-    """The *.safetensors files of a directory: those of its index, else model.safetensors, else all.  Raises UserError."""
-    index = os.path.join(path, INDEX)
-    if not os.path.isfile(index):
-        single = os.path.join(path, SINGLE)
-        return [single] if os.path.isfile(single) else sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and os.path.basename(n) == n for n in names.values()):
-        raise UserError(f"{index}: weight_map should map tensor names to file names in the same directory.")
-    return [os.path.join(path, n) for n in sorted(set(names.values()))]
 
 
 def _check_weights(path: str) -> None:

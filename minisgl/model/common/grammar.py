@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.config import ModelSpec
-from minisgl.plan import I32, StepPlan
+from minisgl.arrays import I32, U32
+from minisgl.plan import StepPlan
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-U32 = npt.NDArray[np.uint32]
 # Of a grammar that can be read in very many ways one step would take seconds, and everybody's: with these, some 20 ms.
 _MAX_ROW, _MAX_STEP = 500, 10_000  # items of the parser
 _KEPT = 64  # grammars whose beginning is kept: the n answers to a prompt, and schemas that come again and again
@@ -52,15 +51,10 @@ class Grammars:
         self._eos: frozenset[int] = frozenset()
         self._ends: U32 = np.zeros(0, np.uint32)
 
-    @classmethod
-    def of(cls, spec: ModelSpec) -> Grammars:
-        """For the model's own tokenizer."""
-        return cls(lambda: vocabulary_of(spec))
-
     def __bool__(self) -> bool:
         return bool(self._matchers)
 
-    def prepare(self) -> bool:
+    def load_vocabulary(self) -> bool:
         """Read the vocabulary, about two seconds for 150,000 tokens, ahead of the first grammar.  False: that is done."""
         if self._tokenizer is not None:
             return False
@@ -85,7 +79,7 @@ class Grammars:
             text_at, at = text_at + n_bytes, at + n_output
 
     def _begin(self, text: str) -> LLMatcher:
-        self.prepare()
+        self.load_vocabulary()
         from llguidance import LLMatcher, LLParserLimits
 
         if text not in self._beginnings:
@@ -179,17 +173,3 @@ class _Wrapper:
             ids.append(self._ids[raw[at : at + size]])
             at += size
         return ids
-
-
-def vocabulary_of(spec: ModelSpec) -> Vocabulary:
-    """Of a checkpoint with EOS tokens."""
-    from minisgl.model.text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(spec)
-    eos_ids = tuple(t for t in spec.eos_ids if t < spec.vocab_size)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, False).tolist()
-        return ids
-
-    return Vocabulary([tokenizer.piece(t) for t in range(spec.vocab_size)], tokenizer.special_ids, eos_ids, encode)

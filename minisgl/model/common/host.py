@@ -6,7 +6,6 @@ import math
 import os
 
 from minisgl.config import EngineConfig
-from minisgl.model.common.cgroups import groups
 
 SPIN_COUNT = 20_000  # some tens of microseconds
 
@@ -62,3 +61,66 @@ def prepare_environment(n_threads: int) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     os.environ.setdefault("KMP_BLOCKTIME", "0")  # the same for a torch built with Intel's OpenMP
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def groups(root: str, controller: str) -> list[str]:
+    """The directories of this process's control groups and their parents, for both versions of the interface.
+
+    `controller`: "memory" or "cpu"; `root` stands in for the root directory in tests.
+    """
+    found = []
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as f:
+            lines = [line.rstrip("\n").split(":", 2) for line in f]
+    except OSError:
+        return []
+    for line in lines:
+        if len(line) == 3 and (line[1] == "" or controller in line[1].split(",")):
+            base = os.path.join(root, "sys/fs/cgroup", controller if line[1] else "")
+            path = line[2].strip("/")
+            while True:  # inside a container the inner directories may be invisible: the base itself still counts
+                found.append(os.path.join(base, path))
+                if not path:
+                    break
+                path = os.path.dirname(path)
+    return found
+
+
+_UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
+
+
+def available_bytes(root: str = "/") -> int:
+    """The smaller of the machine's available memory and what is left of every control group around this process.
+
+    `root` stands in for the root directory in tests.
+    """
+    candidates = [_meminfo(os.path.join(root, "proc/meminfo"))]
+    for group in groups(root, "memory"):
+        v2 = (group, "memory.max", "memory.current", "inactive_file")
+        v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        candidates += [left for left in (_left(*v2), _left(*v1)) if left is not None]
+    return max(0, min(candidates))
+
+
+def _meminfo(path: str) -> int:
+    with open(path, encoding="ascii") as f:
+        for line in f:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return _UNLIMITED
+
+
+def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
+    """Limit minus usage of one group, where file pages that the kernel can drop do not count as used."""
+    try:
+        with open(os.path.join(group, limit), encoding="ascii") as f:
+            bound = f.read().strip()
+        with open(os.path.join(group, usage), encoding="ascii") as f:
+            used = int(f.read())
+        with open(os.path.join(group, "memory.stat"), encoding="ascii") as f:
+            stat = dict(line.split() for line in f)
+    except (OSError, ValueError):
+        return None
+    if bound == "max" or int(bound) >= _UNLIMITED:
+        return None
+    return int(bound) - used + int(stat.get(reclaimable, 0))

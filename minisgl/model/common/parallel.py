@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
 
@@ -15,8 +14,6 @@ TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
 
 # Renamed in torch 2.13, which warns at the old name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-Kind = Literal["gloo", "nccl", "shared-gpu"]
 
 
 class Parallel:
@@ -86,41 +83,3 @@ def join(
 def to_stderr(text: str) -> None:
     """What CudaParallel has to tell the person who started the engine, unless told otherwise."""
     print(f"minisgl: {text}", file=sys.stderr, flush=True)
-
-
-def make_parallel(
-    kind: Kind,
-    rank: int,
-    size: int,
-    run_dir: str,
-    device: torch.device | None = None,
-    *,
-    one_shot_bytes: int | None = None,
-    say: Callable[[str], None] = to_stderr,
-) -> Parallel:
-    """The collectives of this rank; returns when all ranks have called it with the same arguments.
-
-    "gloo": tensors on the CPU.  "nccl": one GPU per rank.  "shared-gpu": all ranks on one GPU, for checks on a machine that
-    has no second one; slow.  `device`: this rank's GPU, already current.  `one_shot_bytes` (0: never)
-    and `say`: see CudaParallel.
-
-    Raises RuntimeError where the kind cannot work at all: no such backend in this torch, or no symmetric memory for
-    "shared-gpu".
-    """
-    if size == 1:
-        return Parallel()
-    if kind == "gloo":
-        return Parallel(rank, size, run_dir)
-    from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory
-
-    if device is None or device.index is None:
-        raise ValueError(f'kind "{kind}" needs a device with an index')
-    limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes
-    if kind == "nccl":
-        group = join("nccl", rank, size, run_dir, device)
-        small = SymmetricMemory(group, device, limit, run_dir) if limit else None
-        return CudaParallel(rank, size, group, small, one_shot_bytes=limit, say=say)
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    group = join("gloo", rank, size, run_dir)
-    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir)
-    return SharedGpuParallel(rank, size, group, memory, one_shot_bytes=limit, say=say)

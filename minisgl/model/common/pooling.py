@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.model.common.slots import Batch
+from minisgl.model.common.slots import StepBatch
 from minisgl.plan import POOL, SUM, StepPlan
 
 States = Callable[[npt.NDArray[np.int64]], torch.Tensor]
@@ -27,7 +27,7 @@ class _Chunk:
     kv_len: int
 
 
-def _chunks(plan: StepPlan, batch: Batch) -> list[_Chunk]:
+def _chunks(plan: StepPlan, batch: StepBatch) -> list[_Chunk]:
     out, end = [], 0
     for row, (slot, flags, n) in enumerate(plan.prefill.tolist()):
         first, end = end, end + n
@@ -47,7 +47,7 @@ class Pooling:
         """Whether `take` has anything to do for this plan."""
         return bool((plan.prefill["sample"] & (SUM | POOL)).any())
 
-    def take(self, plan: StepPlan, batch: Batch, states: States) -> torch.Tensor | None:
+    def take(self, plan: StepPlan, batch: StepBatch, states: States) -> torch.Tensor | None:
         """The vectors f32[M, C] of the rows with POOL, None for none.  `states(tokens)`: final hidden states [n, C]."""
         vectors = []
         for c in _chunks(plan, batch):

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.plan import DRAW, I32, SCORE, StepPlan
+from minisgl.arrays import F32, I32, I64
+from minisgl.plan import DRAW, SCORE, StepPlan
 
-I64 = npt.NDArray[np.int64]
-F32 = npt.NDArray[np.float32]
 U64 = npt.NDArray[np.uint64]
 
 
@@ -37,7 +36,7 @@ class SamplingRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class StepBatch:
     """All rows of one step, ready to compute: T tokens of P prompt chunks, then B decode rows.
 
     The decode rows stand longest context first, so that attention can pad neighbours to one length cheaply; `sample_rows`
@@ -78,7 +77,7 @@ class SlotState:
         self.counted = np.zeros(max_running, np.bool_)  # has penalties
         self._decode: I64 = np.zeros(0, np.int64)  # decode slots of the latest plan
 
-    def apply(self, plan: StepPlan) -> Batch:
+    def apply(self, plan: StepPlan) -> StepBatch:
         """Take in one plan: update the slots and lay out its rows.  Plans must come in order, each exactly once."""
         self._update(plan)
         return self._lay_out(plan)
@@ -90,7 +89,7 @@ class SlotState:
         return self._decode.astype(np.int32)
 
     def _update(self, plan: StepPlan) -> None:
-        j = plan.joins
+        j = plan.new_slots
         self.kv_len[j["slot"]] = j["kv_len"]
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             getattr(self, name)[j["slot"]] = j[name]
@@ -100,15 +99,15 @@ class SlotState:
             self.logprobs[slots] = e["logprobs"]
             self.counted[slots] = (e["presence"] != 0) | (e["frequency"] != 0) | (e["repetition"] != 1)
             self.adjusted[slots] = self.counted[slots] | (e["n_bias"] > 0)
-        self.page_table[plan.grants["slot"], plan.grants["index"]] = plan.grants["page"]
+        self.page_table[plan.page_grants["slot"], plan.page_grants["index"]] = plan.page_grants["page"]
         if plan.decode is not None:
             self._decode = plan.decode.astype(np.int64)
 
-    def advance(self, batch: Batch, tokens: I32) -> None:
+    def advance(self, batch: StepBatch, tokens: I32) -> None:
         """Remember what the rows of a batch sampled: the next decode step feeds it."""
         self.last_token[batch.sample_slots] = tokens
 
-    def _lay_out(self, plan: StepPlan) -> Batch:
+    def _lay_out(self, plan: StepPlan) -> StepBatch:
         prompts, chunk_lens = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"]
         order = np.argsort(-self.kv_len[self._decode], kind="stable")
         decode = self._decode[order]
@@ -129,7 +128,7 @@ class SlotState:
         sample_slots = np.concatenate((prompts[sampling_prompts], self._decode))
         n_prompt_ids = len(plan.ids)
         score_rows = _score_rows(plan) if len(plan.targets) else np.zeros(0, np.int64)
-        return Batch(
+        return StepBatch(
             ids=np.concatenate((plan.ids, self.last_token[decode])).astype(np.int64),
             positions=positions.astype(np.int64),
             kv_index=page.astype(np.int64) * self.page_size + positions % self.page_size,

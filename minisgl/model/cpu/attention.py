@@ -8,40 +8,18 @@ Shapes: T tokens of a step, H query heads, K KV heads, G = H / K heads per group
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
+from minisgl.model.common.functional import rms_norm, softcap_, softmax
+from minisgl.model.common.interfaces import QKNorm
 from minisgl.model.common.rope import rotate_
-from minisgl.model.common.slots import Batch
-from minisgl.model.cpu.layers import QKNorm, rms_norm, softcap_, softmax
+from minisgl.model.common.slots import StepBatch
 
 GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough to stay in the caches
-
-
-class AttentionBackend(Protocol):
-    """Owns the KV cache and knows where the rows of the current step keep theirs: it is told before the first layer."""
-
-    def __call__(
-        self,
-        layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Rotate the queries and keys of qkv [T, (H + 2K) * D], store keys and values, attend -> [T, H * D].
-
-        cos and sin: from the `rope` of the same blocks (see common/interfaces.py), None for a layer that does not rotate.  With
-        `qk_norm`, queries and keys are normalised head by head before they are rotated.  `sinks` f32[H]: scores without values
-        that take part in the softmax.  Window, scale and soft cap are those of the ModelSpec.  Takes `qkv` over: it may be
-        changed in place.
-        """
 
 
 @dataclass(slots=True)
@@ -103,7 +81,7 @@ class TorchAttention:
         self._kv_index = torch.empty(0, dtype=torch.int64)
         self._steps: dict[int, _Step] = {}  # by window
 
-    def prepare(self, batch: Batch) -> None:
+    def plan(self, batch: StepBatch) -> None:
         """Compute whatever all layers of the step share.  Once per step, before the first layer."""
         self._kv_index = torch.from_numpy(batch.kv_index)
         self._steps = {window: self._lay_out(batch, window) for window in set(self._windows)}
@@ -113,7 +91,7 @@ class TorchAttention:
         if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
             self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
 
-    def _lay_out(self, batch: Batch, window: int) -> _Step:
+    def _lay_out(self, batch: StepBatch, window: int) -> _Step:
         ends = np.cumsum(batch.chunk_lens)
         chunks = [
             self._chunk(int(end - n), int(end), int(batch.kv_lens[i]), batch.pages[i], window)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.common.slots import Batch
+from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
-from minisgl.model.cpu.layers import QKNorm
 from minisgl.model.cpu.packing import LANES
 
 QUERIES = 16  # tokens of a prompt that are one item of work
@@ -51,7 +51,7 @@ class KernelAttention:
         self._step = Step()
         self._kept: tuple[object, ...] = ()  # arrays that the step points to
 
-    def prepare(self, batch: Batch) -> None:
+    def plan(self, batch: StepBatch) -> None:
         """Lay out the step's items of work.  Once per step, before the first layer."""
         lens, contexts = batch.chunk_lens.astype(np.int64), batch.kv_lens.astype(np.int64)
         n_chunks = len(lens)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.config import EngineConfig, ModelSpec
-from minisgl.model.common.interfaces import CpuBlocks
 from minisgl.model.common.shard import Shard
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KV_DTYPE, KernelAttention, can_attend
 from minisgl.model.cpu.build import NoKernels
 from minisgl.model.cpu.kernels import Kernels
-from minisgl.model.cpu.quantized_layers import QuantBlocks
+from minisgl.model.cpu.layers import CpuLayers
+from minisgl.model.cpu.quantized_layers import QuantizedLayers
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = {
@@ -29,7 +29,7 @@ class CpuArithmetic:
 
     dtype: torch.dtype  # of the weights as they are read, and of the residual stream
     kv_dtype: torch.dtype
-    blocks: CpuBlocks
+    blocks: CpuLayers
     run: Kernels | None  # of attention, too
     text: str
     torch_threads: int  # what is left to torch beside C kernels is too little to share, and its threads would be in the way
@@ -43,16 +43,16 @@ class CpuArithmetic:
         kind, dtype = engine.quantization, _DTYPES[engine.dtype]
         plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
         if not engine.eight_bits:
-            return cls(dtype, dtype, CpuBlocks(dtype), None, plain, threads)
+            return cls(dtype, dtype, CpuLayers(dtype), None, plain, threads)
         text = f"weights in {_WEIGHTS[kind]}, " + "experts in float32, " * (spec.num_experts > 0)
         try:
             run = Kernels(threads)
         except NoKernels as e:
             slower = f", several times slower than 8 bits on C kernels: {e}"
             if kind == "auto":
-                return cls(dtype, dtype, CpuBlocks(dtype), None, plain + slower, threads)
-            return cls(torch.float32, torch.float32, QuantBlocks(kind, None), None, f"{text}in torch{slower}", threads)
-        blocks = QuantBlocks(kind, run)
+                return cls(dtype, dtype, CpuLayers(dtype), None, plain + slower, threads)
+            return cls(torch.float32, torch.float32, QuantizedLayers(kind, None), None, f"{text}in torch{slower}", threads)
+        blocks = QuantizedLayers(kind, run)
         if not can_attend(spec, engine.page_size):
             text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
             return cls(torch.float32, torch.float32, blocks, None, text, threads)
@@ -61,7 +61,7 @@ class CpuArithmetic:
     @property
     def lazy(self) -> bool:
         """Whether the blocks take matrices as the file has them, see `open_weights`."""
-        return isinstance(self.blocks, QuantBlocks)
+        return isinstance(self.blocks, QuantizedLayers)
 
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
         """The cache of `num_pages` pages, and what reads it."""

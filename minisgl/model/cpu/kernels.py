@@ -8,8 +8,9 @@ from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_v
 import numpy as np
 import torch
 
+from minisgl.model.checkpoint.gguf_blocks import GROUP
 from minisgl.model.cpu.build import load_kernels
-from minisgl.model.cpu.packing import BLOCK_BYTES, GROUP, LANES
+from minisgl.model.cpu.packing import BLOCK_BYTES, LANES
 
 
 class Weight(Structure):

@@ -5,13 +5,15 @@ Shapes: T tokens of a step, C hidden size, H query heads, K KV heads (of this ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from minisgl.model.common.parallel import Parallel
-from minisgl.model.common.shard import Range
+from minisgl.config import ModelSpec
+from minisgl.model.common.functional import act_mul, rms_norm, route
+from minisgl.model.common.interfaces import Activations, Biases, Norm, Positions
+from minisgl.model.common.rope import Rope
 
 BATCH_HINT = 16  # rows that oneDNN lays a packed weight out for; good from 1 to a few hundred
 
@@ -66,51 +68,6 @@ class RMSNorm:
         return rms_norm(x, self._weight, self._eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Over the last dimension, in x's dtype; in float32 inside if that is the weight's."""
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class QKNorm:
-    """The RMSNorms of one layer's query and key heads: weights `q` and `k` [D], shared by all heads."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    eps: float
-
-
-def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """[T, 2 I] (gate, up) -> act(gate) * up, [T, I]; `activation`: see ModelSpec."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if activation == "clamped_swiglu":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
-
-
-def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap * tanh(x / cap) in place, which stays within +-cap; x itself where cap is 0 (Gemma 2, arXiv:2408.00118)."""
-    return x.div_(cap).tanh_().mul_(cap) if cap else x
-
-
-def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Over the last dimension; `sinks`, which can be expanded to its size 1, take their share and are left out."""
-    if sinks is None:
-        return scores.softmax(-1)
-    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
-    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
-
-
-def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router logits [T, E] -> (experts i64[T, top_k], their weights f32[T, top_k]): see Blocks.experts."""
-    weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
-    return experts, weights / weights.sum(-1, keepdim=True) if normalise else weights
-
-
-Biases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a router [E], gate_up [E, 2 I] and down [E, C]
-
-
 class Experts:
     """A mixture of experts, one after the other, each with the rows that chose it."""
 
@@ -141,18 +98,36 @@ class Experts:
         return y
 
 
-class Embedding:
-    """Token ids i64[T] -> [T, C].  A rank holds the rows `vocab` and contributes zero for all other tokens."""
+class CpuLayers:
+    """Plain torch."""
 
-    def __init__(self, weight: torch.Tensor, vocab: Range, parallel: Parallel) -> None:
-        self._weight = weight
-        self._vocab = vocab
-        self._parallel = parallel
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        if self._parallel.size == 1:
-            return F.embedding(ids, self._weight)
-        start, end = self._vocab
-        mine = (ids >= start) & (ids < end)
-        x = F.embedding((ids - start).masked_fill_(~mine, 0), self._weight)
-        return self._parallel.all_reduce_(x.masked_fill_(~mine[:, None], 0))
+    def linear(
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
+    ) -> Callable[[Activations], Activations]:
+        return Linear(*weights, bias=bias)
+
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+        return RMSNorm(weight, eps)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Activations], Activations]:
+        both = Linear(gate, up)
+        return lambda x: act_mul(both(x), activation)
+
+    def experts(
+        self,
+        router: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        top_k: int,
+        normalise: bool,
+        activation: str = "silu",
+        biases: Biases | None = None,
+    ) -> Callable[[Activations], Activations]:
+        return Experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
+
+    def rope(self, spec: ModelSpec) -> Positions:
+        return Rope(spec, self._dtype).at

@@ -7,34 +7,13 @@ Q4_1 are taken as they are stored; everything else is rounded: to 8 bits symmetr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-GROUP, LANES = 32, 16
+from minisgl.model.checkpoint.gguf_blocks import GROUP, Groups
+
+LANES = 16
 BLOCK_BYTES = {4: 320, 8: 544}
-Q4_0, Q4_1, Q8_0 = 2, 3, 8  # ggml's numbers of these types
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """[N, G, 32] numbers u8, of them w = scale * q + offset (4 bits) or scale * (q - 128) (8 bits); scale, offset f16[N, G]."""
-
-    numbers: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor | None
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.offset is None else 4
-
-    def values(self) -> torch.Tensor:
-        """The weights that these stand for, f32[N, 32 G]."""
-        if self.offset is None:
-            out = (self.numbers.float() - 128) * self.scale.float()[..., None]
-        else:
-            out = self.numbers.float() * self.scale.float()[..., None] + self.offset.float()[..., None]
-        return out.flatten(1)
 
 
 def quantise(weight: torch.Tensor, bits: int) -> Groups:
@@ -51,21 +30,6 @@ def quantise(weight: torch.Tensor, bits: int) -> Groups:
     step = scale.float()[..., None]
     numbers = torch.where(step > 0, (groups - offset.float()[..., None]) / step, 0).round_().clamp_(0, 15)
     return Groups(numbers.to(torch.uint8), scale, offset)
-
-
-def from_gguf(raw: torch.Tensor, kind: int) -> Groups:
-    """Stored rows u8[N, bytes] of Q4_0, Q4_1 or Q8_0 -> the same numbers.
-
-    Block: f16 scale, for Q4_1 f16 minimum, then 32 i8, or 16 bytes with inputs 0-15 in the low halves and 16-31 in the high.
-    """
-    head, width = {Q4_0: (2, 18), Q4_1: (4, 20), Q8_0: (2, 34)}[kind]
-    blocks = raw.view(raw.shape[0], -1, width)
-    halves = blocks[..., :head].contiguous().view(torch.float16)
-    scale, body = halves[..., 0].contiguous(), blocks[..., head:]
-    if kind == Q8_0:
-        return Groups(body ^ 128, scale, None)
-    numbers = torch.cat((body & 15, body >> 4), -1)
-    return Groups(numbers, scale, halves[..., 1].contiguous() if kind == Q4_1 else scale * -8)
 
 
 def tile(parts: Sequence[Groups]) -> torch.Tensor:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minisgl.model.common.slots import I64
-from minisgl.plan import I32, StepPlan
-
-LAST_RESORT = -1e30  # of a token that a grammar admits and something else forbids
+from minisgl.arrays import I32, I64
+from minisgl.model.common.functional import LAST_RESORT
+from minisgl.plan import StepPlan
 
 
 def restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import FLOATS, stored_bits, stored_groups, stored_rows, values
-from minisgl.model.common.interfaces import CpuBlocks, Norm, Rows
+from minisgl.model.checkpoint.gguf_blocks import FLOATS, GROUP, Groups, stored_bits, stored_groups, stored_rows, values
+from minisgl.model.common.functional import act_mul
+from minisgl.model.common.interfaces import Activations, Biases, Norm
 from minisgl.model.cpu import kernels, layers
 from minisgl.model.cpu.kernels import Kernels, PackedWeight
-from minisgl.model.cpu.packing import GROUP, LANES, Groups, quantise, round_trip
+from minisgl.model.cpu.layers import CpuLayers
+from minisgl.model.cpu.packing import LANES, quantise, round_trip
 
 
 class Normed:
@@ -32,7 +34,7 @@ class Normed:
         return layers.RMSNorm.__call__(self.norm, self.x, delta)
 
 
-def plain(rows: Rows) -> torch.Tensor:
+def plain(rows: Activations) -> torch.Tensor:
     """A tensor of rows that may be Normed."""
     return rows.plain() if isinstance(rows, Normed) else rows
 
@@ -44,14 +46,14 @@ class QuantNorm(layers.RMSNorm):
         super().__init__(weight.float().contiguous(), eps)
         self.struct = kernels.Norm(self._weight.data_ptr(), eps)
 
-    def __call__(self, x: Rows, delta: Rows | None = None) -> Rows:
+    def __call__(self, x: Activations, delta: Activations | None = None) -> Activations:
         return Normed(plain(x), None if delta is None else plain(delta), self)
 
 
 class PlainNorm(layers.RMSNorm):
     """One whose rows are looked at."""
 
-    def __call__(self, x: Rows, delta: Rows | None = None) -> torch.Tensor:
+    def __call__(self, x: Activations, delta: Activations | None = None) -> torch.Tensor:
         return super().__call__(plain(x), None if delta is None else plain(delta))
 
 
@@ -61,7 +63,7 @@ class QuantLinear:
     def __init__(self, weight: PackedWeight, run: Kernels) -> None:
         self._weight, self._run = weight, run
 
-    def __call__(self, x: Rows) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
         if isinstance(x, Normed):
             delta, x.delta = x.delta, None
             return self._run.linear(self._weight, x.x, None if delta is None else delta.contiguous(), x.norm.struct)
@@ -75,12 +77,12 @@ class TorchLinear:
         self._linear = layers.Linear(torch.cat([p.values()[:, :inputs] for p in parts]), bias=bias)
         self._inputs = inputs
 
-    def __call__(self, x: Rows) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
         return self._linear(round_trip(plain(x))[:, : self._inputs])
 
 
-class QuantBlocks(CpuBlocks):
-    """See `Blocks`.  Experts stay in float32."""
+class QuantizedLayers(CpuLayers):
+    """See `LayerFactory`.  Experts stay in float32."""
 
     def __init__(self, kind: str, run: Kernels | None) -> None:
         """`kind`: "int8" | "q4" | "auto", see `EngineConfig.quantization`; run None: torch."""
@@ -88,8 +90,8 @@ class QuantBlocks(CpuBlocks):
         self._kind, self._run = kind, run
 
     def linear(
-        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
-    ) -> Callable[[Rows], Rows]:
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
+    ) -> Callable[[Activations], Activations]:
         inputs, bits = weights[0].shape[1], self.bits(weights)
         if self._run is None:
             groups = [stored_groups(w) if stored_bits(w) == bits else quantise(values(w), bits) for w in weights]
@@ -97,13 +99,13 @@ class QuantBlocks(CpuBlocks):
         blocks = self._run.pack(_parts(weights, bits), inputs, bits)
         return QuantLinear(PackedWeight(blocks, sum(len(w) for w in weights), inputs, bias=bias), self._run)
 
-    def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> Norm:
-        return PlainNorm(weight.float(), eps) if last else QuantNorm(weight, eps)
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+        return PlainNorm(weight.float(), eps) if plain_output else QuantNorm(weight, eps)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Activations], Activations]:
         if self._run is None or len(gate) % LANES or activation not in PackedWeight.GATED:
             both = self.linear(gate, up)
-            return lambda x: layers.act_mul(both(x), activation)
+            return lambda x: act_mul(both(x), activation)
         inputs, bits = gate.shape[1], self.bits((gate, up))
         blocks = self._run.pack(_parts((gate, up), bits), inputs, bits, in_turns=True)
         return QuantLinear(PackedWeight(blocks, 2 * len(gate), inputs, gated=activation), self._run)
@@ -117,8 +119,8 @@ class QuantBlocks(CpuBlocks):
         top_k: int,
         normalise: bool,
         activation: str = "silu",
-        biases: layers.Biases | None = None,
-    ) -> Callable[[Rows], Rows]:
+        biases: Biases | None = None,
+    ) -> Callable[[Activations], Activations]:
         run = super().experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
         return lambda x: run(plain(x))
 

@@ -10,23 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.arrays import I32, I64
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.common.grammar import Grammars, unpack
-from minisgl.model.common.host import threads_per_rank
-from minisgl.model.common.host_memory import available_bytes
+from minisgl.model.common.host import available_bytes, threads_per_rank
 from minisgl.model.common.parallel import Parallel, to_stderr
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
-from minisgl.model.common.slots import I64, Batch, SlotState
+from minisgl.model.common.slots import SlotState, StepBatch
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.penalties import Adjustments, restrict
 from minisgl.model.cpu.sampler import sample, score
-from minisgl.plan import FAILED, I32, Scores, StepPlan, StepResult
+from minisgl.model.text.vocabulary import vocabulary_of
+from minisgl.plan import FAILED, StepLogprobs, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
 
@@ -70,7 +71,7 @@ class Runner:
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
-        self._grammars = Grammars.of(spec)
+        self._grammars = Grammars(lambda: vocabulary_of(spec))
         self._pooling = Pooling()
         self._attention: TorchAttention | KernelAttention | None = None
 
@@ -109,7 +110,7 @@ class Runner:
         if len(batch.ids) == 0:  # joins and grants alone
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
-            self._attention.prepare(batch)
+            self._attention.plan(batch)
             ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
             rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
             vectors: torch.Tensor | None = None
@@ -127,7 +128,7 @@ class Runner:
         pooled = None if vectors is None else vectors.numpy()
         return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
-    def _draw(self, logits: torch.Tensor, batch: Batch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
+    def _draw(self, logits: torch.Tensor, batch: StepBatch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
         """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
         slots = batch.sample_slots
         if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
@@ -140,7 +141,7 @@ class Runner:
         return tokens, None
 
     def _draw_bound(
-        self, logits: torch.Tensor, batch: Batch, bound: npt.NDArray[np.int64]
+        self, logits: torch.Tensor, batch: StepBatch, bound: npt.NDArray[np.int64]
     ) -> tuple[I32, npt.NDArray[np.bool_]]:
         """`_draw` where the rows `bound` have a grammar."""
         slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
@@ -156,7 +157,7 @@ class Runner:
         if self._state.extras and len(counted := np.flatnonzero(self._state.counted[slots])):
             self._adjustments.count(slots[counted], tokens[counted])
 
-    def _score(self, logits: torch.Tensor, batch: Batch, tokens: I32) -> Scores | None:
+    def _score(self, logits: torch.Tensor, batch: StepBatch, tokens: I32) -> StepLogprobs | None:
         """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""
         if not self._state.extras:
             return None
@@ -167,7 +168,7 @@ class Runner:
         widths = self._state.logprobs[np.concatenate((batch.sample_slots[rows], batch.score_slots))]
         return score(logits[torch.from_numpy(chosen)], np.concatenate((tokens[rows], batch.targets)), widths)
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         """Nothing is left to be prepared."""
         return False
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.model.common.slots import I64, U64, SamplingRows
-from minisgl.plan import I32, Scores
+from minisgl.arrays import I32, I64
+from minisgl.model.common.slots import U64, SamplingRows
+from minisgl.plan import StepLogprobs
 
 CANDIDATES = 256  # the most likely tokens, looked at before the whole vocabulary is sorted
 
@@ -123,7 +124,7 @@ def _kept(best: torch.Tensor, top_k: I32, top_p: npt.NDArray[np.float32], vocab:
     return torch.maximum(kth, pth), decided
 
 
-def score(logits: torch.Tensor, tokens: I32, widths: I32) -> Scores:
+def score(logits: torch.Tensor, tokens: I32, widths: I32) -> StepLogprobs:
     """Log probabilities of one token for each row of `logits` [M, V], and of the row's most likely tokens.
 
     tokens, widths i32[M]; every row has max(widths) alternatives, most likely first, the smaller id first among equals.
@@ -133,11 +134,11 @@ def score(logits: torch.Tensor, tokens: I32, widths: I32) -> Scores:
     m, width = len(logprobs), min(int(widths.max(initial=0)), logits.shape[1])
     own = logprobs.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0].numpy()
     if width == 0:
-        return Scores(own, np.zeros((m, 0), np.int32), np.zeros((m, 0), np.float32))
+        return StepLogprobs(own, np.zeros((m, 0), np.int32), np.zeros((m, 0), np.float32))
     last = torch.topk(logprobs, width).values[:, -1:]
     row, token = (x.numpy() for x in torch.nonzero(logprobs >= last, as_tuple=True))  # those that tie for the last place too
     value = logprobs.numpy()[row, token]
     order = np.lexsort((token, -value, row))
     first = np.searchsorted(row, np.arange(m))  # nonzero gives the rows in order
     best = order[first[:, None] + np.arange(width)]
-    return Scores(own, token[best].astype(np.int32), value[best])
+    return StepLogprobs(own, token[best].astype(np.int32), value[best])

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.arrays import I32
 from minisgl.model.kernels.apply_plan import apply_plan
 from minisgl.model.kernels.penalties import enter_extras
 from minisgl.model.kernels.sampling import Extras, SamplingState
-from minisgl.plan import I32, StepPlan
+from minisgl.plan import StepPlan
 
 
 class Uploads:
@@ -73,11 +74,11 @@ class DeviceState(SamplingState):
     def apply(self, plan: StepPlan) -> None:
         """Enter joins, grants and extras."""
         self._plans.turn()
-        n_join, n_grant, n_extra = len(plan.joins), len(plan.grants), len(plan.extras)
-        if n_join or n_grant:
+        n_new_slots, n_page_grants, n_extra = len(plan.new_slots), len(plan.page_grants), len(plan.extras)
+        if n_new_slots or n_page_grants:
             extras = self._lay_out(plan) if n_extra else []
-            words = self._plans.send([_words(plan.joins), _words(plan.grants), *extras])
-            apply_plan(words, n_join, n_grant, self, self.page_table)
+            words = self._plans.send([_words(plan.new_slots), _words(plan.page_grants), *extras])
+            apply_plan(words, n_new_slots, n_page_grants, self, self.page_table)
             if n_extra:
                 enter_extras(words[len(words) - sum(len(part) for part in extras) :], n_extra, self)
 

@@ -35,15 +35,15 @@ class _Drawn:
     end: Event
 
 
-class BoundRows:
-    """`bound` i32[slots] and `masks` i32[slots, ceil(V / 32)] on the device, as kernels.restrict reads them; empty before the
-    first grammar."""
+class GrammarRows:
+    """`has_grammar` i32[slots] and `masks` i32[slots, ceil(V / 32)] on the device, as kernels/grammar_mask.py reads them; empty
+    before the first grammar."""
 
     def __init__(self, grammars: Grammars, slots: int, vocab: int, lag: int, device: torch.device) -> None:
         self.grammars = grammars
         self._slots, self._words, self._lag, self._device = slots, -(-vocab // 32), lag, device
         self._flags = np.zeros(slots, np.int32)
-        self.bound = self.masks = torch.zeros(0, dtype=torch.int32, device=device)
+        self.has_grammar = self.masks = torch.zeros(0, dtype=torch.int32, device=device)
         self._unread: deque[_Drawn] = deque()
         self._step = 0
         self._now: tuple[list[Any], npt.NDArray[np.int64]] | None = None  # the bound rows of the step being launched
@@ -59,10 +59,10 @@ class BoundRows:
             return
         self.grammars.join(plan)
         self._flags[plan.grammars["slot"]] = plan.grammars["n_bytes"] > 0
-        if not len(self.bound):
-            self.bound = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
+        if not len(self.has_grammar):
+            self.has_grammar = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
             self.masks = torch.zeros(self._slots, self._words, dtype=torch.int32, device=self._device)
-        self.bound.copy_(self._upload(self._flags))
+        self.has_grammar.copy_(self._upload(self._flags))
 
     def bind(self, slots: npt.NDArray[Any]) -> bool:
         """Send the masks of those that are bound among the rows that draw for `slots`; whether there are any."""

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
+from minisgl.model.common.interfaces import Activations, Biases, Positions
 from minisgl.model.common.interfaces import Norm as NormLayer
-from minisgl.model.common.interfaces import Positions, Rows
 from minisgl.model.common.rope import frequencies
-from minisgl.model.cpu.layers import Biases
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
 from minisgl.model.kernels.activations import Product, Quantized, Scaled
 from minisgl.model.kernels.small_batch_matmul import choose, few_rows
@@ -28,12 +27,12 @@ ONE_SCALE_ROWS = 1024
 class Linear:
     """Few rows through our kernels, where they are faster, many through cuBLAS."""
 
-    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
-        self.weight, self._whole = weight, whole
+    def __init__(self, weight: torch.Tensor, no_partial_sums: bool) -> None:
+        self.weight, self._no_partial_sums = weight, no_partial_sums
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         n, k = self.weight.shape
-        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, whole=self._whole)
+        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, no_partial_sums=self._no_partial_sums)
         if settings is None:
             return F.linear(x, self.weight)
         return few_rows(x, self.weight, settings)
@@ -53,9 +52,9 @@ class Fp8Product:
         settings = choose(len(x), n, k, fp8=True, **options) or {}
         return few_rows(x, self.weight, settings, scales=self.scales, gated=options.get("gated", False))
 
-    def many(self, x: Quantized, *, whole: bool = False) -> Product:
-        """bfloat16 rows, still to be scaled if that makes the product faster and the next layer can (not `whole`)."""
-        if whole or len(x.values) > ONE_SCALE_ROWS:
+    def many(self, x: Quantized, *, no_partial_sums: bool = False) -> Product:
+        """bfloat16 rows, still to be scaled if that makes the product faster and the next layer can (not `no_partial_sums`)."""
+        if no_partial_sums or len(x.values) > ONE_SCALE_ROWS:
             return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
         return Scaled(self._scaled_mm(x.values, self._one, self._one), x.scales, self.scales)
 
@@ -69,15 +68,15 @@ class Fp8Product:
 class Fp8Linear:
     """W8A8; up to WEIGHT_ONLY_ROWS rows W8A16."""
 
-    def __init__(self, weight: torch.Tensor, whole: bool) -> None:
-        self._product, self._whole = Fp8Product(weight), whole
+    def __init__(self, weight: torch.Tensor, no_partial_sums: bool) -> None:
+        self._product, self._no_partial_sums = Fp8Product(weight), no_partial_sums
 
-    def __call__(self, x: Rows) -> Product:
+    def __call__(self, x: Activations) -> Product:
         if not isinstance(x, Quantized):
             if len(x) <= WEIGHT_ONLY_ROWS:
-                return self._product.few(x, whole=self._whole)
+                return self._product.few(x, no_partial_sums=self._no_partial_sums)
             x = norm_activation.quantize_rows(x)
-        return self._product.many(x, whole=self._whole)
+        return self._product.many(x, no_partial_sums=self._no_partial_sums)
 
 
 class Gated:
@@ -100,7 +99,7 @@ class Fp8Gated:
     def __init__(self, weight: torch.Tensor) -> None:
         self._product = Fp8Product(weight)
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Activations) -> Activations:
         if not isinstance(x, Quantized):
             return self._product.few(x, gated=True)
         return norm_activation.silu_mul_quantized(self._product.many(x))
@@ -109,10 +108,10 @@ class Fp8Gated:
 class Biased:
     """A product of whole rows, plus a bias [N]."""
 
-    def __init__(self, product: Callable[[Rows], Rows], bias: torch.Tensor) -> None:
+    def __init__(self, product: Callable[[Activations], Activations], bias: torch.Tensor) -> None:
         self._product, self._bias = product, bias
 
-    def __call__(self, x: Rows) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
         rows: torch.Tensor = self._product(x)
         return rows.add_(self._bias)
 
@@ -120,10 +119,10 @@ class Biased:
 class GeluGated:
     """gelu(gate) * up of a product with [gate, up] weights."""
 
-    def __init__(self, product: Callable[[Rows], torch.Tensor]) -> None:
+    def __init__(self, product: Callable[[Activations], torch.Tensor]) -> None:
         self._product = product
 
-    def __call__(self, x: Rows) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
         return norm_activation.silu_mul(self._product(x), gelu=True)
 
 
@@ -131,13 +130,18 @@ class Experts:
     """A mixture of experts.  Hands on a part for each of a token's choices, or their sum if the ranks add up theirs first."""
 
     def __init__(
-        self, router: Callable[[Rows], torch.Tensor], weights: moe.Weights, settings: moe.Settings, *, whole: bool
+        self,
+        router: Callable[[Activations], torch.Tensor],
+        weights: moe.Weights,
+        settings: moe.Settings,
+        *,
+        no_partial_sums: bool,
     ) -> None:
-        self._router, self._weights, self._settings, self._whole = router, weights, settings, whole
+        self._router, self._weights, self._settings, self._no_partial_sums = router, weights, settings, no_partial_sums
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = moe.experts(x, self._router(x), self._weights, self._settings)
-        return parts.sum(0) if self._whole else parts
+        return parts.sum(0) if self._no_partial_sums else parts
 
 
 class Norm:
@@ -146,31 +150,35 @@ class Norm:
     def __init__(self, weight: torch.Tensor, eps: float, quantize: bool) -> None:
         self._weight, self._eps, self._quantize = weight, eps, quantize
 
-    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> Rows:
+    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> Activations:
         quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
         return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
 
 
-class CudaBlocks:
-    """`whole`: products are never handed on in parts: ranks add theirs up first.  `fp8`: for all layers but the last."""
+class CudaLayers:
+    """`no_partial_sums`: products are never handed on in parts, because ranks add theirs up.  `fp8`: all but the LM head."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, whole: bool = False, fp8: bool = False) -> None:
-        self._dtype, self._device, self._whole, self._fp8 = dtype, device, whole, fp8
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, no_partial_sums: bool = False, fp8: bool = False) -> None:
+        self._dtype, self._device, self._no_partial_sums, self._fp8 = dtype, device, no_partial_sums, fp8
 
     def linear(
-        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, last: bool = False, whole: bool = False
-    ) -> Callable[[Rows], Rows]:
+        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
+    ) -> Callable[[Activations], Activations]:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        whole |= self._whole or bias is not None
-        product = Fp8Linear(weight, whole) if self._fp8 and not last else Linear(weight, whole or last)
+        no_partial_sums |= self._no_partial_sums or bias is not None
+        product = (
+            Fp8Linear(weight, no_partial_sums)
+            if self._fp8 and not is_lm_head
+            else Linear(weight, no_partial_sums or is_lm_head)
+        )
         return product if bias is None else Biased(product, bias)
 
-    def norm(self, weight: torch.Tensor, eps: float, last: bool = False) -> NormLayer:
-        return Norm(weight, eps, self._fp8 and not last)
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
+        return Norm(weight, eps, self._fp8 and not plain_output)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Rows], Rows]:
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Activations], Activations]:
         if activation == "gelu_tanh":
-            return GeluGated(self.linear(gate, up, whole=True))
+            return GeluGated(self.linear(gate, up, no_partial_sums=True))
         weight = torch.cat((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
@@ -184,12 +192,14 @@ class CudaBlocks:
         normalise: bool,
         activation: str = "silu",
         biases: Biases | None = None,
-    ) -> Callable[[Rows], Rows]:
-        product = Linear(router, whole=True)
+    ) -> Callable[[Activations], Activations]:
+        product = Linear(router, no_partial_sums=True)
         settings = moe.Settings(top_k, normalise, activation == "clamped_swiglu")
         if biases is None:
-            return Experts(product, moe.Weights(gate_up, down), settings, whole=self._whole)
-        return Experts(Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, whole=self._whole)
+            return Experts(product, moe.Weights(gate_up, down), settings, no_partial_sums=self._no_partial_sums)
+        return Experts(
+            Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, no_partial_sums=self._no_partial_sums
+        )
 
     def rope(self, spec: ModelSpec) -> Positions:
         freqs, amplitude = frequencies(spec)

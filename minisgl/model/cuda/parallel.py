@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 
-from minisgl.model.common.parallel import Parallel, all_gather_single, to_stderr
+from minisgl.model.common.parallel import Parallel, all_gather_single, join, to_stderr
 
 # Measured by others: with 8 GPUs, one-shot above 256 KB loses 3 to 7 % to multicast (vllm-project/vllm issue 44079); with two
 # H100s it took 10 us for 32 tokens and was slower than NCCL from 64 tokens on (vllm-project/vllm pull request 22086).
@@ -254,3 +254,44 @@ def _environ(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+Kind = Literal["gloo", "nccl", "shared-gpu"]
+
+
+def make_parallel(
+    kind: Kind,
+    rank: int,
+    size: int,
+    run_dir: str,
+    device: torch.device | None = None,
+    *,
+    one_shot_bytes: int | None = None,
+    say: Callable[[str], None] = to_stderr,
+) -> Parallel:
+    """The collectives of this rank; returns when all ranks have called it with the same arguments.
+
+    "gloo": tensors on the CPU.  "nccl": one GPU per rank.  "shared-gpu": all ranks on one GPU, for checks on a machine that
+    has no second one; slow.  `device`: this rank's GPU, already current.  `one_shot_bytes` (0: never)
+    and `say`: see CudaParallel.
+
+    Raises RuntimeError where the kind cannot work at all: no such backend in this torch, or no symmetric memory for
+    "shared-gpu".
+    """
+    if size == 1:
+        return Parallel()
+    if kind == "gloo":
+        return Parallel(rank, size, run_dir)
+    from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory
+
+    if device is None or device.index is None:
+        raise ValueError(f'kind "{kind}" needs a device with an index')
+    limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes
+    if kind == "nccl":
+        group = join("nccl", rank, size, run_dir, device)
+        small = SymmetricMemory(group, device, limit, run_dir) if limit else None
+        return CudaParallel(rank, size, group, small, one_shot_bytes=limit, say=say)
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    group = join("gloo", rank, size, run_dir)
+    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir)
+    return SharedGpuParallel(rank, size, group, memory, one_shot_bytes=limit, say=say)

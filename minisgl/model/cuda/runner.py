@@ -22,16 +22,18 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import Weights, open_weights
 from minisgl.model.checkpoint.random_weights import RandomWeights
-from minisgl.model.common.parallel import make_parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Range, Shard
-from minisgl.model.cuda.attention.base import Heads, PagedAttention, check_float8, choose, find, kv_dtype_of
+from minisgl.model.cuda.attention.base import AttentionSpec
+from minisgl.model.cuda.attention.choose import check_float8, choose, find, kv_dtype_of
+from minisgl.model.cuda.attention.kv_cache import KVCache, page_bytes
+from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.graphs import Graphs
-from minisgl.model.cuda.kv_cache import KVCache, page_bytes
-from minisgl.model.cuda.layers import CudaBlocks
+from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
+from minisgl.model.cuda.parallel import make_parallel
 from minisgl.model.cuda.step import Steps
-from minisgl.model.kernels.logprobs import Scored
+from minisgl.model.kernels.logprobs import DeviceLogprobs
 from minisgl.model.kernels.sampling import Extras
 from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
@@ -58,7 +60,7 @@ class CudaPending:
 
     step: int
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
-    scored: Scored | None
+    scored: DeviceLogprobs | None
     scores: torch.Tensor | None  # i32 on the host, likewise
     vectors: torch.Tensor | None  # f32 on the host, likewise
     start: torch.cuda.Event
@@ -103,13 +105,13 @@ class CudaRunner:
         self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
         properties = torch.cuda.get_device_properties(self._device)
         kv_dtype = kv_dtype_of(engine.kv_cache_dtype, self._dtype)
-        self._heads = Heads.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
+        self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
         widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
         check_float8(engine, self._dtype, self._heads.capability, widths, experts=spec.num_experts)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
-        blocks = CudaBlocks(self._dtype, self._device, whole=engine.tp > 1, fp8=engine.quantization == "fp8")
+        blocks = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
         try:
             with torch.inference_mode():
                 weights: Weights = (
@@ -145,7 +147,7 @@ class CudaRunner:
 
     def _compile_flashinfer(self) -> None:
         """Rank 0 compiles what is missing, the others wait for it; all of them raise UserError if it could not."""
-        from minisgl.model.cuda.flashinfer.modules import build_missing
+        from minisgl.model.cuda.flashinfer.compile import build_missing
 
         failure: UserError | None = None
         if self._rank == 0:
@@ -199,7 +201,7 @@ class CudaRunner:
                 "another program use it? Start again, or set --kv-tokens."
             ) from e
         if self._config.model.eos_ids:
-            self._steps.bound.grammars.prepare()  # now: later, it would hold up everybody for a second or two
+            self._steps.grammar_rows.grammars.load_vocabulary()  # now: later, it would hold up everybody for a second or two
         b = self._backends
         self._say(f"GPU 0: {self._ledger.describe(num_pages)}; attention: {b.prefill} (prefill), {b.decode} (decode)")
 
@@ -240,14 +242,14 @@ class CudaRunner:
             scores = None if scored is None else self._fetch_scores(scored, count)
             vectors = self._fetch_vectors()
             end.record()
-        bound = self._steps.bound
-        bound.end(host, end)
+        grammar_rows = self._steps.grammar_rows
+        grammar_rows.end(host, end)
         before, self._last = self._last, end
         timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
         launch_us = int((time.perf_counter() - began) * 1e6)
-        return CudaPending(plan.step, host, scored, scores, vectors, start, end, before, launch_us, timed, bound.failed)
+        return CudaPending(plan.step, host, scored, scores, vectors, start, end, before, launch_us, timed, grammar_rows.failed)
 
-    def _fetch_scores(self, scored: Scored, count: int) -> torch.Tensor:
+    def _fetch_scores(self, scored: DeviceLogprobs, count: int) -> torch.Tensor:
         """Start to copy the log probabilities of a step to the host."""
         scores = self._steps.scores
         if not self._score_results:
@@ -264,7 +266,7 @@ class CudaRunner:
             return None
         return torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True).copy_(vectors, non_blocking=True)
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.
 
         A graph has collectives in it: several ranks are called at the same point of their plans, so they capture the same one.
@@ -272,7 +274,7 @@ class CudaRunner:
         if not self._ready:
             return False
         with torch.inference_mode():
-            return self._steps.prepare()
+            return self._steps.capture_ahead()
 
     def close(self) -> None:
         """Drop the graphs before the group: a graph holds on to its communicator.  Idempotent."""

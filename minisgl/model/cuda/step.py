@@ -14,21 +14,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.model.architectures.llama import Llama
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.pooling import Pooling
-from minisgl.model.common.slots import Batch, SlotState
-from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads, PagedAttention, splits_for
+from minisgl.model.common.slots import SlotState, StepBatch
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, splits_for
+from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.device_state import DeviceState, Uploads
-from minisgl.model.cuda.grammar import BoundRows
+from minisgl.model.cuda.grammar import GrammarRows
 from minisgl.model.kernels.apply_plan import decode_inputs, mixed_inputs
 from minisgl.model.kernels.grammar_mask import restrict
-from minisgl.model.kernels.logprobs import SCORE_WORDS, Scored, score
+from minisgl.model.kernels.logprobs import SCORE_WORDS, DeviceLogprobs, score
 from minisgl.model.kernels.penalties import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
-from minisgl.plan import I32, SCORED_TOKENS, StepPlan
+from minisgl.model.text.vocabulary import vocabulary_of
+from minisgl.plan import SCORED_TOKENS, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
 SHORT_CONTEXT = 4096  # of any of their rows: they walk over a context with one program, which a long one would stall
@@ -62,14 +65,14 @@ class Sizes:
 
 
 PLAIN, EXTRAS, COUNTED = 0, 1, 2  # what the rows of a step want of sampling: nothing special; biases or scores; penalties too
-BOUND = 4  # and this where a row has a grammar
+GRAMMAR_ROWS = 4  # and this where a row has a grammar
 
 
 class Steps:
     """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
     log probabilities are in `scores`; `vectors` are those that its plan wanted."""
 
-    def __init__(self, config: Config, model: Llama, heads: Heads, processors: int, device: torch.device) -> None:
+    def __init__(self, config: Config, model: Llama, heads: AttentionSpec, processors: int, device: torch.device) -> None:
         engine = config.engine
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
@@ -81,14 +84,16 @@ class Steps:
         self.tokens = torch.zeros(engine.max_running + 64, dtype=torch.int32, device=device)
         # One line for each of `tokens`, and behind them for tokens of prompts; made when it is first needed.
         self._scores: torch.Tensor | None = None
-        self.scored: Scored | None = None
+        self.scored: DeviceLogprobs | None = None
         self.vectors: torch.Tensor | None = None  # f32 on the device, of the latest step's rows with POOL
         self._pooling = Pooling()
         self._inputs = Uploads(4 * (engine.step_tokens + 8 * engine.max_running + 64), engine.lag, device)
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
         self._attention: PagedAttention | None = None
-        self.bound = BoundRows(Grammars.of(config.model), engine.max_running + 1, vocab, engine.lag, device)
+        self.grammar_rows = GrammarRows(
+            Grammars(lambda: vocabulary_of(config.model)), engine.max_running + 1, vocab, engine.lag, device
+        )
 
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Attention over the cache that steps run on from now on, and which kinds of steps may be graphs."""
@@ -101,7 +106,7 @@ class Steps:
         if plan.decode is not None:
             self._resent = True
         self.state.apply(plan)
-        self.bound.begin(plan)
+        self.grammar_rows.begin(plan)
         self.scored = self.vectors = None
         if len(plan.prefill) == 0 and self._decode_graphs:
             return self._decode(self.mirror.advance_decode(plan))
@@ -115,11 +120,11 @@ class Steps:
             self._scores = torch.zeros(lines, SCORE_WORDS, dtype=torch.int32, device=self._device)
         return self._scores
 
-    def _kind(self, slots: npt.NDArray[Any], batch: Batch | None = None) -> int:
+    def _kind(self, slots: npt.NDArray[Any], batch: StepBatch | None = None) -> int:
         """What the sampling rows want; notes what will be scored, and sends the masks of grammars."""
-        return self._wish(slots, batch) | (BOUND if self.bound.bind(slots) else 0)
+        return self._wish(slots, batch) | (GRAMMAR_ROWS if self.grammar_rows.bind(slots) else 0)
 
-    def _wish(self, slots: npt.NDArray[Any], batch: Batch | None) -> int:
+    def _wish(self, slots: npt.NDArray[Any], batch: StepBatch | None) -> int:
         mirror = self.mirror
         if not mirror.extras:
             return PLAIN
@@ -128,7 +133,7 @@ class Steps:
         targets = 0 if batch is None else len(batch.targets)
         if len(drawn) or targets:
             width = max(int(wanted.max(initial=0)), int(mirror.logprobs[batch.score_slots].max(initial=0)) if batch else 0)
-            self.scored = Scored(drawn, len(self.tokens), targets, width)
+            self.scored = DeviceLogprobs(drawn, len(self.tokens), targets, width)
         if mirror.counted[slots].any():
             return COUNTED
         return EXTRAS if len(drawn) or mirror.adjusted[slots].any() else PLAIN
@@ -144,11 +149,11 @@ class Steps:
         advance: bool,
     ) -> None:
         """The end of a step, with what its `kind` asks for."""
-        state, bound, kind = self.state, kind & BOUND, kind & ~BOUND
+        state, grammar_rows, kind = self.state, kind & GRAMMAR_ROWS, kind & ~GRAMMAR_ROWS
         counted = kind == COUNTED
         adjusted = logits if kind == PLAIN else adjust(logits, slots, kv_lens, state, counted=counted)
-        if bound:
-            adjusted = restrict(adjusted, slots, self.bound.bound, self.bound.masks)
+        if grammar_rows:
+            adjusted = restrict(adjusted, slots, self.grammar_rows.has_grammar, self.grammar_rows.masks)
         sample(adjusted, slots, kv_lens, targets, state, self.tokens, advance=advance, counted=counted)
         if kind != PLAIN:
             score(logits, slots, self.tokens, targets, state, self.scores)
@@ -170,7 +175,7 @@ class Steps:
         self._run_mixed(buffer, Sizes(len(zeros), rows, rows, 0), Chunks(lens, lens, slots, pages), None)
         self.state.kv_len.zero_()
 
-    def prepare(self) -> bool:
+    def capture_ahead(self) -> bool:
         """Capture one graph that is likely to be needed; False if there is none left.
 
         The rows are all the spare slot's: those of former requests would write to pages that others own by now.
@@ -231,7 +236,7 @@ class Steps:
         self._sample(kind, logits, slots, kv_lens, targets, advance=True)
 
     # ---------------- steps with prompt chunks
-    def _mixed(self, plan: StepPlan, batch: Batch) -> int:
+    def _mixed(self, plan: StepPlan, batch: StepBatch) -> int:
         """Chunks and decodes.  Returns how many tokens are sampled."""
         samples, tokens = len(batch.sample_slots), len(batch.ids)
         if tokens == 0:
@@ -260,7 +265,7 @@ class Steps:
         self._inputs.turn()
         return samples
 
-    def _pack(self, sizes: Sizes, batch: Batch, ids: I32, row_slots: I32, tiles: I32 | None) -> list[I32]:
+    def _pack(self, sizes: Sizes, batch: StepBatch, ids: I32, row_slots: I32, tiles: I32 | None) -> list[I32]:
         """The arrays of `_run_mixed` in order, padded to `sizes`: padding rows are the spare slot's, on the spare page."""
         arrays: list[np.ndarray] = [ids, batch.positions, batch.kv_index, row_slots, batch.kv_lens]
         sampling: list[np.ndarray] = [
@@ -297,7 +302,7 @@ class Steps:
         buffer: torch.Tensor,
         sizes: Sizes,
         chunks: Chunks | None,
-        batch: Batch | None,
+        batch: StepBatch | None,
         kind: int = PLAIN,
         *,
         pooled: StepPlan | None = None,
@@ -340,7 +345,7 @@ class Steps:
         if batch is not None and len(batch.targets):
             self._score_prompts(logits[s:], batch)
 
-    def _score_prompts(self, logits: torch.Tensor, batch: Batch) -> None:
+    def _score_prompts(self, logits: torch.Tensor, batch: StepBatch) -> None:
         """The log probabilities of tokens of prompts, behind those of drawn tokens."""
         words = np.stack([batch.score_slots, batch.targets.astype(np.int64), np.arange(len(batch.targets))])
         slots, tokens, places = self._upload(words)

@@ -28,40 +28,43 @@ def _apply_plan(
     seed,
     page_table,
     table_stride,
-    n_join,
-    n_grant,
+    n_new_slots,
+    n_page_grants,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs of BLOCK rows, joins and grants alike.  words i32: 8 for each join, then 3 for each grant."""
     begin(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    joins = i < n_join
+    new_slots = i < n_new_slots
     at = words + i * 8
-    slot = tl.load(at, mask=joins, other=0)
-    tl.store(kv_len + slot, tl.load(at + 1, mask=joins, other=0), mask=joins)
-    tl.store(temperature + slot, tl.load(at + 2, mask=joins, other=0).to(tl.float32, bitcast=True), mask=joins)
-    tl.store(top_k + slot, tl.load(at + 3, mask=joins, other=0), mask=joins)
-    tl.store(top_p + slot, tl.load(at + 4, mask=joins, other=0).to(tl.float32, bitcast=True), mask=joins)
-    tl.store(min_p + slot, tl.load(at + 5, mask=joins, other=0).to(tl.float32, bitcast=True), mask=joins)
-    low = tl.load(at + 6, mask=joins, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    high = tl.load(at + 7, mask=joins, other=0).to(tl.int64)
-    tl.store(seed + slot, low | (high << 32), mask=joins)
-    grants = i < n_grant
-    at = words + n_join * 8 + i * 3
-    slot = tl.load(at, mask=grants, other=0).to(tl.int64)
-    index = tl.load(at + 1, mask=grants, other=0)
-    page = tl.load(at + 2, mask=grants, other=0)
-    tl.store(page_table + slot * table_stride + index, page, mask=grants)
+    slot = tl.load(at, mask=new_slots, other=0)
+    tl.store(kv_len + slot, tl.load(at + 1, mask=new_slots, other=0), mask=new_slots)
+    tl.store(temperature + slot, tl.load(at + 2, mask=new_slots, other=0).to(tl.float32, bitcast=True), mask=new_slots)
+    tl.store(top_k + slot, tl.load(at + 3, mask=new_slots, other=0), mask=new_slots)
+    tl.store(top_p + slot, tl.load(at + 4, mask=new_slots, other=0).to(tl.float32, bitcast=True), mask=new_slots)
+    tl.store(min_p + slot, tl.load(at + 5, mask=new_slots, other=0).to(tl.float32, bitcast=True), mask=new_slots)
+    low = tl.load(at + 6, mask=new_slots, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    high = tl.load(at + 7, mask=new_slots, other=0).to(tl.int64)
+    tl.store(seed + slot, low | (high << 32), mask=new_slots)
+    page_grants = i < n_page_grants
+    at = words + n_new_slots * 8 + i * 3
+    slot = tl.load(at, mask=page_grants, other=0).to(tl.int64)
+    index = tl.load(at + 1, mask=page_grants, other=0)
+    page = tl.load(at + 2, mask=page_grants, other=0)
+    tl.store(page_table + slot * table_stride + index, page, mask=page_grants)
 
 
-def apply_plan(words: torch.Tensor, n_join: int, n_grant: int, state: SamplingState, page_table: torch.Tensor) -> None:
+def apply_plan(
+    words: torch.Tensor, n_new_slots: int, n_page_grants: int, state: SamplingState, page_table: torch.Tensor
+) -> None:
     """Enter joins and grants, as laid out by minisgl.plan, from words i32[8 n_join + 3 n_grant]; a slot joins at most once."""
-    if n_join == 0 and n_grant == 0:
+    if n_new_slots == 0 and n_page_grants == 0:
         return
     s, block = state, 128
-    _apply_plan[(triton.cdiv(max(n_join, n_grant), block),)](
-        words, s.kv_len, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, page_table, page_table.stride(0), n_join, n_grant,
+    _apply_plan[(triton.cdiv(max(n_new_slots, n_page_grants), block),)](
+        words, s.kv_len, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, page_table, page_table.stride(0),
+        n_new_slots, n_page_grants,
         BLOCK=block, **launch_options(words),
     )  # fmt: skip
 

@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.arrays import I32
 from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.model.kernels.sampling import SamplingState
-from minisgl.plan import I32, Scores
+from minisgl.plan import StepLogprobs
 from minisgl.sampling_params import MAX_LOGPROBS
 
 _BLOCK = 4096
@@ -95,7 +96,7 @@ def score(
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class DeviceLogprobs:
     """Which lines of `Steps.scores` a step has written: of the `drawn` tokens, by row, and of `targets` tokens of prompts from
     line `first` on.  `width`: alternatives of the row that wants most."""
 
@@ -104,9 +105,9 @@ class Scored:
     targets: int
     width: int
 
-    def read(self, lines: I32) -> Scores:
+    def read(self, lines: I32) -> StepLogprobs:
         """Of lines i32[first + targets, SCORE_WORDS] on the host."""
         mine = lines[np.concatenate((self.drawn, self.first + np.arange(self.targets)))]
         floats = mine.view(np.float32)
         end = 1 + MAX_LOGPROBS
-        return Scores(floats[:, 0].copy(), mine[:, 1 : 1 + self.width].copy(), floats[:, end : end + self.width].copy())
+        return StepLogprobs(floats[:, 0].copy(), mine[:, 1 : 1 + self.width].copy(), floats[:, end : end + self.width].copy())

@@ -157,7 +157,7 @@ def _experts(
 
 @triton.jit
 def clamped_gate(gate, up, out):
-    """The activation of gpt-oss: see minisgl.model.cpu.layers.act_mul."""
+    """The activation of gpt-oss: see minisgl.model.common.functional.act_mul."""
     gate = tl.minimum(gate.to(out.dtype.element_ty).to(tl.float32), 7.0)
     up = tl.clamp(up.to(out.dtype.element_ty).to(tl.float32), -7.0, 7.0)
     return (up + 1) * (gate * tl.sigmoid(1.702 * gate))

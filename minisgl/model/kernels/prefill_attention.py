@@ -11,16 +11,15 @@ It serves short prompts inside graphs, head sizes and dtypes that FlashInfer has
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
+from minisgl.arrays import I32
 from minisgl.model.kernels.decode_attention import scaled
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
-I32 = npt.NDArray[np.int32]
 TILE_ROWS = 64  # rows of the matrix unit that a program fills
 
 

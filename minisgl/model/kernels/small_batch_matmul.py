@@ -132,25 +132,31 @@ SMALL_WEIGHTS, NARROW = 1 << 23, 2048
 PROCESSORS = 132  # of an H100 or H200
 
 
-def choose(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = False, gated: bool = False) -> dict[str, Any] | None:
+def choose(
+    rows: int, n: int, k: int, *, no_partial_sums: bool = False, fp8: bool = False, gated: bool = False
+) -> dict[str, Any] | None:
     """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
 
     From bench/ablate_step.py on an H200: up to 16 rows ours, but for very large weights; up to 128 where the weights are
-    small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `whole` forbids
+    small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
     parts, as `gated` does; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
     """
     if rows == 1:
         return settings(rows, n, k, gated=gated) if n * k <= GEMV_WEIGHTS or fp8 else None
     most = GEMV_WEIGHTS if rows <= 16 else SMALL_WEIGHTS if rows <= 128 else 0
     fast = n * k <= most or (is_narrow(n, k) and rows <= 256)
-    return settings(rows, n, k, whole=whole, fp8=fp8, gated=gated) if fp8 or (fast and k % 128 == 0) else None
+    return (
+        settings(rows, n, k, no_partial_sums=no_partial_sums, fp8=fp8, gated=gated) if fp8 or (fast and k % 128 == 0) else None
+    )
 
 
 def is_narrow(n: int, k: int) -> bool:
     return n <= NARROW and k <= 2 * NARROW
 
 
-def settings(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = False, gated: bool = False) -> dict[str, Any]:
+def settings(
+    rows: int, n: int, k: int, *, no_partial_sums: bool = False, fp8: bool = False, gated: bool = False
+) -> dict[str, Any]:
     """The best settings known for a product, whether or not the library is faster.
 
     One program for each processor, whose shared memory holds as many loads in flight as fit.
@@ -167,7 +173,7 @@ def settings(rows: int, n: int, k: int, *, whole: bool = False, fp8: bool = Fals
     if rows > 64 and tiles > PROCESSORS:
         block_m, warps, tiles = 128, 8, triton.cdiv(n, 64) * triton.cdiv(rows, 128)
     splits = 1
-    splittable = not whole and not gated and (is_narrow(n, k) or rows <= 64)
+    splittable = not no_partial_sums and not gated and (is_narrow(n, k) or rows <= 64)
     while (
         splittable and splits < 8 and 2 * splits * tiles <= PROCESSORS and k % (2 * splits * block_k) == 0 and k // splits > 256
     ):

@@ -12,15 +12,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 
+from minisgl.arrays import I32
 from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 
-I32 = npt.NDArray[np.int32]
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 

@@ -12,7 +12,6 @@ prompt chunks to one backend and decode rows to another.  A backend is one file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -20,18 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.config import EngineConfig, ModelSpec
-from minisgl.errors import UserError
+from minisgl.arrays import I32
+from minisgl.config import ModelSpec
 from minisgl.model.common.shard import Shard
-from minisgl.model.cpu.layers import QKNorm
-from minisgl.model.cuda.kv_cache import FP8, KVCache
-from minisgl.model.kernels.activations import Product
-from minisgl.model.kernels.qk_norm_rope import prepare_heads
-from minisgl.plan import I32
+from minisgl.model.cuda.attention.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class AttentionSpec:
     """What a backend must be able to do.  `capability`: 90 for compute capability 9.0."""
 
     num_heads: int
@@ -46,7 +41,7 @@ class Heads:
     sinks: bool = False
 
     @classmethod
-    def of(cls, spec: ModelSpec, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype, capability: int) -> Heads:
+    def of(cls, spec: ModelSpec, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype, capability: int) -> AttentionSpec:
         """Those of a rank."""
         return cls(
             num_heads=shard.num_heads,
@@ -97,11 +92,11 @@ class Backend(Protocol):
 
     graphs: ClassVar[bool]  # whether `decode` can be part of a CUDA graph, planned or not
 
-    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+    def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         """page_table i32 [slots, pages per slot] is read when a step runs."""
 
     @classmethod
-    def refuses(cls, heads: Heads, task: str) -> str | None:
+    def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
         """Why this backend cannot do `task` ("prefill" or "decode") for these heads here; None if it can."""
 
     def plan_prefill(self, chunks: Chunks) -> None:
@@ -115,141 +110,6 @@ class Backend(Protocol):
 
     def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of one query per row [B, H, D] -> [B, H, D]."""
-
-
-def find(name: str) -> type[Backend]:
-    """The class of a backend.  The import of FlashInfer, which takes a second, is inside its module."""
-    if name == "triton":
-        from minisgl.model.cuda.attention.triton import TritonAttention
-
-        return TritonAttention
-    if name == "flashinfer":
-        from minisgl.model.cuda.attention.flashinfer import FlashInferAttention
-
-        return FlashInferAttention
-    from minisgl.model.cuda.attention.torch import TorchReference
-
-    return TorchReference
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The backends of the two tasks, and a line for the user where a better one is missing."""
-
-    prefill: str
-    decode: str
-    remark: str = ""
-
-
-def choose(asked: str, heads: Heads, compile_flashinfer: Callable[[], None]) -> Choice:
-    """The backends for `asked` (--attention-backend); "auto": FlashInfer for prefill where it can be had, Triton for the rest.
-
-    `compile_flashinfer` makes FlashInfer's modules, if they are not there; it raises UserError where that cannot be done, and
-    so does this if a backend was named that cannot do the work.
-    """
-    if asked != "auto":
-        for task in ("prefill", "decode"):
-            if (why := find(asked).refuses(heads, task)) is not None:
-                raise UserError(f"--attention-backend {asked} cannot do {task} here: {why}. Use --attention-backend auto.")
-        if asked == "flashinfer":
-            compile_flashinfer()
-        return Choice(asked, asked)
-    why = find("flashinfer").refuses(heads, "prefill")
-    if why is None:
-        try:
-            compile_flashinfer()
-        except UserError as e:
-            why = str(e)
-    decode = "triton" if find("triton").refuses(heads, "decode") is None else "torch"
-    if why is None:
-        return Choice("flashinfer", decode)
-    name = {"triton": "our Triton kernels", "torch": "plain torch, slowly"}[decode]
-    return Choice(decode, decode, f"attention runs on {name}; prefill without FlashInfer, because {why}")
-
-
-def check_float8(
-    engine: EngineConfig, dtype: torch.dtype, capability: int, widths: Sequence[int] = (), *, experts: int = 0
-) -> None:
-    """Raises UserError where float8 was asked for and the GPU, or its library, cannot do it.
-
-    `widths`: rows and columns of this rank's linear layers; `experts`: of each of the model's layers.
-    """
-    for flag, wanted in (
-        (f"--quantization {engine.quantization}", engine.quantization == "fp8"),
-        (f"--kv-cache-dtype {engine.kv_cache_dtype}", engine.kv_cache_dtype == "fp8"),
-    ):
-        if wanted and capability < 89:
-            raise UserError(
-                f"{flag}: this GPU has compute capability {capability / 10:.1f}, float8 needs 8.9 or newer. Leave the flag out."
-            )
-    if engine.quantization == "fp8" and dtype != torch.bfloat16:
-        raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
-    if engine.quantization == "fp8" and experts:
-        raise UserError("--quantization fp8: the experts of a mixture of experts have no float8 kernel. Leave the flag out.")
-    uneven = [width for width in widths if width % 16]
-    if engine.quantization == "fp8" and uneven:
-        raise UserError(
-            f"--quantization fp8 needs layers whose sizes are multiples of 16, and with --tp {engine.tp} a rank has one of "
-            f"{uneven[0]}. Use another --tp, or leave --quantization out."
-        )
-
-
-class PagedAttention:
-    """The AttentionBackend of a model on a GPU, over one cache."""
-
-    def __init__(self, heads: Heads, cache: KVCache, prefill: Backend, decode: Backend, short: Backend) -> None:
-        """`short`: the backend for the chunks of steps that are captured as graphs."""
-        self.heads, self.cache = heads, cache
-        self._backends = {"prefill": prefill, "short": short}
-        self._decode_backend = decode
-        self._prefill_backend = prefill
-        self._kv_index = torch.empty(0)
-        self._split = 0  # tokens of the step that belong to prompt chunks
-        self._rows = 0
-
-    def plan(self, kv_index: torch.Tensor, chunks: Chunks | None, rows: DecodeRows | None, *, short: bool = False) -> None:
-        """Prepare a step: chunks first, then decode rows.  kv_index i64 or i32 [T]: page * page_size + offset of each token.
-
-        `short`: the chunks' tokens include the decode rows' (as chunks of one token); used inside graphs.
-        """
-        self._kv_index = kv_index
-        self._rows = 0 if rows is None else len(rows.slots)
-        self._split = len(kv_index) - self._rows
-        if chunks is not None:
-            self._prefill_backend = self._backends["short" if short else "prefill"]
-            self._prefill_backend.plan_prefill(chunks)
-        if rows is not None:
-            self._decode_backend.plan_decode(rows)
-
-    def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        q = prepare_heads(
-            qkv,
-            cos,
-            sin,
-            None if qk_norm is None else qk_norm.q,
-            None if qk_norm is None else qk_norm.k,
-            self.cache.keys(layer),
-            self.cache.values(layer),
-            self._kv_index,
-            dtype=self.heads.dtype,
-            eps=0.0 if qk_norm is None else qk_norm.eps,
-        )
-        parts = []
-        if self._split:
-            parts.append(self._prefill_backend.prefill(q[: self._split], layer, sinks))
-        if self._rows:
-            parts.append(self._decode_backend.decode(q[self._split :], layer, sinks))
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return out.view(len(q), self.heads.num_heads * self.heads.head_dim)
 
 
 def splits_for(rows: int, kv_heads: int, max_len: int, processors: int, kv_bytes: int) -> int:
@@ -266,11 +126,6 @@ def splits_for(rows: int, kv_heads: int, max_len: int, processors: int, kv_bytes
 def triton_parts(max_len: int) -> int:
     """The most parts that make sense: at least 64 tokens in each, 64 parts at most."""
     return max(1, min(64, 1 << (max(1, max_len // 64)).bit_length() - 1))
-
-
-def kv_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """--kv-cache-dtype: "auto" is the model's own."""
-    return FP8 if name == "fp8" else dtype
 
 
 def paging(kv_lens: npt.NDArray[np.int32], pages: I32, page_size: int) -> tuple[I32, I32, I32]:

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads, paging
+from minisgl.arrays import I32
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, paging
+from minisgl.model.cuda.attention.kv_cache import KVCache
 from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS, HEAD_DIMS
-from minisgl.model.cuda.kv_cache import KVCache
 from minisgl.model.kernels.fp8_pages import widen_pages
-from minisgl.plan import I32
 
 WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
 WIDENED_BYTES = 512 << 20  # the scratch cache of one layer: 131,072 tokens of 8 heads of 128
@@ -37,7 +37,7 @@ class FlashInferAttention:
 
     graphs: ClassVar[bool] = False  # its plans are made on the host for every step
 
-    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+    def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         import flashinfer
 
         self._heads, self._cache, self._device = heads, cache, page_table.device
@@ -62,7 +62,7 @@ class FlashInferAttention:
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # after the copies of the latest plan
 
     @classmethod
-    def refuses(cls, heads: Heads, task: str) -> str | None:
+    def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
         if heads.capability < 80:
             return "it needs compute capability 8.0 or newer"
         if heads.dtype == torch.float32:

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from minisgl.model.cpu.layers import softcap_, softmax
-from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads
-from minisgl.model.cuda.kv_cache import KVCache
+from minisgl.model.common.functional import softcap_, softmax
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
+from minisgl.model.cuda.attention.kv_cache import KVCache
 
 BLOCK = 256  # query tokens at a time
 
@@ -18,13 +18,13 @@ class TorchReference:
 
     graphs: ClassVar[bool] = False
 
-    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+    def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         self._heads, self._cache, self._page_table = heads, cache, page_table
         self._chunks: list[tuple[int, int, int]] = []  # slot, tokens, KV length
         self._rows: list[tuple[int, int, int]] = []
 
     @classmethod
-    def refuses(cls, heads: Heads, task: str) -> str | None:
+    def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
         return None
 
     def plan_prefill(self, chunks: Chunks) -> None:

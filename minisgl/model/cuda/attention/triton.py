@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from minisgl.model.cuda.attention.base import Chunks, DecodeRows, Heads
-from minisgl.model.cuda.kv_cache import KVCache
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
+from minisgl.model.cuda.attention.kv_cache import KVCache
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 
@@ -17,7 +17,7 @@ class TritonAttention:
 
     graphs: ClassVar[bool] = True
 
-    def __init__(self, heads: Heads, cache: KVCache, page_table: torch.Tensor) -> None:
+    def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         self._heads, self._cache, self._page_table = heads, cache, page_table
         self._workspaces: dict[tuple[int, int], DecodeWorkspace] = {}
         self._workspace: DecodeWorkspace | None = None
@@ -25,7 +25,7 @@ class TritonAttention:
         self._tiles: torch.Tensor | None = None
 
     @classmethod
-    def refuses(cls, heads: Heads, task: str) -> str | None:
+    def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
         if heads.head_dim > 256:
             return f"a head size of {heads.head_dim} is above 256"
         return None if heads.capability >= 80 else "it needs compute capability 8.0 or newer"

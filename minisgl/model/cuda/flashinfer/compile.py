@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.cuda.flashinfer.modules import INSTALL, ModuleSpec, parse_arch
+from minisgl.model.cuda.flashinfer.modules import (
+    INSTALL,
+    ModuleSpec,
+    State,
+    check_writable,
+    install,
+    installation,
+    needed,
+    parse_arch,
+    status,
+)
 from minisgl.model.cuda.flashinfer.toolchain import compiling, find_toolchain
 
 
@@ -50,3 +63,45 @@ def _reason(output: str) -> str:
     lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
     errors = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
     return " | ".join(errors[:3] or lines[-3:])[:1000]
+
+
+def build(module: ModuleSpec, directory: Path | None = None) -> None:
+    """Compile `module` and install it into FlashInfer (or `directory`): minutes.  Raises UserError.
+
+    FlashInfer reads FLASHINFER_CUDA_ARCH_LIST and FLASHINFER_WORKSPACE_BASE when it is imported, which is here at the latest.
+    """
+    found = installation()
+    directory = directory or found.aot
+    check_writable(directory / module.uri)
+
+    install(compile_module(module), module.uri, directory, found.note(module))
+
+
+def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directory: Path | None = None) -> None:
+    """`build` each, with a line before and after.  Raises UserError at the first that fails."""
+    for i, module in enumerate(modules, 1):
+        line = f"compiling {i} of {len(modules)}: {module} ..."
+        say(line)
+        start = time.monotonic()
+        build(module, directory)
+        say(f"{line} {time.monotonic() - start:.0f} s")
+
+
+def build_missing(spec: ModelSpec, engine: EngineConfig, arch: str, say: Callable[[str], None]) -> None:
+    """Compile what a start on a GPU of `arch` needs and does not find, telling the user.  Runs in rank 0.  Raises UserError."""
+    states = status(needed(spec, engine, (arch,)))
+    missing = [module for module, state in states.items() if state in (State.MISSING, State.STALE)]
+    if missing:
+        say(announce(missing))
+        build_all(missing, say)
+
+
+def announce(missing: Sequence[ModuleSpec]) -> str:
+    """One line for a start that has to compile; "" if nothing is missing."""
+    if not missing:
+        return ""
+    count = f"{len(missing)} module{'s' if len(missing) > 1 else ''}"
+    return (
+        f"FlashInfer has to compile {count} first ({'; '.join(map(str, missing))}): once, about a minute each on 16 cores; "
+        "`python -m minisgl prebuild` does it ahead of time"
+    )

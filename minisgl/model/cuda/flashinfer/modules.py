@@ -20,8 +20,7 @@ import os
 import platform
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,46 +245,3 @@ def install_from(source: Path) -> list[str]:
     for library in libraries:
         install(library, library.stem, found.aot, read_note(library.parent))
     return [library.stem for library in libraries]
-
-
-def build(module: ModuleSpec, directory: Path | None = None) -> None:
-    """Compile `module` and install it into FlashInfer (or `directory`): minutes.  Raises UserError.
-
-    FlashInfer reads FLASHINFER_CUDA_ARCH_LIST and FLASHINFER_WORKSPACE_BASE when it is imported, which is here at the latest.
-    """
-    found = installation()
-    directory = directory or found.aot
-    check_writable(directory / module.uri)
-    from minisgl.model.cuda.flashinfer.compile import compile_module
-
-    install(compile_module(module), module.uri, directory, found.note(module))
-
-
-def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directory: Path | None = None) -> None:
-    """`build` each, with a line before and after.  Raises UserError at the first that fails."""
-    for i, module in enumerate(modules, 1):
-        line = f"compiling {i} of {len(modules)}: {module} ..."
-        say(line)
-        start = time.monotonic()
-        build(module, directory)
-        say(f"{line} {time.monotonic() - start:.0f} s")
-
-
-def build_missing(spec: ModelSpec, engine: EngineConfig, arch: str, say: Callable[[str], None]) -> None:
-    """Compile what a start on a GPU of `arch` needs and does not find, telling the user.  Runs in rank 0.  Raises UserError."""
-    states = status(needed(spec, engine, (arch,)))
-    missing = [module for module, state in states.items() if state in (State.MISSING, State.STALE)]
-    if missing:
-        say(announce(missing))
-        build_all(missing, say)
-
-
-def announce(missing: Sequence[ModuleSpec]) -> str:
-    """One line for a start that has to compile; "" if nothing is missing."""
-    if not missing:
-        return ""
-    count = f"{len(missing)} module{'s' if len(missing) > 1 else ''}"
-    return (
-        f"FlashInfer has to compile {count} first ({'; '.join(map(str, missing))}): once, about a minute each on 16 cores; "
-        "`python -m minisgl prebuild` does it ahead of time"
-    )

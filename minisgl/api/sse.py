@@ -1,0 +1,13 @@
+"""One server-sent event.  Pure; runs in the api process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def sse(data: Mapping[str, Any], event: str = "") -> bytes:
+    """One server-sent event.  Its payload is ASCII: no text can end a line."""
+    head = b"event: %s\n" % event.encode() if event else b""
+    return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
