@@ -15,8 +15,9 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.local import LocalSystem
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
 from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Output, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.gateway import Gateway
@@ -189,9 +190,9 @@ class Loop:
         results = [self.pending.popleft() for _ in range(min(deliver, len(self.pending)))]
         inbox, self._events = [*self._events, *results], []
         out = self.machine.step(inbox, self.now)
-        for news in out.news:
-            tokens = iter(news.tokens.tolist())
-            for uid, count, finish in zip(news.uids.tolist(), news.counts.tolist(), news.finish.tolist(), strict=True):
+        for rows in out.outputs:
+            tokens = iter(rows.tokens.tolist())
+            for uid, count, finish in zip(rows.uids.tolist(), rows.counts.tolist(), rows.finish.tolist(), strict=True):
                 assert uid not in self.ends, "something came after the end"
                 self.said[uid].extend(next(tokens) for _ in range(count))
                 if finish:

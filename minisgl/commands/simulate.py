@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     """Simulate and print.  Returns the exit code.  Raises UserError."""
     args = _parser().parse_args(argv)
     _check(args)
-    from minisgl.actors.scheduler.step_machine import SchedulerLimits
+    from minisgl.actors.scheduler.interface import SchedulerLimits
     from minisgl.simulation import plots
     from minisgl.simulation.fleet import simulate
     from minisgl.simulation.gpu import PRESETS, read_costs

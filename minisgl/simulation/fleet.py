@@ -1,6 +1,6 @@
-"""A run: a trace through one or more replicas behind a router, on one virtual clock.
+"""The simulation loop: sends a trace through one or more replicas behind a router, on one virtual clock.
 
-Deterministic: nothing here reads a clock or draws a number.
+Deterministic: nothing here reads a real clock or draws a random number.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minisgl.actors.scheduler.interface import SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import SchedulerLimits
 from minisgl.arrays import I64
 from minisgl.sampling_params import SamplingParams
 from minisgl.simulation.gpu import CostModel
@@ -24,13 +24,13 @@ ROUTERS = ("prefix", "round-robin")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a simulation leaves behind.  Rows of `log`, `inputs` and `ideal` belong to the requests of the trace, in order."""
+    """The outcome of a simulation.  Rows of `log`, `inputs` and `ideal` belong to the requests of the trace, in order."""
 
     limits: SchedulerLimits
     replicas: list[Replica]
     log: Log
     inputs: I64  # prompt tokens
-    ideal: I64  # of these, what an unbounded cache would have found
+    ideal: I64  # of these, tokens that an unbounded cache would have found
     refused: I64  # uids of requests that fit into no replica
 
 
@@ -45,7 +45,7 @@ def simulate(
 ) -> Run:
     """Run a trace to its end.  Requests that could never fit are refused, as the scheduler does.
 
-    Raises RuntimeError if a request neither ends nor gets on, AssertionError if a page or slot is lost: bugs of the scheduler.
+    Raises RuntimeError if a request never ends, AssertionError if a page or slot is lost: bugs of scheduler or cache.
     """
     room = min(limits.max_context, limits.num_pages * limits.page_size)
     inputs = np.array([r.input for r in requests], np.int64)
@@ -78,5 +78,7 @@ def simulate(
     for replica in fleet:
         replica.machine.check()
         if not replica.machine.idle:
-            raise RuntimeError(f"{len(replica.machine.waiting)} requests wait and {len(replica.machine.running)} run for ever")
+            raise RuntimeError(
+                f"{len(replica.machine.waiting)} requests never start and {len(replica.machine.running)} never end"
+            )
     return Run(limits, fleet, log, inputs, ideal_hits(requests, limits.page_size), np.flatnonzero(~fits))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minisgl.actors.scheduler.step_machine import SchedulerLimits
+from minisgl.actors.scheduler.interface import SchedulerLimits
 from minisgl.commands.simulate import _PRESETS, run
 from minisgl.errors import UserError
 from minisgl.sampling_params import Finish
