@@ -45,11 +45,11 @@ def code_lines(path: Path) -> int:
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Name relative to `package` ("cache.radix", "" for its own __init__) -> file."""
+    """Name relative to `package` -> file: "cache.radix", a folder's __init__ as "cache", that of `package` as "__init__"."""
     out = {}
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(package).with_suffix("").parts)
-        out[name.removesuffix("__init__").removesuffix(".")] = path
+        out[name.removesuffix(".__init__")] = path
     return out
 
 
@@ -57,7 +57,7 @@ def room_of(name: str, patterns: dict[str, str]) -> str:
     """The room of a module, by the longest pattern that matches it.  Raises KeyError where none does."""
     matching = [p for p in patterns if fnmatch(name, p) or fnmatch(name + ".x", p)]
     if not matching:
-        raise KeyError(f"{name or '__init__'} is in no room of docs/structures.md")
+        raise KeyError(f"{name} is in no room of docs/structures.md")
     return patterns[max(matching, key=len)]
 
 
@@ -104,20 +104,19 @@ def with_todays_numbers(path: Path) -> str:
     """The text of a document with the numbers in its tables of rooms and files as they are today."""
     rooms, kinds, out, head = lines_by_room(), lines_by_kind(), [], ""
     for line in path.read_text().splitlines():
-        cells = line.strip("|").split("|")
-        first = cells[0].strip().strip("`")
+        first = line.strip("|").split("|")[0].strip().strip("`")
+        n = None
         if not line.startswith("|"):
             head = ""
         elif not head:
             head = first
-        elif head == "room" and first in rooms:
-            line = re.sub(r"\| *[\d,]+ *\|", f"| {rooms[first]:,} |", line, count=1)
-        elif head == "kind" and first in kinds:
-            line = re.sub(r"\| *[\d,]+ *\|", f"| {kinds[first]:,} |", line, count=1)
+        elif head == "room":
+            n = rooms.get(first)
+        elif head == "kind":
+            n = kinds.get(first)
         elif head == "file" and (ROOT / "minisgl" / first).is_file():
             n = len((ROOT / "minisgl" / first).read_text().splitlines())
-            line = re.sub(r"\| *[\d,]+ *\|", f"| {n} |", line, count=1)
-        out.append(line)
+        out.append(line if n is None else re.sub(r"\| *[\d,]+ *\|", f"| {n:,} |", line, count=1))
     return "\n".join(out) + "\n"
 
 
