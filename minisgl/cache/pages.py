@@ -29,8 +29,7 @@ class PagePool:
         if n > self._n:
             raise MemoryError(f"{n} pages requested, {self._n} free")
         self._n -= n
-        pages: I32 = self._stack[self._n : self._n + n].copy()
-        return pages
+        return np.copy(self._stack[self._n : self._n + n])
 
     def release(self, pages: I32) -> None:
         """Give pages back.  Raises ValueError if that makes more free pages than exist: a page came back twice."""
@@ -42,5 +41,4 @@ class PagePool:
 
     def snapshot(self) -> I32:
         """The free page numbers (a copy), for checks."""
-        pages: I32 = self._stack[: self._n].copy()
-        return pages
+        return np.copy(self._stack[: self._n])

@@ -198,8 +198,7 @@ class RadixCache:
         node.refs = 1
         if parent.children is None:
             parent.children = {}
-        first = key[: self._page_bytes]
-        parent.children[first] = node
+        parent.children[key[: self._page_bytes]] = node
         self.num_pages += len(pages)
         self.num_nodes += 1
         return node
@@ -239,30 +238,25 @@ class RadixCache:
         missing = n
         while missing > 0 and self._unused:
             leaf = self.next_victim()
-            have = len(leaf.pages)
-            if have > missing:
-                cut = (have - missing) * self._page_bytes
-                freed.append(leaf.pages[have - missing :])
-                leaf.pages = leaf.pages[: have - missing].copy()
+            kept = max(0, len(leaf.pages) - missing)
+            freed.append(leaf.pages[kept:])
+            missing -= len(leaf.pages) - kept
+            if kept:
+                cut = kept * self._page_bytes
                 self._remember(leaf.key[cut : cut + self._page_bytes])
-                leaf.key = leaf.key[:cut]
-                self._forget(missing)
-                break
-            del self._unused[leaf]
-            freed.append(leaf.pages)
-            self._forget(have)
-            missing -= have
-            self._remove(leaf)
+                leaf.key, leaf.pages = leaf.key[:cut], leaf.pages[:kept].copy()
+            else:
+                del self._unused[leaf]
+                self._remove(leaf)
+        done = n - missing
+        self.num_pages -= done
+        self.evictable -= done
+        self.evicted_pages += done
         return np.concatenate(freed) if freed else NO_PAGES
 
     def flush(self) -> I32:
         """Free every page that no request is using."""
         return self.evict(self.evictable)
-
-    def _forget(self, n: int) -> None:
-        self.num_pages -= n
-        self.evictable -= n
-        self.evicted_pages += n
 
     def _remember(self, first_page: bytes) -> None:
         """Remember how an evicted run began, so that statistics can tell a lost prefix from one that never was here."""

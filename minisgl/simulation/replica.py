@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,9 @@ from minisgl.arrays import F64, I32, I64
 from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
+
+# Start of a step, waiting and running requests, pages of running requests, all pages in use.
+STEP_COLUMNS = ("time", "waiting", "running", "active", "used")
 
 
 class Log:
@@ -52,23 +54,12 @@ class Log:
         return fresh.tolist(), rows.uids[rows.finish > 0].tolist()
 
 
-@dataclass(slots=True)
-class Steps:
-    """One entry per step: start, waiting and running requests, pages of running requests, all pages in use."""
-
-    time: array[float] = field(default_factory=lambda: array("d"))
-    waiting: array[int] = field(default_factory=lambda: array("q"))
-    running: array[int] = field(default_factory=lambda: array("q"))
-    active: array[int] = field(default_factory=lambda: array("q"))
-    used: array[int] = field(default_factory=lambda: array("q"))
-
-
 class Replica:
     """A machine, its GPU, and the plans and results on their way between them.  `call` is due at time `wake`."""
 
     def __init__(self, limits: SchedulerLimits, costs: CostModel, latency: float, log: Log) -> None:
         self.machine = StepMachine(limits)
-        self.steps = Steps()
+        self.steps = {name: array("d") for name in STEP_COLUMNS}  # one entry per step
         self.requests = 0
         self.busy = 0.0  # seconds of GPU time
         self.starved = 0  # longest run of steps without a token for a decoding request
@@ -97,8 +88,8 @@ class Replica:
         result = self._results[0][0] if self._results else math.inf
         return max(self._scheduler_free, min(arrival, result))
 
-    def call(self) -> tuple[list[int], list[int]]:
-        """One call of `StepMachine.step`, at `wake`.  Returns the uids that had their first token, and those that ended."""
+    def call(self) -> list[tuple[list[int], list[int]]]:
+        """One call of `StepMachine.step`, at `wake`.  Returns what `Log.enter` returns for the step's outputs."""
         now = self.wake
         inbox: list[Event] = []
         while self._results and self._results[0][0] <= now:
@@ -112,13 +103,7 @@ class Replica:
         if out.plan is not None:
             self._run(out.plan)
         self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.max_steps_in_flight
-        first: list[int] = []
-        ended: list[int] = []
-        for rows in out.outputs:
-            fresh, finished = self._log.enter(rows, now)
-            first += fresh
-            ended += finished
-        return first, ended
+        return [self._log.enter(rows, now) for rows in out.outputs]
 
     def _run(self, plan: StepPlan) -> None:
         """Queue a plan on the GPU and its result for the scheduler."""
@@ -146,9 +131,7 @@ class Replica:
         if len(self._decode):
             self.starved = max(self.starved, int((plan.step - self._served[self._decode]).max()) - 1)
         self._served[rows] = plan.step
-        self.steps.time.append(start)
-        self.steps.waiting.append(len(machine.waiting))
-        self.steps.running.append(len(machine.running))
         used = machine.limits.num_pages - machine.pool.free
-        self.steps.used.append(used)
-        self.steps.active.append(used - machine.cache.evictable)
+        row = (start, len(machine.waiting), len(machine.running), used - machine.cache.evictable, used)
+        for column, value in zip(self.steps.values(), row, strict=True):
+            column.append(value)

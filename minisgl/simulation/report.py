@@ -82,7 +82,7 @@ def _levels(name: str, replicas: Sequence[Replica], column: str, total: int) -> 
     """Mean over time and maximum of a column of the steps, over all replicas, as a share of `total`."""
     area, duration, top = 0.0, 0.0, 0.0
     for replica in replicas:
-        time, values = np.array(replica.steps.time), np.array(getattr(replica.steps, column), np.float64)
+        time, values = np.array(replica.steps["time"]), np.array(replica.steps[column])
         if len(time):
             area += float((values[:-1] * np.diff(time)).sum())
             duration += float(time[-1] - time[0])

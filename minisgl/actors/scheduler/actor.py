@@ -35,7 +35,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
-from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits, StepOutputs
+from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.no_cache import CACHES
@@ -74,22 +74,21 @@ class SchedulerActor(Actor):
         if len(self._max_pages) < engine.tp:
             return
         num_pages = min(self._max_pages.values())
-        self.machine = StepMachine(
-            SchedulerLimits(
-                slots=engine.max_running,
-                num_pages=num_pages,
-                page_size=engine.page_size,
-                max_context=self.config.max_context,
-                step_tokens=engine.step_tokens,
-                max_steps_in_flight=engine.lag,
-                vocab_size=self.config.model.vocab_size,
-                eos_ids=self.config.model.eos_ids,
-                cache=CACHES[engine.cache],
-                itl_target=engine.itl_target_ms / 1000,
-                order=engine.order,
-                grammar_waits_for_token=engine.device == "cuda",
-            )
+        limits = SchedulerLimits(
+            slots=engine.max_running,
+            num_pages=num_pages,
+            page_size=engine.page_size,
+            max_context=self.config.max_context,
+            step_tokens=engine.step_tokens,
+            max_steps_in_flight=engine.lag,
+            vocab_size=self.config.model.vocab_size,
+            eos_ids=self.config.model.eos_ids,
+            cache=CACHES[engine.cache],
+            itl_target=engine.itl_target_ms / 1000,
+            order=engine.order,
+            grammar_waits_for_token=engine.device == "cuda",
         )
+        self.machine = StepMachine(limits)
         for rank in range(engine.tp):
             self.ctx.send(f"worker{rank}", Capacity(num_pages))
 
@@ -112,17 +111,28 @@ class SchedulerActor(Actor):
             raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
         if self.requests.starved():
             self.ctx.send("api", Wake())
-        machine = self._machine()
-        if not machine.fits(len(ids) + 1):
-            self._reject_too_long(m)
+        refusal = self._refusal(m)
+        if refusal is not None:
+            self.ctx.send("api", refusal)
             return
-        limits = machine.limits
-        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, limits.num_pages * limits.page_size)
-        if (retry := self._overload(len(ids))) is not None:
-            text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
-            self.ctx.send("api", Rejected(m.uid, 429, text, None, "server_overloaded", retry))
-            return
+        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
         self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
+
+    def _refusal(self, m: Generate) -> Rejected | None:
+        """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
+        machine, room = self._machine(), self._machine().limits.kv_tokens
+        if m.n_ids >= room:
+            text = (
+                f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
+                f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
+                "larger --kv-tokens. (context_length_exceeded)"
+            )
+            return Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
+        retry = self._overload(m.n_ids)
+        if retry is None:
+            return None
+        text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
+        return Rejected(m.uid, 429, text, None, "server_overloaded", retry)
 
     def _overload(self, n_ids: int) -> int | None:
         """Seconds after which a client should try again if the queue is full, None if it is not.
@@ -139,16 +149,6 @@ class SchedulerActor(Actor):
             return None
         rate = machine.prefill_rate.per_second
         return max(1, min(30, round(tokens / rate))) if rate else 5
-
-    def _reject_too_long(self, m: Generate) -> None:
-        limits = self._machine().limits
-        room = limits.num_pages * limits.page_size
-        text = (
-            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
-            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
-            "larger --kv-tokens. (context_length_exceeded)"
-        )
-        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None))
 
     @on(Cancel)
     def cancel(self, m: Cancel) -> None:
@@ -211,10 +211,9 @@ class SchedulerActor(Actor):
         if now - self._reported < seconds:
             return
         self._reported, stats = now, self._machine().stats()
-        if stats == self._stats:
-            return
-        self._stats = stats
-        self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
+        if stats != self._stats:
+            self._stats = stats
+            self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower the flags that request a Wake: when there is a result and, if a plan is unsent, when there is room."""
@@ -270,15 +269,6 @@ class SchedulerActor(Actor):
             self.ctx.send("detokenizer", TokenLogprobs(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
         for uid, vector in output.vectors:
             self.ctx.send("api", Embedded(uid, vector))
-        if output.outputs:
-            self.ctx.send("detokenizer", _join(output.outputs))
-
-
-def _join(outputs: list[StepOutputs]) -> Tokens:
-    """All rows of one step in one message."""
-    return Tokens(
-        np.concatenate([o.uids for o in outputs]),
-        np.concatenate([o.counts for o in outputs]),
-        np.concatenate([o.tokens for o in outputs]),
-        np.concatenate([o.finish for o in outputs]),
-    )
+        if output.outputs:  # all rows of the step in one message
+            columns = [[getattr(rows, name) for rows in output.outputs] for name in ("uids", "counts", "tokens", "finish")]
+            self.ctx.send("detokenizer", Tokens(*map(np.concatenate, columns)))

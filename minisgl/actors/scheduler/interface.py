@@ -38,6 +38,11 @@ class SchedulerLimits:
     wait_for_shared_prefix: bool = True
     grammar_waits_for_token: bool = False
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds; a longer request could never run."""
+        return self.num_pages * self.page_size
+
 
 # ---------------- what goes in
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,7 @@ class InFlight:
     def read(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> ResultRows:
         """Match `result` to its rows.  Raises RuntimeError if it is the result of another plan or lacks a part."""
         if self.step != result.step or len(self.slots) != len(result.tokens):
-            raise RuntimeError(
-                f"result {result.step} ({len(result.tokens)} rows) for plan {self.step} ({len(self.slots)} rows)"
-            )
+            raise RuntimeError(f"result {result.step} has {len(result.tokens)} rows, plan {self.step} has {len(self.slots)}")
         live = table.epoch[self.slots] == self.epochs
         wasted = len(live) - int(np.count_nonzero(live))
         vectors: list[tuple[int, F32]] = []
@@ -116,13 +114,11 @@ class PlanBuilder:
         """Prefill the `n` prompt tokens from `start` on.  The last chunk of a prompt draws a token."""
         end, pooling = start + n, request.options.pooling
         last = end == len(request.ids)
-        flags = DRAW if last else 0
+        flags = (DRAW if last else 0) | (SUM if pooling == "mean" else 0)
         if request.scores_prompt:
             flags |= SCORE
             self._targets.append((slot, start + 1, request.ids[start + 1 : end + 1]))
             self._score_room -= n
-        if pooling == "mean":
-            flags |= SUM
         if pooling and last:
             flags |= POOL
             self._pooled.append(len(self._drawing))
@@ -154,8 +150,7 @@ class PlanBuilder:
             plan.grammar_text = b"".join(text for _, text, _ in self._grammars)
         if self._targets:
             plan.targets = np.concatenate([tokens for _, _, tokens in self._targets])
-        table = self._table
         rows = np.concatenate([np.array(self._drawing, np.int32), decode])
-        logprobs = ExpectedLogprobs.of(rows, self._targets, table) if table.with_logprobs else None
+        logprobs = ExpectedLogprobs.of(rows, self._targets, self._table) if self._table.with_logprobs else None
         cost = features(len(plan.ids), len(decode), context)
-        return plan, InFlight(step, rows, table.epoch[rows], cost, logprobs, np.array(self._pooled, np.int32))
+        return plan, InFlight(step, rows, self._table.epoch[rows], cost, logprobs, np.array(self._pooled, np.int32))

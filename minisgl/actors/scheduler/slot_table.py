@@ -97,17 +97,15 @@ class SlotTable:
 
     def row(self, slot: int, start: int, end: int) -> I32:
         """Page numbers `start` to `end` of a slot (a copy)."""
-        pages: I32 = self.pages[slot, start:end].copy()
-        return pages
+        return np.copy(self.pages[slot, start:end])
 
     def ids(self, slot: int) -> I32:
         """All known tokens of a running request, i32[length]."""
         n = int(self.length[slot])
         pages = self.row(slot, 0, min(-(-n // self.page_size), int(self.n_pages[slot])))
         known = self.page_ids[pages].reshape(-1)[:n]
-        if len(known) == n:
-            return known
-        return np.append(known, self.tail[slot])  # a page is granted before its second token is known, so only one can lack it
+        # A page is granted before its second token is known, so only the newest token can lack one.
+        return known if len(known) == n else np.append(known, self.tail[slot])
 
     def append(self, slots: I32, tokens: I32) -> None:
         """Enter one sampled token for each slot (each slot at most once)."""

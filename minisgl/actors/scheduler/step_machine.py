@@ -103,23 +103,15 @@ class StepMachine:
         """Nothing runs, nothing waits."""
         return not self.running and not len(self.waiting) and not self.inflight
 
-    def fits(self, n_tokens: int) -> bool:
-        """Whether a request of this many tokens could ever run."""
-        return n_tokens <= self.limits.num_pages * self.limits.page_size
-
     def _arrive(self, request: Request, now: float) -> None:
         self._arrivals += 1
         request.order, request.arrived = self._arrivals, now
         if request.options.timeout:
             heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
-            self._forget_old_deadlines()
-        self.waiting.add(request)
-
-    def _forget_old_deadlines(self) -> None:
-        """Remove the entries of ended requests when they are most of the heap."""
-        if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):
+        if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):  # most belong to ended requests
             self._deadlines = [d for d in self._deadlines if d[1] in self.running or d[1] in self.waiting]
             heapq.heapify(self._deadlines)
+        self.waiting.add(request)
 
     def _request(self, slot: int) -> Request:
         return self.running[int(self.table.uid[slot])][1]
@@ -322,7 +314,7 @@ class StepMachine:
             slot = None
             if request.missing_pages <= self.pool.free + self.cache.evictable:
                 match = self._match(request)
-                if self._waits_for_prefix(request, match):
+                if self._is_being_computed(request, match):
                     followers.add(request.uid)
                     continue
                 slot = self._try_admit(request, match, builder, out)
@@ -387,25 +379,16 @@ class StepMachine:
             if other.rank < started.rank:
                 other.overtaken_by += 1
 
-    def _waits_for_prefix(self, request: Request, match: Match) -> bool:
-        """Whether a request should wait a step because its next page is just being computed for another."""
-        return self.limits.wait_for_shared_prefix and not request.computes_all and self._is_being_computed(request, match)
-
     def _is_being_computed(self, request: Request, match: Match) -> bool:
-        """Whether a running prefill is about to publish the very page that this request would compute first.
+        """Whether a request should wait a step, because a running prefill is about to publish its next page.
 
-        Its place in the tree is where our match ends, and its next page has our next tokens; a step later the match is longer.
+        Such a prefill has its place in the tree where our match ends, and its next page has our next tokens.
         """
-        size, at = self.limits.page_size, match.num_pages * self.limits.page_size
-        if at + size >= len(request.ids):  # the last token is computed in any case
-            return False
-        ours = request.ids[at : at + size]
-        for slot in self._prefilling:
-            if int(self.table.n_shared[slot]) == match.num_pages and self.table.handle[slot] is match.node:
-                theirs = self._request(slot).ids[at : at + size]
-                if np.array_equal(ours, theirs):
-                    return True
-        return False
+        table, at, end = self.table, match.num_pages * self.limits.page_size, (match.num_pages + 1) * self.limits.page_size
+        if not self.limits.wait_for_shared_prefix or request.computes_all or end >= len(request.ids):
+            return False  # the last token is computed in any case
+        here = [s for s in self._prefilling if table.n_shared[s] == match.num_pages and table.handle[s] is match.node]
+        return any(np.array_equal(self._request(s).ids[at:end], request.ids[at:end]) for s in here)
 
     # ---------------- statistics and checks
     def stats(self) -> dict[str, int]:

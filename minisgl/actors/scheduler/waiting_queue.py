@@ -30,10 +30,9 @@ class WaitQueue:
     def add(self, request: Request, front: bool = False) -> None:
         """Append to the lane of its priority; `front`: put it before all others in this lane."""
         priority = request.options.priority
-        lane = self._lanes.setdefault(priority, OrderedDict())
-        lane[request.uid] = request
+        self._lanes.setdefault(priority, OrderedDict())[request.uid] = request
         if front:
-            lane.move_to_end(request.uid, last=False)
+            self._lanes[priority].move_to_end(request.uid, last=False)
         self._where[request.uid] = priority
         self.tokens += len(request.ids)
 
