@@ -482,6 +482,19 @@ def test_deadlines_of_requests_that_ended_do_not_pile_up() -> None:
     assert len(loop.machine._deadlines) <= 64 + 3
 
 
+def test_a_request_keeps_its_deadline_when_those_of_ended_requests_are_cleared() -> None:
+    loop = Loop(num_pages=60)
+    for i in range(200):
+        uid = loop.add(prompt(3, i), 1, RequestOptions(timeout=1e5))
+        before = len(loop.machine._deadlines)
+        loop.step()
+        assert uid in {uid for _, uid in loop.machine._deadlines}
+        if len(loop.machine._deadlines) < before:
+            return
+        loop.run()
+    raise AssertionError("nothing was cleared")
+
+
 def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -> None:
     w = World(3, fake_config(max_running=1))
     running = w.submit(talker(6, 40), 40, RequestOptions(timeout=3.0))

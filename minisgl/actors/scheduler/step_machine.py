@@ -36,8 +36,8 @@ from minisgl.cache.radix import Match
 from minisgl.plan import DRAW, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
-WINDOW = 16  # waiting requests that are looked at in one step
-MAX_FOLLOWERS = 64  # of these, in addition, requests found to wait for pages that another request is computing
+WINDOW = 16  # waiting requests that one step may try in vain
+MAX_FOLLOWERS = 64  # waiting requests that one step may find to need pages that another request is computing
 MAX_OVERTAKEN = 256  # a request that this many later ones have overtaken is not overtaken again
 
 
@@ -106,12 +106,12 @@ class StepMachine:
     def _arrive(self, request: Request, now: float) -> None:
         self._arrivals += 1
         request.order, request.arrived = self._arrivals, now
+        self.waiting.add(request)
         if request.options.timeout:
             heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
         if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):  # most belong to ended requests
             self._deadlines = [d for d in self._deadlines if d[1] in self.running or d[1] in self.waiting]
             heapq.heapify(self._deadlines)
-        self.waiting.add(request)
 
     def _request(self, slot: int) -> Request:
         return self.running[int(self.table.uid[slot])][1]
