@@ -38,7 +38,7 @@ NO_PAGES = np.zeros(0, np.int32)
 
 
 class Node:
-    """A run of cached pages.  Only RadixCache writes its fields."""
+    """A node of the radix tree: a run of cached pages.  Only RadixCache writes its fields, but for `score`."""
 
     __slots__ = ("children", "key", "pages", "parent", "refs", "score")
 
@@ -53,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix of some tokens: it ends `inside` pages into `node`, `num_pages` pages from the root."""
+    """The longest prefix of some tokens in the radix tree: `num_pages` pages, the last `inside` of them from `node`."""
 
     node: Node
     inside: int
@@ -72,7 +72,7 @@ class Match:
 
 
 class RadixCache:
-    """The tree.  `evictable` counts the pages that `evict` could free now, `num_pages` all pages that the tree owns."""
+    """The radix tree.  `evictable` counts the pages that `evict` could free now, `num_pages` all pages that the tree owns."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -282,7 +282,7 @@ class RadixCache:
 
     # ---------------- checks
     def nodes(self) -> Iterator[Node]:
-        """Every node except the roots.  For checks and statistics; O(tree)."""
+        """Every node of the radix tree except the roots.  For checks and statistics; O(tree)."""
         stack = [self.root, *self._salted.values()]
         while stack:
             node = stack.pop()
@@ -291,7 +291,7 @@ class RadixCache:
             stack.extend((node.children or {}).values())
 
     def check(self) -> I32:
-        """Verify the invariants; returns all pages of the tree.  Raises AssertionError with what is wrong."""
+        """Verify the invariants of the radix tree; returns all its pages.  Raises AssertionError with what is wrong."""
         pages = [NO_PAGES]
         evictable = 0
         nodes = list(self.nodes())

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu, engine, fleet, out = groups["GPU"], groups["engine"], groups["fleet"], groups["output"]
     gpu.add_argument("--gpu", metavar="PRESET", default="llama-3.1-8b", help=f"on one H200: {', '.join(PRESETS)} (%(default)s)")
     gpu.add_argument("--cost-json", metavar="FILE", help="fitted coefficients instead of a preset (scripts/tune/fit_costs.py)")
-    text = "radix, none, or MODULE:CLASS with a subclass of RadixCache (%(default)s)"
+    text = f"{', '.join(CACHES)} or MODULE:CLASS, your own subclass of RadixCache (%(default)s)"
     engine.add_argument("--cache", metavar="NAME", default="radix", help=text)
     engine.add_argument("--order", choices=("prefix", "arrival"), default="prefix", help="which starts first (%(default)s)")
     fleet.add_argument("--router", choices=("prefix", "round-robin"), default="prefix", help="(%(default)s)")
@@ -84,7 +84,7 @@ def _cache_class(name: str) -> type[RadixCache]:
     except ImportError as e:
         raise UserError(f"--cache {name}: {module} cannot be imported ({e}); is it in this folder or on PYTHONPATH?") from e
     if not isinstance(found, type) or not issubclass(found, RadixCache):
-        raise UserError(f"--cache {name}: {attribute} is not a subclass of minisgl.cache.radix.RadixCache in {module}")
+        raise UserError(f"--cache {name}: {attribute} of {module} is not a subclass of RadixCache")
     return found
 
 

@@ -58,7 +58,7 @@ def test_a_result_of_another_plan_or_without_its_vectors_is_refused() -> None:
         inflight.read(StepResult(1, tokens, vectors=np.zeros((1, 2), np.float32)), table, running)
     with pytest.raises(RuntimeError, match="result 0 has 1 rows, plan 0 has 2"):
         inflight.read(StepResult(0, tokens[:1], vectors=np.zeros((1, 2), np.float32)), table, running)
-    with pytest.raises(RuntimeError, match="lacks the vectors"):
+    with pytest.raises(RuntimeError, match="lacks vectors"):
         inflight.read(StepResult(0, tokens), table, running)
 
 

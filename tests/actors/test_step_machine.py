@@ -1,4 +1,4 @@
-"""The step machine against the fake runner: a hypothesis state machine, seeded stress, restarts, mutants that must be caught."""
+"""The step machine against the fake runner: a hypothesis state machine, seeded stress, restarts, and mutants to be caught."""
 
 from __future__ import annotations
 

@@ -130,8 +130,8 @@ def test_a_policy_that_names_a_node_in_use_or_with_children_is_stopped(policy: s
         ("my_policy:", "--cache must be"),
         (".my_policy:LFU", "--cache must be"),
         ("nowhere_to_be_found:LFU", "--cache nowhere_to_be_found:LFU: .*cannot be imported"),
-        ("my_policy:MRU", "--cache my_policy:MRU: MRU is not a subclass"),
-        ("my_policy:NotACache", "--cache my_policy:NotACache: NotACache is not a subclass"),
+        ("my_policy:MRU", "--cache my_policy:MRU: MRU of my_policy is not a subclass"),
+        ("my_policy:NotACache", "--cache my_policy:NotACache: NotACache of my_policy is not a subclass"),
     ],
 )
 def test_a_bad_cache_is_a_sentence_that_names_the_flag(policy: str, value: str, says: str) -> None:

@@ -61,7 +61,7 @@ class SchedulerActor(Actor):
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
         self._armed: set[int] = set()
         self._stopping = self._may_capture = False
-        self._armed_bells = False
+        self._flags_up = False
         self._reported = -STATS_SECONDS
         self._stats: dict[str, int] = {}
         self._pid = os.getpid()
@@ -217,10 +217,10 @@ class SchedulerActor(Actor):
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower the flags that request a Wake: when there is a result and, if a plan is unsent, when there is room."""
-        if flag != self._armed_bells:
+        if flag != self._flags_up:
             self.results.park(flag)
             self.plans.starve(flag and self._unsent is not None)
-            self._armed_bells = flag
+            self._flags_up = flag
 
     def _look_again(self) -> bool:
         """Raise the flags, then look once more for anything published before they became visible.

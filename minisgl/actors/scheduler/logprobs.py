@@ -67,7 +67,7 @@ class ExpectedLogprobs:
         """
         scores, n = result.scores, len(self.drawn)
         if scores is None or len(scores.logprobs) != len(self.slots):
-            raise RuntimeError(f"result {result.step} lacks the log probabilities of its plan")
+            raise RuntimeError(f"result {result.step} lacks log probabilities of its plan")
         live = table.epoch[self.slots] == self.epochs
         for i in (n + np.flatnonzero(live[n:])).tolist():
             request = running[int(table.uid[self.slots[i]])][1]

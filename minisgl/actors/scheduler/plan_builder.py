@@ -56,7 +56,7 @@ class InFlight:
         vectors: list[tuple[int, F32]] = []
         if len(self.pooled):
             if result.vectors is None or len(result.vectors) != len(self.pooled):
-                raise RuntimeError(f"result {result.step} lacks the vectors of its plan")
+                raise RuntimeError(f"result {result.step} lacks vectors of its plan")
             vectors = [(int(self.slots[i]), v) for i, v in zip(self.pooled, result.vectors, strict=True) if live[i]]
             live[self.pooled] = False
         failed: list[int] = []
