@@ -238,16 +238,17 @@ class RadixCache:
         missing = n
         while missing > 0 and self._unused:
             leaf = self.next_victim()
-            kept = max(0, len(leaf.pages) - missing)
-            freed.append(leaf.pages[kept:])
-            missing -= len(leaf.pages) - kept
-            if kept:
+            kept = len(leaf.pages) - missing
+            if kept > 0:
                 cut = kept * self._page_bytes
                 self._remember(leaf.key[cut : cut + self._page_bytes])
-                leaf.key, leaf.pages = leaf.key[:cut], leaf.pages[:kept].copy()
+                freed.append(leaf.pages[kept:])
+                leaf.key, leaf.pages, missing = leaf.key[:cut], leaf.pages[:kept].copy(), 0
             else:
                 del self._unused[leaf]
+                freed.append(leaf.pages)
                 self._remove(leaf)
+                missing = -kept
         done = n - missing
         self.num_pages -= done
         self.evictable -= done

@@ -72,8 +72,7 @@ def _ratio(a: float, b: float) -> float:
 
 def _spread(name: str, values: F64) -> dict[str, float]:
     """Mean and percentiles of `values` in seconds, as milliseconds."""
-    if not len(values):
-        values = np.zeros(1)
+    values = values if len(values) else np.zeros(1)
     numbers = (values.mean(), *np.percentile(values, (50, 90, 99)), values.max())
     return {f"{name}_{key}": float(value) * 1e3 for key, value in zip(_STATISTICS, numbers, strict=True)}
 

@@ -249,11 +249,10 @@ class SchedulerActor(Actor):
         """Send STOP through the ring, so that every rank leaves after the same step.  True if it could be sent."""
         if self._unsent is None:
             self._unsent = StepPlan(self._machine().counters.steps, PlanKind.STOP)
-        last = self._unsent.kind == PlanKind.STOP
-        if self._flush() and last:
+        sent = self._unsent.kind == PlanKind.STOP and self._flush()
+        if sent:
             self.ctx.stop()
-            return True
-        return False
+        return sent
 
     def _send(self, output: Output, now: float) -> None:
         machine = self._machine()

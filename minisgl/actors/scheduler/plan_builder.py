@@ -52,7 +52,6 @@ class InFlight:
         if self.step != result.step or len(self.slots) != len(result.tokens):
             raise RuntimeError(f"result {result.step} has {len(result.tokens)} rows, plan {self.step} has {len(self.slots)}")
         live = table.epoch[self.slots] == self.epochs
-        wasted = len(live) - int(np.count_nonzero(live))
         vectors: list[tuple[int, F32]] = []
         if len(self.pooled):
             if result.vectors is None or len(result.vectors) != len(self.pooled):
@@ -65,7 +64,9 @@ class InFlight:
             failed = self.slots[failures].tolist()
             live &= ~failures
         logprobs = self.logprobs.read(result, table, running) if self.logprobs is not None else None
-        return ResultRows(self.slots[live], result.tokens[live], wasted, failed, vectors, logprobs)
+        slots = self.slots[live]
+        wasted = len(self.slots) - len(slots) - len(vectors) - len(failed)
+        return ResultRows(slots, result.tokens[live], wasted, failed, vectors, logprobs)
 
 
 class PlanBuilder:
@@ -153,4 +154,5 @@ class PlanBuilder:
         rows = np.concatenate([np.array(self._drawing, np.int32), decode])
         logprobs = ExpectedLogprobs.of(rows, self._targets, self._table) if self._table.with_logprobs else None
         cost = features(len(plan.ids), len(decode), context)
-        return plan, InFlight(step, rows, self._table.epoch[rows], cost, logprobs, np.array(self._pooled, np.int32))
+        pooled = np.array(self._pooled, np.int32) if self._pooled else NO_SLOTS
+        return plan, InFlight(step, rows, self._table.epoch[rows], cost, logprobs, pooled)

@@ -202,6 +202,7 @@ class StepMachine:
 
     # ---------------- the next plan
     def _plan(self, out: Output) -> None:
+        """Decodes first, then chunks of admitted prompts, then new requests, all within one token budget."""
         builder = PlanBuilder(self.table, self._eos_ids)
         decode = self._plan_decode()
         context = int(self.table.planned[decode].sum())
@@ -258,7 +259,7 @@ class StepMachine:
         return self.pool.free >= n
 
     def _retract(self) -> None:
-        """Send the least important, youngest running request back to the queue (others say: preempt it).
+        """Preempt the least important, youngest running request: send it back to the queue.
 
         It resumes with the same text and the same random draws: its tokens so far become its prompt.
         """
@@ -278,11 +279,15 @@ class StepMachine:
         return budget
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
-        """Chunked prefill: plan the next piece of a slot's prompt, as large as budget and pages allow.  Returns its tokens.
+        """Plan the next chunk of a slot's prompt, as large as budget and pages allow.  Returns its number of tokens.
 
-        A step has a budget of `step_tokens`.  Decodes come first and prompts share the rest, in order of admission, so a long
-        prompt is spread over several steps and never holds up the tokens of others.  Pages are granted chunk by chunk, too,
-        and full ones can be shared before the prompt has ended.  Only the last chunk draws a token.
+        Chunked prefill: a prompt is not computed in one go.  Each step has a budget of `step_tokens`.  Decodes take theirs
+        first and prompts share the rest, in order of admission, so a long prompt spreads over several steps, in the same steps
+        as the decodes of other requests, and delays none of their tokens by more than a step of that budget.  A chunk also ends
+        where pages run out, or the room of the result for log probabilities and vectors.
+
+        A chunk attends to the KV of the chunks before it.  Pages are granted chunk by chunk, and full ones can be shared before
+        the prompt has ended.  Only the last chunk draws a token.
         """
         table, size = self.table, self.limits.page_size
         request, start, n_pages = self._request(slot), int(table.planned[slot]), int(table.n_pages[slot])
@@ -301,8 +306,10 @@ class StepMachine:
     def _admit(self, budget: int, builder: PlanBuilder, out: Output) -> None:
         """Start waiting requests while slots, budget and pages last, looking past a few that do not fit.
 
-        This is continuous batching: there is no batch that starts and ends together.  A request joins here, in any step with
-        room for it, and leaves in `_release`, after the step that ends it; the rows next to it do not notice.
+        Continuous batching: there is no batch that starts and ends together.  A request joins here, in any step with room for
+        it, and its rows run next to those of requests that are already decoding.  It leaves in `_release` as soon as the result
+        of its last step is known, and its slot and pages are free for the next request in the same call.  Workers keep the
+        state of a request by slot, so a plan names only the requests that join and the slots that decode.
         """
         skipped: set[int] = set()  # do not fit into this step
         followers: set[int] = set()  # wait for pages that another request is computing, and block nobody else
