@@ -191,7 +191,7 @@ class SchedulerActor(Actor):
             self._send(output, now)
             self._unsent = output.plan
             if self._may_capture and len(self._armed) == self.config.engine.tp:
-                self._may_capture = False  # otherwise the worker asks again after the next plan
+                self._may_capture = False  # if the machine is busy, a worker sends MayCapture again after the next plan
                 if self.machine.idle:
                     self._unsent = StepPlan(self.machine.counters.steps, PlanKind.CAPTURE)
             worked |= self._unsent is not None

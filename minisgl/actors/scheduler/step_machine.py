@@ -312,7 +312,7 @@ class StepMachine:
         state of a request by slot, so a plan names only the requests that join and the slots that decode.
         """
         skipped: set[int] = set()  # do not fit into this step
-        followers: set[int] = set()  # wait for pages that another request is computing, and block nobody else
+        followers: set[int] = set()  # wait for pages that another request is computing; they block no other
         found: dict[int, int] = {}  # uid -> cached pages; the cache does not change before the plan is published
         while budget > 0 and self.table.free_slots and len(skipped) < WINDOW and len(followers) < MAX_FOLLOWERS:
             request = self._next_candidate(skipped, followers, found)
