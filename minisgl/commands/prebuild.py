@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minisgl.commands.flags import add_engine_flags, engine_config
+from minisgl.commands.flags import add_engine_flags
+from minisgl.config import engine_config
 from minisgl.errors import UserError
 
 

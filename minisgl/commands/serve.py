@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import json
 import os
 import signal
 import socket
@@ -107,8 +106,8 @@ class _Server:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
         store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
-        method = json.loads(self.config.model.weight_format or "{}").get("method")
-        how = f" ({method} weights, dequantised as they load)" if method else ""
+        stored = self.config.model.weight_format
+        how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config, self.make_worker)
         try:

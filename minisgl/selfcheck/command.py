@@ -20,8 +20,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from minisgl.commands.flags import add_engine_flags, engine_config
-from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.commands.flags import add_engine_flags
+from minisgl.config import Config, EngineConfig, ModelSpec, engine_config
 from minisgl.errors import UserError
 from minisgl.selfcheck.compare import FLOAT8, Arrays, Yardstick, changed, columns_of, greedy, perplexity, print_table
 

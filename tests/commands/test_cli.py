@@ -8,9 +8,8 @@ from dataclasses import fields
 
 import pytest
 
-from minisgl.commands.flags import _ENGINE_FLAGS, engine_config, flag
 from minisgl.commands.serve import parser
-from minisgl.config import EngineConfig, ModelSpec
+from minisgl.config import EngineConfig, ModelSpec, engine_config, flag, settings_of
 from minisgl.errors import InvalidParam, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.sampling_params import SamplingParams
@@ -30,7 +29,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 
 
 def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
-    assert [name for name, *_ in _ENGINE_FLAGS] == [f.name for f in fields(EngineConfig)]
+    assert [name for name, *_ in settings_of(EngineConfig)] == [f.name for f in fields(EngineConfig)]
     args = vars(parser().parse_args([]))
     assert engine_config(args) == EngineConfig()
 

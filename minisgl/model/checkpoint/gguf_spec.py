@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 
-from minisgl.config import ModelSpec
+from minisgl.config import ModelSpec, RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
@@ -83,12 +82,12 @@ def _dtype(file: GGUFFile) -> str:
     return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
 
 
-def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
+def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> RopeScaling | None:
     """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling and YaRN as keys."""
     prefix = f"{arch}.rope.scaling."
     kind = fields.get(prefix + "type")
     fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
-    named = ""
+    named = None
     if kind not in (None, "none"):
         values = {"rope_type": kind, "factor": _factor(fields, arch)}
         values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
@@ -103,7 +102,7 @@ def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
     divisors = file.dequantize("rope_freqs.weight").tolist()
     if not all(1e-6 < d < 1e6 for d in divisors):
         raise UserError(f"--model {file.path}: rope_freqs.weight holds values that are no frequency divisors.")
-    return json.dumps({"rope_type": "divisors", "divisors": divisors})
+    return RopeScaling("divisors", divisors=tuple(divisors))
 
 
 def _factor(fields: Metadata, arch: str) -> float:

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from minisgl.config import ModelSpec
+from minisgl.model.checkpoint.files import check_shape, missing, unexpected
 from minisgl.model.checkpoint.gguf_blocks import GROUP, KINDS, note
 from minisgl.model.checkpoint.gguf_file import GGUFFile
-from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
+from minisgl.model.checkpoint.weights import in_pieces, own
 from minisgl.model.common.shard import Range
 
 TABLE = "model.embed_tokens.weight"  # whose rows are looked up
@@ -87,7 +88,7 @@ class GGUFWeights:
     def finish(self) -> None:
         left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]
         if left:
-            raise extra(self._file.path, left)
+            raise unexpected(self._file.path, left)
 
     def _stored_name(self, name: str) -> str:
         """The file's name of a tensor; a name without a counterpart stays as it is, and will be missing."""
