@@ -141,17 +141,18 @@ class Setting:
 
     help: str
     metavar: str | None = None
-    within: tuple[float, float] | None = None  # smallest and largest value
+    low: float | None = None  # the smallest value
+    high: float = 0
     choices: tuple[str, ...] = ()
     on_gpu: Any = None  # the default on a GPU, where it is another
     needs_gpu: bool = False  # on a CPU the default is the only value
-    flag: str = ""  # where it is not the field's name
+    flag: str = ""  # where it does not follow from the field's name
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of argparse's add_argument
 
 
-def setting(default: Any, help: str, metavar: str | None = None, **more: Any) -> Any:
-    """A dataclass field with a Setting; `more` are fields of Setting."""
-    return field(default=default, metadata={"setting": Setting(help, metavar, **more)})
+def setting(default: Any, *about: Any, **more: Any) -> Any:
+    """A dataclass field with a default, and a Setting of the other arguments."""
+    return field(default=default, metadata={"setting": Setting(*about, **more)})
 
 
 def settings_of(config: Any) -> Iterator[tuple[str, Any, Setting]]:
@@ -166,15 +167,11 @@ def flag(name: str) -> str:
 
 def check_settings(config: Any) -> None:
     """Compare the fields of a dataclass instance with their ranges and choices.  Raises UserError naming the flag."""
-
-    def text(number: float) -> str:
-        return f"{number:g}" if isinstance(number, float) else str(number)
-
     for name, _, s in settings_of(config):
         value = getattr(config, name)
-        if s.within and not s.within[0] <= value <= s.within[1]:
-            low, high = map(text, s.within)
-            raise UserError(f"{flag(name)} must be between {low} and {high}, got {text(value)}")
+        if s.low is not None and not s.low <= value <= s.high:
+            low, high, found = (f"{n:g}" if isinstance(n, float) else n for n in (s.low, s.high, value))
+            raise UserError(f"{flag(name)} must be between {low} and {high}, got {found}")
         if s.choices and value not in s.choices:
             raise UserError(f"{flag(name)} must be one of {', '.join(s.choices)}, got {value!r}")
 
@@ -183,7 +180,7 @@ def check_settings(config: Any) -> None:
 class EngineConfig:
     """How the engine runs: everything that scheduler and workers must agree on."""
 
-    tp: int = setting(1, "tensor-parallel degree: one worker process per rank", "N", within=(1, 1024))
+    tp: int = setting(1, "tensor-parallel degree: one worker process per rank", "N", 1, 1024)
     device: str = setting(
         "cpu", "auto (a GPU where there is one), cpu or cuda", "KIND", choices=("cpu", "cuda"), options={"default": "auto"}
     )
@@ -193,41 +190,26 @@ class EngineConfig:
         "TYPE",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    page_size: int = setting(16, "tokens per page of the KV cache", "TOKENS", within=(1, 1024))
+    page_size: int = setting(16, "tokens per page of the KV cache", "TOKENS", 1, 1024)
     # A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
-    max_running: int = setting(128, "requests that may run at the same time", "N", within=(1, 65535), on_gpu=256)
+    max_running: int = setting(128, "requests that may run at the same time", "N", 1, 65535, on_gpu=256)
     step_tokens: int = setting(
-        256,
-        "token budget of a step; decodes come first, prompts fill the rest",
-        "TOKENS",
-        within=(2, 1 << 20),
-        on_gpu=8192,
+        256, "token budget of a step; decodes come first, prompts fill the rest", "TOKENS", 2, 1 << 20, on_gpu=8192
     )
-    lag: int = setting(
-        2,
-        "plans in flight; 1 switches overlap off, as MINISGL_DISABLE_OVERLAP_SCHEDULING=1 does",
-        "N",
-        within=(1, 8),
-    )
-    kv_tokens: int = setting(0, "size of the KV cache; 0: from --memory-fraction", "TOKENS", within=(0, 1 << 31))
-    memory_fraction: float = setting(  # on a GPU also after the buffers of the largest step
+    lag: int = setting(2, "plans in flight; 1 switches overlap off, as MINISGL_DISABLE_OVERLAP_SCHEDULING=1 does", "N", 1, 8)
+    kv_tokens: int = setting(0, "size of the KV cache; 0: from --memory-fraction", "TOKENS", 0, 1 << 31)
+    memory_fraction: float = setting(  # on a GPU the largest step is subtracted, too
         0.4, "share of the memory left after the weights that the KV cache may take", "F", on_gpu=0.9
     )
-    max_context: int = setting(0, "longest prompt plus completion; 0: the model's own limit", "TOKENS", within=(0, 1 << 31))
+    max_context: int = setting(0, "longest prompt plus completion; 0: the model's own limit", "TOKENS", 0, 1 << 31)
     cache: str = setting("radix", "prefix cache: radix, or none", "KIND", choices=("radix", "none"))
     order: str = setting(
-        "prefix",
-        "who starts first: prefix (longest cached prefix), or arrival",
-        "KIND",
-        choices=("prefix", "arrival"),
+        "prefix", "who starts first: prefix (longest cached prefix), or arrival", "KIND", choices=("prefix", "arrival")
     )
     itl_target_ms: float = setting(
-        0.0,
-        "keep the time between a request's tokens near this by smaller prefill chunks; 0: off",
-        "MS",
-        within=(0.0, 60_000.0),
+        0.0, "keep the time between a request's tokens near this by smaller prefill chunks; 0: off", "MS", 0.0, 60_000.0
     )
-    threads: int = setting(0, "CPU threads over all ranks; 0: as many as this process may use", "N", within=(0, 4096))
+    threads: int = setting(0, "CPU threads over all ranks; 0: as many as this process may use", "N", 0, 4096)
     attention_backend: str = setting(
         "auto",
         "auto, triton, flashinfer or torch (GPU)",
@@ -253,9 +235,7 @@ class EngineConfig:
         "KIND",
         choices=("auto", "none"),
     )
-    sample_seed: int = setting(
-        0, "base for the seeds of requests that bring none; 0: random", "SEED", within=(0, (1 << 63) - 1)
-    )
+    sample_seed: int = setting(0, "base for the seeds of requests that bring none; 0: random", "SEED", 0, (1 << 63) - 1)
 
     @property
     def eight_bits(self) -> bool:
@@ -297,6 +277,9 @@ class EngineConfig:
             )
 
 
+_LIST: dict[str, Any] = {"type": str, "default": None}  # a flag whose value is not yet that of the field
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """How the api process behaves towards its clients."""
@@ -304,39 +287,32 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one")
     served_names: tuple[str, ...] = setting(  # accepted `model` values; the first is the one reported
-        (),
-        "name clients may use; may be repeated",
-        "NAME",
-        flag="--served-model-name",
-        options={"action": "append", "type": str, "default": None},
+        (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_LIST | {"action": "append"}
     )
     drain_seconds: float = setting(2.0, "grace for running requests at the end", "S")
     max_body_bytes: int = 8 << 20
     max_open_requests: int = setting(4096, "more are answered 429", "N")
     max_queue: int = setting(2048, "waiting requests; more are answered 429", "N")  # 0: no bound
     max_queued_tokens: int = setting(2_000_000, "prompt tokens of waiting requests; more are answered 429", "N")  # 0: no bound
-    tool_call_parser: str = setting(  # "": calls are not looked for
+    # "" switches a parser off.
+    tool_call_parser: str = setting(
         "",
         "how the model writes calls of tools; auto: as its chat template shows",
         options={"choices": ("auto", "none", "hermes", "llama3", "mistral"), "default": "auto"},
     )
-    reasoning_parser: str = setting(  # "": thoughts are not looked for
+    reasoning_parser: str = setting(
         "",
         "how the model writes thoughts; auto: as its chat template shows",
         options={"choices": ("auto", "none", "qwen3", "deepseek_r1"), "default": "auto"},
     )
-    num_tokenizers: int = setting(  # a prompt goes to the one with the least to do
-        1, "tokenizer processes: with more than one, short prompts do not wait for long ones", "N", within=(1, 64)
+    num_tokenizers: int = setting(  # a prompt goes to the tokenizer with the least to do
+        1, "tokenizer processes: with more than one, short prompts do not wait for long ones", "N", 1, 64
     )
     strict: bool = setting(False, "refuse unknown fields of a request; default: report them")
     any_model_name: bool = setting(False, "serve requests for whatever model they name")
     data_dir: str = setting("", "keep /v1/files and /v1/batches here; default: off", "DIR")
-    api_keys: tuple[str, ...] = setting(  # every request must bring one of them; (): no key is needed
-        (),
-        "keys, one a line: a request must bring one; default: none",
-        "FILE",
-        flag="--api-key-file",
-        options={"type": str, "default": None},
+    api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
+        (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )
 
     def __post_init__(self) -> None:

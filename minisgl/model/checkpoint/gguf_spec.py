@@ -1,4 +1,4 @@
-"""ModelSpec of a GGUF file.  No torch."""
+"""Builds the ModelSpec of a GGUF file from its metadata.  No torch."""
 
 from __future__ import annotations
 
@@ -69,21 +69,23 @@ def spec_from_gguf(path: str) -> ModelSpec:
         eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
         generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
         qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # in llama's files, too, if the model has them
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # also in files of the llama architecture
         o_bias="blk.0.attn_output.bias" in file.tensors,
     )
     return check(path, spec)
 
 
 def _dtype(file: GGUFFile) -> str:
-    """What a GPU computes in: that of plain matrices.  Where they are quantised, bfloat16, whose range no activation leaves;
-    what it rounds off the weights is less than what the blocks did."""
+    """The dtype that a GPU computes in: that of plain matrices; bfloat16 for quantised ones.
+
+    No activation leaves bfloat16's range, and its rounding of the weights is finer than that of the blocks.
+    """
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
 
 
 def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> RopeScaling | None:
-    """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling and YaRN as keys."""
+    """Llama 3.1's scaling is a tensor of divisors, one per frequency; linear scaling and YaRN are keys."""
     prefix = f"{arch}.rope.scaling."
     kind = fields.get(prefix + "type")
     fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file under Hugging Face names, dequantised piece by piece.  Runs in the workers."""
+"""Reads the tensors of a GGUF file under Hugging Face names, dequantised piece by piece.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.weights import in_pieces, own
 from minisgl.model.common.shard import Range
 
-TABLE = "model.embed_tokens.weight"  # whose rows are looked up
+TABLE = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 
 
 class GGUFWeights:
@@ -43,7 +43,7 @@ class GGUFWeights:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
         """`lazy`: see `open_weights`."""
         self._file = GGUFFile.open(spec.path)
-        # llama.cpp's files of this architecture alone rotate neighbours; see `halves_from_pairs`.
+        # Only llama.cpp's files of this architecture rotate neighbours; see `halves_from_pairs`.
         pairs = self._file.fields.get("general.architecture") == "llama"
         self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
         self._head_dim = spec.head_dim
@@ -64,7 +64,7 @@ class GGUFWeights:
 
         def read(some: Range) -> torch.Tensor:
             values = self._file.dequantize(stored, some, cols)
-            part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch wants to be able to write
+            part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch needs a writable array
             return halves_from_pairs(part, self._head_dim) if pairs else part
 
         (first, last), (start, end) = rows or (0, shape[0]), cols or (0, shape[1])
@@ -91,7 +91,7 @@ class GGUFWeights:
             raise unexpected(self._file.path, left)
 
     def _stored_name(self, name: str) -> str:
-        """The file's name of a tensor; a name without a counterpart stays as it is, and will be missing."""
+        """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
         module, _, kind = name.rpartition(".")
         if module in self._FIXED:
             return f"{self._FIXED[module]}.{kind}"

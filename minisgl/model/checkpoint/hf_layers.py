@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from minisgl.config import RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.metadata import Metadata, rope_scaling
 from minisgl.model.common.registry import Arch
@@ -48,7 +49,7 @@ def positions(config: Metadata, arch: Arch, layers: int, head_dim: int) -> dict[
     stretched = _stretched(config, arch, dict(parameters.values or _mapping(config, "rope_scaling")))
     scaling = rope_scaling(config.source, stretched, context)
     part = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    reached = reach(stretched, context) if scaling else context
+    reached = reach(scaling, context)
     return {
         "max_context": reached,
         "rope_theta": parameters.number("rope_theta", config.number("rope_theta", arch.rope_theta)),
@@ -70,19 +71,15 @@ def _stretched(config: Metadata, arch: Arch, scaling: dict[str, Any]) -> dict[st
     return scaling
 
 
-def reach(scaling: dict[str, Any], context: int) -> int:
+def reach(scaling: RopeScaling | None, context: int) -> int:
     """The longest context of a model with rope scaling, in tokens.
 
     Users switch on YaRN and dynamic scaling by hand, and max_position_embeddings is still the context of the training.  The
     other kinds come with the checkpoint, whose max_position_embeddings includes them.
     """
-    factor = scaling.get("factor") or 1.0
-    match scaling.get("rope_type", scaling.get("type")):
-        case "yarn":
-            return max(context, int(factor * (scaling.get("original_max_position_embeddings") or context)))
-        case "dynamic":
-            return int(factor * context)
-    return context
+    if scaling is not None and scaling.rope_type == "yarn":
+        return max(context, int(scaling.factor * scaling.original_max_position_embeddings))
+    return int(scaling.factor * context) if scaling is not None and scaling.rope_type == "dynamic" else context
 
 
 def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[int, ...]:
