@@ -128,7 +128,7 @@ class Tokenizer:
         return ByteStream(self._table, self._special if skip_special else frozenset())
 
     def piece(self, token: int) -> bytes:
-        """The bytes of one token, perhaps less than a character; the name of a special token; b"" for an id that does not exist."""
+        """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""
         if self._table is None:
             return self._decode_slowly([token], False).encode()
         return self._table[token] if 0 <= token < len(self._table) else b""
