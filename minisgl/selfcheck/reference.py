@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -58,12 +58,16 @@ def load_transformers(spec: ModelSpec, threads: int) -> Any:
 
 
 def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
+    import gguf
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, file = os.path.split(spec.path)
-    with _read_once():
+    # transformers parses the file for the configuration and again for the tensors, and makes the table of names again for every
+    # module: 9 of 14 s with the embedded model, more with more layers.
+    cached: dict[str, Any] = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(gguf, **cached):
         config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
         config.head_dim = spec.head_dim  # transformers does not read it from GGUF files
         with torch.device("meta"):
@@ -76,24 +80,6 @@ def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
         raise UserError(f"transformers reads {spec.path} otherwise: {', '.join([*missing, *extra][:5])} do not match.")
     model.tie_weights()
     return model.eval()
-
-
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """Cache what transformers repeats: it parses a GGUF file for the configuration and again for the tensors, and makes the
-    table of names again for every module.  That is 9 of 14 s with the embedded model, more with more layers.
-    """
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    plain = [getattr(gguf, name) for name in names]
-    try:
-        for name, made in zip(names, plain, strict=True):
-            setattr(gguf, name, functools.cache(made))
-        yield
-    finally:
-        for name, made in zip(names, plain, strict=True):
-            setattr(gguf, name, made)
 
 
 def round_weights(model: Any, spec: ModelSpec, blocks: QuantizedLayers) -> dict[int, float]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from minisgl.errors import UserError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MIN_KV_BYTES = 8 + 4 + 1  # an empty key and a one-byte value
@@ -93,25 +93,19 @@ class _Cursor:
         return out
 
     def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self.array()
-        code = _SCALARS.get(kind)
-        if code is None:
-            raise Malformed(f"unknown value type {kind} before byte {self.at}")
-        return struct.unpack_from("<" + code, self.buf, self.take(struct.calcsize("<" + code)))[0]
+        if kind != _ARRAY:
+            return self.values(kind, 1)[0]
+        return self.values(self.u32(), self.u64())
 
-    def array(self) -> list[Any]:
-        kind, n = self.u32(), self.u64()
+    def values(self, kind: int, n: int) -> list[Any]:
+        """`n` values of one type, which is no array."""
         if kind == _STRING:
             return self.strings(n)
-        code = _SCALARS.get(kind)
-        if code is None:
-            raise Malformed(f"unsupported array of value type {kind} before byte {self.at}")
-        dtype = np.dtype("?" if code == "?" else "<" + code)
+        if kind not in _SCALARS:
+            raise Malformed(f"unknown value type {kind} before byte {self.at}")
+        dtype = np.dtype(_SCALARS[kind])
         start = self.take(n * dtype.itemsize)
-        items: list[Any] = np.frombuffer(self.buf[start : self.at], dtype).tolist()
+        items: list[Any] = np.frombuffer(self.buf, dtype, n, start).tolist()
         return items
 
 

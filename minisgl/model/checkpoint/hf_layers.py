@@ -176,7 +176,7 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
     if not arch.experts:
         return {}
     if arch.experts != "qwen":
-        number, per_token = {"mixtral": (8, 2), "gpt-oss": (128, 4)}[arch.experts]
+        number, per_token = (8, 2) if arch.experts == "mixtral" else (128, 4)
         return {
             "num_experts": config.size("num_local_experts", number),
             "experts_per_token": config.size("num_experts_per_tok", per_token),
