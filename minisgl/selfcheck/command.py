@@ -12,15 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from minisgl.commands.flags import add_engine_flags
-from minisgl.config import Config, EngineConfig, ModelSpec, engine_config
+from minisgl.config import Config, engine_config
 from minisgl.errors import UserError
 from minisgl.selfcheck.compare import FLOAT8, Arrays, Yardstick, changed, columns_of, greedy, perplexity, print_table
 
@@ -43,10 +42,9 @@ def run(argv: list[str]) -> int:
     from minisgl.model.common.shard import check_tp
 
     spec = resolve(args.model, args.revision)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    config = Config(spec, engine_config(given))
+    config = Config(spec, engine_config(vars(args)))
     check_tp(spec, config.engine.tp)
-    return check(config, given, args.tokens)
+    return check(config, args.tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,11 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # ---------------- the check
-def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | None = None) -> int:
-    """Run all jobs and print the table; returns the exit code.
-
-    `given`: keywords for LLM.  `jobs`: a replacement for processes in tests.
-    """
+def check(config: Config, tokens: int, jobs: Jobs | None = None) -> int:
+    """Run all jobs and print the table; returns the exit code.  `jobs`: a replacement for processes in tests."""
     ids = prompts(config, tokens)
     tp = config.engine.tp
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
@@ -82,7 +77,7 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     columns = columns_of(config, ids, ours, theirs, spread)
     faults = print_table(columns) + perplexity(ids[0], ours, theirs, yard) + changed(theirs)
     with phase("the whole engine"):  # last: it may not start at all
-        answers = _answers(config.model, given, ids, tokens)
+        answers = _answers(config, ids, tokens)
     exact = [theirs[f"{i}.{yard.exact}.logits"] for i in range(len(ids))]
     faults += greedy(ids, ours, exact, answers, max(yard.greedy, columns[0].limits[0, -1]))
     for fault in faults:
@@ -173,14 +168,13 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
             raise UserError(text.splitlines()[-1] if code == FAILED else f"the {kind} ended with code {code}:\n{text}")
 
 
-def _answers(spec: ModelSpec, given: Mapping[str, Any], ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
+def _answers(config: Config, ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
     """Greedy tokens of the engine, first with a cold cache, then with a warm one."""
     from minisgl.llm import LLM
     from minisgl.sampling_params import SamplingParams
 
-    settings = {f.name: given[f.name] for f in fields(EngineConfig) if f.name in given}
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    with LLM(spec, **settings) as llm:
+    with LLM(config.model, **asdict(config.engine)) as llm:
         out = {}
         for cache in ("cold", "warm"):
             done = llm.generate(ids, params)
