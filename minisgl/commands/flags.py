@@ -57,7 +57,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
 
 
 def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, str] = ("", "")) -> Config:
-    """The whole Config of a server.  `styles`: the formats of tool calls and thoughts that the flags' "auto" stands for.
+    """The whole Config of a server.  `styles`: the formats of tool calls and thoughts that replace the flags' "auto".
 
     Raises UserError naming the flag.
     """

@@ -140,8 +140,8 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
 
     The kinds are float32 and the dtype that is checked: their distance is the cost of rounding.  Where a CPU computes with
     rounded weights the further kinds are "rounded", float32 with the same weights, and "half", where the inputs of every
-    product are also rounded to half precision: that costs about as much as the engine's two-byte activations and its cache
-    in half precision.  "changed.<bits>" f32[1] is the result of `round_weights`.
+    product are also rounded to half precision: that costs about the same as the engine's two-byte activations and its
+    cache in half precision.  "changed.<bits>" f32[1] is the result of `round_weights`.
     """
     with safe_open(os.path.join(folder, "probe.safetensors"), framework="pt") as probe:
         tokens = [probe.get_tensor(f"{i}.tokens").tolist() for i in range(len(prompts))]

@@ -20,12 +20,10 @@ TABLE = "model.embed_tokens.weight"  # its rows are looked up, not multiplied
 class GGUFWeights:
     """An open GGUF file; see `Weights`.  Names: gguf-py's constants.py (MODEL_TENSOR), biases like the weights."""
 
-    _FIXED: ClassVar = {
+    _NAMES: ClassVar = {  # of modules; those below "model.layers.N." are below "blk.N." in the file
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
         "lm_head": "output",
-    }
-    _IN_LAYER: ClassVar = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -93,12 +91,11 @@ class GGUFWeights:
     def _stored_name(self, name: str) -> str:
         """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
         module, _, kind = name.rpartition(".")
-        if module in self._FIXED:
-            return f"{self._FIXED[module]}.{kind}"
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        if layer is None or layer[2] not in self._IN_LAYER:
+        stored = self._NAMES.get(layer[2] if layer else module)
+        if stored is None:
             return name
-        return f"blk.{layer[1]}.{self._IN_LAYER[layer[2]]}.{kind}"
+        return f"blk.{layer[1]}.{stored}.{kind}" if layer else f"{stored}.{kind}"
 
 
 def halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
 
 
 def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> ModelSpec:
-    """`outer`: the whole config.json, of which the decoder's part may be an object of its own."""
+    """`outer`: the full config.json; the keys of the decoder may be an object inside it."""
     arch = HF_ARCHS[architecture]
     config = text_part(outer, arch)
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")

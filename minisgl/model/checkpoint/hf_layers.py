@@ -34,7 +34,7 @@ def text_part(config: Metadata, arch: Arch) -> Metadata:
 def positions(config: Metadata, arch: Arch, layers: int, head_dim: int) -> dict[str, Any]:
     """The fields of ModelSpec for the context and the rotary positions.
 
-    They stand in `rope_parameters` (transformers 5: all in one place, or by type of layer), or in `rope_theta` and
+    They are in `rope_parameters` (transformers 5: all in one place, or by type of layer), or in `rope_theta` and
     `rope_scaling`.
     """
     context = config.size("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""Opens the weights of a checkpoint, whatever its format; a rank reads the rows or columns that it owns.  Runs in the workers.
+"""Opens the weights of a checkpoint of any format; a rank reads the rows or columns that it owns.  Runs in the workers.
 
 A model takes each tensor by its Hugging Face name and the shape it expects.  Files are memory-mapped, so the ranks of one
 machine share the page cache.  Next to the tensors already taken, only a piece of one tensor is in private memory.

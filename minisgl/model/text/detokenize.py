@@ -1,7 +1,7 @@
 """Detokenizes incrementally: turns token ids into text, a token at a time.  Pure: no tokenizer library, no input or output.
 
 `ByteStream`   for tokenizers whose tokens are byte strings: every token is looked up once, and the bytes go through an
-               incremental UTF-8 decoder.  The concatenated pieces are the text of all tokens at once, whatever the split.
+               incremental UTF-8 decoder.  The concatenated pieces equal the text of all tokens at once, for any split.
 `WindowStream` for the others: decode a short window twice and take the difference.
 `StopMatcher`  finds stop strings in text that arrives in pieces and never lets a part of one out.
 """
