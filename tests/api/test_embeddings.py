@@ -24,7 +24,7 @@ from minisgl.actors.scheduler.step_machine import Output
 from minisgl.api.engine import TextPrompt, TokenPrompt
 from minisgl.errors import RequestError
 from minisgl.model.common.pooling import Pooling
-from minisgl.model.fake_runner import reference, state
+from minisgl.model.fake_runner import expected_tokens, state
 from minisgl.plan import POOL, SUM, StepPlan, StepResult
 from minisgl.sampling_params import Finish, RequestOptions, SamplingParams
 
@@ -227,7 +227,7 @@ def test_every_interleaving_of_the_actors_gives_the_oracles_vectors(seed: int) -
             uid = world.gateway.open(TokenPrompt(tuple(ids)), greedy, news.append, options)
             got[uid], want[uid] = news, (ids, pooling)
         else:
-            texts[world.submit(ids, 6)] = reference(ids, 6, VOCAB, (0,))
+            texts[world.submit(ids, 6)] = expected_tokens(ids, 6, VOCAB, (0,))
         for _ in range(rng.randrange(20)):
             world.system.step()
     victim = next(iter(got))

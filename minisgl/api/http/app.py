@@ -6,7 +6,7 @@ What there is, with every field, is at GET /docs of a running server, and for pr
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -14,8 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches
-from minisgl.api.endpoints import anthropic, responses
-from minisgl.api.endpoints import tokenize as tokens
+from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
@@ -33,8 +32,6 @@ from minisgl.errors import model_loading
 # refused, so nothing may inflate them first.
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
 BATCHES = web.AppKey("batches", Batches)  # only with a store
-
-Small = Callable[[Engine, Mapping[str, Any]], Awaitable[tuple[dict[str, Any], tuple[str, ...]]]]
 
 
 def build_app(engine: Engine, batch_socket: str | None = None, store: Store | None = None) -> web.Application:
@@ -96,11 +93,8 @@ class _Routes:
         for path in ENDPOINTS:
             router.add_post(path, self.generate)
         router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
-        router.add_post("/v1/messages/count_tokens", self.count_tokens)
         router.add_get("/v1/models", self.models)
         router.add_get("/v1/models/{name:.+}", self.model)
-        router.add_post("/tokenize", self.tokenize)
-        router.add_post("/detokenize", self.detokenize)
         router.add_get("/tokenizer_info", self.tokenizer_info)
         router.add_get("/health", self.health)
         router.add_get("/ready", self.ready)
@@ -110,11 +104,11 @@ class _Routes:
         router.add_get("/openapi.json", self.openapi)
         router.add_get("/docs", self.docs)
 
-    # ---------------- that generate
+    # ---------------- requests to the model
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        """Whatever its path is for."""
+        """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path]
-        parsed = endpoint.parse(self._engine, await self._body(request))
+        parsed = endpoint.parse(self._engine, await read_json(request, self._config.server.max_body_bytes))
         headers = ignored_header(self._config, parsed.ignored)
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(self._engine, parsed), headers)
@@ -123,20 +117,6 @@ class _Routes:
 
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])
-
-    # ---------------- about tokens
-    async def count_tokens(self, request: web.Request) -> web.Response:
-        return await self._small(request, anthropic.count_tokens)
-
-    async def tokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, tokens.tokenize)
-
-    async def detokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, tokens.detokenize)
-
-    async def _small(self, request: web.Request, work: Small) -> web.Response:
-        answer, unknown = await work(self._engine, await self._body(request))
-        return web.json_response(answer, headers=ignored_header(self._config, unknown))
 
     async def tokenizer_info(self, request: web.Request) -> web.Response:
         if not self._engine.tokenizer_info:
@@ -174,6 +154,3 @@ class _Routes:
 
     async def docs(self, request: web.Request) -> web.Response:
         return web.Response(text=openapi.page(self._config), content_type="text/html", charset="utf-8")
-
-    async def _body(self, request: web.Request) -> dict[str, Any]:
-        return await read_json(request, self._config.server.max_body_bytes)

@@ -16,15 +16,28 @@ from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.engine import Engine
 from minisgl.api.http.body import body_too_large, check_encoding, read_json
-from minisgl.api.requests.fields import Fields
-from minisgl.api.requests.openai import unknown_fields
+from minisgl.api.requests.fields import Field, Fields, json_object, of_type, required, string, without
+from minisgl.api.requests.openai import HARMLESS
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_FILE_BYTES = 200 << 20
 MAX_PAGE = 10_000
 _IDLE_SECONDS = 30.0  # between two pieces of an upload
-BATCH_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata"})
+BATCH = Fields(
+    required(string("input_file_id", "An uploaded file of requests, one a line.")),
+    required(string("endpoint", "The path that all requests of the file are for.")),
+    required(
+        Field(
+            "completion_window",
+            "24h; a batch never expires here.",
+            {"type": "string", "enum": ["24h"]},
+            of_type(str, "a string"),
+        )
+    ),
+    json_object("metadata", "Comes back with the batch."),
+    *without(HARMLESS, "metadata"),
+)
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 
 
@@ -130,20 +143,16 @@ class FileRoutes:
     async def create(self, request: web.Request) -> web.Response:
         store = self._store
         body = await read_json(request, self._engine.config.server.max_body_bytes)
-        fields = Fields(body)
-        given = {name: fields.get(name, str, "a string") for name in ("input_file_id", "endpoint", "completion_window")}
-        for name, value in given.items():
-            if value is None:
-                raise InvalidParam(name, f"{name} is required.", "missing_required_parameter")
-        if given["endpoint"] not in BATCHED:
+        values, unknown = BATCH.read(body)
+        if values["endpoint"] not in BATCHED:
             raise InvalidParam("endpoint", f"endpoint must be one of {', '.join(BATCHED)}.")
-        if given["completion_window"] != "24h":
+        if values["completion_window"] != "24h":
             raise InvalidParam("completion_window", "completion_window must be 24h (a batch never expires here).")
-        source = store.load("files", given["input_file_id"], "input_file_id")
+        source = store.load("files", values["input_file_id"], "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
-        headers = ignored_header(self._engine.config, unknown_fields(body, BATCH_FIELDS))
-        batch = new_batch(source["id"], given["endpoint"], "24h", fields.get("metadata", dict, "an object"))
+        headers = ignored_header(self._engine.config, unknown)
+        batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
         self._batches.create(batch)
         return web.json_response(batch, headers=headers)
 
