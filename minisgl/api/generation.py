@@ -167,7 +167,7 @@ class Timings:
     rest: float
     queued: float = 0.0
 
-    def told(self, tokens: int, cached: int) -> dict[str, Any]:
+    def render(self, tokens: int, cached: int) -> dict[str, Any]:
         """What clients are told: milliseconds, `tokens` a second behind the first, and how many of the prompt were `cached`."""
         return {
             "queue_ms": round(1000 * self.queued, 3),

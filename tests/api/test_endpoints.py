@@ -547,9 +547,9 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
         generation.close()
 
     asyncio.run(main())
-    told = Timings(0.25, 1.0, 0.125).told(tokens=6, cached=2)
+    told = Timings(0.25, 1.0, 0.125).render(tokens=6, cached=2)
     assert told == {"queue_ms": 125, "ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
-    assert Timings(0.25, 0.0).told(tokens=1, cached=0)["tok_s"] is None
+    assert Timings(0.25, 0.0).render(tokens=1, cached=0)["tok_s"] is None
 
 
 # ---------------- errors that every endpoint has

@@ -12,7 +12,6 @@ from typing import Any
 
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.openai_answers import told_timings
 from minisgl.api.endpoints.tokenize import ids_of
 from minisgl.api.engine import ChatPrompt, Engine
 from minisgl.api.generation import StreamedAnswer
@@ -188,10 +187,8 @@ async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[st
 # ---------------- answers
 async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
-    answer = Message(request.chat, request.stops, engine.config.model.eos_ids)
-    [answer.result], timings = await generate.generate(engine, request.chat)
-    answer.take(answer.result.text, end=True)
-    return {**answer.body(), "timings": told_timings([answer.result], timings)}
+    [result], timings = await generate.generate(engine, request.chat)
+    return Message(request.chat, request.stops, engine.config.model.eos_ids).complete(result, timings)
 
 
 async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:

@@ -176,11 +176,8 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
 # ---------------- answers
 async def respond(engine: Engine, request: ResponsesRequest) -> dict[str, Any]:
     """The answer without a stream.  Raises RequestError."""
-    answer = Response(request.chat, request.echoed)
-    [answer.result], timings = await generate.generate(engine, request.chat)
-    answer.take(answer.result.text, answer.result.logprobs or (), end=True)
-    answer.end(timings)
-    return answer.body(answer.status)
+    [result], timings = await generate.generate(engine, request.chat)
+    return Response(request.chat, request.echoed).complete(result, timings)
 
 
 async def stream(engine: Engine, request: ResponsesRequest) -> StreamedAnswer:

@@ -19,6 +19,7 @@ from typing import Any
 from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import WHOLE, Form
+from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests import structured_output
 from minisgl.api.requests.chat_prompt import chat_prompt
 from minisgl.api.requests.fields import Fields, parse_json, wrong_type
@@ -187,7 +188,7 @@ def parse_chat(
         bound = Constraint(grammar.either(bound.grammar, offered.grammar), bound.field)
     text = _behind_thought(bound.grammar, reasoning_style)
     params = sampling(fields, None, defaults, logprobs=chat_logprobs(fields), grammar=text)
-    if offered.style in ("llama3", "mistral"):  # whose calls begin with a special token
+    if offered.style and FORMATS[offered.style].special:  # without it the reader would not see where a call begins
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,
