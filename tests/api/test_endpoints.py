@@ -29,7 +29,7 @@ from test_server import (
     play,
 )
 
-from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.generation import Generation, Timings
 from minisgl.api.http import openapi
 from minisgl.api.http.app import build_app
@@ -485,10 +485,10 @@ def test_any_model_name_will_do_where_the_operator_says_so() -> None:
 class VectorEngine(FakeEngine):
     """Answers with (2, 3, 6) times the number of the request."""
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         uid = len(self.opened)
         self.opened.append((prompt, params))
-        self.live[uid] = deliver
+        self.live[uid] = on_chunk
         self.options = options
         vector = np.array([2, 3, 6], np.float32) * (uid + 1)
 

@@ -76,7 +76,7 @@ class ItemAnswer(ABC):
     def start(self) -> bytes:
         return b""
 
-    def news(self, index: int, chunk: Chunk) -> bytes:
+    def add(self, index: int, chunk: Chunk) -> bytes:
         self.result.add(chunk)
         return self.render(self.take(chunk.text, chunk.logprobs, end=bool(chunk.finish)))
 

@@ -71,14 +71,14 @@ class Message(ItemAnswer):
         return {"stop_reason": reason if finish else None, "stop_sequence": sequence if finish else None}
 
     # ---------------- the events
-    def news(self, index: int, chunk: Chunk) -> bytes:
+    def add(self, index: int, chunk: Chunk) -> bytes:
         """The first event counts the tokens of the prompt, so it has to wait for the first chunk."""
         head = b""
         if not self._started:
             self._started = True
             self.result.prompt_tokens, self.result.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
             head = self.render([("message_start", {"message": self.body()})])
-        return head + super().news(index, chunk)
+        return head + super().add(index, chunk)
 
     def opened(self, item: Item) -> list[Event]:
         return [("content_block_start", {"index": item.index, "content_block": _block(item, "")})]

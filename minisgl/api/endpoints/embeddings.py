@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minisgl.api.engine import Engine, Prompt
-from minisgl.api.generation import whole
+from minisgl.api.generation import complete
 from minisgl.api.requests.fields import Fields
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import HARMLESS, refuse_unsupported, served_model, text_prompts, unknown_fields
@@ -77,7 +77,7 @@ def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingReques
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
     """The answer.  Raises RequestError; cancelling the caller cancels what is not computed yet."""
-    chunks, _ = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
+    chunks, _ = await complete(engine, request.prompts, _ONE_TOKEN, request.options)
     tokens = sum(chunk.prompt_tokens for chunk in chunks)
     data = [{"object": "embedding", "index": i, "embedding": _told(request, c.vector)} for i, c in enumerate(chunks)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -158,7 +158,7 @@ class AnswerEvents:
             return b""
         return b"".join(head + b',"delta":{"role":"assistant","content":""' + self._go_on for head in self._heads)
 
-    def news(self, index: int, chunk: Chunk) -> bytes:
+    def add(self, index: int, chunk: Chunk) -> bytes:
         """The events of a chunk of choice `index`, none if all of its text is held back."""
         result, head = self._results[index], self._heads[index]
         result.add(chunk)

@@ -200,7 +200,7 @@ class _Events:
     def start(self) -> bytes:
         return b""
 
-    def news(self, index: int, chunk: Chunk) -> bytes:
+    def add(self, index: int, chunk: Chunk) -> bytes:
         self._answers[index].add(chunk)
         return sse(self._answers[index].body(chunk if self._incremental else None))
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, TakeIds, TakeText, TextPrompt
+from minisgl.api.engine import ChatPrompt, Engine, OnIds, OnText, TextPrompt
 from minisgl.api.requests.chat_prompt import chat_prompt
 from minisgl.api.requests.fields import Fields, wrong_type
 from minisgl.api.requests.generate import served_names
@@ -35,8 +35,8 @@ async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None
 async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
 
-    def start(take: TakeIds) -> int:
-        return engine.tokenize(prompt, take)
+    def start(on_ids: OnIds) -> int:
+        return engine.tokenize(prompt, on_ids)
 
     return await ask(engine, start)
 
@@ -75,7 +75,7 @@ async def detokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str,
         raise InvalidParam("tokens", "tokens is required.", "missing_required_parameter")
     ids, skip = token_ids("tokens", given), fields.boolean("skip_special_tokens")
 
-    def start(take: TakeText) -> int:
-        return engine.detokenize(ids, skip, take)
+    def start(on_text: OnText) -> int:
+        return engine.detokenize(ids, skip, on_text)
 
     return {"prompt": await ask(engine, start)}, unknown_fields(body, DETOKENIZE_FIELDS)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Engine, Prompt, TakeIds, TakeText, TextPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -72,12 +72,12 @@ class Metered:
     def open_requests(self) -> int:
         return self._engine.open_requests
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         metrics, began, last, uid = self.metrics, time.monotonic(), 0.0, -1
 
         def count(item: Chunk | RequestError) -> None:
             nonlocal last
-            deliver(item)
+            on_chunk(item)
             now = time.monotonic()
             if isinstance(item, RequestError):
                 metrics.finished["timeout" if item.code == "timeout" else "error"] += 1
@@ -101,11 +101,11 @@ class Metered:
         self._open.add(uid)
         return uid
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
-        return self._engine.tokenize(prompt, take)
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
+        return self._engine.tokenize(prompt, on_ids)
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, take: TakeText) -> int:
-        return self._engine.detokenize(ids, skip_special, take)
+    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
+        return self._engine.detokenize(ids, skip_special, on_text)
 
     def close(self, uid: int) -> None:
         if uid in self._open:

@@ -13,7 +13,7 @@ from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, Result, StreamedAnswer, Timings, whole
+from minisgl.api.generation import Events, Generation, Result, StreamedAnswer, Timings, complete
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
@@ -45,7 +45,7 @@ async def generate_chunks(engine: Engine, request: GenerationRequest) -> tuple[l
     """The same, as the engine tells it: one chunk for each choice."""
     _check_size(engine, request)
     await _check_grammar(request)
-    return await whole(engine, *_choices(request), request.options)
+    return await complete(engine, *_choices(request), request.options)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
