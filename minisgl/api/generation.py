@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
-from minisgl.api.engine import Chunk, Engine, Prompt, TokenLogprob
-from minisgl.api.parsers.reply import Reply
+from minisgl.api.engine import Chunk, Engine, Prompt
 from minisgl.errors import RequestError, internal_error
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
@@ -52,14 +51,8 @@ class Timings:
 
 @dataclass(slots=True)
 class Result:
-    """One answer to one prompt, accumulated from its chunks.
+    """The counts of one answer to one prompt, accumulated from its chunks."""
 
-    `logprobs`: None if the request has none.  `reply`: the items of the answer, None if it is text alone.
-    """
-
-    text: str = ""
-    reply: Reply | None = None
-    logprobs: list[TokenLogprob] | None = None
     finish: Finish = Finish.NONE
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -68,7 +61,6 @@ class Result:
     last: int = -1  # the latest token
 
     def add(self, chunk: Chunk) -> None:
-        """Count a chunk.  Its text and log probabilities are left to the caller: a stream need not keep them."""
         self.completion_tokens += len(chunk.token_ids)
         self.prompt_tokens = chunk.prompt_tokens
         self.cached_tokens = chunk.cached_tokens

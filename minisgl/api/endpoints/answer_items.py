@@ -24,19 +24,19 @@ Event = tuple[str, Fields]  # the type of an event, and its other fields
 
 
 class ItemAnswer(ABC):
-    """The answer to a chat with one choice: its body, and its events (see generation.Events).
+    """The answer to a chat with one choice; implements table.Answer.
 
     `result`: the counts of its tokens so far.  `timings`: the `timings` object, once the answer has ended.
     """
 
     prefix = ""  # of its id
 
-    def __init__(self, chat: ChatRequest) -> None:
-        self.chat = chat
+    def __init__(self, request: ChatRequest) -> None:
+        self.request = request
         self.id = f"{self.prefix}_{uuid.uuid4().hex}"
         self.result = Result()
         self.timings: Fields | None = None
-        self.reply = Reply(chat.form)
+        self.reply = Reply(request.form)
         self._open: Item | None = None
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back
 
@@ -65,11 +65,11 @@ class ItemAnswer(ABC):
     def failed(self, error: RequestError) -> bytes: ...
 
     # ---------------- the answer in one piece
-    def complete(self, result: Result, timings: Timings) -> Fields:
-        """The body of an answer whose text is in `result`."""
-        self.result = result
-        self.take(result.text, result.logprobs or (), end=True)
-        self.timings = render_timings([result], timings)
+    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Fields:
+        [chunk] = chunks
+        self.result.add(chunk)
+        self._grow(chunk)
+        self.timings = render_timings([self.result], timings)
         return self.body()
 
     # ---------------- the stream
@@ -78,20 +78,19 @@ class ItemAnswer(ABC):
 
     def add(self, index: int, chunk: Chunk) -> bytes:
         self.result.add(chunk)
-        return self.render(self.take(chunk.text, chunk.logprobs, end=bool(chunk.finish)))
+        return self.render(self._grow(chunk))
 
-    def take(self, text: str, logprobs: Sequence[TokenLogprob], *, end: bool) -> list[Event]:
-        """The events of more text and of the log probabilities of its tokens.  `end`: no more text follows."""
-        out: list[Event] = []
-        self._logprobs.extend(logprobs)
-        for item, piece in self.reply.feed(text, end=end):
+    def _grow(self, chunk: Chunk) -> list[Event]:
+        end, out = bool(chunk.finish), list[Event]()
+        self._logprobs.extend(chunk.logprobs)
+        for item, text in self.reply.feed(chunk.text, end=end):
             self._enter(item, out)
-            if piece:
-                out.append(self._grow(item, piece))
+            if text:
+                self._add_text(item, text, out)
         if end and not self.reply.items:
             self._enter(self.reply.item("text"), out)
         if end and self._logprobs and self.reply.items[-1].kind == "text":  # of tokens without a text
-            out.append(self._grow(self.reply.items[-1], ""))
+            self._add_text(self.reply.items[-1], "", out)
         return out
 
     def _enter(self, item: Item, out: list[Event]) -> None:
@@ -101,9 +100,9 @@ class ItemAnswer(ABC):
             out += self.opened(item)
             self._open = item
 
-    def _grow(self, item: Item, text: str) -> Event:
+    def _add_text(self, item: Item, text: str, out: list[Event]) -> None:
         logprobs, self._logprobs = self._logprobs, []
-        return self.grown(item, text, logprobs if item.kind == "text" else ())
+        out.append(self.grown(item, text, logprobs if item.kind == "text" else ()))
 
     def end(self, timings: Timings) -> bytes:
         self.timings = render_timings([self.result], timings)

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
 from minisgl.api.endpoints.tokenize import ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.generation import StreamedAnswer
 from minisgl.api.requests import generate
 from minisgl.api.requests.fields import Fields, wrong_type
 from minisgl.api.requests.openai import CHAT_USED, ChatRequest, refuse_unsupported, unknown_fields
@@ -182,15 +180,3 @@ async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[st
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
     return {"input_tokens": len(await ids_of(engine, prompt))}, ignored
-
-
-# ---------------- answers
-async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
-    """The answer without a stream.  Raises RequestError."""
-    [result], timings = await generate.generate(engine, request.chat)
-    return Message(request.chat, request.stops, engine.config.model.eos_ids).complete(result, timings)
-
-
-async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:
-    """The streamed answer.  Raises RequestError."""
-    return await generate.begin(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
+from minisgl.api.endpoints.anthropic import MessageRequest
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.parsers.reply import Item
-from minisgl.api.requests.openai import ChatRequest
+from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
 
@@ -26,13 +27,13 @@ _DELTAS = {
 
 
 class Message(ItemAnswer):
-    """A message.  `stops`: the stop sequences of the request.  `eos_ids`: tokens that end an answer."""
+    """A message."""
 
     prefix = "msg"
 
-    def __init__(self, chat: ChatRequest, stops: Sequence[str], eos_ids: Sequence[int]) -> None:
-        super().__init__(chat)
-        self._stops, self._end_ids = stops, {*eos_ids, *chat.params.stop_token_ids}
+    def __init__(self, config: Config, request: MessageRequest) -> None:
+        super().__init__(request.chat)
+        self._stops, self._end_ids = request.stops, {*config.model.eos_ids, *request.chat.params.stop_token_ids}
         self._started = False
 
     # ---------------- the body
@@ -42,7 +43,7 @@ class Message(ItemAnswer):
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.chat.model,
+            "model": self.request.model,
             "content": [_block(item, item.text) for item in self.reply.items],
             **self._reason(),
             "usage": self._usage(),

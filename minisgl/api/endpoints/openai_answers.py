@@ -6,8 +6,9 @@ Pure; runs in the api process.
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -15,29 +16,12 @@ from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Growth, Reply, delta
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
+from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.version import __version__
 
 FINGERPRINT = f"minisgl-{__version__}"
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The fields that every part of one answer repeats.  `created`: seconds since 1970.  `model`: the served name."""
-
-    id: str
-    created: int
-    model: str
-
-    def fields(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-        }
 
 
 def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
@@ -58,14 +42,6 @@ def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
 def render_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dict[str, Any]:
     """The `timings` object of a request."""
     return timings.render(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
-
-
-def _counts(results: Sequence[Result], n: int, timings: Timings, *, chat: bool) -> dict[str, Any]:
-    """The counts at the end of an answer; in a chat also those of the thoughts."""
-    counts = usage(results, n)
-    if chat:
-        counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
-    return {"usage": counts, "timings": render_timings(results, timings, n)}
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -104,54 +80,68 @@ def _text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-def chat_body(head: Head, results: Sequence[Result], timings: Timings) -> dict[str, Any]:
-    """The answer to a chat request that does not stream; all choices answer the same conversation."""
-    choices = [
-        {
-            "index": i,
-            "message": r.reply.message() if r.reply else {"role": "assistant", "content": r.text, "refusal": None},
-            "logprobs": None if r.logprobs is None else chat_logprobs(r.logprobs),
-            "finish_reason": r.reply.reason(r.finish) if r.reply else r.finish.reason,
-        }
-        for i, r in enumerate(results)
-    ]
-    return {**head.fields("chat.completion"), "choices": choices, **_counts(results, len(results), timings, chat=True)}
+class OpenAIAnswer:
+    """The answer to a chat or a completion.
 
-
-def completion_body(head: Head, results: Sequence[Result], n: int, requested: int, timings: Timings) -> dict[str, Any]:
-    """The answer to a completion request that does not stream; choice i continues prompt i // n."""
-    choices = [
-        {
-            "index": i,
-            "text": r.text,
-            "logprobs": None if r.logprobs is None else completion_logprobs(r.logprobs, requested),
-            "finish_reason": r.finish.reason,
-        }
-        for i, r in enumerate(results)
-    ]
-    return {**head.fields("text_completion"), "choices": choices, **_counts(results, n, timings, chat=False)}
-
-
-class AnswerEvents:
-    """The Events of a chat or a completion.  What they have in common is rendered once: text costs one string escape.
+    The common part of its events is rendered once, so that the event of a text costs one string escape.
 
     Payloads are ASCII: no text of a model or a user can end a line, not even U+2028.  With `stream_options.include_usage` every
     event but the last has `"usage": null`, and the last has `"choices": []`; without it every event has a choice.
     """
 
-    def __init__(self, head: Head, request: GenerationRequest) -> None:
+    def __init__(self, config: Config, request: GenerationRequest) -> None:
         choices = len(request.prompts) * request.n
-        self._request = request
+        self.request = request
         self._chat = isinstance(request, ChatRequest)
+        self._fields = {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self._chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+            "system_fingerprint": FINGERPRINT,
+        }
         self._results = [Result() for _ in range(choices)]
         self._replies = [Reply(request.form) for _ in range(choices)] if request.form else []
-        common = _dump(head.fields("chat.completion.chunk" if self._chat else "text_completion"))[:-1]
-        self._common = b"data: " + common + b',"choices":['
+        chunk = {"object": "chat.completion.chunk"} if self._chat else {}
+        self._common = b"data: " + _dump(self._fields | chunk)[:-1] + b',"choices":['
         self._heads = [b'%s{"index":%d' % (self._common, i) for i in range(choices)]
         self._text = b',"delta":{"content":' if self._chat else b',"text":'
         self._logprobs = (b"}" if self._chat else b"") + b',"logprobs":'
         self._set_end(b'}],"usage":null}\n\n' if request.usage.last else b"}]}\n\n")
 
+    # ---------------- the answer in one piece
+    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> dict[str, Any]:
+        for result, chunk in zip(self._results, chunks, strict=True):
+            result.add(chunk)
+        choices = [self._choice(i, chunk) for i, chunk in enumerate(chunks)]
+        return {**self._fields, "choices": choices, **self._counts(timings)}
+
+    def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        reason, logprobs = chunk.finish.reason, None
+        if self.request.params.logprobs is not None:
+            logprobs = self._render_logprobs(chunk.logprobs)
+        body: dict[str, Any] = {"text": chunk.text}
+        if self._replies:
+            reply = self._replies[index]
+            reply.feed(chunk.text, end=True)
+            body, reason = {"message": reply.message()}, reply.reason(chunk.finish)
+        elif self._chat:
+            body = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason}
+
+    def _counts(self, timings: Timings) -> dict[str, Any]:
+        """The counts at the end of an answer; in a chat also those of the thoughts."""
+        results, n = self._results, self.request.n
+        counts = usage(results, n)
+        if self._chat:
+            counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
+        return {"usage": counts, "timings": render_timings(results, timings, n)}
+
+    def _render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        requested = self.request.params.logprobs or 0
+        return chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, requested)
+
+    # ---------------- the stream
     def start(self) -> bytes:
         """The events before the first text: in a chat, one for each choice that announces the role."""
         if not self._chat:
@@ -162,7 +152,7 @@ class AnswerEvents:
         """The events of a chunk of choice `index`, none if all of its text is held back."""
         result, head = self._results[index], self._heads[index]
         result.add(chunk)
-        if self._request.usage.so_far:
+        if self.request.usage.so_far:
             self._set_end(b'}],"usage":%s}\n\n' % _dump(usage([result])))
         reason = chunk.finish.reason
         if self._replies:
@@ -177,10 +167,9 @@ class AnswerEvents:
         return out + head + b',"delta":{' + self._end_event((), reason) if self._chat and chunk.finish else out
 
     def end(self, timings: Timings) -> bytes:
-        if not self._request.usage.last:
+        if not self.request.usage.last:
             return DONE
-        counts = _counts(self._results, self._request.n, timings, chat=self._chat)
-        return self._common + b"]," + _dump(counts)[1:] + b"\n\n" + DONE
+        return self._common + b"]," + _dump(self._counts(timings))[1:] + b"\n\n" + DONE
 
     def failed(self, error: RequestError) -> bytes:
         return error_event(error) + DONE
@@ -205,10 +194,7 @@ class AnswerEvents:
         """The end of an event, from its log probabilities on."""
         if not logprobs and reason is None:
             return self._go_on
-        rendered: dict[str, Any] | None = None
-        if logprobs:
-            requested = self._request.params.logprobs or 0
-            rendered = chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, requested)
+        rendered = self._render_logprobs(logprobs) if logprobs else None
         return b"".join((self._logprobs, _dump(rendered), b',"finish_reason":', _dump(reason), self._end))
 
 

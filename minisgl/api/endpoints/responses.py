@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.engine import Engine
-from minisgl.api.generation import StreamedAnswer
 from minisgl.api.requests import generate
 from minisgl.api.requests.fields import Fields, wrong_type
 from minisgl.api.requests.openai import CHAT_USED, HARMLESS, ChatRequest, refuse_unsupported, unknown_fields
@@ -171,18 +169,6 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
     if kind == "reasoning":  # what a model thought earlier is no part of the conversation
         return []
     raise InvalidParam(f"{at}.type", "items may be messages, function calls and their outputs.", "unsupported_value")
-
-
-# ---------------- answers
-async def respond(engine: Engine, request: ResponsesRequest) -> dict[str, Any]:
-    """The answer without a stream.  Raises RequestError."""
-    [result], timings = await generate.generate(engine, request.chat)
-    return Response(request.chat, request.echoed).complete(result, timings)
-
-
-async def stream(engine: Engine, request: ResponsesRequest) -> StreamedAnswer:
-    """The streamed answer.  Raises RequestError."""
-    return await generate.begin(engine, request.chat, Response(request.chat, request.echoed))
 
 
 def not_stored(response_id: str) -> RequestError:

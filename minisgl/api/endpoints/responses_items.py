@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.endpoints.openai_answers import chat_logprobs
+from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.engine import TokenLogprob
 from minisgl.api.parsers.reply import Item
-from minisgl.api.requests.openai import ChatRequest
+from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
 
@@ -26,13 +26,13 @@ _KINDS = {  # prefix of the id, type of the item, stem of its events
 
 
 class Response(ItemAnswer):
-    """A response.  `echoed`: fields of the request that every body repeats."""
+    """A response."""
 
     prefix = "resp"
 
-    def __init__(self, chat: ChatRequest, echoed: Mapping[str, Any]) -> None:
-        super().__init__(chat)
-        self._echoed = echoed
+    def __init__(self, config: Config, request: ResponsesRequest) -> None:
+        super().__init__(request.chat)
+        self._echoed = request.echoed
         self._created = int(time.time())
         self._number = 0  # of the next event
         self._logprobs_of: defaultdict[int, list[TokenLogprob]] = defaultdict(list)  # by the index of the item
@@ -57,12 +57,12 @@ class Response(ItemAnswer):
             "background": False,
             "error": None if error is None else {"code": "server_error", "message": error.message},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "model": self.chat.model,
+            "model": self.request.model,
             "output": [self._item(item, done=True) for item in self.reply.items] if ended else [],
             "previous_response_id": None,
             "service_tier": "default",
             "store": False,
-            "top_logprobs": self.chat.params.logprobs or 0,
+            "top_logprobs": self.request.params.logprobs or 0,
             "truncation": "disabled",
             "usage": self._usage() if ended else None,
             "timings": self.timings,
