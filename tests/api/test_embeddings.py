@@ -112,7 +112,7 @@ def wrong_vectors(model: Model, loop: PoolLoop) -> str:
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_vectors_are_those_of_transformers_in_chunks_from_the_cache_and_through_retractions(model: Model, seed: int) -> None:
-    loop = run_vectors(model, seed, lag=1 + seed % 3)
+    loop = run_vectors(model, seed, max_steps_in_flight=1 + seed % 3)
     assert wrong_vectors(model, loop) == ""
     left = {uid for uid, (_, _, vector) in loop.vectors.items() if vector is None}
     assert loop.ends == {**dict.fromkeys(loop.asked, Finish.LENGTH), **dict.fromkeys(left, Finish.ABORT)}

@@ -29,7 +29,7 @@ from test_server import (
     play,
 )
 
-from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.generation import Generation, Timings
 from minisgl.api.http import openapi
 from minisgl.api.http.app import build_app
@@ -486,10 +486,10 @@ def test_any_model_name_will_do_where_the_operator_says_so() -> None:
 class VectorEngine(FakeEngine):
     """Answers with (2, 3, 6) times the number of the request."""
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         uid = len(self.opened)
         self.opened.append((prompt, params))
-        self.live[uid] = deliver
+        self.live[uid] = on_chunk
         self.options = options
         vector = np.array([2, 3, 6], np.float32) * (uid + 1)
 
@@ -548,9 +548,9 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
         generation.close()
 
     asyncio.run(main())
-    told = Timings(0.25, 1.0, 0.125).told(tokens=6, cached=2)
+    told = Timings(0.25, 1.0, 0.125).render(tokens=6, cached=2)
     assert told == {"queue_ms": 125, "ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
-    assert Timings(0.25, 0.0).told(tokens=1, cached=0)["tok_s"] is None
+    assert Timings(0.25, 0.0).render(tokens=1, cached=0)["tok_s"] is None
 
 
 # ---------------- errors that every endpoint has

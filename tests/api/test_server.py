@@ -20,8 +20,8 @@ from test_openai_validation import FIELDS, JSON
 from minisgl import __version__
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.engine import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
-from minisgl.api.generation import Generation, whole
+from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
+from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
 from minisgl.api.requests import generate
@@ -56,7 +56,7 @@ class FakeEngine:
         self.finish = Finish.STOP
         self.opened: list[tuple[Prompt, SamplingParams]] = []
         self.closed: list[int] = []
-        self.live: dict[int, Deliver] = {}
+        self.live: dict[int, OnChunk] = {}
         self.stats = {"running_requests": 0}
         self.tokenizer_info: dict[str, Any] = {}
         self.flushed = False
@@ -70,12 +70,12 @@ class FakeEngine:
     def open_requests(self) -> int:
         return len(self.live)
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         if self.refuse is not None and len(self.opened) >= self.admit:
             raise self.refuse
         uid = len(self.opened)
         self.opened.append((prompt, params))
-        self.live[uid] = deliver
+        self.live[uid] = on_chunk
         self._changed()
         asyncio.get_running_loop().call_soon(self._piece, uid, 0)
         return uid
@@ -901,7 +901,7 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
         engine = FakeEngine()
         engine.stall = True  # nothing is said before go_on
         prompts = [TextPrompt(name) for name in "abc"]
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams(logprobs=0)))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams(logprobs=0)))
         await asyncio.sleep(0)
         engine.live[2](Chunk("one ", (1,), Finish.NONE, 3, 2))
         for uid, text in ((2, "two"), (0, "zero"), (1, "")):
@@ -913,13 +913,13 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
             ("", (1,), 1),
             ("one two", (1, 2), 2),
         ]
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams()))
         await asyncio.sleep(0)
         engine.live.pop(3)(Chunk("a", (1,), Finish.STOP, 3, 0))
         engine.live.pop(4)(DIED)
         with pytest.raises(RequestError, match="engine failed"):
             await asking
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams()))
         await asyncio.sleep(0)
         asking.cancel()
         await asyncio.wait([asking])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from minisgl.api.parsers.tool_calls import READERS, Argued, Called, Piece, Said, joined
+from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said, joined
 
 NAMES = ("get_weather", "add")
 
 
 def read(style: str, pieces: list[str], **kw: Any) -> list[Piece]:
-    reader = READERS[style](NAMES, **kw)
+    reader = CallReader(FORMATS[style], NAMES, **kw)
     out = [p for piece in pieces for p in reader.feed(piece)]
     return out + reader.end()
 
@@ -62,7 +62,7 @@ def test_text_and_calls_are_told_apart(style: str, text: str, said: str, calls: 
 @pytest.mark.parametrize("seed", range(60))
 def test_pieces_of_any_split_join_to_what_the_whole_gives(seed: int) -> None:
     rng = random.Random(seed)
-    style = rng.choice(list(READERS))
+    style = rng.choice(list(FORMATS))
     mine = [text for s, text, *_ in CASES if s == style]
     parts = [*mine, "\n", " ", "text", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "{", "}", '"', "[", ";", ",", "]", "\\"]
     for _ in range(30):
@@ -77,7 +77,7 @@ def test_pieces_of_any_split_join_to_what_the_whole_gives(seed: int) -> None:
 
 
 def test_arguments_are_told_while_they_grow() -> None:
-    reader = READERS["hermes"](NAMES)
+    reader = CallReader(FORMATS["hermes"], NAMES)
     seen = [p for c in H1[:50] for p in reader.feed(c)]
     assert seen[0] == Called(0, "add")
     assert [p.text for p in seen[1:] if isinstance(p, Argued)] == list(ADD1[1][: len(seen) - 1])

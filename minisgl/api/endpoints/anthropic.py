@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.openai_answers import told_timings
 from minisgl.api.endpoints.tokenize import ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.generation import StreamedAnswer
 from minisgl.api.requests import generate
 from minisgl.api.requests.chat_prompt import PARTS, conversation
 from minisgl.api.requests.fields import (
@@ -227,17 +224,3 @@ def parse_count(engine: Engine, body: Mapping[str, Any]) -> CountRequest:
 async def count_tokens(engine: Engine, request: CountRequest) -> dict[str, Any]:
     """The length of the prompt in tokens.  Raises RequestError."""
     return {"input_tokens": len(await ids_of(engine, request.prompt))}
-
-
-# ---------------- answers
-async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
-    """The answer without a stream.  Raises RequestError."""
-    answer = Message(request.chat, request.stops, engine.config.model.eos_ids)
-    [answer.result], timings = await generate.generate(engine, request.chat)
-    answer.take(answer.result.text, end=True)
-    return {**answer.body(), "timings": told_timings([answer.result], timings)}
-
-
-async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:
-    """The streamed answer.  Raises RequestError."""
-    return await generate.begin(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))

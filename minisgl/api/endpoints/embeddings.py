@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minisgl.api.engine import Engine, Prompt
-from minisgl.api.generation import whole
+from minisgl.api.generation import complete
 from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, refused, required, string
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
@@ -72,7 +72,7 @@ def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingReques
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
     """The answer.  Raises RequestError.  Cancelling the caller cancels the prompts that are not computed yet."""
-    chunks, _ = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
+    chunks, _ = await complete(engine, request.prompts, _ONE_TOKEN, request.options)
     tokens = sum(chunk.prompt_tokens for chunk in chunks)
     data = [{"object": "embedding", "index": i, "embedding": _render(request, c.vector)} for i, c in enumerate(chunks)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.engine import Engine
-from minisgl.api.generation import StreamedAnswer
 from minisgl.api.requests import generate
 from minisgl.api.requests.chat_prompt import PARTS
 from minisgl.api.requests.fields import (
@@ -195,21 +193,6 @@ def _tool_choice(given: Any) -> Any:
     if given.get("type") != "function":
         raise InvalidParam("tool_choice", "tool_choice must be none, auto, required or a function.", "unsupported_value")
     return {"type": "function", "function": {"name": given.get("name")}}
-
-
-# ---------------- answers
-async def respond(engine: Engine, request: ResponsesRequest) -> dict[str, Any]:
-    """The answer without a stream.  Raises RequestError."""
-    answer = Response(request.chat, request.echoed)
-    [answer.result], timings = await generate.generate(engine, request.chat)
-    answer.take(answer.result.text, answer.result.logprobs or (), end=True)
-    answer.end(timings)
-    return answer.body(answer.status)
-
-
-async def stream(engine: Engine, request: ResponsesRequest) -> StreamedAnswer:
-    """The streamed answer.  Raises RequestError."""
-    return await generate.begin(engine, request.chat, Response(request.chat, request.echoed))
 
 
 def not_stored(response_id: str) -> RequestError:

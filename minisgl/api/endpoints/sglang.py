@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from minisgl.api.endpoints.openai_answers import DONE, error_event
-from minisgl.api.engine import Chunk, Engine, TokenLogprob
-from minisgl.api.generation import StreamedAnswer, Timings
-from minisgl.api.requests import generate as serving
+from minisgl.api.engine import Engine
 from minisgl.api.requests.fields import Field, Fields, boolean, integer, json_object, only, string, wrong_type
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import (
@@ -26,8 +22,7 @@ from minisgl.api.requests.openai import (
 )
 from minisgl.api.requests.sampling import OPTIONS, SAMPLING, length, options, sampling
 from minisgl.api.requests.structured_output import NATIVE, constraint
-from minisgl.api.sse import sse
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_LOGPROBS
 
 GENERATE_TOKENS = 128  # max_new_tokens where a request does not say
@@ -122,94 +117,3 @@ def _logprobs(values: Mapping[str, Any]) -> tuple[int | None, bool]:
     if scored and values.get("stream", False):
         raise InvalidParam("logprob_start_len", "the prompt is not scored in a stream; leave one of the two out.")
     return values.get("top_logprobs_num", 0), scored
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What has been said to one prompt."""
-
-    request: NativeRequest
-    index: int
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    last: Chunk | None = None
-    began: float = field(default_factory=time.monotonic)
-
-    def add(self, chunk: Chunk) -> None:
-        self.text += chunk.text
-        self.ids.extend(chunk.token_ids)
-        self.logprobs.extend(chunk.logprobs)
-        self.last = chunk
-
-    def body(self, chunk: Chunk | None = None) -> dict[str, Any]:
-        """All of it; with `chunk` only that, for incremental streams."""
-        last = self.last
-        assert last is not None
-        meta: dict[str, Any] = {
-            "id": self.request.rid,
-            "finish_reason": self._reason(),
-            "prompt_tokens": last.prompt_tokens,
-            "completion_tokens": len(self.ids),
-            "cached_tokens": last.cached_tokens,
-            "e2e_latency": round(time.monotonic() - self.began, 6),
-        }
-        text, ids, told = (
-            (self.text, self.ids, self.logprobs) if chunk is None else (chunk.text, chunk.token_ids, chunk.logprobs)
-        )
-        if self.request.top is not None:
-            text = self._add_logprobs(meta, text, list(told), last.prompt_tokens if self.request.scored else 0)
-        out = {"text": text, "output_ids": list(ids), "meta_info": meta}
-        return {"index": self.index, **out} if self.request.several and self.request.stream else out
-
-    def _reason(self) -> dict[str, Any] | None:
-        last = self.last
-        if last is None or not last.finish:
-            return None
-        return {"type": "length", "length": len(self.ids)} if last.finish.reason == "length" else {"type": "stop"}
-
-    def _add_logprobs(self, meta: dict[str, Any], text: str, told: list[TokenLogprob], n_prompt: int) -> str:
-        """SGLang's triples (log probability, id, text); returns the text without that of a scored prompt."""
-        prompt, output = told[:n_prompt], told[n_prompt:]
-        parts = [("output", output)] + ([("input", prompt)] if self.request.scored else [])
-        for name, tokens in parts:
-            meta[f"{name}_token_logprobs"] = [(t.logprob, t.token_id, t.text.decode("utf-8", "replace")) for t in tokens]
-            tops = [[(lp, i, b.decode("utf-8", "replace")) for i, b, lp in t.top] if t.top else None for t in tokens]
-            meta[f"{name}_top_logprobs"] = tops if self.request.top else []
-        return text[output[0].offset :] if self.request.scored and output else text
-
-
-async def generate(engine: Engine, request: NativeRequest) -> Any:
-    """POST /generate without a stream: an object, or an array of them where several prompts were given."""
-    answers = [_Answer(request, i) for i in range(len(request.prompts))]
-    chunks, _ = await serving.generate_chunks(engine, request)
-    for answer, chunk in zip(answers, chunks, strict=True):
-        answer.add(chunk)
-    bodies = [a.body() for a in answers]
-    return bodies if request.several else bodies[0]
-
-
-async def stream(engine: Engine, request: NativeRequest) -> StreamedAnswer:
-    """POST /generate as events; each has all of the text so far, or what is new with `incremental`.  Raises RequestError."""
-    return await serving.begin(engine, request, _Events(request))
-
-
-class _Events:
-    """The Events of a request."""
-
-    def __init__(self, request: NativeRequest) -> None:
-        self._incremental = request.incremental
-        self._answers = [_Answer(request, i) for i in range(len(request.prompts))]
-
-    def start(self) -> bytes:
-        return b""
-
-    def news(self, index: int, chunk: Chunk) -> bytes:
-        self._answers[index].add(chunk)
-        return sse(self._answers[index].body(chunk if self._incremental else None))
-
-    def end(self, timings: Timings) -> bytes:
-        return DONE
-
-    def failed(self, error: RequestError) -> bytes:
-        return error_event(error) + DONE

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, TakeIds, TakeText, TextPrompt
+from minisgl.api.engine import ChatPrompt, Engine, OnIds, OnText, TextPrompt
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
 from minisgl.api.requests.generate import served_names
@@ -90,8 +90,8 @@ def parse_detokenize(engine: Engine, body: Mapping[str, Any]) -> DetokenizeReque
 async def detokenize(engine: Engine, request: DetokenizeRequest) -> dict[str, Any]:
     """The answer to POST /detokenize.  Raises RequestError."""
 
-    def start(take: TakeText) -> int:
-        return engine.detokenize(request.ids, request.skip_special, take)
+    def start(on_text: OnText) -> int:
+        return engine.detokenize(request.ids, request.skip_special, on_text)
 
     return {"prompt": await _ask(engine, start)}
 
@@ -99,8 +99,8 @@ async def detokenize(engine: Engine, request: DetokenizeRequest) -> dict[str, An
 async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
 
-    def start(take: TakeIds) -> int:
-        return engine.tokenize(prompt, take)
+    def start(on_ids: OnIds) -> int:
+        return engine.tokenize(prompt, on_ids)
 
     return await _ask(engine, start)
 

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from minisgl.api.engine import Chunk, Deliver, Engine, Prompt
+from minisgl.api.engine import Chunk, Engine, OnChunk, Prompt
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -85,12 +85,12 @@ class Metered:
     def open_requests(self) -> int:
         return self._engine.open_requests
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         metrics, began, last, uid = self.metrics, time.monotonic(), 0.0, -1
 
         def count(item: Chunk | RequestError) -> None:
             nonlocal last
-            deliver(item)
+            on_chunk(item)
             now = time.monotonic()
             if isinstance(item, RequestError):
                 metrics.finished["timeout" if item.code == "timeout" else "error"] += 1

@@ -13,8 +13,15 @@ from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, Result, StreamedAnswer, Timings, whole
-from minisgl.api.requests.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
+from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
+from minisgl.api.requests.openai import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse_chat,
+    parse_completion,
+    unknown_model,
+)
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_SEED, SamplingParams
@@ -30,22 +37,16 @@ def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
     return parse_chat(body, served_names(config), config.sampling_defaults, *styles)
 
 
-async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Result], Timings]:
-    """The answers to all choices.  Raises RequestError; cancelling the caller cancels the request."""
-    chunks, timings = await generate_chunks(engine, request)
-    results = []
-    for chunk in chunks:
-        result = Result(chunk.text, logprobs=None if request.params.logprobs is None else list(chunk.logprobs))
-        result.add(chunk)
-        results.append(result)
-    return results, timings
+def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
+    """The body of POST /v1/completions, for the model that is served.  Raises RequestError."""
+    return parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
-async def generate_chunks(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
-    """The same, as the engine tells it: one chunk for each choice."""
+async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
+    """The answers to all choices, one chunk for each.  Raises RequestError; cancelling the caller cancels the request."""
     _check_size(engine, request)
     await _check_grammar(request)
-    return await whole(engine, *_choices(request), request.options)
+    return await complete(engine, *_choices(request), request.options)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:

@@ -12,6 +12,7 @@ from typing import Any
 from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import WHOLE, Form
+from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests import structured_output
 from minisgl.api.requests import tools as tool_fields
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
@@ -184,7 +185,7 @@ def parse_chat(
     if text and reasoning_style:  # the model may think before its answer is constrained
         text = grammar.after_thought(text, begun=reasoning_style == "deepseek_r1")
     params = sampling(values, None, defaults, logprobs=chat_logprobs(values), grammar=text)
-    if offered.style in ("llama3", "mistral"):  # their calls begin with a special token
+    if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl import grammar
-from minisgl.api.parsers.tool_calls import READERS
+from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests.fields import Field, array, boolean, function_of, of_type, wrong_type
 from minisgl.errors import InvalidParam
 
@@ -103,23 +103,14 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
 
 
 # ---------------- forced calls
-# style -> key of the arguments; text before all calls, before a call, after a call, between calls
-_FORMS: Mapping[str, tuple[str, str, str, str, str]] = {
-    "hermes": ("arguments", "", "<tool_call>\n", "\n</tool_call>", "\n"),
-    "llama3": ("parameters", "", "", "", "; "),
-    "mistral": ("arguments", "[", "", "", ", "),
-}
-assert _FORMS.keys() == READERS.keys()
-
-
 def _grammar(functions: Sequence[Mapping[str, Any]], style: str, parallel: bool) -> str:
-    key, head, before, after, between = _FORMS[style]
-    tail = "]" if head else ""
-    more = f"({_quote(between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    start = " ".join(part for part in (_quote(head), "call", more, _quote(tail)) if part)
-    call = " ".join(part for part in (_quote(before), "one", _quote(after)) if part)
+    written = FORMATS[style]
+    head, tail = map(_quote, written.brackets)
+    more = f"({_quote(written.separator)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    start = " ".join(part for part in (head, "call", more, tail) if part)
+    call = f"{_quote(written.opening + chr(10))} one {_quote(chr(10) + written.closing)}" if written.closing else "one"
     one = " | ".join(f"@tool{i}" for i in range(len(functions)))
-    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, key)} for i, f in enumerate(functions)]
+    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, written.arguments)} for i, f in enumerate(functions)]
     lark = f"start: {start}\ncall: {call}\none: {one}"
     return json.dumps({"grammars": [{"lark_grammar": lark}, *calls]}, ensure_ascii=False, separators=(",", ":"))
 
