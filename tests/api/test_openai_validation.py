@@ -180,13 +180,13 @@ def test_every_field_has_one_support() -> None:
 
 def test_a_field_cannot_be_declared_twice() -> None:
     with pytest.raises(ValueError, match="twice"):
-        Fields(harmless("user"), harmless("user"))
+        Fields(*harmless("user", "user"))
 
 
 def test_a_declaration_alone_makes_a_field_supported_harmless_or_refused() -> None:
     fields = Fields(
         required(integer("size", "How large.", 1, 9)),
-        harmless("note"),
+        *harmless("note"),
         refused("twice", False),
         refused("no", sentence="Never."),
     )

@@ -11,23 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.tokenize import ids_of
+from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.requests import generate
+from minisgl.api.requests import fields, generate
 from minisgl.api.requests.chat_prompt import PARTS, conversation
-from minisgl.api.requests.fields import (
-    Field,
-    Fields,
-    Support,
-    anything,
-    harmless,
-    integer,
-    json_object,
-    refused,
-    required,
-    without,
-    wrong_type,
-)
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
 from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
 from minisgl.api.requests.sampling import STRINGS
 from minisgl.errors import InvalidParam
@@ -66,24 +54,24 @@ MESSAGE = Fields(
             _check_messages,
         )
     ),
-    required(integer("max_tokens", "Tokens of the answer, at most.", 1)),
-    anything("system", "The system message: a text, or an array of text blocks."),
+    required(fields.integer("max_tokens", "Tokens of the answer, at most.", 1)),
+    fields.anything("system", "The system message: a text, or an array of text blocks."),
     Field("stop_sequences", "The answer ends before the first of these.", STRINGS, _check_strings),
-    json_object("tool_choice", "type: auto, any, none, or tool with its name."),
-    json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
-    json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
-    json_object("output_format", "An older name of output_config.format."),
+    fields.json_object("tool_choice", "type: auto, any, none, or tool with its name."),
+    fields.json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
+    fields.json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
+    fields.json_object("output_format", "An older name of output_config.format."),
     *_PASSED,
     refused("mcp_servers", []),
     refused("container"),
-    harmless("cache_control"),
-    harmless("context_management"),
-    harmless("inference_geo"),
-    harmless("speed"),
+    *harmless("cache_control", "context_management", "inference_geo", "speed"),
     *HARMLESS,
 )
 _COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs")
-COUNT = Fields(*(f if f.name in _COUNTED or f.support is Support.REFUSED else harmless(f.name) for f in MESSAGE))
+COUNT = Fields(
+    *(f for f in MESSAGE if f.name in _COUNTED or f.support is Support.REFUSED),
+    *harmless(*(f.name for f in MESSAGE if f.name not in _COUNTED and f.support is not Support.REFUSED)),
+)
 _NAMES = {  # fields of a chat -> their names here
     r"stop$": "stop_sequences",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
@@ -201,16 +189,7 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class CountRequest:
-    """POST /v1/messages/count_tokens, checked."""
-
-    prompt: ChatPrompt
-    ignored: tuple[str, ...]
-    stream: bool = False  # never
-
-
-def parse_count(engine: Engine, body: Mapping[str, Any]) -> CountRequest:
+def parse_count(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
     chat, unused = _chat(engine, body, values)
@@ -218,9 +197,9 @@ def parse_count(engine: Engine, body: Mapping[str, Any]) -> CountRequest:
         [prompt] = generate.chat_request(engine, {name: chat[name] for name in _COUNTED if name in chat}).prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
-    return CountRequest(prompt, unknown + unused)
+    return TokenizerRequest(prompt, unknown + unused)
 
 
-async def count_tokens(engine: Engine, request: CountRequest) -> dict[str, Any]:
+async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:
     """The length of the prompt in tokens.  Raises RequestError."""
-    return {"input_tokens": len(await ids_of(engine, request.prompt))}
+    return {"input_tokens": len(await ids_of(engine, request.value))}

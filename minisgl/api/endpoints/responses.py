@@ -12,23 +12,9 @@ from typing import Any
 
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
 from minisgl.api.engine import Engine
-from minisgl.api.requests import generate
+from minisgl.api.requests import fields, generate
 from minisgl.api.requests.chat_prompt import PARTS
-from minisgl.api.requests.fields import (
-    Field,
-    Fields,
-    Support,
-    boolean,
-    harmless,
-    integer,
-    json_object,
-    missing,
-    refused,
-    required,
-    string,
-    without,
-    wrong_type,
-)
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without, wrong_type
 from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
 from minisgl.errors import InvalidParam, RequestError
 
@@ -101,16 +87,16 @@ RESPONSE = Fields(
     required(
         Field("input", "A text, or messages, calls and their outputs.", {"oneOf": [{"type": "string"}, PARTS]}, _check_input)
     ),
-    string("instructions", "The system message."),
-    integer("max_output_tokens", "Tokens of the answer, at most.", 1),
-    json_object("text", "format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
+    fields.string("instructions", "The system message."),
+    fields.integer("max_output_tokens", "Tokens of the answer, at most.", 1),
+    fields.json_object("text", "format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
     Field(
         "include",
         "message.output_text.logprobs asks for log probabilities.",
         {"type": "array", "items": {"type": "string"}},
         _check_include,
     ),
-    json_object("reasoning", "effort: as reasoning_effort of a chat."),
+    fields.json_object("reasoning", "effort: as reasoning_effort of a chat."),
     *_PASSED,
     refused("previous_response_id"),  # nothing is stored here
     refused("conversation"),
@@ -118,11 +104,8 @@ RESPONSE = Fields(
     refused("prompt"),
     refused("truncation", "disabled"),
     refused("context_management", []),
-    replace(boolean("store", "reported as ignored if it is true"), support=Support.HARMLESS),
-    harmless("max_tool_calls"),
-    harmless("stream_options"),
-    harmless("client_metadata"),
-    harmless("prompt_cache_options"),
+    replace(fields.boolean("store", "reported as ignored if it is true"), support=Support.HARMLESS),
+    *harmless("max_tool_calls", "stream_options", "client_metadata", "prompt_cache_options"),
     *without(HARMLESS, "store"),
 )
 

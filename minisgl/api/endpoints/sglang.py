@@ -8,19 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl.api.engine import Engine
-from minisgl.api.requests.fields import Field, Fields, boolean, integer, json_object, only, string, wrong_type
+from minisgl.api.requests import fields, openai, sampling
+from minisgl.api.requests.fields import Field, Fields, wrong_type
 from minisgl.api.requests.generate import served_names
-from minisgl.api.requests.openai import (
-    HARMLESS,
-    MODEL,
-    STREAM,
-    TEXT_OR_TEXTS,
-    GenerationRequest,
-    Usage,
-    served_model,
-    text_prompts,
-)
-from minisgl.api.requests.sampling import OPTIONS, SAMPLING, length, options, sampling
+from minisgl.api.requests.openai import GenerationRequest, Usage, served_model, text_prompts
 from minisgl.api.requests.structured_output import NATIVE, constraint
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_LOGPROBS
@@ -46,21 +37,21 @@ def _check_n(name: str, value: Any) -> Any:
 
 
 GENERATE = Fields(
-    MODEL,
-    Field("text", "A text, or several.", TEXT_OR_TEXTS, _check_prompt),
+    openai.MODEL,
+    Field("text", "A text, or several.", openai.TEXT_OR_TEXTS, _check_prompt),
     Field("input_ids", "Token ids, or several lists of them.", {"type": "array", "items": {}}, _check_prompt),
-    json_object("sampling_params", "max_new_tokens, temperature, top_p, top_k, stop, ..."),
-    STREAM,
-    boolean("incremental", "Events hold what is new, not all of the text so far."),
-    boolean("return_logprob", "With log probabilities."),
-    integer("logprob_start_len", "0: of the prompt, too; -1: of the answer alone.", -1),
-    integer("top_logprobs_num", "Alternatives to each token.", 0, MAX_LOGPROBS),
-    *OPTIONS,
-    string("rid", "Comes back as meta_info.id."),
-    *HARMLESS,
+    fields.json_object("sampling_params", "max_new_tokens, temperature, top_p, top_k, stop, ..."),
+    openai.STREAM,
+    fields.boolean("incremental", "Events hold what is new, not all of the text so far."),
+    fields.boolean("return_logprob", "With log probabilities."),
+    fields.integer("logprob_start_len", "0: of the prompt, too; -1: of the answer alone.", -1),
+    fields.integer("top_logprobs_num", "Alternatives to each token.", 0, MAX_LOGPROBS),
+    *sampling.OPTIONS,
+    fields.string("rid", "Comes back as meta_info.id."),
+    *openai.HARMLESS,
     either=("text", "input_ids"),
 )
-SAMPLING_PARAMS = Fields(*only(length(0), "max_tokens"), *SAMPLING, *NATIVE, Field("n", "Must be 1.", {}, _check_n))
+SAMPLING_PARAMS = Fields(sampling.length(0)[0], *sampling.SAMPLING, *NATIVE, Field("n", "Must be 1.", {}, _check_n))
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 
 
@@ -93,10 +84,10 @@ def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
         model=model,
         prompts=text_prompts(name, given, add_special=True),
         n=1,
-        params=sampling(
+        params=sampling.params(
             params, GENERATE_TOKENS, engine.config.sampling_defaults, logprobs=top, echo=scored, grammar=bound.grammar
         ),
-        options=options(values),
+        options=sampling.options(values),
         stream=values.get("stream", False),
         usage=Usage(),
         bound_by=bound.field,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, OnIds, OnText, TextPrompt
+from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
-from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
+from minisgl.api.requests.fields import Field, Fields, boolean, required, wrong_type
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
@@ -27,6 +27,12 @@ def _check_texts(name: str, value: Any) -> Any:
     return value
 
 
+def _check_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of token ids", value)
+    return check_token_ids(name, value)
+
+
 TOKENIZE = Fields(
     MODEL,
     Field("prompt", "A text, or several.", TEXT_OR_TEXTS, _check_texts),
@@ -38,71 +44,59 @@ TOKENIZE = Fields(
 )
 DETOKENIZE = Fields(
     MODEL,
-    required(array("tokens", "Token ids.", {"type": "integer"}, "an array of token ids")),
+    required(Field("tokens", "Token ids.", {"type": "array", "items": {"type": "integer"}}, _check_ids)),
     boolean("skip_special_tokens", "Special tokens have no text."),
     *HARMLESS,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizeRequest:
-    """`several`: the answer has one list of ids for each prompt."""
+class TokenizerRequest(Generic[T]):
+    """A checked request that needs the tokenizer alone."""
 
-    prompts: tuple[TextPrompt | ChatPrompt, ...]
-    several: bool
+    value: T
     ignored: tuple[str, ...]
     stream: bool = False  # never
 
 
-@dataclass(frozen=True, slots=True)
-class DetokenizeRequest:
-    ids: tuple[int, ...]
-    skip_special: bool
-    ignored: tuple[str, ...]
-    stream: bool = False  # never
+Prompts = tuple[list[TextPrompt | ChatPrompt], bool]  # the prompts, and whether the answer has a list for each
 
 
-def parse_tokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizeRequest:
+def parse_tokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[Prompts]:
     """Check a body: `prompt`, a text or several, or `messages`.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = TOKENIZE.read(body)
     served_model(values, served_names(engine.config))
     if "messages" in values:
-        return TokenizeRequest((chat_prompt(values),), False, unknown)
+        return TokenizerRequest(([chat_prompt(values)], False), unknown)
     given, add_special = values["prompt"], values.get("add_special_tokens", True)
     several = isinstance(given, list)
-    return TokenizeRequest(tuple(TextPrompt(t, add_special) for t in (given if several else [given])), several, unknown)
+    return TokenizerRequest(([TextPrompt(t, add_special) for t in (given if several else [given])], several), unknown)
 
 
-async def tokenize(engine: Engine, request: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(engine: Engine, request: TokenizerRequest[Prompts]) -> dict[str, Any]:
     """The answer to POST /tokenize.  Raises RequestError."""
-    lists = [await ids_of(engine, prompt) for prompt in request.prompts]
-    tokens = lists if request.several else lists[0]
+    prompts, several = request.value
+    lists = [await ids_of(engine, prompt) for prompt in prompts]
+    tokens = lists if several else lists[0]
     return {"tokens": tokens, "count": sum(map(len, lists)), "max_model_len": engine.config.max_context}
 
 
-def parse_detokenize(engine: Engine, body: Mapping[str, Any]) -> DetokenizeRequest:
+def parse_detokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[tuple[tuple[int, ...], bool]]:
     """Check a body.  Special tokens have a text unless `skip_special_tokens` is true.  Raises RequestError."""
     values, unknown = DETOKENIZE.read(body)
     served_model(values, served_names(engine.config))
-    return DetokenizeRequest(check_token_ids("tokens", values["tokens"]), values.get("skip_special_tokens", False), unknown)
+    return TokenizerRequest((values["tokens"], values.get("skip_special_tokens", False)), unknown)
 
 
-async def detokenize(engine: Engine, request: DetokenizeRequest) -> dict[str, Any]:
+async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, ...], bool]]) -> dict[str, Any]:
     """The answer to POST /detokenize.  Raises RequestError."""
-
-    def start(on_text: OnText) -> int:
-        return engine.detokenize(request.ids, request.skip_special, on_text)
-
-    return {"prompt": await _ask(engine, start)}
+    ids, skip_special = request.value
+    return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
 
 
 async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
-
-    def start(on_ids: OnIds) -> int:
-        return engine.tokenize(prompt, on_ids)
-
-    return await _ask(engine, start)
+    return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
 
 
 async def _ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:

@@ -16,7 +16,7 @@ from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.engine import Engine
 from minisgl.api.http.body import body_too_large, check_encoding, read_json
-from minisgl.api.requests.fields import Field, Fields, json_object, of_type, required, string, without
+from minisgl.api.requests.fields import Fields, json_object, required, string, without
 from minisgl.api.requests.openai import HARMLESS
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import InvalidParam, RequestError
@@ -26,15 +26,8 @@ MAX_PAGE = 10_000
 _IDLE_SECONDS = 30.0  # limit between two pieces of an upload
 BATCH = Fields(
     required(string("input_file_id", "An uploaded file of requests, one a line.")),
-    required(string("endpoint", "The path that all requests of the file are for.")),
-    required(
-        Field(
-            "completion_window",
-            "24h; a batch never expires here.",
-            {"type": "string", "enum": ["24h"]},
-            of_type(str, "a string"),
-        )
-    ),
+    required(string("endpoint", "The path that all requests of the file are for.", *BATCHED)),
+    required(string("completion_window", "24h; a batch never expires here.", "24h")),
     json_object("metadata", "Comes back with the batch."),
     *without(HARMLESS, "metadata"),
 )
@@ -142,10 +135,6 @@ class FileRoutes:
         store = self._store
         body = await read_json(request, self._engine.config.server.max_body_bytes)
         values, unknown = BATCH.read(body)
-        if values["endpoint"] not in BATCHED:
-            raise InvalidParam("endpoint", f"endpoint must be one of {', '.join(BATCHED)}.")
-        if values["completion_window"] != "24h":
-            raise InvalidParam("completion_window", "completion_window must be 24h (a batch never expires here).")
         source = store.load("files", values["input_file_id"], "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -25,6 +25,7 @@ from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_HELD = "Share of the KV cache that is not free:"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _E2E = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
@@ -126,39 +127,29 @@ class Metered:
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as prometheus_client has them; called by the registry."""
-        m, stats = self.metrics, self._engine.stats
-        pages, free = stats.get("total_pages", 0), stats.get("free_pages", 0)
-        filled, cached = pages - free, stats.get("cached_pages", 0)
-        gauges = (
-            ("num_requests_running", "Requests in the running batch.", stats.get("running_requests", 0)),
-            ("num_requests_waiting", "Requests that wait to be started.", stats.get("waiting_requests", 0)),
+        m, stats = self.metrics, defaultdict(int, self._engine.stats)
+        pages = stats["total_pages"]
+        filled = pages - stats["free_pages"]
+        for name, text, value in (
+            ("num_requests_running", "Requests in the running batch.", stats["running_requests"]),
+            ("num_requests_waiting", "Requests that wait to be started.", stats["waiting_requests"]),
             ("num_requests_open", "Requests that have no end yet, wherever they are.", self._engine.open_requests),
-            ("num_tokens_waiting", "Prompt tokens of the waiting requests.", stats.get("waiting_tokens", 0)),
-            (
-                "kv_cache_usage_perc",
-                "Share of the KV cache that is not free: running requests alone.",
-                (filled - cached) / (pages or 1),
-            ),
-            (
-                "kv_cache_filled_perc",
-                "Share of the KV cache that is not free: cached prefixes included.",
-                filled / (pages or 1),
-            ),
+            ("num_tokens_waiting", "Prompt tokens of the waiting requests.", stats["waiting_tokens"]),
+            ("kv_cache_usage_perc", f"{_HELD} running requests alone.", (filled - stats["cached_pages"]) / (pages or 1)),
+            ("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", filled / (pages or 1)),
             ("kv_cache_pages", "Pages of the KV cache.", pages),
-        )
-        for name, text, value in gauges:
+        ):
             yield GaugeMetricFamily(f"minisgl_{name}", text, value)
-        counters = (
-            ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", stats.get("prompt_tokens", 0)),
-            ("prefix_cache_hits", "Prompt tokens that were found there.", stats.get("cached_tokens", 0)),
-            ("num_preemptions", "Running requests that were retracted for want of memory.", stats.get("retractions", 0)),
-            ("request_timeouts", "Requests that missed their deadline.", stats.get("timeouts", 0)),
-            ("engine_steps", "Steps of the engine.", stats.get("steps", 0)),
+        for name, text, value in (
+            ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", stats["prompt_tokens"]),
+            ("prefix_cache_hits", "Prompt tokens that were found there.", stats["cached_tokens"]),
+            ("num_preemptions", "Running requests that were retracted for want of memory.", stats["retractions"]),
+            ("request_timeouts", "Requests that missed their deadline.", stats["timeouts"]),
+            ("engine_steps", "Steps of the engine.", stats["steps"]),
             ("prompt_tokens", "Tokens of the prompts of requests that got a first token.", m.prompt_tokens),
             ("prompt_tokens_cached", "Of these, found in the prefix cache.", m.cached_tokens),
             ("generation_tokens", "Tokens that were generated and delivered.", m.generation_tokens),
-        )
-        for name, text, value in counters:
+        ):
             yield CounterMetricFamily(f"minisgl_{name}", text, value)
         ends = CounterMetricFamily("minisgl_request_success", "Requests by how they ended.", labels=("finished_reason",))
         for reason, n in m.finished.items():

@@ -21,26 +21,11 @@ MAX_TEMPLATE_KWARGS = 32
 MAX_DEPTH = 32  # of tool-call arguments
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on unchanged
-# Names that the server sets for a template, or that mean something to the template engine.  A request cannot set them.
-_RESERVED = frozenset(
-    [
-        "messages",
-        "conversation",
-        "chat_template",
-        "tools",
-        "documents",
-        "tokenize",
-        "add_generation_prompt",
-        "continue_final_message",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    ]
-)
+# Names that a request cannot set: the server's own for a template, and those with a meaning to transformers.
+_RESERVED = {"messages", "conversation", "chat_template", "tools", "documents", "add_generation_prompt"} | {
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 
 def chat_prompt(values: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:

@@ -72,7 +72,7 @@ class Fields:
         return tuple(field for field in self if field.support is support)
 
     def read(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """(the checked values of the fields that the body has, the names of unknown fields).  Raises InvalidParam."""
+        """(the checked values of the fields that a body has, the names of unknown fields).  Raises InvalidParam."""
         for name in self.required:
             if body.get(name) is None:
                 raise missing(name)
@@ -94,19 +94,13 @@ def without(fields: Iterable[Field], *names: str) -> tuple[Field, ...]:
     return tuple(field for field in fields if field.name not in names)
 
 
-def only(fields: Iterable[Field], *names: str) -> tuple[Field, ...]:
-    """The fields with these names."""
-    return tuple(field for field in fields if field.name in names)
-
-
 def required(field: Field) -> Field:
     return replace(field, required=True)
 
 
-def integer(name: str, doc: str, low: int, high: int | None = None) -> Field:
-    """`high=None`: any larger integer of 32 bits."""
-    schema = {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
-    return Field(name, doc, schema, partial(check_integer, low=low, high=INT32 if high is None else high))
+def integer(name: str, doc: str, low: int, high: int = INT32) -> Field:
+    schema = {"type": "integer", "minimum": low} | ({} if high == INT32 else {"maximum": high})
+    return Field(name, doc, schema, partial(check_integer, low=low, high=high))
 
 
 def number(name: str, doc: str, low: float, high: float) -> Field:
@@ -137,8 +131,8 @@ def anything(name: str, doc: str, schema: Schema | None = None) -> Field:
     return Field(name, doc, schema or {}, _accept)
 
 
-def harmless(name: str, doc: str = "") -> Field:
-    return Field(name, doc, {}, _accept, support=Support.HARMLESS)
+def harmless(*names: str) -> tuple[Field, ...]:
+    return tuple(Field(name, "", {}, _accept, support=Support.HARMLESS) for name in names)
 
 
 def refused(name: str, *neutral: Any, sentence: str = "") -> Field:

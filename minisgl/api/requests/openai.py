@@ -13,36 +13,11 @@ from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import WHOLE, Form
 from minisgl.api.parsers.tool_calls import FORMATS
-from minisgl.api.requests import structured_output
-from minisgl.api.requests import tools as tool_fields
+from minisgl.api.requests import fields, sampling, structured_output, tools
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
-from minisgl.api.requests.fields import (
-    Fields,
-    Schema,
-    anything,
-    boolean,
-    harmless,
-    json_object,
-    refused,
-    required,
-    string,
-    wrong_type,
-)
-from minisgl.api.requests.sampling import (
-    CHAT_LOGPROBS,
-    CHOICES,
-    COMPLETION_LOGPROBS,
-    OPTIONS,
-    SAMPLING,
-    chat_logprobs,
-    check_token_ids,
-    choices,
-    length,
-    options,
-    sampling,
-)
+from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
+from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
-from minisgl.api.requests.tools import Tools, tools
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
@@ -53,29 +28,23 @@ _USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
 
 # ---------------- declarations
-MODEL = string("model", "One of the names in /v1/models; may be left out.")
-STREAM = boolean("stream", "Answer with server-sent events.")
-ADD_SPECIAL_TOKENS = boolean("add_special_tokens", "The tokenizer adds its own, such as BOS.")
+MODEL = fields.string("model", "One of the names in /v1/models; may be left out.")
+STREAM = fields.boolean("stream", "Answer with server-sent events.")
+ADD_SPECIAL_TOKENS = fields.boolean("add_special_tokens", "The tokenizer adds its own, such as BOS.")
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 TEXTS: Schema = {"oneOf": [*TEXT_OR_TEXTS["oneOf"], _TOKENS, {"type": "array", "items": _TOKENS}]}  # see text_prompts
-HARMLESS = (
-    harmless("user"),
-    harmless("metadata"),
-    harmless("store"),
-    harmless("service_tier"),
-    harmless("safety_identifier"),
-    harmless("prompt_cache_key"),
-    harmless("prompt_cache_retention"),
-    harmless("prediction", "makes an answer faster elsewhere, never different"),
+HARMLESS = fields.harmless(
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    "prediction",  # makes an answer faster elsewhere, never different
 )
 _COMMON = (
     MODEL,
-    *SAMPLING,
+    *sampling.SAMPLING,
     *structured_output.FIELDS,
-    *CHOICES,
+    *sampling.CHOICES,
     STREAM,
-    json_object(
+    fields.json_object(
         "stream_options",
         "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
     ),
@@ -89,12 +58,12 @@ _COMMON = (
     *HARMLESS,
 )
 CHAT = Fields(
-    required(MESSAGES),
+    fields.required(MESSAGES),
     TEMPLATE_KWARGS,
-    *length(1),
-    *CHAT_LOGPROBS,
-    *tool_fields.FIELDS,
-    string("reasoning_effort", "Whether a model that thinks does so; its template may know degrees.", *_EFFORTS),
+    *sampling.length(1),
+    *sampling.CHAT_LOGPROBS,
+    *tools.FIELDS,
+    fields.string("reasoning_effort", "Whether a model that thinks does so; its template may know degrees.", *_EFFORTS),
     refused("echo", False),
     refused("functions", []),
     refused("function_call", "none", "auto"),
@@ -110,11 +79,11 @@ CHAT = Fields(
     *_COMMON,
 )
 COMPLETION = Fields(
-    required(anything("prompt", "A text, token ids, or an array of either.", TEXTS)),
+    fields.required(fields.anything("prompt", "A text, token ids, or an array of either.", TEXTS)),
     ADD_SPECIAL_TOKENS,
-    *length(0),
-    COMPLETION_LOGPROBS,
-    boolean("echo", "The prompt stands before the answer."),
+    *sampling.length(0),
+    sampling.COMPLETION_LOGPROBS,
+    fields.boolean("echo", "The prompt stands before the answer."),
     refused("suffix", ""),
     *_COMMON,
 )
@@ -179,20 +148,20 @@ def parse_chat(
     model = served_model(values, served)
     usage, unknown_options = _usage(values)
     unheeded = _apply_effort(values, reasoning_style)
-    offered = tools(values, tool_style)
+    offered = tools.read(values, tool_style)
     bound = _chat_constraint(constraint(values), offered)
     text = bound.grammar
     if text and reasoning_style:  # the model may think before its answer is constrained
         text = grammar.after_thought(text, begun=reasoning_style == "deepseek_r1")
-    params = sampling(values, None, defaults, logprobs=chat_logprobs(values), grammar=text)
+    params = sampling.params(values, None, defaults, logprobs=sampling.chat_logprobs(values), grammar=text)
     if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,
         prompts=(chat_prompt(values, offered.given),),
-        n=choices(values),
+        n=sampling.choices(values),
         params=params,
-        options=options(values),
+        options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
         ignored=unknown + unknown_options + unheeded,
@@ -214,7 +183,7 @@ def _apply_effort(values: dict[str, Any], reasoning_style: str) -> tuple[str, ..
     return ("reasoning_effort",) if effort not in (None, "none") else ()
 
 
-def _chat_constraint(bound: Constraint, offered: Tools) -> Constraint:
+def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
     """The constraint of an answer of a prescribed form that may or must call tools."""
     if offered.must and bound.grammar:
         text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
@@ -239,9 +208,9 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
     return CompletionRequest(
         model=model,
         prompts=text_prompts("prompt", values["prompt"], add_special=values.get("add_special_tokens", True)),
-        n=choices(values),
-        params=sampling(values, COMPLETION_TOKENS, defaults, logprobs=logprobs, echo=echo, grammar=bound.grammar),
-        options=options(values),
+        n=sampling.choices(values),
+        params=sampling.params(values, COMPLETION_TOKENS, defaults, logprobs=logprobs, echo=echo, grammar=bound.grammar),
+        options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
         ignored=unknown + unknown_options,

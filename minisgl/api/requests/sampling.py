@@ -10,33 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisgl.api.requests.fields import (
-    INT32,
-    Field,
-    Schema,
-    anything,
-    boolean,
-    check_integer,
-    integer,
-    json_type,
-    number,
-    of_type,
-    string,
-    wrong_type,
-)
+from minisgl import sampling_params as limits
+from minisgl.api.requests import fields
+from minisgl.api.requests.fields import INT32, Field, Schema, check_integer, json_type, wrong_type
 from minisgl.errors import InvalidParam
-from minisgl.sampling_params import (
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_REPETITION_PENALTY,
-    MAX_SEED,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TIMEOUT,
-    RequestOptions,
-    SamplingParams,
-)
+from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MAX_CHOICES = 128  # n
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -56,19 +34,19 @@ def check_token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:
 def _check_stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise wrong_type(name, "an array of integers", value)
-    if len(value) > MAX_STOP_TOKEN_IDS:
-        raise InvalidParam(name, f"{name} may hold at most {MAX_STOP_TOKEN_IDS} ids.")
+    if len(value) > limits.MAX_STOP_TOKEN_IDS:
+        raise InvalidParam(name, f"{name} may hold at most {limits.MAX_STOP_TOKEN_IDS} ids.")
     return check_token_ids(name, value)
 
 
 def _check_logit_bias(name: str, value: Any) -> dict[int, float]:
-    """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100.  [] means {}."""
+    """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100."""
     if value == []:
         return {}
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
-    if len(value) > MAX_LOGIT_BIAS:
-        raise InvalidParam(name, f"{name} may hold at most {MAX_LOGIT_BIAS} tokens.")
+    if len(value) > limits.MAX_LOGIT_BIAS:
+        raise InvalidParam(name, f"{name} may hold at most {limits.MAX_LOGIT_BIAS} tokens.")
     if not all(_TOKEN_ID.fullmatch(key) for key in value):
         raise InvalidParam(name, f"the names in {name} must be token ids.")
     for bias in value.values():
@@ -81,63 +59,65 @@ def _check_logit_bias(name: str, value: Any) -> dict[int, float]:
 
 def _check_count_or_false(name: str, value: Any) -> int | None:
     """Some clients send false for no log probabilities."""
-    return None if value is False else check_integer(name, value, 0, MAX_LOGPROBS)
+    return None if value is False else check_integer(name, value, 0, limits.MAX_LOGPROBS)
 
 
 # ---------------- declarations
-STRINGS: Schema = {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}
-_TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_STOP_TOKEN_IDS}
+STRINGS: Schema = {"type": "array", "items": {"type": "string"}, "maxItems": limits.MAX_STOP_STRINGS}
+_TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer"}, "maxItems": limits.MAX_STOP_TOKEN_IDS}
 STOP = Field(
     "stop",
     "The answer ends before the first of these texts.",
     {"oneOf": [{"type": "string"}, STRINGS]},
-    of_type(str | list, "a string or an array of strings"),
+    fields.of_type(str | list, "a string or an array of strings"),
 )
 SAMPLING = (
-    number("temperature", "0 always takes the likeliest token.", 0, 2),
-    number("top_p", "Only the likeliest tokens that have this share together.", 0, 1),
-    integer("top_k", "Only so many of the likeliest tokens; 0 or -1: all.", -1),
-    number("min_p", "Only tokens at least this likely, relative to the likeliest.", 0, 1),
-    integer("seed", "The same seed and prompt give the same answer.", -MAX_SEED, MAX_SEED),
+    fields.number("temperature", "0 always takes the likeliest token.", 0, 2),
+    fields.number("top_p", "Only the likeliest tokens that have this share together.", 0, 1),
+    fields.integer("top_k", "Only so many of the likeliest tokens; 0 or -1: all.", -1),
+    fields.number("min_p", "Only tokens at least this likely, relative to the likeliest.", 0, 1),
+    fields.integer("seed", "The same seed and prompt give the same answer.", -limits.MAX_SEED, limits.MAX_SEED),
     STOP,
     Field("stop_token_ids", "The answer ends with the first of these tokens.", _TOKEN_IDS, _check_stop_token_ids),
-    boolean("ignore_eos", "Do not end at an end token."),
-    boolean("skip_special_tokens", "Special tokens have no text."),
-    number("presence_penalty", "Taken once from the logit of a token that the answer has.", -2, 2),
-    number("frequency_penalty", "Taken from a token's logit as often as the answer has it.", -2, 2),
-    number("repetition_penalty", "Divides the logits of tokens of prompt and answer; 1: off.", 0, MAX_REPETITION_PENALTY),
+    fields.boolean("ignore_eos", "Do not end at an end token."),
+    fields.boolean("skip_special_tokens", "Special tokens have no text."),
+    fields.number("presence_penalty", "Taken once from the logit of a token that the answer has.", -2, 2),
+    fields.number("frequency_penalty", "Taken from a token's logit as often as the answer has it.", -2, 2),
+    fields.number(
+        "repetition_penalty", "Divides the logits of tokens of prompt and answer; 1: off.", 0, limits.MAX_REPETITION_PENALTY
+    ),
     Field("logit_bias", "Token id -> what is added to its logit, from -100 to 100.", {"type": "object"}, _check_logit_bias),
-    integer("min_tokens", "No end before so many tokens.", 0),
+    fields.integer("min_tokens", "No end before so many tokens.", 0),
 )
 OPTIONS = (
-    integer("priority", "Higher is served first.", -MAX_PRIORITY, MAX_PRIORITY),
-    number("timeout", "Seconds until the request is given up; 0: never.", 0, MAX_TIMEOUT),
-    string("cache_salt", "Cached prefixes are shared with the same salt only."),
+    fields.integer("priority", "Higher is served first.", -limits.MAX_PRIORITY, limits.MAX_PRIORITY),
+    fields.number("timeout", "Seconds until the request is given up; 0: never.", 0, limits.MAX_TIMEOUT),
+    fields.string("cache_salt", "Cached prefixes are shared with the same salt only."),
 )
 CHOICES = (
-    integer("n", "Answers to each prompt.", 1, MAX_CHOICES),
-    integer("best_of", "1, or the same as n.", 1, MAX_CHOICES),
+    fields.integer("n", "Answers to each prompt.", 1, MAX_CHOICES),
+    fields.integer("best_of", "1, or the same as n.", 1, MAX_CHOICES),
 )
 CHAT_LOGPROBS = (
-    boolean("logprobs", "With log probabilities."),
-    integer("top_logprobs", "Alternatives to each token.", 0, MAX_LOGPROBS),
+    fields.boolean("logprobs", "With log probabilities."),
+    fields.integer("top_logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS),
 )
 COMPLETION_LOGPROBS = replace(
-    integer("logprobs", "Alternatives to each token.", 0, MAX_LOGPROBS), check=_check_count_or_false
+    fields.integer("logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS), check=_check_count_or_false
 )  # 0: the log probability of the chosen token alone
 
 
-def length(low: int) -> tuple[Field, ...]:
+def length(low: int) -> tuple[Field, Field]:
     """The fields with the length of the answer, checked by `sampling`.  `low`: 0 if an answer can be the prompt alone."""
     schema = {"type": "integer", "minimum": low}
     return (
-        anything("max_tokens", "Tokens of the answer, at most.", schema),
-        anything("max_completion_tokens", "The same as max_tokens, before which it counts.", schema),
+        fields.anything("max_tokens", "Tokens of the answer, at most.", schema),
+        fields.anything("max_completion_tokens", "The same as max_tokens, before which it counts.", schema),
     )
 
 
 # ---------------- values
-def sampling(
+def params(
     values: Mapping[str, Any],
     max_tokens: int | None,
     defaults: Mapping[str, Any],
@@ -163,8 +143,8 @@ def options(values: Mapping[str, Any]) -> RequestOptions:
     return RequestOptions(**_given(values, OPTIONS))
 
 
-def _given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
-    return {field.name: values[field.name] for field in fields if field.name in values}
+def _given(values: Mapping[str, Any], declared: Iterable[Field]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in declared if field.name in values}
 
 
 def choices(values: Mapping[str, Any]) -> int:

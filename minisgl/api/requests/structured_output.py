@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from minisgl import grammar
 from minisgl.api.requests.fields import Check, Field, Schema, loads, missing, wrong_type
@@ -96,12 +96,32 @@ def _response_format(at: str, value: Any) -> tuple[Constraint, ...]:
     return (Constraint(_schema(f"{at}.json_schema.schema", schema), at),)
 
 
-_regex, _ebnf = _text(grammar.regex), _text(grammar.ebnf)
+class _Source(NamedTuple):
+    """A kind of grammar source."""
+
+    doc: str
+    schema: Schema
+    make: Check  # (where it stands, the source) -> the grammar
+
+    def field(self, name: str) -> Field:
+        """The declaration of a field with such a source; [] stands for none."""
+
+        def check(at: str, value: Any) -> tuple[Constraint, ...]:
+            return () if value == [] else (Constraint(self.make(at, value), at),)
+
+        return Field(name, self.doc, self.schema, check)
+
+
+_STRING: Schema = {"type": "string"}
+_JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
+_REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
+_CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
+_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.ebnf))
 _OUTPUTS: Mapping[str, Check] = {
-    "json": _schema,
-    "regex": _regex,
-    "choice": _choice,
-    "grammar": _ebnf,
+    "json": _JSON.make,
+    "regex": _REGEX.make,
+    "choice": _CHOICE.make,
+    "grammar": _GRAMMAR.make,
     "json_object": _any_object,
 }
 
@@ -121,37 +141,18 @@ def _structured_outputs(name: str, value: Any) -> tuple[Constraint, ...]:
 
 
 # ---------------- declarations
-def _prescribes(name: str, doc: str, schema: Schema, source: Check) -> Field:
-    """A field that holds the source of one grammar; [] stands for none."""
-
-    def check(at: str, value: Any) -> tuple[Constraint, ...]:
-        return () if value == [] else (Constraint(source(at, value), at),)
-
-    return Field(name, doc, schema, check)
-
-
-_STRING: Schema = {"type": "string"}
-_STRINGS: Schema = {"type": "array", "items": _STRING}
 _OBJECT: Schema = {"type": "object"}
-_BY_SCHEMA = "A JSON schema that the answer follows."
-_BY_REGEX = "A regular expression that the whole answer matches."
-_BY_CHOICE = "Texts of which the answer is one."
-_BY_GRAMMAR = "A grammar (GBNF or Lark) that the answer follows."
-NATIVE = (
-    _prescribes("json_schema", _BY_SCHEMA, {}, _schema),
-    _prescribes("regex", _BY_REGEX, _STRING, _regex),
-    _prescribes("ebnf", _BY_GRAMMAR, _STRING, _ebnf),
-)
+NATIVE = (_JSON.field("json_schema"), _REGEX.field("regex"), _GRAMMAR.field("ebnf"))
 FIELDS = (
     Field(
         "response_format", "The form of the answer: text, json_object, or json_schema with a schema.", _OBJECT, _response_format
     ),
-    _prescribes("guided_json", _BY_SCHEMA, {}, _schema),
-    _prescribes("guided_regex", _BY_REGEX, _STRING, _regex),
-    _prescribes("guided_choice", _BY_CHOICE, _STRINGS, _choice),
-    _prescribes("guided_grammar", _BY_GRAMMAR, _STRING, _ebnf),
+    _JSON.field("guided_json"),
+    _REGEX.field("guided_regex"),
+    _CHOICE.field("guided_choice"),
+    _GRAMMAR.field("guided_grammar"),
     *NATIVE,
-    _prescribes("choice", _BY_CHOICE, _STRINGS, _choice),
+    _CHOICE.field("choice"),
     Field(
         "structured_outputs",
         "The form of the answer, as vLLM names it: json, regex, choice or grammar.",

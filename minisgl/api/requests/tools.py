@@ -48,7 +48,7 @@ class Tools:
     must: bool = False
 
 
-def tools(values: Mapping[str, Any], style: str) -> Tools:
+def read(values: Mapping[str, Any], style: str) -> Tools:
     """The tools of a chat.  `style`: how the model writes calls, "" if it has no tool calls.  Raises InvalidParam."""
     given: list[Any] = values.get("tools", [])
     parallel = values.get("parallel_tool_calls", True)
