@@ -14,24 +14,20 @@ from minisgl.api.endpoints.as_chat import functions, renamed, text_of
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
 from minisgl.api.requests import fields, generate
-from minisgl.api.requests.chat_prompt import PARTS, conversation
+from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
 from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
 from minisgl.api.requests.sampling import STRINGS
 from minisgl.errors import InvalidParam
 
 
-def _check_messages(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of messages", value)
+def _check_messages(name: str, value: list[Any]) -> list[Any]:
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to answer.")
     return value
 
 
-def _check_strings(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of strings", value)
+def _check_strings(name: str, value: list[Any]) -> list[str]:
     for item in value:
         if not isinstance(item, str):
             raise wrong_type(name, "an array of strings", item)
@@ -44,19 +40,12 @@ _PASSED = without(
     *("messages", "max_tokens", "max_completion_tokens", "stop", "n", "best_of", "stream_options", "logprobs", "top_logprobs"),
     *("response_format", "reasoning_effort", "tool_choice"),
 )
-_CONTENT = {"oneOf": [{"type": "string"}, PARTS]}
+_STRINGS = fields.of_type(list, "an array of strings", _check_strings)
 MESSAGE = Fields(
-    required(
-        Field(
-            "messages",
-            "The conversation, oldest first.",
-            conversation(_CONTENT, "system", "user", "assistant"),
-            _check_messages,
-        )
-    ),
+    required(messages(_check_messages, TEXT_OR_PARTS, "system", "user", "assistant")),
     required(fields.integer("max_tokens", "Tokens of the answer, at most.", 1)),
     fields.anything("system", "The system message: a text, or an array of text blocks."),
-    Field("stop_sequences", "The answer ends before the first of these.", STRINGS, _check_strings),
+    Field("stop_sequences", "The answer ends before the first of these.", STRINGS, _STRINGS),
     fields.json_object("tool_choice", "type: auto, any, none, or tool with its name."),
     fields.json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
     fields.json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
@@ -151,10 +140,10 @@ def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tupl
     return {"schema": given.get("schema")}, at, unused
 
 
-def _conversation(messages: list[Any], system: Any) -> list[dict[str, Any]]:
+def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
     """`messages` and `system` -> the messages of a chat."""
     out = [] if system in (None, "", []) else [{"role": "system", "content": text_of(system, "system", ("text",))}]
-    for i, message in enumerate(messages):
+    for i, message in enumerate(given):
         out += _message(message, f"messages[{i}]")
     if out[-1]["role"] == "assistant":
         raise InvalidParam("messages", "the last message must be the user's: an answer cannot be begun for the model here.")

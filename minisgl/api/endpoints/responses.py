@@ -13,7 +13,7 @@ from typing import Any
 from minisgl.api.endpoints.as_chat import functions, renamed, text_of
 from minisgl.api.engine import Engine
 from minisgl.api.requests import fields, generate
-from minisgl.api.requests.chat_prompt import PARTS
+from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without, wrong_type
 from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
 from minisgl.errors import InvalidParam, RequestError
@@ -29,9 +29,7 @@ _NAMES = {  # fields of a chat -> their names here
 
 
 # ---------------- checks
-def _check_include(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of strings", value)
+def _check_include(name: str, value: list[Any]) -> list[str]:
     if any(item not in (_LOGPROBS, _NOT_SHOWN) for item in value):
         raise InvalidParam(name, f"{name} may only hold {_LOGPROBS}.", "unsupported_value")
     return value
@@ -84,18 +82,11 @@ _PASSED = without(
     *("response_format", "reasoning_effort"),
 )
 RESPONSE = Fields(
-    required(
-        Field("input", "A text, or messages, calls and their outputs.", {"oneOf": [{"type": "string"}, PARTS]}, _check_input)
-    ),
+    required(Field("input", "A text, or messages, calls and their outputs.", TEXT_OR_PARTS, _check_input)),
     fields.string("instructions", "The system message."),
     fields.integer("max_output_tokens", "Tokens of the answer, at most.", 1),
     fields.json_object("text", "format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
-    Field(
-        "include",
-        "message.output_text.logprobs asks for log probabilities.",
-        {"type": "array", "items": {"type": "string"}},
-        _check_include,
-    ),
+    fields.array("include", f"{_LOGPROBS} asks for log probabilities.", {"type": "string"}, then=_check_include),
     fields.json_object("reasoning", "effort: as reasoning_effort of a chat."),
     *_PASSED,
     refused("previous_response_id"),  # nothing is stored here

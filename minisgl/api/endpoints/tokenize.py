@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
-from minisgl.api.requests.fields import Field, Fields, boolean, required, wrong_type
+from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
 from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
@@ -27,12 +27,6 @@ def _check_texts(name: str, value: Any) -> Any:
     return value
 
 
-def _check_ids(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of token ids", value)
-    return check_token_ids(name, value)
-
-
 TOKENIZE = Fields(
     MODEL,
     Field("prompt", "A text, or several.", TEXT_OR_TEXTS, _check_texts),
@@ -44,7 +38,7 @@ TOKENIZE = Fields(
 )
 DETOKENIZE = Fields(
     MODEL,
-    required(Field("tokens", "Token ids.", {"type": "array", "items": {"type": "integer"}}, _check_ids)),
+    required(array("tokens", "Token ids.", {"type": "integer"}, "an array of token ids", check_token_ids)),
     boolean("skip_special_tokens", "Special tokens have no text."),
     *HARMLESS,
 )

@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.api.engine import ChatPrompt
-from minisgl.api.requests.fields import Field, Schema, function_of, json_type, loads, missing, wrong_type
+from minisgl.api.requests.fields import (
+    Check,
+    Field,
+    Schema,
+    function_of,
+    json_object,
+    json_type,
+    loads,
+    missing,
+    of_type,
+    wrong_type,
+)
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_MESSAGES = 4096
@@ -35,11 +46,9 @@ def chat_prompt(values: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = 
     return ChatPrompt(json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _check_messages(at: str, value: Any) -> list[dict[str, Any]]:
+def _check_messages(at: str, value: list[Any]) -> list[dict[str, Any]]:
     """Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects: the
     form that chat templates expect."""
-    if not isinstance(value, list):
-        raise wrong_type(at, "an array of messages", value)
     if not 1 <= len(value) <= MAX_MESSAGES:
         raise InvalidParam(at, f"{at} must hold 1 to {MAX_MESSAGES} messages, not {len(value)}.")
     return [_message(m, f"{at}[{i}]") for i, m in enumerate(value)]
@@ -124,10 +133,8 @@ def _shallow(value: Any, depth: int) -> bool:
     return depth > 0 and all(_shallow(v, depth - 1) for v in inner)
 
 
-def _check_template_kwargs(at: str, value: Any) -> dict[str, Any]:
+def _check_template_kwargs(at: str, value: dict[str, Any]) -> dict[str, Any]:
     """Switches such as {"enable_thinking": false}: plain values under names that the server does not use itself."""
-    if not isinstance(value, dict):
-        raise wrong_type(at, "an object", value)
     if len(value) > MAX_TEMPLATE_KWARGS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_TEMPLATE_KWARGS} values.")
     for name, switch in value.items():
@@ -151,23 +158,15 @@ def _string(value: Any, at: str) -> str:
 
 
 # ---------------- declarations
-def conversation(content: Schema, *roles: str) -> Schema:
-    """The JSON schema of `messages`."""
-    properties = {"role": {"enum": list(roles)}, "content": content}
-    return {
-        "type": "array",
-        "minItems": 1,
-        "items": {"type": "object", "required": ["role", "content"], "properties": properties},
-    }
+TEXT_OR_PARTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 
-PARTS: Schema = {"type": "array", "items": {"type": "object"}}
-MESSAGES = Field(
-    "messages",
-    "The conversation, oldest first.",
-    conversation({"oneOf": [{"type": "string"}, PARTS, {"type": "null"}]}, *_ROLES),
-    _check_messages,
-)
-TEMPLATE_KWARGS = Field(
-    "chat_template_kwargs", "Switches of the model's chat template.", {"type": "object"}, _check_template_kwargs
-)
+def messages(check: Check, content: Schema, *roles: str) -> Field:
+    """The declaration of `messages`."""
+    item = {"role": {"enum": list(roles)}, "content": content}
+    schema = {"type": "array", "minItems": 1, "items": {"type": "object", "required": list(item), "properties": item}}
+    return Field("messages", "The conversation, oldest first.", schema, of_type(list, "an array of messages", check))
+
+
+MESSAGES = messages(_check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
+TEMPLATE_KWARGS = json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs)

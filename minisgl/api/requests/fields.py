@@ -94,63 +94,18 @@ def without(fields: Iterable[Field], *names: str) -> tuple[Field, ...]:
     return tuple(field for field in fields if field.name not in names)
 
 
-def required(field: Field) -> Field:
-    return replace(field, required=True)
-
-
-def integer(name: str, doc: str, low: int, high: int = INT32) -> Field:
-    schema = {"type": "integer", "minimum": low} | ({} if high == INT32 else {"maximum": high})
-    return Field(name, doc, schema, partial(check_integer, low=low, high=high))
-
-
-def number(name: str, doc: str, low: float, high: float) -> Field:
-    return Field(name, doc, {"type": "number", "minimum": low, "maximum": high}, partial(_check_number, low=low, high=high))
-
-
-def boolean(name: str, doc: str) -> Field:
-    return Field(name, doc, {"type": "boolean"}, of_type(bool, "a boolean"))
-
-
-def string(name: str, doc: str, *values: str) -> Field:
-    """`values`: the strings that are allowed, if not all are."""
-    if not values:
-        return Field(name, doc, {"type": "string"}, of_type(str, "a string"))
-    return Field(name, doc, {"type": "string", "enum": list(values)}, partial(_check_choice, values=values))
-
-
-def array(name: str, doc: str, items: Schema, expected: str = "an array of strings") -> Field:
-    return Field(name, doc, {"type": "array", "items": items}, of_type(list, expected))
-
-
-def json_object(name: str, doc: str) -> Field:
-    return Field(name, doc, {"type": "object"}, of_type(dict, "an object"))
-
-
-def anything(name: str, doc: str, schema: Schema | None = None) -> Field:
-    """The code that uses the value checks it."""
-    return Field(name, doc, schema or {}, _accept)
-
-
-def harmless(*names: str) -> tuple[Field, ...]:
-    return tuple(Field(name, "", {}, _accept, support=Support.HARMLESS) for name in names)
-
-
-def refused(name: str, *neutral: Any, sentence: str = "") -> Field:
-    """`sentence`: the error message, if another than the usual one."""
-    text = sentence or f"{name} is not supported by this server; leave it out."
-    return Field(name, text, {}, partial(_check_neutral, neutral=neutral, text=text), support=Support.REFUSED, neutral=neutral)
-
-
 # ---------------- checks
 def _accept(_: str, value: Any) -> Any:
     return value
 
 
-def of_type(kind: type | UnionType, expected: str) -> Check:
+def of_type(kind: type | UnionType, expected: str, then: Check = _accept) -> Check:
+    """The check of a value's type, and `then` another."""
+
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, kind):
             raise wrong_type(name, expected, value)
-        return value
+        return then(name, value)
 
     return check
 
@@ -200,6 +155,55 @@ def json_type(value: object) -> str:
     return names.get(type(value), "null")
 
 
+# ---------------- kinds of fields
+def required(field: Field) -> Field:
+    return replace(field, required=True)
+
+
+def integer(name: str, doc: str, low: int, high: int = INT32) -> Field:
+    schema = {"type": "integer", "minimum": low} | ({} if high == INT32 else {"maximum": high})
+    return Field(name, doc, schema, partial(check_integer, low=low, high=high))
+
+
+def number(name: str, doc: str, low: float, high: float) -> Field:
+    return Field(name, doc, {"type": "number", "minimum": low, "maximum": high}, partial(_check_number, low=low, high=high))
+
+
+def boolean(name: str, doc: str) -> Field:
+    return Field(name, doc, {"type": "boolean"}, of_type(bool, "a boolean"))
+
+
+def string(name: str, doc: str, *values: str) -> Field:
+    """`values`: the strings that are allowed, if not all are."""
+    if not values:
+        return Field(name, doc, {"type": "string"}, of_type(str, "a string"))
+    return Field(name, doc, {"type": "string", "enum": list(values)}, partial(_check_choice, values=values))
+
+
+def array(name: str, doc: str, items: Schema, expected: str = "an array of strings", then: Check = _accept) -> Field:
+    return Field(name, doc, {"type": "array", "items": items}, of_type(list, expected, then))
+
+
+def json_object(name: str, doc: str, then: Check = _accept) -> Field:
+    return Field(name, doc, {"type": "object"}, of_type(dict, "an object", then))
+
+
+def anything(name: str, doc: str, schema: Schema | None = None) -> Field:
+    """The code that uses the value checks it."""
+    return Field(name, doc, schema or {}, _accept)
+
+
+def harmless(*names: str) -> tuple[Field, ...]:
+    return tuple(Field(name, "", {}, _accept, support=Support.HARMLESS) for name in names)
+
+
+def refused(name: str, *neutral: Any, sentence: str = "") -> Field:
+    """`sentence`: the error message, if another than the usual one."""
+    text = sentence or f"{name} is not supported by this server; leave it out."
+    return Field(name, text, {}, partial(_check_neutral, neutral=neutral, text=text), support=Support.REFUSED, neutral=neutral)
+
+
+# ---------------- parts of a value
 def function_of(value: Any, at: str) -> dict[str, Any]:
     """The inner object of `{"type": "function", "function": {...}}`, a tool or a call.  Raises InvalidParam naming `at`."""
     if not isinstance(value, dict):

@@ -31,9 +31,7 @@ def check_token_ids(name: str, ids: list[Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _check_stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of integers", value)
+def _check_stop_token_ids(name: str, value: list[Any]) -> tuple[int, ...]:
     if len(value) > limits.MAX_STOP_TOKEN_IDS:
         raise InvalidParam(name, f"{name} may hold at most {limits.MAX_STOP_TOKEN_IDS} ids.")
     return check_token_ids(name, value)
@@ -65,6 +63,7 @@ def _check_count_or_false(name: str, value: Any) -> int | None:
 # ---------------- declarations
 STRINGS: Schema = {"type": "array", "items": {"type": "string"}, "maxItems": limits.MAX_STOP_STRINGS}
 _TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer"}, "maxItems": limits.MAX_STOP_TOKEN_IDS}
+_STOP_IDS = fields.of_type(list, "an array of integers", _check_stop_token_ids)
 STOP = Field(
     "stop",
     "The answer ends before the first of these texts.",
@@ -78,7 +77,7 @@ SAMPLING = (
     fields.number("min_p", "Only tokens at least this likely, relative to the likeliest.", 0, 1),
     fields.integer("seed", "The same seed and prompt give the same answer.", -limits.MAX_SEED, limits.MAX_SEED),
     STOP,
-    Field("stop_token_ids", "The answer ends with the first of these tokens.", _TOKEN_IDS, _check_stop_token_ids),
+    Field("stop_token_ids", "The answer ends with the first of these tokens.", _TOKEN_IDS, _STOP_IDS),
     fields.boolean("ignore_eos", "Do not end at an end token."),
     fields.boolean("skip_special_tokens", "Special tokens have no text."),
     fields.number("presence_penalty", "Taken once from the logit of a token that the answer has.", -2, 2),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from minisgl import grammar
-from minisgl.api.requests.fields import Check, Field, Schema, loads, missing, wrong_type
+from minisgl.api.requests.fields import Check, Field, Schema, json_object, loads, missing, wrong_type
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_OPTIONS = 4096
@@ -77,9 +77,7 @@ def _any_object(at: str, value: Any) -> str:
     return grammar.json_object()
 
 
-def _response_format(at: str, value: Any) -> tuple[Constraint, ...]:
-    if not isinstance(value, dict):
-        raise wrong_type(at, "an object", value)
+def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
     kind = value.get("type")
     if not value or kind == "text":
         return ()
@@ -126,9 +124,7 @@ _OUTPUTS: Mapping[str, Check] = {
 }
 
 
-def _structured_outputs(name: str, value: Any) -> tuple[Constraint, ...]:
-    if not isinstance(value, dict):
-        raise wrong_type(name, "an object", value)
+def _structured_outputs(name: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
     found = []
     for inner, source in value.items():
         if source is None or source is False or source == []:
@@ -141,22 +137,16 @@ def _structured_outputs(name: str, value: Any) -> tuple[Constraint, ...]:
 
 
 # ---------------- declarations
-_OBJECT: Schema = {"type": "object"}
+_FORMAT = "The form of the answer: text, json_object, or json_schema with a schema."
+_OUTPUT = "The form of the answer, as vLLM names it: json, regex, choice or grammar."
 NATIVE = (_JSON.field("json_schema"), _REGEX.field("regex"), _GRAMMAR.field("ebnf"))
 FIELDS = (
-    Field(
-        "response_format", "The form of the answer: text, json_object, or json_schema with a schema.", _OBJECT, _response_format
-    ),
+    json_object("response_format", _FORMAT, _response_format),
     _JSON.field("guided_json"),
     _REGEX.field("guided_regex"),
     _CHOICE.field("guided_choice"),
     _GRAMMAR.field("guided_grammar"),
     *NATIVE,
     _CHOICE.field("choice"),
-    Field(
-        "structured_outputs",
-        "The form of the answer, as vLLM names it: json, regex, choice or grammar.",
-        _OBJECT,
-        _structured_outputs,
-    ),
+    json_object("structured_outputs", _OUTPUT, _structured_outputs),
 )
