@@ -23,7 +23,7 @@ from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
-from minisgl.api.http.connection import Door
+from minisgl.api.http.connection import Connection
 from minisgl.api.requests import generate
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
@@ -150,15 +150,15 @@ class Server:
     async def start(self) -> None:
         await self._runner.setup()
         assert self._runner.server is not None
-        make = functools.partial(Door, self._runner.server, self._seconds)
-        self._door = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
-        self.port = self._door.sockets[0].getsockname()[1]
+        make = functools.partial(Connection, self._runner.server, self._seconds)
+        self._listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
 
     def make_url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
     async def close(self) -> None:
-        self._door.close()
+        self._listener.close()
         await self._runner.cleanup()
 
 

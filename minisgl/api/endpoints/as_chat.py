@@ -1,4 +1,4 @@
-"""What /v1/responses and /v1/messages have in common: both become a chat.  Pure functions; run in the api process."""
+"""Converts parts of /v1/responses and /v1/messages to those of a chat.  Pure functions; run in the api process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
-    """The field `tools` -> the tools of a chat.  `kinds`: what a tool's `type` may be; `schema`: its name for the parameters.
+def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
+    """The field `tools` -> the tools of a chat.  Raises InvalidParam.
 
-    Raises InvalidParam.
+    `kinds`: the allowed values of a tool's `type`.  `schema`: the name of a tool's field for the schema of its parameters.
     """
     out = []
-    for i, tool in enumerate(given or ()):
+    for i, tool in enumerate(given):
         if not isinstance(tool, dict):
             raise wrong_type(f"tools[{i}]", "an object", tool)
         if tool.get("type") not in kinds:
@@ -47,7 +47,7 @@ def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: 
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of a chat's fields, told of those that they came from.  `names`: regular expressions of beginnings -> names."""
+    """Renames the fields of a chat in its errors.  `names`: regular expression for the beginning of a name -> replacement."""
     try:
         yield
     except InvalidParam as e:

@@ -1,4 +1,4 @@
-"""Maps the paths that generate to their endpoints, for HTTP, the batch socket and /v1/batches.  Runs in the api process."""
+"""Lists the endpoints that answer a JSON body, for HTTP, the batch socket and /v1/batches.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from minisgl.api.endpoints import embeddings
-from minisgl.api.endpoints.anthropic import parse_messages
+from minisgl.api.endpoints import anthropic, embeddings, responses, sglang, tokenize
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.openai_answers import OpenAIAnswer
-from minisgl.api.endpoints.responses import parse_responses
 from minisgl.api.endpoints.responses_items import Response
-from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.engine import Chunk, Engine
 from minisgl.api.generation import Events, StreamedAnswer, Timings
 from minisgl.api.requests import generate
-from minisgl.api.requests.openai import GenerationRequest
+from minisgl.api.requests.fields import Fields
+from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest
 from minisgl.api.requests.unknown_fields import check_unknown
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
@@ -50,6 +48,8 @@ R = TypeVar("R", bound=Checked)
 class Endpoint(Generic[R]):
     """`parse` checks a body, `answer` gives the complete answer, `stream` begins one in events.  All raise RequestError."""
 
+    summary: str
+    fields: Fields
     parse: Callable[[Engine, Mapping[str, Any]], R]
     answer: Callable[[Engine, R], Awaitable[Any]]
     stream: Callable[[Engine, R], Awaitable[StreamedAnswer]] | None = None
@@ -63,7 +63,9 @@ class Endpoint(Generic[R]):
         return await self.answer(engine, request)
 
 
-def _generating(parse: Callable[[Engine, Mapping[str, Any]], R], make: Callable[[Config, R], Answer]) -> Endpoint[R]:
+def _generating(
+    summary: str, fields: Fields, parse: Callable[[Engine, Mapping[str, Any]], R], make: Callable[[Config, R], Answer]
+) -> Endpoint[R]:
     """The endpoint of a dialect.  `make` begins the answer to a checked request."""
 
     async def answer(engine: Engine, request: R) -> Any:
@@ -74,15 +76,24 @@ def _generating(parse: Callable[[Engine, Mapping[str, Any]], R], make: Callable[
         answer = make(engine.config, request)
         return await generate.begin(engine, answer.request, answer)
 
-    return Endpoint(parse, answer, stream)
+    return Endpoint(summary, fields, parse, answer, stream)
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
-    "/v1/chat/completions": _generating(generate.chat_request, OpenAIAnswer),
-    "/v1/completions": _generating(generate.completion_request, OpenAIAnswer),
-    "/v1/embeddings": Endpoint(embeddings.parse_embeddings, embeddings.embed),
-    "/v1/responses": _generating(parse_responses, Response),
-    "/v1/messages": _generating(parse_messages, Message),
-    "/generate": _generating(parse_generate, NativeAnswer),
+    "/v1/chat/completions": _generating("Answer a conversation.", CHAT, generate.chat_request, OpenAIAnswer),
+    "/v1/completions": _generating("Continue texts.", COMPLETION, generate.completion_request, OpenAIAnswer),
+    "/v1/responses": _generating(
+        "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
+    ),
+    "/v1/messages": _generating("Answer, in Anthropic's shape.", anthropic.MESSAGE, anthropic.parse_messages, Message),
+    "/v1/messages/count_tokens": Endpoint(
+        "How long a prompt would be.", anthropic.COUNT, anthropic.parse_count, anthropic.count_tokens
+    ),
+    "/v1/embeddings": Endpoint("Vectors of texts.", embeddings.EMBEDDINGS, embeddings.parse_embeddings, embeddings.embed),
+    "/generate": _generating(
+        "Continue texts or token ids; the answer has the ids, too.", sglang.GENERATE, sglang.parse_generate, NativeAnswer
+    ),
+    "/tokenize": Endpoint("Text or messages to token ids.", tokenize.TOKENIZE, tokenize.parse_tokenize, tokenize.tokenize),
+    "/detokenize": Endpoint("Token ids to text.", tokenize.DETOKENIZE, tokenize.parse_detokenize, tokenize.detokenize),
 }
 BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # for batches and the batch socket
