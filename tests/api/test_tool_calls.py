@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said, joined
+from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
 
 NAMES = ("get_weather", "add")
 
@@ -17,6 +18,21 @@ def read(style: str, pieces: list[str], **kw: Any) -> list[Piece]:
     reader = CallReader(FORMATS[style], NAMES, **kw)
     out = [p for piece in pieces for p in reader.feed(piece)]
     return out + reader.end()
+
+
+def joined(pieces: Iterable[Piece]) -> tuple[str, list[tuple[str, str]]]:
+    """(text, [(name, arguments)]) of all pieces of an answer."""
+    said: list[str] = []
+    calls: list[tuple[str, str]] = []
+    for piece in pieces:
+        if isinstance(piece, Said):
+            said.append(piece.text)
+        elif isinstance(piece, Called):
+            calls.append((piece.name, ""))
+        else:
+            name, text = calls[piece.index]
+            calls[piece.index] = (name, text + piece.text)
+    return "".join(said), calls
 
 
 H1 = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"{"}}\n</tool_call>'

@@ -14,8 +14,8 @@ that turns out not to be a call is passed on as text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from minisgl.api.parsers.json_scan import ObjectScan
 
@@ -108,21 +108,6 @@ FORMATS: Mapping[str, ToolFormat] = {
         id_length=9,  # as its templates demand
     ),
 }
-
-
-def joined(pieces: Iterable[Piece]) -> tuple[str, list[tuple[str, str]]]:
-    """(text, [(name, arguments)]) of all pieces of an answer."""
-    said: list[str] = []
-    calls: list[tuple[str, str]] = []
-    for piece in pieces:
-        if isinstance(piece, Said):
-            said.append(piece.text)
-        elif isinstance(piece, Called):
-            calls.append((piece.name, ""))
-        else:
-            name, text = calls[piece.index]
-            calls[piece.index] = (name, text + piece.text)
-    return "".join(said), calls
 
 
 class CallReader:
@@ -231,12 +216,8 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     out: list[Piece] = []
     for piece in pieces:
         last = out[-1] if out else None
-        if isinstance(piece, Said) and isinstance(last, Said):
-            out[-1] = Said(last.text + piece.text)
-        elif isinstance(piece, Argued) and isinstance(last, Argued) and last.index == piece.index:
-            out[-1] = Argued(last.index, last.text + piece.text)
-        elif not isinstance(piece, Called) and not piece.text:
-            continue
+        if isinstance(piece, Called) or type(piece) is not type(last):
+            out += [piece] if isinstance(piece, Called) or piece.text else []
         else:
-            out.append(piece)
+            out[-1] = replace(piece, text=last.text + piece.text)
     return out
