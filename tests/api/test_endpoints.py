@@ -754,6 +754,23 @@ def test_the_description_has_every_route_and_every_field() -> None:
     assert json.loads(json.dumps(document)) == document
 
 
+def test_the_description_lets_every_field_be_null_that_may_be_left_out() -> None:
+    paths = openapi.document(FakeEngine().config)["paths"]
+    for route in openapi.ROUTES:
+        if route.fields is None:
+            continue
+        schema = paths[route.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema.get("required", []) == list(route.fields.required)
+        for name, field in schema["properties"].items():
+            needed = name in (*route.fields.required, *route.fields.either)
+            if "type" in field:
+                assert ("null" in field["type"]) is not needed, (route.path, name)
+            if "enum" in field and name != "model":
+                assert (None in field["enum"]) is not needed, (route.path, name)
+            if "oneOf" in field:
+                assert ({"type": "null"} in field["oneOf"]) is not needed, (route.path, name)
+
+
 WRONG = {"integer": "x", "number": "x", "boolean": 5, "string": 5, "array": 5, "object": 5}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_openai_validation import FIELDS, JSON
 
+import minisgl
 from minisgl import __version__
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
@@ -153,6 +156,10 @@ class Server:
         make = functools.partial(Connection, self._runner.server, self._seconds)
         self._listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
         self.port = self._listener.sockets[0].getsockname()[1]
+
+    def connections(self) -> list[Any]:
+        assert self._runner.server is not None
+        return self._runner.server.connections
 
     def make_url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -873,6 +880,26 @@ def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays()
     play(scene)
 
 
+@pytest.mark.parametrize("cut", [5, 29, 30, 31, 32])
+def test_the_limit_for_headers_ends_with_the_headers_wherever_they_are_cut(cut: int) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        request = b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        writer.write(request[:cut])
+        while not (connections := http.connections()):  # noqa: ASYNC110  a turn of the loop or two
+            await asyncio.sleep(0)
+        timer = connections[0]._timer
+        assert timer is not None
+        assert not timer.cancelled()
+        await asyncio.sleep(0.01)  # the pieces arrive apart
+        writer.write(request[cut:])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert timer.cancelled()
+        writer.close()
+
+    play(scene)
+
+
 def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
     async def main() -> None:
         engine = FakeEngine()
@@ -953,3 +980,11 @@ def test_flush_cache_reaches_the_engine_and_server_info_has_its_statistics() -> 
         assert json.loads(body)["stats"] == {"running_requests": 0}
 
     play(scene)
+
+
+def test_only_the_http_room_and_its_command_import_aiohttp() -> None:
+    package = Path(minisgl.__file__).parent
+    users = {
+        path for path in package.rglob("*.py") if re.search(r"^\s*(from|import) aiohttp\b", path.read_text(), re.MULTILINE)
+    }
+    assert {str(path.relative_to(package).parent) for path in users} == {"api/http", "commands"}
