@@ -263,6 +263,7 @@ class Gateway(Actor):
 
     @on(Text)
     def text(self, m: Text) -> None:
+        """Pass new text on, one row for each request that has some."""
         at = 0
         rows = zip(m.uids.tolist(), m.counts.tolist(), m.finish.tolist(), m.cached.tolist(), m.texts, strict=True)
         tokens = m.tokens.tolist()
@@ -288,6 +289,10 @@ class Gateway(Actor):
 
     @on(Logprobs)
     def logprobs(self, m: Logprobs) -> None:
+        """Keep log probabilities until the Text message that follows, one row for each token.
+
+        The texts of a row's token and of its `width` alternatives lie one behind the other in `pieces`.
+        """
         top = at = start = 0
         sizes, ids, values = m.sizes.tolist(), m.top_ids.tolist(), m.top_logprobs.tolist()
         rows = (m.uids.tolist(), m.tokens.tolist(), m.offsets.tolist(), m.logprobs.tolist(), m.widths.tolist())
