@@ -111,9 +111,8 @@ class Gateway(Actor):
         self._check_open()
         self._check_vocabulary(params)
         if params.grammar and not self.config.model.eos_ids:
-            raise InvalidParam(
-                "response_format", "A grammar needs a model with an EOS token, to end its answers.", "unsupported_value"
-            )
+            text = "A grammar needs a model with an EOS token, to end its answers."
+            raise InvalidParam("response_format", text, "unsupported_value")
         self._last_uid += 1
         entry = Entry(self._last_uid, params, options, on_chunk, _source(prompt, options))
         if isinstance(prompt, TokenPrompt):
@@ -157,17 +156,10 @@ class Gateway(Actor):
         if self.state == "starting":
             raise model_loading()
         if self.state != "ready":
-            raise RequestError(
-                "The server is shutting down.", status=503, kind="server_error", code="server_draining", retry_after=5
-            )
-        if self.open_requests >= self.config.server.max_open_requests:
-            raise RequestError(
-                f"The server has {self.open_requests} open requests, its limit; try again in a moment.",
-                status=429,
-                kind="rate_limit_error",
-                code="server_overloaded",
-                retry_after=1,
-            )
+            raise RequestError("The server is shutting down.", status=503, code="server_draining", retry_after=5)
+        if (n := self.open_requests) >= self.config.server.max_open_requests:
+            text = f"The server has {n} open requests, its limit; try again in a moment."
+            raise RequestError(text, status=429, code="server_overloaded", retry_after=1)
 
     def _check_vocabulary(self, params: SamplingParams) -> None:
         vocab = self.config.model.vocab_size
@@ -263,6 +255,7 @@ class Gateway(Actor):
 
     @on(Text)
     def text(self, m: Text) -> None:
+        """Pass new text on, one row for each request that has some."""
         at = 0
         rows = zip(m.uids.tolist(), m.counts.tolist(), m.finish.tolist(), m.cached.tolist(), m.texts, strict=True)
         tokens = m.tokens.tolist()
@@ -288,6 +281,10 @@ class Gateway(Actor):
 
     @on(Logprobs)
     def logprobs(self, m: Logprobs) -> None:
+        """Keep log probabilities until the Text message that follows, one row for each token.
+
+        The texts of a row's token and of its `width` alternatives lie one behind the other in `pieces`.
+        """
         top = at = start = 0
         sizes, ids, values = m.sizes.tolist(), m.top_ids.tolist(), m.top_logprobs.tolist()
         rows = (m.uids.tolist(), m.tokens.tolist(), m.offsets.tolist(), m.logprobs.tolist(), m.widths.tolist())
@@ -306,8 +303,7 @@ class Gateway(Actor):
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
         self._tokenizers.drop(m.uid)
-        kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
-        error = RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
+        error = RequestError(m.text, status=m.status, param=m.param, code=m.code, retry_after=m.retry_after)
         if (on_answer := self._questions.pop(m.uid, None)) is not None:
             on_answer(error)
         elif (entry := self._ledger.get(m.uid)) is not None:
@@ -371,7 +367,7 @@ class Gateway(Actor):
         if self.state != "dead":
             self.state = state
         status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
-        error = RequestError(text, status=status, kind="server_error", code=code)
+        error = RequestError(text, status=status, code=code)
         for entry in list(self._ledger.values()):
             self._fail(entry, error)
         questions, self._questions = self._questions, {}
@@ -392,7 +388,7 @@ def _source(prompt: Prompt, options: RequestOptions) -> str:
 def _failure(entry: Entry, end: Finish) -> RequestError | None:
     """The error of a request that ended without an answer, None if it ended with one."""
     if end is Finish.ABORT:  # but the client is still here
-        return RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
+        return RequestError("The request was aborted.", status=500, code="aborted")
     if end is Finish.GRAMMAR:
         return too_complex(len(entry.delivered))
     if end is not Finish.TIMEOUT:
@@ -401,4 +397,4 @@ def _failure(entry: Entry, end: Finish) -> RequestError | None:
         f"The request was not finished within its timeout of {entry.options.timeout:g} s "
         f"({len(entry.delivered)} tokens were generated)."
     )
-    return RequestError(text, status=504, kind="server_error", param="timeout", code="timeout")
+    return RequestError(text, status=504, param="timeout", code="timeout")

@@ -112,7 +112,7 @@ class Generation:
             self._error = self._error or item
         elif item.finish and item.finish is Finish.ABORT:
             # A request is aborted when its client has left, so nothing listens; a listener that remains gets an error.
-            self._error = RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
+            self._error = RequestError("The request was aborted.", status=500, code="aborted")
         else:
             self._chunks.append((index, item))
             if not self._first:

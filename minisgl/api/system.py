@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import zmq
 
-from minisgl.actors import spawn as topology
+from minisgl.actors import spawn
 from minisgl.actors.messages import Stop
 from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
@@ -28,7 +28,7 @@ _LEAVE_SECONDS = 3.0  # actors that have not left by then are killed
 class System:
     """Spawns every actor on construction; `close` leaves no process, no socket file and no shared memory."""
 
-    def __init__(self, config: Config, make_worker: topology.MakeWorker = topology.make_worker) -> None:
+    def __init__(self, config: Config, make_worker: spawn.MakeWorker = spawn.make_worker) -> None:
         self.config = config
         self._closed = False
         with ExitStack() as undo:  # in case a later step fails
@@ -44,14 +44,14 @@ class System:
             self._spawn(arenas, make_worker)
             undo.pop_all()
 
-    def _spawn(self, arenas: Arenas, make_worker: topology.MakeWorker) -> None:
-        tp, spawn = self.config.engine.tp, self.supervisor.spawn
-        for rank in range(tp):  # the workers first: they take longest to start
-            spawn(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
-        spawn("scheduler", topology.make_scheduler, self.config, arenas)
+    def _spawn(self, arenas: Arenas, make_worker: spawn.MakeWorker) -> None:
+        start = self.supervisor.spawn
+        for rank in range(self.config.engine.tp):  # the workers first: they take longest to start
+            start(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
+        start("scheduler", spawn.make_scheduler, self.config, arenas)
         for i, name in enumerate(tokenizer_names(self.config.server.num_tokenizers)):
-            spawn(name, topology.make_tokenizer, self.config, arenas, i)
-        spawn("detokenizer", topology.make_detokenizer, self.config)
+            start(name, spawn.make_tokenizer, self.config, arenas, i)
+        start("detokenizer", spawn.make_detokenizer, self.config)
 
     # ---------------- driving
     def fds(self) -> list[int]:

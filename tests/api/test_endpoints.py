@@ -601,7 +601,7 @@ GENERATING = [p for p in ALL if p not in ("/tokenize", "/detokenize", f"{MESSAGE
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses_has_its_status_before_the_first_event(path: str, stream: bool) -> None:
     loading = model_loading()
-    late = RequestError("Too late.", status=504, kind="server_error", param="timeout", code="timeout")
+    late = RequestError("Too late.", status=504, param="timeout", code="timeout")
     long = context_overflow("prompt", 64, 99, "98 in the prompt, 1 in the completion")
 
     async def scene(engine: FakeEngine, http: Server) -> None:

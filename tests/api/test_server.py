@@ -36,8 +36,8 @@ USER = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PIECES = ("Hel", "", "lo", " wörld\u2028")  # one token each; the second is held back
 TEXT = "".join(PIECES)
-OVERLOADED = RequestError("full", status=429, kind="rate_limit_error", code="server_overloaded", retry_after=1)
-DIED = RequestError("The engine failed.", status=500, kind="server_error", code="engine_error")
+OVERLOADED = RequestError("full", status=429, code="server_overloaded", retry_after=1)
+DIED = RequestError("The engine failed.", status=500, code="engine_error")
 
 
 class FakeEngine:
@@ -549,7 +549,7 @@ def test_more_prompts_than_the_server_admits_are_refused_for_good() -> None:
 
 # ---------------- the error table
 CONTEXT = RequestError("This model's maximum context length is 64 tokens.", param="messages", code="context_length_exceeded")
-LOADING = RequestError("loading", status=503, kind="server_error", code="model_loading", retry_after=2)
+LOADING = RequestError("loading", status=503, code="model_loading", retry_after=2)
 GOOD = {"messages": USER}
 JSON_TYPE = {"Content-Type": "application/json"}
 

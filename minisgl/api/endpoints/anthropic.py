@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import functions, renamed, text_of
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
 from minisgl.api.requests import fields, generate
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
-from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
+from minisgl.api.requests.openai import HARMLESS, ChatRequest
 from minisgl.api.requests.sampling import STRINGS
 from minisgl.errors import InvalidParam
 
@@ -34,12 +34,7 @@ def _check_strings(name: str, value: list[Any]) -> list[str]:
     return value
 
 
-# Fields of a chat that mean the same here, and are checked with the chat that a message becomes.
-_PASSED = without(
-    CHAT.having(Support.SUPPORTED),
-    *("messages", "max_tokens", "max_completion_tokens", "stop", "n", "best_of", "stream_options", "logprobs", "top_logprobs"),
-    *("response_format", "reasoning_effort", "tool_choice"),
-)
+_SHARED = without(SHARED, "stop", "top_logprobs", "tool_choice")
 _STRINGS = fields.of_type(list, "an array of strings", _check_strings)
 MESSAGE = Fields(
     required(messages(_check_messages, TEXT_OR_PARTS, "system", "user", "assistant")),
@@ -50,7 +45,7 @@ MESSAGE = Fields(
     fields.json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
     fields.json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
     fields.json_object("output_format", "An older name of output_config.format."),
-    *_PASSED,
+    *_SHARED,
     refused("mcp_servers", []),
     refused("container"),
     *harmless("cache_control", "context_management", "inference_geo", "speed"),
@@ -86,22 +81,22 @@ class MessageRequest:
 def parse_messages(engine: Engine, body: Mapping[str, Any]) -> MessageRequest:
     """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = MESSAGE.read(body)
-    chat, unused = _chat(engine, body, values)
+    chat, ignored = _chat(engine, body, values)
     chat["max_tokens"] = values["max_tokens"]
     chat["stop"] = stops = values.get("stop_sequences", [])
-    form, form_field, unused_format = _format(values)
+    form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
         parsed = generate.chat_request(engine, chat)
     if form is not None:
         parsed = replace(parsed, bound_by=form_field)
-    return MessageRequest(parsed, tuple(stops), unknown + unused + unused_format)
+    return MessageRequest(parsed, tuple(stops), unknown + ignored + ignored_format)
 
 
 def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The body of a chat with the fields that make its prompt; names of fields that are not used."""
-    chat: dict[str, Any] = {field.name: body[field.name] for field in _PASSED if field.name in body}
+    chat: dict[str, Any] = passed(body, _SHARED)
     chat["messages"] = _conversation(values["messages"], values.get("system"))
     chat["tools"] = functions(values.get("tools", ()), (None, "custom"), "input_schema")
     choice = values.get("tool_choice") or {"type": "auto"}
@@ -126,18 +121,17 @@ def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tuple[str, ...]]:
     """`output_config.format`, in older clients `output_format`: (the json_schema of a chat, the field's name, unused names)."""
-    config = values.get("output_config", {})
-    unused = tuple(f"output_config.{name}" for name, value in config.items() if name != "format" and value is not None)
-    given, at = config.get("format"), "output_config.format"
+    ignored = unused(values, "output_config", "format")
+    given, at = values.get("output_config", {}).get("format"), "output_config.format"
     if given is None:
         given, at = values.get("output_format"), "output_format"
     if given is None:
-        return None, at, unused
+        return None, at, ignored
     if not isinstance(given, dict):
         raise wrong_type(at, "an object", given)
     if given.get("type") != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be json_schema.", "unsupported_value")
-    return {"schema": given.get("schema")}, at, unused
+    return {"schema": given.get("schema")}, at, ignored
 
 
 def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
@@ -181,12 +175,12 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
 def parse_count(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
-    chat, unused = _chat(engine, body, values)
+    chat, ignored = _chat(engine, body, values)
     with renamed(_NAMES):
         [prompt] = generate.chat_request(engine, {name: chat[name] for name in _COUNTED if name in chat}).prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
-    return TokenizerRequest(prompt, unknown + unused)
+    return TokenizerRequest(prompt, unknown + ignored)
 
 
 async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:

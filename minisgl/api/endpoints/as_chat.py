@@ -7,8 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.requests.fields import wrong_type
+from minisgl.api.requests.fields import Field, Support, without, wrong_type
+from minisgl.api.requests.openai import CHAT
 from minisgl.errors import InvalidParam
+
+# Fields of a chat that mean the same in both, and are checked with the chat that a request becomes.
+SHARED = without(
+    CHAT.having(Support.SUPPORTED),
+    *("messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs", "response_format"),
+    "reasoning_effort",
+)
+
+
+def passed(body: Mapping[str, Any], fields: Sequence[Field] = SHARED) -> dict[str, Any]:
+    """The part of a body that a chat takes unchanged."""
+    return {field.name: body[field.name] for field in fields if field.name in body}
+
+
+def unused(values: Mapping[str, Any], name: str, used: str) -> tuple[str, ...]:
+    """The names of the keys of the object in the field `name` that are not `used`."""
+    return tuple(f"{name}.{key}" for key, value in values.get(name, {}).items() if key != used and value is not None)
 
 
 def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ def _render(request: EmbeddingRequest, vector: F32 | None) -> Any:
     """The first `dimensions` numbers of the vector, normalized on request: a list, or little-endian f32 in base64."""
     if vector is None or not np.isfinite(vector).all():
         text = "The model made no finite vector of this input."
-        raise RequestError(text, status=500, kind="server_error", code="numerical_error")
+        raise RequestError(text, status=500, code="numerical_error")
     vector = vector[: request.dimensions]
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if request.normalize and norm > 0:

@@ -81,12 +81,11 @@ def _text(token: bytes) -> str:
 
 
 class OpenAIAnswer:
-    """The answer to a chat or a completion.
+    """The answer to a chat or a completion; implements table.Answer.
 
-    The common part of its events is rendered once, so that the event of a text costs one string escape.
-
-    Payloads are ASCII: no text of a model or a user can end a line, not even U+2028.  With `stream_options.include_usage` every
-    event but the last has `"usage": null`, and the last has `"choices": []`; without it every event has a choice.
+    The common parts of its events are rendered once, so that an event with text costs one string escape.  Payloads are ASCII:
+    no text of a model or a user can end a line, not even U+2028.  With `stream_options.include_usage` every event but the last
+    has `"usage": null`, and the last has `"choices": []`; without it every event has a choice.
     """
 
     def __init__(self, config: Config, request: GenerationRequest) -> None:
@@ -155,16 +154,17 @@ class OpenAIAnswer:
         if self.request.usage.so_far:
             self._set_end(b'}],"usage":%s}\n\n' % _dump(usage([result])))
         reason = chunk.finish.reason
+        if not self._chat:
+            return self._text_event(head, chunk, reason)
         if self._replies:
             reply = self._replies[index]
             out = self._items(head, reply.feed(chunk.text, end=bool(chunk.finish)), chunk.logprobs)
             reason = reply.reason(chunk.finish)
-        elif chunk.text or chunk.logprobs or (chunk.finish and not self._chat):  # the last text of a completion has the reason
-            end = self._end_event(chunk.logprobs, None if self._chat else reason)
-            out = head + self._text + encode_basestring_ascii(chunk.text).encode() + end
         else:
-            out = b""
-        return out + head + b',"delta":{' + self._end_event((), reason) if self._chat and chunk.finish else out
+            out = self._text_event(head, chunk, None)
+        if chunk.finish:
+            out += head + b',"delta":{' + self._end_event((), reason)
+        return out
 
     def end(self, timings: Timings) -> bytes:
         if not self.request.usage.last:
@@ -178,15 +178,19 @@ class OpenAIAnswer:
         self._end = end
         self._go_on = self._logprobs + b'null,"finish_reason":null' + end
 
+    def _text_event(self, head: bytes, chunk: Chunk, reason: str | None) -> bytes:
+        if not chunk.text and not chunk.logprobs and reason is None:
+            return b""
+        return head + self._text + encode_basestring_ascii(chunk.text).encode() + self._end_event(chunk.logprobs, reason)
+
     def _items(self, head: bytes, growths: Sequence[Growth], logprobs: Sequence[TokenLogprob]) -> bytes:
         """The growth of items, one event each; the log probabilities go with the first."""
         if logprobs and not growths:
             return head + b',"delta":{"content":""' + self._end_event(logprobs, None)
         out = b""
         for item, text in growths:
-            out += (
-                head + b',"delta":' + _dump(delta(item, text))[:-1] + self._end_event(logprobs, None)
-            )  # the end has its brace
+            unclosed = _dump(delta(item, text))[:-1]  # `_end_event` has the brace
+            out += head + b',"delta":' + unclosed + self._end_event(logprobs, None)
             logprobs = ()
         return out
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import functions, renamed, text_of
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
 from minisgl.api.engine import Engine
 from minisgl.api.requests import fields, generate
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without, wrong_type
-from minisgl.api.requests.openai import CHAT, HARMLESS, ChatRequest
+from minisgl.api.requests.openai import HARMLESS, ChatRequest
 from minisgl.errors import InvalidParam, RequestError
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -75,12 +75,6 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
 
 
 # ---------------- declarations
-# Fields of a chat that mean the same here, and are checked with the chat that a request becomes.
-_PASSED = without(
-    CHAT.having(Support.SUPPORTED),
-    *("messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs"),
-    *("response_format", "reasoning_effort"),
-)
 RESPONSE = Fields(
     required(Field("input", "A text, or messages, calls and their outputs.", TEXT_OR_PARTS, _check_input)),
     fields.string("instructions", "The system message."),
@@ -88,7 +82,7 @@ RESPONSE = Fields(
     fields.json_object("text", "format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
     fields.array("include", f"{_LOGPROBS} asks for log probabilities.", {"type": "string"}, then=_check_include),
     fields.json_object("reasoning", "effort: as reasoning_effort of a chat."),
-    *_PASSED,
+    *SHARED,
     refused("previous_response_id"),  # nothing is stored here
     refused("conversation"),
     refused("background", False),
@@ -119,7 +113,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
     values, unknown = RESPONSE.read(body)
     instructions, limit = values.get("instructions"), values.get("max_output_tokens")
     text, reasoning, tools = values.get("text", {}), values.get("reasoning", {}), values.get("tools", [])
-    chat: dict[str, Any] = {field.name: body[field.name] for field in _PASSED if field.name in body}
+    chat: dict[str, Any] = passed(body)
     chat["messages"] = [{"role": "system", "content": instructions}] if instructions else []
     chat["messages"] += values["input"]
     chat["max_tokens"] = limit
@@ -132,8 +126,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
         parsed = generate.chat_request(engine, chat)
     if parsed.bound_by == "response_format":
         parsed = replace(parsed, bound_by="text.format")
-    unknown += tuple(f"text.{name}" for name, value in text.items() if name != "format" and value is not None)
-    unknown += tuple(f"reasoning.{name}" for name, value in reasoning.items() if name != "effort" and value is not None)
+    unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
     unknown += ("store",) if values.get("store") else ()
     echoed = {

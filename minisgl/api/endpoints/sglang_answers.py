@@ -17,7 +17,7 @@ from minisgl.errors import RequestError
 
 
 class NativeAnswer:
-    """An object, or an array of them if the request has several prompts.
+    """An object, or an array of them if the request has several prompts; implements table.Answer.
 
     Every event has all of the text so far, or the new text alone with `incremental`.
     """

@@ -71,8 +71,7 @@ def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
         allowed = ", ".join(sorted(e.allowed_methods))
         text = f"{request.path[:200]} does not take {request.method[:20]}; use {allowed}."
         return RequestError(text, status=405, code="method_not_allowed")
-    kind = "invalid_request_error" if e.status < 500 else "server_error"
-    return RequestError(f"{e.reason}.", status=e.status, kind=kind)
+    return RequestError(f"{e.reason}.", status=e.status)
 
 
 def _unknown_path(request: web.Request) -> str:

@@ -34,7 +34,7 @@ class Form:
         return bool(self.reasoning or self.tools)
 
 
-WHOLE = Form()
+PLAIN = Form()  # text alone
 
 
 @dataclass(slots=True, eq=False)

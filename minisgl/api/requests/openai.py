@@ -11,7 +11,7 @@ from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
-from minisgl.api.parsers.reply import WHOLE, Form
+from minisgl.api.parsers.reply import PLAIN, Form
 from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests import fields, sampling, structured_output, tools
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
@@ -115,7 +115,7 @@ class GenerationRequest:
     usage: Usage
     ignored: tuple[str, ...]
     bound_by: str = ""
-    form: Form = WHOLE
+    form: Form = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
