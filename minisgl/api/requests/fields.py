@@ -55,7 +55,7 @@ class Field:
 
 
 class Fields:
-    """The fields of one endpoint.  `either`: two fields of which a body must have exactly one."""
+    """The fields of one endpoint.  `either`: two fields; a body must have exactly one of them."""
 
     def __init__(self, *fields: Field, either: tuple[str, ...] = ()) -> None:
         self._fields = {field.name: field for field in fields}
