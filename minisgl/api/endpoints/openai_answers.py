@@ -14,7 +14,7 @@ from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
-from minisgl.api.parsers.reply import Growth, Reply, delta
+from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -106,6 +106,7 @@ class OpenAIAnswer:
         self._heads = [b'%s{"index":%d' % (self._common, i) for i in range(choices)]
         self._text = b',"delta":{"content":' if self._chat else b',"text":'
         self._logprobs = (b"}" if self._chat else b"") + b',"logprobs":'
+        self._so_far = request.usage.so_far
         self._set_end(b'}],"usage":null}\n\n' if request.usage.last else b"}]}\n\n")
 
     # ---------------- the answer in one piece
@@ -149,22 +150,19 @@ class OpenAIAnswer:
 
     def add(self, index: int, chunk: Chunk) -> bytes:
         """The events of a chunk of choice `index`, none if all of its text is held back."""
-        result, head = self._results[index], self._heads[index]
+        head, result = self._heads[index], self._results[index]
         result.add(chunk)
-        if self.request.usage.so_far:
+        if self._so_far:
             self._set_end(b'}],"usage":%s}\n\n' % _dump(usage([result])))
-        reason = chunk.finish.reason
+        if not chunk.finish:
+            return self._items(index, chunk) if self._replies else self._text_event(head, chunk, None)
         if not self._chat:
-            return self._text_event(head, chunk, reason)
+            return self._text_event(head, chunk, chunk.finish.reason)
         if self._replies:
-            reply = self._replies[index]
-            out = self._items(head, reply.feed(chunk.text, end=bool(chunk.finish)), chunk.logprobs)
-            reason = reply.reason(chunk.finish)
+            out, reason = self._items(index, chunk), self._replies[index].reason(chunk.finish)
         else:
-            out = self._text_event(head, chunk, None)
-        if chunk.finish:
-            out += head + b',"delta":{' + self._end_event((), reason)
-        return out
+            out, reason = self._text_event(head, chunk, None), chunk.finish.reason
+        return out + head + b',"delta":{' + self._end_event((), reason)
 
     def end(self, timings: Timings) -> bytes:
         if not self.request.usage.last:
@@ -183,15 +181,15 @@ class OpenAIAnswer:
             return b""
         return head + self._text + encode_basestring_ascii(chunk.text).encode() + self._end_event(chunk.logprobs, reason)
 
-    def _items(self, head: bytes, growths: Sequence[Growth], logprobs: Sequence[TokenLogprob]) -> bytes:
-        """The growth of items, one event each; the log probabilities go with the first."""
-        if logprobs and not growths:
-            return head + b',"delta":{"content":""' + self._end_event(logprobs, None)
-        out = b""
-        for item, text in growths:
+    def _items(self, index: int, chunk: Chunk) -> bytes:
+        """One event for each growth of an item; the log probabilities go with the first."""
+        head, logprobs, out = self._heads[index], chunk.logprobs, b""
+        for item, text in self._replies[index].feed(chunk.text, end=bool(chunk.finish)):
             unclosed = _dump(delta(item, text))[:-1]  # `_end_event` has the brace
             out += head + b',"delta":' + unclosed + self._end_event(logprobs, None)
             logprobs = ()
+        if logprobs:
+            return head + self._text + b'""' + self._end_event(logprobs, None)
         return out
 
     def _end_event(self, logprobs: Sequence[TokenLogprob], reason: str | None) -> bytes:

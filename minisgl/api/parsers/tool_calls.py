@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minisgl.api.parsers.json_scan import ObjectScan
 
@@ -115,6 +115,7 @@ class CallReader:
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str] = (), *, parallel: bool = True) -> None:
         self._format, self._names, self._parallel = tool_format, names, parallel
+        self._opening, self._bare = tool_format.opening, tool_format.bare
         self._calls = 0
         self._state: Callable[[str, list[Piece]], None] = self._text
         self._held = ""  # characters not yet known to be text: white space, the beginning of an opening, an unnamed call
@@ -149,7 +150,7 @@ class CallReader:
 
     # ---------------- states: each takes one character
     def _text(self, c: str, out: list[Piece]) -> None:
-        opening, bare = self._format.opening, self._format.bare
+        opening, bare = self._opening, self._bare
         self._held += c
         while self._held:
             core = self._held.lstrip(SPACE)
@@ -187,7 +188,7 @@ class CallReader:
         self._held += c
         argued = scan.feed(c)
         if scan.named and not self._announced:
-            if self._format.bare == "{" and scan.name not in self._names:  # JSON for the user, not a call
+            if self._bare == "{" and scan.name not in self._names:  # JSON for the user, not a call
                 scan.failed = True
             else:
                 self._announced = self._began = True
@@ -216,8 +217,10 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     out: list[Piece] = []
     for piece in pieces:
         last = out[-1] if out else None
-        if isinstance(piece, Called) or type(piece) is not type(last):
-            out += [piece] if isinstance(piece, Called) or piece.text else []
-        else:
-            out[-1] = replace(piece, text=last.text + piece.text)
+        if isinstance(piece, Said) and isinstance(last, Said):
+            out[-1] = Said(last.text + piece.text)
+        elif isinstance(piece, Argued) and isinstance(last, Argued):
+            out[-1] = Argued(piece.index, last.text + piece.text)
+        elif isinstance(piece, Called) or piece.text:
+            out.append(piece)
     return out
