@@ -1,8 +1,8 @@
 """Counts requests, tokens and latencies, and exposes them at GET /metrics for Prometheus.  Runs in the api process.
 
 `Metered` stands between the facade and the gateway and counts the chunks that pass; the engine does not know of it.  It keeps
-plain numbers, because metrics of prometheus_client would multiply the cost of a chunk by three or four; the numbers become
-metrics when they are scraped.  The names are vLLM's with our prefix (minisgl_num_requests_running, ...), so a dashboard needs one
+plain numbers, because metrics of prometheus_client would make a chunk three times as expensive.  The numbers become metrics
+when they are scraped.  The names are vLLM's with our prefix (minisgl_num_requests_running, ...), so a dashboard needs one
 substitution.  Labels come from closed sets, never from a request.
 """
 
