@@ -1,12 +1,8 @@
-"""Every message of the system, in one file.  A message is a frozen value; on the wire it is a msgpack array.
+"""Declares every message of the system, who sends it to whom, and what its fields mean.
 
-Wire:    one version byte, then msgpack [class name, field 0, field 1, ...]
-Fields:  int, float, str, bytes, bool, None, a tuple of these or of such tuples, a numpy array of one dimension (copied, never
-         aliased), or one of the plain value types registered below (SamplingParams).  No dict, no callable, no pickle.
-
-The registry is closed: decoding looks a name up among the classes declared here and checks every field against its
-annotation, so bytes from a stranger become `BadMessage` and nothing else.  All processes of a run come from one source
-tree, hence one version byte and no optional fields; it exists to refuse an old client of the batch socket with a sentence.
+A message is a frozen value that belongs to nobody once it is sent.  Its fields are ints, floats, strings, bytes, bools, None,
+tuples of these, numpy arrays of one dimension, or a registered value type; minisgl.actors.wire turns it into bytes.  Ids of
+requests (`uid`) are given by the api process and are never reused.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 
 def _value(hint: object) -> st.SearchStrategy:
-    checks = wire._checker(hint)
-    if checks[0] == "tuple":
-        return st.lists(st.text() if str in checks[1] else st.integers(-(2**60), 2**60), max_size=4).map(tuple)
+    kinds = wire._kinds(hint)
+    if tuple in kinds:
+        return st.lists(st.text() if str in kinds[tuple] else st.integers(-(2**60), 2**60), max_size=4).map(tuple)
     arms = []
-    for c in checks:
+    for c in kinds:
         if c is np.ndarray:
             dtype = np.dtype(typing.get_args(typing.get_args(hint)[1])[0])
             arms.append(st.lists(st.integers(0, 200), max_size=5).map(lambda v, d=dtype: np.array(v, d)))
