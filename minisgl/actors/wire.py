@@ -43,18 +43,17 @@ class BadMessage(ValueError):
 
 # ---------------- declaration
 class _Layout(NamedTuple):
-    """What a registered class looks like: its fields, and the types that each may have."""
+    """A registered class: the names of its fields, and the types that each may have."""
 
     cls: type
-    names: tuple[str, ...]
-    kinds: tuple[Kinds, ...]
+    fields: tuple[tuple[str, Kinds], ...]
 
     def fault(self, values: tuple[Any, ...]) -> str | None:
         """Why these cannot be the values of the fields; None if they can."""
         name = self.cls.__name__
-        if len(values) != len(self.names):
-            return f"{name} has {len(self.names)} fields, got {len(values)}"
-        for field, kinds, value in zip(self.names, self.kinds, values, strict=True):
+        if len(values) != len(self.fields):
+            return f"{name} has {len(self.fields)} fields, got {len(values)}"
+        for (field, kinds), value in zip(self.fields, values, strict=True):
             kind = type(value)
             if kind not in kinds or (kind is tuple and not _fit(kinds[tuple], value)):
                 return f"{name}.{field} may not be {kind.__name__}"
@@ -86,8 +85,8 @@ def register(cls: type[T]) -> type[T]:
     if cls.__name__ in _LAYOUTS:
         raise TypeError(f"message {cls.__name__} is declared twice")
     hints = typing.get_type_hints(cls)
-    names = tuple(f.name for f in dc.fields(cls))  # type: ignore[arg-type]
-    _LAYOUTS[cls.__name__] = _Layout(cls, names, tuple(_kinds(hints[name]) for name in names))
+    fields = dc.fields(cls)  # type: ignore[arg-type]
+    _LAYOUTS[cls.__name__] = _Layout(cls, tuple((f.name, _kinds(hints[f.name])) for f in fields))
     return cls
 
 
@@ -113,7 +112,7 @@ def _pack_fields(msg: Any) -> bytes:
     layout = _LAYOUTS.get(name)
     if layout is None or layout.cls is not type(msg):
         raise TypeError(f"{name} may not travel in a message")
-    values = tuple([getattr(msg, field) for field in layout.names])
+    values = tuple([getattr(msg, field) for field, _ in layout.fields])
     if fault := layout.fault(values):
         raise TypeError(fault)
     packed: bytes = msgpack.packb((name, *values), default=_pack_extension)
