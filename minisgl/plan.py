@@ -144,7 +144,8 @@ class StepPlan:
         lengths = list(map(len, arrays))
         head = _HEADER.pack(self.step, self.kind, same, 0, *lengths, len(self.grammar_text))
         sections = compress(zip(arrays, _DTYPES, strict=True), lengths)  # those that are not empty
-        return b"".join([head, *[np.ascontiguousarray(array, dtype) for array, dtype in sections], self.grammar_text])
+        parts = [array.astype(dtype, copy=False).tobytes() for array, dtype in sections]
+        return b"".join([head, *parts, self.grammar_text])
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepPlan:
