@@ -38,7 +38,6 @@ import enum
 import operator
 import struct
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,6 @@ _SECTIONS: dict[str, np.dtype[Any]] = {  # the arrays of a plan in the order of 
     "said": _I32,
 }
 _NONE = {name: np.zeros(0, dtype) for name, dtype in _SECTIONS.items()}
-_DTYPES = tuple(_SECTIONS.values())
 _DECODE = tuple(_SECTIONS).index("decode")
 _arrays_of = operator.attrgetter(*_SECTIONS)
 _HEADER = struct.Struct("<qBBH12I4x")  # step, kind, SAME, reserved, and the length of every section
@@ -143,8 +141,8 @@ class StepPlan:
             arrays[_DECODE] = _NONE["decode"]
         lengths = list(map(len, arrays))
         head = _HEADER.pack(self.step, self.kind, same, 0, *lengths, len(self.grammar_text))
-        sections = compress(zip(arrays, _DTYPES, strict=True), lengths)  # those that are not empty
-        parts = [array.astype(dtype, copy=False).tobytes() for array, dtype in sections]
+        sections = zip(arrays, lengths, _SECTIONS.values(), strict=True)
+        parts = [array.astype(dtype, copy=False).tobytes() for array, n, dtype in sections if n]
         return b"".join([head, *parts, self.grammar_text])
 
     @classmethod

@@ -13,7 +13,7 @@ from conftest import World, fake_config
 from minisgl.actors.messages import Capacity, MayCapture, WorkerArmed
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
-from minisgl.actors.worker import WorkerActor
+from minisgl.actors.worker import IdleCapture, WorkerActor
 from minisgl.model.fake_runner import Done, FakeRunner
 from minisgl.plan import PlanKind, StepPlan
 
@@ -74,7 +74,8 @@ def test_a_runner_prepares_before_the_first_plan_and_in_pauses_but_not_between_s
     worker.capacity(Capacity(4))
     assert worker.idle() is True
     assert runner.left == 2
-    worker._planned = clock.time  # a plan has come
+    assert worker._idle_capture is not None
+    worker._idle_capture.plan_came(StepPlan(0))
     assert worker.idle() is True  # stays awake, and waits
     assert runner.left == 2
     clock.time += 1
@@ -174,7 +175,7 @@ def busy_world(seed: int) -> tuple[list[list[int]], dict[int, list[int]], dict[i
         for rank, runner in enumerate(world.runners):
             assert isinstance(runner, Recorder)
             runner.left, runner.events = left, []
-            world.system.actors[f"worker{rank}"]._captured = left == 0  # type: ignore[attr-defined]
+            world.system.actors[f"worker{rank}"]._idle_capture._finished = left == 0  # type: ignore[attr-defined]
         world.system._asleep.clear()
         for _ in range(25):
             if rng.random() < 0.4:
@@ -206,13 +207,12 @@ def test_ranks_that_prepared_by_themselves_would_be_found_out(monkeypatch: pytes
     monkeypatch.setattr("conftest.FakeRunner", Recorder)
     monkeypatch.setattr("minisgl.actors.worker._PAUSE_SECONDS", 0.0)
 
-    def alone(self: WorkerActor) -> bool:
-        if self._runner is None or not self._ready or self._captured:
-            return False
-        self._captured = not self._runner.capture_ahead()
-        return not self._captured
+    def alone(self: IdleCapture) -> bool:
+        if not self._finished:
+            self.capture()
+        return not self._finished
 
-    monkeypatch.setattr(WorkerActor, "_capture_while_idle", alone)
+    monkeypatch.setattr(IdleCapture, "use_pause", alone)
     differ = 0
     for seed in range(10):
         events, _, _ = busy_world(seed)
