@@ -26,6 +26,7 @@ from minisgl.api.requests.sampling import chat_logprobs, choices, completion_log
 from minisgl.api.requests.structured_output import Constraint, constraint
 from minisgl.api.requests.tools import tools
 from minisgl.errors import InvalidParam, RequestError
+from minisgl.reasoning import STYLES
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of thinking
@@ -219,7 +220,7 @@ def _template_switches(fields: Fields, reasoning_style: str) -> tuple[dict[str, 
 
 def _behind_thought(text: str, style: str) -> str:
     """A model that thinks may do so before it is bound."""
-    return grammar.after_thought(text, begun=style == "deepseek_r1") if text and style else text
+    return grammar.after_thought(text, begun=STYLES[style].opened_by_prompt) if text and style else text
 
 
 def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> CompletionRequest:
