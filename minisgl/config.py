@@ -24,7 +24,7 @@ class ModelSpec:
 
     name: str  # served name, e.g. "SmolLM2-135M-Instruct"
     path: str  # the .gguf file, or the directory with config.json; "" for random weights
-    format: str  # "gguf" | "safetensors" | "random"
+    format: str  # "gguf" | "safetensors" | "random" | "fake"
     architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
     dtype: str  # dtype the weights are stored in or were trained in: "float32" | "float16" | "bfloat16"
     hidden_size: int

@@ -1,4 +1,4 @@
-"""Shared fixtures: small oracle configurations, and one deterministic system of real actors around the oracle."""
+"""Shared fixtures: small configurations, and one deterministic system of real actors around the fake runner."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ VOCAB, EOS = 23, 0
 
 
 def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
-    """A model of nothing, for the oracle."""
+    """A model of nothing, for the fake runner."""
     return ModelSpec(
         name="oracle",
         path="",
-        format="oracle",
-        architecture="Oracle",
+        format="fake",
+        architecture="Fake",
         dtype="float32",
         hidden_size=1,
         intermediate_size=1,
@@ -80,7 +80,7 @@ class PlainDetokenizer(Actor):
 
 
 class World:
-    """Gateway, scheduler, workers (oracle) and a plain detokenizer in one LocalSystem."""
+    """Gateway, scheduler, workers (fake runners) and a plain detokenizer in one LocalSystem."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class World:
 
 
 class Loop:
-    """A StepMachine with the oracle as its worker: no actors and no wire, every step in the test's hand.
+    """A StepMachine with the fake runner as its worker: no actors and no wire, every step in the test's hand.
 
     After each step the machine's books are checked, and that the plan keeps to the contract of plans.
     """

@@ -1,14 +1,17 @@
-"""How each actor is built in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
+"""Builds each actor in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.config import Config
+
+if TYPE_CHECKING:
+    from minisgl.actors.worker import RunnerLike
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
@@ -44,7 +47,13 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 
     prepare_environment(threads_per_rank(config.engine))
 
-    def runner() -> Any:
+    def runner() -> RunnerLike:
+        if config.model.format == "fake":
+            from minisgl.model.common.grammar import Grammars
+            from minisgl.model.fake_runner import FakeRunner
+            from minisgl.model.text.vocabulary import vocabulary_of
+
+            return FakeRunner(config, grammars=Grammars(lambda: vocabulary_of(config.model)))
         if config.engine.device == "cuda":
             from minisgl.model.cuda.runner import CudaRunner
 
@@ -54,12 +63,3 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
         return Runner(config, rank, run_dir)
 
     return WorkerActor(ctx, rank, arenas, runner)
-
-
-def make_fake_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
-    """A worker without a model (see minisgl.model.fake_runner), for tests of everything around it.  `kv_tokens` must be set."""
-    from minisgl.actors.worker import WorkerActor
-    from minisgl.model.fake_runner import FakeRunner
-
-    pages = -(-config.engine.kv_tokens // config.engine.page_size)
-    return WorkerActor(ctx, rank, arenas, lambda: FakeRunner(config, pages))

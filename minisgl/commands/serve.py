@@ -109,6 +109,8 @@ class _Server:
         store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
         method = json.loads(self.config.model.weight_format or "{}").get("method")
         how = f" ({method} weights, dequantised as they load)" if method else ""
+        if self.config.model.format == "fake":
+            how = " engine (no model: tokens are hashes of what stands before them)"
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config, self.make_worker)
         try:

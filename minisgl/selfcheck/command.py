@@ -44,6 +44,8 @@ def run(argv: list[str]) -> int:
     from minisgl.model.common.shard import check_tp
 
     spec = resolve(args.model, args.revision)
+    if spec.format == "fake":
+        raise UserError("--model fake: there is no model to check; name a checkpoint with --model")
     given = {name: value for name, value in vars(args).items() if value is not None}
     config = Config(spec, engine_config(given))
     check_tp(spec, config.engine.tp)

@@ -1,4 +1,4 @@
-"""The whole engine but the model, under seeded interleavings: real gateway, scheduler and worker actors around the oracle."""
+"""The whole engine but the model, under seeded interleavings: gateway, scheduler and worker actors around the fake runner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step machine against the oracle: a hypothesis state machine, seeded stress, restarts, and mutants that must be caught."""
+"""The step machine against the fake runner: a hypothesis state machine, seeded stress, restarts, and mutants to catch."""
 
 from __future__ import annotations
 

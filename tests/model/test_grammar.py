@@ -30,7 +30,7 @@ from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import FAILED, GRAMMAR, StepPlan
 from minisgl.sampling_params import Finish, SamplingParams
 
-LETTERS = ["", *"abcdefghij", *"0123456789", "ab", "90"]  # of the oracle's 23 tokens; the first is EOS
+LETTERS = ["", *"abcdefghij", *"0123456789", "ab", "90"]  # of the fake runner's 23 tokens; the first is EOS
 WORDS = Vocabulary([t.encode() for t in LETTERS], frozenset(), (EOS,))
 PATTERNS = [r"[a-e]{3,9}[0-9]+f", r"(ab|90){2,5}", r"[0-9]{1,12}", r"a(b|cd)*e?", r"[a-j0-9]*", r"x|abcdefghij[0-5]{2,4}"]
 
@@ -45,7 +45,7 @@ def follow(text: str, said: list[int]) -> list[int]:
 
 
 def reference(ids: list[int], most: int, pattern: str) -> list[int]:
-    """The oracle's answer to a prompt: sequential, no cache, no batch."""
+    """The fake runner's answer to a prompt: sequential, no cache, no batch."""
     out: list[int] = []
     while len(out) < most and (not out or out[-1] != EOS):
         out.append(next_token(np.array(ids + out, np.int32), VOCAB, np.array(follow(grammar.regex(pattern), out), np.int32)))

@@ -20,6 +20,7 @@ from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 
+_PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 
@@ -215,7 +216,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str = "") -> Tokenizer:
 
     Raises UserError naming the file that is missing or unusable.
     """
-    load = {"gguf": _from_gguf, "random": _from_nothing}.get(spec.format, _from_directory)
+    load = _from_gguf if _in_gguf(spec) else _from_nothing if spec.format in ("random", "fake") else _from_directory
     backend, sources, specials = load(spec)
     for name, ids in (("bos_token", (spec.bos_id,)), ("eos_token", spec.eos_ids)):
         token = next((backend.id_to_token(i) for i in ids if i is not None), None)
@@ -246,7 +247,7 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
     """
     if chat_template:
         return {"default": _read_template(chat_template)}
-    if spec.format == "gguf":
+    if _in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
         return _gguf_templates(GGUFFile.open(spec.path).fields)
@@ -254,6 +255,10 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
 
 
 _Loaded = tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]  # backend, templates by name, special tokens by name
+
+
+def _in_gguf(spec: ModelSpec) -> bool:
+    return spec.format == "gguf" or (spec.format == "fake" and spec.path != "")
 
 
 def _from_gguf(spec: ModelSpec) -> _Loaded:
@@ -279,13 +284,13 @@ def _gguf_templates(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _from_nothing(spec: ModelSpec) -> _Loaded:
-    """For random weights: every byte is a token."""
+    """For a model without files: every byte is a token."""
     from tokenizers import decoders, models, pre_tokenizers
 
     backend = tokenizers.Tokenizer(models.BPE(dict(_ALPHABET), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return backend, {}, {}
+    return backend, {"default": _PLAIN_TEMPLATE} if spec.format == "fake" else {}, {}
 
 
 def _from_directory(spec: ModelSpec) -> _Loaded:
