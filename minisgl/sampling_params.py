@@ -25,15 +25,12 @@ MAX_TIMEOUT = 1e6  # seconds
 POOLINGS = ("", "mean", "last")  # "": the answer is text, not a vector
 _MAX_INT = (1 << 31) - 1  # the 32-bit fields of a plan hold no more
 
-# Fields of SamplingParams -> lowest and highest value.
-_INTEGERS = {
+_RANGES: dict[str, tuple[float, float]] = {  # fields of SamplingParams -> lowest and highest value
     "max_tokens": (0, _MAX_INT),
     "top_k": (0, _MAX_INT),
     "seed": (-MAX_SEED, MAX_SEED),
     "min_tokens": (0, _MAX_INT),
     "logprobs": (0, MAX_LOGPROBS),
-}
-_FLOATS = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
@@ -78,8 +75,8 @@ class RequestOptions:
     pooling: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
-        _check_float("timeout", self.timeout, 0.0, MAX_TIMEOUT)
+        _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check_number("timeout", self.timeout, 0.0, MAX_TIMEOUT)
         if not isinstance(self.cache_salt, str):
             raise InvalidParam("cache_salt", "cache_salt must be a string.", "invalid_type")
         if len(self.cache_salt) > MAX_SALT_CHARS:
@@ -142,11 +139,9 @@ class SamplingParams:
         _check_text("grammar", self.grammar)
 
     def _check_numbers(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
+        for name, (low, high) in _RANGES.items():
             if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
-                _check_int(name, value, low, high)
-        for name, (least, most) in _FLOATS.items():
-            _check_float(name, getattr(self, name), least, most)
+                _check_number(name, value, low, high)
         if self.max_tokens == 0 and not self.echo:
             raise InvalidParam("max_tokens", f"max_tokens must be between 1 and {_MAX_INT}, got 0.")
         if self.top_p == 0.0:
@@ -168,14 +163,14 @@ class SamplingParams:
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
         for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, _MAX_INT)
+            _check_number("stop_token_ids", token, 0, _MAX_INT)
 
     def _check_logit_bias(self) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
         for token, value in self.logit_bias:
-            _check_int("logit_bias", token, 0, _MAX_INT)
-            _check_float("logit_bias", value, -100.0, 100.0)
+            _check_number("logit_bias", token, 0, _MAX_INT)
+            _check_number("logit_bias", value, -100.0, 100.0)
         if len(dict(self.logit_bias)) < len(self.logit_bias):
             raise InvalidParam("logit_bias", "logit_bias names a token twice.")
 
@@ -207,18 +202,15 @@ def _check_text(name: str, value: str) -> None:
         raise InvalidParam(name, f"{name} holds half of a surrogate pair, which is not text.") from e
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidParam(name, f"{name} must be an integer, got {type(value).__name__}.", "invalid_type")
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse a value outside low..high, NaN included, and a fraction where the bounds are integers."""
+    whole = isinstance(low, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kind = "an integer" if whole else "a number"
+        raise InvalidParam(name, f"{name} must be {kind}, got {type(value).__name__}.", "invalid_type")
     if not low <= value <= high:
-        raise InvalidParam(name, f"{name} must be between {low} and {high}, got {value}.")
-
-
-def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidParam(name, f"{name} must be a number, got {type(value).__name__}.", "invalid_type")
-    if not low <= value <= high:  # also refuses NaN
-        raise InvalidParam(name, f"{name} must be between {low:g} and {high:g}, got {value}.")
+        bounds = f"{low} and {high}" if whole else f"{low:g} and {high:g}"
+        raise InvalidParam(name, f"{name} must be between {bounds}, got {value}.")
 
 
 DEFAULT_OPTIONS = RequestOptions()

@@ -243,6 +243,17 @@ def test_without_the_embedded_model_the_fake_engine_speaks_bytes(monkeypatch: py
     assert answer.token_ids == expected_tokens(ids, 5, 256, ())
 
 
+def test_the_same_engine_in_one_thread_gives_the_same_text(llm: LLM) -> None:
+    prompts = [[i + 1, 2, 3] for i in range(5)]
+    with LLM("fake", processes=False, **{**ENGINE, "tp": 1}) as alone:
+        answers = alone.generate(prompts, SamplingParams(max_tokens=9))
+        refused = alone.generate([[]])[0]
+    assert [a.text for a in answers] == [a.text for a in llm.generate(prompts, SamplingParams(max_tokens=9))]
+    assert refused.error is not None
+    with pytest.raises(UserError, match="one rank"):
+        LLM("fake", processes=False, **ENGINE)
+
+
 def test_a_killed_server_leaves_no_process_and_no_socket(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     children = server.children()

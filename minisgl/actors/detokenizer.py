@@ -92,25 +92,21 @@ class _Stream:
 class DetokenizerActor(Actor):
     """Looks every token up once."""
 
+    _tokenizer: Tokenizer
+
     def __init__(self, ctx: Context, config: Config) -> None:
         super().__init__(ctx)
         self.config = config
-        self._tokenizer: Tokenizer | None = None
         self._streams: dict[int, _Stream] = {}
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model)
         self._tokenizer.stream(skip_special=True)  # builds the table of tokens now, not during the first request
 
-    def _loaded(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not loaded yet")
-        return self._tokenizer
-
     @on(Track)
     def track(self, m: Track) -> None:
         p = m.params
-        stream = _Stream(self._loaded().stream(p.skip_special_tokens), StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
+        stream = _Stream(self._tokenizer.stream(p.skip_special_tokens), StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
         self._streams[m.uid] = stream
         self.ctx.send("api", Started(m.uid, m.queued))
         if p.echo:
@@ -125,7 +121,7 @@ class DetokenizerActor(Actor):
             stream.offsets.append(stream.chars)
             pieces.append(stream.push(token))
         stream.prefix = "".join(pieces)
-        if self._loaded().strips_space and stream.prefix.startswith(" "):
+        if self._tokenizer.strips_space and stream.prefix.startswith(" "):
             stream.prefix, stream.chars = stream.prefix[1:], stream.chars - 1
             stream.offsets = [max(0, at - 1) for at in stream.offsets]
         if m.params.logprobs is not None:
@@ -187,7 +183,7 @@ class DetokenizerActor(Actor):
 
     def _send_logprobs(self, report: _Report) -> None:
         if report:
-            self.ctx.send("api", _logprobs(report, self._loaded()))
+            self.ctx.send("api", _logprobs(report, self._tokenizer))
 
 
 def _text(rows: Sequence[_Row]) -> Text:

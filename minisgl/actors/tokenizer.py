@@ -37,11 +37,12 @@ class PromptRing(Protocol):
 class TokenizerActor(Actor):
     """Turns prompts into token ids, one after the other; a prompt that cannot be encoded costs only itself."""
 
+    _tokenizer: Tokenizer
+
     def __init__(self, ctx: Context, config: Config, ring: PromptRing) -> None:
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._tokenizer: Tokenizer | None = None
         self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
 
     def started(self) -> None:
@@ -65,16 +66,12 @@ class TokenizerActor(Actor):
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not loaded yet")
         if m.chat is not None:
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not loaded yet")
         self.ctx.send("api", Detokenized(m.uid, self._tokenizer.decode(m.ids.tolist(), m.skip_special)))
 
     def _check_length(self, ids: I32, field: str) -> None:

@@ -108,6 +108,8 @@ class WorkerActor(Actor):
     second step late, because the next plan arrives while the step runs.
     """
 
+    _runner: RunnerLike
+
     def __init__(self, ctx: Context, rank: int, arenas: Arenas, make_runner: Callable[[], RunnerLike]) -> None:
         super().__init__(ctx)
         self.rank = rank
@@ -115,7 +117,6 @@ class WorkerActor(Actor):
         self.results = RingWriter(arenas.results) if rank == 0 else None
         self.board = Board(arenas.board, ctx.name)
         self._make_runner = make_runner
-        self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
         self._idle_capture: IdleCapture | None = None  # once there is a KV cache
         self._ranks = arenas.plans.readers
@@ -128,9 +129,8 @@ class WorkerActor(Actor):
 
     @on(Capacity)
     def capacity(self, m: Capacity) -> None:
-        if self._runner is not None:
-            self._runner.allocate(m.num_pages)
-            self._idle_capture = IdleCapture(self.ctx, self._runner, self.rank, self._ranks)
+        self._runner.allocate(m.num_pages)
+        self._idle_capture = IdleCapture(self.ctx, self._runner, self.rank, self._ranks)
         self.ctx.send("scheduler", WorkerArmed(self.rank))
 
     @on(Wake)
@@ -177,7 +177,7 @@ class WorkerActor(Actor):
             self._stopped = True
             self.ctx.stop()
             return
-        if self._runner is None or self._idle_capture is None:
+        if self._idle_capture is None:
             raise RuntimeError(f"plan {plan.step} arrived before the KV cache was allocated")
         self._idle_capture.plan_came(plan)
         if plan.kind == PlanKind.STEP:
@@ -186,5 +186,5 @@ class WorkerActor(Actor):
 
     def stopping(self) -> None:
         """Leave the group where all ranks do.  A rank that fails alone would wait there for the others, who wait for it."""
-        if self._runner is not None and self._stopped:
+        if self._stopped:
             self._runner.close()
