@@ -204,12 +204,12 @@ def _check_text(name: str, value: str) -> None:
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     """Refuse a value outside low..high, NaN included, and a fraction where the bounds are integers."""
-    whole = isinstance(low, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        kind = "an integer" if whole else "a number"
+    integer = isinstance(low, int)
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        kind = "an integer" if integer else "a number"
         raise InvalidParam(name, f"{name} must be {kind}, got {type(value).__name__}.", "invalid_type")
     if not low <= value <= high:
-        bounds = f"{low} and {high}" if whole else f"{low:g} and {high:g}"
+        bounds = f"{low} and {high}" if integer else f"{low:g} and {high:g}"
         raise InvalidParam(name, f"{name} must be between {bounds}, got {value}.")
 
 
