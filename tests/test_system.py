@@ -210,7 +210,7 @@ def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.
 
 def test_people_can_talk_to_the_fake_engine_and_stop_it(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
-    assert server.lines[0].endswith(": loading fake engine (no model: tokens are hashes of what stands before them)\n")
+    assert server.lines[0].endswith(": loading fake engine (no model: tokens are hashes of their context)\n")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     assert [m.id for m in client.models.list()] == ["fake"]
     create = functools.partial(client.chat.completions.create, model="fake", max_tokens=20)

@@ -74,7 +74,7 @@ class Gemma(llama.Llama):
         super().__init__(spec, shard, OnePlus(weights), parallel, blocks)
         self.local_rope = self.rope
         if spec.local_rope_theta:
-            self.local_rope = blocks.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=""))
+            self.local_rope = blocks.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=None))
         self.windowed = [spec.window(layer) > 0 for layer in range(spec.num_layers)]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

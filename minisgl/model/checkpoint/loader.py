@@ -1,8 +1,7 @@
-"""Weights of a checkpoint, one tensor at a time, only the rows or columns that a rank owns.  Runs in the workers.
+"""Opens the weights of a checkpoint of any format; a rank reads the rows or columns that it owns.  Runs in the workers.
 
-A model asks for each tensor by its Hugging Face name and says which shape it expects; all formats answer alike.  Files are
-memory-mapped, so ranks on one machine share the page cache and nobody holds a whole checkpoint in private memory; beside what
-is handed out, only a piece of one tensor is in memory at a time.
+A model takes each tensor by its Hugging Face name and the shape it expects.  Files are memory-mapped, so the ranks of one
+machine share the page cache.  Next to the tensors already taken, only a piece of one tensor is in private memory.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ __all__ = ["Weights", "open_weights"]
 def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Weights:
     """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU.
 
-    Quantised ones are dequantised: to float32, then rounded to `dtype`.
+    Quantised tensors are dequantised to float32, then rounded to `dtype`.
 
-    With `lazy`, the matrices of products come as they are stored, where that is a floating-point type or one of the kinds of
-    minisgl.model.checkpoint.gguf_blocks, which are shapes alone then, with a way to what the file has of them.
+    `lazy`: the matrices of the linear layers keep their stored form.  Floating-point ones keep their dtype; those in a block
+    type of minisgl.model.checkpoint.gguf_blocks are shapes without data, from which the stored rows can be read later.
     """
     match spec.format:
         case "random":
