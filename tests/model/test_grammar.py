@@ -16,7 +16,7 @@ from tiny_models import Driver, save_byte_tokenizer, save_llama
 
 from minisgl import grammar
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.sampling_extras import GrammarRow
+from minisgl.actors.scheduler.sampling_extras import grammar_of
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
 from minisgl.model.checkpoint.resolve import resolve
@@ -83,7 +83,7 @@ def test_answers_under_retraction_are_those_of_the_slow_loop(seed: int, grammar_
     loop.asked = {uid: loop.asked[uid] for uid in plain}
     loop.ends = {uid: loop.ends[uid] for uid in plain}
     loop.check_answers()
-    assert loop.machine._with_grammar == 0
+    assert not loop.machine.table.with_grammar
 
 
 def test_some_of_these_runs_retract_bound_requests() -> None:
@@ -160,8 +160,8 @@ def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyP
 # ---------------- planted bugs
 def _the_past_is_left_behind(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(
-        "minisgl.actors.scheduler.step_machine.GrammarRow.of",
-        lambda slot, r: GrammarRow(slot, r.params.grammar.encode(), r.ids[:0]),
+        "minisgl.actors.scheduler.plan_builder.grammar_of",
+        lambda r: (r.params.grammar.encode(), r.ids[:0]),
     )
 
 
@@ -403,4 +403,4 @@ def test_whatever_is_drawn_under_a_random_schema_is_admitted_by_it(seed: int) ->
 
 def test_a_request_of_a_replay_brings_what_it_has_said() -> None:
     request = Request(1, np.array([1, 2, 3, 4, 5], np.int32), 20, 0, SamplingParams(grammar=grammar.regex("a*")), n_prompt=3)
-    assert GrammarRow.of(2, request).output.tolist() == [4, 5]
+    assert grammar_of(request)[1].tolist() == [4, 5]
