@@ -1,7 +1,7 @@
-"""minisgl: a compact, transparent LLM inference engine on an actor runtime.
+"""Serves large language models: a compact, transparent inference engine on an actor runtime.
 
-The public names are resolved on first use, so that `import minisgl` (and `python -m minisgl --help`) costs
-milliseconds and never imports torch.
+The public names are imported on first use, so that `import minisgl` (and `python -m minisgl --help`) costs milliseconds and
+never imports torch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 from minisgl.version import __version__
 
 __all__ = ["LLM", "BatchClient", "SamplingParams", "__version__"]
+_MODULES = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.sampling_params", "BatchClient": "minisgl.client.batch_client"}
 
 if TYPE_CHECKING:
     from minisgl.client.batch_client import BatchClient
     from minisgl.llm import LLM
     from minisgl.sampling_params import SamplingParams
 
-_HOME = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.sampling_params", "BatchClient": "minisgl.client.batch_client"}
-
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for (PEP 562)."""
-    if name not in _HOME:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'minisgl' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m minisgl [COMMAND]`: dispatch; the one place where a UserError becomes a sentence."""
+"""Dispatches `python -m minisgl [COMMAND]`, and turns a UserError into one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `... | head`: whoever read our output has had enough
+    except BrokenPipeError:  # `... | head`: the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

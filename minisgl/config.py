@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
+from minisgl.reasoning import STYLES
 
 
 # ---------------- what a checkpoint says
@@ -73,7 +74,7 @@ class ModelSpec:
 
     name: str  # served name, e.g. "SmolLM2-135M-Instruct"
     path: str  # the .gguf file, or the directory with config.json; "" for random weights
-    format: str  # "gguf" | "safetensors" | "random"
+    format: str  # "gguf" | "safetensors" | "random" | "fake"
     architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
     dtype: str  # dtype the weights are stored in or were trained in: "float32" | "float16" | "bfloat16"
     hidden_size: int
@@ -303,7 +304,7 @@ class ServerConfig:
     reasoning_parser: str = setting(
         "",
         "how the model writes thoughts; auto: as its chat template shows",
-        options={"choices": ("auto", "none", "qwen3", "deepseek_r1"), "default": "auto"},
+        options={"choices": ("auto", "none", *STYLES), "default": "auto"},
     )
     num_tokenizers: int = setting(  # a prompt goes to the tokenizer with the least to do
         1, "tokenizer processes: with more than one, short prompts do not wait for long ones", "N", 1, 64

@@ -1,4 +1,4 @@
-"""The two kinds of error that a person is meant to read.
+"""Defines the two kinds of errors with a text for people.
 
 `UserError` ends a command with one sentence; `RequestError` ends one request with an OpenAI error body.
 Anything else that escapes is a bug and keeps its traceback.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NOT_HTTP = "invalid_http"  # the code of what is not HTTP: its connection ends with the answer
+NOT_HTTP = "invalid_http"  # code of the answer to bytes that are not HTTP; the connection ends with it
 
 
 class UserError(Exception):
@@ -73,12 +73,12 @@ def context_overflow(field: str, context: int, total: int | str, parts: str) -> 
 
 
 def internal_error() -> RequestError:
-    """500: what a client is told of a bug, which is nothing but that it happened."""
+    """500: the answer after a bug, which reveals nothing but that it happened."""
     text = "The server failed while it handled this request; its log says why."
     return RequestError(text, status=500, code="internal_error")
 
 
 def model_loading() -> RequestError:
-    """503: there is nothing to ask yet."""
+    """503: the engine is not ready yet."""
     text = "The model is still being loaded; try again in a moment."
     return RequestError(text, status=503, code="model_loading", retry_after=2)

@@ -1,7 +1,8 @@
-"""Grammars that bind an answer: JSON schemas, regular expressions, choices and EBNF, as text of the llguidance library.
+"""Builds grammars that constrain an answer, from JSON schemas, regular expressions, choices and EBNF, with llguidance.
 
-The text is what travels (SamplingParams.grammar, plan.GRAMMAR); `check` runs where a request enters, in the api process or the
-caller's, and minisgl.model.common.grammar gives it effect in the workers.  The library is imported when it is first needed.
+A grammar is a text of that library, and travels as such (SamplingParams.grammar, plan.GRAMMAR).  `check` runs where a request
+enters, in the process of api or of LLM; minisgl.model.common.grammar applies it in the workers.  The library is imported on
+first use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_GRAMMAR_CHARS = 1 << 17
-# As json.dumps writes.  Free white space would let a model write nothing else until max_tokens.
+# White space as json.dumps writes it.  With free white space, a model may write nothing else until max_tokens.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -29,7 +30,7 @@ def json_object() -> str:
 
 
 def styled(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with the white space that answers have."""
+    """The schema with the white space of answers fixed."""
     return {**schema, "x-guidance": _STYLE}
 
 
@@ -41,7 +42,7 @@ def regex(pattern: str) -> str:
 
 
 def choice(options: Sequence[str]) -> str:
-    """One of the options.  As one regular expression: thousands of alternatives would be too complex a grammar."""
+    """One of the options, as one regular expression: a grammar with thousands of alternatives would be too complex."""
     return regex("|".join(re.escape(option) for option in options))
 
 
@@ -64,14 +65,14 @@ def lark(text: str) -> str:
 
 
 def after_thought(grammar: str, *, begun: bool) -> str:
-    """The grammar behind a thought that ends with </think>; `begun`: the prompt has opened it, otherwise it may be missing."""
+    """`grammar`, after a thought that ends with </think>.  `begun`: the prompt has opened the thought; else it is optional."""
     start = "start: thought gap @answer" if begun else 'start: ("<think>" thought gap)? @answer'
     text = start + "\nthought[lazy]: /(?s:.*)<\\/think>/\ngap: /\\n{0,2}/"
     return _dump({"grammars": [{"lark_grammar": text}, *_named(grammar, "answer")]})
 
 
 def either(one: str, other: str) -> str:
-    """What one of two grammars admits."""
+    """The texts of both grammars."""
     return _dump({"grammars": [{"lark_grammar": "start: @one | @other"}, *_named(one, "one"), *_named(other, "other")]})
 
 
@@ -82,7 +83,7 @@ def _named(grammar: str, name: str) -> list[dict[str, Any]]:
 
 
 def check(grammar: str, field: str) -> None:
-    """Milliseconds for what people write, without the GIL.  Raises InvalidParam naming `field` and what is wrong."""
+    """Validate a grammar: milliseconds, without the GIL.  Raises InvalidParam naming `field` and the fault."""
     import llguidance
 
     if len(grammar) > MAX_GRAMMAR_CHARS:
@@ -95,13 +96,13 @@ def check(grammar: str, field: str) -> None:
 
 
 def too_complex(tokens: int) -> RequestError:
-    """For a grammar that was in order and yet cannot be followed to its end."""
+    """The error of a request whose grammar passed `check`, but became too complex after some tokens."""
     text = f"The grammar of this request became too complex to follow after {tokens} tokens; simplify the schema or pattern."
     return RequestError(text, param="response_format", code="grammar_too_complex")
 
 
 def _sentence(fault: str) -> str:
-    """What the library says, on one line: of a regular expression that cannot be read what is wrong with it."""
+    """A message of the library on one line; of its report on a regular expression, the line with the fault."""
     lines = [line.strip() for line in fault.strip().splitlines()]
     line = next((line for line in lines if line.startswith("error: ")), lines[0])
     return line.removeprefix("error: ")[:300].rstrip(":.") + "."

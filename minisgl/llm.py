@@ -1,4 +1,4 @@
-"""Offline batches: the same actors and processes as the server, driven by a blocking loop instead of HTTP.
+"""Serves offline batches: the same actors as the server, driven by a blocking loop instead of HTTP.
 
 llm = LLM()                                   # or LLM("Qwen/Qwen3-0.6B", tp=2)
 for out in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=16)):
@@ -10,44 +10,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from minisgl import grammar
 from minisgl.actors import spawn
 from minisgl.api.engine import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.in_process import InProcessSystem
 from minisgl.api.system import System
-from minisgl.config import Config, ModelSpec, ServerConfig, engine_config
+from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig, engine_config
 from minisgl.errors import RequestError, UserError
-from minisgl.sampling_params import Finish, SamplingParams
+from minisgl.sampling_params import SamplingParams
 
 _UNBOUNDED = 1 << 30
 
 
 @dataclass(slots=True)
 class Completion:
-    """The answer to one prompt.  `error` is set, and `finish_reason` None, if the request could not be served."""
+    """The answer to one prompt.  If the request could not be served, `error` is set and `finish_reason` is None."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # if they were asked for; with `echo` from the prompt on
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # under SamplingParams.logprobs; with `echo`, of the prompt too
     error: RequestError | None = None
 
-    def take(self, news: Chunk | RequestError) -> None:
-        """Enter what the engine delivered."""
-        if isinstance(news, RequestError):
-            self.error = news
+    def on_chunk(self, chunk: Chunk | RequestError) -> None:
+        """Add a piece of the answer, or the reason why there is none."""
+        if isinstance(chunk, RequestError):
+            self.error = chunk
             return
-        self.text += news.text
-        self.token_ids.extend(news.token_ids)
-        self.logprobs.extend(news.logprobs)
-        self.prompt_tokens, self.cached_tokens = news.prompt_tokens, news.cached_tokens
-        if news.finish != Finish.NONE:
-            self.finish_reason = news.finish.reason
+        self.text += chunk.text
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+        self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
+        self.finish_reason = chunk.finish.reason
 
     @property
     def done(self) -> bool:
@@ -57,22 +57,26 @@ class Completion:
 class LLM:
     """An engine in this program's own process tree.  Keywords are the fields of EngineConfig (`tp=2`, `kv_tokens=65536`, ...).
 
-    Must be created on the main thread.  Raises UserError when the model cannot be loaded.
+    Must be created on the main thread.  With `processes=False` all actors run in it, for debuggers and tracers; then `tp` is 1.
+    `model` is what --model takes, or a ModelSpec.  Raises UserError when the model cannot be loaded.
     """
 
-    def __init__(self, model: str | ModelSpec | None = None, *, revision: str | None = None, **engine: Any) -> None:
-        from minisgl.model.checkpoint.resolve import resolve
-        from minisgl.model.common.shard import check_tp
-
-        make_worker = engine.pop("make_worker", spawn.make_worker)
-        spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
-        settings = _known(engine)
-        check_tp(spec, settings.get("tp", 1))
-        config = Config(
-            spec, engine_config(settings), ServerConfig(max_open_requests=_UNBOUNDED, max_queue=0, max_queued_tokens=0)
-        )
+    def __init__(
+        self,
+        model: str | ModelSpec | None = None,
+        *,
+        revision: str | None = None,
+        processes: bool = True,
+        make_worker: spawn.MakeWorker = spawn.make_worker,
+        **engine: Any,
+    ) -> None:
+        _check_names(engine)
+        spec = spawn.find_model(model, revision, engine.get("tp", 1))
+        server = ServerConfig(max_open_requests=_UNBOUNDED, max_queue=0, max_queued_tokens=0)
+        config = Config(spec, engine_config(engine), server)
         self._defaults = config.sampling_defaults
-        self.system = System(config, make_worker)
+        kind = System if processes else InProcessSystem
+        self.system = cast(System, kind(config, make_worker))  # the two have this class's calls in common
         try:
             self.system.wait_ready()
         except BaseException:
@@ -86,8 +90,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue texts or lists of token ids; one Completion each, in order.
 
-        A single SamplingParams serves all prompts; without one, what the checkpoint recommends holds.  Raises UserError
-        if the engine dies meanwhile.
+        A single SamplingParams serves all prompts; the default is the checkpoint's recommendation.  Raises UserError if the
+        engine dies meanwhile.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self._run([TextPrompt(p) if isinstance(p, str) else TokenPrompt(tuple(p)) for p in texts], params)
@@ -114,7 +118,7 @@ class LLM:
                 try:
                     if p.grammar:
                         grammar.check(p.grammar, "grammar")
-                    uids.append(gateway.open(prompt, p, answer.take))
+                    uids.append(gateway.open(prompt, p, answer.on_chunk))
                 except RequestError as e:
                     answer.error = e
             while gateway.open_requests:
@@ -137,13 +141,8 @@ class LLM:
         self.close()
 
 
-def _known(engine: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import fields
-
-    from minisgl.config import EngineConfig
-
+def _check_names(engine: dict[str, Any]) -> None:
     names = {f.name for f in fields(EngineConfig)}
     for name in engine:
         if name not in names:
             raise UserError(f"LLM() has no setting {name!r}; the settings are {', '.join(sorted(names))}")
-    return engine

@@ -1,4 +1,4 @@
-"""The contract between scheduler and workers: one binary record per step, in each direction.  numpy only.
+"""Defines the binary records that scheduler and workers exchange: one per step, in each direction.  numpy only.
 
 `StepPlan`    scheduler -> every worker, through the plan ring.   What to run at step k.
 `StepResult`  worker 0  -> scheduler,    through the token ring.  What step k sampled.
@@ -6,25 +6,24 @@
 A worker keeps, by *slot*, everything a decode step needs (last token, KV length, page table, sampling parameters), so a plan
 carries only what changed.  In steady state a decode plan is its 64-byte header and 12 bytes per page boundary crossed.
 
-Layout of a plan (little-endian; the arrays follow the header in this order):
+Layout of a plan (little-endian; the sections follow the header in this order):
 
-    header   step i64 | kind u8 | flags u8 | reserved u16 | n_join u32 | n_grant u32 | n_prefill u32 | n_decode u32 | n_ids u32
-             | n_extra u32 | n_targets u32 | n_grammars u32
-    join     a slot gets a new owner: its KV length (the cached prefix) and sampling parameters
-    grant    page_table[slot, index] = page
-    prefill  n_ids prompt tokens of a slot, appended at its KV length; `sample` DRAW: draw a token after the last one
-    decode   slots that append their last token and draw the next; omitted under SAME: the batch of the previous plan
-    ids      i32, the prompt tokens of the prefill rows, concatenated
-    extra    penalties, biases and log probabilities of a slot that joins, for the few requests that have any, and once more
-             (NO_EXTRA) when such a slot gets an owner without
-    bias     n_bias rows for each extra: added to a token's logit; the token is impossible at positions below `until`
-    history  i32, for each extra n_prompt tokens of the prompt and n_output of the answer so far, which penalties count
-    targets  i32, for each prefill row with SCORE the tokens that follow each of its tokens in the prompt: n_ids of them, one
-             less where the row draws
-    grammar  the grammar of a slot that joins, for the few requests that have one, and once more (no bytes) when such a slot
-             gets an owner without
-    said     i32, for each grammar n_output tokens of the answer so far
-    text     for each grammar n_bytes of UTF-8
+    header        step i64 | kind u8 | SAME u8 | reserved u16 | the length of each section, u32[12] | 4 bytes of padding
+    new_slots     a slot gets a new owner: its KV length (the cached prefix) and sampling parameters
+    page_grants   page_table[slot, index] = page
+    prefill       n_ids prompt tokens of a slot, appended at its KV length; `sample` DRAW: draw a token after the last one
+    decode        slots that append their last token and draw the next; empty under SAME: the batch of the previous plan
+    ids           i32, the prompt tokens of the prefill rows, concatenated
+    extras        penalties, biases and log probabilities of a new slot, for the few requests that have any; NO_EXTRA resets
+                  a slot whose new owner has none
+    bias          n_bias rows for each extra: added to a token's logit; the token is impossible at positions below `until`
+    history       i32, for each extra n_prompt tokens of the prompt and n_output of the answer so far, which penalties count
+    targets       i32, for each prefill row with SCORE the prompt tokens that follow each of its tokens: n_ids of them, one
+                  less where the row draws
+    grammars      the grammar of a new slot, for the few requests that have one; n_bytes 0 resets a slot whose new owner has
+                  none
+    said          i32, for each grammar n_output tokens of the answer so far
+    grammar_text  for each grammar n_bytes of UTF-8
 
 A prefill row with SUM adds the final hidden states of its tokens to what its slot has of the same prompt (a row at position 0
 begins anew).  With POOL, which comes with DRAW, the result has a vector: the mean of these, or the last state without SUM.
@@ -36,8 +35,10 @@ then the decode rows; `StepResult.tokens` has one token for each of them, FAILED
 from __future__ import annotations
 
 import enum
+import operator
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,7 @@ EXTRA = np.dtype(
         ("presence", "<f4"),
         ("frequency", "<f4"),
         ("repetition", "<f4"),
-        ("logprobs", "<i4"),  # alternatives to each token whose log probabilities are wanted; -1: nothing is wanted
+        ("logprobs", "<i4"),  # log probabilities of each token and of this many alternatives; -1: of none
         ("n_bias", "<i4"),
         ("n_prompt", "<i4"),
         ("n_output", "<i4"),
@@ -76,18 +77,12 @@ GRAMMAR = np.dtype([("slot", "<u4"), ("n_bytes", "<i4"), ("n_output", "<i4")])
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
 FAILED = -1  # instead of a token
 DRAW, SCORE, SUM, POOL = 1, 2, 4, 8  # flags of a prefill row's `sample`
-SCORED_TOKENS = 256  # `targets` of one step at most: each has a row of logits, for which workers set memory aside
-POOLED_ROWS = 64  # vectors that one result may have
-
-_HEADER = struct.Struct("<qBBHIIIIIIII")
-HEADER_BYTES = 64
-_SAME = 1
-_RESULT = struct.Struct("<qiiiiii")
-_SCORES = struct.Struct("<ii")
+SCORED_TOKENS = 256  # most `targets` of one step: each has a row of logits, for which workers reserve memory
+POOLED_ROWS = 64  # most vectors of one result
 
 
 class PlanKind(enum.IntEnum):
-    """What a record asks of the workers.
+    """What the workers do with a record.
 
     STOP travels in band so that all ranks leave at the same step, CAPTURE so that they capture the same graph at the same time.
     Neither is a step: there is no result, and "the previous plan" is the one before.
@@ -98,12 +93,26 @@ class PlanKind(enum.IntEnum):
     CAPTURE = 2
 
 
-def _rows(dtype: np.dtype[np.void]) -> Rows:
-    return np.zeros(0, dtype)
-
-
-def _ints() -> I32:
-    return np.zeros(0, np.int32)
+_I32 = np.dtype("<i4")
+_SECTIONS: dict[str, np.dtype[Any]] = {  # the arrays of a plan in the order of the record; the text of the grammars follows
+    "new_slots": JOIN,
+    "page_grants": GRANT,
+    "prefill": PREFILL,
+    "decode": _I32,
+    "ids": _I32,
+    "extras": EXTRA,
+    "bias": BIAS,
+    "history": _I32,
+    "targets": _I32,
+    "grammars": GRAMMAR,
+    "said": _I32,
+}
+_NONE = {name: np.zeros(0, dtype) for name, dtype in _SECTIONS.items()}
+_DECODE = tuple(_SECTIONS).index("decode")
+_arrays_of = operator.attrgetter(*_SECTIONS)
+_HEADER = struct.Struct("<qBBH12I4x")  # step, kind, SAME, reserved, and the length of every section
+_RESULT = struct.Struct("<qiiiiii")
+_SCORES = struct.Struct("<ii")
 
 
 @dataclass(slots=True)
@@ -112,95 +121,61 @@ class StepPlan:
 
     step: int
     kind: PlanKind = PlanKind.STEP
-    new_slots: Rows = field(default_factory=lambda: _rows(JOIN))
-    page_grants: Rows = field(default_factory=lambda: _rows(GRANT))
-    prefill: Rows = field(default_factory=lambda: _rows(PREFILL))
-    decode: I32 | None = field(default_factory=_ints)
-    ids: I32 = field(default_factory=_ints)
-    extras: Rows = field(default_factory=lambda: _rows(EXTRA))
-    bias: Rows = field(default_factory=lambda: _rows(BIAS))
-    history: I32 = field(default_factory=_ints)
-    targets: I32 = field(default_factory=_ints)
-    grammars: Rows = field(default_factory=lambda: _rows(GRAMMAR))
-    said: I32 = field(default_factory=_ints)
+    new_slots: Rows = field(default_factory=lambda: _NONE["new_slots"])
+    page_grants: Rows = field(default_factory=lambda: _NONE["page_grants"])
+    prefill: Rows = field(default_factory=lambda: _NONE["prefill"])
+    decode: I32 | None = field(default_factory=lambda: _NONE["decode"])
+    ids: I32 = field(default_factory=lambda: _NONE["ids"])
+    extras: Rows = field(default_factory=lambda: _NONE["extras"])
+    bias: Rows = field(default_factory=lambda: _NONE["bias"])
+    history: I32 = field(default_factory=lambda: _NONE["history"])
+    targets: I32 = field(default_factory=lambda: _NONE["targets"])
+    grammars: Rows = field(default_factory=lambda: _NONE["grammars"])
+    said: I32 = field(default_factory=lambda: _NONE["said"])
     grammar_text: bytes = b""
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in the scheduler process."""
-        same = self.decode is None
-        n_decode = 0 if self.decode is None else len(self.decode)
-        head = _HEADER.pack(
-            self.step,
-            self.kind,
-            _SAME if same else 0,
-            0,
-            len(self.new_slots),
-            len(self.page_grants),
-            len(self.prefill),
-            n_decode,
-            len(self.ids),
-            len(self.extras),
-            len(self.targets),
-            len(self.grammars),
-        )
-        parts = [head.ljust(HEADER_BYTES, b"\0"), self.new_slots.tobytes(), self.page_grants.tobytes(), self.prefill.tobytes()]
-        if self.decode is not None:
-            parts.append(self.decode.astype("<i4", copy=False).tobytes())
-        parts.append(self.ids.astype("<i4", copy=False).tobytes())
-        if len(self.extras):
-            parts += [self.extras.tobytes(), self.bias.tobytes(), self.history.astype("<i4", copy=False).tobytes()]
-        if len(self.targets):
-            parts.append(self.targets.astype("<i4", copy=False).tobytes())
-        if len(self.grammars):
-            parts += [self.grammars.tobytes(), self.said.astype("<i4", copy=False).tobytes(), self.grammar_text]
-        return b"".join(parts)
+        arrays = list(_arrays_of(self))
+        if same := self.decode is None:
+            arrays[_DECODE] = _NONE["decode"]
+        lengths = list(map(len, arrays))
+        head = _HEADER.pack(self.step, self.kind, same, 0, *lengths, len(self.grammar_text))
+        sections = zip(arrays, lengths, _SECTIONS.values(), strict=True)
+        parts = [array.astype(dtype, copy=False).tobytes() for array, n, dtype in sections if n]
+        return b"".join([head, *parts, self.grammar_text])
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepPlan:
         """Read a record; the arrays are read-only views of `raw`.  Runs in every worker.  Raises ValueError if malformed."""
-        if len(raw) < HEADER_BYTES:
-            raise ValueError(f"a plan has at least {HEADER_BYTES} bytes, got {len(raw)}")
-        step, kind, flags, _, n_new_slots, n_page_grants, n_prefill, n_decode, n_ids, n_extra, n_targets, n_grammars = (
-            _HEADER.unpack_from(raw)
-        )
-        at = HEADER_BYTES
-        new_slots = np.frombuffer(raw, JOIN, n_new_slots, at)
-        at += new_slots.nbytes
-        page_grants = np.frombuffer(raw, GRANT, n_page_grants, at)
-        at += page_grants.nbytes
-        prefill = np.frombuffer(raw, PREFILL, n_prefill, at)
-        at += prefill.nbytes
-        decode = None if flags & _SAME else np.frombuffer(raw, "<i4", n_decode, at)
-        at += 0 if decode is None else decode.nbytes
-        ids = np.frombuffer(raw, "<i4", n_ids, at)
-        at += ids.nbytes
-        plan = cls(step, PlanKind(kind), new_slots, page_grants, prefill, decode, ids)
-        if n_extra:
-            plan.extras = np.frombuffer(raw, EXTRA, n_extra, at)
-            at += plan.extras.nbytes
-            plan.bias = np.frombuffer(raw, BIAS, int(plan.extras["n_bias"].sum()), at)
-            at += plan.bias.nbytes
-            plan.history = np.frombuffer(raw, "<i4", int((plan.extras["n_prompt"] + plan.extras["n_output"]).sum()), at)
-            at += plan.history.nbytes
-        if n_targets:
-            plan.targets = np.frombuffer(raw, "<i4", n_targets, at)
-            at += plan.targets.nbytes
-        if n_grammars:
-            plan.grammars = np.frombuffer(raw, GRAMMAR, n_grammars, at)
-            at += plan.grammars.nbytes
-            plan.said = np.frombuffer(raw, "<i4", int(plan.grammars["n_output"].sum()), at)
-            at += plan.said.nbytes
-            plan.grammar_text = raw[at : at + int(plan.grammars["n_bytes"].sum())]
-            at += int(plan.grammars["n_bytes"].sum())
-        if at != len(raw):
-            raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at}")
+        if len(raw) < _HEADER.size:
+            raise ValueError(f"a plan has at least {_HEADER.size} bytes, got {len(raw)}")
+        step, kind, same, _, *lengths, n_text = _HEADER.unpack_from(raw)
+        at, arrays = _HEADER.size, dict(_NONE)
+        for n, (name, dtype) in zip(lengths, _SECTIONS.items(), strict=True):
+            if n:
+                arrays[name] = np.frombuffer(raw, dtype, n, at)
+                at += n * dtype.itemsize
+        if at + n_text != len(raw):
+            raise ValueError(f"plan {step} has {len(raw)} bytes, its header says {at + n_text}")
+        plan = cls(step, PlanKind(kind), **arrays, grammar_text=raw[at:])
+        if same:
+            plan.decode = None
         return plan
+
+
+def _ints(array: I32) -> bytes:
+    return array.astype("<i4", copy=False).tobytes()
+
+
+def _floats(array: F32) -> bytes:
+    return array.astype("<f4", copy=False).tobytes()
 
 
 @dataclass(slots=True)
 class StepLogprobs:
-    """Log probabilities of M tokens: of the drawn tokens of slots that want them, in the order of the rows, then of the plan's
-    `targets`.  W is the largest number of alternatives that any of these slots wants; alternatives come most likely first,
+    """Log probabilities of M tokens: the drawn tokens of slots that request them, in the order of the rows, then the plan's
+    `targets`.  W is the largest number of alternatives that any of these slots requests; alternatives come most likely first,
     the smaller id first among equals.
     """
 
@@ -211,18 +186,11 @@ class StepLogprobs:
     def pack(self) -> bytes:
         """The end of a result's record."""
         head = _SCORES.pack(*self.top_ids.shape)
-        return b"".join(
-            [
-                head,
-                self.logprobs.astype("<f4", copy=False).tobytes(),
-                self.top_ids.astype("<i4", copy=False).tobytes(),
-                self.top_logprobs.astype("<f4", copy=False).tobytes(),
-            ]
-        )
+        return head + b"".join([_floats(self.logprobs), _ints(self.top_ids), _floats(self.top_logprobs)])
 
     @classmethod
     def unpack(cls, raw: bytes, at: int) -> StepLogprobs:
-        """Read what stands at `at`.  Raises ValueError if it does not reach to the end."""
+        """Read the record's bytes from `at` to the end.  Raises ValueError if malformed."""
         m, w = _SCORES.unpack_from(raw, at)
         at += _SCORES.size
         if len(raw) != at + 4 * m * (1 + 2 * w):
@@ -238,9 +206,9 @@ class StepLogprobs:
 class StepResult:
     """What one step sampled: `tokens` i32[rows], in the order of the plan, and what it took, in microseconds.
 
-    `scores`: the log probabilities that were asked for, None if none were.  `vectors` f32[rows with POOL, hidden size].
+    `scores`: the requested log probabilities, None without any.  `vectors` f32[rows with POOL, hidden size].
     `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
-    where nothing was to be done; `launch_us`: CPU time of the launch.
+    where the engine had nothing to do; `launch_us`: CPU time of the launch.
     """
 
     step: int
@@ -255,10 +223,8 @@ class StepResult:
         """The record's bytes.  Runs in worker 0."""
         shape = (0, 0) if self.vectors is None else self.vectors.shape
         head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, *shape)
-        tokens = self.tokens.astype("<i4", copy=False).tobytes()
-        if self.vectors is not None:
-            tokens += self.vectors.astype("<f4", copy=False).tobytes()
-        return head + tokens if self.scores is None else head + tokens + self.scores.pack()
+        vectors = b"" if self.vectors is None else _floats(self.vectors)
+        return b"".join([head, _ints(self.tokens), vectors, b"" if self.scores is None else self.scores.pack()])
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:

@@ -1,4 +1,7 @@
-"""Plain values that every process understands.  Standard library only."""
+"""Defines the parameters of a request and the reasons for its end: plain values that every process understands.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,43 +14,58 @@ from minisgl.errors import InvalidParam
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
-MAX_EOS_IDS = 128  # of a model, that `min_tokens` can make impossible
+MAX_EOS_IDS = 128  # EOS tokens of a model that `min_tokens` can rule out
 MAX_LOGIT_BIAS = 1024  # tokens with a bias
-MAX_LOGPROBS = 20  # alternatives to a token that may be asked for
+MAX_LOGPROBS = 20  # alternatives to a token
 MAX_REPETITION_PENALTY = 100.0
 MAX_SEED = (1 << 63) - 1
 MAX_PRIORITY = 100  # and down to its negative: a bounded number of lanes
 MAX_SALT_CHARS = 256
 MAX_TIMEOUT = 1e6  # seconds
-POOLINGS = ("", "mean", "last")  # "": no vector is wanted, but text
-_MAX_INT = (1 << 31) - 1  # what the 32-bit fields of a plan hold
+POOLINGS = ("", "mean", "last")  # "": the answer is text, not a vector
+_MAX_INT = (1 << 31) - 1  # the 32-bit fields of a plan hold no more
+
+_RANGES: dict[str, tuple[float, float]] = {  # fields of SamplingParams -> lowest and highest value
+    "max_tokens": (0, _MAX_INT),
+    "top_k": (0, _MAX_INT),
+    "seed": (-MAX_SEED, MAX_SEED),
+    "min_tokens": (0, _MAX_INT),
+    "logprobs": (0, MAX_LOGPROBS),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, MAX_REPETITION_PENALTY),
+}
+_OPTIONAL = ("max_tokens", "seed", "logprobs")  # may be None
 
 
 class Finish(enum.IntEnum):
-    """Why a request ended.  One byte on the wire; 0 means that it goes on."""
+    """Why a request ended.  One byte on the wire; 0 means that it continues."""
 
     NONE = 0
     STOP = 1  # an EOS token, a stop token or a stop string
     LENGTH = 2  # max_tokens or the context was reached
     ABORT = 3  # the client went away or cancelled
     TIMEOUT = 4  # its deadline passed
-    GRAMMAR = 5  # its grammar became too complex to go on with
+    GRAMMAR = 5  # its grammar became too complex to follow
 
     @property
     def reason(self) -> str | None:
         """The OpenAI `finish_reason`; ABORT, TIMEOUT and GRAMMAR reach clients as errors."""
-        return (None, "stop", "length", "abort", "timeout", "grammar")[self]
+        return self.name.lower() if self else None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """How a request is treated, apart from its text.
+    """How a request is scheduled and answered, apart from its text.
 
     `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
     none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
 
-    `pooling`: the request wants a vector instead of text: the final hidden states of its prompt, their mean or the last one.
-    It draws one token, which nobody is told.
+    `pooling`: the answer is a vector instead of text, the mean or the last of the prompt's final hidden states.  Such a
+    request draws one token, which is dropped.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
@@ -57,8 +75,8 @@ class RequestOptions:
     pooling: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
-        _check_float("timeout", self.timeout, 0.0, MAX_TIMEOUT)
+        _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check_number("timeout", self.timeout, 0.0, MAX_TIMEOUT)
         if not isinstance(self.cache_salt, str):
             raise InvalidParam("cache_salt", "cache_salt must be a string.", "invalid_type")
         if len(self.cache_salt) > MAX_SALT_CHARS:
@@ -77,15 +95,16 @@ class SamplingParams:
     With an explicit `seed` the same prompt gives the same text whatever else is running: the random number of a token
     is a function of (seed, position).
 
-    What changes the logits before that, in this order: `logit_bias` (token id -> what is added; a mapping or pairs), with EOS
-    and stop tokens impossible before `min_tokens`; `repetition_penalty` divides the positive and multiplies the negative logits
-    of all tokens of prompt and answer (Keskar et al., arXiv:1909.05858); `frequency_penalty` is taken from a token's logit as
-    often as the answer has it, `presence_penalty` once if it has it at all.
+    Before that, the logits change in this order: `logit_bias` is added (token id -> bias; a mapping or pairs), and EOS and stop
+    tokens are impossible before `min_tokens`; `repetition_penalty` divides the positive and multiplies the negative logits of
+    all tokens of prompt and answer (Keskar et al., arXiv:1909.05858); `frequency_penalty` is subtracted from a token's logit
+    once for each of its occurrences in the answer, `presence_penalty` once if there is any.
 
-    `logprobs` asks for the log probability of every token and of so many alternatives, in the model's own distribution: before
-    bias, penalties and temperature.  `echo` puts the prompt before the answer, with log probabilities if those are asked for.
+    `logprobs` returns the log probability of every token and of this number of alternatives, in the model's own distribution:
+    before bias, penalties and temperature.  `echo` puts the prompt before the answer, with its log probabilities if `logprobs`
+    is set.
 
-    `grammar`, made by a function of minisgl.grammar, binds the answer to it; it outranks `min_tokens` and every bias.
+    `grammar`, made by a function of minisgl.grammar, constrains the answer; it outranks `min_tokens` and every bias.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
@@ -112,53 +131,57 @@ class SamplingParams:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, _MAX_INT)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, _MAX_INT)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise InvalidParam("top_p", "top_p must be greater than 0 (use temperature 0 for greedy decoding).")
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -MAX_SEED, MAX_SEED)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
-        for s in self.stop:
-            _check_stop(s)
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
-        for t in self.stop_token_ids:
-            _check_int("stop_token_ids", t, 0, _MAX_INT)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY)
-        if self.repetition_penalty == 0.0:
-            raise InvalidParam("repetition_penalty", "repetition_penalty must be greater than 0 (1 is no penalty).")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
-        for token, value in self.logit_bias:
-            _check_int("logit_bias", token, 0, _MAX_INT)
-            _check_float("logit_bias", value, -100.0, 100.0)
-        if len(dict(self.logit_bias)) < len(self.logit_bias):
-            raise InvalidParam("logit_bias", "logit_bias names a token twice.")
-        _check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidParam("min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_numbers()
+        self._check_stops()
+        self._check_logit_bias()
         if not isinstance(self.grammar, str):
             raise InvalidParam("grammar", "grammar must be a string, as minisgl.grammar makes it.", "invalid_type")
         _check_text("grammar", self.grammar)
 
+    def _check_numbers(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
+                _check_number(name, value, low, high)
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidParam("max_tokens", f"max_tokens must be between 1 and {_MAX_INT}, got 0.")
+        if self.top_p == 0.0:
+            raise InvalidParam("top_p", "top_p must be greater than 0 (use temperature 0 for greedy decoding).")
+        if self.repetition_penalty == 0.0:
+            raise InvalidParam("repetition_penalty", "repetition_penalty must be greater than 0 (1 is no penalty).")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParam("min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
+            if not 0 < len(text) <= MAX_STOP_CHARS:
+                raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
+            _check_text("stop", text)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
+        for token in self.stop_token_ids:
+            _check_number("stop_token_ids", token, 0, _MAX_INT)
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParam("logit_bias", f"logit_bias may hold at most {MAX_LOGIT_BIAS} tokens.")
+        for token, value in self.logit_bias:
+            _check_number("logit_bias", token, 0, _MAX_INT)
+            _check_number("logit_bias", value, -100.0, 100.0)
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise InvalidParam("logit_bias", "logit_bias names a token twice.")
+
     @property
     def penalised(self) -> bool:
-        """Whether what has been said changes what may follow."""
+        """Whether tokens of the answer change the logits of later ones."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
-    """Offline, `stop="\n"` and `stop=["a", "b"]` are the natural things to write."""
+    """A list as a tuple, and a single value as a tuple of one: offline, `stop="\n"` is natural to write."""
     if isinstance(value, (list, tuple)):
         return tuple(value)
     return (value,)
@@ -172,14 +195,6 @@ def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:
     return tuple((token, bias) for token, bias in value)
 
 
-def _check_stop(value: object) -> None:
-    if not isinstance(value, str):
-        raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
-    if not 0 < len(value) <= MAX_STOP_CHARS:
-        raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
-    _check_text("stop", value)
-
-
 def _check_text(name: str, value: str) -> None:
     try:
         value.encode()
@@ -187,18 +202,15 @@ def _check_text(name: str, value: str) -> None:
         raise InvalidParam(name, f"{name} holds half of a surrogate pair, which is not text.") from e
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidParam(name, f"{name} must be an integer, got {type(value).__name__}.", "invalid_type")
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse a value outside low..high, NaN included, and a fraction where the bounds are integers."""
+    integer = isinstance(low, int)
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        kind = "an integer" if integer else "a number"
+        raise InvalidParam(name, f"{name} must be {kind}, got {type(value).__name__}.", "invalid_type")
     if not low <= value <= high:
-        raise InvalidParam(name, f"{name} must be between {low} and {high}, got {value}.")
-
-
-def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidParam(name, f"{name} must be a number, got {type(value).__name__}.", "invalid_type")
-    if not low <= value <= high:  # also refuses NaN
-        raise InvalidParam(name, f"{name} must be between {low:g} and {high:g}, got {value}.")
+        bounds = f"{low} and {high}" if integer else f"{low:g} and {high:g}"
+        raise InvalidParam(name, f"{name} must be between {bounds}, got {value}.")
 
 
 DEFAULT_OPTIONS = RequestOptions()

@@ -35,8 +35,8 @@ def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
     return ModelSpec(
         name="oracle",
         path="",
-        format="oracle",
-        architecture="Oracle",
+        format="fake",
+        architecture="Fake",
         dtype="float32",
         hidden_size=1,
         intermediate_size=1,

@@ -23,9 +23,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def minisgl_command(*arguments: str, before: str = "") -> list[str]:
+def minisgl_command(*arguments: str) -> list[str]:
     """`python -m minisgl ARGUMENTS`, as a process that ends with this one should a test fail or be killed."""
-    code = f"import sys; from minisgl.lifeline import die_with_parent; die_with_parent({os.getpid()})\n{before}\n"
+    code = f"import sys; from minisgl.lifeline import die_with_parent; die_with_parent({os.getpid()})\n"
     return [sys.executable, "-c", f"{code}from minisgl.__main__ import main; sys.exit(main(sys.argv[1:]))", *arguments]
 
 

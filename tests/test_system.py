@@ -1,7 +1,8 @@
-"""The whole system in real processes, with the oracle in place of the model: serve, fail clearly, end cleanly."""
+"""The whole system in real processes, with the fake engine: serve, fail clearly, end cleanly."""
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
@@ -12,30 +13,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import openai
 import process_actors
 import pytest
 from processes import REPOSITORY, alive, eventually, minisgl_command
 
 from minisgl import LLM, SamplingParams
-from minisgl.actors import spawn
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.system import System
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import RequestError, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.fake_runner import alternatives, expected_tokens, logprob
+from minisgl.model.text.tokenizer import load_tokenizer
 
 ENGINE = {"tp": 2, "kv_tokens": 4096, "max_context": 512, "page_size": 16, "max_running": 8, "step_tokens": 64}
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(make_worker=spawn.make_fake_worker, **ENGINE) as engine:
+    with LLM("fake", **ENGINE) as engine:
         yield engine
 
 
 def expected(ids: list[int], n: int) -> list[int]:
-    spec = resolve(None)
+    spec = resolve("fake")
     return expected_tokens(ids, n, spec.vocab_size, spec.eos_ids)
 
 
@@ -81,7 +83,7 @@ def test_log_probabilities_of_prompt_and_answer_belong_to_their_tokens(llm: LLM)
         assert [t.token_id for t in answer.logprobs] == text[first:]
         for at, t in enumerate(answer.logprobs, first):
             context = np.array(text[:at], np.int32)
-            tops = alternatives(t.token_id, p.logprobs or 0, resolve(None).vocab_size) if at else []
+            tops = alternatives(t.token_id, p.logprobs or 0, resolve("fake").vocab_size) if at else []
             assert t.logprob == (logprob(context, t.token_id) if at else None)
             assert [(i, x) for i, _, x in t.top] == [(i, logprob(context, i)) for i in tops]
         if p.echo:
@@ -110,7 +112,7 @@ def test_an_engine_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyt
 
     def start() -> None:
         try:
-            LLM(make_worker=spawn.make_fake_worker, **ENGINE)
+            LLM("fake", **ENGINE)
         except BaseException as e:
             errors.append(e)
 
@@ -131,8 +133,7 @@ def test_unknown_settings_are_named() -> None:
 
 @pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])
 def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
-    config = Config(resolve(None), EngineConfig(**ENGINE))
-    system = System(config, spawn.make_fake_worker)
+    system = System(Config(resolve("fake"), EngineConfig(**ENGINE)))
     system.wait_ready()
     pids = system.supervisor.pids
     run_dir = Path(system.run_dir)
@@ -166,21 +167,13 @@ def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
     system.close()
 
 
-WITH_FAKE_RUNNER = """
-from minisgl.actors import spawn
-from minisgl.api import system
-real = system.System
-system.System = lambda config, _: real(config, spawn.make_fake_worker)
-"""
-
-
 class ServerProcess:
-    """A server with the oracle behind it, as a user would start it."""
+    """A server with the fake engine, as a user would start it."""
 
     def __init__(self, tmp: Path, *flags: str) -> None:
         env = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_RUNTIME_DIR": str(tmp)}
         self.proc = subprocess.Popen(
-            minisgl_command("--port", "0", "--kv-tokens", "4096", *flags, before=WITH_FAKE_RUNNER),
+            minisgl_command("--model", "fake", "--port", "0", *flags),
             stderr=subprocess.PIPE,
             text=True,
             env=env,
@@ -213,6 +206,52 @@ def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.
     assert server.proc.wait(timeout=30) == 0
     eventually(lambda: not any(map(alive, children.values())))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_people_can_talk_to_the_fake_engine_and_stop_it(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    assert server.lines[0].endswith(": loading fake engine (no model: tokens are hashes of their context)\n")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["fake"]
+    create = functools.partial(client.chat.completions.create, model="fake", max_tokens=20)
+    messages = [{"role": "user", "content": "Hello"}]
+    text = create(messages=messages).choices[0].message.content
+    chunks = list(create(messages=messages, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert len(text.split()) > 5, "the text reads as text"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 22]}}}
+    assert create(messages=messages, response_format=form).choices[0].message.content in ("1", "22")
+    plain = client.completions.create(model="fake", prompt=[1, 2, 3], max_tokens=9)
+    assert plain.choices[0].text == load_tokenizer(resolve("fake")).decode(expected([1, 2, 3], 9), skip_special=True)
+    os.killpg(server.proc.pid, signal.SIGINT)
+    assert server.proc.wait(timeout=30) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_embedded_model_the_fake_engine_speaks_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise UserError("not installed")
+
+    monkeypatch.setattr("minisgl.model.checkpoint.resolve.embedded_model", missing)
+    spec = resolve("fake")
+    with LLM(spec, **ENGINE) as engine:
+        answer = engine.chat([[{"role": "user", "content": "a"}]], SamplingParams(max_tokens=5))[0]
+    prompt = "user: a\nassistant: "
+    ids = load_tokenizer(spec).encode(prompt, False).tolist()
+    assert answer.prompt_tokens == len(ids) == len(prompt)
+    assert answer.token_ids == expected_tokens(ids, 5, 256, ())
+
+
+def test_the_same_engine_in_one_thread_gives_the_same_text(llm: LLM) -> None:
+    prompts = [[i + 1, 2, 3] for i in range(5)]
+    with LLM("fake", processes=False, **{**ENGINE, "tp": 1}) as alone:
+        answers = alone.generate(prompts, SamplingParams(max_tokens=9))
+        refused = alone.generate([[]])[0]
+    assert [a.text for a in answers] == [a.text for a in llm.generate(prompts, SamplingParams(max_tokens=9))]
+    assert refused.error is not None
+    with pytest.raises(UserError, match="one rank"):
+        LLM("fake", processes=False, **ENGINE)
 
 
 def test_a_killed_server_leaves_no_process_and_no_socket(tmp_path: Path) -> None:

@@ -1,12 +1,8 @@
-"""Every message of the system, in one file.  A message is a frozen value; on the wire it is a msgpack array.
+"""Declares every message of the system, who sends it to whom, and what its fields mean.
 
-Wire:    one version byte, then msgpack [class name, field 0, field 1, ...]
-Fields:  int, float, str, bytes, bool, None, a tuple of these or of such tuples, a numpy array of one dimension (copied, never
-         aliased), or one of the plain value types registered below (SamplingParams).  No dict, no callable, no pickle.
-
-The registry is closed: decoding looks a name up among the classes declared here and checks every field against its
-annotation, so bytes from a stranger become `BadMessage` and nothing else.  All processes of a run come from one source
-tree, hence one version byte and no optional fields; it exists to refuse an old client of the batch socket with a sentence.
+A message is a frozen value.  Its fields are ints, floats, strings, bytes, bools, None,
+tuples of these, numpy arrays of one dimension, or a registered value type; minisgl.actors.wire turns it into bytes.  Ids of
+requests (`uid`) are given by the api process and are never reused.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ register(RequestOptions)
 # ---------------- lifecycle (every actor)
 @message
 class Hello:
-    """actor -> api: my mailbox is bound and my constructor has run."""
+    """actor -> api: the mailbox is bound, and the constructor has run."""
 
     name: str
     pid: int
@@ -39,7 +35,7 @@ class Hello:
 
 @message
 class Stop:
-    """api -> actor: finish what is in hand, then leave."""
+    """api -> actor: finish the current work, then leave."""
 
     reason: str
 
@@ -53,7 +49,7 @@ class Stopped:
 
 @message
 class Failed:
-    """actor -> api: I cannot start, for a reason that a person can mend; `text` is the sentence to print."""
+    """actor -> api: the actor cannot start, for a reason that its user can remove; `text` is the sentence to print."""
 
     name: str
     text: str
@@ -69,13 +65,13 @@ class ActorDied:
 
 @message
 class Wake:
-    """scheduler <-> worker, a doorbell: look at your ring.  It carries nothing on purpose."""
+    """scheduler <-> worker, api -> tokenizer: a doorbell for an actor that sleeps.  The work itself is in a ring."""
 
 
 # ---------------- start-up
 @message
 class WorkerLoaded:
-    """worker -> scheduler: weights are in place; `max_pages` KV pages would fit beside them."""
+    """worker -> scheduler: the weights are loaded, and `max_pages` KV pages would fit next to them."""
 
     rank: int
     max_pages: int
@@ -97,7 +93,7 @@ class WorkerArmed:
 
 @message
 class MayCapture:
-    """worker 0 of several -> scheduler: nothing was planned for a while, and later steps could be made faster meanwhile."""
+    """worker 0 of several -> scheduler: no plan has come for a while, so all ranks could capture a graph."""
 
 
 @message
@@ -110,7 +106,7 @@ class EngineReady:
 # ---------------- requests
 @message
 class Tokenize:
-    """api -> tokenizer: exactly one of `text` and `chat` is set.
+    """api -> tokenizer: encode a prompt.  Exactly one of `text` and `chat` is set.
 
     `chat` is the JSON of {"messages": [...], "kwargs": {...}}: user data stays opaque bytes on the wire.  The ids come
     back through the prompt ring, in the order of the `Tokenized` messages.
@@ -132,7 +128,7 @@ class Tokenized:
 
 @message
 class Detokenize:
-    """api -> tokenizer: what text are these token ids?"""
+    """api -> tokenizer: decode these token ids."""
 
     uid: int
     ids: I32
@@ -149,14 +145,14 @@ class Detokenized:
 
 @message
 class TokenizerInfo:
-    """tokenizer -> api, once it is loaded: the JSON object that GET /tokenizer_info answers with."""
+    """tokenizer -> api, once it is loaded: the JSON object for GET /tokenizer_info."""
 
     info: str
 
 
 @message
 class Rejected:
-    """tokenizer or scheduler -> api: this request cannot be served (an error of the request, not of the engine)."""
+    """tokenizer or scheduler -> api: the request cannot be served; the fault is its own, not the engine's."""
 
     uid: int
     status: int
@@ -170,8 +166,8 @@ class Rejected:
 class Generate:
     """api -> scheduler: continue the `n_ids` tokens in the next record of the request ring.
 
-    The first `n_prompt` are the prompt; the rest were delivered before a restart (replay).  `max_tokens` counts from the
-    end of the prompt and is always set; `seed` likewise.
+    The first `n_prompt` are the prompt; the rest were delivered before a restart (replay).  `max_tokens` counts from the end of
+    the prompt.  `max_tokens` and `seed` are set here even where `params` leaves them open.
     """
 
     uid: int
@@ -185,21 +181,21 @@ class Generate:
 
 @message
 class Cancel:
-    """api -> scheduler (the client is gone) or detokenizer -> scheduler (a stop string was found).  Idempotent."""
+    """api -> scheduler (the client is gone) or detokenizer -> scheduler (a stop string came): end a request.  Idempotent."""
 
     uid: int
 
 
 @message
 class FlushCache:
-    """api -> scheduler: empty the prefix cache, but for what running requests use."""
+    """api -> scheduler: empty the prefix cache, except for pages that running requests use."""
 
 
 @message
 class Stats:
-    """scheduler -> api, at most once a second while it works and once when it becomes idle.
+    """scheduler -> api: statistics, at most once a second while it works and once when it becomes idle.
 
-    `values[i]` belongs to `names[i]`; counters count from the start, tokens unless the name says otherwise.
+    `values[i]` belongs to `names[i]`.  Counters count from the start of the run: tokens, unless the name says otherwise.
     """
 
     names: tuple[str, ...]
@@ -208,7 +204,7 @@ class Stats:
 
 @message
 class Embedded:
-    """scheduler -> api: the vector that request `uid` wanted; it has ended."""
+    """scheduler -> api: the vector of request `uid`, which has ended."""
 
     uid: int
     vector: F32
@@ -218,7 +214,7 @@ class Embedded:
 class Track:
     """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text.
 
-    `prompt`: the prompt's tokens if they are to stand before the text (echo), else none.  `queued`: as in Started.
+    `prompt`: the prompt's tokens under `echo`, else none.  `queued`: as in Started.
     """
 
     uid: int
@@ -230,8 +226,10 @@ class Track:
 
 @message
 class Started:
-    """detokenizer -> api, before the first Text of a request: it was `queued` for so many seconds, from its arrival at the
-    scheduler to the first step that computes something of its prompt."""
+    """detokenizer -> api, before the first Text of a request.
+
+    `queued`: seconds from its arrival at the scheduler to the first step that computes a part of its prompt.
+    """
 
     uid: int
     queued: float
@@ -239,7 +237,7 @@ class Started:
 
 @message
 class ThoughtEnded:
-    """detokenizer -> api, before the Text that ends the thought of a model, closed or not: it has so many tokens."""
+    """detokenizer -> api, before the Text that ends the thought of a model, closed or not: its number of tokens."""
 
     uid: int
     tokens: int
@@ -257,10 +255,10 @@ class Tokens:
 
 @message
 class TokenLogprobs:
-    """scheduler -> detokenizer, before the Tokens of the same step, and only when a request wants log probabilities.
+    """scheduler -> detokenizer, before the Tokens of the same step: log probabilities, for the requests that have any.
 
-    Entry i is about the next token of the prompt of request uids[i], or about its next token in that Tokens (`drawn`), and has
-    widths[i] alternatives, one behind the other in `top_ids` and `top_logprobs`.
+    Entry i is about the next token of the prompt of request uids[i], or (`drawn`) about its token in the Tokens that follows.
+    It has widths[i] alternatives; those of all entries are concatenated in `top_ids` and `top_logprobs`.
     """
 
     uids: I64
@@ -274,11 +272,11 @@ class TokenLogprobs:
 
 @message
 class Logprobs:
-    """detokenizer -> api, before the Text that brings the tokens meant: log probabilities with the bytes of all tokens.
+    """detokenizer -> api, before the Text with the same tokens: log probabilities, with the bytes of all tokens.
 
-    Entry i is about token tokens[i] of request uids[i], whose text begins offsets[i] characters behind the beginning; the first
-    token of a prompt has NaN.  The bytes of the token and of its widths[i] alternatives stand one behind the other in `pieces`,
-    `sizes` of them each.
+    Entry i is about token tokens[i] of request uids[i], whose text begins at character offsets[i] of the request's text; the
+    first token of a prompt has NaN.  `pieces` concatenates the bytes of each token and of its widths[i] alternatives, with
+    their lengths in `sizes`.
     """
 
     uids: I64
@@ -316,7 +314,7 @@ class BatchSubmit:
 
 @message
 class BatchResult:
-    """api -> client: the answer of one request, with its HTTP status."""
+    """api -> client: the answer to one request, with its HTTP status."""
 
     custom_id: str
     status: int
@@ -326,7 +324,7 @@ class BatchResult:
 
 @message
 class BatchPing:
-    """client -> api, once a second: I am here.  A client silent for ten seconds has its requests cancelled."""
+    """client -> api, once a second.  The requests of a client that is silent for ten seconds are cancelled."""
 
 
 @message
@@ -338,6 +336,6 @@ class BatchPong:
 
 @message
 class BatchRefused:
-    """api -> client: what you sent was not a message of this protocol."""
+    """api -> client: a frame was not a message of this protocol."""
 
     text: str

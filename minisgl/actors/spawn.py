@@ -1,16 +1,29 @@
-"""How each actor is built in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
+"""Builds each actor in its own process.  Importing this is cheap: the heavy imports are inside the functions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.runtime.shared_memory import Arenas
-from minisgl.config import Config
+from minisgl.config import Config, ModelSpec
+
+if TYPE_CHECKING:
+    from minisgl.actors.worker import RunnerLike
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
+
+
+def find_model(model: str | ModelSpec | None, revision: str | None, tp: int) -> ModelSpec:
+    """The spec of a model by its name, see `resolve`.  Raises UserError also where `tp` ranks cannot share the model."""
+    from minisgl.model.checkpoint.resolve import resolve
+    from minisgl.model.common.shard import check_tp
+
+    spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
+    check_tp(spec, tp)
+    return spec
 
 
 def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0) -> Actor:
@@ -44,22 +57,21 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 
     prepare_environment(threads_per_rank(config.engine))
 
-    def runner() -> Any:
-        if config.engine.device == "cuda":
-            from minisgl.model.cuda.runner import CudaRunner
-
-            return CudaRunner(config, rank, run_dir)
-        from minisgl.model.cpu.runner import Runner
-
-        return Runner(config, rank, run_dir)
-
-    return WorkerActor(ctx, rank, arenas, runner)
+    return WorkerActor(ctx, rank, arenas, lambda: make_runner(config, rank, run_dir))
 
 
-def make_fake_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
-    """A worker without a model (see minisgl.model.fake_runner), for tests of everything around it.  `kv_tokens` must be set."""
-    from minisgl.actors.worker import WorkerActor
-    from minisgl.model.fake_runner import FakeRunner
+def make_runner(config: Config, rank: int, run_dir: str) -> RunnerLike:
+    """The runner of one rank: the fake engine's, or the one for the device."""
+    if config.model.format == "fake":
+        from minisgl.model.common.grammar import Grammars
+        from minisgl.model.fake_runner import FakeRunner
+        from minisgl.model.text.vocabulary import vocabulary_of
 
-    pages = -(-config.engine.kv_tokens // config.engine.page_size)
-    return WorkerActor(ctx, rank, arenas, lambda: FakeRunner(config, pages))
+        return FakeRunner(config, grammars=Grammars(lambda: vocabulary_of(config.model)))
+    if config.engine.device == "cuda":
+        from minisgl.model.cuda.runner import CudaRunner
+
+        return CudaRunner(config, rank, run_dir)
+    from minisgl.model.cpu.runner import Runner
+
+    return Runner(config, rank, run_dir)

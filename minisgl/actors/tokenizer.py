@@ -1,9 +1,9 @@
-"""The tokenizer actor.
+"""Tokenizes prompts and renders chat templates.  One tokenizer process per run, or several.
 
 Owns      the tokenizer and the chat template; the encoded prompts that wait for room in the prompt ring.
 Receives  Tokenize, Detokenize, Wake (api).
 Sends     Tokenized, Detokenized, TokenizerInfo, Rejected (api); token ids through the prompt ring, in the order of the
-Tokenized messages.
+          Tokenized messages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
 
-_FAR_TOO_LONG = 4  # times the context; up to there api refuses a prompt itself, and the prompt ring has room for it
+_FAR_TOO_LONG = 4  # times the context; shorter prompts fit the prompt ring, and api refuses them if necessary
 _log = logging.getLogger(__name__)
 
 
@@ -35,13 +35,14 @@ class PromptRing(Protocol):
 
 
 class TokenizerActor(Actor):
-    """Turns prompts into token ids, one after the other; a prompt that cannot be encoded costs only itself."""
+    """Turns prompts into token ids, one after the other.  A prompt that cannot be encoded fails alone."""
+
+    _tokenizer: Tokenizer
 
     def __init__(self, ctx: Context, config: Config, ring: PromptRing) -> None:
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._tokenizer: Tokenizer | None = None
         self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
 
     def started(self) -> None:
@@ -56,7 +57,7 @@ class TokenizerActor(Actor):
         except RequestError as e:
             self.ctx.send("api", Rejected(m.uid, e.status, e.message, e.param, e.code, None))
             return
-        except Exception as e:  # a bug in a library: it must not end everybody's service
+        except Exception as e:  # a bug in a library: it must not end the service of other requests
             _log.exception("request %d could not be tokenized", m.uid)
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
@@ -65,16 +66,12 @@ class TokenizerActor(Actor):
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not loaded yet")
         if m.chat is not None:
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not loaded yet")
         self.ctx.send("api", Detokenized(m.uid, self._tokenizer.decode(m.ids.tolist(), m.skip_special)))
 
     def _check_length(self, ids: I32, field: str) -> None:
@@ -88,7 +85,7 @@ class TokenizerActor(Actor):
         self._flush()
 
     def _flush(self) -> bool:
-        """Publish what fits, in order.  While something waits, the ring says so and api rings after it has read."""
+        """Publish the prompts that fit, in order.  While one waits, the ring's flag makes api send Wake after it has read."""
         worked = False
         while self._backlog:
             uid, ids = self._backlog[0]
@@ -103,5 +100,5 @@ class TokenizerActor(Actor):
         return worked
 
     def idle(self) -> bool:
-        """Looks once more after the flag is up: room made before api could see it would otherwise never be announced."""
+        """Look once more with the flag up: room made before api could see the flag would otherwise never be announced."""
         return bool(self._backlog) and self._flush()

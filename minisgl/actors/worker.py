@@ -1,8 +1,10 @@
-"""The worker actor: one per tensor-parallel rank.  It knows slots and pages, never requests.
+"""Runs the model: feeds the plans of the scheduler to a runner, and posts the results.  One worker process per rank.
 
-Owns      the model's shard, its KV cache, and the resident state of every slot (inside the runner).
+Owns      the rank's shard of the model, its KV cache, and the resident state of every slot (inside the runner).
 Receives  Capacity (scheduler, once), Wake (scheduler); plans through the plan ring, STOP among them.
 Sends     WorkerLoaded, WorkerArmed, MayCapture, Wake (scheduler); rank 0 publishes results through the token ring.
+
+A worker knows slots and pages, never requests.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from minisgl.actors.runtime.status import Board
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 _BREATHE_SECONDS = 20e-6
-_PAUSE_SECONDS = 0.05  # without plans, after which the runner may prepare for later ones
+_PAUSE_SECONDS = 0.05  # time without plans after which the runner may capture graphs
 
 
 class Pending(Protocol):
@@ -35,25 +37,68 @@ class Pending(Protocol):
 
 
 class RunnerLike(Protocol):
-    """What a worker needs of the model side: minisgl.model.cpu.runner.Runner, or the oracle of the tests."""
+    """What a worker needs of the model side: a Runner of minisgl.model.cpu or .cuda, or the fake runner."""
 
     def max_pages(self) -> int:
         """How many KV pages would fit."""
 
     def allocate(self, num_pages: int) -> None:
-        """Make the KV cache."""
+        """Allocate the KV cache."""
 
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step behind those already started."""
 
     def capture_ahead(self) -> bool:
-        """Spend some milliseconds, while nothing is to be done, on making later steps faster.  False: nothing is left.
+        """Spend some milliseconds on making later steps faster, by capturing one more graph.  False: no graph is left.
 
         All ranks do the same thing in the same call.
         """
 
     def close(self) -> None:
         """Leave the group, free the device."""
+
+
+class IdleCapture:
+    """Lets the runner capture graphs for later steps while no plan comes: after a pause, never between two steps.
+
+    A single rank captures by itself.  With several ranks, each sees its own pauses and a capture contains all-reduces, so
+    rank 0 sends MayCapture, and the CAPTURE plan that the scheduler answers with reaches all ranks between the same two steps.
+    """
+
+    def __init__(self, ctx: Context, runner: RunnerLike, rank: int, ranks: int) -> None:
+        self._ctx = ctx
+        self._runner = runner
+        self._alone = ranks == 1
+        self._initiates = rank == 0
+        self._requested = False  # MayCapture was sent, and no plan has come since
+        self._finished = False
+        self._last_step = float("-inf")
+
+    def plan_came(self, plan: StepPlan) -> None:
+        """Note a plan, and capture if it says so.  The scheduler drops a request that reaches it during a step."""
+        self._requested = False
+        if plan.kind == PlanKind.CAPTURE:
+            self.capture()
+        else:
+            self._last_step = self._ctx.now()
+
+    def use_pause(self) -> bool:
+        """Wait, request or capture.  False: nothing is left to do before the next plan, so the worker may sleep."""
+        if self._finished or self._requested or not self._initiates:
+            return False
+        if self._ctx.now() - self._last_step < _PAUSE_SECONDS:
+            time.sleep(_BREATHE_SECONDS)
+            return True
+        if self._alone:
+            self.capture()
+            return not self._finished
+        self._requested = True
+        self._ctx.send("scheduler", MayCapture())
+        return True
+
+    def capture(self) -> None:
+        """Capture one more graph."""
+        self._finished = not self._runner.capture_ahead()
 
 
 class WorkerActor(Actor):
@@ -63,6 +108,8 @@ class WorkerActor(Actor):
     second step late, because the next plan arrives while the step runs.
     """
 
+    _runner: RunnerLike
+
     def __init__(self, ctx: Context, rank: int, arenas: Arenas, make_runner: Callable[[], RunnerLike]) -> None:
         super().__init__(ctx)
         self.rank = rank
@@ -70,12 +117,10 @@ class WorkerActor(Actor):
         self.results = RingWriter(arenas.results) if rank == 0 else None
         self.board = Board(arenas.board, ctx.name)
         self._make_runner = make_runner
-        self._runner: RunnerLike | None = None
         self._running: deque[Pending] = deque()
-        self._armed = self._stopped = False
-        self._ready = self._captured = self._asked = False
+        self._idle_capture: IdleCapture | None = None  # once there is a KV cache
         self._ranks = arenas.plans.readers
-        self._planned = float("-inf")  # when the latest plan came
+        self._stopped = False
         self._pid = os.getpid()
 
     def started(self) -> None:
@@ -84,9 +129,8 @@ class WorkerActor(Actor):
 
     @on(Capacity)
     def capacity(self, m: Capacity) -> None:
-        if self._runner is not None:
-            self._runner.allocate(m.num_pages)
-            self._ready = True
+        self._runner.allocate(m.num_pages)
+        self._idle_capture = IdleCapture(self.ctx, self._runner, self.rank, self._ranks)
         self.ctx.send("scheduler", WorkerArmed(self.rank))
 
     @on(Wake)
@@ -94,63 +138,21 @@ class WorkerActor(Actor):
         """A bell: `idle` runs next, which is the point of it."""
 
     def idle(self) -> bool:
-        """Serve whichever source is ready.  False only when no step is in flight and the bell is armed."""
-        worked = self._post_finished()
-        if (raw := self.plans.take()) is not None:
-            self._launch(StepPlan.unpack(raw))
-            worked = True
-        if not worked and self._running:
+        """Post a finished step, take and launch a plan.  False only with no step in flight and the "ring me" flag up."""
+        posted = self._post()
+        plan = self._take()
+        if plan is not None:
+            self._launch(plan)
+        elif self._running and not posted:
             time.sleep(_BREATHE_SECONDS)  # a step is in flight: poll, do not park
-            worked = True
-        worked = worked or self._capture_while_idle()
-        if worked:
-            self._arm(False)
-            return True
-        self._arm(True)
-        return self.plans.pending()  # one more look with the flag up
+        elif not posted and not (self._idle_capture and self._idle_capture.use_pause()):
+            self.plans.park(True)  # the flag stays up until there is work (see process.run)
+            return self.plans.pending()  # one more look with the flag up
+        self.plans.park(False)
+        return True
 
-    def _capture_while_idle(self) -> bool:
-        """Let the runner prepare, not between two steps but after a pause, for which it stays awake.  False: it is done.
-
-        Several ranks pause at different moments, and what they prepare has sums over all of them in it: rank 0 asks the
-        scheduler, whose CAPTURE reaches all between the same two steps.
-        """
-        if self._runner is None or not self._ready or self._captured or self._asked or self.rank > 0:
-            return False
-        if self.ctx.now() - self._planned < _PAUSE_SECONDS:
-            time.sleep(_BREATHE_SECONDS)
-            return True
-        if self._ranks > 1:
-            self._asked = True
-            self.ctx.send("scheduler", MayCapture())
-            return True
-        self._captured = not self._runner.capture_ahead()
-        return not self._captured
-
-    def _arm(self, flag: bool) -> None:
-        """Raise or lower my "ring me" flag; it stays up until there is work (see process.run)."""
-        if flag != self._armed:
-            self.plans.park(flag)
-            self._armed = flag
-
-    def _launch(self, plan: StepPlan) -> None:
-        if self.plans.starved():
-            self.ctx.send("scheduler", Wake())
-        if plan.kind == PlanKind.STOP:
-            self._stopped = True
-            self.ctx.stop()
-            return
-        if self._runner is None:
-            raise RuntimeError(f"plan {plan.step} arrived before the model was loaded")
-        self._asked = False  # what is asked during a step may be passed over
-        if plan.kind == PlanKind.CAPTURE:
-            self._captured = not self._runner.capture_ahead()
-            return
-        self.board.beat(self._pid, plan.step, True)
-        self._planned = self.ctx.now()
-        self._running.append(self._runner.launch(plan))
-
-    def _post_finished(self) -> bool:
+    def _post(self) -> bool:
+        """Publish the result of the oldest step if it has finished."""
         if not self._running or not self._running[0].done():
             return False
         result = self._running.popleft().result()
@@ -161,7 +163,28 @@ class WorkerActor(Actor):
                 self.ctx.send("scheduler", Wake())
         return True
 
+    def _take(self) -> StepPlan | None:
+        """The next plan, if there is one.  A scheduler that waits for room in the ring is woken."""
+        raw = self.plans.take()
+        if raw is None:
+            return None
+        if self.plans.starved():
+            self.ctx.send("scheduler", Wake())
+        return StepPlan.unpack(raw)
+
+    def _launch(self, plan: StepPlan) -> None:
+        if plan.kind == PlanKind.STOP:
+            self._stopped = True
+            self.ctx.stop()
+            return
+        if self._idle_capture is None:
+            raise RuntimeError(f"plan {plan.step} arrived before the KV cache was allocated")
+        self._idle_capture.plan_came(plan)
+        if plan.kind == PlanKind.STEP:
+            self.board.beat(self._pid, plan.step, True)
+            self._running.append(self._runner.launch(plan))
+
     def stopping(self) -> None:
         """Leave the group where all ranks do.  A rank that fails alone would wait there for the others, who wait for it."""
-        if self._runner is not None and self._stopped:
+        if self._stopped:
             self._runner.close()

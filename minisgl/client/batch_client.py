@@ -1,6 +1,6 @@
-"""A client of the batch socket: many requests over one ZMQ connection to a server on the same machine.  No torch.
+"""Sends many requests over one ZMQ connection to a server on the same machine.  No torch.
 
-with BatchClient() as client:                       # asks http://127.0.0.1:8000/server_info for the socket
+with BatchClient() as client:  # finds the socket through http://127.0.0.1:8000/server_info
     texts = client.generate(["Once upon", "a time"], SamplingParams(max_tokens=32))
     for result in client.run(BatchRequest(str(i), "/v1/completions", {"prompt": p}) for i, p in enumerate(prompts)):
         ...
@@ -45,7 +45,7 @@ class BatchClient:
     def __init__(self, url: str = DEFAULT_URL, socket: str | None = None, window: int = 256) -> None:
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
-        self.window = window  # requests that are unanswered at the same time
+        self.window = window  # most requests without an answer at a time
         self.address = socket or find_socket(url)
         check_path(self.address)
         self._link = Link(self.address)
@@ -58,7 +58,7 @@ class BatchClient:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket; the server cancels what it still serves for this client.  Idempotent."""
+        """Close the socket; the server cancels the open requests of this client.  Idempotent."""
         self._link.close()
 
     def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
@@ -110,7 +110,7 @@ class BatchClient:
 
 
 def find_socket(url: str) -> str:
-    """The address of the batch socket of the server at `url`.  Raises UserError with what to do about it."""
+    """The address of the batch socket of the server at `url`.  Raises UserError with the remedy."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=10) as answer:
             address = json.load(answer).get("batch_socket")
@@ -133,7 +133,7 @@ class _Open:
 
 
 class _Run:
-    """The requests of one run that have no final answer yet.  On the wire they carry tickets: callers may repeat ids."""
+    """The requests of one run without a final answer.  On the wire they carry tickets: callers may repeat ids."""
 
     def __init__(self, link: Link, requests: Iterable[BatchRequest], window: int) -> None:
         self.open: dict[str, _Open] = {}
@@ -176,7 +176,7 @@ class _Run:
             self._link.send(self.open[heapq.heappop(self._later)[1]].message)
 
     def _next_answer(self) -> BatchResult | None:
-        """Wait for the next final answer; None when it is time to do something else."""
+        """Wait for the next final answer; None: no answer, or one that will be retried, or a retry is due."""
         due = max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
         answer = self._link.receive(due)
         if answer is None or answer.custom_id not in self.open:
@@ -192,11 +192,11 @@ class _Run:
 
 
 def _pause(body: bytes, attempts: int) -> float:
-    """Seconds before the next attempt: what the server asks for, but doubling each time, and not all requests at once."""
+    """Seconds before the next attempt: at least `retry_after`, doubling each time, with jitter."""
     try:
-        asked = float(json.loads(body)["error"]["retry_after"])
+        retry_after = float(json.loads(body)["error"]["retry_after"])
     except (ValueError, KeyError, TypeError):
-        asked = 0.0
+        retry_after = 0.0
     backoff = min(MAX_BACKOFF_SECONDS, 0.25 * 2**attempts)
-    pause: float = max(min(asked, MAX_BACKOFF_SECONDS), backoff)
+    pause: float = max(min(retry_after, MAX_BACKOFF_SECONDS), backoff)
     return pause * random.uniform(1.0, 1.25)

@@ -1,6 +1,6 @@
-"""The connection of a batch client: a ZMQ socket, and the thread that alone touches it.
+"""Connects a batch client to a server: a ZMQ socket, and the one thread that uses it.
 
-The thread pings the server once a second, so that a caller who takes its time between two results is not taken for dead.
+The thread pings the server once a second, so that a caller who is slow between two results is not taken for dead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.errors import UserError
 
 PING_SECONDS = 1.0
-SILENT_SECONDS = 15.0  # without a word from the server: it is gone
+SILENT_SECONDS = 15.0  # of silence after which the server counts as gone
 
 
 class Link:
@@ -55,7 +55,7 @@ class Link:
         except queue.Empty:
             return None
         if isinstance(item, UserError):
-            self._inbox.put(item)  # it stays true
+            self._inbox.put(item)  # for later calls
             raise item
         return item
 
@@ -67,7 +67,7 @@ class Link:
         self._ear.close()
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it rings already; or closed: nobody listens
+        with contextlib.suppress(OSError):  # full: the thread will wake anyway; closed: it has ended
             self._bell.send(b"\0")
 
     # ---------------- in the thread
@@ -125,7 +125,7 @@ class Link:
         elif isinstance(msg, BatchRefused):
             raise UserError(f"the server refused a message: {msg.text}")
         elif isinstance(msg, BatchPong) and self._pings:
-            # Both directions keep their order, so what was submitted before the ping is answered or counted in the pong.
+            # Both directions keep their order: a request submitted before the ping is answered, or counted in the pong.
             lost = self._pings.popleft() - self._answered - msg.open_requests
             if lost > 0:
                 raise UserError(f"the server has lost {lost} requests of this client: the connection was interrupted")

@@ -1,11 +1,11 @@
-"""`python -m minisgl batch in.jsonl out.jsonl`: a file of requests in OpenAI's batch format, a file of answers.
+"""Runs `python -m minisgl batch in.jsonl out.jsonl`: answers a file of requests in OpenAI's batch format.
 
     in   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     out  {"id": "batch_req_...", "custom_id": "a", "response": {"status_code", "request_id", "body"}, "error": null}
 
 The output is a log: lines are appended as requests finish, in any order, and nothing is ever rewritten.  Running the same
-command again goes on where it ended: a torn last line is dropped, what has an answer with status 200 is skipped.  Where an id
-has several lines, the last one counts.
+command again continues: a torn last line is dropped, and requests with an answer of status 200 are skipped.  If an id has
+several lines, the last one counts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _say(text: str) -> None:
 
 
 class _Count:
-    """What has been done, for the bar and the summary."""
+    """The progress, for the bar and the summary."""
 
     def __init__(self, total: int, ok: int) -> None:
         self.total, self.ok, self.failed, self.tokens = total, ok, 0, 0
@@ -154,7 +154,7 @@ def read_requests(path: str) -> list[BatchRequest]:
 
 
 def _parse_line(line: bytes) -> BatchRequest:
-    """Raises ValueError saying what is wrong."""
+    """Raises ValueError naming the fault."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -175,7 +175,7 @@ def _parse_line(line: bytes) -> BatchRequest:
 
 # ---------------- output
 class ResultLog:
-    """An append-only file of results; `done` are the ids that it had with status 200 when it was opened.
+    """An append-only file of results.  `done`: the ids that had status 200 when it was opened.
 
     Every line reaches the kernel at once (it survives the death of this process) and the disk in groups.  Opening locks the
     file and drops a torn last line.  Raises UserError if the file holds anything else, and leaves it untouched then.
@@ -245,10 +245,10 @@ class ResultLog:
 
 
 def _finished(line: bytes) -> Iterator[str]:
-    """The id of a line whose request needs no second attempt."""
+    """The id in a line, if its request needs no second attempt."""
     try:
         value = json.loads(line)
         if value["response"]["status_code"] == 200:
             yield value["custom_id"]
-    except (ValueError, KeyError, TypeError):  # damaged: do that one again
+    except (ValueError, KeyError, TypeError):  # damaged: repeat the request
         return

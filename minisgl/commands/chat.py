@@ -1,4 +1,4 @@
-"""`python -m minisgl chat`: a conversation in the terminal with a running server, over its HTTP API.  Standard library only."""
+"""Runs `python -m minisgl chat`: talks to a running server from a terminal, over its HTTP API.  Standard library only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONTROL = {c: None for c in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(c) 
 
 
 def strip_control(text: str) -> str:
-    """Text that cannot command a terminal: without ESC, the C1 introducers and every control character but newline and tab."""
+    """Text that is safe to print: without control characters (ESC and the C1 introducers among them) but newline and tab."""
     return text.translate(_CONTROL)
 
 
@@ -68,7 +68,7 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
 
 # ---------------- the terminal
 class Terminal:
-    """Reads messages and prints answers; colours, prompts and line editing only where a person sits."""
+    """Reads messages and prints answers; colours, prompts and line editing only on a terminal."""
 
     def __init__(self, interactive: bool) -> None:
         self.interactive = interactive
@@ -76,7 +76,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def line_editing(self) -> Iterator[None]:
-        """Arrow keys, and a history that outlives the program."""
+        """Arrow keys, and a history in a file."""
         if not self.interactive:
             yield
             return
@@ -114,7 +114,7 @@ class Terminal:
         print(strip_control(text), end="", flush=True)
 
     def note(self, text: str) -> None:
-        """Something about the conversation: dim on a terminal, out of the way of the answers elsewhere."""
+        """A remark about the conversation: dim on a terminal, otherwise on stderr, apart from the answers."""
         text = strip_control(text)
         print(
             f"\x1b[2m{text}\x1b[0m" if self._colours else text, file=sys.stdout if self.interactive else sys.stderr, flush=True
@@ -154,7 +154,7 @@ class Chat:
             if word.startswith("/") and word[1:].isalpha():
                 self._command(word, rest.strip())
             elif line.strip():
-                self._ask(line)
+                self._turn(line)
 
     def _command(self, word: str, rest: str) -> None:
         note = self._terminal.note
@@ -173,8 +173,8 @@ class Chat:
     def _all(self) -> list[dict[str, str]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
-    def _ask(self, text: str) -> None:
-        """One turn.  An answer that was stopped or cut off stays in the conversation as far as it came."""
+    def _turn(self, text: str) -> None:
+        """One turn.  The received part of an answer that was stopped or cut off stays in the conversation."""
         self.messages.append({"role": "user", "content": text})
         turn = _Turn()
         error = None

@@ -1,4 +1,4 @@
-"""The HTTP side of the terminal chat: one streamed answer at a time, over http.client.  Standard library only."""
+"""Streams the answers of a server to the terminal chat, over http.client.  Standard library only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _CONNECT_SECONDS = 5.0
-_ANSWER_SECONDS = 600.0  # silence of the server after which it is given up
+_ANSWER_SECONDS = 600.0  # of silence after which the server counts as gone
 
 
 class ChatError(Exception):
-    """The server cannot be reached, or says that it cannot answer; the text is for a person."""
+    """The server cannot be reached, or refuses to answer; the text is for the user."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """What the server counted; `cached` are prompt tokens that it still had from before."""
+    """Counts of tokens; `cached`: tokens of the prompt whose keys and values were reused."""
 
     prompt: int = 0
     completion: int = 0
@@ -28,7 +28,7 @@ class Usage:
 
 
 class Server:
-    """The HTTP API at `url` (with or without /v1).  Raises ChatError where that is no address."""
+    """The HTTP API at `url` (with or without /v1).  Raises ChatError if that is no address."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -81,7 +81,7 @@ class Server:
             raise ChatError(
                 f"no server answers at {self.url} ({_why(e)}). Start one with scripts/launch.sh, or name another with --url."
             ) from e
-        except BaseException:  # ^C while the server reads the prompt: closing is what cancels the request
+        except BaseException:  # ^C while the server reads the prompt: closing cancels the request
             connection.close()
             raise
         if response.status != 200:

@@ -20,7 +20,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="a .gguf file, a directory, org/name, or random:SHAPE; default: SmolLM2-135M-Instruct",
+        help="a .gguf file, a directory, org/name, random:SHAPE, or fake (no model); default: SmolLM2-135M-Instruct",
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     _add_flags(parser.add_argument_group("engine"), EngineConfig, {"default": None})

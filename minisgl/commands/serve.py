@@ -108,6 +108,8 @@ class _Server:
         store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
         stored = self.config.model.weight_format
         how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
+        if self.config.model.format == "fake":
+            how = " engine (no model: tokens are hashes of their context)"
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config, self.make_worker)
         try:

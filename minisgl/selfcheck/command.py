@@ -42,6 +42,8 @@ def run(argv: list[str]) -> int:
     from minisgl.model.common.shard import check_tp
 
     spec = resolve(args.model, args.revision)
+    if spec.format == "fake":
+        raise UserError("--model fake: there is no model to check; name a checkpoint with --model")
     config = Config(spec, engine_config(vars(args)))
     check_tp(spec, config.engine.tp)
     return check(config, args.tokens)

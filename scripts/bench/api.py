@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench/api.py [stream] [flood] [gap] [memory]
 
-The server and all its processes are real, only the worker is not (fast_worker.py: a token for each running request at a set
+The server and all its processes are real except the worker (fast_worker.py: a token for each running request at a set
 pace).  The clients are raw sockets in this process.  CPU times are those of /proc.  One JSON line per measure.
 
 stream   256 streams at 100 tokens a second each: CPU time of every process per streamed token
@@ -42,7 +42,7 @@ _END = b"\r\n0\r\n\r\n"  # of a chunked body
 
 # ---------------- the server
 def serve(rate: float, tokenizers: int) -> int:
-    """What the server's process runs.  Prints its port."""
+    """The main function of the server's process.  Prints its port."""
     from minisgl.commands.serve import _Server, bind
     from minisgl.config import Config, EngineConfig, ServerConfig
     from minisgl.model.checkpoint.resolve import resolve
@@ -125,7 +125,7 @@ def server(rate: float, tokenizers: int = 1) -> Iterator[Server]:
 
 # ---------------- the clients
 class Streams:
-    """Streaming requests whose events are counted as they come."""
+    """Streaming requests, with counts of their events."""
 
     def __init__(self, server: Server, n: int, tokens: int) -> None:
         self.selector = selectors.EpollSelector()
@@ -162,7 +162,7 @@ class Streams:
                 self.last[i] = 0.0
 
     def start(self) -> None:
-        """Until every stream has said something."""
+        """Read until every stream has begun."""
         while not self.events.all():
             self.poll(1.0)
 
@@ -202,7 +202,7 @@ def run_streams(rate: float, seconds: float) -> dict[str, Any]:
         "cpu": {name: round(1e6 * (after[name] - before[name]) / said, 2) for name in before},
         "client": round(1e6 * client / said, 2),
         "tokens_per_second": round(said / wall),
-        "asked": round(rate * STREAMS),
+        "target": round(rate * STREAMS),
         "tokens_per_event": round(said / (int(streams.events.sum()) - begun), 2),
     }
 
@@ -226,7 +226,7 @@ def measure_flood(args: argparse.Namespace) -> None:
 
 
 def send_each(s: Server, raw: bytes, n: int) -> None:
-    """A request `n` times, one after the other, whose answer must be good."""
+    """Send a request `n` times, one after the other.  Raises RuntimeError if one is refused."""
     for _ in range(n):
         with socket.create_connection(s.address) as sock:
             sock.sendall(raw)

@@ -1,4 +1,7 @@
-"""A worker without a model, for measuring everything around one: it says an English text, a token a step, at a set pace."""
+"""Runs a worker without a model, to measure everything else: it writes an English text at a set pace.
+
+The fake engine (`--model fake`) computes its tokens from the context; this worker costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class _Step:
 
 
 class FastRunner:
-    """A RunnerLike.  `rate`: steps a second, 0 for as many as are asked for."""
+    """A RunnerLike.  `rate`: steps a second; 0: no limit."""
 
     def __init__(self, config: Config, rate: float) -> None:
         self._pages = -(-config.engine.kv_tokens // config.engine.page_size)

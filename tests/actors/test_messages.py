@@ -18,11 +18,11 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 
 def _value(hint: object) -> st.SearchStrategy:
-    checks = wire._checker(hint)
-    if checks[0] == "tuple":
-        return st.lists(st.text() if str in checks[1] else st.integers(-(2**60), 2**60), max_size=4).map(tuple)
+    kinds = wire._kinds(hint)
+    if tuple in kinds:
+        return st.lists(st.text() if str in kinds[tuple] else st.integers(-(2**60), 2**60), max_size=4).map(tuple)
     arms = []
-    for c in checks:
+    for c in kinds:
         if c is np.ndarray:
             dtype = np.dtype(typing.get_args(typing.get_args(hint)[1])[0])
             arms.append(st.lists(st.integers(0, 200), max_size=5).map(lambda v, d=dtype: np.array(v, d)))
@@ -116,6 +116,8 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Text", *[msgpack.ExtType(2, b"|O8xxxxxxxx")] * 5, []]),  # an array of objects
         msgpack.packb(["Generate", 1, 1, 1, 1, 1, msgpack.ExtType(1, msgpack.packb(["SamplingParams", -5] + [0] * 9))]),
         msgpack.packb(["Cancel", 1]) + b"trailing",
+        wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x07"),  # a name that is no string
+        wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x91\xa1a"),  # a tuple too deep
         wire.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0))[1:].replace(
             b"\x92\x07", b"\x92\xc3"
         ),

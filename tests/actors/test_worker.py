@@ -13,13 +13,13 @@ from conftest import World, fake_config
 from minisgl.actors.messages import Capacity, MayCapture, WorkerArmed
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
-from minisgl.actors.worker import WorkerActor
+from minisgl.actors.worker import IdleCapture, WorkerActor
 from minisgl.model.fake_runner import Done, FakeRunner
 from minisgl.plan import PlanKind, StepPlan
 
 
 class Clock:
-    """A Context whose time stands still until it is told otherwise."""
+    """A Context whose time stands still until a test sets it."""
 
     name = "worker0"
     time = 100.0
@@ -74,7 +74,8 @@ def test_a_runner_prepares_before_the_first_plan_and_in_pauses_but_not_between_s
     worker.capacity(Capacity(4))
     assert worker.idle() is True
     assert runner.left == 2
-    worker._planned = clock.time  # a plan has come
+    assert worker._idle_capture is not None
+    worker._idle_capture.plan_came(StepPlan(0))
     assert worker.idle() is True  # stays awake, and waits
     assert runner.left == 2
     clock.time += 1
@@ -84,16 +85,16 @@ def test_a_runner_prepares_before_the_first_plan_and_in_pauses_but_not_between_s
     assert (runner.left, worker.idle(), runner.left) == (0, False, 0)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_rank_leaves_its_group_where_all_do_and_not_when_it_fails_alone(arenas: Arenas, told: bool) -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_rank_leaves_its_group_where_all_do_and_not_when_it_fails_alone(arenas: Arenas, ordered: bool) -> None:
     runner = SlowStarter()
     worker = WorkerActor(Clock(), 0, arenas, lambda: runner)  # type: ignore[arg-type, return-value]
     worker.started()
-    if told:
+    if ordered:
         RingWriter(arenas.plans).publish(StepPlan(0, kind=PlanKind.STOP).pack())
         worker.idle()
     worker.stopping()
-    assert runner.closed is told
+    assert runner.closed is ordered
 
 
 @pytest.mark.parametrize("arenas", [2], indirect=True)
@@ -106,7 +107,7 @@ def test_of_several_ranks_the_first_asks_and_all_prepare_when_the_plan_says_so(a
     clock.sent.clear()
     assert [workers[1].idle(), workers[0].idle(), workers[0].idle()] == [False, True, False]
     assert [type(m) for m in clock.sent] == [MayCapture]
-    assert [r.left for r in runners] == [3, 3]  # nobody prepares alone
+    assert [r.left for r in runners] == [3, 3]  # none captures alone
     plans = RingWriter(arenas.plans)
     for left in (2, 1, 0):
         plans.publish(StepPlan(0, kind=PlanKind.CAPTURE).pack())
@@ -136,7 +137,7 @@ def test_the_scheduler_lets_ranks_prepare_only_when_all_can_and_nothing_is_to_be
     assert kinds() == []  # rank 1 has no cache yet
     scheduler.receive(WorkerArmed(1))
     assert kinds() == [PlanKind.CAPTURE]
-    assert kinds() == []  # once for each time it is asked
+    assert kinds() == []  # once for each request
     world.submit([1, 2, 3], 5)
     while not scheduler.machine or not scheduler.machine.inflight:
         world.system.step()
@@ -147,7 +148,7 @@ def test_the_scheduler_lets_ranks_prepare_only_when_all_can_and_nothing_is_to_be
 
 
 class Recorder(FakeRunner):
-    """Writes down what it is asked to do, in order."""
+    """Records its calls, in order."""
 
     left = 0  # of what there is to prepare
     events: list[int]  # steps, or -1
@@ -174,7 +175,7 @@ def busy_world(seed: int) -> tuple[list[list[int]], dict[int, list[int]], dict[i
         for rank, runner in enumerate(world.runners):
             assert isinstance(runner, Recorder)
             runner.left, runner.events = left, []
-            world.system.actors[f"worker{rank}"]._captured = left == 0  # type: ignore[attr-defined]
+            world.system.actors[f"worker{rank}"]._idle_capture._finished = left == 0  # type: ignore[attr-defined]
         world.system._asleep.clear()
         for _ in range(25):
             if rng.random() < 0.4:
@@ -206,13 +207,12 @@ def test_ranks_that_prepared_by_themselves_would_be_found_out(monkeypatch: pytes
     monkeypatch.setattr("conftest.FakeRunner", Recorder)
     monkeypatch.setattr("minisgl.actors.worker._PAUSE_SECONDS", 0.0)
 
-    def alone(self: WorkerActor) -> bool:
-        if self._runner is None or not self._ready or self._captured:
-            return False
-        self._captured = not self._runner.capture_ahead()
-        return not self._captured
+    def alone(self: IdleCapture) -> bool:
+        if not self._finished:
+            self.capture()
+        return not self._finished
 
-    monkeypatch.setattr(WorkerActor, "_capture_while_idle", alone)
+    monkeypatch.setattr(IdleCapture, "use_pause", alone)
     differ = 0
     for seed in range(10):
         events, _, _ = busy_world(seed)

@@ -268,8 +268,8 @@ def test_the_tokens_of_a_thought_are_those_that_begin_between_its_tags(style: st
             counter.feed(piece)
     tokens, thought = inside(style, pieces)
     assert counter.count() == tokens
-    if counter._inside and not counter.done:
-        assert len(counter._starts) <= len(CLOSE) > len(counter._held), "no more is kept than may become a tag"
+    if counter._tags.stage == "inside":
+        assert len(counter._starts) <= len(CLOSE) > len(counter._tags.held), "no more is kept than may become a tag"
     told = "".join(reader.feed(piece)[0] for piece in pieces) + reader.end()[0]
     assert told.strip() == thought.strip(), "the reader of the text means the same thought"
 

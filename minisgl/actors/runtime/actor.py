@@ -1,4 +1,4 @@
-"""An actor: private state, one mailbox, one handler per message type, one thread.  No input or output happens in this file."""
+"""Defines an actor: private state, one mailbox, one handler per message type, one thread.  Does no input or output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 class Context(Protocol):
-    """What a runtime gives its actor: the whole world, as seen from inside."""
+    """The runtime, as an actor sees it."""
 
     @property
     def name(self) -> str: ...
@@ -85,7 +85,7 @@ class Actor:
         """Runs once, in the actor's own process, before the first message."""
 
     def idle(self) -> bool:
-        """Called whenever the mailbox is empty.  True: I did some work, ask again.  False: block until mail arrives."""
+        """Runs whenever the mailbox is empty.  True: I did some work, call again.  False: block until mail arrives."""
         return False
 
     def stopping(self) -> None:

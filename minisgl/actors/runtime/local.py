@@ -1,8 +1,8 @@
-"""All actors in one thread, one seeded interleaving, virtual time.  This is what tests and pdb use.
+"""Runs all actors in one thread, in one seeded interleaving and in virtual time, for tests and debuggers.
 
 Every message is encoded and decoded on the way, so a test that passes here cannot fail later on serialisation.  Delivery is
 FIFO per (sender, receiver) pair, as ZMQ's is, and otherwise as adversarial as the seed makes it; `seed=None` is a fixed order
-for pdb.  An actor whose `idle()` said False is not asked again before it has mail, exactly as in a real process: a lost
+for pdb.  After its `idle()` returned False, an actor does not run before it has mail, exactly as in a real process: a lost
 doorbell ends in quiescence with requests open, which a test can see, instead of a hang.
 """
 
@@ -46,7 +46,7 @@ class LocalContext:
 
 
 class LocalSystem:
-    """The deterministic runtime.  `edges` records who sent what to whom, for the documentation test."""
+    """The deterministic runtime.  `edges` records (message, sender, receiver), for the test of the documentation."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.clock = 0.0  # virtual seconds
@@ -67,12 +67,12 @@ class LocalSystem:
         return actor
 
     def stop(self, name: str) -> None:
-        """Remove an actor; what is sent to it later becomes a dead letter."""
+        """Remove an actor; later messages to it become dead letters."""
         if (actor := self.actors.pop(name, None)) is not None:
             actor.stopping()
 
     def post(self, src: str, dst: str, msg: Any) -> None:
-        """Put a message on the lane from `src` to `dst`.  Encodes even for a dead receiver: the sender's mistake must show."""
+        """Put a message on the lane from `src` to `dst`.  A dead receiver does not hide that a message cannot be encoded."""
         raw = encode(msg)
         self.edges.add((type(msg).__name__, src, dst))
         if dst in self.actors:
@@ -99,7 +99,7 @@ class LocalSystem:
                 return True
             self._asleep.add(choice)
         if any(lane and dst in self.actors for (_, dst), lane in self._lanes.items()):
-            return True  # somebody sent a last message before going to sleep
+            return True  # an actor has sent a message before it went to sleep
         if self._timers:
             self.clock, _, name, raw = heapq.heappop(self._timers)
             if name in self.actors:

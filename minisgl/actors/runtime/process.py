@@ -1,4 +1,4 @@
-"""The same actors, one operating-system process each: a ZMQ PULL socket is the mailbox, PUSH sockets are the addresses."""
+"""Runs an actor in a process of its own: a ZMQ PULL socket is its mailbox, PUSH sockets are its addresses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minisgl.lifeline import die_with_parent
 
 ROOT = "api"  # the process that supervises the others
 LINGER_MS = 500  # long enough for a last message, short enough for ^C
-BURST = 64  # messages handled before idle() is asked again
+BURST = 64  # messages handled between two calls of idle()
 SETTLE_MS = 5  # see run()
 _IPC_PATH_MAX = 107  # bytes; a limit of AF_UNIX
 
@@ -43,7 +43,7 @@ class ZmqContext:
     """The Context of an actor in a process of its own.
 
     Receivers bind, senders connect, and no queue has a mark that could block or drop: what may be in flight is bounded by
-    admission at the door.  Frames that are not messages are counted and dropped.
+    admission in the api process.  Frames that are not messages are counted and dropped.
     """
 
     def __init__(self, run_dir: str, name: str) -> None:
@@ -113,11 +113,11 @@ class ZmqContext:
 
 
 def run(actor: Actor, ctx: ZmqContext) -> None:
-    """The whole life of an actor: mail first, then idle(), then block.
+    """The life of an actor: mail first, then idle(), then block.
 
     Before it blocks for good, an actor that has just parked waits SETTLE_MS and looks once more.  "Raise my flag, then look
     at the ring" against "publish, then look at the flag" is a race that only a full memory fence closes; a store buffer
-    drains in far less than that time, so whatever the first look missed, the second one sees, and every later writer sees the
+    drains in far less than that time, so the second look sees all that the first one missed, and every later writer sees the
     flag.  An idle actor uses no CPU.
     """
     ctx.send(ROOT, Hello(ctx.name, os.getpid()))
@@ -146,9 +146,9 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
 
 
 def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, ...], parent: int) -> None:
-    """What a child process runs.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
+    """The main function of a child process.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
     die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may reach the whole group; only the root acts on them
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may reach the process group; only the root acts on them
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
@@ -172,8 +172,8 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
         ctx.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nothing is left to do: taking a model apart, object by object, would take seconds, and exit handlers of a GPU's libraries
-    # could wait for ranks that will never answer.
+    # Nothing is left to do: freeing a model, object by object, would take seconds, and exit handlers of GPU libraries could
+    # wait for ranks that will never answer.
     os._exit(code)
 
 

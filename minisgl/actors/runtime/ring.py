@@ -1,4 +1,4 @@
-"""A broadcast ring in shared memory: one writer, N readers, records of any length, no locks, no wake-ups.
+"""Implements a broadcast ring in shared memory: one writer, N readers, records of any length, no locks, no wake-ups.
 
     header   word 0        tail: position (bytes ever written) after the newest record        written by the writer
              word 1        starved: the writer waits for room, ring its doorbell              written by the writer
@@ -133,7 +133,7 @@ class RingWriter(_Mapped):
         self._words[1] = int(flag)
 
     def parked(self) -> list[int]:
-        """The readers that sleep: whoever publishes must ring them."""
+        """The readers that sleep: the writer must ring them after it publishes."""
         return [r for r in range(self.spec.readers) if self._words[_LINE * (1 + r) + 1]]
 
 

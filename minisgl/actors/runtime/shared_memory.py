@@ -1,4 +1,4 @@
-"""The shared memory of a run, in one table.  Each word has one writer; docs/structures.md shows it and a test compares.
+"""Allocates the shared memory of a run.  Each word of it has one writer; docs/structures.md has the same table.
 
 arena     writer      readers       holds
 plans     scheduler   worker 0..N-1 StepPlan records
@@ -34,7 +34,7 @@ class Arenas:
 
 
 def tokenizer_names(n: int) -> tuple[str, ...]:
-    """The first has no number: mostly it is the only one."""
+    """The names of `n` tokenizer processes.  The first has no number: usually it is the only one."""
     return ("tokenizer", *(f"tokenizer{i}" for i in range(1, n)))
 
 
@@ -66,6 +66,6 @@ def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
 
 
 def close_arenas(fds: list[int]) -> None:
-    """Let go of the shared memory; what is still mapped somewhere stays until that process ends."""
+    """Free the shared memory; parts that a process has mapped stay until it ends."""
     for fd in fds:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""The status board: one 64-byte line of shared memory per process, written by that process, read by the api process.
+"""Shares the status of every process: one 64-byte line of shared memory each, written by that process, read by the api process.
 
-It answers two questions without a message: who was alive and at which step (health checks), and what was a process doing when
-it died (post mortem: the memory outlives it).
+The board answers two questions without a message: is a process alive, and at which step (health checks); and what was it doing
+when it died (post mortem: the memory outlives it).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WORDS = 8  # one cache line: pid, step, busy, beat_ns, 4 spare
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one process last wrote: `step` counts its steps, `busy` says that one is running, `beat_ns` is monotonic time."""
+    """The last report of one process: `step` counts its steps, `busy`: one is running, `beat_ns`: monotonic time."""
 
     pid: int
     step: int
@@ -53,7 +53,7 @@ class Board:
         words[at], words[at + 1], words[at + 2], words[at + 3] = pid, step, int(busy), time.monotonic_ns()
 
     def line(self, name: str) -> Line:
-        """Read somebody's line (zeros if it has never written)."""
+        """Read the line of a process (zeros if it has never written)."""
         at = _WORDS * self._spec.names.index(name)
         pid, step, busy, beat = self._words[at : at + 4]
         return Line(pid, step, bool(busy), beat)

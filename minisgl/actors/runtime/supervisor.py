@@ -1,4 +1,4 @@
-"""The root of the process tree: spawns the actors, hears of their deaths at once, and ends them.
+"""Supervises the processes of a run: spawns the actors, learns of their deaths at once, and ends them.
 
 Runs in the api process, on its main thread: PR_SET_PDEATHSIG fires when the *thread* that spawned a child ends.
 """
@@ -40,8 +40,8 @@ def make_run_dir() -> str:
     return path
 
 
-# Nobody can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so somebody else tidies up: it reads
-# from a pipe that ends when the root does, and is in a session of its own, out of reach of what is sent to the group.
+# No process can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so another one tidies up.  It
+# reads from a pipe that ends when the root does, and is in a session of its own, out of reach of signals to the group.
 _GUARD = """
 import os, sys
 sys.stdin.read()
@@ -59,7 +59,7 @@ def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def _quiet_spawn() -> Iterator[None]:
-    """Two things a child must not inherit while it is being spawned.
+    """Keep two things of this process from a child that is being spawned.
 
     SIGINT is ignored around the spawn (and that survives exec), so ^C during a child's imports prints no traceback.  And
     `__main__` is hidden: multiprocessing would import the caller's script again in every child, which runs an unguarded
@@ -76,7 +76,7 @@ def _quiet_spawn() -> Iterator[None]:
 
 
 class Supervisor:
-    """Owns the children of one run, and its directory.  Not an actor: it sends nothing, it only spawns, reaps and kills."""
+    """Owns the children of one run, and the run's directory.  Not an actor: it only spawns, reaps and kills."""
 
     def __init__(self, run_dir: str) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -86,7 +86,7 @@ class Supervisor:
         self._procs: dict[str, BaseProcess] = {}
         self._guard = _start_guard(run_dir)
         self._pid = os.getpid()
-        # Should the root end by an exception, the exit handler of multiprocessing would wait for the children for ever.
+        # If the root ended by an exception, the exit handler of multiprocessing would wait for the children without end.
         # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
         atexit.register(self.kill)
 
@@ -123,8 +123,8 @@ class Supervisor:
         return not self._procs
 
     def kill(self) -> None:
-        """End whatever is left, SIGKILL to the pids that were spawned here, never to a tree or a group, and the directory."""
-        if os.getpid() != self._pid:  # a fork of the root has come to its own end
+        """SIGKILL the children that are left (by pid, never a tree or a group), and remove the run directory."""
+        if os.getpid() != self._pid:  # a fork of the root is ending
             return
         for proc in self._procs.values():
             proc.kill()

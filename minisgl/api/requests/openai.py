@@ -19,6 +19,7 @@ from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
 from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
 from minisgl.errors import InvalidParam, RequestError
+from minisgl.reasoning import STYLES
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # in one completion request
@@ -152,7 +153,7 @@ def parse_chat(
     bound = _chat_constraint(constraint(values), offered)
     text = bound.grammar
     if text and reasoning_style:  # the model may think before its answer is constrained
-        text = grammar.after_thought(text, begun=reasoning_style == "deepseek_r1")
+        text = grammar.after_thought(text, begun=STYLES[reasoning_style].opened_by_prompt)
     params = sampling.params(values, None, defaults, logprobs=sampling.chat_logprobs(values), grammar=text)
     if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)

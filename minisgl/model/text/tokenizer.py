@@ -18,7 +18,7 @@ from minisgl.arrays import I32
 from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.checkpoint.files import read_json
-from minisgl.model.text.chat_format import chat_templates, gguf_templates
+from minisgl.model.text.chat_format import chat_templates, gguf_templates, in_gguf
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_bytes
@@ -161,7 +161,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str = "") -> Tokenizer:
 
     Raises UserError naming the file that is missing or unusable.
     """
-    load = {"gguf": _from_gguf, "random": _one_token_per_byte}.get(spec.format, _from_directory)
+    load = _from_gguf if in_gguf(spec) else _one_token_per_byte if spec.format in ("random", "fake") else _from_directory
     backend, specials, templates = load(spec)
     for name, ids in (("bos_token", (spec.bos_id,)), ("eos_token", spec.eos_ids)):
         token = next((backend.id_to_token(i) for i in ids if i is not None), None)
@@ -189,13 +189,13 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
 
 
 def _one_token_per_byte(spec: ModelSpec) -> _Loaded:
-    """The tokenizer of random weights."""
+    """The tokenizer of a model without files."""
     from tokenizers import decoders, models, pre_tokenizers
 
     backend = tokenizers.Tokenizer(models.BPE(dict(BYTE_ALPHABET), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return backend, {}, {}
+    return backend, {}, chat_templates(spec)
 
 
 def _from_directory(spec: ModelSpec) -> _Loaded:
