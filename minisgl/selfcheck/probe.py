@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from minisgl.config import Config
+from minisgl.model.common.activations import Product
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
 
 Tensors = dict[str, torch.Tensor]
@@ -56,15 +57,14 @@ def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, ran
 class _Tap:
     """A layer that also keeps what it has made of the residual stream: x is updated in place, its own part comes back."""
 
-    def __init__(self, layer: Callable[..., torch.Tensor], seen: list[torch.Tensor], first: bool) -> None:
+    def __init__(self, layer: Callable[..., Product], seen: list[torch.Tensor], first: bool) -> None:
         self._layer, self._seen, self._first = layer, seen, first
 
-    def __call__(self, x: torch.Tensor, delta: Any, *rest: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Product | None, *rest: Any) -> Product:
         if self._first:
             self._seen.append(x.float().cpu().clone())
-        out: torch.Tensor = self._layer(x, delta, *rest)
-        whole = out.float().sum(0) if out.dim() == 3 else out.float()  # parts of a product, on a GPU
-        self._seen.append((x.float() + whole).cpu())
+        out = self._layer(x, delta, *rest)
+        self._seen.append((x.float() + out.float()).cpu())
         return out
 
 

@@ -18,18 +18,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import torch
 
 from minisgl.config import Config, EngineConfig
+from minisgl.model.architectures.llama import Llama
 from minisgl.model.checkpoint.presets import random_shape
+from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled, plain
 from minisgl.model.cuda.layers import Linear
 from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import small_batch_matmul
-from minisgl.model.kernels.activations import Quantized, Scaled
 from minisgl.model.kernels.decode_attention import decode_attention
 from minisgl.model.kernels.norm_activation import silu_mul
 from minisgl.model.kernels.small_batch_matmul import skinny
@@ -47,8 +48,8 @@ class Ready:
         self._width = width
         self._made: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
-        rows = x.values if isinstance(x, Quantized | Scaled) else x
+    def __call__(self, x: Product | Quantized, *_: Any, **__: Any) -> torch.Tensor:
+        rows = x.values if isinstance(x, Quantized | Scaled) else x.parts if isinstance(x, PartialSums) else x
         shape = (rows.shape[-2], self._width)
         if shape not in self._made:
             self._made[shape] = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
@@ -131,7 +132,7 @@ class Bench:
 
 def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches that take it out)."""
-    spec, model = bench.spec, bench.runner._model
+    spec, model = bench.spec, cast(Llama, bench.runner._model)
     attention = bench.runner._steps._attention
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layers = model.layers
@@ -192,7 +193,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
     def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         product = Linear(gated.weight, True)
-        return lambda x: silu_mul(product(x))
+        return lambda x: silu_mul(plain(product(x)))
 
     def with_settings(change: Callable[..., dict[str, Any] | None]) -> list[Any]:
         inner = small_batch_matmul.choose
@@ -208,7 +209,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
         return change
 
-    mlps: list[Any] = [la.mlp for la in bench.runner._model.layers]
+    mlps: list[Any] = [la.mlp for la in cast(Llama, bench.runner._model).layers]
     yield "no silu in the product", [mock.patch.object(m, "gated", apart(m.gated)) for m in mlps]
     yield "library everywhere", with_settings(lambda *_, **__: None)
     for name, (n, k, gated) in products(bench.spec).items():

@@ -25,8 +25,8 @@ from tiny_models import Driver, config_for, save_architecture, save_llama, save_
 
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.checkpoint.loader import open_weights
+from minisgl.model.common.interfaces import Build, Model
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
@@ -92,7 +92,7 @@ class Interpreted:
         self.heads = AttentionSpec.of(spec, shard, dtype, kv_dtype, 90)
         weights = open_weights(spec, dtype)
         served = replace(spec, max_context=config.max_context)
-        model = model_class(spec.architecture)(served, shard, weights, Parallel(), CudaLayers(dtype, CPU))
+        model = model_class(spec.architecture)(Build(served, shard, weights, Parallel(), CudaLayers(dtype, CPU)))
         self.steps = Steps(config, model, self.heads, 4, CPU)
         cache = KVCache(
             layers=spec.num_layers,
@@ -110,7 +110,7 @@ class Interpreted:
         self.logits: list[torch.Tensor] = []
         self.steps._model = self._spy(model)
 
-    def _spy(self, model: Llama) -> Any:
+    def _spy(self, model: Model) -> Any:
         def call(*args: Any) -> torch.Tensor:
             self.logits.append(model(*args))
             return self.logits[-1]

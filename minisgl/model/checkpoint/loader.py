@@ -13,18 +13,16 @@ from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.gguf_weights import GGUFWeights
 from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
-from minisgl.model.checkpoint.weights import Weights
-
-__all__ = ["Weights", "open_weights"]
+from minisgl.model.checkpoint.weights import Checkpoint
 
 
-def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Weights:
+def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Checkpoint:
     """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU.
 
     Quantised ones are dequantised: to float32, then rounded to `dtype`.
 
-    With `lazy`, the matrices of products come as they are stored, where that is a floating-point type or one of the kinds of
-    minisgl.model.checkpoint.gguf_blocks, which are shapes alone then, with a way to what the file has of them.
+    With `lazy`, the matrices of products come as they are stored: in another floating-point type, or as StoredWeights where the
+    file has them in blocks of a kind of minisgl.model.checkpoint.gguf_blocks.
     """
     match spec.format:
         case "random":

@@ -9,21 +9,16 @@ import torch
 
 from minisgl.errors import UserError
 from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Weights
 
 PIECE = 1 << 20  # elements that are dequantised at a time: their float32 values and temporaries are small beside a shard
 
 
-class Weights(Protocol):
-    """An open checkpoint."""
-
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        """Tensor `name`, whose whole shape must be `shape`; only `rows` (dim 0) or `cols` (dim 1) of it if given.
-
-        Contiguous, in the dtype that the weights were opened with.  Raises UserError naming a missing or mis-shaped tensor.
-        """
+class Checkpoint(Weights, Protocol):
+    """An open checkpoint, as its opener sees it."""
 
     def finish(self) -> None:
-        """Raise UserError if the checkpoint holds a tensor that nobody took: it is then another model than it says."""
+        """Raise UserError if the checkpoint holds a tensor that no model took: it is then another model than it claims."""
 
 
 def in_pieces(

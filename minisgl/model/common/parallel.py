@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from minisgl.model.common.activations import Product, plain
+
 TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
 
 # Renamed in torch 2.13, which warns at the old name.
@@ -32,6 +34,10 @@ class Parallel:
         if self.size > 1:
             dist.all_reduce(x, group=self._group)
         return x
+
+    def sum_over_ranks(self, part: Product) -> Product:
+        """All-reduce of this rank's part of a product [T, C].  A single rank has all of it, in whatever form."""
+        return part if self.size == 1 else self.all_reduce_(plain(part))
 
     def all_gather_cols(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[rows, widths[rank]] -> [rows, sum(widths)], the ranks' columns side by side.  Uneven shards travel padded."""

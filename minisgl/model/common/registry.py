@@ -6,8 +6,12 @@ An entry says which class computes the model and what its config.json leaves uns
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minisgl.model.common.interfaces import Build, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ QK_NORM_ARCHS = tuple(name for name, arch in HF_ARCHS.items() if arch.qk_norm)
 GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def model_class(architecture: str) -> Any:
+def model_class(architecture: str) -> Callable[[Build], Model]:
     """The class that computes `architecture`, imported now (it needs torch).  Runs in the workers."""
     module, name = HF_ARCHS[architecture].model.split(".")
-    return getattr(importlib.import_module(f"minisgl.model.architectures.{module}"), name)
+    built: Callable[[Build], Model] = getattr(importlib.import_module(f"minisgl.model.architectures.{module}"), name)
+    return built

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minisgl.arrays import I32
 from minisgl.config import ModelSpec
+from minisgl.model.common.activations import Product, plain
 from minisgl.model.common.functional import rms_norm, softcap_, softmax
-from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.rope import rotate_
 from minisgl.model.common.slots import StepBatch
 
@@ -113,22 +115,21 @@ class TorchAttention:
     def __call__(
         self,
         layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
+        qkv: Product,
+        rotation: Rotation | None,
         qk_norm: QKNorm | None,
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        heads = self._kv_heads * self._group
-        qkv = qkv.view(-1, heads + 2 * self._kv_heads, self._dim)
+        n_heads = self._kv_heads * self._group
+        heads = plain(qkv).view(-1, n_heads + 2 * self._kv_heads, self._dim)
+        q, k, kv = heads[:, :n_heads], heads[:, n_heads : n_heads + self._kv_heads], heads[:, n_heads:]
         if qk_norm is not None:
-            queries, keys = qkv[:, :heads], qkv[:, heads : heads + self._kv_heads]
-            queries.copy_(rms_norm(queries, qk_norm.q, qk_norm.eps))
-            keys.copy_(rms_norm(keys, qk_norm.k, qk_norm.eps))
-        if cos is not None and sin is not None:
-            rotate_(qkv[:, : heads + self._kv_heads], cos, sin)
-        q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
+            q.copy_(rms_norm(q, qk_norm.q, qk_norm.eps))
+            k.copy_(rms_norm(k, qk_norm.k, qk_norm.eps))
+        if rotation is not None:
+            rotate_(heads[:, : n_heads + self._kv_heads], *rotation)
+        kv = kv.view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         step = self._steps[self._windows[layer]]
         out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
@@ -138,9 +139,7 @@ class TorchAttention:
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self._page_size)
 
-    def _chunk(
-        self, start: int, end: int, context: int, pages: np.ndarray[tuple[int], np.dtype[np.int32]], window: int
-    ) -> _Chunk:
+    def _chunk(self, start: int, end: int, context: int, pages: I32, window: int) -> _Chunk:
         n = end - start
         alone = context == n  # no cached prefix
         if alone and not (window and context > window) and not self._by_hand:
@@ -157,8 +156,8 @@ class TorchAttention:
     def _decode_group(
         self,
         start: int,
-        lens: np.ndarray[tuple[int], np.dtype[np.int32]],
-        pages: np.ndarray[tuple[int, int], np.dtype[np.int32]],
+        lens: I32,
+        pages: I32,
         n_pages: int,
         window: int,
     ) -> _DecodeGroup:

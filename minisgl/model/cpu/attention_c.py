@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.activations import Product, plain
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
 from minisgl.model.cpu.packing import LANES
@@ -80,9 +81,8 @@ class KernelAttention:
     def __call__(
         self,
         layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
+        qkv: Product,
+        rotation: Rotation | None,
         qk_norm: QKNorm | None,
         *,
         sinks: torch.Tensor | None = None,
@@ -93,6 +93,7 @@ class KernelAttention:
         if sinks is not None:
             here.sinks = sinks.data_ptr()
         step.cos = step.sin = None
-        if cos is not None and sin is not None:
+        if rotation is not None:
+            cos, sin = rotation
             step.cos, step.sin, step.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-        return self._run.attention(here, step, qkv, self._width)
+        return self._run.attention(here, step, plain(qkv), self._width)

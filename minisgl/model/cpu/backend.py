@@ -29,7 +29,7 @@ class CpuArithmetic:
 
     dtype: torch.dtype  # of the weights as they are read, and of the residual stream
     kv_dtype: torch.dtype
-    blocks: CpuLayers
+    layers: CpuLayers
     run: Kernels | None  # of attention, too
     text: str
     torch_threads: int  # what is left to torch beside C kernels is too little to share, and its threads would be in the way
@@ -52,16 +52,16 @@ class CpuArithmetic:
             if kind == "auto":
                 return cls(dtype, dtype, CpuLayers(dtype), None, plain + slower, threads)
             return cls(torch.float32, torch.float32, QuantizedLayers(kind, None), None, f"{text}in torch{slower}", threads)
-        blocks = QuantizedLayers(kind, run)
+        layers = QuantizedLayers(kind, run)
         if not can_attend(spec, engine.page_size):
             text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
-            return cls(torch.float32, torch.float32, blocks, None, text, threads)
-        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels", threads if spec.num_experts else 1)
+            return cls(torch.float32, torch.float32, layers, None, text, threads)
+        return cls(torch.float32, KV_DTYPE, layers, run, text + "C kernels", threads if spec.num_experts else 1)
 
     @property
     def lazy(self) -> bool:
         """Whether the blocks take matrices as the file has them, see `open_weights`."""
-        return isinstance(self.blocks, QuantizedLayers)
+        return isinstance(self.layers, QuantizedLayers)
 
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
         """The cache of `num_pages` pages, and what reads it."""

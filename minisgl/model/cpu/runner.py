@@ -16,6 +16,7 @@ from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.common.grammar import Grammars, unpack
 from minisgl.model.common.host import available_bytes, threads_per_rank
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel, to_stderr
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.registry import model_class
@@ -66,8 +67,8 @@ class Runner:
         with torch.inference_mode():
             weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
             served = replace(spec, max_context=config.max_context)
-            blocks = self._arithmetic.blocks
-            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
+            build = Build(served, self._shard, weights, self._parallel, self._arithmetic.layers)
+            self._model = model_class(spec.architecture)(build)
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)

@@ -20,10 +20,13 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.loader import Weights, open_weights
+from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.random_weights import RandomWeights
+from minisgl.model.checkpoint.weights import Checkpoint
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Range, Shard
+from minisgl.model.common.weights import dense
 from minisgl.model.cuda.attention.base import AttentionSpec
 from minisgl.model.cuda.attention.choose import check_float8, choose, find, kv_dtype_of
 from minisgl.model.cuda.attention.kv_cache import KVCache, page_bytes
@@ -44,11 +47,11 @@ _PAUSE_MS = 20.0  # a device that has waited longer had nothing to do
 class _OnDevice:
     """A checkpoint whose tensors come out on the device."""
 
-    def __init__(self, weights: Weights, device: torch.device) -> None:
+    def __init__(self, weights: Checkpoint, device: torch.device) -> None:
         self._weights, self._device = weights, device
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        return self._weights.take(name, shape, rows=rows, cols=cols).to(self._device)
+        return dense(self._weights.take(name, shape, rows=rows, cols=cols)).to(self._device)
 
     def finish(self) -> None:
         self._weights.finish()
@@ -111,16 +114,17 @@ class CudaRunner:
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
-        blocks = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
+        layers = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
         try:
             with torch.inference_mode():
-                weights: Weights = (
+                weights: Checkpoint = (
                     RandomWeights(self._dtype, self._device)
                     if spec.format == "random"
                     else _OnDevice(open_weights(spec, self._dtype), self._device)
                 )
                 served = replace(spec, max_context=config.max_context)
-                self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
+                build = Build(served, self._shard, weights, self._parallel, layers)
+                self._model = model_class(spec.architecture)(build)
                 weights.finish()
         except torch.OutOfMemoryError as e:
             raise UserError(

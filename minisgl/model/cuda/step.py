@@ -16,8 +16,8 @@ import torch
 
 from minisgl.arrays import I32
 from minisgl.config import Config
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.interfaces import Model
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.slots import SlotState, StepBatch
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, splits_for
@@ -72,7 +72,7 @@ class Steps:
     """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
     log probabilities are in `scores`; `vectors` are those that its plan wanted."""
 
-    def __init__(self, config: Config, model: Llama, heads: AttentionSpec, processors: int, device: torch.device) -> None:
+    def __init__(self, config: Config, model: Model, heads: AttentionSpec, processors: int, device: torch.device) -> None:
         engine = config.engine
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
