@@ -20,8 +20,7 @@ from minisgl.actors.scheduler.sampling_extras import GrammarRow
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.common.functional import LAST_RESORT
-from minisgl.model.common.grammar import Grammars, Vocabulary, unpack
+from minisgl.model.common.grammar import LAST_RESORT, Grammars, Vocabulary, unpack
 from minisgl.model.cpu.penalties import restrict
 from minisgl.model.cpu.runner import Runner
 from minisgl.model.fake_runner import expected_tokens as plain_reference

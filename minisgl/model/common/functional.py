@@ -37,6 +37,3 @@ def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tens
     """Router logits [T, E] -> (experts i64[T, top_k], their weights f32[T, top_k]): see Blocks.experts."""
     weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     return experts, weights / weights.sum(-1, keepdim=True) if normalise else weights
-
-
-LAST_RESORT = -1e30  # of a token that a grammar admits and something else forbids

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Of a grammar that can be read in very many ways one step would take seconds, and everybody's: with these, some 20 ms.
 _MAX_ROW, _MAX_STEP = 500, 10_000  # items of the parser
+LAST_RESORT = -1e30  # the least logit of a token that the grammar allows, whatever else forbids it
 _KEPT = 64  # grammars whose beginning is kept: the n answers to a prompt, and schemas that come again and again
 
 

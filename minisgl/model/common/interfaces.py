@@ -85,13 +85,7 @@ class AttentionBackend(Protocol):
     """Attention over the paged KV cache, which it owns; prepared once per step, then called by every layer."""
 
     def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        rotation: Rotation | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Normalise and rotate the heads of qkv [T, (H + 2K) * D], store keys and values, attend -> [T, H * D].
 

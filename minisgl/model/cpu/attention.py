@@ -113,23 +113,18 @@ class TorchAttention:
         return _Step(chunks, groups)
 
     def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        rotation: Rotation | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         n_heads = self._kv_heads * self._group
         heads = plain(qkv).view(-1, n_heads + 2 * self._kv_heads, self._dim)
-        q, k, kv = heads[:, :n_heads], heads[:, n_heads : n_heads + self._kv_heads], heads[:, n_heads:]
+        q = heads[:, :n_heads]
         if qk_norm is not None:
+            k = heads[:, n_heads : n_heads + self._kv_heads]
             q.copy_(rms_norm(q, qk_norm.q, qk_norm.eps))
             k.copy_(rms_norm(k, qk_norm.k, qk_norm.eps))
         if rotation is not None:
             rotate_(heads[:, : n_heads + self._kv_heads], *rotation)
-        kv = kv.view(-1, 2, self._kv_heads, self._dim)
+        kv = heads[:, n_heads:].view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         step = self._steps[self._windows[layer]]
         out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
@@ -153,14 +148,7 @@ class TorchAttention:
         mine = torch.from_numpy(pages[skipped : self._pages_of(context)].astype(np.int64))
         return _Chunk(start, end, rest, None if alone else mine, mask)
 
-    def _decode_group(
-        self,
-        start: int,
-        lens: I32,
-        pages: I32,
-        n_pages: int,
-        window: int,
-    ) -> _DecodeGroup:
+    def _decode_group(self, start: int, lens: I32, pages: I32, n_pages: int, window: int) -> _DecodeGroup:
         first = np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)  # token that is seen
         page = first // self._page_size + np.arange(n_pages)
         position = (page[:, :, None] * self._page_size + np.arange(self._page_size)).reshape(len(lens), -1)
@@ -196,12 +184,7 @@ class TorchAttention:
         return self._attend(q, keys, values, g.mask, sinks).reshape(rows, -1)
 
     def _attend(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        sinks: torch.Tensor | None,
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         if mask is None or not self._by_hand:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scale)

@@ -79,13 +79,7 @@ class KernelAttention:
         )
 
     def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        rotation: Rotation | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         here, step = self._layers[layer], self._step
         if qk_norm is not None:

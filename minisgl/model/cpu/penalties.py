@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from minisgl.arrays import I32, I64
-from minisgl.model.common.functional import LAST_RESORT
+from minisgl.model.common.grammar import LAST_RESORT
 from minisgl.plan import StepPlan
 
 

@@ -115,7 +115,7 @@ class Runner:
             ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
             rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
             vectors: torch.Tensor | None = None
-            if self._pooling.wanted(plan):
+            if self._pooling.needed(plan):
                 x, delta = self._model.states(ids, positions, self._attention)
                 vectors = self._pooling.take(plan, batch, lambda rows: self._model.final(x, delta, torch.from_numpy(rows)))
                 logits = self._model.logits(x, delta, rows)

@@ -132,20 +132,12 @@ class SharedGpuParallel(CudaParallel):
     Everything goes through symmetric memory, so that everything can be captured; the group (gloo's) only sets it up.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        group: dist.ProcessGroup,
-        symmetric: Symmetric,
-        *,
-        one_shot_bytes: int = ONE_SHOT_BYTES,
-        say: Callable[[str], None] = to_stderr,
-    ) -> None:
+    def _set_up(self, symmetric: Symmetric) -> str | None:
         """Raises RuntimeError on all ranks if symmetric memory cannot be had."""
-        super().__init__(rank, size, group, symmetric, one_shot_bytes=one_shot_bytes, say=say)
-        if self._symmetric is None:
-            raise RuntimeError("ranks can share a GPU only through symmetric memory, which cannot be set up here")
+        reason = super()._set_up(symmetric)
+        if reason is not None:
+            raise RuntimeError(f"ranks can share a GPU only through symmetric memory, which cannot be set up here: {reason}")
+        return None
 
     def _all_reduce_large_(self, x: torch.Tensor) -> torch.Tensor:
         """Same summands, same kernel, same shape on every rank: bitwise the same result."""
@@ -282,8 +274,6 @@ def make_parallel(
         return Parallel()
     if kind == "gloo":
         return Parallel(rank, size, run_dir)
-    from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory
-
     if device is None or device.index is None:
         raise ValueError(f'kind "{kind}" needs a device with an index')
     limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes

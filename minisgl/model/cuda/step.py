@@ -246,7 +246,7 @@ class Steps:
         ids = batch.ids.astype(np.int32)
         ids[tokens - len(batch.decode_slots) :] = -1 - batch.decode_slots
         longest, kind = int(batch.kv_lens.max(initial=0)), self._kind(batch.sample_slots, batch)
-        pooled = Pooling.wanted(plan)
+        pooled = Pooling.needed(plan)
         short = longest <= SHORT_CONTEXT and not len(batch.targets) and not pooled
         bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if short else 0
         if not bucket or not self._short_graphs:

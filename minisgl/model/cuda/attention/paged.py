@@ -39,13 +39,7 @@ class PagedAttention:
             self._decode_backend.plan_decode(rows)
 
     def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        rotation: Rotation | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         cos, sin = rotation or (None, None)
         q = prepare_heads(
