@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from minisgl.config import Config, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.gguf_blocks import stored_bits
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.safetensors_weights import PRODUCT, SafetensorsWeights
+from minisgl.model.common.gguf_blocks import stored_bits
 from minisgl.model.common.host import usable_cores
 from minisgl.model.common.weights import Weight
 from minisgl.model.cpu.backend import CpuArithmetic

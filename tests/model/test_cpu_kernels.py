@@ -15,8 +15,8 @@ import torch
 from conftest import fake_spec
 from tiny_models import needs_compiler
 
-from minisgl.model.checkpoint.gguf_blocks import BITS, FLOATS, Groups, from_gguf
 from minisgl.model.common.functional import act_mul
+from minisgl.model.common.gguf_blocks import BITS, FLOATS, Groups, from_gguf
 from minisgl.model.common.interfaces import QKNorm
 from minisgl.model.common.rope import Rope
 from minisgl.model.common.slots import StepBatch

@@ -20,9 +20,9 @@ from tiny_models import needs_compiler, save_architecture, save_byte_tokenizer, 
 from minisgl.__main__ import main
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.gguf_blocks import Groups
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.common.gguf_blocks import Groups
 from minisgl.model.cpu import quantized_layers, runner
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.checkpoint.gguf_blocks import BITS, GROUP
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
+from minisgl.model.common.gguf_blocks import BITS, GROUP
 from minisgl.model.common.shard import Range
 from minisgl.model.common.weights import StoredWeight, Weight
 

@@ -22,7 +22,7 @@ def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> 
     Quantised ones are dequantised: to float32, then rounded to `dtype`.
 
     With `lazy`, the matrices of products come as they are stored: in another floating-point type, or as StoredWeights where the
-    file has them in blocks of a kind of minisgl.model.checkpoint.gguf_blocks.
+    file has them in blocks of a kind of minisgl.model.common.gguf_blocks.
     """
     match spec.format:
         case "random":

@@ -16,7 +16,7 @@ class StoredWeight:
     """A matrix [N, K] that is read from its file when a layer is made of it."""
 
     shape: tuple[int, int]
-    kind: int  # ggml's number of the block type, see minisgl.model.checkpoint.gguf_blocks
+    kind: int  # ggml's number of the block type, see minisgl.model.common.gguf_blocks
     read: Callable[[], torch.Tensor]  # the rows as stored, u8[N, bytes]
     dequantize: Callable[[], torch.Tensor]  # [N, K] in the dtype that the checkpoint was opened with
 

@@ -8,7 +8,7 @@ from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_v
 import numpy as np
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import GROUP
+from minisgl.model.common.gguf_blocks import GROUP
 from minisgl.model.cpu.build import load_kernels
 from minisgl.model.cpu.packing import BLOCK_BYTES, LANES
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import GROUP, Groups
+from minisgl.model.common.gguf_blocks import GROUP, Groups
 
 LANES = 16
 BLOCK_BYTES = {4: 320, 8: 544}

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import FLOATS, GROUP, Groups, from_gguf, stored_bits
 from minisgl.model.common.activations import Activations, DeferredNorm, Product, plain
+from minisgl.model.common.gguf_blocks import FLOATS, GROUP, Groups, from_gguf, stored_bits
 from minisgl.model.common.interfaces import Gated, Linear, Norm
 from minisgl.model.common.weights import StoredWeight, Weight, dense
 from minisgl.model.cpu import kernels, layers
