@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config
 from minisgl.model.common.activations import Product
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
@@ -35,15 +36,7 @@ def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, ran
     S counts the prompt and all generated tokens but the last; "cached" has the rows behind the cached ones.  With `generate`
     also "<prompt>.tokens" i64[generate].  The same on every rank.
     """
-    runner: Any
-    if config.engine.device == "cuda":
-        from minisgl.model.cuda.runner import CudaRunner
-
-        runner = CudaRunner(config, rank, run_dir)
-    else:
-        from minisgl.model.cpu.runner import Runner
-
-        runner = Runner(config, rank, run_dir)
+    runner = make_runner(config, rank, run_dir)
     try:
         probe = _Probe(runner, config)
         out: Tensors = {}

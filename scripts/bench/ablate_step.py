@@ -18,18 +18,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.checkpoint.presets import random_shape
 from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled, plain
 from minisgl.model.cuda.layers import Linear
-from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import small_batch_matmul
 from minisgl.model.kernels.decode_attention import decode_attention
 from minisgl.model.kernels.norm_activation import silu_mul
@@ -65,7 +64,7 @@ class Bench:
             device="cuda", max_running=self.most, step_tokens=max(8192, tokens), kv_tokens=self.most * self.each * PAGE,
             page_size=PAGE, memory_fraction=0.95, **engine,
         )  # fmt: skip
-        self.runner = CudaRunner(Config(self.spec, settings), 0, "")
+        self.runner = make_runner(Config(self.spec, settings), 0, "")
         self.runner.allocate(self.runner.max_pages())
         assert self.runner._steps._attention is not None
         for layer in self.runner._steps._attention.cache._cache:
@@ -132,7 +131,7 @@ class Bench:
 
 def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
     """(name, patches that take it out)."""
-    spec, model = bench.spec, cast(Llama, bench.runner._model)
+    spec, model = bench.spec, bench.runner._model
     attention = bench.runner._steps._attention
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layers = model.layers
@@ -209,7 +208,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
         return change
 
-    mlps: list[Any] = [la.mlp for la in cast(Llama, bench.runner._model).layers]
+    mlps: list[Any] = [la.mlp for la in bench.runner._model.layers]
     yield "no silu in the product", [mock.patch.object(m, "gated", apart(m.gated)) for m in mlps]
     yield "library everywhere", with_settings(lambda *_, **__: None)
     for name, (n, k, gated) in products(bench.spec).items():

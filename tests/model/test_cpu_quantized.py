@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import Driver, config_for, needs_compiler, save_architecture, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
@@ -24,7 +25,6 @@ from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.layers import CpuLayers
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
-from minisgl.model.cpu.runner import Runner
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.plan import StepPlan
 
@@ -61,7 +61,7 @@ def logits_of(path: Any, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int
     keeper = Keeper()
     monkeypatch.setattr(runner_module, "sample", keeper)
     config = config_for(path, page_size=16, **engine)
-    runner = Runner(config, 0, "")
+    runner = make_runner(config, 0, "")
     runner.allocate(runner.max_pages())
     driver = Driver(runner.max_pages(), config.engine.page_size)
     slots = list(range(len(prompts)))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_architecture, save_llama, save_qwen2, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.errors import UserError
 from minisgl.model.checkpoint import weights as checkpoint
 from minisgl.model.checkpoint.gguf_file import GGUFFile
@@ -21,7 +22,6 @@ from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.gguf_blocks import from_gguf
 from minisgl.model.common.rope import frequencies
 from minisgl.model.common.weights import StoredWeight
-from minisgl.model.cpu.runner import Runner
 
 
 def pairs_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
@@ -236,7 +236,7 @@ def test_a_gguf_model_says_the_same_as_its_original(arch, save, tmp_path):
     model = save(tmp_path / "hf")
     answers = []
     for path in (tmp_path / "hf", write_gguf(tmp_path / "m.gguf", model, arch=arch)):
-        runner = Runner(config_for(path), 0, "")
+        runner = make_runner(config_for(path), 0, "")
         runner.allocate(runner.max_pages())
         driver = Driver(runner.max_pages(), 4)
         driver.join(0)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import torch
 
 from minisgl.errors import UserError
 from minisgl.model.common.shard import Range
-from minisgl.model.common.weights import Weights
 
 PIECE = 1 << 20  # elements that are dequantised at a time: their float32 values and temporaries are small beside a shard
-
-
-class Checkpoint(Weights, Protocol):
-    """An open checkpoint, as its opener sees it."""
-
-    def finish(self) -> None:
-        """Raise UserError if the checkpoint holds a tensor that no model took: it is then another model than it claims."""
 
 
 def in_pieces(

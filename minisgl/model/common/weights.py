@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from minisgl.config import ModelSpec
 from minisgl.model.common.shard import Range
 
 
@@ -33,6 +34,21 @@ class Weights(Protocol):
         Contiguous, in the dtype that the checkpoint was opened with.  Only a checkpoint opened as `lazy` returns StoredWeights.
         Raises UserError naming a missing or mis-shaped tensor.
         """
+
+
+class Checkpoint(Weights, Protocol):
+    """An open checkpoint, as its opener sees it."""
+
+    def finish(self) -> None:
+        """Raise UserError if the checkpoint holds a tensor that the model did not take: it is then another model."""
+
+
+class OpenWeights(Protocol):
+    """Opens the checkpoint of a spec: minisgl.model.checkpoint.loader.open_weights, for runners that know no file format."""
+
+    def __call__(
+        self, spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False
+    ) -> Checkpoint: ...
 
 
 def dense(weight: Weight) -> torch.Tensor:

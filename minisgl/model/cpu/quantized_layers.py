@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minisgl.model.common.activations import Activations, DeferredNorm, Product, plain
+from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.gguf_blocks import FLOATS, GROUP, Groups, from_gguf, stored_bits
 from minisgl.model.common.interfaces import Gated, Linear, Norm
 from minisgl.model.common.weights import StoredWeight, Weight, dense
@@ -20,7 +20,7 @@ from minisgl.model.cpu.layers import CpuLayers, RMSNorm
 from minisgl.model.cpu.packing import LANES, quantise, round_trip
 
 
-class Normed(DeferredNorm):
+class Normed:  # a DeferredNorm, not derived from it: isinstance() is slow for a class derived from a protocol
     """Rows x [T, C] of the residual stream that the next product normalises; the first reader adds `delta` to them in place."""
 
     def __init__(self, x: torch.Tensor, delta: torch.Tensor | None, norm: QuantNorm) -> None:

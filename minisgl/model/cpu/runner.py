@@ -13,7 +13,6 @@ import torch
 from minisgl.arrays import I32, I64
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.common.grammar import Grammars, unpack
 from minisgl.model.common.host import available_bytes, threads_per_rank
 from minisgl.model.common.interfaces import Build
@@ -22,12 +21,12 @@ from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import SlotState, StepBatch
+from minisgl.model.common.weights import OpenWeights
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.penalties import Adjustments, restrict
 from minisgl.model.cpu.sampler import sample, score
-from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import FAILED, StepLogprobs, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
@@ -51,7 +50,7 @@ class Pending:
 class Runner:
     """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
 
-    def __init__(self, config: Config, rank: int, run_dir: str) -> None:
+    def __init__(self, config: Config, rank: int, run_dir: str, open_weights: OpenWeights, grammars: Grammars) -> None:
         """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
         engine, spec = config.engine, config.model
         threads = threads_per_rank(engine)
@@ -72,7 +71,7 @@ class Runner:
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
-        self._grammars = Grammars(lambda: vocabulary_of(spec))
+        self._grammars = grammars
         self._pooling = Pooling()
         self._attention: TorchAttention | KernelAttention | None = None
 

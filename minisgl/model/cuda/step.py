@@ -30,7 +30,6 @@ from minisgl.model.kernels.logprobs import SCORE_WORDS, DeviceLogprobs, score
 from minisgl.model.kernels.penalties import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
-from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import SCORED_TOKENS, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
@@ -72,7 +71,16 @@ class Steps:
     """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
     log probabilities are in `scores`; `vectors` are those that its plan wanted."""
 
-    def __init__(self, config: Config, model: Model, heads: AttentionSpec, processors: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        grammars: Grammars,
+        heads: AttentionSpec,
+        *,
+        processors: int,
+        device: torch.device,
+    ) -> None:
         engine = config.engine
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
@@ -91,9 +99,7 @@ class Steps:
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
         self._attention: PagedAttention | None = None
-        self.grammar_rows = GrammarRows(
-            Grammars(lambda: vocabulary_of(config.model)), engine.max_running + 1, vocab, engine.lag, device
-        )
+        self.grammar_rows = GrammarRows(grammars, engine.max_running + 1, vocab, engine.lag, device)
 
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Attention over the cache that steps run on from now on, and which kinds of steps may be graphs."""
