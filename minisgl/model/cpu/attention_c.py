@@ -1,4 +1,4 @@
-"""The CPU's attention on the C kernel.  Runs in the workers."""
+"""Computes attention over the paged KV cache on a CPU with the C kernel: `KernelAttention`.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
 from minisgl.model.cpu.packing import LANES
 
-QUERIES = 16  # tokens of a prompt that are one item of work
+QUERIES = 16  # tokens of a prompt in one item of work
 MAX_DIM = 512
 KV_DTYPE = torch.float16
 
 
 def can_attend(spec: ModelSpec, page_size: int) -> bool:
-    """Whether the kernel serves this model with this page size; TorchAttention serves all."""
+    """Whether the kernel serves this model with this page size.  TorchAttention serves all."""
     rotary = spec.rotary_dim or spec.head_dim
     return page_size % LANES == 0 and spec.head_dim % LANES == 0 and spec.head_dim <= MAX_DIM and rotary % 2 == 0
 
 
 class KernelAttention:
-    """See `AttentionBackend`.  The cache is in half precision: csrc/attention.c has its layout."""
+    """See `AttentionBackend`.  The cache is in half precision; its layout is in csrc/attention.c."""
 
     def __init__(
         self, spec: ModelSpec, run: Kernels, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int
     ) -> None:
-        """`num_heads` and `num_kv_heads`: of this rank."""
+        """num_heads, num_kv_heads: of this rank."""
         self._run = run
         self._width = num_heads * spec.head_dim
         layer_bytes = num_pages * page_size * 2 * num_kv_heads * spec.head_dim * KV_DTYPE.itemsize
-        # Zero pages of the operating system: costs no memory until written.
+        # Zero pages of the operating system: they take no memory until written.
         self._cache = np.zeros(spec.num_layers * layer_bytes, np.uint8)
         base = self._cache.ctypes.data
         self._layers = [
@@ -50,7 +50,7 @@ class KernelAttention:
             for i in range(spec.num_layers)
         ]
         self._step = Step()
-        self._kept: tuple[object, ...] = ()  # arrays that the step points to
+        self._kept: tuple[object, ...] = ()  # keeps the arrays alive that the step points to
 
     def plan(self, batch: StepBatch) -> None:
         """Lay out the step's items of work.  Once per step, before the first layer."""
