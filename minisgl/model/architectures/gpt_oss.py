@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from minisgl.model.architectures import llama, moe
-from minisgl.model.common.interfaces import Build, ExpertWeights, Linear
+from minisgl.model.common.interfaces import Build, ExpertWeights, LinearLayer
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # by their four bits
 MX_BLOCK = 32
@@ -69,7 +69,7 @@ def read_experts(build: Build, layer: int) -> ExpertWeights:
 class Layer(llama.Layer):
     """A decoder block with experts."""
 
-    def make_mlp(self, build: Build, layer: int) -> Linear:
+    def make_mlp(self, build: Build, layer: int) -> LinearLayer:
         return moe.Experts(build, read_experts(build, layer))
 
 

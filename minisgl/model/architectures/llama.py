@@ -18,12 +18,12 @@ import torch
 from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.embedding import Embedding
 from minisgl.model.common.functional import softcap_
-from minisgl.model.common.interfaces import AttentionBackend, Build, Linear, Norm, QKNorm, Rotation
+from minisgl.model.common.interfaces import AttentionBackend, Build, LinearLayer, NormLayer, QKNorm, Rotation
 from minisgl.model.common.shard import split
 from minisgl.model.common.weights import dense
 
 
-def make_norm(build: Build, name: str, *, plain_output: bool = False) -> Norm:
+def make_norm(build: Build, name: str, *, plain_output: bool = False) -> NormLayer:
     weight = build.tensor(f"{name}.weight", (build.spec.hidden_size,))
     return build.layers.norm(weight, build.spec.rms_norm_eps, plain_output)
 
@@ -91,7 +91,7 @@ class Layer:
         self.mlp_norm = make_norm(build, name + "post_attention_layernorm")
         self.mlp = self.make_mlp(build, layer)
 
-    def make_mlp(self, build: Build, layer: int) -> Linear:
+    def make_mlp(self, build: Build, layer: int) -> LinearLayer:
         return MLP(build, layer)
 
     def __call__(self, x: torch.Tensor, delta: Product | None, rotation: Rotation | None, attend: AttentionBackend) -> Product:

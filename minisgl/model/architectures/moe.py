@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from minisgl.model.architectures import llama
 from minisgl.model.common.activations import Activations, Product
-from minisgl.model.common.interfaces import Build, ExpertWeights, Linear
+from minisgl.model.common.interfaces import Build, ExpertWeights, LinearLayer
 from minisgl.model.common.shard import Range
 from minisgl.model.common.weights import Weight, Weights
 
@@ -47,7 +47,7 @@ class Experts:
 class Layer(llama.Layer):
     """A decoder block with experts, or with a dense MLP if it is one of `dense_layers`."""
 
-    def make_mlp(self, build: Build, layer: int) -> Linear:
+    def make_mlp(self, build: Build, layer: int) -> LinearLayer:
         if layer in build.spec.dense_layers:
             return super().make_mlp(build, layer)
         return Experts(build, read_experts(build, layer))

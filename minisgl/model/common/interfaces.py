@@ -20,11 +20,11 @@ from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Range, Shard
 from minisgl.model.common.weights import Weight, Weights, dense
 
-Linear = Callable[[Activations], Product]
-Norm = Callable[[torch.Tensor, Product | None], Activations]
-Gated = Callable[[Activations], Activations]
+LinearLayer = Callable[[Activations], Product]
+GatedLayer = Callable[[Activations], Activations]
+NormLayer = Callable[[torch.Tensor, Product | None], Activations]
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cos and sin at the positions of a step
-Rope = Callable[[torch.Tensor], Rotation]  # positions i64[T] -> what rotates the heads there
+RopeLayer = Callable[[torch.Tensor], Rotation]  # positions i64[T] -> their rotation
 
 
 # ---------------- layers
@@ -48,26 +48,26 @@ class LayerFactory(Protocol):
 
     def linear(
         self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
-    ) -> Linear:
+    ) -> LinearLayer:
         """x @ W.T + bias, for weights [out_i, in] stacked on top of each other.
 
         no_partial_sums: return the sum as a tensor, because the next operation cannot add parts.  is_lm_head: the output is
         the logits, a tensor that is never computed in float8.
         """
 
-    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         """RMSNorm of the residual stream x [T, C], to which a delta is added in place first.  weight: of x's dtype, or f32.
 
         plain_output: return a tensor, because no linear layer follows, or the LM head does.
         """
 
-    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> Gated:
+    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         """act(x @ gate.T) * (x @ up.T) for weights [I, in]: the first half of a gated MLP.  activation: see ModelSpec."""
 
-    def experts(self, weights: ExpertWeights) -> Linear:
+    def experts(self, weights: ExpertWeights) -> LinearLayer:
         """The weighted sum of the outputs of each token's experts.  Takes tensors."""
 
-    def rope(self, spec: ModelSpec) -> Rope:
+    def rope(self, spec: ModelSpec) -> RopeLayer:
         """The rotary positions of `spec`, in the form that the attention of the same device takes."""
 
 

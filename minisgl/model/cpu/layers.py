@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from minisgl.config import ModelSpec
 from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.functional import act_mul, rms_norm, route
-from minisgl.model.common.interfaces import ExpertWeights, Gated, Norm
-from minisgl.model.common.interfaces import Linear as LinearLayer
-from minisgl.model.common.interfaces import Rope as RopeLayer
+from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import Rope
 from minisgl.model.common.weights import Weight, stacked
 
@@ -101,10 +99,10 @@ class CpuLayers:
     ) -> LinearLayer:
         return Linear(*weights, bias=bias)
 
-    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         return RMSNorm(weight, eps)
 
-    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> Gated:
+    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         gate_up = self.linear(gate, up)
         return lambda x: act_mul(plain(gate_up(x)), activation)
 

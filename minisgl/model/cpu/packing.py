@@ -1,7 +1,7 @@
 """Packs matrices in 4 or 8 bits for the C kernels, in torch: the readable form of csrc/pack.c (csrc/linear.c has the format).
 
-A matrix becomes `Groups`, numbers and scales in the usual order, which are then tiled.  Groups of GGUF's Q8_0, Q4_0 and Q4_1 are
-taken as they are stored; all else is rounded: to 8 bits symmetrically, to 4 between the group's extremes.
+A matrix becomes `Groups`, numbers and scales in the usual order, which are then tiled.  GGUF's groups of Q8_0, Q4_0 and Q4_1
+are taken as they are stored; all else is rounded: to 8 bits symmetrically, to 4 between the group's extremes.
 """
 
 from __future__ import annotations

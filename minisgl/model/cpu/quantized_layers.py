@@ -12,7 +12,7 @@ import torch
 
 from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.gguf_blocks import FLOATS, GROUP, Groups, from_gguf, stored_bits
-from minisgl.model.common.interfaces import Gated, Linear, Norm
+from minisgl.model.common.interfaces import GatedLayer, LinearLayer, NormLayer
 from minisgl.model.common.weights import StoredWeight, Weight, dense
 from minisgl.model.cpu import kernels, layers
 from minisgl.model.cpu.kernels import Kernels, PackedWeight
@@ -81,17 +81,17 @@ class QuantizedLayers(CpuLayers):
 
     def linear(
         self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
-    ) -> Linear:
+    ) -> LinearLayer:
         inputs, bits = weights[0].shape[1], self.bits(weights)
         if self._run is None:
             return TorchLinear([_groups(w, bits) for w in weights], inputs, bias)
         blocks = self._run.pack([_rows(w, bits) for w in weights], inputs, bits)
         return QuantLinear(PackedWeight(blocks, sum(w.shape[0] for w in weights), inputs, bias=bias), self._run)
 
-    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         return RMSNorm(weight.float(), eps) if plain_output else QuantNorm(weight, eps)
 
-    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> Gated:
+    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         width, inputs = gate.shape
         if self._run is None or width % LANES or activation not in PackedWeight.GATED:
             return super().gated(gate, up, activation=activation)

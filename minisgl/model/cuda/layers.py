@@ -11,10 +11,7 @@ import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
 from minisgl.model.common.activations import Activations, PartialSums, Product, Quantized, Scaled, plain
-from minisgl.model.common.interfaces import ExpertWeights, Rope
-from minisgl.model.common.interfaces import Gated as GatedLayer
-from minisgl.model.common.interfaces import Linear as LinearLayer
-from minisgl.model.common.interfaces import Norm as NormLayer
+from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import frequencies
 from minisgl.model.common.weights import Weight, stacked
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
@@ -105,32 +102,17 @@ class Fp8Gated:
         return plain(self._product.few(plain(x), gated=True))
 
 
-class Biased:
-    """The output of a layer that returns tensors, plus a bias [N]."""
-
-    def __init__(self, product: LinearLayer, bias: torch.Tensor) -> None:
-        self._product, self._bias = product, bias
-
-    def __call__(self, x: Activations) -> torch.Tensor:
-        return plain(self._product(x)).add_(self._bias)
-
-
-class GeluGated:
-    """gelu(gate) * up of a product with [gate, up] weights that returns tensors."""
-
-    def __init__(self, product: LinearLayer) -> None:
-        self._product = product
-
-    def __call__(self, x: Activations) -> torch.Tensor:
-        return norm_activation.silu_mul(plain(self._product(x)), gelu=True)
+def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:
+    """A layer that returns tensors, plus a bias [N] if it has one."""
+    return product if bias is None else lambda x: plain(product(x)).add_(bias)
 
 
 class Experts:
     """A mixture of experts.  Returns a part for each of a token's choices, or their sum with `no_partial_sums`."""
 
     def __init__(self, weights: ExpertWeights, *, no_partial_sums: bool) -> None:
-        w, router = weights, Linear(weights.router, no_partial_sums=True)
-        self._router = router if w.router_bias is None else Biased(router, w.router_bias)
+        w = weights
+        self._router = biased(Linear(w.router, no_partial_sums=True), w.router_bias)
         self._weights = moe.Weights(w.gate_up, w.down, w.gate_up_bias, w.down_bias)
         self._settings = moe.Settings(w.top_k, w.normalise, clamped=w.activation == "clamped_swiglu")
         self._no_partial_sums = no_partial_sums
@@ -166,21 +148,22 @@ class CudaLayers:
         no_partial_sums |= self._no_partial_sums or bias is not None or is_lm_head
         fp8 = self._fp8 and not is_lm_head
         product: LinearLayer = Fp8Linear(weight, no_partial_sums) if fp8 else Linear(weight, no_partial_sums)
-        return product if bias is None else Biased(product, bias)
+        return biased(product, bias)
 
     def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         return Norm(weight, eps, self._fp8 and not plain_output)
 
     def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         if activation == "gelu_tanh":
-            return GeluGated(self.linear(gate, up, no_partial_sums=True))
+            product = self.linear(gate, up, no_partial_sums=True)
+            return lambda x: norm_activation.silu_mul(plain(product(x)), gelu=True)
         weight = stacked((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
     def experts(self, weights: ExpertWeights) -> LinearLayer:
         return Experts(weights, no_partial_sums=self._no_partial_sums)
 
-    def rope(self, spec: ModelSpec) -> Rope:
+    def rope(self, spec: ModelSpec) -> RopeLayer:
         freqs, amplitude = frequencies(spec)
         freqs = freqs.to(self._device)
         return lambda positions: qk_norm_rope.rope_tables(positions, freqs, amplitude)

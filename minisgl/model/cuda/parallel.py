@@ -70,7 +70,7 @@ class CudaParallel(Parallel):
         """Set up symmetric memory, if any is given.  Collective: all ranks of `group` (NCCL's) construct at the same time.
 
         Where that fails (no peer access, another torch) every sum goes through the group, on all ranks, and one of them says
-        why.  one_shot_bytes: the largest sum for symmetric memory, and the size of the buffer.  say: prints a line for the user.
+        why.  one_shot_bytes: the largest sum for symmetric memory, and the size of the buffer.  say: prints for the user.
         """
         super().__init__(rank, size, group=group)
         self._limit = one_shot_bytes
@@ -110,7 +110,7 @@ class CudaParallel(Parallel):
         super().close()
 
     def _set_up(self, symmetric: Symmetric) -> str | None:
-        """None if every rank can use it.  Otherwise no rank does: this rank's reason, or "" if another rank gives the reason."""
+        """None if every rank can use it.  Otherwise no rank does: this rank's reason, or "" if another rank has one."""
         for stage in (symmetric.allocate, symmetric.connect, symmetric.try_out):
             reason = ""
             try:
