@@ -24,6 +24,7 @@ from minisgl.model.common.weights import dense
 
 
 def make_norm(build: Build, name: str, *, plain_output: bool = False) -> NormLayer:
+    """The RMSNorm with the weights `name`."""
     weight = build.tensor(f"{name}.weight", (build.spec.hidden_size,))
     return build.layers.norm(weight, build.spec.rms_norm_eps, plain_output)
 
@@ -37,10 +38,12 @@ class Attention:
         name = f"model.layers.{layer}.self_attn."
         hidden, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         parts = (("q_proj", q, shard.q_rows), ("k_proj", kv, shard.kv_rows), ("v_proj", kv, shard.kv_rows))
-        weights = [build.weight(f"{name}{part}.weight", (n, hidden), rows=rows) for part, n, rows in parts]
         biases = [build.tensor(f"{name}{part}.bias", (n,), rows=rows) for part, n, rows in parts if spec.qkv_bias]
         self.layer, self.parallel = layer, build.parallel
-        self.qkv = build.layers.linear(*weights, bias=torch.cat(biases) if biases else None)
+        self.qkv = build.layers.linear(
+            *(build.weight(f"{name}{part}.weight", (n, hidden), rows=rows) for part, n, rows in parts),
+            bias=torch.cat(biases) if biases else None,
+        )
         bias = build.tensor(name + "o_proj.bias", (hidden,)) if spec.o_bias else None
         self.o = build.layers.linear(
             build.weight(name + "o_proj.weight", (hidden, q), cols=shard.q_rows),
@@ -56,7 +59,7 @@ class Attention:
     def __call__(self, x: Activations, rotation: Rotation | None, attend: AttentionBackend) -> Product:
         qkv = self.qkv(x)  # [T, (H + 2K) * D]
         heads = attend(self.layer, qkv, rotation, self.qk_norm, sinks=self.sinks)  # [T, H * D]
-        return self.parallel.sum_over_ranks(self.o(heads))  # all-reduce: [T, C], this rank's heads -> all heads
+        return self.parallel.sum_over_ranks(self.o(heads))  # all-reduce: [T, C] of this rank's heads -> of all heads
 
 
 class MLP:
@@ -66,15 +69,18 @@ class MLP:
         """no_partial_sums: as for Attention."""
         name = f"model.layers.{layer}.mlp."
         inner, hidden, mine = build.spec.intermediate_size, build.spec.hidden_size, build.shard.mlp
-        gate, up = (build.weight(f"{name}{part}_proj.weight", (inner, hidden), rows=mine) for part in ("gate", "up"))
-        down = build.weight(name + "down_proj.weight", (hidden, inner), cols=mine)
         self.parallel = build.parallel
-        self.gated = build.layers.gated(gate, up, activation=build.spec.activation)
+        self.gated = build.layers.gated(
+            build.weight(name + "gate_proj.weight", (inner, hidden), rows=mine),
+            build.weight(name + "up_proj.weight", (inner, hidden), rows=mine),
+            activation=build.spec.activation,
+        )
+        down = build.weight(name + "down_proj.weight", (hidden, inner), cols=mine)
         self.down = build.layers.linear(down, no_partial_sums=no_partial_sums)
 
     def __call__(self, x: Activations) -> Product:
         inner = self.gated(x)  # [T, I]
-        return self.parallel.sum_over_ranks(self.down(inner))  # all-reduce: [T, C], this rank's columns -> all columns
+        return self.parallel.sum_over_ranks(self.down(inner))  # all-reduce: [T, C] of this rank's columns -> of all
 
 
 class Layer:
