@@ -29,7 +29,6 @@ class RequestError(Exception):
         message: str,
         *,
         status: int = 400,
-        kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
@@ -37,10 +36,16 @@ class RequestError(Exception):
         super().__init__(message)
         self.message = message
         self.status = status
-        self.kind = kind
         self.param = param
         self.code = code
         self.retry_after = retry_after  # seconds, sent as the Retry-After header
+
+    @property
+    def kind(self) -> str:
+        """The `type` of OpenAI's error body, which follows from the status."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error body (`code` is always a string or null)."""
@@ -70,10 +75,10 @@ def context_overflow(field: str, context: int, total: int | str, parts: str) -> 
 def internal_error() -> RequestError:
     """500: what a client is told of a bug, which is nothing but that it happened."""
     text = "The server failed while it handled this request; its log says why."
-    return RequestError(text, status=500, kind="server_error", code="internal_error")
+    return RequestError(text, status=500, code="internal_error")
 
 
 def model_loading() -> RequestError:
     """503: there is nothing to ask yet."""
     text = "The model is still being loaded; try again in a moment."
-    return RequestError(text, status=503, kind="server_error", code="model_loading", retry_after=2)
+    return RequestError(text, status=503, code="model_loading", retry_after=2)

@@ -1,6 +1,6 @@
-"""What the facade hands to the engine and gets back: prompts in, chunks out.
+"""Declares the interface of the engine to its callers: prompts in, chunks out.
 
-`Engine` is the whole interface between the HTTP routes, the batch socket and the LLM class on one side and the ledger
+`Engine` is the only interface between the HTTP routes, the batch socket and the LLM class on one side and the ledger
 (gateway.py) on the other.  Everything runs in the api process, on one thread.
 """
 
@@ -35,7 +35,7 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids to continue, taken as they are."""
+    """Token ids to continue, without any change."""
 
     ids: tuple[int, ...]
 
@@ -45,10 +45,10 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """What the model held of a token: its log probability (natural), None for the first token of a prompt.
+    """The natural log probability of a token, None for the first token of a prompt.
 
-    `text` are its bytes, perhaps less than a character; `offset`: characters of the request's text that stand before it.
-    `top`: (token id, bytes, log probability) of the most likely tokens at its place, in order.
+    `text`: the bytes of the token, which may end inside a character.  `offset`: characters of the request's text before the
+    token.  `top`: (token id, bytes, log probability) of the most likely tokens in its place, in order.
     """
 
     token_id: int
@@ -59,13 +59,13 @@ class TokenLogprob:
 
 
 class Chunk(NamedTuple):
-    """News of one request.  `finish` is Finish.NONE until the last chunk.
+    """New tokens of one request.  `finish` is Finish.NONE until the last chunk.
 
-    `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`, if they were
-    asked for: of the `token_ids`, with `echo` behind those of the prompt.  `vector` f32[hidden size], if one was asked for.
+    `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`: of the
+    `token_ids`, preceded with `echo` by those of the prompt; empty unless requested.  `vector`: f32[hidden size] if requested.
 
-    `queued`: seconds from the request's arrival at the scheduler to the first step that computes something of its prompt.
-    `thought_tokens`: of all its tokens so far, those of its thought (see reasoning.py), once that has ended.
+    `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt.
+    `thought_tokens`: tokens of the thought (see reasoning.py), once it has ended.
     """
 
     text: str
@@ -79,9 +79,9 @@ class Chunk(NamedTuple):
     thought_tokens: int = 0
 
 
-Deliver = Callable[[Chunk | RequestError], None]
-TakeIds = Callable[[tuple[int, ...] | RequestError], None]
-TakeText = Callable[[str | RequestError], None]
+OnChunk = Callable[[Chunk | RequestError], None]
+OnIds = Callable[[tuple[int, ...] | RequestError], None]
+OnText = Callable[[str | RequestError], None]
 
 
 class Engine(Protocol):
@@ -91,11 +91,11 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> dict[str, int]:
-        """Of the scheduler, by name; at most a second old while it works."""
+        """The scheduler's statistics by name, at most a second old while it works."""
 
     @property
     def tokenizer_info(self) -> dict[str, Any]:
-        """What the tokenizer says of itself; empty until it is loaded."""
+        """The tokenizer's description of itself, empty until it is loaded."""
 
     @property
     def state(self) -> str:
@@ -104,21 +104,22 @@ class Engine(Protocol):
     @property
     def open_requests(self) -> int: ...
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        """Start a request; returns its uid.  `deliver` is called later (never from inside `open`) with chunks, the last of
-        which has a `finish`, or with one RequestError, after which nothing follows.
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        """Start a request; returns its uid.
 
-        Raises RequestError at once where nothing needs to be asked: 503 while not ready, 429 when full, 400 when oversized.
+        `on_chunk` is called later, never from inside `open`: with chunks up to the one that has a `finish`, or with a
+        RequestError, which is final.  Raises RequestError where the answer is known at once: 503 while not ready, 429 when
+        full, 400 when oversized.
         """
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
-        """The token ids of a prompt, which is not continued; returns a uid.  `take` is called once, later; raises as `open`."""
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
+        """Tokenize a prompt without continuing it; returns a uid.  `on_ids` is called once, later.  Raises as `open` does."""
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, take: TakeText) -> int:
-        """The text of token ids, likewise."""
+    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
+        """Make the text of token ids; returns a uid.  `on_text` is called once, later.  Raises as `open` does."""
 
     def close(self, uid: int) -> None:
-        """Nobody listens any more: cancel the request if it is still open.  Idempotent; `deliver` is not called again."""
+        """Cancel the request if it is still open; its callback is not called again.  Idempotent."""
 
     def flush_cache(self) -> None:
-        """Empty the prefix cache, but for what running requests use."""
+        """Empty the cache of prefixes, except those that running requests use."""

@@ -1,7 +1,7 @@
-"""The gateway: the actor named "api", and the ledger of open requests.
+"""Keeps the ledger of open requests and passes them between clients and the engine: the actor named "api".
 
-Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  Whatever
-          else dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
+Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
+          actor dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
           TokenizerInfo, Rejected (tokenizer); Started, Text, Logprobs, ThoughtEnded (detokenizer); ActorDied (supervisor, in
           process).
@@ -48,7 +48,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.runtime.status import Board
-from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TakeIds, TakeText, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
 from minisgl.config import Config
@@ -56,70 +56,65 @@ from minisgl.errors import InvalidParam, RequestError, context_overflow, model_l
 from minisgl.grammar import too_complex
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
-_GOES_ON = Finish.NONE  # looked up once: a member of an enumeration takes longer than the rest of a row
-IMPOSSIBLE = -9999.0  # instead of minus infinity, as OpenAI and vLLM write it
-_MIX = 0x9E3779B97F4A7C15
+_UNFINISHED = Finish.NONE  # looked up once: the lookup of an enumeration's member costs more than the rest of a row
+IMPOSSIBLE = -9999.0  # for minus infinity, which JSON lacks; OpenAI and vLLM write the same number
+_MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: consecutive uids become distant seeds
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One open request, in full."""
+    """One open request."""
 
     uid: int
     params: SamplingParams
     options: RequestOptions
-    deliver: Deliver
+    on_chunk: OnChunk
     source: str  # the request field that holds the prompt, for error messages
     ids: I32 | None = None  # prompt ids, known once tokenized
     max_tokens: int = 0
     seed: int = 0
-    sent: bool = False  # the scheduler knows of it
-    queued: float = 0.0  # seconds that it waited for its first step
-    thought_tokens: int = 0  # once its thought has ended
+    sent: bool = False  # to the scheduler
+    queued: float = 0.0  # seconds of waiting for the first step
+    thought_tokens: int = 0  # tokens of the thought, once it has ended
     delivered: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that the next Text brings
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens in the next Text message
 
 
 class Gateway(Actor):
-    """See the module's docstring; implements the `Engine` protocol of minisgl.api.engine."""
+    """The actor "api".  Implements the `Engine` protocol of minisgl.api.engine."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
         self.config = config
         self.num_pages = 0
-        self.failure: str | None = None  # why the engine cannot go on: a sentence for a person
+        self.failure: str | None = None  # why the engine has failed, as a sentence for the operator
         self.died: ActorDied | None = None
-        self.stats: dict[str, int] = {}  # the scheduler's, at most a second old while it works
+        self.stats: dict[str, int] = {}  # of the scheduler, at most a second old while it works
         self.tokenizer_info: dict[str, Any] = {}
-        self._state = "starting"
+        self.state = "starting"
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context)
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
-        self._asked: dict[int, Callable[[Any], None]] = {}  # who waits for an answer of the tokenizer alone
-        self._backlog: deque[Entry] = deque()  # tokenized, waiting for room in the requests ring
+        self._questions: dict[int, Callable[[Any], None]] = {}  # callbacks of `tokenize` and `detokenize`, by uid
+        self._backlog: deque[Entry] = deque()  # tokenized requests that wait for room in the ring
         self._last_uid = 0
-        self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors that have not said Hello
+        self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
         self._stopped: set[str] = set()
 
     # ---------------- the Engine protocol
     @property
-    def state(self) -> str:
-        return self._state
-
-    @property
     def open_requests(self) -> int:
-        return len(self._ledger) + len(self._asked)
+        return len(self._ledger) + len(self._questions)
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self._check_open()
         self._check_vocabulary(params)
         if params.grammar and not self.config.model.eos_ids:
-            raise InvalidParam(
-                "response_format", "A grammar needs a model with an EOS token, to end its answers.", "unsupported_value"
-            )
+            text = "A grammar needs a model with an EOS token, to end its answers."
+            raise InvalidParam("response_format", text, "unsupported_value")
         self._last_uid += 1
-        entry = Entry(self._last_uid, params, options, deliver, _source(prompt, options))
+        entry = Entry(self._last_uid, params, options, on_chunk, _source(prompt, options))
         if isinstance(prompt, TokenPrompt):
             ids = self._check_ids(prompt.ids, "prompt")
             self._ledger[entry.uid] = entry
@@ -133,24 +128,23 @@ class Gateway(Actor):
         self._ledger[entry.uid] = entry
         return entry.uid
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, take: TakeIds) -> int:
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
         self._check_open()
         self._last_uid += 1
-        source = _source(prompt, DEFAULT_OPTIONS)
-        self._tokenizers.send(self._last_uid, prompt, source)
-        self._asked[self._last_uid] = take
+        self._tokenizers.send(self._last_uid, prompt, _source(prompt, DEFAULT_OPTIONS))
+        self._questions[self._last_uid] = on_ids
         return self._last_uid
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, take: TakeText) -> int:
+    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
         self._check_open()
         checked = self._check_ids(ids, "tokens")
         self._last_uid += 1
         self._tokenizers.send_ids(self._last_uid, checked, skip_special)
-        self._asked[self._last_uid] = take
+        self._questions[self._last_uid] = on_text
         return self._last_uid
 
     def close(self, uid: int) -> None:
-        self._asked.pop(uid, None)
+        self._questions.pop(uid, None)
         entry = self._ledger.pop(uid, None)
         if entry is not None and entry.sent:
             self.ctx.send("scheduler", Cancel(uid))
@@ -159,20 +153,13 @@ class Gateway(Actor):
         self.ctx.send("scheduler", FlushCache())
 
     def _check_open(self) -> None:
-        if self._state == "starting":
+        if self.state == "starting":
             raise model_loading()
-        if self._state != "ready":
-            raise RequestError(
-                "The server is shutting down.", status=503, kind="server_error", code="server_draining", retry_after=5
-            )
-        if self.open_requests >= self.config.server.max_open_requests:
-            raise RequestError(
-                f"The server has {self.open_requests} open requests, its limit; try again in a moment.",
-                status=429,
-                kind="rate_limit_error",
-                code="server_overloaded",
-                retry_after=1,
-            )
+        if self.state != "ready":
+            raise RequestError("The server is shutting down.", status=503, code="server_draining", retry_after=5)
+        if (n := self.open_requests) >= self.config.server.max_open_requests:
+            text = f"The server has {n} open requests, its limit; try again in a moment."
+            raise RequestError(text, status=429, code="server_overloaded", retry_after=1)
 
     def _check_vocabulary(self, params: SamplingParams) -> None:
         vocab = self.config.model.vocab_size
@@ -187,30 +174,30 @@ class Gateway(Actor):
             raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
         return np.array(ids, np.int32)
 
-    # ---------------- prompt known: check, enter, send
+    # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:
-        """Enter the ids in the ledger and pass the request on.  Raises RequestError if it cannot be served."""
-        n, context, asked = len(ids), self.config.max_context, entry.params.max_tokens
+        """Enter the prompt's ids in the ledger and pass the request on.  Raises RequestError if it cannot be served."""
+        n, context, requested = len(ids), self.config.max_context, entry.params.max_tokens
         if n == 0:
             raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
-        if n + (asked or 1) > context:  # with nothing asked for, too, a token is drawn
-            parts = f"{n} in the {entry.source}, {asked or 0} in the completion"
-            raise context_overflow(entry.source, context, n + (asked or 0), parts)
+        if n + (requested or 1) > context:  # even max_tokens=0 draws a token
+            parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
+            raise context_overflow(entry.source, context, n + (requested or 0), parts)
         entry.ids = ids
-        entry.max_tokens = asked if asked is not None else context - n
+        entry.max_tokens = requested if requested is not None else context - n
         entry.seed = self._seed(entry)
         self._backlog.append(entry)
         self._flush_backlog()
 
     def _seed(self, entry: Entry) -> int:
-        """64 bits: the request's own seed, or one drawn now and kept, so that a replay draws the same numbers."""
+        """The request's own seed, or one that is drawn now and kept for a replay; 64 bits."""
         if entry.params.seed is not None:
             return entry.params.seed & 0xFFFFFFFFFFFFFFFF
         base = self.config.engine.sample_seed
         return (base + entry.uid * _MIX) & 0xFFFFFFFFFFFFFFFF if base else secrets.randbits(64)
 
     def _flush_backlog(self) -> None:
-        """Send what fits in the ring; the scheduler rings when it has made room for the rest."""
+        """Send the requests that fit in the ring; the scheduler sends Wake when it has made room for the rest."""
         while self._backlog:
             entry = self._backlog[0]
             if entry.uid not in self._ledger or entry.ids is None:
@@ -233,21 +220,18 @@ class Gateway(Actor):
     @on(Tokenized)
     def tokenized(self, m: Tokenized) -> None:
         ids = self._tokenizers.take(m.uid)
-        if (asked := self._asked.pop(m.uid, None)) is not None:
-            asked(tuple(ids.tolist()))
-            return
-        entry = self._ledger.get(m.uid)
-        if entry is None:  # its client has left meanwhile
-            return
-        try:
-            self._start(entry, ids)
-        except RequestError as e:
-            self._fail(entry, e)
+        if (on_ids := self._questions.pop(m.uid, None)) is not None:
+            on_ids(tuple(ids.tolist()))
+        elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
+            try:
+                self._start(entry, ids)
+            except RequestError as e:
+                self._fail(entry, e)
 
     @on(Detokenized)
     def detokenized(self, m: Detokenized) -> None:
-        if (asked := self._asked.pop(m.uid, None)) is not None:
-            asked(m.text)
+        if (on_text := self._questions.pop(m.uid, None)) is not None:
+            on_text(m.text)
 
     @on(TokenizerInfo)
     def keep_tokenizer_info(self, m: TokenizerInfo) -> None:
@@ -257,7 +241,7 @@ class Gateway(Actor):
     def embedded(self, m: Embedded) -> None:
         entry = self._ledger.pop(m.uid, None)
         if entry is not None and entry.ids is not None:
-            entry.deliver(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
+            entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
     @on(Started)
     def request_started(self, m: Started) -> None:
@@ -271,6 +255,7 @@ class Gateway(Actor):
 
     @on(Text)
     def text(self, m: Text) -> None:
+        """Pass new text on, one row for each request that has some."""
         at = 0
         rows = zip(m.uids.tolist(), m.counts.tolist(), m.finish.tolist(), m.cached.tolist(), m.texts, strict=True)
         tokens = m.tokens.tolist()
@@ -281,7 +266,7 @@ class Gateway(Actor):
             if entry is None or entry.ids is None:
                 continue
             entry.delivered.extend(new)
-            end = _GOES_ON
+            end = _UNFINISHED
             if finish:
                 end = Finish(finish)
                 if (error := _failure(entry, end)) is not None:
@@ -291,11 +276,15 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            told = Chunk(text, new, end, len(entry.ids), cached, logprobs, None, entry.queued, entry.thought_tokens)
-            entry.deliver(told)
+            chunk = Chunk(text, new, end, len(entry.ids), cached, logprobs, None, entry.queued, entry.thought_tokens)
+            entry.on_chunk(chunk)
 
     @on(Logprobs)
     def logprobs(self, m: Logprobs) -> None:
+        """Keep log probabilities until the Text message that follows, one row for each token.
+
+        The texts of a row's token and of its `width` alternatives lie one behind the other in `pieces`.
+        """
         top = at = start = 0
         sizes, ids, values = m.sizes.tolist(), m.top_ids.tolist(), m.top_logprobs.tolist()
         rows = (m.uids.tolist(), m.tokens.tolist(), m.offsets.tolist(), m.logprobs.tolist(), m.widths.tolist())
@@ -308,22 +297,21 @@ class Gateway(Actor):
             at, top = at + 1 + width, top + width
             entry = self._ledger.get(uid)
             if entry is not None:
-                known = None if math.isnan(logprob) else _finite(logprob)  # nothing stands before the first token
+                known = None if math.isnan(logprob) else _finite(logprob)  # the first token of a prompt has none
                 entry.logprobs.append(TokenLogprob(token, pieces[0], known, offset, tuple(alternatives)))
 
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
         self._tokenizers.drop(m.uid)
-        kind = "rate_limit_error" if m.status == 429 else "invalid_request_error" if m.status < 500 else "server_error"
-        error = RequestError(m.text, status=m.status, kind=kind, param=m.param, code=m.code, retry_after=m.retry_after)
-        if (asked := self._asked.pop(m.uid, None)) is not None:
-            asked(error)
+        error = RequestError(m.text, status=m.status, param=m.param, code=m.code, retry_after=m.retry_after)
+        if (on_answer := self._questions.pop(m.uid, None)) is not None:
+            on_answer(error)
         elif (entry := self._ledger.get(m.uid)) is not None:
             self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
         del self._ledger[entry.uid]
-        entry.deliver(error)
+        entry.on_chunk(error)
 
     @on(Stats)
     def keep_stats(self, m: Stats) -> None:
@@ -345,8 +333,8 @@ class Gateway(Actor):
         self._become_ready()
 
     def _become_ready(self) -> None:
-        if self._state == "starting" and self.num_pages and not self._silent:
-            self._state = "ready"
+        if self.state == "starting" and self.num_pages and not self._silent:
+            self.state = "ready"
 
     @on(Stopped)
     def stopped(self, m: Stopped) -> None:
@@ -359,7 +347,7 @@ class Gateway(Actor):
 
     @on(ActorDied)
     def actor_died(self, m: ActorDied) -> None:
-        if m.name in self._stopped or self._state in ("stopped", "dead"):
+        if m.name in self._stopped or self.state in ("stopped", "dead"):
             return
         self.died = m
         how = f"was killed by signal {-m.exitcode}" if m.exitcode < 0 else f"ended with exit code {m.exitcode}"
@@ -367,40 +355,40 @@ class Gateway(Actor):
         self._end("dead", f"The engine failed while it served this request ({m.name} died).")
 
     def drain(self) -> None:
-        """Take no new requests; those that are open go on."""
-        if self._state in ("starting", "ready"):
-            self._state = "draining"
+        """Refuse new requests; open ones continue."""
+        if self.state in ("starting", "ready"):
+            self.state = "draining"
 
     def end(self) -> None:
-        """Fail whatever is still open: the server goes down."""
+        """Fail every open request: the server shuts down."""
         self._end("stopped", "The server was shut down before this request was finished.")
 
     def _end(self, state: str, text: str) -> None:
-        if self._state != "dead":
-            self._state = state
+        if self.state != "dead":
+            self.state = state
         status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
-        error = RequestError(text, status=status, kind="server_error", code=code)
+        error = RequestError(text, status=status, code=code)
         for entry in list(self._ledger.values()):
             self._fail(entry, error)
-        asked, self._asked = self._asked, {}
-        for take in asked.values():
-            take(error)
+        questions, self._questions = self._questions, {}
+        for on_answer in questions.values():
+            on_answer(error)
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity: the log probability of what cannot be."""
+    """A log probability that JSON can write."""
     return max(logprob, IMPOSSIBLE)
 
 
 def _source(prompt: Prompt, options: RequestOptions) -> str:
-    """What a client calls the field that the prompt came in."""
+    """The request field that holds the prompt, for error messages."""
     return "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
 
 
 def _failure(entry: Entry, end: Finish) -> RequestError | None:
-    """What its client is told of an end that is no answer."""
-    if end is Finish.ABORT:  # nobody here asked for it
-        return RequestError("The request was aborted.", status=500, kind="server_error", code="aborted")
+    """The error of a request that ended without an answer, None if it ended with one."""
+    if end is Finish.ABORT:  # but the client is still here
+        return RequestError("The request was aborted.", status=500, code="aborted")
     if end is Finish.GRAMMAR:
         return too_complex(len(entry.delivered))
     if end is not Finish.TIMEOUT:
@@ -409,4 +397,4 @@ def _failure(entry: Entry, end: Finish) -> RequestError | None:
         f"The request was not finished within its timeout of {entry.options.timeout:g} s "
         f"({len(entry.delivered)} tokens were generated)."
     )
-    return RequestError(text, status=504, kind="server_error", param="timeout", code="timeout")
+    return RequestError(text, status=504, param="timeout", code="timeout")

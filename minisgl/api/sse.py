@@ -1,4 +1,4 @@
-"""One server-sent event.  Pure; runs in the api process."""
+"""Encodes server-sent events.  Pure; runs in the api process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def sse(data: Mapping[str, Any], event: str = "") -> bytes:
-    """One server-sent event.  Its payload is ASCII: no text can end a line."""
+    """The bytes of one event.  Its payload is ASCII, so no text can end a line."""
     head = b"event: %s\n" % event.encode() if event else b""
     return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"

@@ -1,6 +1,6 @@
-"""A running system, seen from its root: shared memory, mailbox, child processes and the gateway, started and ended together.
+"""Starts and ends a complete engine: shared memory, mailbox, child processes and the gateway.
 
-Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`, call `pump(0)`); the LLM class by blocking in
+Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`, call `pump(0)`), the LLM class by blocking in
 `pump(seconds)`.
 """
 
@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import zmq
 
-from minisgl.actors import spawn as topology
+from minisgl.actors import spawn
 from minisgl.actors.messages import Stop
 from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
@@ -21,17 +21,17 @@ from minisgl.api.gateway import Gateway
 from minisgl.config import Config
 from minisgl.errors import UserError
 
-_BURST = 4  # messages that are handled in one go: each may bring a token of every running request
-_LEAVE_SECONDS = 3.0  # how long actors may take to leave before they are killed
+_BURST = 4  # messages handled in one call of `pump`; each may bring a token of every running request
+_LEAVE_SECONDS = 3.0  # actors that have not left by then are killed
 
 
 class System:
     """Spawns every actor on construction; `close` leaves no process, no socket file and no shared memory."""
 
-    def __init__(self, config: Config, make_worker: topology.MakeWorker = topology.make_worker) -> None:
+    def __init__(self, config: Config, make_worker: spawn.MakeWorker = spawn.make_worker) -> None:
         self.config = config
         self._closed = False
-        with ExitStack() as undo:  # what has been made so far, should the rest fail
+        with ExitStack() as undo:  # in case a later step fails
             self.run_dir = make_run_dir()
             undo.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
             self.supervisor = Supervisor(self.run_dir)
@@ -44,14 +44,14 @@ class System:
             self._spawn(arenas, make_worker)
             undo.pop_all()
 
-    def _spawn(self, arenas: Arenas, make_worker: topology.MakeWorker) -> None:
-        tp, spawn = self.config.engine.tp, self.supervisor.spawn
-        for rank in range(tp):  # the workers first: they take longest to start
-            spawn(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
-        spawn("scheduler", topology.make_scheduler, self.config, arenas)
+    def _spawn(self, arenas: Arenas, make_worker: spawn.MakeWorker) -> None:
+        start = self.supervisor.spawn
+        for rank in range(self.config.engine.tp):  # the workers first: they take longest to start
+            start(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
+        start("scheduler", spawn.make_scheduler, self.config, arenas)
         for i, name in enumerate(tokenizer_names(self.config.server.num_tokenizers)):
-            spawn(name, topology.make_tokenizer, self.config, arenas, i)
-        spawn("detokenizer", topology.make_detokenizer, self.config)
+            start(name, spawn.make_tokenizer, self.config, arenas, i)
+        start("detokenizer", spawn.make_detokenizer, self.config)
 
     # ---------------- driving
     def fds(self) -> list[int]:
@@ -59,7 +59,7 @@ class System:
         return [self.ctx.inbox.FD, *self.supervisor.sentinels()]
 
     def pump(self, seconds: float) -> bool:
-        """Handle what has arrived; if nothing has, wait for it, at most `seconds`.  True: there may be more, call again."""
+        """Handle messages, waiting at most `seconds` for the first.  True: there may be more, call again."""
         if seconds > 0 and not self.ctx.inbox.poll(0):
             poller = zmq.Poller()
             poller.register(self.ctx.inbox, zmq.POLLIN)
@@ -68,7 +68,7 @@ class System:
             poller.poll(int(seconds * 1000) + 1)
         dead = self.supervisor.reap()
         handled = 0
-        while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # also what a child said before it died
+        while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
             self.gateway.receive(msg)
             handled += 1
         for death in dead:
@@ -87,14 +87,14 @@ class System:
 
     # ---------------- the end
     def close(self) -> None:
-        """Fail open requests, stop every actor in order, kill what does not leave, remove what is left.  Idempotent."""
+        """Fail open requests, stop every actor in order, kill those that do not leave, remove all files.  Idempotent."""
         if self._closed:
             return
         self._closed = True
         was_ready = self.gateway.num_pages > 0 and self.gateway.state != "dead"
         self.gateway.end()
         try:
-            if was_ready:  # otherwise a worker may be inside a long load and hears nothing
+            if was_ready:  # otherwise a worker may be loading weights and does not read messages
                 for name in actor_names(0, self.config.server.num_tokenizers):
                     self.ctx.send(name, Stop("shutdown"))
                 self.supervisor.join(_LEAVE_SECONDS, self.pump)

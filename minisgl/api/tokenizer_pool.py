@@ -1,4 +1,4 @@
-"""The tokenizers as the gateway sees them: who reads which prompt, and how much each has to do.  Runs in the api process."""
+"""Distributes prompts over the tokenizer actors, by load.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of c
 class _Tokenizer:
     name: str
     ring: RingReader
-    load: int = 0  # characters that it has not answered yet
+    load: int = 0  # characters of the prompts that it is reading
 
 
 class Tokenizers:
-    """Sends each prompt to the tokenizer with the least to do, and takes the token ids from that one's ring."""
+    """Sends each prompt to the tokenizer with the smallest load, and takes the token ids from its ring."""
 
     def __init__(self, ctx: Context, rings: tuple[RingSpec, ...], max_context: int) -> None:
         self._ctx = ctx
         self._max_context = max_context
         self._all = [_Tokenizer(n, RingReader(r)) for n, r in zip(tokenizer_names(len(rings)), rings, strict=True)]
-        self._reading: dict[int, tuple[_Tokenizer, int]] = {}  # who was asked, and to read how many characters
+        self._reading: dict[int, tuple[_Tokenizer, int]] = {}  # uid -> the tokenizer that reads its prompt, characters
 
     @property
     def loads(self) -> list[int]:
-        """Characters that each has not answered yet."""
+        """Characters that each tokenizer is reading."""
         return [t.load for t in self._all]
 
     def send(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str) -> None:
-        """Ask for the ids of a prompt, which came in the request field `source`; `take` or `drop` must follow.
+        """Have a prompt tokenized; `take` or `drop` must follow.  `source`: the request field that holds the prompt.
 
-        Raises RequestError for what is far too long, or no text.
+        Raises RequestError if the prompt is far too long, or not valid text.
         """
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
         if size > _CHARS_PER_TOKEN * self._max_context + 4096:
@@ -60,21 +60,21 @@ class Tokenizers:
         to.load += size
 
     def send_ids(self, uid: int, ids: I32, skip_special: bool) -> None:
-        """Ask for the text of token ids."""
+        """Have the text of token ids made."""
         self._ctx.send(self._idlest().name, Detokenize(uid, ids, skip_special))
 
     def take(self, uid: int) -> I32:
-        """The ids that a Tokenized message has announced: they are the next in its sender's ring."""
+        """The ids that a Tokenized message announces: the next record in its sender's ring."""
         by = self._answered(uid)
         if by is None:
-            raise RuntimeError(f"nobody was asked to read the prompt of request {uid}")
+            raise RuntimeError(f"no tokenizer was reading the prompt of request {uid}")
         ids = np.frombuffer(by.ring.take_now(), np.int32)
         if by.ring.starved():
             self._ctx.send(by.name, Wake())
         return ids
 
     def drop(self, uid: int) -> None:
-        """There will be no ids: whoever was asked has refused.  Nothing happens if nobody was."""
+        """Forget a prompt that its tokenizer has refused.  Does nothing for other requests."""
         self._answered(uid)
 
     def _idlest(self) -> _Tokenizer:

@@ -97,7 +97,7 @@ class _Server:
         from minisgl.api.batches.socket import BatchServer
         from minisgl.api.batches.store import Store
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
-        from minisgl.api.http.connection import Door
+        from minisgl.api.http.connection import Connection
         from minisgl.api.http.metrics import Metered
         from minisgl.api.system import System
 
@@ -116,17 +116,17 @@ class _Server:
             app = build_app(engine, batch.address, store)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
-            make = runner.server
-            if make is None:
+            server = runner.server
+            if server is None:
                 raise RuntimeError("the runner has been set up")
-            door = await loop.create_server(lambda: Door(make), sock=self.sock, backlog=1024)
+            listener = await loop.create_server(lambda: Connection(server), sock=self.sock, backlog=1024)
             self.pump()
             await self.done.wait()
             if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
             await self.drain()
             batch.close()
-            door.close()
+            listener.close()
             await runner.cleanup()
         finally:
             for fd in self.watched:

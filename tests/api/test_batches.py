@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ from aiohttp import web
 from test_server import CHAT, OVERLOADED, TEXT, USER, FakeEngine, ask, check_error
 
 from minisgl.api.batches import worker as module
-from minisgl.api.batches.store import Store
+from minisgl.api.batches.store import Log, Store
 from minisgl.api.batches.worker import Batches, new_batch, read_requests
 from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
 from minisgl.errors import UserError
@@ -194,6 +195,62 @@ def test_a_server_that_starts_again_goes_on_where_it_was(tmp_path: Path) -> None
             done = answers((await sdk.files.content(ended["output_file_id"])).text)
         assert set(done) == {f"q{i}" for i in range(total)}
         assert {k: done[k] for k in known} == known
+
+    serve(tmp_path, second)
+
+
+def test_a_log_that_is_torn_at_any_byte_keeps_every_line_before_the_tear(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    lines = [{"custom_id": name, "text": "é\n"} for name in "abc"]
+    log = Log(path)
+    for line in lines:
+        log.append(line)
+    log.close()
+    log.close()
+    complete = path.read_bytes()
+    for size in range(len(complete) + 1):
+        path.write_bytes(complete[:size])
+        torn = Log(path)
+        kept = list(torn.recover())
+        assert kept == lines[: complete[:size].count(b"\n")]
+        torn.append({"custom_id": "next"})
+        torn.close()
+        assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*kept, {"custom_id": "next"}]
+
+
+def test_a_full_disk_stops_a_batch_which_the_next_start_finishes(tmp_path: Path, monkeypatch: Any) -> None:
+    made: dict[str, str] = {}
+    append = Log.append
+
+    def run_out_of_space(log: Log, value: dict[str, Any]) -> None:
+        if log.path.stat().st_size > 3000:
+            log._file.write(b'{"custom_id": "q0", "resp')  # the part that fits
+            log._file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(log, value)
+
+    async def first(engine: FakeEngine, server: Stored) -> None:
+        async with server.sdk() as sdk:
+            made["id"] = (await submit(sdk, b"".join(request_line(f"q{i}") for i in range(20)))).id
+            await server.until(made["id"], "in_progress")
+            while made["id"] in server.batches._live:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert (await sdk.batches.retrieve(made["id"])).status == "in_progress"
+            assert not engine.live
+            assert (await ask(server, CHAT, {"messages": USER}))[0] == 200, "the server goes on"  # type: ignore[arg-type]
+
+    with monkeypatch.context() as m:
+        m.setattr(Log, "append", run_out_of_space)
+        serve(tmp_path, first)
+    written = (tmp_path / "batches" / f"{made['id']}.output").read_bytes().count(b"\n")
+    assert 0 < written < 20
+
+    async def second(engine: FakeEngine, server: Stored) -> None:
+        ended = await server.until(made["id"], *ENDED)
+        assert (ended["status"], ended["request_counts"]) == ("completed", {"total": 20, "completed": 20, "failed": 0})
+        assert len(engine.opened) == 20 - written
+        async with server.sdk() as sdk:
+            assert len(answers((await sdk.files.content(ended["output_file_id"])).text)) == 20
 
     serve(tmp_path, second)
 

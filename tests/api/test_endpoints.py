@@ -29,10 +29,11 @@ from test_server import (
     play,
 )
 
-from minisgl.api.engine import ChatPrompt, Chunk, Deliver, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.generation import Generation, Timings
 from minisgl.api.http import openapi
 from minisgl.api.http.app import build_app
+from minisgl.api.requests.fields import Support
 from minisgl.commands.flags import read_keys
 from minisgl.errors import RequestError, UserError, context_overflow, model_loading
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
@@ -485,10 +486,10 @@ def test_any_model_name_will_do_where_the_operator_says_so() -> None:
 class VectorEngine(FakeEngine):
     """Answers with (2, 3, 6) times the number of the request."""
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         uid = len(self.opened)
         self.opened.append((prompt, params))
-        self.live[uid] = deliver
+        self.live[uid] = on_chunk
         self.options = options
         vector = np.array([2, 3, 6], np.float32) * (uid + 1)
 
@@ -547,9 +548,9 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
         generation.close()
 
     asyncio.run(main())
-    told = Timings(0.25, 1.0, 0.125).told(tokens=6, cached=2)
+    told = Timings(0.25, 1.0, 0.125).render(tokens=6, cached=2)
     assert told == {"queue_ms": 125, "ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
-    assert Timings(0.25, 0.0).told(tokens=1, cached=0)["tok_s"] is None
+    assert Timings(0.25, 0.0).render(tokens=1, cached=0)["tok_s"] is None
 
 
 # ---------------- errors that every endpoint has
@@ -600,7 +601,7 @@ GENERATING = [p for p in ALL if p not in ("/tokenize", "/detokenize", f"{MESSAGE
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses_has_its_status_before_the_first_event(path: str, stream: bool) -> None:
     loading = model_loading()
-    late = RequestError("Too late.", status=504, kind="server_error", param="timeout", code="timeout")
+    late = RequestError("Too late.", status=504, param="timeout", code="timeout")
     long = context_overflow("prompt", 64, 99, "98 in the prompt, 1 in the completion")
 
     async def scene(engine: FakeEngine, http: Server) -> None:
@@ -748,12 +749,27 @@ def test_the_description_has_every_route_and_every_field() -> None:
     }
     assert described == served
     for route in openapi.ROUTES:
-        for name in route.fields or ():
-            assert openapi.SCHEMAS.get(name, {}).get("description") or name in OTHERS, f"{route.path}: {name}"
+        for field in route.fields or ():
+            assert field.doc or field.support is Support.HARMLESS, f"{route.path}: {field.name}"
     assert json.loads(json.dumps(document)) == document
 
 
-OTHERS: frozenset[str] = frozenset()  # fields of a request that have no description yet
+def test_the_description_lets_every_field_be_null_that_may_be_left_out() -> None:
+    paths = openapi.document(FakeEngine().config)["paths"]
+    for route in openapi.ROUTES:
+        if route.fields is None:
+            continue
+        schema = paths[route.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema.get("required", []) == list(route.fields.required)
+        for name, field in schema["properties"].items():
+            needed = name in (*route.fields.required, *route.fields.either)
+            if "type" in field:
+                assert ("null" in field["type"]) is not needed, (route.path, name)
+            if "enum" in field and name != "model":
+                assert (None in field["enum"]) is not needed, (route.path, name)
+            if "oneOf" in field:
+                assert ({"type": "null"} in field["oneOf"]) is not needed, (route.path, name)
+
 
 WRONG = {"integer": "x", "number": "x", "boolean": 5, "string": 5, "array": 5, "object": 5}
 

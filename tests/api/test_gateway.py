@@ -99,7 +99,7 @@ def test_after_any_traffic_nothing_is_left_of_the_requests_that_have_ended(seed:
     for uid in live:
         engine.close(uid)
     g = front.gateway
-    assert (len(g._ledger), len(g._asked), len(g._tokenizers._reading), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
+    assert (len(g._ledger), len(g._questions), len(g._tokenizers._reading), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
     assert g._tokenizers.loads == [0, 0]
     assert not engine._open
     assert sum(engine.metrics.finished.values()) > 20
@@ -131,9 +131,9 @@ def test_whoever_comes_too_early_too_late_or_in_a_crowd_is_told_when_to_come_bac
 
     front = Front(1, None)
     g = gateway(front, max_open_requests=2)
-    g._state = "starting"
+    g.state = "starting"
     assert refusal(g) == (503, "model_loading", 2)
-    g._state = "ready"
+    g.state = "ready"
     front.open("a")
     g.tokenize(TextPrompt("a"), lambda _: None)
     assert refusal(g) == (429, "server_overloaded", 1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from minisgl.api.engine import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.api.requests import openai as api
 from minisgl.api.requests.chat_prompt import MAX_MESSAGES
-from minisgl.api.requests.openai import Usage, parse_chat, parse_completion, parse_json
+from minisgl.api.requests.fields import Fields, Support, harmless, integer, parse_json, refused, required
+from minisgl.api.requests.openai import Usage, parse_chat, parse_completion
 from minisgl.api.requests.sampling import MAX_CHOICES
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import (
@@ -165,25 +166,51 @@ def test_off_may_be_said_in_several_ways() -> None:
 
 
 def test_null_is_the_same_as_nothing_for_every_optional_field() -> None:
-    for call, used, table in (
-        (chat, api.CHAT_USED, api.CHAT_UNSUPPORTED),
-        (completion, api.COMPLETION_USED, api.COMPLETION_UNSUPPORTED),
-    ):
-        names = (used | table.keys() | api.HARMLESS) - {"messages", "prompt"}
+    for call, fields in ((chat, api.CHAT), (completion, api.COMPLETION)):
+        names = {field.name for field in fields} - {"messages", "prompt"}
         assert call(**dict.fromkeys(names)) == call()
 
 
-def test_the_tables_are_disjoint() -> None:
-    for used, table in ((api.CHAT_USED, api.CHAT_UNSUPPORTED), (api.COMPLETION_USED, api.COMPLETION_UNSUPPORTED)):
-        assert not used & table.keys()
-        assert not api.HARMLESS & (used | table.keys())
+def test_every_field_has_one_support() -> None:
+    for fields in (api.CHAT, api.COMPLETION):
+        kinds = [{field.name for field in fields.having(support)} for support in Support]
+        assert len(set().union(*kinds)) == sum(map(len, kinds)) == len(list(fields))
+        assert {field.name for field in api.HARMLESS} <= kinds[1]
+
+
+def test_a_field_cannot_be_declared_twice() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        Fields(*harmless("user", "user"))
+
+
+def test_a_declaration_alone_makes_a_field_supported_harmless_or_refused() -> None:
+    fields = Fields(
+        required(integer("size", "How large.", 1, 9)),
+        *harmless("note"),
+        refused("twice", False),
+        refused("no", sentence="Never."),
+    )
+    assert fields.read({"size": 3, "note": [1], "twice": False, "colour": 1, "x": None}) == (
+        {"size": 3, "note": [1], "twice": False},
+        ("colour", "x"),
+    )
+    for body, param, message in (
+        ({}, "size", "size is required."),
+        ({"size": None}, "size", "size is required."),
+        ({"size": 10}, "size", "size must be between 1 and 9."),
+        ({"size": True}, "size", "size must be an integer, not a boolean."),
+        ({"size": 1, "twice": 0}, "twice", "twice is not supported by this server; leave it out."),
+        ({"size": 1, "no": 1}, "no", "Never."),
+    ):
+        error = refusal(fields.read, body)
+        assert (error.param, error.message) == (param, message)
 
 
 def test_neutral_values_of_unsupported_fields_change_nothing() -> None:
-    for call, table in ((chat, api.CHAT_UNSUPPORTED), (completion, api.COMPLETION_UNSUPPORTED)):
-        for name, neutrals in table.items():
-            for value in neutrals:
-                assert call(**{name: value}) == call(), name
+    for call, fields in ((chat, api.CHAT), (completion, api.COMPLETION)):
+        for field in fields.having(Support.REFUSED):
+            for value in field.neutral:
+                assert call(**{field.name: value}) == call(), field.name
     assert chat(presence_penalty=0.0, repetition_penalty=1.0, logit_bias=[], min_tokens=0, n=1) == chat()
 
 
@@ -443,9 +470,7 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-FIELDS = sorted(
-    api.CHAT_USED | api.COMPLETION_USED | api.CHAT_UNSUPPORTED.keys() | api.COMPLETION_UNSUPPORTED.keys() | api.HARMLESS
-)
+FIELDS = sorted({field.name for field in (*api.CHAT, *api.COMPLETION)})
 
 
 @settings(max_examples=600, deadline=None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_openai_validation import FIELDS, JSON
 
+import minisgl
 from minisgl import __version__
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.engine import Chunk, Deliver, Prompt, TextPrompt, TokenLogprob
-from minisgl.api.generation import Generation, whole
+from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
+from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
-from minisgl.api.http.connection import Door
+from minisgl.api.http.connection import Connection
 from minisgl.api.requests import generate
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
@@ -33,8 +36,8 @@ USER = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PIECES = ("Hel", "", "lo", " wörld\u2028")  # one token each; the second is held back
 TEXT = "".join(PIECES)
-OVERLOADED = RequestError("full", status=429, kind="rate_limit_error", code="server_overloaded", retry_after=1)
-DIED = RequestError("The engine failed.", status=500, kind="server_error", code="engine_error")
+OVERLOADED = RequestError("full", status=429, code="server_overloaded", retry_after=1)
+DIED = RequestError("The engine failed.", status=500, code="engine_error")
 
 
 class FakeEngine:
@@ -56,7 +59,7 @@ class FakeEngine:
         self.finish = Finish.STOP
         self.opened: list[tuple[Prompt, SamplingParams]] = []
         self.closed: list[int] = []
-        self.live: dict[int, Deliver] = {}
+        self.live: dict[int, OnChunk] = {}
         self.stats = {"running_requests": 0}
         self.tokenizer_info: dict[str, Any] = {}
         self.flushed = False
@@ -70,12 +73,12 @@ class FakeEngine:
     def open_requests(self) -> int:
         return len(self.live)
 
-    def open(self, prompt: Prompt, params: SamplingParams, deliver: Deliver, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         if self.refuse is not None and len(self.opened) >= self.admit:
             raise self.refuse
         uid = len(self.opened)
         self.opened.append((prompt, params))
-        self.live[uid] = deliver
+        self.live[uid] = on_chunk
         self._changed()
         asyncio.get_running_loop().call_soon(self._piece, uid, 0)
         return uid
@@ -150,15 +153,19 @@ class Server:
     async def start(self) -> None:
         await self._runner.setup()
         assert self._runner.server is not None
-        make = functools.partial(Door, self._runner.server, self._seconds)
-        self._door = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
-        self.port = self._door.sockets[0].getsockname()[1]
+        make = functools.partial(Connection, self._runner.server, self._seconds)
+        self._listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    def connections(self) -> list[Any]:
+        assert self._runner.server is not None
+        return self._runner.server.connections
 
     def make_url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
     async def close(self) -> None:
-        self._door.close()
+        self._listener.close()
         await self._runner.cleanup()
 
 
@@ -542,7 +549,7 @@ def test_more_prompts_than_the_server_admits_are_refused_for_good() -> None:
 
 # ---------------- the error table
 CONTEXT = RequestError("This model's maximum context length is 64 tokens.", param="messages", code="context_length_exceeded")
-LOADING = RequestError("loading", status=503, kind="server_error", code="model_loading", retry_after=2)
+LOADING = RequestError("loading", status=503, code="model_loading", retry_after=2)
 GOOD = {"messages": USER}
 JSON_TYPE = {"Content-Type": "application/json"}
 
@@ -873,6 +880,26 @@ def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays()
     play(scene)
 
 
+@pytest.mark.parametrize("cut", [5, 29, 30, 31, 32])
+def test_the_limit_for_headers_ends_with_the_headers_wherever_they_are_cut(cut: int) -> None:
+    async def scene(engine: FakeEngine, http: Server) -> None:
+        request = b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        writer.write(request[:cut])
+        while not (connections := http.connections()):  # noqa: ASYNC110  a turn of the loop or two
+            await asyncio.sleep(0)
+        timer = connections[0]._timer
+        assert timer is not None
+        assert not timer.cancelled()
+        await asyncio.sleep(0.01)  # the pieces arrive apart
+        writer.write(request[cut:])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert timer.cancelled()
+        writer.close()
+
+    play(scene)
+
+
 def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
     async def main() -> None:
         engine = FakeEngine()
@@ -901,7 +928,7 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
         engine = FakeEngine()
         engine.stall = True  # nothing is said before go_on
         prompts = [TextPrompt(name) for name in "abc"]
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams(logprobs=0)))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams(logprobs=0)))
         await asyncio.sleep(0)
         engine.live[2](Chunk("one ", (1,), Finish.NONE, 3, 2))
         for uid, text in ((2, "two"), (0, "zero"), (1, "")):
@@ -913,13 +940,13 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
             ("", (1,), 1),
             ("one two", (1, 2), 2),
         ]
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams()))
         await asyncio.sleep(0)
         engine.live.pop(3)(Chunk("a", (1,), Finish.STOP, 3, 0))
         engine.live.pop(4)(DIED)
         with pytest.raises(RequestError, match="engine failed"):
             await asking
-        asking = asyncio.ensure_future(whole(engine, prompts, SamplingParams()))
+        asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams()))
         await asyncio.sleep(0)
         asking.cancel()
         await asyncio.wait([asking])
@@ -953,3 +980,11 @@ def test_flush_cache_reaches_the_engine_and_server_info_has_its_statistics() -> 
         assert json.loads(body)["stats"] == {"running_requests": 0}
 
     play(scene)
+
+
+def test_only_the_http_room_and_its_command_import_aiohttp() -> None:
+    package = Path(minisgl.__file__).parent
+    users = {
+        path for path in package.rglob("*.py") if re.search(r"^\s*(from|import) aiohttp\b", path.read_text(), re.MULTILINE)
+    }
+    assert {str(path.relative_to(package).parent) for path in users} == {"api/http", "commands"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -13,6 +15,13 @@ from test_reply import CALL, SCHEMA, STYLES, TALK, WEATHER, Speaker, admits, pla
 from test_server import CHAT, USER, ask, check_error, client
 
 from minisgl import grammar
+from minisgl.api.endpoints.anthropic import MessageRequest
+from minisgl.api.endpoints.anthropic_blocks import Message
+from minisgl.api.endpoints.responses import ResponsesRequest
+from minisgl.api.endpoints.responses_items import Response
+from minisgl.api.engine import Chunk
+from minisgl.api.generation import Timings
+from minisgl.api.requests.openai import parse_chat
 from minisgl.sampling_params import Finish
 
 FLAT = {"type": "function", **WEATHER["function"]}  # a tool as the Responses API writes it
@@ -215,6 +224,57 @@ def test_a_call_that_was_cut_off_is_incomplete_in_both_shapes() -> None:
     engine = Speaker(CALL[:60], 4, tool_call_parser="hermes")
     engine.finish = Finish.LENGTH
     play(engine, scene)
+
+
+# ---------------- both, without a server
+PARTS = ("<think>", "</think>", "\n", "text", "é€ ", CALL, CALL.replace("Ulm", "Jena"), '<tool_call>{"name": "x"', "<", " ")
+
+
+def stable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [stable(v) for v in value]
+    if isinstance(value, dict):
+        return {k: stable(v) for k, v in value.items() if k not in ("id", "call_id", "item_id", "created_at", "completed_at")}
+    return value
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> None:
+    rng = random.Random(seed)
+    request = parse_chat({"messages": USER, "tools": [WEATHER]}, ["m"], {}, "hermes", rng.choice(("", "qwen3", "deepseek_r1")))
+    config: Any = SimpleNamespace(model=SimpleNamespace(eos_ids=(0,)))
+    timings, finish = Timings(0.1, 0.2), rng.choice((Finish.STOP, Finish.LENGTH))
+    text = "".join(rng.choice(PARTS)[: rng.choice((3, 99, 99))] for _ in range(rng.randrange(9)))
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(9)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    chunks = [Chunk(piece, (5,), finish if i == len(cuts) else Finish.NONE, 9, 2) for i, piece in enumerate(pieces)]
+    one = Chunk(text, (5,) * len(pieces), finish, 9, 2)
+
+    def play_in(answer: Any) -> list[tuple[str, Any]]:
+        return typed(answer.start() + b"".join(answer.add(0, chunk) for chunk in chunks) + answer.end(timings))
+
+    def make_response() -> Response:
+        return Response(config, ResponsesRequest(request, {}, ()))
+
+    *_, (_, last) = events = play_in(make_response())
+    body = make_response().complete([one], timings)
+    done = [data["item"] for kind, data in events if kind == "response.output_item.done"]
+    assert stable(last["response"]) == stable(body)
+    assert stable(done) == stable(body["output"])
+
+    def make_message() -> Message:
+        return Message(config, MessageRequest(request, (), ()))
+
+    content = make_message().complete([one], timings)["content"]
+    grown = [""] * len(content)
+    for kind, data in play_in(make_message()):
+        if kind == "content_block_delta":
+            grown[data["index"]] += "".join(v for k, v in data["delta"].items() if k != "type")
+    for block, written in zip(content, grown, strict=True):
+        if block["type"] == "tool_use":
+            assert block["input"] == (json.loads(written) if written.endswith("}") else {})
+        else:
+            assert block[block["type"]] == written
 
 
 # ---------------- the native endpoint

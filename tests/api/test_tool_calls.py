@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from minisgl.api.parsers.tool_calls import READERS, Argued, Called, Piece, Said, joined
+from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
 
 NAMES = ("get_weather", "add")
 
 
 def read(style: str, pieces: list[str], **kw: Any) -> list[Piece]:
-    reader = READERS[style](NAMES, **kw)
+    reader = CallReader(FORMATS[style], NAMES, **kw)
     out = [p for piece in pieces for p in reader.feed(piece)]
     return out + reader.end()
+
+
+def joined(pieces: Iterable[Piece]) -> tuple[str, list[tuple[str, str]]]:
+    """(text, [(name, arguments)]) of all pieces of an answer."""
+    said: list[str] = []
+    calls: list[tuple[str, str]] = []
+    for piece in pieces:
+        if isinstance(piece, Said):
+            said.append(piece.text)
+        elif isinstance(piece, Called):
+            calls.append((piece.name, ""))
+        else:
+            name, text = calls[piece.index]
+            calls[piece.index] = (name, text + piece.text)
+    return "".join(said), calls
 
 
 H1 = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"{"}}\n</tool_call>'
@@ -62,7 +78,7 @@ def test_text_and_calls_are_told_apart(style: str, text: str, said: str, calls: 
 @pytest.mark.parametrize("seed", range(60))
 def test_pieces_of_any_split_join_to_what_the_whole_gives(seed: int) -> None:
     rng = random.Random(seed)
-    style = rng.choice(list(READERS))
+    style = rng.choice(list(FORMATS))
     mine = [text for s, text, *_ in CASES if s == style]
     parts = [*mine, "\n", " ", "text", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "{", "}", '"', "[", ";", ",", "]", "\\"]
     for _ in range(30):
@@ -77,7 +93,7 @@ def test_pieces_of_any_split_join_to_what_the_whole_gives(seed: int) -> None:
 
 
 def test_arguments_are_told_while_they_grow() -> None:
-    reader = READERS["hermes"](NAMES)
+    reader = CallReader(FORMATS["hermes"], NAMES)
     seen = [p for c in H1[:50] for p in reader.feed(c)]
     assert seen[0] == Called(0, "add")
     assert [p.text for p in seen[1:] if isinstance(p, Argued)] == list(ADD1[1][: len(seen) - 1])

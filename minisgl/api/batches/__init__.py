@@ -1,1 +1,1 @@
-"""Batches: files of requests that the server works off by itself, and the batch socket."""
+"""Serves batches: files of requests that the server answers in the background, and the batch socket."""

@@ -1,8 +1,8 @@
-"""The batch socket: requests and answers as msgpack messages over ZMQ, for clients on the same machine.
+"""Serves the batch socket: requests and answers as msgpack messages over ZMQ, for clients on the same machine.
 
-One ROUTER socket in the private run directory (GET /server_info says where).  A client keeps a DEALER socket, submits with
-BatchSubmit, reads BatchResults as they finish, in any order, and pings once a second; a client that falls silent has its
-requests cancelled.  Runs in the api process, on its event loop.
+It is a ROUTER socket in the private run directory; GET /server_info reports its address.  A client keeps a DEALER socket,
+submits with BatchSubmit, reads BatchResults as they finish, in any order, and pings once a second.  The requests of a client
+that falls silent are cancelled.  Runs in the api process, on its event loop.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MAX_FRAME = 16 << 20
 
 @dataclass(slots=True)
 class _Client:
-    """One connected client: when it was last heard, and its requests that are being served."""
+    """One connected client."""
 
-    heard: float
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    heard: float  # time of its latest message
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # its running requests
 
 
 class BatchServer:
@@ -55,7 +55,7 @@ class BatchServer:
         self._sweeper: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
-        """Cancel what is being served and close the socket."""
+        """Cancel all running requests and close the socket."""
         self._loop.remove_reader(self._fd)
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -65,7 +65,7 @@ class BatchServer:
 
     # ---------------- in
     def _drain(self) -> None:
-        """ZMQ's descriptor signals edges: read until nothing is left."""
+        """Read until nothing is left: ZMQ's descriptor signals edges."""
         while True:
             try:
                 identity, *frames = self._sock.recv_multipart(zmq.NOBLOCK)
@@ -106,7 +106,7 @@ class BatchServer:
             log.exception("a batch request failed")
             status, body = 500, internal_error().body()
         self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", json.dumps(body).encode()))
-        # The descriptor signals edges, and sending may have consumed one: look for mail that arrived meanwhile.
+        # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.
         self._drain()
 
     # ---------------- out
@@ -125,7 +125,7 @@ class BatchServer:
 
     # ---------------- silence
     def _arm_sweeper(self) -> None:
-        """Only while there are clients: an idle server has no timer."""
+        """Start the timer while there are clients: an idle server has none."""
         if self._sweeper is None and self._clients:
             self._sweeper = self._loop.call_later(SILENT_SECONDS / 4, self._sweep)
 

@@ -1,12 +1,12 @@
-"""Files and batches on disk, under --data-dir.  Runs in the api process.
+"""Stores files and batches on disk, under --data-dir.  Runs in the api process.
 
-    files/ID            content, complete: written elsewhere, synced and renamed
-    files/ID.json       the file object that the API shows; without it the content is not there
+    files/ID            the content of a file, synced under another name and then renamed
+    files/ID.json       the file object that the API shows; without it the content does not count
     batches/ID.json     the batch object, replaced atomically whenever its status changes
-    batches/ID.output   answers with status 200, one JSON object a line, appended as they come
-    batches/ID.errors   the others, likewise
+    batches/ID.output   answers with status 200, one JSON object per line, appended as they come
+    batches/ID.errors   the other answers, in the same form
 
-Whatever is interrupted, a reader finds a whole object or none, and a log at worst with a torn last line, which is dropped.
+After any interruption a reader finds a complete object or none, and a log whose last line may be torn; that line is dropped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _SYNC_SECONDS = 1.0
 
 
 class Store:
-    """The directory, which belongs to one server at a time.  Raises UserError if it cannot be used."""
+    """The data directory, which one server uses at a time.  Raises UserError if it cannot be used."""
 
     def __init__(self, directory: str) -> None:
         self.root = Path(directory)
         try:
             for name in ("files", "batches"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = open(self.root / "lock", "a")  # noqa: SIM115  held as long as the server runs
+            self._lock = open(self.root / "lock", "a")  # noqa: SIM115  held while the server runs
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             self._lock.close()
@@ -44,16 +44,16 @@ class Store:
         except OSError as e:
             raise UserError(f"--data-dir {directory}: cannot be used: {e.strerror}") from e
         for room in ("files", "batches"):
-            for part in (self.root / room).glob("*.part"):  # of a server that died
+            for part in (self.root / room).glob("*.part"):  # left by a server that died
                 part.unlink()
 
     def close(self) -> None:
-        """Let others have the directory.  Idempotent."""
+        """Release the directory.  Idempotent."""
         self._lock.close()
 
     # ---------------- objects
     def save(self, room: str, value: dict[str, Any]) -> None:
-        """Write an object; after a crash either the former or this one is there."""
+        """Write an object.  After a crash either the former version is there or this one."""
         path = self.root / room / f"{value['id']}.json"
         part = path.with_suffix(".json.part")
         with open(part, "w", encoding="utf-8") as f:
@@ -85,15 +85,15 @@ class Store:
 
     # ---------------- files
     def content(self, name: str) -> Path:
-        """Where the content of a file is; `name` is the id of an object that was loaded or made here."""
+        """The path of a file's content.  `name`: the id of an object that was loaded or made here."""
         return self.root / "files" / name
 
     def new_part(self) -> Path:
-        """A place for content that is not complete yet."""
+        """A path for content that is not complete yet."""
         return self.root / "files" / f"{uuid.uuid4().hex}.part"
 
     def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
-        """Make complete content a file; returns its object.  With a `name` (its id) it may be done again after a crash."""
+        """Make complete content a file; returns its object.  With a `name`, its id, the call may be repeated after a crash."""
         name = name or new_file_id()
         if part.exists():
             with open(part, "rb") as f:
@@ -117,11 +117,11 @@ class Store:
         self.content(name).unlink(missing_ok=True)
 
     def log(self, batch: str, kind: str) -> Log:
-        """The `output` or the `errors` of a batch."""
+        """The log of a batch.  `kind`: "output" or "errors"."""
         return Log(self.log_path(batch, kind))
 
     def log_path(self, batch: str, kind: str) -> Path:
-        """Where it is."""
+        """The path of that log."""
         return self.root / "batches" / f"{batch}.{kind}"
 
     def _sync_directory(self, room: str) -> None:
@@ -133,12 +133,12 @@ class Store:
 
 
 def new_file_id() -> str:
-    """The id of a file that is to be."""
+    """The id of a new file."""
     return f"file-{uuid.uuid4().hex}"
 
 
 class Log:
-    """An append-only file of JSON lines.  Each reaches the kernel at once, and the disk in groups."""
+    """An append-only file of JSON lines.  Every line reaches the kernel at once, and the disk as part of a group."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,7 +146,7 @@ class Log:
         self._unsynced, self._synced = 0, time.monotonic()
 
     def recover(self) -> Iterator[dict[str, Any]]:
-        """The lines that are there; a torn last one is cut off."""
+        """Read all lines.  A torn last line is cut off."""
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -165,7 +165,7 @@ class Log:
             self.sync()
 
     def sync(self) -> None:
-        """To the disk."""
+        """Wait until all lines are on disk."""
         os.fdatasync(self._file.fileno())
         self._unsynced, self._synced = 0, time.monotonic()
 

@@ -1,8 +1,8 @@
-"""Batches: files of requests that the server answers by itself, in the background, whatever happens to it meanwhile.
+"""Answers batches, files of requests, in the background, across restarts and crashes of the server.
 
-One batch after another, oldest first, `WINDOW` of its requests at a time and with a lower priority than what clients wait for.
-Each answer is on disk before it counts; a server that starts again goes on with the requests that have none.  Runs in the api
-process, as one task of its event loop.
+One batch after another, oldest first, `WINDOW` of its requests at a time and with a lower priority than clients that wait.
+Every answer is written before it counts; a server that starts again continues with the requests without an answer.  Runs in
+the api process, as one task of its event loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 WINDOW = 128
-PRIORITY = -1  # of a request that does not say
+PRIORITY = -1  # the default in a batch
 MAX_LINES = 50_000
-_MAX_ERRORS = 100  # that are told of a file
+_MAX_ERRORS = 100  # reported for one file
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 _FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
-_WAIT_SECONDS = 0.2  # between looks at an engine that is not ready
+_WAIT_SECONDS = 0.2  # between two checks of an engine that is not ready
 
 
 class Batches:
-    """All batches of a data directory.  `start` once the event loop runs; `close` leaves the unfinished for the next start."""
+    """All batches of a data directory.  Call `start` once the event loop runs; `close` leaves unfinished batches for the next
+    start."""
 
     def __init__(self, store: Store, engine: Engine) -> None:
         self._store, self._engine = store, engine
@@ -54,9 +54,9 @@ class Batches:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    # ---------------- what clients ask
+    # ---------------- for clients
     def create(self, batch: dict[str, Any]) -> None:
-        """Enter a new batch, whose input file is there."""
+        """Add a new batch, whose input file exists."""
         self._store.save("batches", batch)
         self._live[batch["id"]] = batch
         self._news.set()
@@ -69,11 +69,11 @@ class Batches:
         return [self._live.get(b["id"], b) for b in self._store.all("batches")]
 
     def uses(self, file_id: str) -> bool:
-        """Whether a batch that is not finished reads this file."""
+        """Whether an unfinished batch reads this file."""
         return any(b["input_file_id"] == file_id for b in self._live.values())
 
     def cancel(self, name: str) -> dict[str, Any]:
-        """Start no more of its requests, drop those that run; what has been answered stays.  Raises RequestError."""
+        """Cancel the requests of a batch that have no answer; answers stay.  Raises RequestError."""
         batch = self.get(name)
         if batch["status"] not in ("validating", "in_progress"):
             text = f"Batch {name} cannot be cancelled: it is {batch['status']}."
@@ -97,13 +97,13 @@ class Batches:
                 try:
                     await asyncio.wait([self._current])
                 finally:
-                    if not self._current.done():  # the server ends
+                    if not self._current.done():  # the server shuts down
                         self._current.cancel()
                         await asyncio.wait([self._current])
                 self._current_id = ""
                 if not self._current.cancelled() and (error := self._current.exception()) is not None:
                     log.error("batch %s failed", batch["id"], exc_info=error)
-                    if isinstance(error, OSError):  # the disk, perhaps full: what is there stays for the next start
+                    if isinstance(error, OSError):  # the disk, perhaps full: the batch waits for the next start
                         self._live.pop(batch["id"], None)
                         continue
                     self._fail(batch, [_problem("internal_error", "The server failed while it worked on this batch.", None)])
@@ -116,38 +116,36 @@ class Batches:
     async def _serve(self, batch: dict[str, Any]) -> None:
         if batch["status"] not in ("cancelling", "finalizing"):
             try:
-                if not await self._work(batch):
-                    return
+                await self._work(batch)
             except asyncio.CancelledError:
                 if batch["status"] != "cancelling":
                     raise
-        self._finish(batch)
+        if batch["status"] != "failed":
+            self._finish(batch)
 
-    async def _work(self, batch: dict[str, Any]) -> bool:
-        """Answer what has no answer yet.  False: the batch has failed."""
+    async def _work(self, batch: dict[str, Any]) -> None:
+        """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
         path = self._store.content(batch["input_file_id"])
         requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
         if problems:
-            self._fail(batch, problems)
-            return False
+            return self._fail(batch, problems)
         if batch["status"] == "validating":
             batch["request_counts"]["total"] = len(requests)
             self._set(batch, "in_progress")
         output, errors = (self._store.log(batch["id"], kind) for kind in ("output", "errors"))
         try:
             done = await asyncio.to_thread(_recover, batch, output, errors)
-            await self._answer(batch, [r for r in requests if r[0] not in done], output, errors)
+            await self._answer(batch, [(name, body) for name, body in requests.items() if name not in done], output, errors)
         finally:
             output.close()
             errors.close()
-        return True
 
     async def _answer(self, batch: dict[str, Any], todo: list[tuple[str, dict[str, Any]]], output: Log, errors: Log) -> None:
         queue = iter(todo)
         window = max(1, min(WINDOW, self._engine.config.server.max_open_requests // 2))
 
         async def work() -> None:
-            for custom_id, body in queue:  # shared by all workers
+            for custom_id, body in queue:  # which all workers share
                 status, answer = await self._ask(batch["endpoint"], body)
                 response = {"status_code": status, "request_id": f"batch-{uuid.uuid4().hex}", "body": answer}
                 line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
@@ -163,7 +161,7 @@ class Batches:
             await asyncio.gather(*workers, return_exceptions=True)
 
     async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """(status, body) of the answer.  While the server is full or not ready, the request waits; when it ends, for ever."""
+        """(status, body) of the answer.  The request waits while the server is full or not ready."""
         while True:
             if self._engine.state != "ready":
                 await asyncio.sleep(_WAIT_SECONDS)
@@ -185,7 +183,7 @@ class Batches:
         self._live.pop(batch["id"], None)
 
     def _finish(self, batch: dict[str, Any]) -> None:
-        """The logs become files, whose ids are on disk before they do: a crash in between is finished by the next start."""
+        """Make the logs files.  Their ids are on disk first, so that the next start can finish after a crash in between."""
         cancelled = batch["status"] == "cancelling"
         parts = [(kind, key, self._store.log_path(batch["id"], kind)) for kind, key in _FILES]
         for _, key, part in parts:
@@ -201,7 +199,7 @@ class Batches:
 
 
 def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """The object of a batch that has just been asked for."""
+    """The object of a new batch."""
     return {
         "id": f"batch_{uuid.uuid4().hex}",
         "object": "batch",
@@ -219,7 +217,7 @@ def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str
 
 
 def _recover(batch: dict[str, Any], output: Log, errors: Log) -> set[str]:
-    """The ids that have an answer already; the counts are theirs."""
+    """The ids of the requests with an answer, which are also counted."""
     counts = batch["request_counts"]
     done: set[str] = set()
     for kind, file in (("completed", output), ("failed", errors)):
@@ -230,34 +228,28 @@ def _recover(batch: dict[str, Any], output: Log, errors: Log) -> set[str]:
 
 
 # ---------------- input
-def read_requests(path: Path, endpoint: str) -> tuple[list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
-    """([(custom_id, body)], what is wrong with the file).  Runs in a thread."""
-    requests: list[tuple[str, dict[str, Any]]] = []
+def read_requests(path: Path, endpoint: str) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """({custom_id: body}, problems of the file).  Runs in a thread."""
+    requests: dict[str, dict[str, Any]] = {}
     problems: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for number, line in _lines(path):
-        try:
-            custom_id, body = _parse_line(line, endpoint)
-            if custom_id in seen:
-                raise ValueError("custom_id", f"custom_id {custom_id[:80]!r} occurs twice.")
-            seen.add(custom_id)
-            requests.append((custom_id, body))
-        except ValueError as e:
-            problems.append(_problem("invalid_request", e.args[-1], number, e.args[0]))
-        if len(requests) > MAX_LINES:
-            problems.append(_problem("too_many_requests", f"The file has more than {MAX_LINES} requests.", number))
-        if len(problems) >= _MAX_ERRORS or len(requests) > MAX_LINES:
-            break
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                custom_id, body = _parse_line(line, endpoint)
+                if custom_id in requests:
+                    raise ValueError("custom_id", f"custom_id {custom_id[:80]!r} occurs twice.")
+                requests[custom_id] = body
+            except ValueError as e:
+                problems.append(_problem("invalid_request", e.args[-1], number, e.args[0]))
+            if len(requests) > MAX_LINES:
+                problems.append(_problem("too_many_requests", f"The file has more than {MAX_LINES} requests.", number))
+            if len(problems) >= _MAX_ERRORS or len(requests) > MAX_LINES:
+                break
     if not requests and not problems:
         problems.append(_problem("empty_file", "There is no request in the file.", None))
     return requests, problems
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield number, line
 
 
 def _parse_line(line: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:

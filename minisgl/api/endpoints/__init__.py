@@ -1,1 +1,1 @@
-"""One file for each shape of request and answer: OpenAI's, Anthropic's, SGLang's."""
+"""Parses the requests and renders the answers of each API dialect: OpenAI's, Anthropic's, SGLang's."""

@@ -1,6 +1,6 @@
-"""POST /v1/messages and /v1/messages/count_tokens: a chat in Anthropic's shape.  Runs in the api process.
+"""Serves POST /v1/messages and /v1/messages/count_tokens: a chat in Anthropic's format.  Runs in the api process.
 
-As in responses.py a request becomes the body of a chat.  Errors have Anthropic's shape, too (see `error_body`).
+As in responses.py, a request becomes the body of a chat and is checked as one.  Errors have Anthropic's format (`error_body`).
 """
 
 from __future__ import annotations
@@ -10,36 +10,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.anthropic_blocks import Message
-from minisgl.api.endpoints.as_chat import functions, renamed, text_of
-from minisgl.api.endpoints.openai_answers import told_timings
-from minisgl.api.endpoints.tokenize import ids_of
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
+from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.generation import StreamedAnswer
-from minisgl.api.requests import generate
-from minisgl.api.requests.fields import Fields, wrong_type
-from minisgl.api.requests.openai import CHAT_USED, ChatRequest, refuse_unsupported, unknown_fields
+from minisgl.api.requests import fields, generate
+from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
+from minisgl.api.requests.openai import HARMLESS, ChatRequest
+from minisgl.api.requests.sampling import STRINGS
 from minisgl.errors import InvalidParam
 
-_PASSED = CHAT_USED - {
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "stop",
-    "n",
-    "best_of",
-    "stream_options",
-    "logprobs",
-    "top_logprobs",
-    "response_format",
-    "reasoning_effort",
-}
-MESSAGE_FIELDS = _PASSED | {"messages", "system", "max_tokens", "stop_sequences", "thinking", "output_config", "output_format"}
-# Of a count; the other fields of a message do not count.
-COUNT_FIELDS = frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs"})
-MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
-_HARMLESS = frozenset({"metadata", "service_tier", "cache_control", "context_management", "inference_geo", "speed"})
-_NAMES = {  # fields of a chat, as they are called here
+
+def _check_messages(name: str, value: list[Any]) -> list[Any]:
+    if not value:
+        raise InvalidParam(name, f"{name} is empty: there is nothing to answer.")
+    return value
+
+
+def _check_strings(name: str, value: list[Any]) -> list[str]:
+    for item in value:
+        if not isinstance(item, str):
+            raise wrong_type(name, "an array of strings", item)
+    return value
+
+
+_SHARED = without(SHARED, "stop", "top_logprobs", "tool_choice")
+_STRINGS = fields.of_type(list, "an array of strings", _check_strings)
+MESSAGE = Fields(
+    required(messages(_check_messages, TEXT_OR_PARTS, "system", "user", "assistant")),
+    required(fields.integer("max_tokens", "Tokens of the answer, at most.", 1)),
+    fields.anything("system", "The system message: a text, or an array of text blocks."),
+    Field("stop_sequences", "The answer ends before the first of these.", STRINGS, _STRINGS),
+    fields.json_object("tool_choice", "type: auto, any, none, or tool with its name."),
+    fields.json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
+    fields.json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
+    fields.json_object("output_format", "An older name of output_config.format."),
+    *_SHARED,
+    refused("mcp_servers", []),
+    refused("container"),
+    *harmless("cache_control", "context_management", "inference_geo", "speed"),
+    *HARMLESS,
+)
+_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs")
+COUNT = Fields(
+    *(f for f in MESSAGE if f.name in _COUNTED or f.support is Support.REFUSED),
+    *harmless(*(f.name for f in MESSAGE if f.name not in _COUNTED and f.support is not Support.REFUSED)),
+)
+_NAMES = {  # fields of a chat -> their names here
     r"stop$": "stop_sequences",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
@@ -63,32 +80,26 @@ class MessageRequest:
 
 def parse_messages(engine: Engine, body: Mapping[str, Any]) -> MessageRequest:
     """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
-    fields = Fields(body)
-    if body.get("max_tokens") is None:
-        raise InvalidParam("max_tokens", "max_tokens is required.", "missing_required_parameter")
-    chat, ignored = _chat(engine, body)
-    chat["max_tokens"] = fields.integer("max_tokens", 1, (1 << 31) - 1)
-    form, form_field, unused = _format(fields)
+    values, unknown = MESSAGE.read(body)
+    chat, ignored = _chat(engine, body, values)
+    chat["max_tokens"] = values["max_tokens"]
+    chat["stop"] = stops = values.get("stop_sequences", [])
+    form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
-    stops = fields.get("stop_sequences", list, "an array of strings") or []
-    if not all(isinstance(s, str) for s in stops):
-        raise wrong_type("stop_sequences", "an array of strings", next(s for s in stops if not isinstance(s, str)))
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
-        parsed = generate.chat_request(engine, {**chat, "stop": stops})
+        parsed = generate.chat_request(engine, chat)
     if form is not None:
         parsed = replace(parsed, bound_by=form_field)
-    return MessageRequest(parsed, tuple(stops), ignored + unused)
+    return MessageRequest(parsed, tuple(stops), unknown + ignored + ignored_format)
 
 
-def _chat(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The body of a chat with what makes its prompt; names of fields that are not used."""
-    fields = Fields(body)
-    refuse_unsupported(body, MESSAGE_UNSUPPORTED)
-    chat: dict[str, Any] = {name: body[name] for name in _PASSED if name in body}
-    chat["messages"] = _conversation(body)
-    chat["tools"] = functions(fields.get("tools", list, "an array of tools"), (None, "custom"), "input_schema")
-    choice = fields.get("tool_choice", dict, "an object") or {"type": "auto"}
+def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The body of a chat with the fields that make its prompt; names of fields that are not used."""
+    chat: dict[str, Any] = passed(body, _SHARED)
+    chat["messages"] = _conversation(values["messages"], values.get("system"))
+    chat["tools"] = functions(values.get("tools", ()), (None, "custom"), "input_schema")
+    choice = values.get("tool_choice") or {"type": "auto"}
     if choice.get("type") == "tool":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
     elif choice.get("type") in _CHOICES:
@@ -97,49 +108,36 @@ def _chat(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
         raise InvalidParam("tool_choice.type", "tool_choice.type must be auto, any, tool or none.")
     if choice.get("disable_parallel_tool_use"):
         chat["parallel_tool_calls"] = False
-    ignored = unknown_fields(body, MESSAGE_FIELDS | MESSAGE_UNSUPPORTED.keys() | _HARMLESS)
-    thinking = fields.get("thinking", dict, "an object") or {}
+    thinking = values.get("thinking")
     if not thinking:
-        return chat, ignored
+        return chat, ()
     if (kind := thinking.get("type")) not in _THINKING:
         raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
     if engine.config.server.reasoning_parser:
-        given = fields.get("chat_template_kwargs", dict, "an object") or {}
-        chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **given}
-        ignored += tuple(f"thinking.{name}" for name in thinking if name != "type")  # a thought has no bounds of its own
-    elif _THINKING[kind]:
-        ignored += ("thinking",)
-    return chat, ignored
+        chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **values.get("chat_template_kwargs", {})}
+        return chat, tuple(f"thinking.{name}" for name in thinking if name != "type")  # such as a budget of its own
+    return chat, ("thinking",) if _THINKING[kind] else ()
 
 
-def _format(fields: Fields) -> tuple[dict[str, Any] | None, str, tuple[str, ...]]:
-    """`output_config.format`, in older clients `output_format`: (what a chat has for it, its name, unused names)."""
-    config = fields.get("output_config", dict, "an object") or {}
-    unused = tuple(f"output_config.{name}" for name, value in config.items() if name != "format" and value is not None)
-    given, at = config.get("format"), "output_config.format"
+def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tuple[str, ...]]:
+    """`output_config.format`, in older clients `output_format`: (the json_schema of a chat, the field's name, unused names)."""
+    ignored = unused(values, "output_config", "format")
+    given, at = values.get("output_config", {}).get("format"), "output_config.format"
     if given is None:
-        given, at = fields.get("output_format", dict, "an object"), "output_format"
+        given, at = values.get("output_format"), "output_format"
     if given is None:
-        return None, at, unused
+        return None, at, ignored
     if not isinstance(given, dict):
         raise wrong_type(at, "an object", given)
     if given.get("type") != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be json_schema.", "unsupported_value")
-    return {"schema": given.get("schema")}, at, unused
+    return {"schema": given.get("schema")}, at, ignored
 
 
-def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`system` and `messages` -> the messages of a chat."""
-    messages = body.get("messages")
-    if messages is None:
-        raise InvalidParam("messages", "messages is required.", "missing_required_parameter")
-    if not isinstance(messages, list):
-        raise wrong_type("messages", "an array of messages", messages)
-    if not messages:
-        raise InvalidParam("messages", "messages is empty: there is nothing to answer.")
-    system = body.get("system")
+def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
+    """`messages` and `system` -> the messages of a chat."""
     out = [] if system in (None, "", []) else [{"role": "system", "content": text_of(system, "system", ("text",))}]
-    for i, message in enumerate(messages):
+    for i, message in enumerate(given):
         out += _message(message, f"messages[{i}]")
     if out[-1]["role"] == "assistant":
         raise InvalidParam("messages", "the last message must be the user's: an answer cannot be begun for the model here.")
@@ -166,7 +164,7 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
         elif kind == "tool_result" and role == "user":
             text = text_of(block.get("content") or "", f"{place}.content", ("text",))
             out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
-        elif kind not in ("thinking", "redacted_thinking"):  # what the model thought earlier is not told again
+        elif kind not in ("thinking", "redacted_thinking"):  # earlier thoughts are not part of the prompt
             texts.append(text_of([block], place, ("text",)))
     if texts or calls or not out:
         answer: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
@@ -174,26 +172,17 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     return out
 
 
-async def count_tokens(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """POST /v1/messages/count_tokens: how long the prompt is.  Returns the answer and the names of unknown fields."""
-    chat, ignored = _chat(engine, body)
-    counted = {"messages", "tools", "tool_choice", "chat_template_kwargs", "model"}
+def parse_count(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
+    """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
+    values, unknown = COUNT.read(body)
+    chat, ignored = _chat(engine, body, values)
     with renamed(_NAMES):
-        [prompt] = generate.chat_request(engine, {name: chat[name] for name in counted & chat.keys()}).prompts
+        [prompt] = generate.chat_request(engine, {name: chat[name] for name in _COUNTED if name in chat}).prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
-    return {"input_tokens": len(await ids_of(engine, prompt))}, ignored
+    return TokenizerRequest(prompt, unknown + ignored)
 
 
-# ---------------- answers
-async def message(engine: Engine, request: MessageRequest) -> dict[str, Any]:
-    """The answer without a stream.  Raises RequestError."""
-    answer = Message(request.chat, request.stops, engine.config.model.eos_ids)
-    [answer.result], timings = await generate.generate(engine, request.chat)
-    answer.take(answer.result.text, end=True)
-    return {**answer.body(), "timings": told_timings([answer.result], timings)}
-
-
-async def stream(engine: Engine, request: MessageRequest) -> StreamedAnswer:
-    """The streamed answer.  Raises RequestError."""
-    return await generate.begin(engine, request.chat, Message(request.chat, request.stops, engine.config.model.eos_ids))
+async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:
+    """The length of the prompt in tokens.  Raises RequestError."""
+    return {"input_tokens": len(await ids_of(engine, request.value))}

@@ -1,4 +1,4 @@
-"""What /v1/responses and /v1/messages have in common: both become a chat.  Pure functions; run in the api process."""
+"""Converts parts of /v1/responses and /v1/messages to those of a chat.  Pure functions; run in the api process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.requests.fields import wrong_type
+from minisgl.api.requests.fields import Field, Support, without, wrong_type
+from minisgl.api.requests.openai import CHAT
 from minisgl.errors import InvalidParam
+
+# Fields of a chat that mean the same in both, and are checked with the chat that a request becomes.
+SHARED = without(
+    CHAT.having(Support.SUPPORTED),
+    *("messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs", "response_format"),
+    "reasoning_effort",
+)
+
+
+def passed(body: Mapping[str, Any], fields: Sequence[Field] = SHARED) -> dict[str, Any]:
+    """The part of a body that a chat takes unchanged."""
+    return {field.name: body[field.name] for field in fields if field.name in body}
+
+
+def unused(values: Mapping[str, Any], name: str, used: str) -> tuple[str, ...]:
+    """The names of the keys of the object in the field `name` that are not `used`."""
+    return tuple(f"{name}.{key}" for key, value in values.get(name, {}).items() if key != used and value is not None)
 
 
 def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
@@ -29,13 +47,13 @@ def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
-    """The field `tools` -> the tools of a chat.  `kinds`: what a tool's `type` may be; `schema`: its name for the parameters.
+def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
+    """The field `tools` -> the tools of a chat.  Raises InvalidParam.
 
-    Raises InvalidParam.
+    `kinds`: the allowed values of a tool's `type`.  `schema`: the name of a tool's field for the schema of its parameters.
     """
     out = []
-    for i, tool in enumerate(given or ()):
+    for i, tool in enumerate(given):
         if not isinstance(tool, dict):
             raise wrong_type(f"tools[{i}]", "an object", tool)
         if tool.get("type") not in kinds:
@@ -47,7 +65,7 @@ def functions(given: Sequence[Any] | None, kinds: Sequence[str | None], schema: 
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of a chat's fields, told of those that they came from.  `names`: regular expressions of beginnings -> names."""
+    """Renames the fields of a chat in its errors.  `names`: regular expression for the beginning of a name -> replacement."""
     try:
         yield
     except InvalidParam as e:

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the final hidden states of a prompt as one vector.  Runs in the api process."""
+"""Serves POST /v1/embeddings: pools the final hidden states of each prompt into one vector.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any
 import numpy as np
 
 from minisgl.api.engine import Engine, Prompt
-from minisgl.api.generation import whole
-from minisgl.api.requests.fields import Fields
+from minisgl.api.generation import complete
+from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, refused, required, string
 from minisgl.api.requests.generate import served_names
-from minisgl.api.requests.openai import HARMLESS, refuse_unsupported, served_model, text_prompts, unknown_fields
-from minisgl.api.requests.sampling import options
+from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
+from minisgl.api.requests.sampling import OPTIONS, options
 from minisgl.arrays import F32
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
-EMBEDDING_FIELDS = frozenset(
-    {
-        "model",
-        "input",
-        "encoding_format",
-        "dimensions",
-        "pooling",
-        "normalize",
-        "add_special_tokens",
-        "priority",
-        "timeout",
-        "cache_salt",
-    }
+EMBEDDINGS = Fields(
+    MODEL,
+    required(anything("input", "A text, token ids, or an array of either.", TEXTS)),
+    string("encoding_format", "How vectors are written.", "float", "base64"),
+    anything("dimensions", "Only so many of the vector's numbers.", {"type": "integer", "minimum": 1}),
+    string("pooling", "The last token's state, or the mean over all tokens.", "last", "mean"),
+    boolean("normalize", "Vectors have length one (default)."),
+    ADD_SPECIAL_TOKENS,
+    *OPTIONS,
+    refused("truncate_prompt_tokens"),
+    *HARMLESS,
 )
-EMBEDDING_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"truncate_prompt_tokens": ()}
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0)
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """POST /v1/embeddings, checked.  `options.pooling` says how; `dimensions`: how many of the vector's numbers are wanted."""
+    """POST /v1/embeddings, checked.
+
+    `dimensions`: the length of the vectors.  `normalize`: scale them to length one.  `options.pooling` is "last" or "mean".
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -53,42 +53,37 @@ class EmbeddingRequest:
 
 def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingRequest:
     """Check a body.  Raises RequestError: 400, or 404 for the model."""
-    fields, width = Fields(body), engine.config.model.hidden_size
-    model = served_model(fields, served_names(engine.config))
-    refuse_unsupported(body, EMBEDDING_UNSUPPORTED)
-    encoding, pooling = (fields.get(name, str, "a string") for name in ("encoding_format", "pooling"))
-    if encoding not in (None, "float", "base64"):
-        raise InvalidParam("encoding_format", "encoding_format must be float or base64.")
-    if pooling not in (None, "last", "mean"):
-        raise InvalidParam("pooling", "pooling must be last or mean.")
-    prompts = text_prompts("input", body.get("input"), add_special=fields.boolean("add_special_tokens", True))
+    values, unknown = EMBEDDINGS.read(body)
+    width = engine.config.model.hidden_size
+    model = served_model(values, served_names(engine.config))
+    prompts = text_prompts("input", values["input"], add_special=values.get("add_special_tokens", True))
     if len(prompts) > (limit := engine.config.server.max_open_requests):
         raise InvalidParam("input", f"input holds {len(prompts)} inputs; this server admits {limit} at a time.")
     return EmbeddingRequest(
         model=model,
         prompts=prompts,
-        options=replace(options(fields), pooling=pooling or "last"),
-        dimensions=fields.integer("dimensions", 1, width) or width,
-        normalize=fields.boolean("normalize", True),
-        base64=encoding == "base64",
-        ignored=unknown_fields(body, EMBEDDING_FIELDS | HARMLESS | EMBEDDING_UNSUPPORTED.keys()),
+        options=replace(options(values), pooling=values.get("pooling", "last")),
+        dimensions=check_integer("dimensions", values.get("dimensions", width), 1, width),
+        normalize=values.get("normalize", True),
+        base64=values.get("encoding_format") == "base64",
+        ignored=unknown,
     )
 
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
-    """The answer.  Raises RequestError; cancelling the caller cancels what is not computed yet."""
-    chunks, _ = await whole(engine, request.prompts, _ONE_TOKEN, request.options)
+    """The answer.  Raises RequestError.  Cancelling the caller cancels the prompts that are not computed yet."""
+    chunks, _ = await complete(engine, request.prompts, _ONE_TOKEN, request.options)
     tokens = sum(chunk.prompt_tokens for chunk in chunks)
-    data = [{"object": "embedding", "index": i, "embedding": _told(request, c.vector)} for i, c in enumerate(chunks)]
+    data = [{"object": "embedding", "index": i, "embedding": _render(request, c.vector)} for i, c in enumerate(chunks)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
 
-def _told(request: EmbeddingRequest, vector: F32 | None) -> Any:
-    """The first `dimensions` numbers, of length one if that is wanted: a list, or little-endian f32 in base64."""
+def _render(request: EmbeddingRequest, vector: F32 | None) -> Any:
+    """The first `dimensions` numbers of the vector, normalized on request: a list, or little-endian f32 in base64."""
     if vector is None or not np.isfinite(vector).all():
         text = "The model made no finite vector of this input."
-        raise RequestError(text, status=500, kind="server_error", code="numerical_error")
+        raise RequestError(text, status=500, code="numerical_error")
     vector = vector[: request.dimensions]
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if request.normalize and norm > 0:

@@ -1,45 +1,34 @@
-"""OpenAI answers: results -> JSON bodies and server-sent events.  Pure functions; run in the api process."""
+"""Renders the answers of OpenAI's chats and completions, as JSON bodies and server-sent events.
+
+Pure; runs in the api process.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from minisgl.api.engine import TokenLogprob
+from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
-from minisgl.api.parsers.reply import Part, delta
-from minisgl.api.parsers.tool_calls import Said
+from minisgl.api.parsers.reply import Reply, delta
+from minisgl.api.requests.openai import ChatRequest, GenerationRequest
+from minisgl.config import Config
 from minisgl.errors import RequestError
-from minisgl.sampling_params import Finish
 from minisgl.version import __version__
 
 FINGERPRINT = f"minisgl-{__version__}"
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What every part of one answer repeats.  `created` in seconds since 1970; `model` is the served name."""
-
-    id: str
-    created: int
-    model: str
-
-    def fields(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-        }
-
-
 def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
-    """The `usage` object, in tokens, summed over the answers of a request; each prompt, which has `n` of them, counts once."""
+    """The `usage` object: tokens, summed over all choices.  Prompt tokens are counted once per prompt, not once per choice.
+
+    `n`: choices per prompt.
+    """
     prompt = sum(r.prompt_tokens for r in results[::n])
     completion = sum(r.completion_tokens for r in results)
     return {
@@ -50,21 +39,13 @@ def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
     }
 
 
-def told_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dict[str, Any]:
-    """The `timings` object of such a request."""
-    return timings.told(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
-
-
-def _counts(results: Sequence[Result], n: int, timings: Timings, *, chat: bool) -> dict[str, Any]:
-    """What is told at the end; in a chat with the tokens of its thoughts."""
-    counts = usage(results, n)
-    if chat:
-        counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
-    return {"usage": counts, "timings": told_timings(results, timings, n)}
+def render_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dict[str, Any]:
+    """The `timings` object of a request."""
+    return timings.render(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The `logprobs` object of a chat.  A token that is less than a character has U+FFFD for text; its bytes are exact."""
+    """The `logprobs` object of a chat.  A token that ends inside a character has U+FFFD for text; its bytes are exact."""
 
     def entry(text: bytes, logprob: float | None) -> dict[str, Any]:
         return {"token": _text(text), "logprob": logprob, "bytes": list(text)}
@@ -75,10 +56,10 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], wanted: int) -> dict[str, Any]:
-    """The `logprobs` object of a completion, whose alternatives are by text: of those with the same one the likelier stays.
+def completion_logprobs(tokens: Sequence[TokenLogprob], requested: int) -> dict[str, Any]:
+    """The `logprobs` object of a completion.  Alternatives are keyed by text; the likelier of two with the same text stays.
 
-    The token itself is among them even if it is not one of the `wanted` most likely.
+    The token itself is one of the alternatives even if it is not among the `requested` most likely.
     """
     tops: list[dict[str, float] | None] = []
     for t in tokens:
@@ -90,7 +71,7 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], wanted: int) -> dict[str
     return {
         "tokens": [_text(t.text) for t in tokens],
         "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": tops if wanted else None,
+        "top_logprobs": tops if requested else None,
         "text_offset": [t.offset for t in tokens],
     }
 
@@ -99,121 +80,129 @@ def _text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-def chat_body(head: Head, results: Sequence[Result], timings: Timings) -> dict[str, Any]:
-    """The answer to a chat request that does not stream; all choices answer the same conversation."""
-    choices = [
-        {
-            "index": i,
-            "message": r.reply.message() if r.reply else {"role": "assistant", "content": r.text, "refusal": None},
-            "logprobs": None if r.logprobs is None else chat_logprobs(r.logprobs),
-            "finish_reason": r.reply.reason(r.finish) if r.reply else r.finish.reason,
-        }
-        for i, r in enumerate(results)
-    ]
-    return {**head.fields("chat.completion"), "choices": choices, **_counts(results, len(results), timings, chat=True)}
+class OpenAIAnswer:
+    """The answer to a chat or a completion; implements table.Answer.
 
-
-def completion_body(head: Head, results: Sequence[Result], n: int, wanted: int, timings: Timings) -> dict[str, Any]:
-    """The answer to a completion request that does not stream; choice i continues prompt i // n."""
-    choices = [
-        {
-            "index": i,
-            "text": r.text,
-            "logprobs": None if r.logprobs is None else completion_logprobs(r.logprobs, wanted),
-            "finish_reason": r.finish.reason,
-        }
-        for i, r in enumerate(results)
-    ]
-    return {**head.fields("text_completion"), "choices": choices, **_counts(results, n, timings, chat=False)}
-
-
-class EventStream:
-    """Renders one stream.  What its events have in common is rendered once, so an event with text costs one string escape.
-
-    Payloads are ASCII: no text of a model or a user can end a line, not even U+2028.  With `include_usage` every event but
-    the last says `"usage": null`, and the last has `"choices": []`; without it no event is without a choice.
-    `choices`: answers in all, of which `n` belong to each prompt.  `wanted`: alternatives to each token, None without logprobs.
+    The common parts of its events are rendered once, so that an event with text costs one string escape.  Payloads are ASCII:
+    no text of a model or a user can end a line, not even U+2028.  With `stream_options.include_usage` every event but the last
+    has `"usage": null`, and the last has `"choices": []`; without it every event has a choice.
     """
 
-    def __init__(
-        self, head: Head, *, chat: bool, include_usage: bool, choices: int = 1, n: int = 1, wanted: int | None = None
-    ) -> None:
-        common = _dump(head.fields("chat.completion.chunk" if chat else "text_completion"))[:-1]
-        self._chat, self._choices, self._n, self._wanted = chat, choices, n, wanted
-        self._common = b"data: " + common + b',"choices":['
-        self._choice = self._common + b'{"index":'
-        self._text = b',"delta":{"content":' if chat else b',"text":'
-        self._logprobs = (b"}" if chat else b"") + b',"logprobs":'
-        self._reason = b',"finish_reason":'
-        self._ends_with(b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n")
-        self._heads = [b"%s%d%s" % (self._choice, i, self._text) for i in range(choices)]
+    def __init__(self, config: Config, request: GenerationRequest) -> None:
+        choices = len(request.prompts) * request.n
+        self.request = request
+        self._chat = isinstance(request, ChatRequest)
+        self._fields = {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self._chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+            "system_fingerprint": FINGERPRINT,
+        }
+        self._results = [Result() for _ in range(choices)]
+        self._replies = [Reply(request.form) for _ in range(choices)] if request.form else []
+        chunk = {"object": "chat.completion.chunk"} if self._chat else {}
+        self._common = b"data: " + _dump(self._fields | chunk)[:-1] + b',"choices":['
+        self._heads = [b'%s{"index":%d' % (self._common, i) for i in range(choices)]
+        self._text = b',"delta":{"content":' if self._chat else b',"text":'
+        self._logprobs = (b"}" if self._chat else b"") + b',"logprobs":'
+        self._so_far = request.usage.so_far
+        self._set_end(b'}],"usage":null}\n\n' if request.usage.last else b"}]}\n\n")
 
-    def _ends_with(self, end: bytes) -> None:
-        self._end = end
-        self._go_on = self._logprobs + b"null" + self._reason + b"null" + end
+    # ---------------- the answer in one piece
+    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> dict[str, Any]:
+        for result, chunk in zip(self._results, chunks, strict=True):
+            result.add(chunk)
+        choices = [self._choice(i, chunk) for i, chunk in enumerate(chunks)]
+        return {**self._fields, "choices": choices, **self._counts(timings)}
 
-    def count(self, usage: Mapping[str, Any]) -> None:
-        """The events from here on tell the counts of tokens so far."""
-        self._ends_with(b'}],"usage":%s}\n\n' % _dump(usage))
+    def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        reason, logprobs = chunk.finish.reason, None
+        if self.request.params.logprobs is not None:
+            logprobs = self._render_logprobs(chunk.logprobs)
+        body: dict[str, Any] = {"text": chunk.text}
+        if self._replies:
+            reply = self._replies[index]
+            reply.feed(chunk.text, end=True)
+            body, reason = {"message": reply.message()}, reply.reason(chunk.finish)
+        elif self._chat:
+            body = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason}
 
+    def _counts(self, timings: Timings) -> dict[str, Any]:
+        """The counts at the end of an answer; in a chat also those of the thoughts."""
+        results, n = self._results, self.request.n
+        counts = usage(results, n)
+        if self._chat:
+            counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
+        return {"usage": counts, "timings": render_timings(results, timings, n)}
+
+    def _render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        requested = self.request.params.logprobs or 0
+        return chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, requested)
+
+    # ---------------- the stream
     def start(self) -> bytes:
-        """What comes before the first text: in a chat, an event for each choice that announces the role."""
+        """The events before the first text: in a chat, one for each choice that announces the role."""
         if not self._chat:
             return b""
-        role = b',"delta":{"role":"assistant","content":""' + self._go_on
-        return b"".join(b"%s%d%s" % (self._choice, i, role) for i in range(self._choices))
+        return b"".join(head + b',"delta":{"role":"assistant","content":""' + self._go_on for head in self._heads)
 
-    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-        """Text of choice `index`; nothing at all if there is none (a piece of a character or stop string is held back)."""
-        if logprobs:
-            return self._heads[index] + _string(text) + self._told(logprobs, b"null")
-        if not text:
-            return b""
-        return self._heads[index] + _string(text) + self._go_on
-
-    def finish(self, index: int, text: str, finish: Finish, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-        """The last text of choice `index` and why it ended: two events in a chat, one in a completion."""
-        reason = b'"%s"' % (finish.reason or "").encode()
+    def add(self, index: int, chunk: Chunk) -> bytes:
+        """The events of a chunk of choice `index`, none if all of its text is held back."""
+        head, result = self._heads[index], self._results[index]
+        result.add(chunk)
+        if self._so_far:
+            self._set_end(b'}],"usage":%s}\n\n' % _dump(usage([result])))
+        if not chunk.finish:
+            return self._items(index, chunk) if self._replies else self._text_event(head, chunk, None)
         if not self._chat:
-            return self._heads[index] + _string(text) + self._told(logprobs, reason)
-        end = self._logprobs + b"null" + self._reason + reason + self._end
-        return b"".join((self.text(index, text, logprobs), self._choice, b'%d,"delta":{' % index, end))
+            return self._text_event(head, chunk, chunk.finish.reason)
+        if self._replies:
+            out, reason = self._items(index, chunk), self._replies[index].reason(chunk.finish)
+        else:
+            out, reason = self._text_event(head, chunk, None), chunk.finish.reason
+        return out + head + b',"delta":{' + self._end_event((), reason)
 
-    def parts(self, index: int, parts: Sequence[Part], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-        """Parts of a chat answer that is taken apart (see replies), an event each; log probabilities go with the first."""
-        head = b'%s%d,"delta":' % (self._choice, index)
-        out = []
-        for part in parts or ([Said("")] if logprobs else []):
-            body = _dump(delta(part))[:-1]  # its brace is the end's
-            out.append(b"".join((head, body, self._told(logprobs, b"null") if logprobs else self._go_on)))
+    def end(self, timings: Timings) -> bytes:
+        if not self.request.usage.last:
+            return DONE
+        return self._common + b"]," + _dump(self._counts(timings))[1:] + b"\n\n" + DONE
+
+    def failed(self, error: RequestError) -> bytes:
+        return error_event(error) + DONE
+
+    def _set_end(self, end: bytes) -> None:
+        self._end = end
+        self._go_on = self._logprobs + b'null,"finish_reason":null' + end
+
+    def _text_event(self, head: bytes, chunk: Chunk, reason: str | None) -> bytes:
+        if not chunk.text and not chunk.logprobs and reason is None:
+            return b""
+        return head + self._text + encode_basestring_ascii(chunk.text).encode() + self._end_event(chunk.logprobs, reason)
+
+    def _items(self, index: int, chunk: Chunk) -> bytes:
+        """One event for each growth of an item; the log probabilities go with the first."""
+        head, logprobs, out = self._heads[index], chunk.logprobs, b""
+        for item, text in self._replies[index].feed(chunk.text, end=bool(chunk.finish)):
+            unclosed = _dump(delta(item, text))[:-1]  # `_end_event` has the brace
+            out += head + b',"delta":' + unclosed + self._end_event(logprobs, None)
             logprobs = ()
-        return b"".join(out)
-
-    def close(self, index: int, reason: str | None) -> bytes:
-        """Why such an answer ended."""
-        end = self._logprobs + b"null" + self._reason + _dump(reason) + self._end
-        return b'%s%d,"delta":{' % (self._choice, index) + end
-
-    def _told(self, logprobs: Sequence[TokenLogprob], reason: bytes) -> bytes:
-        """The end of an event with log probabilities."""
-        told: dict[str, Any] | None = None
         if logprobs:
-            told = chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, self._wanted or 0)
-        return b"".join((self._logprobs, _dump(told), self._reason, reason, self._end))
+            return head + self._text + b'""' + self._end_event(logprobs, None)
+        return out
 
-    def usage(self, results: Sequence[Result], timings: Timings) -> bytes:
-        """The event with the counts of tokens, if it was asked for."""
-        return self._common + b"]," + _dump(_counts(results, self._n, timings, chat=self._chat))[1:] + b"\n\n"
+    def _end_event(self, logprobs: Sequence[TokenLogprob], reason: str | None) -> bytes:
+        """The end of an event, from its log probabilities on."""
+        if not logprobs and reason is None:
+            return self._go_on
+        rendered = self._render_logprobs(logprobs) if logprobs else None
+        return b"".join((self._logprobs, _dump(rendered), b',"finish_reason":', _dump(reason), self._end))
 
 
 def error_event(error: RequestError) -> bytes:
-    """How a stream that has begun tells of its failure; `DONE` follows."""
+    """The event that reports the failure of a stream; `DONE` follows."""
     return b"data: " + _dump(error.body()) + b"\n\n"
-
-
-def _string(text: str) -> bytes:
-    """What `_dump` makes of a string, without the making of an encoder."""
-    return encode_basestring_ascii(text).encode()
 
 
 def _dump(value: Any) -> bytes:

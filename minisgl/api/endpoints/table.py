@@ -1,21 +1,28 @@
-"""The endpoints that generate, by path, for HTTP, the batch socket and /v1/batches alike.  Runs in the api process."""
+"""Lists the endpoints that answer a JSON body, for HTTP, the batch socket and /v1/batches.  Runs in the api process."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from minisgl.api.endpoints import anthropic, embeddings, openai, responses, sglang
-from minisgl.api.engine import Engine
-from minisgl.api.generation import StreamedAnswer
+from minisgl.api.endpoints import anthropic, embeddings, responses, sglang, tokenize
+from minisgl.api.endpoints.anthropic_blocks import Message
+from minisgl.api.endpoints.openai_answers import OpenAIAnswer
+from minisgl.api.endpoints.responses_items import Response
+from minisgl.api.endpoints.sglang_answers import NativeAnswer
+from minisgl.api.engine import Chunk, Engine
+from minisgl.api.generation import Events, StreamedAnswer, Timings
 from minisgl.api.requests import generate
+from minisgl.api.requests.fields import Fields
+from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest
 from minisgl.api.requests.unknown_fields import check_unknown
+from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
 
 class Checked(Protocol):
-    """What all checked requests have.  `ignored`: names of unknown fields; `stream`: whether it asks for one."""
+    """A checked request.  `ignored`: the names of its unknown fields.  `stream`: whether it asks for a stream."""
 
     @property
     def ignored(self) -> tuple[str, ...]: ...
@@ -24,19 +31,31 @@ class Checked(Protocol):
     def stream(self) -> bool: ...
 
 
+class Answer(Events, Protocol):
+    """Renders the answer to a request in one dialect, as a body or as events."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Any:
+        """The body of the answer, from one chunk for each choice."""
+
+
 R = TypeVar("R", bound=Checked)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(Generic[R]):
-    """`parse` checks a body, `answer` gives the whole answer, `stream` begins one in events.  All raise RequestError."""
+    """`parse` checks a body, `answer` gives the complete answer, `stream` begins one in events.  All raise RequestError."""
 
+    summary: str
+    fields: Fields
     parse: Callable[[Engine, Mapping[str, Any]], R]
     answer: Callable[[Engine, R], Awaitable[Any]]
     stream: Callable[[Engine, R], Awaitable[StreamedAnswer]] | None = None
 
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
-        """The answer in one piece, where there is no other.  Raises RequestError."""
+        """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
         request = self.parse(engine, body)
         check_unknown(engine.config, request.ignored)
         if request.stream:
@@ -44,12 +63,37 @@ class Endpoint(Generic[R]):
         return await self.answer(engine, request)
 
 
+def _generating(
+    summary: str, fields: Fields, parse: Callable[[Engine, Mapping[str, Any]], R], make: Callable[[Config, R], Answer]
+) -> Endpoint[R]:
+    """The endpoint of a dialect.  `make` begins the answer to a checked request."""
+
+    async def answer(engine: Engine, request: R) -> Any:
+        answer = make(engine.config, request)
+        return answer.complete(*await generate.generate(engine, answer.request))
+
+    async def stream(engine: Engine, request: R) -> StreamedAnswer:
+        answer = make(engine.config, request)
+        return await generate.begin(engine, answer.request, answer)
+
+    return Endpoint(summary, fields, parse, answer, stream)
+
+
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
-    "/v1/chat/completions": Endpoint(generate.chat_request, openai.answer, openai.stream),
-    "/v1/completions": Endpoint(openai.parse_completions, openai.answer, openai.stream),
-    "/v1/embeddings": Endpoint(embeddings.parse_embeddings, embeddings.embed),
-    "/v1/responses": Endpoint(responses.parse_responses, responses.respond, responses.stream),
-    "/v1/messages": Endpoint(anthropic.parse_messages, anthropic.message, anthropic.stream),
-    "/generate": Endpoint(sglang.parse_generate, sglang.generate, sglang.stream),
+    "/v1/chat/completions": _generating("Answer a conversation.", CHAT, generate.chat_request, OpenAIAnswer),
+    "/v1/completions": _generating("Continue texts.", COMPLETION, generate.completion_request, OpenAIAnswer),
+    "/v1/responses": _generating(
+        "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
+    ),
+    "/v1/messages": _generating("Answer, in Anthropic's shape.", anthropic.MESSAGE, anthropic.parse_messages, Message),
+    "/v1/messages/count_tokens": Endpoint(
+        "How long a prompt would be.", anthropic.COUNT, anthropic.parse_count, anthropic.count_tokens
+    ),
+    "/v1/embeddings": Endpoint("Vectors of texts.", embeddings.EMBEDDINGS, embeddings.parse_embeddings, embeddings.embed),
+    "/generate": _generating(
+        "Continue texts or token ids; the answer has the ids, too.", sglang.GENERATE, sglang.parse_generate, NativeAnswer
+    ),
+    "/tokenize": Endpoint("Text or messages to token ids.", tokenize.TOKENIZE, tokenize.parse_tokenize, tokenize.tokenize),
+    "/detokenize": Endpoint("Token ids to text.", tokenize.DETOKENIZE, tokenize.parse_detokenize, tokenize.detokenize),
 }
-BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # those that a batch may ask
+BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # for batches and the batch socket

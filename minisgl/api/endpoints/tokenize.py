@@ -1,26 +1,100 @@
-"""POST /tokenize and /detokenize, as vLLM has them: text to token ids and back, without a model.  Runs in the api process."""
+"""Serves POST /tokenize and /detokenize, as vLLM has them: text to token ids and back.  Runs in the api process."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, TakeIds, TakeText, TextPrompt
-from minisgl.api.requests.chat_prompt import chat_prompt
-from minisgl.api.requests.fields import Fields, wrong_type
+from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
+from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
+from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
 from minisgl.api.requests.generate import served_names
-from minisgl.api.requests.openai import MAX_PROMPTS, served_model, unknown_fields
-from minisgl.api.requests.sampling import token_ids
+from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
+from minisgl.api.requests.sampling import check_token_ids
 from minisgl.errors import InvalidParam, RequestError
 
-TOKENIZE_FIELDS = frozenset({"model", "prompt", "messages", "add_special_tokens", "chat_template_kwargs"})
-DETOKENIZE_FIELDS = frozenset({"model", "tokens", "skip_special_tokens"})
 T = TypeVar("T")
 
 
-async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
-    """One answer of the tokenizer.  Raises RequestError."""
+def _check_texts(name: str, value: Any) -> Any:
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if not all(isinstance(t, str) for t in texts):
+        raise wrong_type(name, "a string or an array of strings", value)
+    if len(texts) > MAX_PROMPTS:
+        raise InvalidParam(name, f"{name} holds {len(texts)} texts; one request may have {MAX_PROMPTS}.")
+    return value
+
+
+TOKENIZE = Fields(
+    MODEL,
+    Field("prompt", "A text, or several.", TEXT_OR_TEXTS, _check_texts),
+    MESSAGES,
+    TEMPLATE_KWARGS,
+    ADD_SPECIAL_TOKENS,
+    *HARMLESS,
+    either=("prompt", "messages"),
+)
+DETOKENIZE = Fields(
+    MODEL,
+    required(array("tokens", "Token ids.", {"type": "integer"}, "an array of token ids", check_token_ids)),
+    boolean("skip_special_tokens", "Special tokens have no text."),
+    *HARMLESS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRequest(Generic[T]):
+    """A checked request that needs the tokenizer alone."""
+
+    value: T
+    ignored: tuple[str, ...]
+    stream: bool = False  # never
+
+
+Prompts = tuple[list[TextPrompt | ChatPrompt], bool]  # the prompts, and whether the answer has a list for each
+
+
+def parse_tokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[Prompts]:
+    """Check a body: `prompt`, a text or several, or `messages`.  Raises RequestError: 400, or 404 for the model."""
+    values, unknown = TOKENIZE.read(body)
+    served_model(values, served_names(engine.config))
+    if "messages" in values:
+        return TokenizerRequest(([chat_prompt(values)], False), unknown)
+    given, add_special = values["prompt"], values.get("add_special_tokens", True)
+    several = isinstance(given, list)
+    return TokenizerRequest(([TextPrompt(t, add_special) for t in (given if several else [given])], several), unknown)
+
+
+async def tokenize(engine: Engine, request: TokenizerRequest[Prompts]) -> dict[str, Any]:
+    """The answer to POST /tokenize.  Raises RequestError."""
+    prompts, several = request.value
+    lists = [await ids_of(engine, prompt) for prompt in prompts]
+    tokens = lists if several else lists[0]
+    return {"tokens": tokens, "count": sum(map(len, lists)), "max_model_len": engine.config.max_context}
+
+
+def parse_detokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[tuple[tuple[int, ...], bool]]:
+    """Check a body.  Special tokens have a text unless `skip_special_tokens` is true.  Raises RequestError."""
+    values, unknown = DETOKENIZE.read(body)
+    served_model(values, served_names(engine.config))
+    return TokenizerRequest((values["tokens"], values.get("skip_special_tokens", False)), unknown)
+
+
+async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, ...], bool]]) -> dict[str, Any]:
+    """The answer to POST /detokenize.  Raises RequestError."""
+    ids, skip_special = request.value
+    return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
+
+
+async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+    """The token ids of a prompt.  Raises RequestError."""
+    return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
+
+
+async def _ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
+    """One answer of the tokenizer process.  Raises RequestError."""
     future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
     uid = start(lambda answer: None if future.done() else future.set_result(answer))
     try:
@@ -30,52 +104,3 @@ async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None
     if isinstance(answer, RequestError):
         raise answer
     return answer
-
-
-async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
-    """The token ids of a prompt.  Raises RequestError."""
-
-    def start(take: TakeIds) -> int:
-        return engine.tokenize(prompt, take)
-
-    return await ask(engine, start)
-
-
-async def tokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """POST /tokenize: `prompt`, a text or several, or `messages`.  Returns the answer and the names of unknown fields."""
-    fields = Fields(body)
-    served_model(fields, served_names(engine.config))
-    if (body.get("prompt") is None) == (body.get("messages") is None):
-        raise InvalidParam("prompt", "give either prompt or messages.", "missing_required_parameter")
-    unknown = unknown_fields(body, TOKENIZE_FIELDS)
-    tokens: Any
-    if body.get("messages") is not None:
-        tokens = await ids_of(engine, chat_prompt(body))
-        count = len(tokens)
-    else:
-        given = body["prompt"]
-        add_special = fields.boolean("add_special_tokens", True)
-        several = isinstance(given, list)
-        texts: list[Any] = given if isinstance(given, list) else [given]
-        if not all(isinstance(t, str) for t in texts):
-            raise wrong_type("prompt", "a string or an array of strings", given)
-        if len(texts) > MAX_PROMPTS:
-            raise InvalidParam("prompt", f"prompt holds {len(texts)} texts; one request may have {MAX_PROMPTS}.")
-        lists = [await ids_of(engine, TextPrompt(t, add_special)) for t in texts]
-        tokens, count = (lists if several else lists[0]), sum(map(len, lists))
-    return {"tokens": tokens, "count": count, "max_model_len": engine.config.max_context}, unknown
-
-
-async def detokenize(engine: Engine, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """POST /detokenize: `tokens`, a list of ids.  Special tokens have a text, unless `skip_special_tokens` says no."""
-    fields = Fields(body)
-    served_model(fields, served_names(engine.config))
-    given = fields.get("tokens", list, "an array of token ids")
-    if given is None:
-        raise InvalidParam("tokens", "tokens is required.", "missing_required_parameter")
-    ids, skip = token_ids("tokens", given), fields.boolean("skip_special_tokens")
-
-    def start(take: TakeText) -> int:
-        return engine.detokenize(ids, skip, take)
-
-    return {"prompt": await ask(engine, start)}, unknown_fields(body, DETOKENIZE_FIELDS)

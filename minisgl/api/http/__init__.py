@@ -1,1 +1,1 @@
-"""The HTTP side of the facade: the only room that knows aiohttp."""
+"""The HTTP server of the API: the only room that imports aiohttp, except for commands/serve.py, which runs it."""

@@ -1,12 +1,14 @@
-"""The HTTP application: routes and middlewares.  Runs in the api process, on the thread of its event loop, beside the gateway.
+"""Builds the HTTP application: routes and middlewares.
 
-What there is, with every field, is at GET /docs of a running server, and for programs at GET /openapi.json (see openapi.py).
+A running server describes its routes and fields at GET /docs, and for programs at GET /openapi.json (see openapi.py).  Runs in
+the api process, on the thread of its event loop, next to the gateway.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -14,8 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches
-from minisgl.api.endpoints import anthropic, responses
-from minisgl.api.endpoints import tokenize as tokens
+from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
@@ -29,12 +30,10 @@ from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import model_loading
 
-# For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine; compressed bodies are
-# refused, so nothing may inflate them first.
+# For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
+# refused, so aiohttp must not inflate them first.
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
 BATCHES = web.AppKey("batches", Batches)  # only with a store
-
-Small = Callable[[Engine, Mapping[str, Any]], Awaitable[tuple[dict[str, Any], tuple[str, ...]]]]
 
 
 def build_app(engine: Engine, batch_socket: str | None = None, store: Store | None = None) -> web.Application:
@@ -51,23 +50,21 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     batches = None
     if store is not None:
         batches = app[BATCHES] = Batches(store, metered)
-
-        async def start(app: web.Application) -> None:
-            app[BATCHES].start()
-
-        async def stop(app: web.Application) -> None:
-            await app[BATCHES].close()
-            store.close()
-
-        app.on_startup.append(start)
-        app.on_cleanup.append(stop)
+        app.cleanup_ctx.append(functools.partial(_run_batches, store))
     _Routes(metered, batch_socket).add_to(app.router)
     FileRoutes(metered, store, batches).add_to(app.router)
     return app
 
 
+async def _run_batches(store: Store, app: web.Application) -> AsyncIterator[None]:
+    app[BATCHES].start()
+    yield
+    await app[BATCHES].close()
+    store.close()
+
+
 def _count(engine: Metered) -> Middleware:
-    """Middleware: answers by route and status, 499 for clients that have left."""
+    """Middleware that counts answers by route and status, with 499 for clients that have left."""
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -85,7 +82,7 @@ def _count(engine: Metered) -> Middleware:
 
 
 class _Routes:
-    """The handlers.  Raised RequestErrors are rendered by the middleware."""
+    """The handlers.  The middleware renders the RequestErrors that they raise."""
 
     def __init__(self, engine: Metered, batch_socket: str | None) -> None:
         self._engine = engine
@@ -93,28 +90,27 @@ class _Routes:
         self._batch_socket = batch_socket
 
     def add_to(self, router: web.UrlDispatcher) -> None:
+        config = self._config
         for path in ENDPOINTS:
-            router.add_post(path, self.generate)
+            router.add_post(path, self.post)
         router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
-        router.add_post("/v1/messages/count_tokens", self.count_tokens)
-        router.add_get("/v1/models", self.models)
-        router.add_get("/v1/models/{name:.+}", self.model)
-        router.add_post("/tokenize", self.tokenize)
-        router.add_post("/detokenize", self.detokenize)
-        router.add_get("/tokenizer_info", self.tokenizer_info)
-        router.add_get("/health", self.health)
-        router.add_get("/ready", self.ready)
-        router.add_get("/metrics", self.metrics)
-        router.add_get("/server_info", self.server_info)
-        router.add_post("/flush_cache", self.flush_cache)
-        router.add_get("/openapi.json", self.openapi)
+        router.add_get("/v1/models", _json(lambda _: serving.list_models(config)))
+        router.add_get(
+            "/v1/models/{name:.+}", _json(lambda request: serving.retrieve_model(config, request.match_info["name"]))
+        )
+        router.add_get("/tokenizer_info", _json(self.tokenizer_info))
+        router.add_get("/server_info", _json(self.server_info))
+        router.add_post("/flush_cache", _json(self.flush_cache))
+        router.add_get("/openapi.json", _json(lambda _: openapi.document(config)))
         router.add_get("/docs", self.docs)
+        router.add_get("/health", self.state("starting", "ready", "draining"))
+        router.add_get("/ready", self.state("ready"))
+        router.add_get("/metrics", self.metrics)
 
-    # ---------------- that generate
-    async def generate(self, request: web.Request) -> web.StreamResponse:
-        """Whatever its path is for."""
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path]
-        parsed = endpoint.parse(self._engine, await self._body(request))
+        parsed = endpoint.parse(self._engine, await read_json(request, self._config.server.max_body_bytes))
         headers = ignored_header(self._config, parsed.ignored)
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(self._engine, parsed), headers)
@@ -124,56 +120,38 @@ class _Routes:
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])
 
-    # ---------------- about tokens
-    async def count_tokens(self, request: web.Request) -> web.Response:
-        return await self._small(request, anthropic.count_tokens)
-
-    async def tokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, tokens.tokenize)
-
-    async def detokenize(self, request: web.Request) -> web.Response:
-        return await self._small(request, tokens.detokenize)
-
-    async def _small(self, request: web.Request, work: Small) -> web.Response:
-        answer, unknown = await work(self._engine, await self._body(request))
-        return web.json_response(answer, headers=ignored_header(self._config, unknown))
-
-    async def tokenizer_info(self, request: web.Request) -> web.Response:
+    def tokenizer_info(self, _: web.Request) -> Any:
         if not self._engine.tokenizer_info:
             raise model_loading()
-        return web.json_response(self._engine.tokenizer_info)
+        return self._engine.tokenizer_info
 
-    # ---------------- about the server
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response(serving.list_models(self._config))
+    def server_info(self, _: web.Request) -> Any:
+        return {**serving.server_info(self._engine), "pid": os.getpid(), "batch_socket": self._batch_socket}
 
-    async def model(self, request: web.Request) -> web.Response:
-        return web.json_response(serving.retrieve_model(self._config, request.match_info["name"]))
-
-    async def health(self, request: web.Request) -> web.Response:
-        state = self._engine.state
-        return web.json_response({"status": state}, status=200 if state in ("starting", "ready", "draining") else 503)
-
-    async def ready(self, request: web.Request) -> web.Response:
-        state = self._engine.state
-        return web.json_response({"status": state}, status=200 if state == "ready" else 503)
-
-    async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._engine.render().encode(), headers={"Content-Type": CONTENT_TYPE})
-
-    async def server_info(self, request: web.Request) -> web.Response:
-        info = serving.server_info(self._engine)
-        return web.json_response({**info, "pid": os.getpid(), "batch_socket": self._batch_socket})
-
-    async def flush_cache(self, request: web.Request) -> web.Response:
+    def flush_cache(self, _: web.Request) -> Any:
         self._engine.flush_cache()
-        return web.json_response({"flushed": True})
+        return {"flushed": True}
 
-    async def openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(openapi.document(self._config))
+    def state(self, *good: str) -> Handler:
+        """A handler that reports the engine's state: with 200 for the `good` ones, 503 otherwise."""
 
-    async def docs(self, request: web.Request) -> web.Response:
+        async def handle(_: web.Request) -> web.Response:
+            state = self._engine.state
+            return web.json_response({"status": state}, status=200 if state in good else 503)
+
+        return handle
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._engine.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def docs(self, _: web.Request) -> web.Response:
         return web.Response(text=openapi.page(self._config), content_type="text/html", charset="utf-8")
 
-    async def _body(self, request: web.Request) -> dict[str, Any]:
-        return await read_json(request, self._config.server.max_body_bytes)
+
+def _json(make: Callable[[web.Request], Any]) -> Handler:
+    """A handler that answers with the JSON value that `make` returns."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response(make(request))
+
+    return handle

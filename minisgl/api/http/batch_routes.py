@@ -1,4 +1,4 @@
-"""The routes of /v1/files and /v1/batches.  Runs in the api process."""
+"""Serves /v1/files and /v1/batches: uploads, lists, and the state of batches.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -16,20 +16,29 @@ from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.engine import Engine
 from minisgl.api.http.body import body_too_large, check_encoding, read_json
-from minisgl.api.requests.fields import Fields
-from minisgl.api.requests.openai import unknown_fields
+from minisgl.api.requests.fields import Fields, json_object, required, string, without
+from minisgl.api.requests.openai import HARMLESS
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_FILE_BYTES = 200 << 20
 MAX_PAGE = 10_000
-_IDLE_SECONDS = 30.0  # between two pieces of an upload
-BATCH_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata"})
+_IDLE_SECONDS = 30.0  # limit between two pieces of an upload
+BATCH = Fields(
+    required(string("input_file_id", "An uploaded file of requests, one a line.")),
+    required(string("endpoint", "The path that all requests of the file are for.", *BATCHED)),
+    required(string("completion_window", "24h; a batch never expires here.", "24h")),
+    json_object("metadata", "Comes back with the batch."),
+    *without(HARMLESS, "metadata"),
+)
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 
 
+T = TypeVar("T")
+
+
 class FileRoutes:
-    """The handlers; without a store every one of them says how to have one."""
+    """The handlers.  Without a store all of them raise an error that says how to have one."""
 
     def __init__(self, engine: Engine, store: Store | None, batches: Batches | None) -> None:
         self._engine, self._store_or_none, self._batches_or_none = engine, store, batches
@@ -47,16 +56,11 @@ class FileRoutes:
 
     @property
     def _store(self) -> Store:
-        if self._store_or_none is None:
-            text = "This server keeps no files: start it with --data-dir DIR to have /v1/files and /v1/batches."
-            raise RequestError(text, status=404, code="no_data_dir")
-        return self._store_or_none
+        return _present(self._store_or_none)
 
     @property
     def _batches(self) -> Batches:
-        assert self._store is not None
-        assert self._batches_or_none is not None
-        return self._batches_or_none
+        return _present(self._batches_or_none)
 
     # ---------------- files
     async def upload(self, request: web.Request) -> web.Response:
@@ -69,7 +73,7 @@ class FileRoutes:
                 part.unlink()
 
     async def _receive(self, request: web.Request, part: Path) -> tuple[str, str]:
-        """The form's file into `part`; returns (filename, purpose).  Raises RequestError."""
+        """Write the form's file to `part`; returns (filename, purpose).  Raises RequestError."""
         if not request.content_type.startswith("multipart/"):
             raise RequestError("A file is sent as multipart/form-data.", code="unsupported_content_type")
         check_encoding(request)
@@ -130,20 +134,12 @@ class FileRoutes:
     async def create(self, request: web.Request) -> web.Response:
         store = self._store
         body = await read_json(request, self._engine.config.server.max_body_bytes)
-        fields = Fields(body)
-        given = {name: fields.get(name, str, "a string") for name in ("input_file_id", "endpoint", "completion_window")}
-        for name, value in given.items():
-            if value is None:
-                raise InvalidParam(name, f"{name} is required.", "missing_required_parameter")
-        if given["endpoint"] not in BATCHED:
-            raise InvalidParam("endpoint", f"endpoint must be one of {', '.join(BATCHED)}.")
-        if given["completion_window"] != "24h":
-            raise InvalidParam("completion_window", "completion_window must be 24h (a batch never expires here).")
-        source = store.load("files", given["input_file_id"], "input_file_id")
+        values, unknown = BATCH.read(body)
+        source = store.load("files", values["input_file_id"], "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
-        headers = ignored_header(self._engine.config, unknown_fields(body, BATCH_FIELDS))
-        batch = new_batch(source["id"], given["endpoint"], "24h", fields.get("metadata", dict, "an object"))
+        headers = ignored_header(self._engine.config, unknown)
+        batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
         self._batches.create(batch)
         return web.json_response(batch, headers=headers)
 
@@ -157,8 +153,15 @@ class FileRoutes:
         return web.json_response(self._batches.cancel(request.match_info["batch_id"]))
 
 
+def _present(value: T | None) -> T:
+    if value is None:
+        text = "This server keeps no files: start it with --data-dir DIR to have /v1/files and /v1/batches."
+        raise RequestError(text, status=404, code="no_data_dir")
+    return value
+
+
 def _page(request: web.Request, values: list[dict[str, Any]]) -> web.Response:
-    """A list, newest first, from behind `after`, of at most `limit`."""
+    """One page of a list, newest first: at most `limit` values after the one with the id `after`."""
     query: Mapping[str, str] = request.query
     limit = query.get("limit", "100")
     if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:6]) <= MAX_PAGE:

@@ -1,7 +1,4 @@
-"""What every HTTP handler needs: the body of a request, server-sent events, the header with ignored fields.
-
-Runs in the api process.
-"""
+"""Reads the bodies of requests, and writes streamed answers as server-sent events.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -12,23 +9,23 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from minisgl.api.generation import StreamedAnswer
-from minisgl.api.http.stream_writer import Pipe
+from minisgl.api.http.stream_writer import StreamWriter
 from minisgl.api.requests.fields import parse_json
 from minisgl.errors import RequestError
 
-_BODY_SECONDS = 30.0  # how long a client may take to send a body
+_BODY_SECONDS = 30.0  # limit for the arrival of a body
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
-    """The JSON object of a body.  Raises RequestError for what is not plain JSON, larger than `limit` bytes, or too slow."""
+    """The JSON object of a body.  Raises RequestError if it is not plain JSON, larger than `limit` bytes, or too slow."""
     if request.content_type != "application/json":
         raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
     check_encoding(request)
     if (request.content_length or 0) > limit:
         raise body_too_large(limit)
     try:
-        if request.content.is_eof():  # all of it has come with the headers
+        if request.content.is_eof():  # it arrived with the headers
             return parse_json(await request.read())
         return parse_json(await asyncio.wait_for(request.read(), _BODY_SECONDS))
     except asyncio.TimeoutError:
@@ -50,9 +47,9 @@ def body_too_large(limit: int) -> RequestError:
 
 
 async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[str, str]) -> web.StreamResponse:
-    """Answer with server-sent events, written as they come.  Closes the answer, which cancels its requests.
+    """Answer with server-sent events as the answer grows.  Closes the answer at the end, which cancels its requests.
 
-    Raises RequestError while nothing has been sent.
+    Raises RequestError as long as nothing has been sent.
     """
     try:
         first = await answer.first()
@@ -64,7 +61,7 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
         try:
             await response.prepare(request)
             await response.write(first)
-            await Pipe(request, response, answer).run()
+            await StreamWriter(request, response, answer).run()
             await response.write_eof()
         except ConnectionResetError:
             pass  # the client has left
@@ -74,7 +71,7 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
 
 
 def timing_header(answer: Any) -> dict[str, str]:
-    """Server-Timing, of a body that has `timings`."""
+    """The Server-Timing header of a body with `timings`."""
     timings = answer.get("timings") if isinstance(answer, dict) else None
     if timings is None:
         return {}

@@ -1,8 +1,4 @@
-"""Connections: who does not say what they want is shown out, who does not speak HTTP is told so.  Runs in the api process.
-
-aiohttp waits for ever for the end of a first request's headers, so that a few thousand silent connections take every file
-descriptor.  A `Door` is a connection's protocol until those headers are complete; then aiohttp's own takes its place.
-"""
+"""Closes connections whose headers do not arrive in time, and answers malformed HTTP with 400.  Runs in the api process."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Callable
-from typing import cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
@@ -24,16 +18,50 @@ HEADER_SECONDS = 30.0  # from the connection to the end of its first request's h
 _END = b"\r\n\r\n"
 
 
-class Handler(web.RequestHandler):
-    """aiohttp's protocol, but for what it does by itself about bytes that are not HTTP.
+class Connection(web.RequestHandler):
+    """aiohttp's protocol of one connection, for the `server` of an AppRunner, with two changes.
 
-    Its `handle_error` would repeat what was sent, perhaps a key, to the client and with a traceback to the log; here it is
-    OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
+    aiohttp waits without limit for the end of a first request's headers, so a few thousand silent connections would take every
+    file descriptor.  Here they have `seconds`.
+
+    aiohttp's `handle_error` repeats the bytes that are not HTTP, perhaps an API key, to the client and to the log.  Here it
+    answers with OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
     """
 
-    __slots__ = ()
+    __slots__ = ("_seconds", "_tail", "_timer")
+
+    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, **server._kwargs)
+        self._seconds = seconds
+        self._tail = b""  # the last bytes of headers that are not complete
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._too_late)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _too_late(self) -> None:
+        text = f"The request's headers did not arrive within {self._seconds:g} seconds."
+        body = json.dumps(RequestError(text, status=408, code="request_timeout").body()).encode()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if self._timer is not None:
+            if _END in (seen := self._tail + data):
+                self._timer.cancel()
+                self._timer = None
+            self._tail = seen[-3:]
         super().data_received(data)
         if self._messages and isinstance(broken := self._messages[-1][0], _ErrInfo):
             bodies = [payload for _, payload in self._messages]
@@ -42,7 +70,7 @@ class Handler(web.RequestHandler):
             for body in bodies:
                 if not body.is_eof():
                     body.set_exception(_not_http(broken.exc, broken.message or ""))
-                    body.feed_eof()  # aiohttp reads and drops the rest of a body that its handler has left: there is none
+                    body.feed_eof()  # aiohttp reads and drops the rest of an abandoned body; here it has ended
 
     def handle_error(
         self,
@@ -52,7 +80,7 @@ class Handler(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if isinstance(exc, ConnectionError):
-            raise exc  # the client has left, and aiohttp knows what to do
+            raise exc  # the client has left, and aiohttp ends the connection
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun and cannot become another")
         if status >= 500:
@@ -67,58 +95,9 @@ class Handler(web.RequestHandler):
 
 
 def _not_http(exc: BaseException | None, message: str) -> RequestError:
-    """In the parser's own words, without what it quotes."""
+    """The error in the parser's own words, without the bytes that it quotes."""
     if isinstance(exc, LineTooLong):
         return RequestError("The request's line or one of its headers is too long.", status=431, code="header_too_large")
     said = [line.strip(" :.") for line in message.partition("\n\n")[0].splitlines()] or ["it cannot be read"]
     fault = "its URL cannot be read" if isinstance(exc, InvalidURLError) else said[-1][:80]
     return RequestError(f"The request is not HTTP/1.1: {fault}.", code=NOT_HTTP)
-
-
-class Door(asyncio.Protocol):
-    """The protocol of a new connection; `make` is aiohttp's factory of protocols (`AppRunner.server`)."""
-
-    def __init__(self, make: Callable[[], web.RequestHandler], seconds: float = HEADER_SECONDS) -> None:
-        self._inner = make()
-        self._inner.__class__ = Handler  # aiohttp takes no other way to name the class that it makes
-        self._seconds = seconds
-        self._tail = b""
-        self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._late)
-        self._inner.connection_made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        seen = self._tail + data
-        self._tail = seen[-3:]
-        if _END in seen and self._timer is not None and self._transport is not None:
-            self._timer.cancel()
-            self._transport.set_protocol(self._inner)
-        self._inner.data_received(data)
-
-    def _late(self) -> None:
-        text = f"The request's headers did not arrive within {self._seconds:g} seconds."
-        body = json.dumps(RequestError(text, status=408, code="request_timeout").body()).encode()
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-            )
-            self._transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._inner.connection_lost(exc)
-
-    def eof_received(self) -> None:
-        self._inner.eof_received()
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()

@@ -1,4 +1,4 @@
-"""HTTP errors: whatever goes wrong, the client gets an OpenAI error body with a status, and an x-request-id.
+"""Turns every exception into an OpenAI error body with a status, and puts x-request-id on every answer.
 
 Runs in the api process.
 """
@@ -43,36 +43,35 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """`on_response_prepare`: x-request-id on every answer, streams included.
+    """`on_response_prepare`: sets x-request-id on every answer, streams included.
 
-    It is the caller's own if that is harmless in a header and in a log, else one made up here.
+    It is the caller's own if that is harmless in a header and in a log, otherwise a new one.
     """
     given = request.headers.get("x-request-id", "")
     response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
 
 
 def error_response(error: RequestError, request: web.Request) -> web.Response:
-    """The JSON answer for a RequestError, with Retry-After where a retry makes sense; of Anthropic's shape on their paths."""
+    """The JSON answer for a RequestError, with Retry-After where a retry makes sense; in Anthropic's format on their paths."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(error) if request.path.startswith("/v1/messages") else error.body()
     response = web.json_response(body, status=error.status, headers=headers)
     if error.code == NOT_HTTP:
-        response.force_close()  # where its body ends, and another request might begin, nobody can say
+        response.force_close()  # the end of its body, where another request might begin, is unknown
     return response
 
 
 def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
-    """What aiohttp refuses by itself: an unknown path or method above all."""
+    """The error for a request that aiohttp refuses itself, usually for its path or method."""
     if isinstance(e, web.HTTPNotFound):
         return RequestError(_unknown_path(request), status=404, code="unknown_path")
     if isinstance(e, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(e.allowed_methods))
         text = f"{request.path[:200]} does not take {request.method[:20]}; use {allowed}."
         return RequestError(text, status=405, code="method_not_allowed")
-    kind = "invalid_request_error" if e.status < 500 else "server_error"
-    return RequestError(f"{e.reason}.", status=e.status, kind=kind)
+    return RequestError(f"{e.reason}.", status=e.status)
 
 
 def _unknown_path(request: web.Request) -> str:

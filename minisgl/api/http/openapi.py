@@ -1,116 +1,49 @@
-"""GET /openapi.json and /docs: the routes and fields of the API, from the tables that requests are checked with.
+"""Describes the API at GET /openapi.json and /docs, from the declarations that requests are checked with.
 
-A field that the checks know is here, under its name; openapi_schemas says what its values are.  Runs in the api process.
+Runs in the api process.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl.api.endpoints.anthropic import COUNT_FIELDS, MESSAGE_FIELDS, MESSAGE_UNSUPPORTED
-from minisgl.api.endpoints.embeddings import EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED
-from minisgl.api.endpoints.responses import RESPONSE_FIELDS, RESPONSE_UNSUPPORTED
-from minisgl.api.endpoints.sglang import GENERATE_FIELDS
-from minisgl.api.endpoints.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
-from minisgl.api.http.batch_routes import BATCH_FIELDS, MAX_PAGE, PURPOSES
-from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR, SCHEMAS, SPECIAL, Schema, integer, nullable, string
-from minisgl.api.requests.openai import CHAT_UNSUPPORTED, CHAT_USED, COMPLETION_UNSUPPORTED, COMPLETION_USED
+from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
+from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
+from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, string
 from minisgl.config import Config
 from minisgl.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One operation.  `fields`: of its JSON body, None where it has none; `required`: those that cannot be left out, `either`:
-    those of which there must be one; `query`: of its URL; `refusals`: statuses of its errors, beside those that any may have.
-    `gives`: what a 200 is."""
+    """One operation.
+
+    `fields`: those of its JSON body, None without a body.  `query`: those of its URL.  `refusals`: statuses of its errors, in
+    addition to those that every route may have.  `gives`: content types of a 200.
+    """
 
     method: str
     path: str
     summary: str
-    fields: Iterable[str] | None = None
-    unsupported: Iterable[str] = ()
-    required: tuple[str, ...] = ()
-    either: tuple[str, ...] = ()
-    query: Mapping[str, Schema] | None = None
+    fields: Fields | None = None
+    query: tuple[Field, ...] = ()
     refusals: tuple[int, ...] = ()
     gives: tuple[str, ...] = ("application/json",)
 
 
-_BODY = (404, 408, 413)  # of what has a body: an unknown model, too slow, too large
-_ASKS = (*_BODY, 429, 503, 504)  # of what asks the engine: too many requests, not ready, timed out
+_BODY = (404, 408, 413)  # of a route with a body: an unknown model, too slow, too large
+_ENGINE = (*_BODY, 429, 503, 504)  # of a route that needs the engine: too many requests, not ready, timed out
 _STREAMS = ("application/json", "text/event-stream")
-_PAGE = {
-    "after": string("The id behind which the list begins."),
-    "limit": integer("So many at most.", 1, MAX_PAGE),
-}
+_PAGE = (string("after", "The id behind which the list begins."), integer("limit", "So many at most.", 1, MAX_PAGE))
 ROUTES = (
-    Route(
-        "post",
-        "/v1/chat/completions",
-        "Answer a conversation.",
-        CHAT_USED,
-        CHAT_UNSUPPORTED,
-        ("messages",),
-        refusals=_ASKS,
-        gives=_STREAMS,
+    *(
+        Route("post", path, e.summary, e.fields, (), _ENGINE, _STREAMS if e.stream else ("application/json",))
+        for path, e in ENDPOINTS.items()
     ),
-    Route(
-        "post",
-        "/v1/completions",
-        "Continue texts.",
-        COMPLETION_USED,
-        COMPLETION_UNSUPPORTED,
-        ("prompt",),
-        refusals=_ASKS,
-        gives=_STREAMS,
-    ),
-    Route(
-        "post",
-        "/v1/responses",
-        "Answer, in the shape of the Responses API; stateless.",
-        RESPONSE_FIELDS,
-        RESPONSE_UNSUPPORTED,
-        ("input",),
-        refusals=_ASKS,
-        gives=_STREAMS,
-    ),
-    Route(
-        "post",
-        "/v1/messages",
-        "Answer, in Anthropic's shape.",
-        MESSAGE_FIELDS,
-        MESSAGE_UNSUPPORTED,
-        ("messages", "max_tokens"),
-        refusals=_ASKS,
-        gives=_STREAMS,
-    ),
-    Route(
-        "post",
-        "/v1/messages/count_tokens",
-        "How long a prompt would be.",
-        COUNT_FIELDS,
-        MESSAGE_UNSUPPORTED,
-        ("messages",),
-        refusals=_ASKS,
-    ),
-    Route("post", "/v1/embeddings", "Vectors of texts.", EMBEDDING_FIELDS, EMBEDDING_UNSUPPORTED, ("input",), refusals=_ASKS),
-    Route(
-        "post",
-        "/generate",
-        "Continue texts or token ids; the answer has the ids, too.",
-        GENERATE_FIELDS,
-        either=("text", "input_ids"),
-        refusals=_ASKS,
-        gives=_STREAMS,
-    ),
-    Route(
-        "post", "/tokenize", "Text or messages to token ids.", TOKENIZE_FIELDS, either=("prompt", "messages"), refusals=_ASKS
-    ),
-    Route("post", "/detokenize", "Token ids to text.", DETOKENIZE_FIELDS, (), ("tokens",), refusals=_ASKS),
     Route("get", "/tokenizer_info", "Special tokens and chat template.", refusals=(503,)),
     Route("get", "/v1/models", "The names that model may have."),
     Route("get", "/v1/models/{name}", "One of them.", refusals=(404,)),
@@ -119,21 +52,13 @@ ROUTES = (
         "get",
         "/v1/files",
         "All files, newest first; purpose, after, limit.",
-        query={"purpose": string("Only those."), **_PAGE},
+        query=(string("purpose", "Only those."), *_PAGE),
         refusals=(404,),
     ),
     Route("get", "/v1/files/{file_id}", "About a file.", refusals=(404,)),
     Route("delete", "/v1/files/{file_id}", "Delete a file.", refusals=(404, 409)),
     Route("get", "/v1/files/{file_id}/content", "What is in a file.", refusals=(404,), gives=("application/octet-stream",)),
-    Route(
-        "post",
-        "/v1/batches",
-        "Answer a file of requests in the background.",
-        BATCH_FIELDS,
-        (),
-        ("input_file_id", "endpoint", "completion_window"),
-        refusals=_BODY,
-    ),
+    Route("post", "/v1/batches", "Answer a file of requests in the background.", BATCH, refusals=_BODY),
     Route("get", "/v1/batches", "All batches, newest first; after, limit.", query=_PAGE, refusals=(404,)),
     Route("get", "/v1/batches/{batch_id}", "How far a batch is.", refusals=(404,)),
     Route("post", "/v1/batches/{batch_id}/cancel", "Stop a batch; what is answered stays.", refusals=(404, 409)),
@@ -187,19 +112,23 @@ def _operation(route: Route, config: Config) -> dict[str, Any]:
         "responses": {"200": _answer(route)},
     }
     shape = "MessageError" if route.path.startswith("/v1/messages") else "Error"
-    states = route.path in ("/health", "/ready")  # whose 503 is an answer
+    states = route.path in ("/health", "/ready")  # their 503 is an answer
     for status in sorted({*_ALWAYS, *route.refusals, *((401,) if config.server.api_keys else ())}):
         schema = {"$ref": f"#/components/schemas/{shape}"} if status != 503 or not states else ANSWERS[f"get {route.path}"]
         out["responses"][str(status)] = {"description": _REFUSALS[status], "content": {"application/json": {"schema": schema}}}
     names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
     parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for n in names]
-    parameters += [{"name": n, "in": "query", "required": False, "schema": schema} for n, schema in (route.query or {}).items()]
+    parameters += [{"name": f.name, "in": "query", "required": False, "schema": _schema(f)} for f in route.query]
     if parameters:
         out["parameters"] = parameters
     if route.fields is not None:
-        out["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(route, config)}}}
+        content = {"application/json": {"schema": _body(route.fields, config)}}
+        out["requestBody"] = {"required": True, "content": content}
     elif (route.method, route.path) == ("post", "/v1/files"):
-        form = {"file": {"type": "string", "format": "binary"}, "purpose": string("What it is for.", *PURPOSES)}
+        form = {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": _schema(string("purpose", "What it is for.", *PURPOSES)),
+        }
         schema = {"type": "object", "properties": form, "required": list(form)}
         out["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     return out
@@ -213,24 +142,35 @@ def _answer(route: Route) -> dict[str, Any]:
     }
 
 
-def _field(route: Route, name: str) -> Schema:
-    return SPECIAL.get((route.path, name)) or SCHEMAS.get(name, {})
+def _schema(field: Field) -> Schema:
+    return {"description": field.doc, **field.schema}
 
 
-def _body(route: Route, config: Config) -> Schema:
-    needed = {*route.required, *route.either}
-    names = config.server.served_names or (config.model.name,)
-    properties = {n: _field(route, n) for n in sorted(route.fields or ())}
+def _nullable(schema: Schema) -> Schema:
+    """The same, or null, which means the same as leaving the field out."""
+    out = dict(schema)
+    if "type" in out:
+        out["type"] = [out["type"], "null"]
+    if "enum" in out:
+        out["enum"] = [*out["enum"], None]
+    if "oneOf" in out:
+        out["oneOf"] = [*out["oneOf"], {"type": "null"}]
+    return out
+
+
+def _body(fields: Fields, config: Config) -> Schema:
+    properties = {f.name: _schema(f) for f in sorted(fields.having(Support.SUPPORTED), key=lambda f: f.name)}
     if "model" in properties and not config.server.any_model_name:
-        properties["model"] = {**properties["model"], "enum": list(names)}
+        properties["model"]["enum"] = list(config.server.served_names or (config.model.name,))
+    needed = {*fields.required, *fields.either}
     schema: Schema = {
         "type": "object",
-        "properties": {n: field if n in needed else nullable(field) for n, field in properties.items()},
+        "properties": {name: field if name in needed else _nullable(field) for name, field in properties.items()},
     }
-    if route.required:
-        schema["required"] = list(route.required)
-    if route.either:
-        schema["oneOf"] = [{"required": [name]} for name in route.either]
+    if fields.required:
+        schema["required"] = list(fields.required)
+    if fields.either:
+        schema["oneOf"] = [{"required": [name]} for name in fields.either]
     return schema
 
 
@@ -265,24 +205,22 @@ def _page(config: Config) -> Iterator[str]:
     for route in ROUTES:
         yield f"<details><summary><b>{route.method}</b> <code>{html.escape(route.path)}</code> "
         yield f"{html.escape(route.summary)}</summary>"
-        yield from _fields(route)
+        yield from _fields(route.fields)
         yield "</details>"
     yield "</html>"
 
 
-def _fields(route: Route) -> Iterator[str]:
-    if route.fields is None:
+def _fields(fields: Fields | None) -> Iterator[str]:
+    if fields is None:
         yield "<p class=less>No fields.</p>"
         return
     yield "<table>"
-    for name in sorted(route.fields, key=lambda n: (n not in route.required, n)):
-        schema = _field(route, name)
-        kind = schema.get("type", "")
-        if "minimum" in schema or "maximum" in schema:
-            kind += f" {schema.get('minimum', '')}..{schema.get('maximum', '')}"
-        need = " (required)" if name in route.required else ""
-        text = html.escape(schema.get("description", ""))
-        yield f"<tr><td><code>{name}</code><td class=less>{html.escape(kind)}<td>{text}{need}"
+    for field in sorted(fields.having(Support.SUPPORTED), key=lambda f: (not f.required, f.name)):
+        kind = field.schema.get("type", "")
+        if "minimum" in field.schema:
+            kind += f" {field.schema['minimum']}..{field.schema.get('maximum', '')}"
+        need = " (required)" if field.required else ""
+        yield f"<tr><td><code>{field.name}</code><td class=less>{html.escape(kind)}<td>{html.escape(field.doc)}{need}"
     yield "</table>"
-    if refused := ", ".join(sorted(route.unsupported)):
+    if refused := ", ".join(sorted(field.name for field in fields.having(Support.REFUSED))):
         yield f"<p class=less>Refused, unless they ask for nothing: {refused}.</p>"

@@ -1,4 +1,4 @@
-"""From a streamed answer to its socket.  Runs in the api process, on the thread of its event loop."""
+"""Writes a streamed answer to its socket.  Runs in the api process, on the thread of its event loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from aiohttp import web
 from minisgl.api.generation import StreamedAnswer
 
 log = logging.getLogger("minisgl.api")
-_LAGGING_BYTES = 1 << 16  # that a client has not read; what it is told next waits, and arrives in one piece
+_LAGGING_BYTES = 1 << 16  # more unread bytes than this hold the stream back; then its news arrive in one piece
 
 
 class Turn:
-    """Calls back in the next turn of the loop whatever asks for it, all of it in one go: a handle of the loop for every piece
-    of every stream would be a tenth of their cost."""
+    """Batches callbacks into one call_soon per loop turn.
+
+    One handle of the event loop for every piece of every stream would make up a tenth of the cost of streaming.
+    """
 
     def __init__(self) -> None:
         self._due: list[Callable[[], None]] = []
@@ -32,18 +34,17 @@ class Turn:
         for callback in due:
             try:
                 callback()
-            except Exception:  # a bug: it costs its own stream alone
+            except Exception:  # a bug: only its own stream fails
                 log.exception("a piece of a stream could not be written")
 
 
 TURN = web.AppKey("turn", Turn)
 
 
-class Pipe:
-    """Writes the rest of an answer as it grows: from the engine's news straight to the transport, at most one piece in a turn
-    of the loop.
+class StreamWriter:
+    """Writes the rest of an answer as it grows, straight to the transport, at most one piece per turn of the event loop.
 
-    No task is woken for a piece, and none of aiohttp's own writing is run: at tens of thousands of pieces a second that is
+    No task is woken for a piece, and aiohttp's own writer is bypassed: at tens of thousands of pieces a second these would be
     most of the cost.  The response must be prepared and have been written to, so that its headers are out.
     """
 
@@ -58,7 +59,7 @@ class Pipe:
         self._soon = functools.partial(request.app[TURN].soon, self._write)
 
     async def run(self) -> None:
-        """Until all has been written.  Raises ConnectionResetError when the client has left; cancelled, it writes no more."""
+        """Write until the answer is done.  Raises ConnectionResetError when the client has left; stops when cancelled."""
         while not self._answer.done:
             self._pause = asyncio.get_running_loop().create_future()
             self._answer.listen(self._soon)
@@ -66,7 +67,7 @@ class Pipe:
             await self._request.writer.drain()
 
     def _write(self) -> None:
-        """Write what there is; wake `run` if that was all, or if the client lags."""
+        """Write the new piece; wake `run` at the end of the answer, or if the client lags."""
         transport, answer, pause = self._transport, self._answer, self._pause
         if pause is None or pause.done():
             return

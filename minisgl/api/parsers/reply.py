@@ -1,23 +1,29 @@
-"""A chat answer taken apart: thought, text and calls of tools, for answers in one piece and for streams alike.
+"""Splits the text of a chat answer into items: thoughts, text and tool calls.  Pure; runs in the api process.
 
-Runs in the api process.  Of a request that has none of this, nothing here is made.
+Every dialect of the API renders the same items, in answers of one piece and in streams.  Requests with neither thoughts nor
+tools do not need this module.
 """
 
 from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from minisgl.api.parsers.tool_calls import READERS, Argued, Called, CallReader, Piece, Said
+from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
 from minisgl.reasoning import ThoughtReader
 from minisgl.sampling_params import Finish
+
+Kind = Literal["thought", "text", "call"]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the answers to a request are made of.  `reasoning`: one of reasoning.STYLES, "" for no thoughts; `tools`: one of
-    tool_calls.READERS, "" for no calls, of functions of these `names`, several at a time if `parallel`."""
+    """What the answers to a request may contain.
+
+    `reasoning`: one of reasoning.STYLES, "" for no thoughts.  `tools`: one of tool_calls.FORMATS, "" for no calls.  `names`:
+    the functions that may be called, several of them in one answer if `parallel`.
+    """
 
     reasoning: str = ""
     tools: str = ""
@@ -28,110 +34,103 @@ class Form:
         return bool(self.reasoning or self.tools)
 
 
-WHOLE = Form()
+PLAIN = Form()  # text alone
 
 
-@dataclass(frozen=True, slots=True)
-class Thought:
-    """More of what the model thinks."""
+@dataclass(slots=True, eq=False)
+class Item:
+    """One item of an answer while it grows; the text of a call is the JSON text of its arguments.
 
-    text: str
+    `index`: its place among all items.  Calls have a `number`, their place among the calls, a `name` and a `call_id` in the
+    form that the chat template expects.
+    """
 
-
-@dataclass(slots=True)
-class Call:
-    """A call of a tool begins; its arguments, JSON text, come in pieces."""
-
+    kind: Kind
     index: int
-    id: str
-    name: str
-    arguments: list[str] = field(default_factory=list)
+    number: int = 0
+    name: str = ""
+    call_id: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
-Part = Thought | Said | Call | Argued
+Growth = tuple[Item, str]  # an item and its new text; "" only where a call begins
 
 
 class Reply:
     """One answer while it grows."""
 
     def __init__(self, form: Form) -> None:
+        self.items: list[Item] = []
         self._thoughts = ThoughtReader(form.reasoning) if form.reasoning else None
-        self._reader: CallReader | None = None
-        if form.tools:
-            self._reader = READERS[form.tools](form.names, parallel=form.parallel)
-        self._short_ids = form.tools == "mistral"  # nine characters, as its templates demand
-        self._thought: list[str] = []
-        self._said: list[str] = []
-        self._calls: list[Call] = []
+        self._format = FORMATS[form.tools] if form.tools else None
+        self._calls = CallReader(self._format, form.names, parallel=form.parallel) if self._format else None
 
-    def feed(self, text: str) -> list[Part]:
-        """The parts that more text completes."""
+    def feed(self, text: str, *, end: bool = False) -> list[Growth]:
+        """The growth that more text brings.  `end`: no more text follows."""
         thought, answer = self._thoughts.feed(text) if self._thoughts else ("", text)
-        return self._thinks(thought) + self._says(answer)
-
-    def end(self) -> list[Part]:
-        """The rest, when nothing more comes."""
-        thought, answer = self._thoughts.end() if self._thoughts else ("", "")
-        parts = self._thinks(thought) + self._says(answer)
-        return parts + (self._parts(self._reader.end()) if self._reader else [])
-
-    def reason(self, finish: Finish) -> str | None:
-        """The `finish_reason`: a call that was cut off is no call to act upon."""
-        return "tool_calls" if self._calls and finish is Finish.STOP else finish.reason
-
-    def message(self) -> dict[str, Any]:
-        """The whole `message`; both names of the thought that are in use."""
-        said: str | None = "".join(self._said)
-        if self._calls and not said:
-            said = None
-        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
-        if self._thoughts:
-            thought = "".join(self._thought) or None
-            message |= {"reasoning_content": thought, "reasoning": thought}
-        if self._calls:
-            message["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": "".join(c.arguments)}}
-                for c in self._calls
-            ]
-        return message
-
-    def _thinks(self, thought: str) -> list[Part]:
-        if not thought:
-            return []
-        self._thought.append(thought)
-        return [Thought(thought)]
-
-    def _says(self, text: str) -> list[Part]:
-        if not text:
-            return []
-        return self._parts(self._reader.feed(text) if self._reader else [Said(text)])
-
-    def _parts(self, pieces: list[Piece]) -> list[Part]:
-        out: list[Part] = []
-        for piece in pieces:
-            if isinstance(piece, Called):
-                call = Call(piece.index, self._new_id(), piece.name)
-                self._calls.append(call)
-                out.append(call)
-                continue
-            if isinstance(piece, Said):
-                self._said.append(piece.text)
-            else:
-                self._calls[piece.index].arguments.append(piece.text)
-            out.append(piece)
+        out = self._grow(thought, answer)
+        if end and self._thoughts:
+            out += self._grow(*self._thoughts.end())
+        if end and self._calls:
+            out += map(self._add, self._calls.end())
         return out
 
-    def _new_id(self) -> str:
-        return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+    def item(self, kind: Kind) -> Item:
+        """The latest item if it has this kind, otherwise a new one."""
+        if not self.items or self.items[-1].kind != kind:
+            self.items.append(Item(kind, len(self.items)))
+        return self.items[-1]
+
+    def reason(self, finish: Finish) -> str | None:
+        """The `finish_reason`.  A call that was cut off is not reported as a call to act upon."""
+        called = finish is Finish.STOP and any(item.kind == "call" for item in self.items)
+        return "tool_calls" if called else finish.reason
+
+    def message(self) -> dict[str, Any]:
+        """The complete `message` of a chat answer, the thought under both names that are in use."""
+        calls = [_call(item, item.text) for item in self.items if item.kind == "call"]
+        message: dict[str, Any] = {"role": "assistant", "content": self._joined("text"), "refusal": None}
+        if calls:
+            message["content"] = message["content"] or None
+        if self._thoughts:
+            message |= dict.fromkeys(("reasoning_content", "reasoning"), self._joined("thought") or None)
+        return message | ({"tool_calls": calls} if calls else {})
+
+    def _joined(self, kind: Kind) -> str:
+        return "".join(item.text for item in self.items if item.kind == kind)
+
+    def _grow(self, thought: str, answer: str) -> list[Growth]:
+        out = [self._append(self.item("thought"), thought)] if thought else []
+        pieces = self._calls.feed(answer) if self._calls else [Said(answer)] if answer else []
+        return [*out, *map(self._add, pieces)]
+
+    def _add(self, piece: Piece) -> Growth:
+        if not isinstance(piece, Called):
+            return self._append(self.items[-1] if isinstance(piece, Argued) else self.item("text"), piece.text)
+        assert self._format is not None
+        call_id = self._format.id_prefix + uuid.uuid4().hex[: self._format.id_length]
+        self.items.append(Item("call", len(self.items), piece.index, piece.name, call_id))
+        return self.items[-1], ""
+
+    def _append(self, item: Item, text: str) -> Growth:
+        item.texts.append(text)
+        return item, text
 
 
-def delta(part: Part) -> dict[str, Any]:
-    """The `delta` of a part of a streamed chat."""
-    if isinstance(part, Thought):
-        return {"reasoning_content": part.text, "reasoning": part.text}
-    if isinstance(part, Said):
-        return {"content": part.text}
-    if isinstance(part, Call):
-        function = {"name": part.name, "arguments": ""}
-        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
-    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+def delta(item: Item, text: str) -> dict[str, Any]:
+    """The `delta` of a streamed chat for new text of an item."""
+    if item.kind == "thought":
+        return {"reasoning_content": text, "reasoning": text}
+    if item.kind == "text":
+        return {"content": text}
+    call = {"function": {"arguments": text}} if text else _call(item, "")
+    return {"tool_calls": [{"index": item.number, **call}]}
+
+
+def _call(item: Item, arguments: str) -> dict[str, Any]:
+    return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": arguments}}

@@ -1,20 +1,20 @@
-"""Calls of tools in the text of a model, read as it grows.  Pure; runs in the api process.
+"""Reads tool calls out of the text of a model while it grows.  Pure; runs in the api process.
 
-Three ways of writing them, after the models that were taught them:
+Each way of writing calls is a row of FORMATS:
 
-    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, several one after the other     Hermes, Qwen2.5, Qwen3
-    llama3   {"name": ..., "parameters": {...}} as the whole answer, several separated by ;            Llama 3.1 and later
-    mistral  [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or name[ARGS]{...} of newer ones   Mistral
+    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, several in sequence             Hermes, Qwen2.5, Qwen3
+    llama3   {"name": ..., "parameters": {...}} as the complete answer, several separated by ;         Llama 3.1 and later
+    mistral  [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or name[ARGS]{...} in newer models Mistral
 
-A reader looks at one character after the other and never at where a piece of text ends, so the pieces that it gives for any
-split of a text join to what it gives for the whole: a stream cannot differ from an answer in one piece.  What turns out not to
-be a call is text.
+The reader advances one character at a time and never looks at where a piece of text ends.  So the pieces that it gives for
+any split of a text join to what it gives for the undivided text: a stream cannot differ from an answer in one piece.  Text
+that turns out not to be a call is passed on as text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from minisgl.api.parsers.json_scan import ObjectScan
@@ -32,7 +32,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """Call number `index` begins: the tool's name."""
+    """The beginning of call number `index`: the tool's name."""
 
     index: int
     name: str
@@ -49,122 +49,160 @@ class Argued:
 Piece = Said | Called | Argued
 
 
-def joined(pieces: Iterable[Piece]) -> tuple[str, list[tuple[str, str]]]:
-    """(text, [(name, arguments)]) of all pieces of an answer."""
-    said: list[str] = []
-    calls: list[tuple[str, str]] = []
-    for piece in pieces:
-        if isinstance(piece, Said):
-            said.append(piece.text)
-        elif isinstance(piece, Called):
-            calls.append((piece.name, ""))
-        else:
-            name, text = calls[piece.index]
-            calls[piece.index] = (name, text + piece.text)
-    return "".join(said), calls
+def _begins(text: str) -> str:
+    """A regular expression for every beginning of `text`, the empty and the complete one included."""
+    return "".join(f"(?:{re.escape(c)}" for c in text) + ")?" * len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """One way of writing calls.
+
+    `opening` comes before the first call; an answer may begin with `bare` instead.  `before` matches the text between an
+    opening and the object of the call, `between` the text between one call and the next object; both also match every
+    beginning of such a text, and their group `name` is the name of a call that has it before its object.  `closing` ends a
+    call.  `arguments`: the key of the arguments, as templates teach it.  A list of calls stands in `brackets`, its calls
+    are separated by `separator`.  `special`: the opening is a special token.  `id_length`: hexadecimal digits in the id of a
+    call, which has the prefix `id_prefix`.
+    """
+
+    opening: str
+    before: re.Pattern[str]
+    between: re.Pattern[str]
+    closing: str = ""
+    bare: str = ""
+    arguments: str = "arguments"
+    separator: str = "\n"
+    brackets: tuple[str, str] = ("", "")
+    special: bool = True
+    id_prefix: str = "call_"
+    id_length: int = 24
+
+
+_SPACES = f"[{SPACE}]*"
+_MISTRAL = rf"{_SPACES}(?:\[?{_SPACES}|(?P<name>[\w.-]+)\[ARGS\]|[\w.-]+{_begins('[ARGS]')})"
+FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": ToolFormat(
+        opening="<tool_call>",
+        before=re.compile(_SPACES),
+        between=re.compile(_SPACES + _begins("</tool_call>")),
+        closing="</tool_call>",
+        special=False,
+    ),
+    "llama3": ToolFormat(
+        opening="<|python_tag|>",
+        before=re.compile(f"[{SPACE};]*"),
+        between=re.compile(f"[{SPACE};]*" + _begins("<|python_tag|>")),
+        bare="{",
+        arguments="parameters",
+        separator="; ",
+    ),
+    "mistral": ToolFormat(
+        opening="[TOOL_CALLS]",
+        before=re.compile(_MISTRAL),
+        between=re.compile(rf"[{SPACE},\]]*(?:{_begins('[TOOL_CALLS]')}|\[TOOL_CALLS\]{_MISTRAL})"),
+        bare="[{",
+        separator=", ",
+        brackets=("[", "]"),
+        id_prefix="",
+        id_length=9,  # as its templates demand
+    ),
+}
 
 
 class CallReader:
-    """Reads one answer.  `names`: the tools there are, `parallel`: whether more than the first call is wanted."""
+    """Reads one answer.  `names`: the tools of the request.  `parallel=False` drops every call after the first."""
 
-    opening = ""
-    bare = ""  # with this an answer may begin in place of the opening
-
-    def __init__(self, names: Collection[str] = (), *, parallel: bool = True) -> None:
-        self._names, self._parallel = names, parallel
+    def __init__(self, tool_format: ToolFormat, names: Collection[str] = (), *, parallel: bool = True) -> None:
+        self._format, self._names, self._parallel = tool_format, names, parallel
+        self._opening, self._bare = tool_format.opening, tool_format.bare
         self._calls = 0
         self._state: Callable[[str, list[Piece]], None] = self._text
-        self._held = ""  # what is not yet known to be text or not: white space, the beginning of an opening, a whole call
+        self._held = ""  # characters not yet known to be text: white space, the beginning of an opening, an unnamed call
         self._began = False  # there has been text or a call
-        self._first = True  # since the opening there has been no call
-        self._between = ""  # what came since the opening or the call before
+        self._first = True  # there has been no call since the opening
+        self._between = ""  # the text since the opening or the previous call
         self._scan = ObjectScan()
-        self._told = False  # the object that is being read has proved to be a call
+        self._announced = False  # the current object has proved to be a call
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that more text completes."""
         out: list[Piece] = []
         for c in text:
             self._state(c, out)
-        return self._wanted(out)
+        return self._select(out)
 
     def end(self) -> list[Piece]:
-        """The rest, when nothing more comes."""
+        """The rest, when no more text comes."""
         behind = self._state == self._gap and not self._first  # only separators can be held there
         blank = self._calls > 0 and not self._held.strip(SPACE)
-        rest = "" if self._told or behind or blank else self._held
+        rest = "" if self._announced or behind or blank else self._held
         self._held = ""
-        return self._wanted([Said(rest)])
+        return self._select([Said(rest)])
 
-    def _wanted(self, pieces: list[Piece]) -> list[Piece]:
+    def _select(self, pieces: list[Piece]) -> list[Piece]:
         return _merged([p for p in pieces if self._parallel or isinstance(p, Said) or p.index == 0])
 
-    # ---------------- of each way of writing
-    def _leads_on(self, between: str) -> bool:
-        """Whether an object may still follow upon `between`, what stands behind the opening or (not `_first`) a call."""
-        raise NotImplementedError
+    def _match(self) -> re.Match[str] | None:
+        """The match of the text since the opening or the previous call, None if no object can follow it."""
+        pattern = self._format.before if self._first else self._format.between
+        return pattern.fullmatch(self._between)
 
-    def _closed(self, between: str) -> bool:
-        """Whether `between`, behind a call, is all of the closing."""
-        return False
-
-    def _name(self, between: str) -> str:
-        """The name of a call that has it before its object."""
-        return ""
-
-    # ---------------- states: one character each
+    # ---------------- states: each takes one character
     def _text(self, c: str, out: list[Piece]) -> None:
+        opening, bare = self._opening, self._bare
         self._held += c
         while self._held:
             core = self._held.lstrip(SPACE)
-            bare = "" if self._began else "".join(core.split())
-            if bare and bare == self.bare:
+            start = "" if self._began else "".join(core.split())
+            if start and start == bare:
                 self._first, self._between, self._state = True, bare[:-1], self._gap
                 self._held = self._held[:-1]
                 self._gap(c, out)
                 return
-            if core == self.opening:
+            if core == opening:
                 self._first, self._between, self._state = True, "", self._gap
                 return
-            if not core or self.opening.startswith(core) or (bare and self.bare.startswith(bare)):
+            if not core or opening.startswith(core) or (start and bare.startswith(start)):
                 return
             n = len(self._held) - len(core) + 1  # its white space and one character are text
             out.append(Said(self._held[:n]))
             self._began, self._held = True, self._held[n:]
 
     def _gap(self, c: str, out: list[Piece]) -> None:
-        """Behind an opening or a call."""
-        if c == "{" and self._leads_on(self._between):
-            self._scan, self._state = ObjectScan(self._name(self._between)), self._object
+        """Between an opening or a call and the next object."""
+        if c == "{" and (match := self._match()):
+            self._scan, self._state = ObjectScan(match.groupdict().get("name") or ""), self._object
             self._object(c, out)
             return
         self._held += c
         self._between += c
-        if not self._first and self._closed(self._between):
+        closing = self._format.closing
+        if closing and not self._first and self._between.lstrip(SPACE) == closing:
             self._held, self._state = "", self._text
-        elif len(self._between) > MAX_BETWEEN or not self._leads_on(self._between):
+        elif len(self._between) > MAX_BETWEEN or not self._match():
             self._give_up(out)
 
     def _object(self, c: str, out: list[Piece]) -> None:
         scan = self._scan
         self._held += c
         argued = scan.feed(c)
-        if scan.named and not self._told:
-            if self.bare == "{" and scan.name not in self._names:  # JSON, but no call
+        if scan.named and not self._announced:
+            if self._bare == "{" and scan.name not in self._names:  # JSON for the user, not a call
                 scan.failed = True
             else:
-                self._told = self._began = True
+                self._announced = self._began = True
                 out.append(Called(self._calls, scan.name))
                 self._calls += 1
-        if argued and self._told:
+        if argued and self._announced:
             out.append(Argued(self._calls - 1, argued))
-        if self._told and (scan.done or scan.failed):  # what has been told cannot be taken back
-            self._held, self._between, self._first, self._told, self._state = "", "", False, False, self._gap
+        if self._announced and (scan.done or scan.failed):  # pieces that went out cannot be taken back
+            self._held, self._between, self._first, self._announced, self._state = "", "", False, False, self._gap
         elif scan.done or scan.failed:
             self._give_up(out)
 
     def _give_up(self, out: list[Piece]) -> None:
-        """It is text after all, one character of it at least; what follows that may still open something."""
+        """Pass the first held character on as text and read the others again: they may still open a call."""
         text, self._held, self._state = self._held, "", self._text
         if not self._first:  # white space and separators behind a call
             text = text.lstrip(SPACE)
@@ -174,67 +212,15 @@ class CallReader:
             self._state(c, out)
 
 
-class Hermes(CallReader):
-    """See the module's table."""
-
-    opening = "<tool_call>"
-    closing = "</tool_call>"
-
-    def _leads_on(self, between: str) -> bool:
-        rest = between.lstrip(SPACE)
-        return not rest or (not self._first and self.closing.startswith(rest))
-
-    def _closed(self, between: str) -> bool:
-        return between.lstrip(SPACE) == self.closing
-
-
-class Llama3(CallReader):
-    """See the module's table."""
-
-    opening = "<|python_tag|>"
-    bare = "{"
-
-    def _leads_on(self, between: str) -> bool:
-        rest = between.lstrip(SPACE + ";")
-        return not rest or (not self._first and self.opening.startswith(rest)) or rest == self.opening
-
-
-class Mistral(CallReader):
-    """See the module's table."""
-
-    opening = "[TOOL_CALLS]"
-    bare = "[{"
-    _FIRST = re.compile(r"\[?[ \n\t\r]*|[\w.-]+(\[(A(R(G(S(\])?)?)?)?)?)?")
-
-    def _leads_on(self, between: str) -> bool:
-        if not self._first:
-            between = between.lstrip(SPACE + ",]")
-            if not between or self.opening.startswith(between):
-                return True
-            if not between.startswith(self.opening):
-                return False
-            between = between.removeprefix(self.opening)
-        return self._FIRST.fullmatch(between.lstrip(SPACE)) is not None
-
-    def _name(self, between: str) -> str:
-        head, args, _ = between.lstrip(SPACE + ",]").removeprefix(self.opening).partition("[ARGS]")
-        return head.strip(SPACE) if args else ""
-
-
-READERS: Mapping[str, type[CallReader]] = {"hermes": Hermes, "llama3": Llama3, "mistral": Mistral}
-
-
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of a kind in one piece."""
+    """Join neighbours of the same kind."""
     out: list[Piece] = []
     for piece in pieces:
         last = out[-1] if out else None
         if isinstance(piece, Said) and isinstance(last, Said):
             out[-1] = Said(last.text + piece.text)
-        elif isinstance(piece, Argued) and isinstance(last, Argued) and last.index == piece.index:
-            out[-1] = Argued(last.index, last.text + piece.text)
-        elif not isinstance(piece, Called) and not piece.text:
-            continue
-        else:
+        elif isinstance(piece, Argued) and isinstance(last, Argued):
+            out[-1] = Argued(piece.index, last.text + piece.text)
+        elif isinstance(piece, Called) or piece.text:
             out.append(piece)
     return out

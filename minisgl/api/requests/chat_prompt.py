@@ -1,7 +1,7 @@
-"""The `messages` of a chat request: checked, and packed for the tokenizer process.  Pure functions; run in the api process.
+"""Checks the `messages` of a chat request and packs them for the tokenizer process, which renders the chat template.
 
-Only what a chat template reads is passed on, so nothing a client invents reaches the template, and the depth of what does is
-bounded here.
+Only the fields that chat templates read are passed on, with bounded depth, so a client cannot smuggle others into a template.
+Pure functions; run in the api process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.api.engine import ChatPrompt
-from minisgl.api.requests.fields import function_of, json_type, loads, wrong_type
+from minisgl.api.requests.fields import (
+    Check,
+    Field,
+    Schema,
+    function_of,
+    json_object,
+    json_type,
+    loads,
+    missing,
+    of_type,
+    wrong_type,
+)
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_MESSAGES = 4096
@@ -20,48 +31,27 @@ MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_KWARGS = 32
 MAX_DEPTH = 32  # of tool-call arguments
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on as they are
-# Names that a template gets from the server, or that mean something to the template engine: not a request's to set.
-_RESERVED = frozenset(
-    {
-        "messages",
-        "conversation",
-        "chat_template",
-        "tools",
-        "documents",
-        "tokenize",
-        "add_generation_prompt",
-        "continue_final_message",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    }
-)
+_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on unchanged
+# Names that a request cannot set: the server's own for a template, and those with a meaning to transformers.
+_RESERVED = {"messages", "conversation", "chat_template", "tools", "documents", "add_generation_prompt"} | {
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 
-def chat_prompt(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
-    """`messages` and `chat_template_kwargs` of a request, and its `tools` -> what the tokenizer process renders.
-
-    Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects, since
-    that is what chat templates expect.  Raises InvalidParam.
-    """
-    messages = body.get("messages")
-    if messages is None:
-        raise InvalidParam("messages", "messages is required.", "missing_required_parameter")
-    if not isinstance(messages, list):
-        raise wrong_type("messages", "an array of messages", messages)
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidParam("messages", f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}.")
-    kwargs = _template_kwargs(body.get("chat_template_kwargs"))
-    payload = {
-        "messages": [_message(m, f"messages[{i}]") for i, m in enumerate(messages)],
-        "kwargs": {**kwargs, "tools": list(tools)} if tools else kwargs,
-    }
+def chat_prompt(values: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+    """The values of `messages` and `chat_template_kwargs` of a request, and its tools -> a prompt."""
+    kwargs = values.get("chat_template_kwargs", {})
+    payload = {"messages": values["messages"], "kwargs": {**kwargs, "tools": list(tools)} if tools else kwargs}
     return ChatPrompt(json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _check_messages(at: str, value: list[Any]) -> list[dict[str, Any]]:
+    """Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects: the
+    form that chat templates expect."""
+    if not 1 <= len(value) <= MAX_MESSAGES:
+        raise InvalidParam(at, f"{at} must hold 1 to {MAX_MESSAGES} messages, not {len(value)}.")
+    return [_message(m, f"{at}[{i}]") for i, m in enumerate(value)]
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:
@@ -74,8 +64,8 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     calls = _tool_calls(message.get("tool_calls"), f"{at}.tool_calls") if role == "assistant" else []
     content = message.get("content")
     if content is None and not calls:
-        raise InvalidParam(f"{at}.content", f"{at}.content is required.", "missing_required_parameter")
-    out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates join it with strings
+        raise missing(f"{at}.content")
+    out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates concatenate it
     if calls:
         out["tool_calls"] = calls
     for name in _STRINGS:
@@ -143,26 +133,21 @@ def _shallow(value: Any, depth: int) -> bool:
     return depth > 0 and all(_shallow(v, depth - 1) for v in inner)
 
 
-def _template_kwargs(kwargs: Any) -> dict[str, Any]:
+def _check_template_kwargs(at: str, value: dict[str, Any]) -> dict[str, Any]:
     """Switches such as {"enable_thinking": false}: plain values under names that the server does not use itself."""
-    at = "chat_template_kwargs"
-    if kwargs is None:
-        return {}
-    if not isinstance(kwargs, dict):
-        raise wrong_type(at, "an object", kwargs)
-    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+    if len(value) > MAX_TEMPLATE_KWARGS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_TEMPLATE_KWARGS} values.")
-    for name, value in kwargs.items():
+    for name, switch in value.items():
         if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
             raise InvalidParam(at, f"{at} may only hold names that a template defines itself, not {name[:40]!r}.")
-        if isinstance(value, (dict, list)):
+        if isinstance(switch, (dict, list)):
             raise InvalidParam(at, f"the values of {at} must be strings, numbers, booleans or null.", "invalid_type")
-    return kwargs
+    return value
 
 
 def _required(fields: dict[str, Any], name: str, at: str) -> str:
     if fields.get(name) is None:
-        raise InvalidParam(f"{at}.{name}", f"{at}.{name} is required.", "missing_required_parameter")
+        raise missing(f"{at}.{name}")
     return _string(fields[name], f"{at}.{name}")
 
 
@@ -170,3 +155,18 @@ def _string(value: Any, at: str) -> str:
     if not isinstance(value, str):
         raise wrong_type(at, "a string", value)
     return value
+
+
+# ---------------- declarations
+TEXT_OR_PARTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+
+
+def messages(check: Check, content: Schema, *roles: str) -> Field:
+    """The declaration of `messages`."""
+    item = {"role": {"enum": list(roles)}, "content": content}
+    schema = {"type": "array", "minItems": 1, "items": {"type": "object", "required": list(item), "properties": item}}
+    return Field("messages", "The conversation, oldest first.", schema, of_type(list, "an array of messages", check))
+
+
+MESSAGES = messages(_check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
+TEMPLATE_KWARGS = json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs)

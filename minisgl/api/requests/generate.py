@@ -1,4 +1,4 @@
-"""What all endpoints that generate share: a checked request in, its generation out; and what is told of the server itself.
+"""Starts the generation of a checked request, and reports the models and the state of the server.
 
 Runs in the api process, on the thread of its event loop.
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, Result, StreamedAnswer, Timings, whole
-from minisgl.api.requests.openai import ChatRequest, GenerationRequest, parse_chat, unknown_model
+from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
+from minisgl.api.requests import openai
+from minisgl.api.requests.openai import ChatRequest, CompletionRequest, GenerationRequest
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_SEED, SamplingParams
@@ -27,25 +28,19 @@ def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
     """The body of POST /v1/chat/completions, for the model that is served.  Raises RequestError."""
     config, server = engine.config, engine.config.server
     styles = (server.tool_call_parser, server.reasoning_parser)
-    return parse_chat(body, served_names(config), config.sampling_defaults, *styles)
+    return openai.parse_chat(body, served_names(config), config.sampling_defaults, *styles)
 
 
-async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Result], Timings]:
-    """The answers to all choices.  Raises RequestError; cancelling the caller cancels the request."""
-    chunks, timings = await generate_chunks(engine, request)
-    results = []
-    for chunk in chunks:
-        result = Result(chunk.text, logprobs=None if request.params.logprobs is None else list(chunk.logprobs))
-        result.add(chunk)
-        results.append(result)
-    return results, timings
+def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
+    """The body of POST /v1/completions, for the model that is served.  Raises RequestError."""
+    return openai.parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
-async def generate_chunks(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
-    """The same, as the engine tells it: one chunk for each choice."""
+async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
+    """The answers to all choices, one chunk for each.  Raises RequestError; cancelling the caller cancels the request."""
     _check_size(engine, request)
     await _check_grammar(request)
-    return await whole(engine, *_choices(request), request.options)
+    return await complete(engine, *_choices(request), request.options)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
@@ -56,7 +51,7 @@ async def begin(engine: Engine, request: GenerationRequest, events: Events) -> S
 
 
 def _check_size(engine: Engine, request: GenerationRequest) -> None:
-    """More prompts than the server ever admits would be told to try again, for ever."""
+    """Refuse more prompts than the server ever admits: its answer "try again" would never come true.  Raises InvalidParam."""
     limit = engine.config.server.max_open_requests
     if len(request.prompts) > limit:
         raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
@@ -65,20 +60,20 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
 
 
 async def _check_grammar(request: GenerationRequest) -> None:
-    """Beside the event loop: reading a large grammar takes a while.  Raises InvalidParam."""
+    """Check the grammar in a thread, because a large one would block the event loop.  Raises InvalidParam."""
     if request.params.grammar:
         await asyncio.to_thread(grammar.check, request.params.grammar, request.bound_by)
 
 
 def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The prompt and the parameters of every choice.  The n answers to a prompt have n seeds, the first the one given."""
+    """The prompt and the parameters of every choice.  The n answers to a prompt have n seeds, beginning with the request's."""
     p, n = request.params, request.n
     each = [p] * n if p.seed is None else [replace(p, seed=_next_seed(p.seed, i)) for i in range(n)]
     return [prompt for prompt in request.prompts for _ in range(n)], each * len(request.prompts)
 
 
 def _next_seed(seed: int, i: int) -> int:
-    """The i-th seed after `seed`, from the largest on to the smallest."""
+    """The i-th seed after `seed`; the smallest follows the largest."""
     return (seed + i + MAX_SEED) % (2 * MAX_SEED + 1) - MAX_SEED
 
 
@@ -90,7 +85,7 @@ def served_names(config: Config) -> tuple[str, ...]:
 
 
 class AnyName(tuple[str, ...]):
-    """Names that have every other among them (--any-model-name)."""
+    """Accepts any model name (--any-model-name)."""
 
     __slots__ = ()
 
@@ -106,7 +101,7 @@ def list_models(config: Config) -> dict[str, Any]:
 def retrieve_model(config: Config, name: str) -> dict[str, Any]:
     """GET /v1/models/{name}.  Raises RequestError (404)."""
     if name not in served_names(config):
-        raise unknown_model(name, served_names(config))
+        raise openai.unknown_model(name, served_names(config))
     return _model(config, name)
 
 
@@ -122,7 +117,7 @@ def _model(config: Config, name: str) -> dict[str, Any]:
 
 
 def server_info(engine: Engine) -> dict[str, Any]:
-    """GET /server_info, without what only the transport knows."""
+    """GET /server_info, without the fields that only the HTTP server knows."""
     config = engine.config
     return {
         "version": __version__,

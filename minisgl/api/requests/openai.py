@@ -1,121 +1,98 @@
-"""OpenAI request bodies: JSON -> checked, typed values.  Pure functions; run in the api process.
+"""Checks the bodies of POST /v1/chat/completions and /v1/completions, and turns them into typed requests.
 
-A field is handled in one of four ways, and the tables below say which:
-
-    used         it becomes part of the prompt or of the SamplingParams
-    harmless     it cannot change the answer (bookkeeping, cache hints): accepted, nothing happens
-    unsupported  it would change the answer, so anything but its neutral value is refused (`unsupported_parameter`)
-    unknown      accepted, and its name is reported in the X-Ignored-Params header
-
-`null` means the same as leaving the field out, everywhere.  Every refusal is a RequestError whose `param` is the field.
+The declarations say how each field is treated (see fields.py).  Pure functions; run in the api process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
-from minisgl.api.parsers.reply import WHOLE, Form
-from minisgl.api.requests import structured_output
-from minisgl.api.requests.chat_prompt import chat_prompt
-from minisgl.api.requests.fields import Fields, parse_json, wrong_type
-from minisgl.api.requests.sampling import chat_logprobs, choices, completion_logprobs, options, sampling, token_ids
+from minisgl.api.parsers.reply import PLAIN, Form
+from minisgl.api.parsers.tool_calls import FORMATS
+from minisgl.api.requests import fields, sampling, structured_output, tools
+from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
+from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
+from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
-from minisgl.api.requests.tools import tools
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of thinking
-MAX_PROMPTS = 1024  # of one completion request
+MAX_PROMPTS = 1024  # in one completion request
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of reasoning
+_USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
-HARMLESS = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prediction",  # makes an answer faster elsewhere, never different
-    }
+
+# ---------------- declarations
+MODEL = fields.string("model", "One of the names in /v1/models; may be left out.")
+STREAM = fields.boolean("stream", "Answer with server-sent events.")
+ADD_SPECIAL_TOKENS = fields.boolean("add_special_tokens", "The tokenizer adds its own, such as BOS.")
+_TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
+TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+TEXTS: Schema = {"oneOf": [*TEXT_OR_TEXTS["oneOf"], _TOKENS, {"type": "array", "items": _TOKENS}]}  # see text_prompts
+HARMLESS = fields.harmless(
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    "prediction",  # makes an answer faster elsewhere, never different
 )
-_USED = frozenset(
-    {
-        "model",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "skip_special_tokens",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "min_tokens",
-        "logprobs",
-        "n",
-        "best_of",
-        "stream",
+_COMMON = (
+    MODEL,
+    *sampling.SAMPLING,
+    *structured_output.FIELDS,
+    *sampling.CHOICES,
+    STREAM,
+    fields.json_object(
         "stream_options",
-        "priority",
-        "timeout",
-        "cache_salt",
-    }
+        "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
+    ),
+    *OPTIONS,
+    refused("length_penalty", 1),
+    refused("use_beam_search", False),
+    refused("bad_words", []),
+    refused("include_stop_str_in_output", False),
+    refused("prompt_logprobs"),
+    refused("truncate_prompt_tokens"),
+    *HARMLESS,
 )
-CHAT_USED = (
-    _USED
-    | structured_output.USED
-    | {"messages", "chat_template_kwargs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"}
+CHAT = Fields(
+    fields.required(MESSAGES),
+    TEMPLATE_KWARGS,
+    *sampling.length(1),
+    *sampling.CHAT_LOGPROBS,
+    *tools.FIELDS,
+    fields.string("reasoning_effort", "Whether a model that thinks does so; its template may know degrees.", *_EFFORTS),
+    refused("echo", False),
+    refused("functions", []),
+    refused("function_call", "none", "auto"),
+    refused("modalities", ["text"], []),
+    refused("audio"),
+    refused("verbosity", "medium"),
+    refused("web_search_options"),
+    refused("chat_template"),  # templates come with the model, never from a request
+    refused("documents", []),
+    refused("add_generation_prompt", True),
+    refused("continue_final_message", False),
+    refused("add_special_tokens", False),
+    *_COMMON,
 )
-COMPLETION_USED = _USED | structured_output.USED | {"prompt", "add_special_tokens", "echo"}
-
-# Field -> the values that ask for nothing.  null always does.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
-}
-CHAT_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    **_UNSUPPORTED,
-    "echo": (False,),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"], []),
-    "audio": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "chat_template": (),  # templates come with the model, never from a request
-    "documents": ([],),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-}
-COMPLETION_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    **_UNSUPPORTED,
-    "suffix": ("",),
-}
+COMPLETION = Fields(
+    fields.required(fields.anything("prompt", "A text, token ids, or an array of either.", TEXTS)),
+    ADD_SPECIAL_TOKENS,
+    *sampling.length(0),
+    sampling.COMPLETION_LOGPROBS,
+    fields.boolean("echo", "The prompt stands before the answer."),
+    refused("suffix", ""),
+    *_COMMON,
+)
 
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "parse_chat", "parse_completion", "parse_json"]
-
-
+# ---------------- requests
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Which counts of tokens a stream tells: those of the whole in a last event, those so far in every event."""
+    """The token counts that a stream reports: the totals in a `last` event, the counts `so_far` in every event."""
 
     last: bool = False
     so_far: bool = False
@@ -123,11 +100,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the two endpoints have in common.
+    """The part that all requests for text have in common.
 
-    `model` is the served name to report; `n` the number of answers to each prompt; `usage` the counts of tokens that a stream
-    tells; `ignored` are unknown field names; `bound_by` is the field to which params.grammar is due, `form` what an answer is
-    taken apart into.
+    `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of unknown fields.
+    `bound_by`: the field that prescribes params.grammar.  `form`: how an answer is parsed.
     """
 
     model: str
@@ -139,7 +115,7 @@ class GenerationRequest:
     usage: Usage
     ignored: tuple[str, ...]
     bound_by: str = ""
-    form: Form = WHOLE
+    form: Form = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +129,8 @@ class CompletionRequest(GenerationRequest):
 
 
 _NONE: Mapping[str, Any] = {}
-_USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
 
-# ---------------- requests
 def parse_chat(
     body: Mapping[str, Any],
     served: Sequence[str],
@@ -164,62 +138,61 @@ def parse_chat(
     tool_style: str = "",
     reasoning_style: str = "",
 ) -> ChatRequest:
-    """Check the body of POST /v1/chat/completions.  `served`: the names this server answers to, the main one first.
+    """Check the body of POST /v1/chat/completions.
 
-    `defaults`: sampling parameters that hold where the body has none.  `tool_style`, `reasoning_style`: how the model writes
-    calls of tools and thoughts, "" where it does not.  Without `max_tokens` the answer may go on to the end of the context.
-    Raises RequestError: 400, or 404 for the model.
+    `served`: the names that this server answers to, the main one first.  `defaults`: sampling parameters for fields that the
+    body does not have.  `tool_style`, `reasoning_style`: how the model writes tool calls and thoughts, "" if it does not.
+    Without `max_tokens` the answer may go on to the end of the context.  Raises RequestError: 400, or 404 for the model.
     """
-    fields = Fields(body)
-    model = served_model(fields, served)
-    refuse_unsupported(body, CHAT_UNSUPPORTED)
-    stream, usage, ignored = _stream(fields)
-    switches, unheeded = _template_switches(fields, reasoning_style)
-    body, ignored = {**body, "chat_template_kwargs": switches}, ignored + unheeded
-    offered = tools(fields, tool_style)
-    bound = constraint(fields)
-    if offered.must and bound.grammar:
-        text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
-        raise InvalidParam(bound.field, text)
-    if offered.must:
-        bound = Constraint(offered.grammar, "tools")
-    elif offered.given and bound.grammar:  # an answer of that form, or calls
-        bound = Constraint(grammar.either(bound.grammar, offered.grammar), bound.field)
-    text = _behind_thought(bound.grammar, reasoning_style)
-    params = sampling(fields, None, defaults, logprobs=chat_logprobs(fields), grammar=text)
-    if offered.style in ("llama3", "mistral"):  # whose calls begin with a special token
+    values, unknown = CHAT.read(body)
+    model = served_model(values, served)
+    usage, unknown_options = _usage(values)
+    unheeded = _apply_effort(values, reasoning_style)
+    offered = tools.read(values, tool_style)
+    bound = _chat_constraint(constraint(values), offered)
+    text = bound.grammar
+    if text and reasoning_style:  # the model may think before its answer is constrained
+        text = grammar.after_thought(text, begun=reasoning_style == "deepseek_r1")
+    params = sampling.params(values, None, defaults, logprobs=sampling.chat_logprobs(values), grammar=text)
+    if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,
-        prompts=(chat_prompt(body, offered.given),),
-        n=choices(fields),
+        prompts=(chat_prompt(values, offered.given),),
+        n=sampling.choices(values),
         params=params,
-        options=options(fields),
-        stream=stream,
+        options=sampling.options(values),
+        stream=values.get("stream", False),
         usage=usage,
-        ignored=unknown_fields(body, CHAT_USED | CHAT_UNSUPPORTED.keys()) + ignored,
+        ignored=unknown + unknown_options + unheeded,
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
     )
 
 
-def _template_switches(fields: Fields, reasoning_style: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """`chat_template_kwargs`, behind what `reasoning_effort` says to the template of a model that thinks; and what is ignored.
+def _apply_effort(values: dict[str, Any], reasoning_style: str) -> tuple[str, ...]:
+    """Put `reasoning_effort` into the switches of a reasoning model's template; returns it as ignored for other models.
 
-    Some clients ask every model for an effort; one that cannot think does not make the request wrong.
+    Some clients ask every model for an effort; for a model that cannot reason the request is not wrong.
     """
-    given: dict[str, Any] | None = fields.get("chat_template_kwargs", dict, "an object")
-    effort = fields.get("reasoning_effort", str, "a string")
-    if effort not in (None, *EFFORTS):
-        raise InvalidParam("reasoning_effort", f"reasoning_effort must be one of {', '.join(EFFORTS)}.")
+    effort = values.get("reasoning_effort")
     if reasoning_style and effort is not None:
-        return {"enable_thinking": effort != "none", "reasoning_effort": effort, **(given or {})}, ()
-    return given, ("reasoning_effort",) if effort not in (None, "none") else ()
+        switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
+        values["chat_template_kwargs"] = {**switches, **values.get("chat_template_kwargs", {})}
+        return ()
+    return ("reasoning_effort",) if effort not in (None, "none") else ()
 
 
-def _behind_thought(text: str, style: str) -> str:
-    """A model that thinks may do so before it is bound."""
-    return grammar.after_thought(text, begun=style == "deepseek_r1") if text and style else text
+def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
+    """The constraint of an answer of a prescribed form that may or must call tools."""
+    if offered.must and bound.grammar:
+        text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
+        raise InvalidParam(bound.field, text)
+    if offered.must:
+        return Constraint(offered.grammar, "tools")
+    if offered.given and bound.grammar:
+        return Constraint(grammar.either(bound.grammar, offered.grammar), bound.field)
+    return bound
 
 
 def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> CompletionRequest:
@@ -227,59 +200,52 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
 
     `defaults` as for a chat.  Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
     """
-    fields = Fields(body)
-    model = served_model(fields, served)
-    refuse_unsupported(body, COMPLETION_UNSUPPORTED)
-    stream, usage, ignored = _stream(fields)
-    bound = constraint(fields)
-    echo = fields.boolean("echo") or None
+    values, unknown = COMPLETION.read(body)
+    model = served_model(values, served)
+    usage, unknown_options = _usage(values)
+    bound = constraint(values)
+    logprobs, echo = values.get("logprobs"), values.get("echo", False)
     return CompletionRequest(
         model=model,
-        prompts=text_prompts("prompt", body.get("prompt"), add_special=fields.boolean("add_special_tokens", True)),
-        n=choices(fields),
-        params=sampling(
-            fields, COMPLETION_TOKENS, defaults, logprobs=completion_logprobs(fields), echo=echo, grammar=bound.grammar
-        ),
-        options=options(fields),
-        stream=stream,
+        prompts=text_prompts("prompt", values["prompt"], add_special=values.get("add_special_tokens", True)),
+        n=sampling.choices(values),
+        params=sampling.params(values, COMPLETION_TOKENS, defaults, logprobs=logprobs, echo=echo, grammar=bound.grammar),
+        options=sampling.options(values),
+        stream=values.get("stream", False),
         usage=usage,
-        ignored=unknown_fields(body, COMPLETION_USED | COMPLETION_UNSUPPORTED.keys()) + ignored,
+        ignored=unknown + unknown_options,
         bound_by=bound.field,
     )
 
 
 def unknown_model(name: str, served: Sequence[str]) -> RequestError:
-    """404 `model_not_found`, with the names that would do."""
+    """404 `model_not_found`, with the names that are served."""
     text = f"The model `{name[:100]}` does not exist. This server serves: {', '.join(served)}."
     return RequestError(text, status=404, param="model", code="model_not_found")
 
 
-def served_model(fields: Fields, served: Sequence[str]) -> str:
-    name = fields.get("model", str, "a string")
+def served_model(values: Mapping[str, Any], served: Sequence[str]) -> str:
+    """The name of the model to report.  Raises RequestError (404) if the request has one that is not served."""
+    name = values.get("model")
     if name is not None and name not in served:
         raise unknown_model(name, served)
     return served[0]
 
 
-def _stream(fields: Fields) -> tuple[bool, Usage, tuple[str, ...]]:
-    """(stream, what it tells of usage, names of unknown stream options)."""
-    stream = fields.boolean("stream")
-    options = fields.get("stream_options", dict, "an object")
-    if not options:
-        return stream, Usage(), ()
-    if not stream:
+def _usage(values: Mapping[str, Any]) -> tuple[Usage, tuple[str, ...]]:
+    """(the counts that the stream reports, the names of unknown stream options).  Raises InvalidParam."""
+    given: Mapping[str, Any] = values.get("stream_options", _NONE)
+    if given and not values.get("stream"):
         raise InvalidParam("stream_options", "stream_options is only allowed together with stream: true.")
     for name in _USAGE:
-        if not isinstance(options.get(name), bool | None):
-            raise wrong_type(f"stream_options.{name}", "a boolean", options[name])
-    unknown = tuple(f"stream_options.{k}" for k, v in options.items() if k not in _USAGE and v is not None)
-    return stream, Usage(*(bool(options.get(name)) for name in _USAGE)), unknown
+        if not isinstance(given.get(name), bool | None):
+            raise wrong_type(f"stream_options.{name}", "a boolean", given[name])
+    unknown = tuple(f"stream_options.{k}" for k, v in given.items() if k not in _USAGE and v is not None)
+    return Usage(*(bool(given.get(name)) for name in _USAGE)), unknown
 
 
 def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, ...]:
     """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam."""
-    if value is None:
-        raise InvalidParam(name, f"{name} is required.", "missing_required_parameter")
     if isinstance(value, str):
         return (TextPrompt(value, add_special),)
     if not isinstance(value, list):
@@ -287,27 +253,11 @@ def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, .
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(token_ids(name, value)),)
+        return (TokenPrompt(check_token_ids(name, value)),)
     if len(value) > MAX_PROMPTS:
         raise InvalidParam(name, f"{name} holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
         return tuple(TextPrompt(p, add_special) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(token_ids(name, p)) for p in value)
+        return tuple(TokenPrompt(check_token_ids(name, p)) for p in value)
     raise InvalidParam(name, f"the {name}s of one request must be all strings or all arrays of token ids.", "invalid_type")
-
-
-# ---------------- fields that are not used
-def refuse_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, value in body.items():
-        if name in table and value is not None and not any(_equal(value, neutral) for neutral in table[name]):
-            raise InvalidParam(name, f"{name} is not supported by this server; leave it out.", "unsupported_parameter")
-
-
-def _equal(value: Any, neutral: Any) -> bool:
-    """Python holds that 0 == False; a field that takes the one does not mean it by the other."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def unknown_fields(body: Mapping[str, Any], known: Set[str]) -> tuple[str, ...]:
-    return tuple(name for name in body if name not in known and name not in HARMLESS)

@@ -1,17 +1,17 @@
-"""The fields of a request body that bind its answer to a form -> a grammar.  Pure functions; run in the api process.
+"""Structured output: turns the fields that prescribe the form of an answer into a grammar.
 
-`response_format` is OpenAI's; `guided_*` and `structured_outputs` are vLLM's names, `regex`, `ebnf` and `json_schema` SGLang's.
-A request may have one of them.
+`response_format` is OpenAI's field; `guided_*` and `structured_outputs` are vLLM's names, `regex`, `ebnf` and `json_schema`
+SGLang's.  A request may have one of them.  Pure functions; run in the api process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from minisgl import grammar
-from minisgl.api.requests.fields import Fields, loads, wrong_type
+from minisgl.api.requests.fields import Check, Field, Schema, json_object, loads, missing, wrong_type
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_OPTIONS = 4096
@@ -19,58 +19,26 @@ MAX_OPTIONS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A grammar, "" for none, and the field that asked for it."""
+    """A grammar ("" for none), and the name of the field that prescribes it."""
 
     grammar: str = ""
     field: str = ""
 
 
-def constraint(fields: Fields) -> Constraint:
-    """What a body asks for.  That the grammar is in order is checked later, beside the event loop (minisgl.grammar.check).
+def constraint(values: Mapping[str, Any]) -> Constraint:
+    """The constraint among the values of a body.  The grammar itself is checked later, off the event loop (grammar.check).
 
     Raises InvalidParam naming the field.
     """
-    found: list[Constraint] = []
-    if text := _response_format(fields.get("response_format", dict, "an object")):
-        found.append(Constraint(text, "response_format"))
-    for name, make in _FIELDS.items():
-        value = fields.get(name, object, "")
-        if value is not None and value != []:
-            found.append(Constraint(make(value, name), name))
-    outputs = fields.get("structured_outputs", dict, "an object") or {}
-    for name, value in outputs.items():
-        if value is None or value is False or value == []:
-            continue
-        at = f"structured_outputs.{name}"
-        if name not in _OUTPUTS:
-            raise InvalidParam(at, f"{at[:80]} is not supported; use one of {', '.join(_OUTPUTS)}.", "unsupported_parameter")
-        found.append(Constraint(_OUTPUTS[name](value, at), at))
+    found: list[Constraint] = [c for field in FIELDS for c in values.get(field.name, ())]
     if len(found) > 1:
         names = f"{found[0].field} and {found[1].field}"
         raise InvalidParam(found[1].field, f"{names} exclude each other: an answer can have one form.")
     return found[0] if found else Constraint()
 
 
-def _response_format(value: Mapping[str, Any] | None) -> str:
-    if not value:
-        return ""
-    kind, at = value.get("type"), "response_format"
-    if kind == "text":
-        return ""
-    if kind == "json_object":
-        return grammar.json_object()
-    if kind != "json_schema":
-        raise InvalidParam(f"{at}.type", f"{at}.type must be text, json_object or json_schema.")
-    inner = value.get("json_schema")
-    if not isinstance(inner, dict):
-        raise wrong_type(f"{at}.json_schema", "an object", inner)
-    schema = inner.get("schema")
-    if schema is None:
-        raise InvalidParam(f"{at}.json_schema.schema", f"{at}.json_schema.schema is required.", "missing_required_parameter")
-    return _schema(schema, f"{at}.json_schema.schema")
-
-
-def _schema(value: Any, at: str) -> str:
+# ---------------- checks: of a grammar's source, and of the fields that hold one or more
+def _schema(at: str, value: Any) -> str:
     """An object, or its JSON text."""
     if isinstance(value, str):
 
@@ -83,8 +51,8 @@ def _schema(value: Any, at: str) -> str:
     return grammar.json_schema(value)
 
 
-def _text(make: Callable[[str], str]) -> Callable[[Any, str], str]:
-    def read(value: Any, at: str) -> str:
+def _text(make: Callable[[str], str]) -> Check:
+    def check(at: str, value: Any) -> str:
         if not isinstance(value, str):
             raise wrong_type(at, "a string", value)
         try:
@@ -92,10 +60,10 @@ def _text(make: Callable[[str], str]) -> Callable[[Any, str], str]:
         except InvalidParam as e:
             raise InvalidParam(at, e.message) from e
 
-    return read
+    return check
 
 
-def _choice(value: Any, at: str) -> str:
+def _choice(at: str, value: Any) -> str:
     if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
         raise wrong_type(at, "an array of strings", value)
     if len(value) > MAX_OPTIONS:
@@ -103,27 +71,82 @@ def _choice(value: Any, at: str) -> str:
     return grammar.choice(value)
 
 
-def _any_object(value: Any, at: str) -> str:
+def _any_object(at: str, value: Any) -> str:
     if value is not True:
         raise wrong_type(at, "a boolean", value)
     return grammar.json_object()
 
 
-_FIELDS: Mapping[str, Callable[[Any, str], str]] = {
-    "guided_json": _schema,
-    "guided_regex": _text(grammar.regex),
-    "guided_choice": _choice,
-    "guided_grammar": _text(grammar.ebnf),
-    "json_schema": _schema,
-    "regex": _text(grammar.regex),
-    "choice": _choice,
-    "ebnf": _text(grammar.ebnf),
-}
-_OUTPUTS: Mapping[str, Callable[[Any, str], str]] = {
-    "json": _schema,
-    "regex": _text(grammar.regex),
-    "choice": _choice,
-    "grammar": _text(grammar.ebnf),
+def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
+    kind = value.get("type")
+    if not value or kind == "text":
+        return ()
+    if kind == "json_object":
+        return (Constraint(grammar.json_object(), at),)
+    if kind != "json_schema":
+        raise InvalidParam(f"{at}.type", f"{at}.type must be text, json_object or json_schema.")
+    inner = value.get("json_schema")
+    if not isinstance(inner, dict):
+        raise wrong_type(f"{at}.json_schema", "an object", inner)
+    schema = inner.get("schema")
+    if schema is None:
+        raise missing(f"{at}.json_schema.schema")
+    return (Constraint(_schema(f"{at}.json_schema.schema", schema), at),)
+
+
+class _Source(NamedTuple):
+    """A kind of grammar source."""
+
+    doc: str
+    schema: Schema
+    make: Check  # (where it stands, the source) -> the grammar
+
+    def field(self, name: str) -> Field:
+        """The declaration of a field with such a source; [] stands for none."""
+
+        def check(at: str, value: Any) -> tuple[Constraint, ...]:
+            return () if value == [] else (Constraint(self.make(at, value), at),)
+
+        return Field(name, self.doc, self.schema, check)
+
+
+_STRING: Schema = {"type": "string"}
+_JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
+_REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
+_CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
+_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.ebnf))
+_OUTPUTS: Mapping[str, Check] = {
+    "json": _JSON.make,
+    "regex": _REGEX.make,
+    "choice": _CHOICE.make,
+    "grammar": _GRAMMAR.make,
     "json_object": _any_object,
 }
-USED = frozenset({"response_format", "structured_outputs", *_FIELDS})
+
+
+def _structured_outputs(name: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
+    found = []
+    for inner, source in value.items():
+        if source is None or source is False or source == []:
+            continue
+        at = f"{name}.{inner}"
+        if inner not in _OUTPUTS:
+            raise InvalidParam(at, f"{at[:80]} is not supported; use one of {', '.join(_OUTPUTS)}.", "unsupported_parameter")
+        found.append(Constraint(_OUTPUTS[inner](at, source), at))
+    return tuple(found)
+
+
+# ---------------- declarations
+_FORMAT = "The form of the answer: text, json_object, or json_schema with a schema."
+_OUTPUT = "The form of the answer, as vLLM names it: json, regex, choice or grammar."
+NATIVE = (_JSON.field("json_schema"), _REGEX.field("regex"), _GRAMMAR.field("ebnf"))
+FIELDS = (
+    json_object("response_format", _FORMAT, _response_format),
+    _JSON.field("guided_json"),
+    _REGEX.field("guided_regex"),
+    _CHOICE.field("guided_choice"),
+    _GRAMMAR.field("guided_grammar"),
+    *NATIVE,
+    _CHOICE.field("choice"),
+    json_object("structured_outputs", _OUTPUT, _structured_outputs),
+)

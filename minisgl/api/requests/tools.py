@@ -1,7 +1,7 @@
-"""`tools`, `tool_choice` and `parallel_tool_calls` of a chat request: checked, and what they make of it.  Pure; api process.
+"""Checks `tools`, `tool_choice` and `parallel_tool_calls` of a chat request, and makes the grammar of forced tool calls.
 
-Whether the model calls a tool is its own affair with `auto`.  With `required`, or with a tool's name, a grammar sees to it:
-the answer then is calls and nothing else, with arguments that their schemas admit.
+With `auto` the model decides whether it calls a tool.  With `required`, or with a tool's name, a grammar forces it to: the
+answer then consists of calls alone, with arguments that satisfy their schemas.  Pure functions; run in the api process.
 """
 
 from __future__ import annotations
@@ -13,20 +13,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl import grammar
-from minisgl.api.parsers.tool_calls import READERS
-from minisgl.api.requests.fields import Fields, function_of, wrong_type
+from minisgl.api.parsers.tool_calls import FORMATS
+from minisgl.api.requests.fields import Field, array, boolean, function_of, of_type, wrong_type
 from minisgl.errors import InvalidParam
 
 MAX_TOOLS = 128
-MAX_CALLS = 16  # of an answer that must call
+MAX_CALLS = 16  # in one forced answer
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+FIELDS = (
+    array("tools", "Functions that the answer may call.", {"type": "object"}, "an array of tools"),
+    Field(
+        "tool_choice",
+        "auto, none, required, or the function that must be called.",
+        {},
+        of_type(str | dict, "a string or an object"),
+    ),
+    boolean("parallel_tool_calls", "Whether an answer may call several functions."),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools of a request that may be called: OpenAI's objects for the template, their names, and how calls are written.
+    """The tools that an answer may call.
 
-    `grammar` binds an answer to calls and nothing else, as it is if the model `must` call.
+    `given`: OpenAI's objects, for the template.  `style`: how the model writes calls.  `grammar`: admits calls and nothing
+    else; the answer is constrained by it if it `must` be a call.
     """
 
     given: tuple[Mapping[str, Any], ...] = ()
@@ -37,17 +48,17 @@ class Tools:
     must: bool = False
 
 
-def tools(fields: Fields, style: str) -> Tools:
-    """Of a chat body; `style` is how the model writes calls, "" if it knows no tools.  Raises InvalidParam."""
-    given = fields.get("tools", list, "an array of tools") or []
-    parallel = fields.boolean("parallel_tool_calls", True)
+def read(values: Mapping[str, Any], style: str) -> Tools:
+    """The tools of a chat.  `style`: how the model writes calls, "" if it has no tool calls.  Raises InvalidParam."""
+    given: list[Any] = values.get("tools", [])
+    parallel = values.get("parallel_tool_calls", True)
     if len(given) > MAX_TOOLS:
         raise InvalidParam("tools", f"tools may hold at most {MAX_TOOLS} tools.")
     functions = [_function(tool, f"tools[{i}]") for i, tool in enumerate(given)]
     names = [f["name"] for f in functions]
     if len(set(names)) < len(names):
         raise InvalidParam("tools", "tools holds two functions of one name.")
-    must, only = _choice(fields.get("tool_choice", str | dict, "a string or an object"), names)
+    must, only = _choice(values.get("tool_choice"), names)
     if not given or must is None:
         return Tools()
     if not style:
@@ -71,7 +82,7 @@ def _function(tool: Any, at: str) -> Mapping[str, Any]:
 
 
 def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
-    """(whether the model must call, None: it may not, which tool)."""
+    """(whether the model must call a tool, None if it may not; the name of the only tool that it may call, or "")."""
     if value is None or value == "auto":
         return False, ""
     if value == "none":
@@ -91,23 +102,15 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
     return True, name
 
 
-# ---------------- answers that must call
-_FORMS: Mapping[str, tuple[str, str, str, str, str]] = {  # key of the arguments; before all, before a call, behind one, between
-    "hermes": ("arguments", "", "<tool_call>\n", "\n</tool_call>", "\n"),
-    "llama3": ("parameters", "", "", "", "; "),
-    "mistral": ("arguments", "[", "", "", ", "),
-}
-assert _FORMS.keys() == READERS.keys()
-
-
+# ---------------- forced calls
 def _grammar(functions: Sequence[Mapping[str, Any]], style: str, parallel: bool) -> str:
-    key, head, before, behind, between = _FORMS[style]
-    tail = "]" if head else ""
-    more = f"({_quote(between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    start = " ".join(part for part in (_quote(head), "call", more, _quote(tail)) if part)
-    call = " ".join(part for part in (_quote(before), "one", _quote(behind)) if part)
+    written = FORMATS[style]
+    head, tail = map(_quote, written.brackets)
+    more = f"({_quote(written.separator)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    start = " ".join(part for part in (head, "call", more, tail) if part)
+    call = f"{_quote(written.opening + chr(10))} one {_quote(chr(10) + written.closing)}" if written.closing else "one"
     one = " | ".join(f"@tool{i}" for i in range(len(functions)))
-    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, key)} for i, f in enumerate(functions)]
+    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, written.arguments)} for i, f in enumerate(functions)]
     lark = f"start: {start}\ncall: {call}\none: {one}"
     return json.dumps({"grammars": [{"lark_grammar": lark}, *calls]}, ensure_ascii=False, separators=(",", ":"))
 
@@ -117,7 +120,7 @@ def _quote(text: str) -> str:
 
 
 def _call_schema(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Of {"name": ..., key: {...}}.  Definitions move to the top, where references to them look."""
+    """The schema of {"name": ..., key: {...}}.  Definitions move to the top level, where references look for them."""
     parameters = dict(function.get("parameters") or {"type": "object"})
     parameters.setdefault("type", "object")
     moved = {name: parameters.pop(name) for name in ("$defs", "definitions") if name in parameters}

@@ -1,4 +1,4 @@
-"""Fields of a request that the server does not know: named in the X-Ignored-Params header, or refused with --strict."""
+"""Reports the unknown fields of a request in the X-Ignored-Params header, or refuses them with --strict."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _MAX_IGNORED = 32  # names in X-Ignored-Params
 
 
 def check_unknown(config: Config, names: Sequence[str]) -> None:
-    """With --strict, a field that is not known is an error.  Raises InvalidParam for the first."""
+    """Raises InvalidParam for the first unknown field with --strict."""
     if names and config.server.strict:
         raise InvalidParam(names[0][:64], f"Unrecognized request argument: {names[0][:64]}.", "unknown_parameter")
 
 
 def ignored_header(config: Config, names: Sequence[str]) -> dict[str, str]:
-    """X-Ignored-Params, or InvalidParam with --strict.
+    """The X-Ignored-Params header.  Raises InvalidParam with --strict.
 
-    Field names come from the client: only plain ones may enter a header.
+    Field names come from the client, so only identifiers may enter a header.
     """
     check_unknown(config, names)
     plain = [n for n in names if len(n) <= 64 and n.isascii() and n.replace(".", "_").isidentifier()]

@@ -1,0 +1,113 @@
+"""Renders an answer as a list of typed items that open, grow and close, for the dialects that have them.
+
+Both /v1/responses and /v1/messages are dialects of this state machine, so a stream adds up to the body that the same request
+gets without one.  Runs in the api process.
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from minisgl.api.endpoints.openai_answers import render_timings
+from minisgl.api.engine import Chunk, TokenLogprob
+from minisgl.api.generation import Result, Timings
+from minisgl.api.parsers.reply import Item, Reply
+from minisgl.api.requests.openai import ChatRequest
+from minisgl.api.sse import sse
+from minisgl.errors import RequestError
+
+Fields = dict[str, Any]
+Event = tuple[str, Fields]  # the type of an event, and its other fields
+
+
+class ItemAnswer(ABC):
+    """The answer to a chat with one choice; implements table.Answer.
+
+    `result`: the counts of its tokens so far.  `timings`: the `timings` object, once the answer has ended.
+    """
+
+    prefix = ""  # of its id
+
+    def __init__(self, request: ChatRequest) -> None:
+        self.request = request
+        self.id = f"{self.prefix}_{uuid.uuid4().hex}"
+        self.result = Result()
+        self.timings: Fields | None = None
+        self.reply = Reply(request.form)
+        self._open: Item | None = None
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back
+
+    # ---------------- the dialect
+    @abstractmethod
+    def body(self) -> Fields:
+        """The complete answer, once it has ended."""
+
+    @abstractmethod
+    def opened(self, item: Item) -> list[Event]:
+        """The events of an item that begins; its text may already be longer, but is not part of them."""
+
+    @abstractmethod
+    def grown(self, item: Item, text: str, logprobs: Sequence[TokenLogprob]) -> Event:
+        """The event of more text, with the log probabilities of its tokens if it is text for the user."""
+
+    @abstractmethod
+    def closed(self, item: Item) -> list[Event]:
+        """The events of an item that is complete."""
+
+    @abstractmethod
+    def ended(self) -> list[Event]:
+        """The events after the last item."""
+
+    @abstractmethod
+    def failed(self, error: RequestError) -> bytes: ...
+
+    # ---------------- the answer in one piece
+    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Fields:
+        [chunk] = chunks
+        self.result.add(chunk)
+        self._grow(chunk)
+        self.timings = render_timings([self.result], timings)
+        return self.body()
+
+    # ---------------- the stream
+    def start(self) -> bytes:
+        return b""
+
+    def add(self, index: int, chunk: Chunk) -> bytes:
+        self.result.add(chunk)
+        return self.render(self._grow(chunk))
+
+    def _grow(self, chunk: Chunk) -> list[Event]:
+        end, out = bool(chunk.finish), list[Event]()
+        self._logprobs.extend(chunk.logprobs)
+        for item, text in self.reply.feed(chunk.text, end=end):
+            self._enter(item, out)
+            if text:
+                self._add_text(item, text, out)
+        if end and not self.reply.items:
+            self._enter(self.reply.item("text"), out)
+        if end and self._logprobs and self.reply.items[-1].kind == "text":  # of tokens without a text
+            self._add_text(self.reply.items[-1], "", out)
+        return out
+
+    def _enter(self, item: Item, out: list[Event]) -> None:
+        """Close the former item and open this one, unless it is open already."""
+        if item is not self._open:
+            out += self.closed(self._open) if self._open else []
+            out += self.opened(item)
+            self._open = item
+
+    def _add_text(self, item: Item, text: str, out: list[Event]) -> None:
+        logprobs, self._logprobs = self._logprobs, []
+        out.append(self.grown(item, text, logprobs if item.kind == "text" else ()))
+
+    def end(self, timings: Timings) -> bytes:
+        self.timings = render_timings([self.result], timings)
+        return self.render(self.closed(self.reply.items[-1]) + self.ended())
+
+    def render(self, events: Sequence[Event]) -> bytes:
+        """The bytes of events, each with its type as its name."""
+        return b"".join([sse({"type": kind, **fields}, kind) for kind, fields in events])
