@@ -11,7 +11,7 @@ from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.config import Config, ModelSpec
 
 if TYPE_CHECKING:
-    from minisgl.actors.worker import RunnerLike
+    pass
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
@@ -60,18 +60,21 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     return WorkerActor(ctx, rank, arenas, lambda: make_runner(config, rank, run_dir))
 
 
-def make_runner(config: Config, rank: int, run_dir: str) -> RunnerLike:
-    """The runner of one rank: the fake engine's, or the one for the device."""
-    if config.model.format == "fake":
-        from minisgl.model.common.grammar import Grammars
-        from minisgl.model.fake_runner import FakeRunner
-        from minisgl.model.text.vocabulary import vocabulary_of
+def make_runner(config: Config, rank: int, run_dir: str) -> Any:
+    """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
+    from minisgl.model.checkpoint.loader import open_weights
+    from minisgl.model.common.grammar import Grammars
+    from minisgl.model.text.vocabulary import vocabulary_of
 
-        return FakeRunner(config, grammars=Grammars(lambda: vocabulary_of(config.model)))
+    grammars = Grammars(lambda: vocabulary_of(config.model))
+    if config.model.format == "fake":
+        from minisgl.model.fake_runner import FakeRunner
+
+        return FakeRunner(config, grammars=grammars)
     if config.engine.device == "cuda":
         from minisgl.model.cuda.runner import CudaRunner
 
-        return CudaRunner(config, rank, run_dir)
+        return CudaRunner(config, rank, run_dir, open_weights, grammars)
     from minisgl.model.cpu.runner import Runner
 
-    return Runner(config, rank, run_dir)
+    return Runner(config, rank, run_dir, open_weights, grammars)

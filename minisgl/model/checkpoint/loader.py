@@ -12,22 +12,32 @@ from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.gguf_weights import GGUFWeights
 from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
-from minisgl.model.checkpoint.weights import Weights
+from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Checkpoint, dense
 
-__all__ = ["Weights", "open_weights"]
+
+class OnDevice:
+    """A checkpoint whose tensors are copied to a device, one by one."""
+
+    def __init__(self, weights: Checkpoint, device: torch.device) -> None:
+        self._weights, self._device = weights, device
+
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        return dense(self._weights.take(name, shape, rows=rows, cols=cols)).to(self._device)
+
+    def finish(self) -> None:
+        self._weights.finish()
 
 
-def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Weights:
-    """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU.
+def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:
+    """Open the checkpoint that `spec` was read from; its tensors are of `dtype` and on `device`, by default the CPU.
 
     Quantised tensors are dequantised to float32, then rounded to `dtype`.
 
-    `lazy`: the matrices of the linear layers keep their stored form.  Floating-point ones keep their dtype; those in a block
-    type of minisgl.model.checkpoint.gguf_blocks are shapes without data, from which the stored rows can be read later.
+    lazy: the matrices of the linear layers keep their stored form.  Floating-point ones keep their dtype; those in a block type
+    of minisgl.model.common.gguf_blocks are StoredWeights.
     """
-    match spec.format:
-        case "random":
-            return RandomWeights(dtype, torch.device("cpu"))
-        case "gguf":
-            return GGUFWeights(spec, dtype, lazy)
-    return SafetensorsWeights(spec, dtype, lazy)
+    if spec.format == "random":
+        return RandomWeights(dtype, device or torch.device("cpu"))
+    weights = GGUFWeights(spec, dtype, lazy) if spec.format == "gguf" else SafetensorsWeights(spec, dtype, lazy)
+    return weights if device is None else OnDevice(weights, device)

@@ -1,28 +1,14 @@
-"""Declares `Weights`, the interface of an open checkpoint, and converts tensors piece by piece.  Runs in the workers."""
+"""Converts tensors of a checkpoint piece by piece.  Runs in the workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 from minisgl.model.common.shard import Range
 
 PIECE = 1 << 20  # elements dequantised at a time: their float32 values and temporaries are small next to a shard
-
-
-class Weights(Protocol):
-    """An open checkpoint."""
-
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        """Tensor `name`, whose full shape must be `shape`; only `rows` (dim 0) or `cols` (dim 1) of it if given.
-
-        Contiguous, in the dtype that the weights were opened with.  Raises UserError naming a missing or mis-shaped tensor.
-        """
-
-    def finish(self) -> None:
-        """Raise UserError if a tensor was not taken: the checkpoint then holds another model than its metadata says."""
 
 
 def in_pieces(

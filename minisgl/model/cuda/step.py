@@ -16,8 +16,8 @@ import torch
 
 from minisgl.arrays import I32
 from minisgl.config import Config
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.interfaces import Model
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.slots import SlotState, StepBatch
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, splits_for
@@ -30,7 +30,6 @@ from minisgl.model.kernels.logprobs import SCORE_WORDS, DeviceLogprobs, score
 from minisgl.model.kernels.penalties import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
-from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import SCORED_TOKENS, StepPlan
 
 SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
@@ -72,7 +71,16 @@ class Steps:
     """Runs plans in order.  After `run`, the sampled tokens are in `tokens`, in the order of StepResult, and `scored` says what
     log probabilities are in `scores`; `vectors` are those that its plan wanted."""
 
-    def __init__(self, config: Config, model: Llama, heads: AttentionSpec, processors: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        grammars: Grammars,
+        heads: AttentionSpec,
+        *,
+        processors: int,
+        device: torch.device,
+    ) -> None:
         engine = config.engine
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: all ranks must reckon alike
@@ -91,9 +99,7 @@ class Steps:
         self._short_inputs: dict[Sizes, torch.Tensor] = {}  # the fixed buffers of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
         self._attention: PagedAttention | None = None
-        self.grammar_rows = GrammarRows(
-            Grammars(lambda: vocabulary_of(config.model)), engine.max_running + 1, vocab, engine.lag, device
-        )
+        self.grammar_rows = GrammarRows(grammars, engine.max_running + 1, vocab, engine.lag, device)
 
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Attention over the cache that steps run on from now on, and which kinds of steps may be graphs."""
@@ -246,7 +252,7 @@ class Steps:
         ids = batch.ids.astype(np.int32)
         ids[tokens - len(batch.decode_slots) :] = -1 - batch.decode_slots
         longest, kind = int(batch.kv_lens.max(initial=0)), self._kind(batch.sample_slots, batch)
-        pooled = Pooling.wanted(plan)
+        pooled = Pooling.needed(plan)
         short = longest <= SHORT_CONTEXT and not len(batch.targets) and not pooled
         bucket = next((t for t in SHORT_STEPS if t >= tokens), 0) if short else 0
         if not bucket or not self._short_graphs:
