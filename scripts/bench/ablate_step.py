@@ -150,7 +150,7 @@ def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
             for b, n in ((attention._decode_backend, "decode"), (attention._backends["prefill"], "prefill"))
         ],
     )
-    yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.base.prepare_heads", heads)]
+    yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.paged.prepare_heads", heads)]
     ready = Ready(spec.hidden_size)
     yield "norms", [mock.patch.object(la, n, ready) for la in layers for n in ("attn_norm", "mlp_norm")]
     yield "qkv", [mock.patch.object(la.attn, "qkv", Ready(q + 2 * kv)) for la in layers]

@@ -180,7 +180,7 @@ def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harn
         Config(spec, EngineConfig(device="cuda", memory_fraction=0.9, graphs="off" if eager else "on", **settings)), 0, ""
     )
     pages = runner.max_pages()
-    with mock.patch.object(Grammars, "prepare"):  # these checkpoints have no tokenizer
+    with mock.patch.object(Grammars, "load_vocabulary"):  # these checkpoints have no tokenizer
         runner.allocate(pages)
     yield Harness(runner, pages, settings["page_size"])
     runner.close()

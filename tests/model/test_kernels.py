@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -602,3 +605,20 @@ def test_drawn_tokens_are_distributed_as_softmax() -> None:
     drawn = draw(logits.expand(n, -1).contiguous(), [{"temperature": 0.7, "seed": i} for i in range(n)])
     counts, wanted = torch.bincount(torch.tensor(drawn), minlength=8), n * torch.softmax(logits.cpu() / 0.7, 0)
     assert ((counts - wanted) ** 2 / wanted).sum() < 24.3  # chi-squared, 7 degrees of freedom: one sampler of a thousand
+
+
+def _specialised(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, set[str]]]:
+    """The kernels of a module with the arguments that Triton must not specialise on."""
+    for kernel in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for call in (d for d in kernel.decorator_list if isinstance(d, ast.Call)):
+            yield kernel, {name for k in call.keywords if k.arg == "do_not_specialize" for name in ast.literal_eval(k.value)}
+
+
+def test_every_argument_exempt_from_specialisation_exists() -> None:
+    """Triton ignores a name that no argument has, and compiles anew in the middle of serving."""
+    exempt = 0
+    for path in Path(norm_activation.__file__).parent.glob("*.py"):
+        for kernel, names in _specialised(ast.parse(path.read_text(encoding="utf-8"))):
+            assert names <= {argument.arg for argument in kernel.args.args}, f"{path.name}: {kernel.name}"
+            exempt += len(names)
+    assert exempt > 30

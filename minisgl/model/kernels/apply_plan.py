@@ -17,7 +17,7 @@ from minisgl.model.kernels.sampling import SamplingState
 JOIN_WORDS, GRANT_WORDS = 8, 3  # 32-bit words of one row of plan.JOIN and plan.GRANT
 
 
-@triton.jit(do_not_specialize=["words", "n_join", "n_grant"])
+@triton.jit(do_not_specialize=["words", "n_new_slots", "n_page_grants"])
 def _apply_plan(
     words,
     kv_len,
@@ -58,7 +58,10 @@ def _apply_plan(
 def apply_plan(
     words: torch.Tensor, n_new_slots: int, n_page_grants: int, state: SamplingState, page_table: torch.Tensor
 ) -> None:
-    """Enter joins and grants, as laid out by minisgl.plan, from words i32[8 n_join + 3 n_grant]; a slot joins at most once."""
+    """Enter joins and grants as minisgl.plan lays them out; a slot joins at most once.
+
+    words i32[8 n_new_slots + 3 n_page_grants].
+    """
     if n_new_slots == 0 and n_page_grants == 0:
         return
     s, block = state, 128
