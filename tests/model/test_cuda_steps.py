@@ -40,10 +40,11 @@ from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.attention.torch import TorchReference
 from minisgl.model.cuda.attention.triton import TritonAttention
-from minisgl.model.cuda.device_state import DeviceState, Uploads
+from minisgl.model.cuda.device_state import DeviceState
 from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.step import Steps, bucket_of
+from minisgl.model.cuda.uploads import Uploads
 from minisgl.model.kernels.apply_plan import apply_plan
 from minisgl.model.kernels.prefill_attention import tiles_of
 from minisgl.model.kernels.sampling import sample

@@ -11,42 +11,11 @@ import numpy.typing as npt
 import torch
 
 from minisgl.arrays import I32
+from minisgl.model.cuda.uploads import Uploads
 from minisgl.model.kernels.apply_plan import apply_plan
 from minisgl.model.kernels.penalties import enter_extras
 from minisgl.model.kernels.sampling import Extras, SamplingState
 from minisgl.plan import StepPlan
-
-
-class Uploads:
-    """Pinned buffers in rotation.  A buffer may be written again once the copy from it has run: a worker gets plan k + lag only
-    after the result of step k, so lag + 1 buffers are enough."""
-
-    def __init__(self, words: int, lag: int, device: torch.device) -> None:
-        self._device = device
-        pinned = device.type == "cuda"
-        self._ring = [torch.empty(words, dtype=torch.int32, pin_memory=pinned) for _ in range(lag + 1)]
-        self._staging = torch.empty(words, dtype=torch.int32, device=device)
-        self._next = 0
-
-    def send(self, parts: list[I32], into: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy int32 arrays, one behind the other, to the device, without waiting; valid for the step being launched."""
-        total = sum(p.size for p in parts)
-        if total > len(self._staging):  # a plan that grants very many pages: seldom
-            whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
-            whole = whole.pin_memory() if self._ring[0].is_pinned() else whole
-            return whole.to(self._device, non_blocking=True) if into is None else into.copy_(whole, non_blocking=True)
-        pinned = self._ring[self._next]
-        host, at = pinned.numpy(), 0
-        for part in parts:
-            host[at : at + part.size] = part.ravel()
-            at += part.size
-        target = self._staging[:total] if into is None else into
-        target.copy_(pinned[:total], non_blocking=True)
-        return target
-
-    def turn(self) -> None:
-        """The next step uses the next buffer."""
-        self._next = (self._next + 1) % len(self._ring)
 
 
 class DeviceState(SamplingState):

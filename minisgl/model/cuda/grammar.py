@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.model.common.grammar import Grammars
+from minisgl.model.cuda.uploads import upload
 from minisgl.plan import StepPlan
 
 
@@ -62,7 +63,7 @@ class GrammarRows:
         if not len(self.has_grammar):
             self.has_grammar = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
             self.masks = torch.zeros(self._slots, self._words, dtype=torch.int32, device=self._device)
-        self.has_grammar.copy_(self._upload(self._flags))
+        self.has_grammar.copy_(upload(self._flags, self._device))
 
     def bind(self, slots: npt.NDArray[Any]) -> bool:
         """Send the masks of those that are bound among the rows that draw for `slots`; whether there are any."""
@@ -76,7 +77,7 @@ class GrammarRows:
             self._unread.remove(drawn)
             self._read(drawn)
         masks, failed = self.grammars.masks(mine)
-        self.masks.index_copy_(0, self._upload(mine).long(), self._upload(masks.view(np.int32)))
+        self.masks.index_copy_(0, upload(mine, self._device).long(), upload(masks.view(np.int32), self._device))
         self._now = (matchers, rows)
         self.failed = rows[failed] if failed.any() else None
         return True
@@ -89,7 +90,3 @@ class GrammarRows:
     def _read(self, drawn: _Drawn) -> None:
         drawn.end.synchronize()
         self.grammars.feed(drawn.matchers, drawn.tokens.numpy()[drawn.rows])
-
-    def _upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        host = torch.from_numpy(values.astype(np.int32))
-        return (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)

@@ -12,7 +12,7 @@ prompt chunks to one backend and decode rows to another.  A backend is one file:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -23,6 +23,10 @@ from minisgl.arrays import I32
 from minisgl.config import ModelSpec
 from minisgl.model.common.shard import Shard
 from minisgl.model.cuda.attention.kv_cache import KVCache
+
+
+def _no_ints() -> I32:
+    return np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,11 @@ class AttentionSpec:
 class Chunks:
     """Prompt chunks of a step, on the host: the tokens of chunk i are the last chunk_lens[i] of kv_lens[i] in slots[i]."""
 
-    chunk_lens: I32
-    kv_lens: I32
-    slots: I32
-    pages: I32  # [P, pages of the longest row]
-    tiles: torch.Tensor | None = None  # on the device, for backends that want them; fixed in number inside a graph
+    chunk_lens: I32 = field(default_factory=_no_ints)
+    kv_lens: I32 = field(default_factory=_no_ints)
+    slots: I32 = field(default_factory=_no_ints)
+    pages: I32 = field(default_factory=_no_ints)  # [P, pages of the longest row]
+    tiles: torch.Tensor | None = None  # in their place inside a graph: i32 [n, 4] on the device, see `tiles_of`
 
 
 @dataclass(frozen=True, slots=True)

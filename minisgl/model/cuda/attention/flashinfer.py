@@ -26,6 +26,7 @@ from minisgl.arrays import I32
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, paging
 from minisgl.model.cuda.attention.kv_cache import KVCache
 from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS, HEAD_DIMS
+from minisgl.model.cuda.uploads import upload
 from minisgl.model.kernels.fp8_pages import widen_pages
 
 WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
@@ -121,7 +122,7 @@ class FlashInferAttention:
         pages are these in their order.
         """
         indptr, indices, last = paging(kv_lens, pages, self._cache.page_size)
-        h, on_device = self._heads, torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
+        h, on_device = self._heads, upload(indices, self._device)
         planned = torch.arange(len(indices), dtype=torch.int32, device=self._device) if widened else on_device
         self._copied.synchronize()
         for window, wrapper in wrappers.items():

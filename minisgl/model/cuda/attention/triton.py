@@ -8,6 +8,7 @@ import torch
 
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
+from minisgl.model.cuda.uploads import upload
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 
@@ -31,13 +32,10 @@ class TritonAttention:
         return None if heads.capability >= 80 else "it needs compute capability 8.0 or newer"
 
     def plan_prefill(self, chunks: Chunks) -> None:
-        tiles = chunks.tiles
-        if tiles is None:
+        self._tiles = chunks.tiles
+        if self._tiles is None:
             table = tiles_of(chunks.chunk_lens, chunks.slots, chunks.kv_lens, self._heads.group)
-            tiles = torch.from_numpy(table)
-            if self._page_table.is_cuda:
-                tiles = tiles.pin_memory().to(self._page_table.device, non_blocking=True)
-        self._tiles = tiles
+            self._tiles = upload(table, self._page_table.device)
 
     def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._tiles is not None
