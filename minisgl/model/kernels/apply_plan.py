@@ -19,20 +19,9 @@ JOIN_WORDS, GRANT_WORDS = 8, 3  # 32-bit words of one row of plan.JOIN and plan.
 
 @triton.jit(do_not_specialize=["words", "n_new_slots", "n_page_grants"])
 def _apply_plan(
-    words,
-    kv_len,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seed,
-    page_table,
-    table_stride,
-    n_new_slots,
-    n_page_grants,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    words, kv_len, temperature, top_k, top_p, min_p, seed, page_table, table_stride, n_new_slots, n_page_grants,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Programs of BLOCK rows, joins and grants alike.  words i32: 8 for each join, then 3 for each grant."""
     begin(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -74,20 +63,9 @@ def apply_plan(
 
 @triton.jit(do_not_specialize=["rows"])
 def _decode_inputs(
-    slots,
-    last_token,
-    kv_len,
-    page_table,
-    table_stride,
-    ids,
-    positions,
-    kv_index,
-    kv_lens,
-    rows,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    slots, last_token, kv_len, page_table, table_stride, ids, positions, kv_index, kv_lens, rows,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows

@@ -20,43 +20,22 @@ import triton.language as tl
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
+FLOAT32_PRECISION = "tf32x3"  # concerns float32 alone: three products of tf32 are as good as one of float32
+
 
 @triton.jit(do_not_specialize=["slots", "kv_lens"])
 def _decode(
-    q,
-    keys,
-    values,
-    page_table,
-    slots,
-    kv_lens,
-    out,
-    part_out,
-    part_lse,
-    counters,
-    sinks,  # f32[H], or None
-    scale,
-    v_scale,
-    table_stride,
-    page_stride,
-    head_stride,
-    token_stride,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,  # a power of two
-    FP8: tl.constexpr,
-    WINDOW: tl.constexpr,  # tokens that are seen, the last ones; 0: all
-    SOFTCAP: tl.constexpr,  # c: scores become c * tanh(score / c); 0: they do not
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys."""
+    q, keys, values, page_table, slots, kv_lens, out, part_out, part_lse, counters, sinks, scale, v_scale, table_stride,
+    page_stride, head_stride, token_stride,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys.
+
+    sinks f32[H], or None; SPLITS: parts of a row, a power of two; WINDOW: the tokens that are seen, the last ones (0: all);
+    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).
+    """
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0) * GROUP
     begin(PDL)
@@ -218,39 +197,12 @@ def decode_attention(
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)
     _decode[(kv_heads, workspace.splits, rows)](
-        q,
-        keys,
-        values,
-        page_table,
-        slots,
-        kv_lens,
-        out,
-        workspace.out,
-        workspace.lse,
-        workspace.counters,
-        sinks,
-        (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
-        v_scale,
-        page_table.stride(0),
-        keys.stride(0),
-        keys.stride(1),
+        q, keys, values, page_table, slots, kv_lens, out, workspace.out, workspace.lse, workspace.counters, sinks,
+        (scale or dim**-0.5) * 1.4426950408889634 * k_scale, v_scale, page_table.stride(0), keys.stride(0), keys.stride(1),
         keys.stride(2),
-        GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        WIDTH=keys.shape[-1],
-        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
-        PAGE=page_size,
-        BLOCK=block,
-        SPLITS=workspace.splits,
-        FP8=fp8,
-        WINDOW=window,
-        SOFTCAP=softcap,
-        PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
-        INTERPRET=INTERPRETED,
-        num_warps=warps,
-        num_stages=stages,
-        **launch_options(q),
-    )
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
+        WIDTH=keys.shape[-1], WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]), PAGE=page_size, BLOCK=block,
+        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, INTERPRET=INTERPRETED,
+        num_warps=warps, num_stages=stages, **launch_options(q),
+    )  # fmt: skip
     return out

@@ -26,19 +26,9 @@ SCORE_WORDS = 1 + 2 * MAX_LOGPROBS  # of one row: its token's log probability, i
 
 @triton.jit(do_not_specialize=["slots", "tokens", "targets"])
 def _score(
-    logits,
-    stride,
-    vocab,
-    slots,
-    wanted,
-    tokens,
-    targets,
-    out,
-    WORDS: tl.constexpr,
-    MOST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, wanted, tokens, targets, out,
+    WORDS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: see `score`."""
     begin(PDL)
     row = tl.program_id(0)

@@ -104,9 +104,8 @@ def _place(
 @triton.jit(do_not_specialize=["tokens"])
 def _experts(
     x, weight, bias, out, weights, order, blocks, tokens, N, K, E,
-    TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of N outputs, block of choices).
 

@@ -32,23 +32,10 @@ def sum_parts(at, PARTS: tl.constexpr, stride, mask):
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm(
-    x,
-    delta,
-    weight,
-    out,
-    scales,
-    delta_rows,
-    delta_columns,
-    eps,
-    width,
-    rows,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    x, delta, weight, out, scales, delta_rows, delta_columns, eps, width, rows,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One program per row: x += delta (kept in x), out = x / rms(x) * weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -97,24 +84,11 @@ def add_rms_norm(
     values, by_row, by_column = unscaled(x if delta is None else delta)
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
-        x,
-        values,
-        weight,
-        out,
-        out if scales is None else scales,
-        by_row,
-        by_column,
-        eps,
-        width,
-        rows,
-        BLOCK=block,
-        ADD=delta is not None,
-        PARTS=len(values) if values.dim() == 3 else 1,
-        SCALED=isinstance(delta, Scaled),
-        QUANTIZE=quantize,
-        num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
+        x, values, weight, out, out if scales is None else scales, by_row, by_column, eps, width, rows,
+        BLOCK=block, ADD=delta is not None, PARTS=len(values) if values.dim() == 3 else 1, SCALED=isinstance(delta, Scaled),
+        QUANTIZE=quantize, num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
         **launch_options(x),
-    )
+    )  # fmt: skip
     return out if scales is None else Quantized(out, scales)
 
 

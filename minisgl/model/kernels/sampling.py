@@ -42,19 +42,9 @@ def _value(key):
 
 @triton.jit(do_not_specialize=["slots"])
 def _filter_bounds(
-    logits,
-    stride,
-    vocab,
-    slots,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    bounds,
-    LOW_BIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, temperature, top_k, top_p, min_p, bounds,
+    LOW_BIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: the smallest logit that the row's filters keep, -inf without filters."""
     begin(PDL)
     row = tl.program_id(0)
@@ -108,18 +98,9 @@ def _filter_bounds(
 
 @triton.jit(do_not_specialize=["slots"])
 def _weigh(
-    logits,
-    stride,
-    vocab,
-    slots,
-    temperature,
-    bounds,
-    best_value,
-    best_index,
-    weights,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, temperature, bounds, best_value, best_index, weights,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per (row, part of the vocabulary): its most likely token, and what the part weighs in the draw, as a sum of
     exp((logit - the part's largest) / T)."""
     begin(PDL)
@@ -145,33 +126,10 @@ def _weight(value, top, bound, t):
 
 @triton.jit(do_not_specialize=["slots", "kv_lens", "targets", "tokens", "parts", "spare"])
 def _draw(
-    logits,
-    stride,
-    vocab,
-    best_value,
-    best_index,
-    weights,
-    parts,
-    slots,
-    temperature,
-    seed,
-    kv_lens,
-    bounds,
-    targets,
-    tokens,
-    last_token,
-    kv_len,
-    spare,
-    seen,
-    presence,
-    frequency,
-    repetition,
-    ADVANCE: tl.constexpr,
-    COUNTED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, best_value, best_index, weights, parts, slots, temperature, seed, kv_lens, bounds, targets, tokens,
+    last_token, kv_len, spare, seen, presence, frequency, repetition,
+    ADVANCE: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest; it is counted
     if the slot has penalties."""
     begin(PDL)

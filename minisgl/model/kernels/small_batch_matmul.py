@@ -22,18 +22,10 @@ from minisgl.model.kernels.pdl import launch_options, prefetch, release, wait
 
 @triton.jit
 def _gemv(
-    x,
-    weight,
-    y,
-    scales,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
+    x, weight, y, scales,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One row: a program per BLOCK_N of the N outputs.  The first tiles of weights are loaded before the wait.
 
     GATED: the weights have 2 N rows, gate and up, and the outputs are silu(gate) * up.
@@ -70,22 +62,10 @@ def _gemv(
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
-    x,
-    weight,
-    y,
-    scales,
-    rows,
-    N,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, weight, y, scales, rows, N,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    PREFETCH: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N], or [rows, N / 2] if GATED.
 
     GATED: rows of the weights alternate by eights between the upper half (gate) and the lower one (up), so that the two that
