@@ -145,10 +145,7 @@ def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
 
     yield (
         "attention",
-        [
-            mock.patch.object(b, n, same)
-            for b, n in ((attention._decode_backend, "decode"), (attention._backends["prefill"], "prefill"))
-        ],
+        [mock.patch.object(b, n, same) for b, n in ((attention.decode, "decode"), (attention.prefill, "prefill"))],
     )
     yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.paged.prepare_heads", heads)]
     ready = Ready(spec.hidden_size)

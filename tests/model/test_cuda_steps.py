@@ -34,8 +34,9 @@ from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.cuda import device_state as state_module
 from minisgl.model.cuda import step as steps_module
-from minisgl.model.cuda.attention.base import AttentionSpec, paging, splits_for
+from minisgl.model.cuda.attention.base import AttentionSpec
 from minisgl.model.cuda.attention.choose import check_float8, choose
+from minisgl.model.cuda.attention.flashinfer import paging
 from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.attention.torch import TorchReference
@@ -44,10 +45,11 @@ from minisgl.model.cuda.device_state import DeviceState
 from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.step import Steps, bucket_of
-from minisgl.model.cuda.uploads import Uploads
 from minisgl.model.kernels.apply_plan import apply_plan
+from minisgl.model.kernels.decode_attention import splits_for
 from minisgl.model.kernels.prefill_attention import tiles_of
 from minisgl.model.kernels.sampling import sample
+from minisgl.model.kernels.uploads import Uploads
 from minisgl.plan import StepPlan
 
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
-"""What a GPU worker remembers of every slot, on the device, and how plans get there.  Runs in the workers.
+"""Keeps the state of every slot on the GPU, and applies plans to it.  Runs in the workers.
 
-The host keeps a mirror (SlotState) for what must be laid out there: prompt chunks, and the order of the decode rows.  A plan's
-joins and grants travel as the bytes they are in the record; a decode batch that stays the same is not sent again.
+The host keeps a mirror (SlotState) for what must be laid out there: prompt chunks, and the order of the decode rows.  New slots
+and page grants travel as the bytes of the record; a decode batch that stays the same is not sent again.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 
 from minisgl.arrays import I32
-from minisgl.model.cuda.uploads import Uploads
 from minisgl.model.kernels.apply_plan import apply_plan
 from minisgl.model.kernels.penalties import enter_extras
 from minisgl.model.kernels.sampling import Extras, SamplingState
+from minisgl.model.kernels.uploads import Uploads
 from minisgl.plan import StepPlan
 
 
 class DeviceState(SamplingState):
-    """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is the spare one."""
+    """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is for padding rows."""
 
     def __init__(
         self, max_running: int, max_context: int, page_size: int, lag: int, device: torch.device, *, vocab: int
@@ -37,11 +37,11 @@ class DeviceState(SamplingState):
         self.decode_rows = torch.full((2, max_running + 64), max_running, dtype=torch.int32, device=device)
 
     def spare_page(self, page: int) -> None:
-        """Where padding rows keep their key and value."""
+        """Set the page where padding rows keep their keys and values."""
         self.page_table[self.spare].fill_(page)
 
     def apply(self, plan: StepPlan) -> None:
-        """Enter joins, grants and extras."""
+        """Enter new slots, page grants and extras."""
         self._plans.turn()
         n_new_slots, n_page_grants, n_extra = len(plan.new_slots), len(plan.page_grants), len(plan.extras)
         if n_new_slots or n_page_grants:
@@ -52,7 +52,7 @@ class DeviceState(SamplingState):
                 enter_extras(words[len(words) - sum(len(part) for part in extras) :], n_extra, self)
 
     def _lay_out(self, plan: StepPlan) -> list[I32]:
-        """The words of `enter_extras`; makes room on the device for what has not been used before."""
+        """The words of `enter_extras`; allocates what the device does not have yet."""
         e, n = plan.extras, len(plan.extras)
         if self.extras is None:
             self.extras = Extras(len(self.kv_len), self._vocab, self._device)

@@ -23,18 +23,19 @@ from minisgl.model.architectures.llama import Llama
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.slots import SlotState, StepBatch
-from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, splits_for
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.device_state import DeviceState
 from minisgl.model.cuda.grammar import GrammarRows
 from minisgl.model.cuda.step_inputs import NOTHING, Sizes, StepInputs
-from minisgl.model.cuda.uploads import Uploads, upload
 from minisgl.model.kernels.apply_plan import decode_inputs, mixed_inputs
+from minisgl.model.kernels.decode_attention import splits_for
 from minisgl.model.kernels.grammar_mask import restrict
 from minisgl.model.kernels.logprobs import SCORE_WORDS, DeviceLogprobs, score
 from minisgl.model.kernels.penalties import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
+from minisgl.model.kernels.uploads import Uploads, upload
 from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import DRAW, PREFILL, SCORED_TOKENS, StepPlan
 

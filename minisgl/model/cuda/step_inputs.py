@@ -1,6 +1,6 @@
 """Lays out the inputs of a step with prompt chunks: named int32 fields in one buffer, which the host packs and the GPU views.
 
-One copy brings them all to the device.  In a CUDA graph the buffer has a fixed address and fixed sizes, and padding fills what
+One copy brings them all to the device.  In a graph the buffer has a fixed address and fixed sizes, and padding fills what
 the step leaves free.
 """
 

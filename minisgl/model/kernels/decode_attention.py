@@ -1,4 +1,4 @@
-"""Attention of decode rows over a paged KV cache: one query token a row.
+"""Computes attention of decode rows, one query token each, over a paged KV cache.  Runs in the workers.
 
 Bytes: every key and value once, 2 * kv_len * K * D * itemsize a row; nothing else of size.  The work is bound by memory, so
 the kernel's one task is to keep many loads in flight: a program reads blocks of BLOCK tokens of one row and one KV head,
@@ -182,8 +182,8 @@ def decode_attention(
 
     q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
     contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
-    `scale` 0 is 1 / sqrt(D); `window`: only the last so many tokens, 0 for all; `softcap` c: scores become c * tanh(score / c);
-    `sinks` f32[H]: scores without values that take part in the softmax.
+    `scale` 0 is 1 / sqrt(D); `window`: the number of last tokens that are seen, 0 for all; `softcap` c: scores become
+    c * tanh(score / c); `sinks` f32[H]: scores without values that take part in the softmax.
     `k_scale` and `v_scale` multiply what is stored.  Nothing but a row's own tokens is read, so no other request's NaN spreads.
     """
     rows, heads, dim = q.shape
@@ -206,3 +206,19 @@ def decode_attention(
         num_warps=warps, num_stages=stages, **launch_options(q),
     )  # fmt: skip
     return out
+
+
+def splits_for(rows: int, kv_heads: int, max_len: int, processors: int, kv_bytes: int) -> int:
+    """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
+
+    Several programs for each processor keep its loads in flight to the end; `kv_bytes` is 2, or 1 for a float8 cache, whose
+    tokens are read in half the time.  `kv_heads` must be the same number on all ranks: the parts are part of a graph's key, and
+    ranks that capture at different steps would mix up their collectives.
+    """
+    parts = max(1, 8 * kv_bytes * processors // (rows * kv_heads))
+    return min(triton_parts(max_len), 1 << (parts.bit_length() - 1))
+
+
+def triton_parts(max_len: int) -> int:
+    """The most parts that make sense: at least 64 tokens in each, 64 parts at most."""
+    return max(1, min(64, 1 << (max(1, max_len // 64)).bit_length() - 1))

@@ -1,12 +1,13 @@
-"""The small operations between the matrix products of a decoder layer, fused.
+"""Fuses the small operations between a decoder layer's matrix products: residual, RMSNorm, SiLU, quantisation.
 
-A layer is: add_rms_norm, QKV product, prepare_heads, attention, output product, add_rms_norm, gate-up product, silu_mul (part
-of the product where that is ours: see linear), down product.  Bytes moved, of 2-byte elements: add_rms_norm reads 2 T C and
-writes 2 T C; prepare_heads reads and writes T (H + 2K) D; silu_mul reads 2 T I and writes T I.
+A layer is: add_rms_norm, QKV product, prepare_heads (qk_norm_rope), attention, output product, add_rms_norm, gate-up product,
+silu_mul (part of the product where that is ours: small_batch_matmul), down product.
 
-The first two take their input also as the f32 parts [parts, T, N] that a product with a split sum leaves (see linear), and add
-them up; all of them take it as an FP8 product leaves it (see rows).  What is quantised becomes the left side of such a product:
-float8_e4m3fn values and one f32 scale a row, value = q * scale.
+Bytes: of 2-byte elements, add_rms_norm reads 2 T C and writes 2 T C; silu_mul reads 2 T I and writes T I.
+
+add_rms_norm and prepare_heads also take their input as the f32 parts [parts, T, N] of a product with a split sum, and add them
+up; every function also takes it as an FP8 product leaves it (see activations).  Quantised rows are the left side of such a
+product: float8_e4m3fn values and one f32 scale a row, value = q * scale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Biases and penalties on the GPU: the kernels behind minisgl.model.cpu.penalties, which is their readable form.
+"""Applies biases and penalties to logits on the GPU; minisgl.model.cpu.penalties is the readable form of these kernels.
 
 They run only in steps in which a row has any (another graph of the same step); rows without are copied as they are.  Adjusted
 logits are float32, whatever the model's: half precision would round a small penalty away.

@@ -1,4 +1,4 @@
-"""Causal attention of prompt chunks over a paged KV cache, cached prefix included, in one pass.
+"""Computes causal attention of prompt chunks over a paged KV cache, cached prefix included.  Runs in the workers.
 
 Flops: 4 * T * S * H * D for a chunk of T tokens that sees S (half of it where the chunk is its own context).  A program holds
 BLOCK_Q query tokens of all heads of one group, BLOCK_Q * GROUP rows of the matrix unit, and walks over the keys with an online

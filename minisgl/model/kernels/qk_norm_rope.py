@@ -1,6 +1,6 @@
-"""Between the QKV product and attention, as one kernel: norms of queries and keys, rotary positions, the write to the cache.
+"""Normalises and rotates queries and keys and writes the KV cache, in one kernel between the QKV product and attention.
 
-Bytes moved, of 2-byte elements: reads and writes T (H + 2K) D.
+Bytes: of 2-byte elements, reads and writes T (H + 2K) D.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawing the next tokens on the GPU, inside the graph of a step.
+"""Samples the next tokens on the GPU, inside the graph of a step: temperature, top-k, top-p, min-p.
 
 A drawn token is where the cumulative distribution, in the order of the vocabulary, passes the row's random number, as on the
 CPU and with the same number: 53 bits of Philox4x32-10 with the request's seed as the key and the position as the counter
@@ -225,13 +225,13 @@ class SamplingState:
         self.presence = torch.zeros(slots, dtype=torch.float32, device=device)
         self.frequency = torch.zeros(slots, dtype=torch.float32, device=device)
         self.repetition = torch.ones(slots, dtype=torch.float32, device=device)
-        self.logprobs = torch.full((slots,), -1, dtype=torch.int32, device=device)  # alternatives that are wanted
+        self.logprobs = torch.full((slots,), -1, dtype=torch.int32, device=device)  # alternatives to return
         self.n_bias = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.extras: Extras | None = None  # what only steps with biases, penalties or log probabilities need
+        self.extras: Extras | None = None  # made when the first request has biases, penalties or log probabilities
 
 
 class Extras:
-    """Made when the first request needs it, and kept from then on: graphs hold its addresses."""
+    """Biases and counts of every slot.  Made once and kept: graphs hold the addresses."""
 
     def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
         self.vocab = vocab
@@ -239,11 +239,11 @@ class Extras:
         self.seen: torch.Tensor | None = None  # i32 [slots, vocab], see minisgl.model.cpu.penalties; for penalties
 
     def count(self) -> None:
-        """Have `seen`."""
+        """Make `seen`, if it is missing."""
         if self.seen is None:
             self.seen = torch.zeros(len(self.bias), self.vocab, dtype=torch.int32, device=self.bias.device)
 
     @staticmethod
     def reserve(slots: int, vocab: int) -> int:
-        """Bytes that all of it takes, with the adjusted logits of a step of as many rows."""
+        """Bytes of an Extras, with the adjusted logits of a step of as many rows."""
         return 4 * slots * (2 * vocab + 3 * MAX_BIAS)

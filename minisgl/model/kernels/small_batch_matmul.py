@@ -1,4 +1,4 @@
-"""Matrix products with few rows (decode), which read far more weights than anything else.
+"""Multiplies few rows by weights, as decode steps do: such products read far more weights than anything else.
 
 Bytes: N * K weights once.  A library product treats the rows as the large side of a tile and wastes most of it; here the
 weights are the large side, and the rows, at least 16 for the matrix unit, the small one.  Where N / BLOCK_N programs would not
@@ -117,8 +117,8 @@ def choose(
 ) -> dict[str, Any] | None:
     """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
 
-    From bench/ablate_step.py on an H200: up to 16 rows ours, but for very large weights; up to 128 where the weights are
-    small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
+    From scripts/bench/ablate_step.py on an H200: up to 16 rows ours, except for very large weights; up to 128 where the weights
+    are small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
     parts, as `gated` does; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
     """
     if rows == 1:

@@ -1,16 +1,16 @@
-"""The attention backend of our own kernels (minisgl.model.kernels).  No plan on the host, so everything can be in a graph."""
+"""Attends with our own Triton kernels, which need no plan on the host and can be captured in graphs.  Runs in the workers."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
-from minisgl.model.cuda.uploads import upload
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
+from minisgl.model.kernels.uploads import upload
 
 
 class TritonAttention:
@@ -39,22 +39,18 @@ class TritonAttention:
 
     def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._tiles is not None
-        h = self._heads
         return prefill_attention(
             q,
             self._cache.keys(layer),
             self._cache.values(layer),
             self._page_table,
             self._tiles,
-            scale=h.scale,
-            window=h.window(layer),
-            softcap=h.softcap,
-            sinks=sinks,
+            **self._rules(layer, sinks),
         )
 
     def plan_decode(self, rows: DecodeRows) -> None:
         self._rows = rows
-        key, h = (len(rows.slots), rows.splits), self._heads
+        h, key = self._heads, (len(rows.slots), rows.splits)
         workspace = self._workspaces.get(key)
         if workspace is None:
             workspace = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
@@ -73,8 +69,10 @@ class TritonAttention:
             self._rows.slots,
             self._rows.kv_lens,
             self._workspace,
-            scale=self._heads.scale,
-            window=self._heads.window(layer),
-            softcap=self._heads.softcap,
-            sinks=sinks,
+            **self._rules(layer, sinks),
         )
+
+    def _rules(self, layer: int, sinks: torch.Tensor | None) -> dict[str, Any]:
+        """What turns scores into weights in `layer`."""
+        h = self._heads
+        return {"scale": h.scale, "window": h.window(layer), "softcap": h.softcap, "sinks": sinks}
