@@ -7,7 +7,6 @@ import dataclasses as dc
 import functools
 import re
 from collections import defaultdict
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -27,28 +26,13 @@ from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.fake_runner import FakeRunner
 from minisgl.sampling_params import RequestOptions, SamplingParams
+from scripts.check import lines
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minisgl"
 
 
-def tables() -> dict[str, list[list[str]]]:
-    """First header cell -> rows."""
-    rows: dict[str, list[list[str]]] = defaultdict(list)
-    head = None
-    for line in (ROOT / "docs/structures.md").read_text().splitlines():
-        if not line.startswith("|"):
-            head = None
-            continue
-        cells = [c.strip() for c in line.strip("|").split("|")]
-        if head is None:
-            head = cells[0]
-        elif set(cells[0]) != {"-"}:
-            rows[head].append(cells)
-    return rows
-
-
-TABLES = tables()
+TABLES = lines.tables((ROOT / "docs/structures.md").read_text())
 
 
 def fields_of(name: str) -> str:
@@ -118,20 +102,11 @@ def test_the_arena_table_is_the_arenas() -> None:
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    out = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if not name.endswith("__init__"):
-            out[name] = ast.parse(path.read_text())
-    return out
+    return {name: ast.parse(path.read_text()) for name, path in lines.modules(PACKAGE).items()}
 
 
-@functools.cache
 def room_of(module: str) -> str:
-    patterns = {pattern: room for room, members, _ in TABLES["room"] for pattern in members.split()}
-    matching = [pattern for pattern in patterns if fnmatch(module, pattern)]
-    assert matching, f"{module} is in no room"
-    return patterns[max(matching, key=len)]  # a folder's own row before that of the folder around it
+    return lines.room_of(module, lines.patterns())
 
 
 def imports_of(tree: ast.Module) -> set[str]:
@@ -144,15 +119,84 @@ def imports_of(tree: ast.Module) -> set[str]:
     return names
 
 
+@functools.cache
+def imported(module: str) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its text."""
+    names = {name.removeprefix("minisgl.") for name in imports_of(modules()[module]) if name.startswith("minisgl.")}
+    return names & set(modules()) - {module}
+
+
 @pytest.mark.parametrize("module", modules())
 def test_no_room_imports_upwards(module: str) -> None:
-    allowed = {row[0]: set(row[2].split()) for row in TABLES["room"]}
+    allowed = {row[0]: set(row[2].split()) for row in TABLES["imports"]}
     mine = room_of(module)
-    known = modules()
-    for name in imports_of(known[module]):
-        target = name.removeprefix("minisgl.")
-        if name.startswith("minisgl.") and target in known:
-            assert room_of(target) in {mine} | allowed[mine], f"{module} imports {target}"
+    for target in imported(module):
+        assert room_of(target) in {mine} | allowed[mine], f"{module} imports {target}"
+
+
+def test_the_table_of_imports_allows_nothing_that_is_not_needed() -> None:
+    used: dict[str, set[str]] = defaultdict(set)
+    for module in modules():
+        used[room_of(module)] |= {room_of(target) for target in imported(module)} - {room_of(module)}
+    assert {row[0]: set(row[2].split()) for row in TABLES["imports"]} == {row[0]: used[row[0]] for row in TABLES["imports"]}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Neither between modules nor between rooms: what has no import left to follow is taken away until nothing remains."""
+    rooms = {row[0]: set(row[2].split()) for row in TABLES["imports"]}
+    for graph in ({module: imported(module) for module in modules()}, rooms):
+        left = dict(graph)
+        while leaves := {name for name, targets in left.items() if not targets & set(left)}:
+            left = {name: targets for name, targets in left.items() if name not in leaves}
+        assert not left, f"these import each other in a circle: {sorted(left)}"
+
+
+def test_the_core_imports_nothing_from_the_periphery() -> None:
+    kinds = {row[0]: row[3] for row in TABLES["room"]}
+    for room, _, targets in TABLES["imports"]:
+        for target in targets.split():
+            assert not (kinds[room].startswith("core") and kinds[target] == "periphery"), f"{room} imports {target}"
+            assert not (kinds[room] == "core" and kinds[target] == "core, GPU"), f"{room} imports {target}"
+
+
+# ---------------- the map
+CORE_LINES = {"core": 0, "core, GPU": 0}  # raising one needs an ADR that says what the lines buy
+
+
+def test_every_room_is_on_the_map_with_its_lines() -> None:
+    assert {row[0] for row in TABLES["room"]} == {row[0] for row in TABLES["imports"]}
+    for path in (lines.MAP, lines.PATH):
+        assert lines.with_todays_numbers(path) == path.read_text(), "run scripts/check/lines.py --write"
+
+
+def test_the_core_does_not_grow_unnoticed() -> None:
+    found = lines.lines_by_kind()
+    for kind, pinned in CORE_LINES.items():
+        assert found[kind] <= pinned, f"{kind}: {found[kind]} lines of code, {pinned} are pinned"
+
+
+@pytest.mark.parametrize(("term", "home"), [(row[0], row[1]) for row in TABLES["term"]])
+def test_a_term_of_the_field_is_found_where_it_happens(term: str, home: str) -> None:
+    texts = {str(path.relative_to(PACKAGE)): path.read_text().lower() for path in PACKAGE.rglob("*.py")}
+    first = (ast.get_docstring(ast.parse((PACKAGE / home).read_text())) or "").split("\n\n")[0]
+    assert term.lower() in " ".join(first.lower().split())
+    counts = {name: text.count(term.lower()) for name, text in texts.items()}
+    assert max(counts, key=lambda name: (counts[name], name == home)) == home, counts
+
+
+def test_the_documents_name_files_that_exist() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"(?:minisgl|scripts|tests|docs)/[\w/.-]+\.(?:py|md|sh|c)\b", path.read_text()):
+            if path.name != "CHANGELOG.md":
+                assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_prose_in_the_documents_is_at_most_131_characters_wide() -> None:
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
+        code = False
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            assert code or line.startswith("|") or len(line) < 132, f"{path.name}:{number}"
 
 
 def test_torch_is_imported_on_the_workers_side_only() -> None:

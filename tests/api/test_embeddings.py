@@ -24,7 +24,7 @@ from minisgl.actors.scheduler.step_machine import Output
 from minisgl.api.engine import TextPrompt, TokenPrompt
 from minisgl.errors import RequestError
 from minisgl.model.common.pooling import Pooling
-from minisgl.model.fake_runner import reference, state
+from minisgl.model.fake_runner import expected_tokens, state
 from minisgl.plan import POOL, SUM, StepPlan, StepResult
 from minisgl.sampling_params import Finish, RequestOptions, SamplingParams
 
@@ -112,7 +112,7 @@ def wrong_vectors(model: Model, loop: PoolLoop) -> str:
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_vectors_are_those_of_transformers_in_chunks_from_the_cache_and_through_retractions(model: Model, seed: int) -> None:
-    loop = run_vectors(model, seed, lag=1 + seed % 3)
+    loop = run_vectors(model, seed, max_steps_in_flight=1 + seed % 3)
     assert wrong_vectors(model, loop) == ""
     left = {uid for uid, (_, _, vector) in loop.vectors.items() if vector is None}
     assert loop.ends == {**dict.fromkeys(loop.asked, Finish.LENGTH), **dict.fromkeys(left, Finish.ABORT)}
@@ -227,7 +227,7 @@ def test_every_interleaving_of_the_actors_gives_the_oracles_vectors(seed: int) -
             uid = world.gateway.open(TokenPrompt(tuple(ids)), greedy, news.append, options)
             got[uid], want[uid] = news, (ids, pooling)
         else:
-            texts[world.submit(ids, 6)] = reference(ids, 6, VOCAB, (0,))
+            texts[world.submit(ids, 6)] = expected_tokens(ids, 6, VOCAB, (0,))
         for _ in range(rng.randrange(20)):
             world.system.step()
     victim = next(iter(got))

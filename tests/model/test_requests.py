@@ -180,7 +180,7 @@ def run(model: Model, seed: int, **limits: Any) -> ModelLoop:
 def test_every_parameter_has_its_effect_whatever_runs_beside_it_and_through_retractions(
     model: Model, seed: int, lag: int
 ) -> None:
-    loop = run(model, seed, lag=lag)
+    loop = run(model, seed, max_steps_in_flight=lag)
     assert not loop.wrong()
     assert loop.machine.counters.retractions > 0
     assert loop.machine.counters.cached_tokens > 0
