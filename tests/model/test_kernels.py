@@ -250,6 +250,39 @@ def test_products_with_float8_weights_multiply_by_the_scale_of_each_output(rows:
     assert error(got, x.float() @ (q.values.float() * q.scales).T) < TOLERANCE
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [2, 7, 20])
+def test_products_of_float8_rows_multiply_by_the_scales_of_rows_and_outputs(rows: int, gated: bool) -> None:
+    x, w = rand(rows, 512) * (torch.rand(rows, 1, device=DEVICE).to(HALF) + 0.1), rand(128, 512) * 0.1
+    qx, qw = norm_activation.quantize_rows(x), norm_activation.quantize_rows(w)
+    splits = 1 if gated else 2
+    block_m = 16 if rows <= 16 else 32
+    got = skinny(
+        qx.values, qw.values, scales=qw.scales.view(-1), row_scales=qx.scales, gated=gated, splits=splits, block_m=block_m
+    )
+    want = rows_of(qx) @ rows_of(qw).T
+    if gated:
+        first, second = want.chunk(2, -1)
+        want = F.silu(first) * second
+    assert error(got if splits == 1 else got.sum(0), want) < 2e-2  # bfloat16, and with `gated` rounded three times
+
+
+def test_a_few_quantised_rows_have_spare_ones_behind_them_for_the_library() -> None:
+    x, weight = rand(3, 256), rand(256)
+    for q in (
+        norm_activation.quantize_rows(x),
+        norm_activation.add_rms_norm(x.clone(), None, weight, 1e-5, quantize=True),
+        norm_activation.silu_mul_quantized(rand(3, 512)),
+    ):
+        assert isinstance(q, Quantized)
+        assert (q.values.shape, q.scales.shape) == ((3, 256), (3, 1))
+        spare = norm_activation.with_spare_rows(q.values, norm_activation.SPARE_ROWS)
+        assert spare.shape == (norm_activation.SPARE_ROWS, 256)
+        assert spare.data_ptr() == q.values.data_ptr()
+        assert norm_activation.with_spare_rows(q.scales, 17).shape == (17, 1)
+        assert norm_activation.with_spare_rows(q.values, 2) is q.values
+
+
 def parts_of(x: torch.Tensor, parts: int) -> torch.Tensor:
     """f32 [parts, *x.shape] that add up to x exactly enough."""
     weights = torch.rand(parts, *[1] * x.dim(), device=x.device)

@@ -20,6 +20,19 @@ from minisgl.model.kernels.activations import Product, Quantized, Scaled, unscal
 from minisgl.model.kernels.pdl import begin, launch_options
 
 FP8 = torch.float8_e4m3fn
+SPARE_ROWS = 24  # rows of the smallest buffer of quantised rows: the library's products take longer with 16 rows and fewer
+
+
+def empty_quantized(rows: int, width: int, device: torch.device) -> Quantized:
+    """Room for `rows` quantised rows, at the start of buffers of at least SPARE_ROWS rows: see `with_spare_rows`."""
+    room = max(rows, SPARE_ROWS)
+    scales = torch.empty(room, 1, dtype=torch.float32, device=device)
+    return Quantized(torch.empty(room, width, dtype=FP8, device=device)[:rows], scales[:rows])
+
+
+def with_spare_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """A tensor of `empty_quantized` with arbitrary rows behind its own, if it has fewer than `rows` (at most SPARE_ROWS)."""
+    return x if len(x) >= rows else x.as_strided((rows, x.shape[1]), x.stride())
 
 
 @triton.jit
@@ -80,17 +93,17 @@ def add_rms_norm(
     delta [T, C], f32 parts [parts, T, C], or scaled rows.  All contiguous.
     """
     rows, width = x.shape
-    out = torch.empty_like(x, dtype=FP8 if quantize else x.dtype)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if quantize else None
+    quantized = empty_quantized(rows, width, x.device) if quantize else None
+    out = torch.empty_like(x) if quantized is None else quantized.values
     values, by_row, by_column = unscaled(x if delta is None else delta)
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
-        x, values, weight, out, out if scales is None else scales, by_row, by_column, eps, width, rows,
+        x, values, weight, out, out if quantized is None else quantized.scales, by_row, by_column, eps, width, rows,
         BLOCK=block, ADD=delta is not None, PARTS=len(values) if values.dim() == 3 else 1, SCALED=isinstance(delta, Scaled),
         QUANTIZE=quantize, num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
         **launch_options(x),
     )  # fmt: skip
-    return out if scales is None else Quantized(out, scales)
+    return quantized or out
 
 
 @triton.jit
@@ -185,18 +198,17 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled) -> Quantized:
     grid = (triton.cdiv(rows, tile), triton.cdiv(width, block))
     gated = torch.empty(rows, width, dtype=values.dtype, device=values.device)
     largest = torch.empty(grid[1], rows, dtype=torch.float32, device=values.device)
-    out = torch.empty(rows, width, dtype=FP8, device=values.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=values.device)
+    out = empty_quantized(rows, width, values.device)
     options = launch_options(values)
     _silu_mul_largest[grid](
         values, gated, largest, by_row, by_column, width, rows, ROWS=tile, BLOCK=block, SCALED=isinstance(gate_up, Scaled),
         num_warps=4, **options,
     )  # fmt: skip
     _quantize_blocks[grid](
-        gated, largest, out, scales, width, grid[1], rows, ROWS=tile, BLOCK=block, BLOCKS=triton.next_power_of_2(grid[1]),
-        num_warps=4, **options,
+        gated, largest, out.values, out.scales, width, grid[1], rows, ROWS=tile, BLOCK=block,
+        BLOCKS=triton.next_power_of_2(grid[1]), num_warps=4, **options,
     )  # fmt: skip
-    return Quantized(out, scales)
+    return out
 
 
 @triton.jit
@@ -214,11 +226,10 @@ def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr
 def quantize_rows(x: torch.Tensor) -> Quantized:
     """x [T, N] to float8_e4m3fn."""
     rows, width = x.shape
-    out = torch.empty_like(x, dtype=FP8)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    out = empty_quantized(rows, width, x.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
-    return Quantized(out, scales)
+    _quantize_rows[(rows,)](x, out.values, out.scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
+    return out
 
 
 def _warps(block: int) -> int:

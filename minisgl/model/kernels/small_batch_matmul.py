@@ -62,9 +62,9 @@ def _gemv(
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
-    x, weight, y, scales, rows, N,
+    x, weight, y, scales, row_scales, rows, N,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, SCALED: tl.constexpr, ROWS_SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N], or [rows, N / 2] if GATED.
 
@@ -95,6 +95,8 @@ def _skinny(
         at_x += BLOCK_K
     if SCALED:
         acc *= tl.load(scales + n, mask=n < N, other=0.0)[:, None]
+    if ROWS_SCALED:
+        acc *= tl.load(row_scales + m, mask=m < rows, other=0.0)[None, :]
     if GATED:
         both = tl.reshape(acc, [BLOCK_N // 16, 2, 8, BLOCK_M]).permute(0, 2, 3, 1)
         first, second = tl.split(tl.reshape(both, [BLOCK_N // 2, BLOCK_M, 2]))
@@ -147,7 +149,7 @@ def settings(
             "block_k": 1024,
             "warps": 2 if k <= 1024 or n > 4096 else 4,
         }
-    block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
+    block_k = 256 if fp8 and k % 256 == 0 else 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
     block_m, warps = min(64, max(16, triton.next_power_of_2(rows))), 4
     tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
     if rows > 64 and tiles > PROCESSORS:
@@ -202,20 +204,22 @@ def skinny(
     stages: int = 4,
     prefetch_k: int = 0,
     gated: bool = False,
+    row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 parts [splits, R, N] whose sum it is.
 
     `gated`: weight is [gate, up], and the result silu(gate) * up [R, N / 2]; N / 2 a multiple of 8, no splits.
-    Weights as for `gemv`; K a multiple of splits * block_k.
+    Weights as for `gemv`; K a multiple of splits * block_k.  `row_scales` f32 [R, 1]: x is float8, and the result bfloat16.
     """
     rows, k = x.shape
     n = len(weight)
     width = n // 2 if gated else n
-    y = torch.empty(splits, rows, width, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    dtype = torch.float32 if splits > 1 else x.dtype if row_scales is None else torch.bfloat16
+    y = torch.empty(splits, rows, width, dtype=dtype, device=x.device)
     _skinny[(triton.cdiv(n, block_n), splits, triton.cdiv(rows, block_m))](
-        x, weight, y, y if scales is None else scales, rows, n, K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None, GATED=gated, num_warps=warps,
-        num_stages=stages, **launch_options(x),
+        x, weight, y, y if scales is None else scales, y if row_scales is None else row_scales, rows, n,
+        K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None,
+        ROWS_SCALED=row_scales is not None, GATED=gated, num_warps=warps, num_stages=stages, **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else y
 
