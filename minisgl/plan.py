@@ -82,7 +82,7 @@ POOLED_ROWS = 64  # vectors that one result may have
 _HEADER = struct.Struct("<qBBHIIIIIIII")
 HEADER_BYTES = 64
 _SAME = 1
-_RESULT = struct.Struct("<qiiiiii")
+_RESULT = struct.Struct("<qiiiiiii")
 _SCORES = struct.Struct("<ii")
 
 
@@ -240,7 +240,7 @@ class StepResult:
 
     `scores`: the log probabilities that were asked for, None if none were.  `vectors` f32[rows with POOL, hidden size].
     `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
-    where nothing was to be done; `launch_us`: CPU time of the launch.
+    where nothing was to be done; `launch_us`: CPU time of the launch; `warmups`: graphs captured and kernels compiled in it.
     """
 
     step: int
@@ -250,11 +250,12 @@ class StepResult:
     launch_us: int = 0
     scores: StepLogprobs | None = None
     vectors: F32 | None = None
+    warmups: int = 0
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in worker 0."""
         shape = (0, 0) if self.vectors is None else self.vectors.shape
-        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, *shape)
+        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, self.warmups, *shape)
         tokens = self.tokens.astype("<i4", copy=False).tobytes()
         if self.vectors is not None:
             tokens += self.vectors.astype("<f4", copy=False).tobytes()
@@ -263,11 +264,11 @@ class StepResult:
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, n, busy, idle, launch, m, width = _RESULT.unpack_from(raw)
+        step, n, busy, idle, launch, warmups, m, width = _RESULT.unpack_from(raw)
         at = _RESULT.size + 4 * n
         end = at + 4 * m * width
         if len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
         scores = StepLogprobs.unpack(raw, end) if len(raw) > end else None
         vectors = np.frombuffer(raw, "<f4", m * width, at).reshape(m, width) if m else None
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors)
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors, warmups)

@@ -136,6 +136,7 @@ class Counters:
     busy_us: int = 0  # as measured by the device, of all steps together
     idle_us: int = 0
     launch_us: int = 0
+    warmups: int = 0  # graphs captured and kernels compiled while a step waited for them: none in steady state
     misses: dict[str, int] = field(default_factory=dict)  # prompt tokens not found at first admission, by reason
 
 
@@ -266,6 +267,7 @@ class StepMachine:
         self.counters.busy_us += result.busy_us
         self.counters.idle_us += result.idle_us
         self.counters.launch_us += result.launch_us
+        self.counters.warmups += result.warmups
         if result.busy_us and self.limits.itl_target:  # who else would ask?
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         live = table.epoch[sent.slots] == sent.epochs

@@ -152,6 +152,7 @@ def _lines(m: Metrics, engine: Engine) -> Iterator[str]:
 _COUNTERS = (
     ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", "prompt_tokens"),
     ("prefix_cache_hits", "Prompt tokens that were found there.", "cached_tokens"),
+    ("num_warmups", "Graphs captured and kernels compiled while a step waited for them.", "warmups"),
     ("num_preemptions", "Running requests that were retracted for want of memory.", "retractions"),
     ("request_timeouts", "Requests that missed their deadline.", "timeouts"),
     ("engine_steps", "Steps of the engine.", "steps"),

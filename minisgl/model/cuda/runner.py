@@ -33,6 +33,7 @@ from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.parallel import make_parallel
 from minisgl.model.cuda.step import Steps
+from minisgl.model.kernels.compilations import compiled, watch
 from minisgl.model.kernels.logprobs import DeviceLogprobs
 from minisgl.model.kernels.sampling import Extras
 from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
@@ -67,7 +68,7 @@ class CudaPending:
     end: torch.cuda.Event
     before: torch.cuda.Event | None  # the end of the previous step; None for the first
     launch_us: int
-    timed: bool
+    warmups: int
     failed: npt.NDArray[np.int64] | None = None  # rows whose grammar allowed no token
 
     def done(self) -> bool:
@@ -83,9 +84,11 @@ class CudaPending:
         return StepResult(
             self.step,
             tokens,
-            busy_us=int(self.start.elapsed_time(self.end) * 1000) if self.timed else 0,
+            # A step in which something was captured or compiled says nothing about its cost.
+            busy_us=0 if self.warmups else int(self.start.elapsed_time(self.end) * 1000),
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
+            warmups=self.warmups,
             scores=None if self.scored is None or self.scores is None else self.scored.read(self.scores.numpy()),
             vectors=None if self.vectors is None else self.vectors.numpy(),
         )
@@ -100,6 +103,7 @@ class CudaRunner:
         self._config, self._rank = config, rank
         self._device = torch.device("cuda", rank)
         torch.cuda.set_device(self._device)
+        watch()
         self._dtype = _DTYPES[spec.dtype if engine.dtype == "auto" else engine.dtype]
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
@@ -233,7 +237,7 @@ class CudaRunner:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.inference_mode():
             start.record()
-            captures = self._graphs.captures
+            prepared = self._graphs.captures + len(compiled)
             count = self._steps.run(plan)
             self._launched += 1
             host = self._results[self._launched % len(self._results)][:count]
@@ -245,9 +249,11 @@ class CudaRunner:
         grammar_rows = self._steps.grammar_rows
         grammar_rows.end(host, end)
         before, self._last = self._last, end
-        timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
+        warmups = self._graphs.captures + len(compiled) - prepared
         launch_us = int((time.perf_counter() - began) * 1e6)
-        return CudaPending(plan.step, host, scored, scores, vectors, start, end, before, launch_us, timed, grammar_rows.failed)
+        return CudaPending(
+            plan.step, host, scored, scores, vectors, start, end, before, launch_us, warmups, grammar_rows.failed
+        )
 
     def _fetch_scores(self, scored: DeviceLogprobs, count: int) -> torch.Tensor:
         """Start to copy the log probabilities of a step to the host."""

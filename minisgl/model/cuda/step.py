@@ -39,7 +39,12 @@ from minisgl.model.kernels.uploads import Uploads, upload
 from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import DRAW, PREFILL, SCORED_TOKENS, StepPlan
 
-SHORT_STEPS = (64, 128, 256, 512, 1024)  # tokens of the steps with prompt chunks that are captured as graphs
+# Tokens of the steps with prompt chunks that are captured as graphs; those above MANY_TOKENS where launches take longer than
+# kernels (`launch_bound_tokens`): a prompt of 2,048 tokens of 0.6B took 17 to 25 ms, of which its kernels need 4.3.
+SHORT_STEPS = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+MANY_TOKENS = 1024
+LAUNCH_SECONDS = 0.5e-3  # of the kernels of one layer, one by one
+FLOPS = 600e12  # of a GPU, in products of many rows
 SHORT_CONTEXT = 4096  # tokens of any of their rows: one program walks over a row's context, which a long one would stall
 FEW_ROWS = 16  # rows of such a graph; a second one takes as many as there are slots
 
@@ -70,12 +75,13 @@ class Steps:
     _attention: PagedAttention  # this and the rest: see `use`
     _graphs: Replays
     _decode_graphs: bool
-    _short_graphs: bool
+    _graph_tokens: list[int]
     _padding: StepInputs
 
     def __init__(self, config: Config, model: Llama, heads: AttentionSpec, processors: int, device: torch.device) -> None:
         engine, vocab = config.engine, config.model.vocab_size
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
+        self._launch_bound_tokens = launch_bound_tokens(config)
         self._kv_heads = -(-config.model.num_kv_heads // engine.tp)  # of the largest shard: ranks must choose the same graphs
         self._max_running, self._step_tokens = engine.max_running, engine.step_tokens
         self._max_context = config.max_context
@@ -97,7 +103,9 @@ class Steps:
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Run on this cache from now on; `decode_graphs`, `short_graphs`: which kinds of steps may be graphs."""
         self._attention, self._graphs = attention, graphs
-        self._decode_graphs, self._short_graphs = decode_graphs, short_graphs
+        self._decode_graphs = decode_graphs
+        most = max(MANY_TOKENS, self._launch_bound_tokens)
+        self._graph_tokens = [tokens for tokens in SHORT_STEPS if tokens <= most] if short_graphs else []
         spare, spare_page = self.state.spare, attention.cache.num_pages
         self.state.spare_page(spare_page)
         self._padding = StepInputs(
@@ -152,28 +160,27 @@ class Steps:
 
         The rows are all the spare slot's: those of former requests would write to pages that others own by now.
         """
-        for key in self._expected_decodes():
-            if key not in self._graphs:
+        for key in self._expected_graphs():
+            if key in self._graphs:
+                continue
+            if isinstance(key, Sizes):
+                self._buffer(key).copy_(torch.from_numpy(NOTHING.pack(key, self._padding)))
+                self._graphs.capture(key, partial(self._chunk_step, key))
+            else:
                 self.state.decode_rows.fill_(self.state.spare)
                 self._resent = True
                 self._graphs.capture(key, partial(self._decode_step, *key))
-                return True
-        for sizes in self._expected_chunks():
-            if sizes not in self._graphs:
-                self._buffer(sizes).copy_(torch.from_numpy(NOTHING.pack(sizes, self._padding)))
-                self._graphs.capture(sizes, partial(self._chunk_step, sizes))
-                return True
+            return True
         return False
 
-    def _expected_decodes(self) -> Iterator[tuple[int, int]]:
-        if self._decode_graphs:
-            for bucket in sorted({bucket_of(rows) for rows in range(1, self._max_running + 1)}):
-                yield bucket, self._parts(bucket)
-
-    def _expected_chunks(self) -> Iterator[Sizes]:
-        if self._short_graphs:
-            for rows in (FEW_ROWS, self._max_running):
-                yield from (self._sizes(tokens, rows) for tokens in SHORT_STEPS)
+    def _expected_graphs(self) -> Iterator[tuple[int, int] | Sizes]:
+        """Keys of all graphs of plain rows, those that are needed first first."""
+        buckets = sorted({bucket_of(rows) for rows in range(1, self._max_running + 1)}) if self._decode_graphs else []
+        yield from ((bucket, self._parts(bucket)) for bucket in buckets)
+        for rows in (FEW_ROWS, self._max_running):
+            # Largest first: the smaller ones then find all their temporaries in the memory of the graphs.
+            yield from (self._sizes(tokens, rows) for tokens in reversed(self._graph_tokens))
+        yield from ((bucket, self._more_parts(bucket)) for bucket in buckets)
 
     # ---------------- decode rows only
     def _replay_decodes(self, slots: I32) -> int:
@@ -202,7 +209,10 @@ class Steps:
     def _splits(self, bucket: int, rows: int, longest: int, total: int) -> int:
         """Parts of a row.  Where one row is much longer than the others, four times as many keep it from being the last."""
         splits = self._parts(bucket)
-        return splits if longest * rows < 8 * total * splits else min(64, 4 * splits)
+        return splits if longest * rows < 8 * total * splits else self._more_parts(bucket)
+
+    def _more_parts(self, bucket: int) -> int:
+        return min(64, 4 * self._parts(bucket))
 
     def _parts(self, bucket: int) -> int:
         kv_bytes = min(2, self._heads.kv_dtype.itemsize)
@@ -211,11 +221,10 @@ class Steps:
     # ---------------- steps with prompt chunks, in graphs
     def _graph_sizes(self, plan: StepPlan, batch: StepBatch) -> Sizes | None:
         """The sizes of the graph that the step fits; None: there is no such graph."""
-        if not self._short_graphs or batch.kv_lens.max() > SHORT_CONTEXT or len(batch.targets) or Pooling.wanted(plan):
+        bucket = next((tokens for tokens in self._graph_tokens if tokens >= len(batch.ids)), None)
+        if bucket is None or batch.kv_lens.max() > SHORT_CONTEXT or len(batch.targets) or Pooling.wanted(plan):
             return None
-        bucket = next((tokens for tokens in SHORT_STEPS if tokens >= len(batch.ids)), None)
-        rows = FEW_ROWS if len(batch.kv_lens) <= FEW_ROWS else self._max_running
-        return None if bucket is None else self._sizes(bucket, rows)
+        return self._sizes(bucket, FEW_ROWS if len(batch.kv_lens) <= FEW_ROWS else self._max_running)
 
     def _sizes(self, tokens: int, rows: int) -> Sizes:
         return Sizes(tokens, rows, rows, tokens // block_q(self._heads.group) + rows)
@@ -344,6 +353,15 @@ class Steps:
         words = np.stack([batch.score_slots, batch.targets.astype(np.int64), np.arange(len(batch.targets))])
         slots, tokens, lines = upload(words, self._device)
         score(logits, slots, tokens, lines, self.state, self.scores[len(self.tokens) :])
+
+
+def launch_bound_tokens(config: Config) -> int:
+    """Tokens up to which the kernels of a step take less time than their launches, the same number on all ranks."""
+    spec = config.model
+    heads = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    inner = 3 * (spec.experts_per_token * spec.expert_size if spec.num_experts else spec.intermediate_size)
+    weights = spec.hidden_size * (heads + inner) / config.engine.tp  # of a layer, that a token meets
+    return int(LAUNCH_SECONDS * FLOPS / (2 * weights))
 
 
 def bucket_of(rows: int) -> int:
