@@ -86,9 +86,9 @@ class Bench:
         )
         return self._time(lambda i: plan if i == 0 else StepPlan(self.step, decode=None), 50)
 
-    def prefill(self, tokens: int) -> float:
-        """Microseconds of a prefill step of chunks of 558 tokens."""
-        lens = [558] * (tokens // 558) + ([tokens % 558] if tokens % 558 else [])
+    def prefill(self, tokens: int, chunk: int = 558) -> float:
+        """Microseconds of a prefill step of chunks of `chunk` tokens."""
+        lens = [chunk] * (tokens // chunk) + ([tokens % chunk] if tokens % chunk else [])
 
         def plan(_: int) -> StepPlan:
             return StepPlan(
