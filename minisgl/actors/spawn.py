@@ -44,16 +44,23 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 
     prepare_environment(threads_per_rank(config.engine))
 
-    def runner() -> Any:
-        if config.engine.device == "cuda":
-            from minisgl.model.cuda.runner import CudaRunner
+    return WorkerActor(ctx, rank, arenas, lambda: make_runner(config, rank, run_dir))
 
-            return CudaRunner(config, rank, run_dir)
-        from minisgl.model.cpu.runner import Runner
 
-        return Runner(config, rank, run_dir)
+def make_runner(config: Config, rank: int, run_dir: str) -> Any:
+    """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
+    from minisgl.model.checkpoint.loader import open_weights
+    from minisgl.model.common.grammar import Grammars
+    from minisgl.model.text.vocabulary import vocabulary_of
 
-    return WorkerActor(ctx, rank, arenas, runner)
+    grammars = Grammars(lambda: vocabulary_of(config.model))
+    if config.engine.device == "cuda":
+        from minisgl.model.cuda.runner import CudaRunner
+
+        return CudaRunner(config, rank, run_dir, open_weights, grammars)
+    from minisgl.model.cpu.runner import Runner
+
+    return Runner(config, rank, run_dir, open_weights, grammars)
 
 
 def make_fake_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:

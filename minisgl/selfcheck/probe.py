@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config
+from minisgl.model.common.activations import Product
 from minisgl.plan import GRANT, JOIN, PREFILL, StepPlan
 
 Tensors = dict[str, torch.Tensor]
@@ -34,15 +36,7 @@ def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, ran
     S counts the prompt and all generated tokens but the last; "cached" has the rows behind the cached ones.  With `generate`
     also "<prompt>.tokens" i64[generate].  The same on every rank.
     """
-    runner: Any
-    if config.engine.device == "cuda":
-        from minisgl.model.cuda.runner import CudaRunner
-
-        runner = CudaRunner(config, rank, run_dir)
-    else:
-        from minisgl.model.cpu.runner import Runner
-
-        runner = Runner(config, rank, run_dir)
+    runner = make_runner(config, rank, run_dir)
     try:
         probe = _Probe(runner, config)
         out: Tensors = {}
@@ -56,15 +50,14 @@ def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, ran
 class _Tap:
     """A layer that also keeps what it has made of the residual stream: x is updated in place, its own part comes back."""
 
-    def __init__(self, layer: Callable[..., torch.Tensor], seen: list[torch.Tensor], first: bool) -> None:
+    def __init__(self, layer: Callable[..., Product], seen: list[torch.Tensor], first: bool) -> None:
         self._layer, self._seen, self._first = layer, seen, first
 
-    def __call__(self, x: torch.Tensor, delta: Any, *rest: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Product | None, *rest: Any) -> Product:
         if self._first:
             self._seen.append(x.float().cpu().clone())
-        out: torch.Tensor = self._layer(x, delta, *rest)
-        whole = out.float().sum(0) if out.dim() == 3 else out.float()  # parts of a product, on a GPU
-        self._seen.append((x.float() + whole).cpu())
+        out = self._layer(x, delta, *rest)
+        self._seen.append((x.float() + out.float()).cpu())
         return out
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 
 from minisgl.config import Config, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.gguf_blocks import stored_bits
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.safetensors_weights import PRODUCT, SafetensorsWeights
+from minisgl.model.common.gguf_blocks import stored_bits
 from minisgl.model.common.host import usable_cores
+from minisgl.model.common.weights import Weight
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.packing import quantise
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
@@ -96,14 +97,14 @@ def _read_once() -> Iterator[None]:
             setattr(gguf, name, made)
 
 
-def round_weights(model: Any, spec: ModelSpec, blocks: QuantizedLayers) -> dict[int, float]:
-    """Give the products of `model` the weights that `blocks` makes of theirs, by the readable `quantise`.
+def round_weights(model: Any, spec: ModelSpec, layers: QuantizedLayers) -> dict[int, float]:
+    """Give the products of `model` the weights that `layers` makes of theirs, by the readable `quantise`.
 
     Returns what that changes, by the bits rounded to: the largest |w' - w| / |w| of a matrix.
     """
     weights = open_weights(spec, torch.float32, lazy=True)
     found = {n: m for n, m in model.named_modules() if PRODUCT.fullmatch(f"{n}.weight")}
-    products: dict[str, list[tuple[Any, torch.Tensor]]] = {}
+    products: dict[str, list[tuple[Any, Weight]]] = {}
     for name, module in found.items():
         stored = module.weight
         if spec.format == "gguf":  # which may have these bits already
@@ -113,7 +114,7 @@ def round_weights(model: Any, spec: ModelSpec, blocks: QuantizedLayers) -> dict[
         products.setdefault(product, []).append((module, stored))
     changed: dict[int, float] = {}
     for parts in products.values():
-        bits = blocks.bits([stored for _, stored in parts])
+        bits = layers.bits([stored for _, stored in parts])
         for module, _ in (part for part in parts if stored_bits(part[1]) != bits):
             w = module.weight.detach()
             rounded = quantise(w, bits).values()[:, : w.shape[1]]
@@ -170,9 +171,9 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
             p.data = p.data.to(_DTYPES[kind])
         keep(kind)
     if config.engine.device == "cpu":
-        blocks = CpuArithmetic.choose(config.engine, config.model, threads).blocks
-        if isinstance(blocks, QuantizedLayers):  # then the dtype is float32
-            changed = round_weights(model, config.model, blocks)
+        layers = CpuArithmetic.choose(config.engine, config.model, threads).layers
+        if isinstance(layers, QuantizedLayers):  # then the dtype is float32
+            changed = round_weights(model, config.model, layers)
             out |= {f"changed.{bits}": torch.tensor([most]) for bits, most in changed.items()}
             if changed:
                 keep("rounded")

@@ -24,12 +24,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.model.checkpoint.presets import random_shape
+from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled, plain
 from minisgl.model.cuda.layers import Linear
-from minisgl.model.cuda.runner import CudaRunner
 from minisgl.model.kernels import small_batch_matmul
-from minisgl.model.kernels.activations import Quantized, Scaled
 from minisgl.model.kernels.decode_attention import decode_attention
 from minisgl.model.kernels.norm_activation import silu_mul
 from minisgl.model.kernels.small_batch_matmul import skinny
@@ -47,8 +47,8 @@ class Ready:
         self._width = width
         self._made: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, x: Any, *_: Any, **__: Any) -> torch.Tensor:
-        rows = x.values if isinstance(x, Quantized | Scaled) else x
+    def __call__(self, x: Product | Quantized, *_: Any, **__: Any) -> torch.Tensor:
+        rows = x.values if isinstance(x, Quantized | Scaled) else x.parts if isinstance(x, PartialSums) else x
         shape = (rows.shape[-2], self._width)
         if shape not in self._made:
             self._made[shape] = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
@@ -64,7 +64,7 @@ class Bench:
             device="cuda", max_running=self.most, step_tokens=max(8192, tokens), kv_tokens=self.most * self.each * PAGE,
             page_size=PAGE, memory_fraction=0.95, **engine,
         )  # fmt: skip
-        self.runner = CudaRunner(Config(self.spec, settings), 0, "")
+        self.runner = make_runner(Config(self.spec, settings), 0, "")
         self.runner.allocate(self.runner.max_pages())
         assert self.runner._steps._attention is not None
         for layer in self.runner._steps._attention.cache._cache:
@@ -189,7 +189,7 @@ def product_tries(bench: Bench, rows: int) -> Iterator[tuple[str, list[Any]]]:
 
     def apart(gated: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         product = Linear(gated.weight, True)
-        return lambda x: silu_mul(product(x))
+        return lambda x: silu_mul(plain(product(x)))
 
     def with_settings(change: Callable[..., dict[str, Any] | None]) -> list[Any]:
         inner = small_batch_matmul.choose

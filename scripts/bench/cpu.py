@@ -105,9 +105,9 @@ class Loop:
         from minisgl.model.common.host import prepare_environment
 
         prepare_environment(threads)  # before torch is loaded
+        from minisgl.actors.spawn import make_runner
         from minisgl.config import Config, EngineConfig
         from minisgl.model.checkpoint.resolve import resolve
-        from minisgl.model.cpu.runner import Runner
 
         engine = EngineConfig(
             max_running=streams,
@@ -117,7 +117,7 @@ class Loop:
             quantization=quantization,
         )
         self.size = engine.page_size
-        self.runner = Runner(Config(resolve(None), engine), 0, "")
+        self.runner = make_runner(Config(resolve(None), engine), 0, "")
         self.runner.allocate(self.runner.max_pages())
         self.step = 0
 

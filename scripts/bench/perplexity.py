@@ -20,6 +20,7 @@ from minisgl.config import EngineConfig, ModelSpec
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.host import usable_cores
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
@@ -49,7 +50,7 @@ def losses(spec: ModelSpec, kind: str, texts: list[npt.NDArray[np.int32]], threa
     weights = open_weights(spec, torch.float32, lazy=arithmetic.lazy)
     found = []
     with torch.inference_mode():
-        model = model_class(spec.architecture)(spec, shard, weights, Parallel(), arithmetic.blocks)
+        model = model_class(spec.architecture)(Build(spec, shard, weights, Parallel(), arithmetic.layers))
         for ids in texts:
             state = SlotState(1, pages * PAGE, PAGE)
             state.page_table[0] = np.arange(pages)

@@ -31,12 +31,11 @@ import numpy as np
 import torch
 import transformers
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig, ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.grammar import Grammars
-from minisgl.model.cpu.runner import Runner
-from minisgl.model.cuda.runner import CudaRunner
 from minisgl.plan import BIAS, EXTRA, GRANT, JOIN, NO_EXTRA, PREFILL, StepLogprobs, StepPlan
 from scripts.lib.reference import provenance
 
@@ -177,7 +176,7 @@ class Harness:
 def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harness]:
     """A GPU runner; `eager` without any graph."""
     settings: dict[str, Any] = {"max_running": 40, "step_tokens": 2048, "kv_tokens": 32_768, "page_size": 16} | engine
-    runner = CudaRunner(
+    runner = make_runner(
         Config(spec, EngineConfig(device="cuda", memory_fraction=0.9, graphs="off" if eager else "on", **settings)), 0, ""
     )
     pages = runner.max_pages()
@@ -190,7 +189,7 @@ def gpu(spec: ModelSpec, *, eager: bool = False, **engine: Any) -> Iterator[Harn
 
 def cpu(spec: ModelSpec, dtype: str = "float32") -> Harness:
     engine = EngineConfig(max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=16, dtype=dtype, quantization="none")
-    runner = Runner(Config(spec, engine), 0, "")
+    runner = make_runner(Config(spec, engine), 0, "")
     runner.allocate(runner.max_pages())
     return Harness(runner, runner.max_pages(), 16)
 

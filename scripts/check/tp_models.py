@@ -45,8 +45,8 @@ LOSS_SECONDS = 10.0  # by when all of them must have failed
 # ---------------------------------------------------------------- models
 def outcome(spec: ModelSpec, parallel: Parallel, rank: int, dtype: str, eager: bool) -> Outcome:
     """Prefill in two chunks and greedy decode steps on this rank."""
+    from minisgl.actors.spawn import make_runner
     from minisgl.model.common.grammar import Grammars
-    from minisgl.model.cuda.runner import CudaRunner
     from scripts.check import gpu as check_gpu
 
     engine = EngineConfig(
@@ -57,7 +57,7 @@ def outcome(spec: ModelSpec, parallel: Parallel, rank: int, dtype: str, eager: b
         stack.enter_context(mock.patch.object(Grammars, "load_vocabulary"))  # these checkpoints have no tokenizer
         stack.enter_context(mock.patch("minisgl.model.cuda.runner.make_parallel", return_value=parallel))
         stack.enter_context(mock.patch.object(parallel, "close"))  # all models of this process share the group
-        runner = CudaRunner(Config(spec, engine), rank, "")
+        runner = make_runner(Config(spec, engine), rank, "")
         pages = runner.max_pages()
         runner.allocate(pages)
         harness = check_gpu.Harness(runner, pages, 16)

@@ -23,9 +23,9 @@ import numpy as np
 
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.cpu.runner import Runner
 from minisgl.plan import DRAW, StepPlan
 from minisgl.sampling_params import SamplingParams
 from minisgl.simulation.fleet import simulate
@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(self, config: Config, run_dir: str) -> None:
         self.config = config
-        self.runner = Runner(config, 0, run_dir)
+        self.runner = make_runner(config, 0, run_dir)
         self.pages = self.runner.max_pages()
         self.runner.allocate(self.pages)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from minisgl.model.common.activations import Product
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.small_batch_matmul import gemv, skinny
 
@@ -101,7 +102,7 @@ def attention_settings(fp8: bool) -> Iterator[dict[str, Any]]:
         yield {"block": block, "warps": warps, "stages": stages}
 
 
-def run_linear(setting: dict[str, Any], x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def run_linear(setting: dict[str, Any], x: torch.Tensor, w: torch.Tensor) -> Product:
     options = {k: v for k, v in setting.items() if k != "gemv"}
     return gemv(x, w, **options) if setting.get("gemv") else skinny(x, w, **options)
 
@@ -252,8 +253,7 @@ def tune_linear() -> None:
                 results = []
                 for setting in linear_settings(rows, n, k):
                     try:
-                        got = run_linear(setting, x, weights[0])
-                        got = got.sum(0) if got.dim() == 3 else got.float()
+                        got = run_linear(setting, x, weights[0]).float()
                         want = x.float() @ weights[0].float().T
                         error = float((got - want).norm() / want.norm())
                         us = graph_us([partial(run_linear, setting, x, w) for w in weights], 9)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
 
+from minisgl.actors.spawn import make_runner
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.functional import route
 from minisgl.model.common.parallel import Parallel
@@ -23,7 +24,6 @@ from minisgl.model.common.registry import HF_ARCHS
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.layers import CpuLayers
-from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import sample
 
 N = 200  # tokens of every answer
@@ -64,7 +64,7 @@ class Ranks:
         monkeypatch.setattr(runner_module, "Parallel", lambda rank, size, _: Threads(rank, size, parts, barrier))
         monkeypatch.setattr(runner_module, "sample", self._spy)
         config = config_for(path, tp=tp, kv_tokens=1024, max_context=512)
-        self.runners = [Runner(config, rank, "") for rank in range(tp)]
+        self.runners = [make_runner(config, rank, "") for rank in range(tp)]
         for runner in self.runners:
             runner.allocate(256)
         self.pool = ThreadPoolExecutor(tp)

@@ -15,8 +15,8 @@ import torch
 from conftest import fake_spec
 from tiny_models import needs_compiler
 
-from minisgl.model.checkpoint.gguf_blocks import FLOATS, KINDS, Groups, from_gguf
 from minisgl.model.common.functional import act_mul
+from minisgl.model.common.gguf_blocks import BITS, FLOATS, Groups, from_gguf
 from minisgl.model.common.interfaces import QKNorm
 from minisgl.model.common.rope import Rope
 from minisgl.model.common.slots import StepBatch
@@ -147,7 +147,7 @@ def test_packing_rounds_as_torch_does(run: Kernels, bits: int, dtype: torch.dtyp
 def test_packing_keeps_the_numbers_of_a_file(run: Kernels, kind: gguf.GGMLQuantizationType) -> None:
     parts = [torch.from_numpy(gguf.quantize(rand(n, 96, seed=n).numpy(), kind)) for n in (9, 40)]
     expected = tile([from_gguf(p, int(kind)) for p in parts])
-    assert torch.equal(run.pack([(p, int(kind)) for p in parts], 96, KINDS[int(kind)]), expected)
+    assert torch.equal(run.pack([(p, int(kind)) for p in parts], 96, BITS[int(kind)]), expected)
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.08), (8, 0.006)])
@@ -247,8 +247,8 @@ class Scene:
             object.__setattr__(batch, name, value)
         self.attention.plan(batch)
         qkv = torch.cat([self.qkv[r][p] for r, p in zip(rows, positions, strict=True)])
-        cos, sin = Rope(self.spec, torch.float32).at(torch.from_numpy(np.concatenate(positions)))
-        return self.attention(0, qkv, cos, sin, self.norm, sinks=self.sinks)
+        rotation = Rope(self.spec, torch.float32).at(torch.from_numpy(np.concatenate(positions)))
+        return self.attention(0, qkv, rotation, self.norm, sinks=self.sinks)
 
     def expected(self, row: int, count: int) -> torch.Tensor:
         """Of the last `count` tokens, in float64, from keys and values as half precision holds them."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tiny_models import Driver, config_for, needs_compiler, save_architecture, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
@@ -23,7 +25,6 @@ from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.layers import CpuLayers
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
-from minisgl.model.cpu.runner import Runner
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.plan import StepPlan
 
@@ -60,7 +61,7 @@ def logits_of(path: Any, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int
     keeper = Keeper()
     monkeypatch.setattr(runner_module, "sample", keeper)
     config = config_for(path, page_size=16, **engine)
-    runner = Runner(config, 0, "")
+    runner = make_runner(config, 0, "")
     runner.allocate(runner.max_pages())
     driver = Driver(runner.max_pages(), config.engine.page_size)
     slots = list(range(len(prompts)))
@@ -124,12 +125,12 @@ def test_matrices_as_they_are_stored_give_what_their_copies_in_float32_do(
     )
 
 
-def perplexity(blocks: CpuLayers, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
+def perplexity(layers: CpuLayers, attention: Any, lazy: bool) -> tuple[float, torch.Tensor]:
     """Of TEXT under the embedded model, and the logits."""
     spec = resolve(None)
     weights = open_weights(spec, torch.float32, lazy=lazy)
     with torch.inference_mode():
-        model = model_class(spec.architecture)(spec, Shard.of(spec, 0, 1), weights, Parallel(), blocks)
+        model = model_class(spec.architecture)(Build(spec, Shard.of(spec, 0, 1), weights, Parallel(), layers))
         ids = np.array([1, *load_tokenizer(spec).encode(TEXT, False)], np.int32)
         state = SlotState(1, 512, 16)
         state.page_table[0] = np.arange(state.page_table.shape[1])
@@ -161,8 +162,8 @@ def test_what_auto_chooses_for_the_embedded_model_keeps_its_perplexity() -> None
     found = {}
     for kind in ("none", "auto"):
         arithmetic = CpuArithmetic.choose(EngineConfig(quantization=kind), spec, 1)
-        found[kind] = perplexity(arithmetic.blocks, arithmetic.attention(spec, shard, 32, 16), arithmetic.lazy)
-    assert isinstance(arithmetic.blocks, QuantizedLayers)
+        found[kind] = perplexity(arithmetic.layers, arithmetic.attention(spec, shard, 32, 16), arithmetic.lazy)
+    assert isinstance(arithmetic.layers, QuantizedLayers)
     assert isinstance(arithmetic.attention(spec, shard, 1, 16), KernelAttention)
     (exact, theirs), (quantised, mine) = found.values()
     # The file's 4 bits are what both compute with; with activations of one byte the logits would be 3 % apart.
@@ -195,9 +196,9 @@ def test_without_a_compiler_the_default_is_float32_and_the_start_says_why(monkey
     monkeypatch.setenv("CC", "no-such-compiler")
     default, asked = (CpuArithmetic.choose(EngineConfig(quantization=k), resolve(None), 1) for k in ("auto", "int8"))
     assert "float32, torch" in default.text
-    assert not isinstance(default.blocks, QuantizedLayers)
+    assert not isinstance(default.layers, QuantizedLayers)
     assert "8 bits, in torch" in asked.text
-    assert isinstance(asked.blocks, QuantizedLayers)
+    assert isinstance(asked.layers, QuantizedLayers)
     assert all("slower" in chosen.text and "no-such-compiler" in chosen.text for chosen in (default, asked))
 
 

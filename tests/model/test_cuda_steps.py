@@ -23,11 +23,13 @@ import interpreter  # noqa: F401  before the kernels
 import numpy as np
 from tiny_models import Driver, config_for, save_architecture, save_llama, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.presets import random_shape
+from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.interfaces import Build, Model
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
@@ -51,6 +53,7 @@ from minisgl.model.kernels.decode_attention import splits_for
 from minisgl.model.kernels.prefill_attention import tiles_of
 from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.uploads import Uploads
+from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import StepPlan
 
 CPU = torch.device("cpu")
@@ -96,8 +99,8 @@ class Interpreted:
         self.heads = AttentionSpec.of(spec, shard, dtype, kv_dtype, 90)
         weights = open_weights(spec, dtype)
         served = replace(spec, max_context=config.max_context)
-        model = model_class(spec.architecture)(served, shard, weights, Parallel(), CudaLayers(dtype, CPU))
-        self.steps = Steps(config, model, self.heads, 4, CPU)
+        model = model_class(spec.architecture)(Build(served, shard, weights, Parallel(), CudaLayers(dtype, CPU)))
+        self.steps = Steps(config, model, Grammars(lambda: vocabulary_of(spec)), self.heads, processors=4, device=CPU)
         cache = KVCache(
             layers=spec.num_layers,
             num_pages=PAGES,
@@ -114,7 +117,7 @@ class Interpreted:
         self.logits: list[torch.Tensor] = []
         self.steps._model = self._spy(model)
 
-    def _spy(self, model: Llama) -> Any:
+    def _spy(self, model: Model) -> Any:
         def call(*args: Any) -> torch.Tensor:
             self.logits.append(model(*args))
             return self.logits[-1]
@@ -128,7 +131,7 @@ class Interpreted:
 
 
 def cpu_runner(path: Path) -> Runner:
-    runner = Runner(config_for(path), 0, "")
+    runner: Runner = make_runner(config_for(path), 0, "")
     runner.allocate(PAGES)
     return runner
 
@@ -327,7 +330,7 @@ def test_ranks_of_uneven_shards_choose_the_same_graphs(tmp_path: Path) -> None:
     for rank in range(2):
         shard = Shard.of(config.model, rank, 2)
         mine = heads(num_heads=shard.num_heads, num_kv_heads=shard.num_kv_heads)
-        ranks.append(Steps(config, None, mine, 132, CPU))  # type: ignore[arg-type]
+        ranks.append(Steps(config, None, None, mine, processors=132, device=CPU))  # type: ignore[arg-type]
     assert ranks[0]._heads != ranks[1]._heads
     for rows, longest, others in ((80, 5000, 50), (256, 5000, 200), (128, 5000, 200), (1, 9, 9)):
         a, b = (steps._splits(bucket_of(rows), rows, longest, longest + (rows - 1) * others) for steps in ranks)

@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F
 
+from minisgl.model.common.activations import Quantized, Scaled
 from minisgl.model.cuda import layers as cuda_layers
 from minisgl.model.cuda.layers import CudaLayers
-from minisgl.model.kernels.activations import Quantized, Scaled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, INNER = 256, 128

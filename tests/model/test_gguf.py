@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_architecture, save_llama, save_qwen2, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.errors import UserError
 from minisgl.model.checkpoint import weights as checkpoint
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.common.gguf_blocks import from_gguf
 from minisgl.model.common.rope import frequencies
-from minisgl.model.cpu.runner import Runner
+from minisgl.model.common.weights import StoredWeight
 
 
 def pairs_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
@@ -185,6 +187,30 @@ def test_a_converted_model_gives_back_its_weights_and_its_spec(tied, tmp_path, m
     assert torch.equal(weights.take("model.layers.0.self_attn.k_proj.weight", (48, 48), rows=(16, 48)), k[16:])
 
 
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        ("model.embed_tokens.weight", (203, 96), {"rows": (50, 120)}),
+        ("model.layers.1.self_attn.q_proj.weight", (96, 96), {"rows": (32, 80)}),  # whose rows are stored in pairs
+        ("model.layers.0.self_attn.o_proj.weight", (96, 96), {"cols": (32, 96)}),
+    ],
+)
+def test_a_matrix_stays_as_its_file_has_it_until_a_layer_reads_it(kind, matrix, tmp_path, monkeypatch):
+    name, shape, part = matrix
+    spec = resolve(write_gguf(tmp_path / "m.gguf", save_llama(tmp_path / "hf", hidden=96, inner=96), kind=kind))
+    whole = open_weights(spec, torch.float32).take(name, shape, **part)
+    with monkeypatch.context() as patch:
+        patch.setattr(GGUFFile, "data", None)  # so nothing can be read
+        stored = open_weights(spec, torch.float32, lazy=True).take(name, shape, **part)
+        cut = open_weights(spec, torch.float32, lazy=True)
+    assert isinstance(stored, StoredWeight)
+    assert stored.shape == tuple(whole.shape)
+    assert torch.equal(stored.dequantize(), whole)
+    assert torch.equal(from_gguf(stored.read(), stored.kind).values(), whole)
+    assert isinstance(cut.take("model.layers.0.self_attn.o_proj.weight", (96, 96), cols=(16, 96)), torch.Tensor)  # in a block
+
+
 def test_frequency_divisors_give_the_rotation_of_the_original(tmp_path):
     model = save_llama(tmp_path / "hf", rope=LLAMA3_ROPE)
     original = resolve(str(tmp_path / "hf"))
@@ -210,7 +236,7 @@ def test_a_gguf_model_says_the_same_as_its_original(arch, save, tmp_path):
     model = save(tmp_path / "hf")
     answers = []
     for path in (tmp_path / "hf", write_gguf(tmp_path / "m.gguf", model, arch=arch)):
-        runner = Runner(config_for(path), 0, "")
+        runner = make_runner(config_for(path), 0, "")
         runner.allocate(runner.max_pages())
         driver = Driver(runner.max_pages(), 4)
         driver.join(0)

@@ -17,13 +17,12 @@ from tiny_models import Driver, save_byte_tokenizer, save_llama
 from minisgl import grammar
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import GrammarRow
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.common.functional import LAST_RESORT
-from minisgl.model.common.grammar import Grammars, Vocabulary, unpack
+from minisgl.model.common.grammar import LAST_RESORT, Grammars, Vocabulary, unpack
 from minisgl.model.cpu.penalties import restrict
-from minisgl.model.cpu.runner import Runner
 from minisgl.model.fake_runner import expected_tokens as plain_reference
 from minisgl.model.fake_runner import next_token
 from minisgl.model.text.vocabulary import vocabulary_of
@@ -264,7 +263,7 @@ def test_the_worker_draws_the_masked_argmax_and_leaves_other_rows_alone(tmp_path
     pattern = r"[0-9]{2}(-[a-z]{3}){2}"
 
     def run(bound: dict[int, str]) -> tuple[dict[int, list[int]], list[np.ndarray]]:
-        runner = Runner(config, 0, str(tmp_path))
+        runner = make_runner(config, 0, str(tmp_path))
         runner._grammars = Grammars(lambda: words)
         runner.allocate(config.engine.kv_tokens // 4)
         driver, rows = Driver(128, 4), []

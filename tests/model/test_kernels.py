@@ -19,12 +19,13 @@ if not torch.cuda.is_available():
 import numpy as np
 import torch.nn.functional as F
 
+from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled
 from minisgl.model.common.functional import route
+from minisgl.model.common.interfaces import ExpertWeights
 from minisgl.model.common.slots import SamplingRows
 from minisgl.model.cpu.layers import Experts
 from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.kernels import moe, norm_activation
-from minisgl.model.kernels.activations import Quantized, Scaled
 from minisgl.model.kernels.apply_plan import apply_plan, decode_inputs
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.fp8_pages import widen_pages
@@ -223,8 +224,8 @@ def test_gemv_is_a_matrix_product_with_one_row(n: int, k: int) -> None:
 def test_skinny_products_and_the_sum_of_their_parts(rows: int, splits: int) -> None:
     x, w = rand(rows, 512), rand(130, 512)
     got = skinny(x, w, splits=splits, block_k=64)
-    assert got.shape == ((rows, 130) if splits == 1 else (splits, rows, 130))
-    assert error(got if splits == 1 else got.sum(0), x.float() @ w.float().T) < TOLERANCE
+    assert (got.parts if isinstance(got, PartialSums) else got[None]).shape == (splits, rows, 130)
+    assert error(got.float(), x.float() @ w.float().T) < TOLERANCE
 
 
 def test_the_chosen_settings_divide_the_products_they_are_chosen_for() -> None:
@@ -246,7 +247,7 @@ def test_products_with_float8_weights_multiply_by_the_scale_of_each_output(rows:
     x, w = rand(rows, 512), rand(130, 512) * torch.rand(130, 1, device=DEVICE).to(HALF)
     q = norm_activation.quantize_rows(w)
     scales = q.scales.view(-1)
-    got = gemv(x, q.values, scales=scales) if rows == 1 else skinny(x, q.values, scales=scales, splits=2).sum(0)
+    got = gemv(x, q.values, scales=scales) if rows == 1 else skinny(x, q.values, scales=scales, splits=2).float()
     assert error(got, x.float() @ (q.values.float() * q.scales).T) < TOLERANCE
 
 
@@ -264,7 +265,9 @@ def test_products_of_float8_rows_multiply_by_the_scales_of_rows_and_outputs(rows
     if gated:
         first, second = want.chunk(2, -1)
         want = F.silu(first) * second
-    assert error(got if splits == 1 else got.sum(0), want) < 2e-2  # bfloat16, and with `gated` rounded three times
+    assert (
+        error(got.parts.sum(0) if isinstance(got, PartialSums) else got, want) < 2e-2
+    )  # bfloat16, and with `gated` rounded three times
 
 
 def test_a_few_quantised_rows_have_spare_ones_behind_them_for_the_library() -> None:
@@ -295,8 +298,8 @@ def scaled(x: torch.Tensor) -> Scaled:
     return Scaled((x.float() / rows[:, None] / columns).to(x.dtype), rows[:, None], columns)
 
 
-def as_product(x: torch.Tensor, kind: str) -> torch.Tensor | Scaled:
-    return scaled(x) if kind == "scaled" else parts_of(x, 3) if kind == "parts" else x
+def as_product(x: torch.Tensor, kind: str) -> Product:
+    return scaled(x) if kind == "scaled" else PartialSums(parts_of(x, 3)) if kind == "parts" else x
 
 
 def rows_of(q: object) -> torch.Tensor:
@@ -451,12 +454,12 @@ def test_experts_are_the_weighted_sum_of_what_each_says(tokens: int, e: int, inn
     x, router = rand(tokens, 96), rand(e, 96)
     gate_up, down = rand(e, 2 * inner, 96) / 10, rand(e, 96, inner) / 10
     parts = moe.experts(x, F.linear(x, router), moe.Weights(gate_up, down), moe.Settings(2, normalise))
-    want = Experts(router, gate_up, down, top_k=2, normalise=normalise)(x)
+    want = Experts(ExpertWeights(router, gate_up, down, 2, normalise))(x)
     biases = (rand(e), 4 * rand(e, 2 * inner), rand(e, 96))
     more = moe.experts(
         x, F.linear(x, router, biases[0]), moe.Weights(gate_up, down, *biases[1:]), moe.Settings(2, normalise, clamped=True)
     )
-    clamped = Experts(router, gate_up, down, top_k=2, normalise=normalise, activation="clamped_swiglu", biases=biases)(x)
+    clamped = Experts(ExpertWeights(router, gate_up, down, 2, normalise, "clamped_swiglu", *biases))(x)
     assert error(more.float().sum(0), clamped) < TOLERANCE
     assert parts.shape == (2, tokens, 96)
     assert error(parts.float().sum(0), want) < TOLERANCE

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_file import GGUFFile
@@ -19,7 +20,6 @@ from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.cpu import runner as runner_module
 from minisgl.model.cpu.layers import Linear
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
-from minisgl.model.cpu.runner import Runner
 from minisgl.selfcheck import command, compare
 from minisgl.selfcheck.probe import observe
 from minisgl.selfcheck.reference import round_weights, states
@@ -56,7 +56,7 @@ def start(path, monkeypatch, **engine):
     spy = Spy()
     monkeypatch.setattr(runner_module, "sample", spy)
     config = config_for(path, **engine)
-    runner = Runner(config, 0, "")
+    runner = make_runner(config, 0, "")
     runner.allocate(runner.max_pages())
     return runner, spy, Driver(runner.max_pages(), config.engine.page_size)
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(sav
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=complaint):
-        Runner(config_for(tmp_path), 0, "")
+        make_runner(config_for(tmp_path), 0, "")
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path):
@@ -256,7 +256,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     save_file(weights, tmp_path / "model.safetensors")
-    Runner(config_for(tmp_path), 0, "").close()
+    make_runner(config_for(tmp_path), 0, "").close()
 
 
 def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path):
@@ -264,7 +264,7 @@ def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
-        Runner(config_for(tmp_path), 0, "")
+        make_runner(config_for(tmp_path), 0, "")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -347,7 +347,7 @@ def test_the_embedded_model_says_what_transformers_says(embedded):
         theirs.append(out[0, len(p) :].tolist())
     # float32 is the point here and below: the default is compared in tests/model/test_cpu_quantized.py.
     config = Config(spec, EngineConfig(kv_tokens=512, max_running=4, max_context=128, quantization="none"))
-    runner = Runner(config, 0, "")
+    runner = make_runner(config, 0, "")
     runner.allocate(runner.max_pages())
     driver = Driver(runner.max_pages(), config.engine.page_size)
     for slot in range(3):

@@ -23,6 +23,7 @@ from minisgl.model.checkpoint import weights as checkpoint
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel
 from minisgl.model.common.shard import Shard
 from minisgl.model.cpu.layers import CpuLayers
@@ -58,7 +59,7 @@ def loading(path: str, rank: int, size: int) -> Callable[[], Llama]:
     def load() -> Llama:
         weights = open_weights(spec, torch.bfloat16)
         with torch.inference_mode():
-            model = Llama(spec, Shard.of(spec, rank, size), weights, Parallel(), CpuLayers(torch.bfloat16))
+            model = Llama(Build(spec, Shard.of(spec, rank, size), weights, Parallel(), CpuLayers(torch.bfloat16)))
         weights.finish()
         return model
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import config_for, save_llama, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.errors import UserError
 from minisgl.model.checkpoint import quantized
 from minisgl.model.checkpoint import weights as checkpoint
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.cpu.runner import Runner
 
 OUT, IN, GROUP = 48, 64, 16
 LAYER = "model.layers.0.mlp.up_proj"
@@ -295,4 +295,4 @@ def test_a_quantised_model_is_loaded_whole_and_in_parts(save, tmp_path):
         n = whole.shape[1]
         parts = [opened.take(name, tuple(whole.shape), cols=span) for span in ((0, n // 3), (n // 3, n))]
         assert torch.equal(torch.cat(parts, 1), whole)
-    Runner(config_for(tmp_path), 0, "").close()
+    make_runner(config_for(tmp_path), 0, "").close()

@@ -25,8 +25,8 @@ from minisgl.actors.scheduler.logprobs import LogprobOutputs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra
 from minisgl.actors.scheduler.step_machine import Output, StepMachine
+from minisgl.actors.spawn import make_runner
 from minisgl.model.cpu.penalties import Adjustments
-from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import uniform
 from minisgl.plan import StepPlan
 from minisgl.sampling_params import Finish, SamplingParams
@@ -88,7 +88,7 @@ class ModelLoop(Loop):
         super().__init__(**{"slots": 4, "num_pages": 16, "step_tokens": 13, "max_context": CONTEXT, **limits})
         lim = self.limits = replace(self.limits, vocab_size=203, eos_ids=EOS)
         self.machine = StepMachine(lim)
-        self.runner: Any = Runner(
+        self.runner: Any = make_runner(
             config_for(model.path, max_running=lim.slots, max_context=CONTEXT, step_tokens=lim.step_tokens), 0, ""
         )
         self.runner.allocate(lim.num_pages)

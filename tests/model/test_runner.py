@@ -12,12 +12,13 @@ import pytest
 import torch
 from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 
+from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.common.host import SPIN_COUNT, available_bytes, prepare_environment, threads_per_rank, usable_cores
 from minisgl.model.common.slots import SlotState
 from minisgl.model.cpu import runner as runner_module
-from minisgl.model.cpu.runner import MAX_KV_TOKENS, Runner
+from minisgl.model.cpu.runner import MAX_KV_TOKENS
 from minisgl.plan import StepPlan
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)] for i in range(4)]
@@ -39,7 +40,7 @@ def qwen3(tmp_path_factory):
 
 def make(checkpoint, **engine):
     config = config_for(checkpoint, **engine)
-    runner = Runner(config, 0, "")
+    runner = make_runner(config, 0, "")
     runner.allocate(runner.max_pages())
     return runner, Driver(runner.max_pages(), config.engine.page_size)
 
@@ -125,7 +126,7 @@ def test_a_seeded_request_gets_the_same_tokens_alone_and_in_a_crowd(checkpoint):
 
 # ---------------------------------------------------------------- memory and threads
 def test_kv_tokens_are_rounded_up_to_pages(checkpoint):
-    assert Runner(config_for(checkpoint, kv_tokens=33, page_size=4), 0, "").max_pages() == 9
+    assert make_runner(config_for(checkpoint, kv_tokens=33, page_size=4), 0, "").max_pages() == 9
 
 
 @pytest.mark.parametrize(
@@ -139,13 +140,13 @@ def test_kv_tokens_are_rounded_up_to_pages(checkpoint):
 )
 def test_without_kv_tokens_the_cache_takes_its_share_of_free_memory(free, engine, pages, checkpoint, monkeypatch):
     monkeypatch.setattr(runner_module, "available_bytes", lambda: free)
-    assert Runner(config_for(checkpoint, kv_tokens=0, **engine), 0, "").max_pages() == pages
+    assert make_runner(config_for(checkpoint, kv_tokens=0, **engine), 0, "").max_pages() == pages
 
 
 def test_a_machine_without_room_for_one_page_is_told_so(checkpoint, monkeypatch):
     monkeypatch.setattr(runner_module, "available_bytes", lambda: 3000)
     with pytest.raises(UserError, match="no memory for the KV cache"):
-        Runner(config_for(checkpoint, kv_tokens=0), 0, "").max_pages()
+        make_runner(config_for(checkpoint, kv_tokens=0), 0, "").max_pages()
 
 
 def fake_root(tmp_path, files: dict[str, str]):
@@ -233,7 +234,7 @@ def test_threads_are_divided_over_the_ranks(monkeypatch):
 
 def test_launching_without_a_cache_is_a_bug_that_says_so(checkpoint):
     with pytest.raises(RuntimeError, match="allocate"):
-        Runner(config_for(checkpoint), 0, "").launch(StepPlan(1))
+        make_runner(config_for(checkpoint), 0, "").launch(StepPlan(1))
 
 
 def test_half_precision_runs_and_agrees_roughly(checkpoint):
@@ -258,7 +259,7 @@ def _rank(config: Config, rank: int, run_dir: str, raw_plans: list[bytes], out: 
     seen = []
     real = runner_module.sample
     runner_module.sample = lambda logits, rows: (seen.append(logits.clone()), real(logits, rows))[1]
-    runner = Runner(config, rank, run_dir)
+    runner = make_runner(config, rank, run_dir)
     runner.allocate(runner.max_pages())
     results = [runner.launch(StepPlan.unpack(raw)).result() for raw in raw_plans]
     assert any(r.scores is not None for r in results) == (rank == 0)  # who publishes them computes them
@@ -293,7 +294,7 @@ def _plans(config: Config) -> list[bytes]:
 def test_ranks_together_compute_what_one_rank_computes(model, tp, request, tmp_path):
     config = config_for(request.getfixturevalue(model))
     plans = _plans(config)
-    alone = Runner(config, 0, "")
+    alone = make_runner(config, 0, "")
     alone.allocate(alone.max_pages())
     expected = [alone.launch(StepPlan.unpack(raw)).result().tokens.tolist() for raw in plans]
 

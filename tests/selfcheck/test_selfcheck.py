@@ -20,10 +20,12 @@ from tiny_models import needs_compiler, save_architecture, save_byte_tokenizer, 
 from minisgl.__main__ import main
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.gguf_blocks import Groups
+from minisgl.model.checkpoint import loader
 from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
-from minisgl.model.cpu import quantized_layers, runner
+from minisgl.model.common.gguf_blocks import Groups
+from minisgl.model.common.interfaces import Rotation
+from minisgl.model.cpu import quantized_layers
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.kernels import Kernels
@@ -175,10 +177,10 @@ def wrong_decode(self: Any, layer: int, *rest: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("bug", "complaint"),
     [
-        ((runner, "open_weights", perturbed("model.layers.1.self_attn.k_proj.weight")), "transformers: layer 1"),
-        ((runner, "open_weights", perturbed("model.layers.2.post_attention_layernorm.weight")), "transformers: layer 2"),
-        ((runner, "open_weights", perturbed("model.embed_tokens.weight")), "transformers: embedding"),
-        ((runner, "open_weights", perturbed("lm_head.weight")), "transformers: logits"),
+        ((loader, "open_weights", perturbed("model.layers.1.self_attn.k_proj.weight")), "transformers: layer 1"),
+        ((loader, "open_weights", perturbed("model.layers.2.post_attention_layernorm.weight")), "transformers: layer 2"),
+        ((loader, "open_weights", perturbed("model.embed_tokens.weight")), "transformers: embedding"),
+        ((loader, "open_weights", perturbed("lm_head.weight")), "transformers: logits"),
         ((TorchAttention, "_decode", wrong_decode), "decode: layer 1"),
         ((TorchAttention, "_prefill", wrong_prefill), "cached: layer 1"),
     ],
@@ -203,7 +205,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch, product: str) -> Callable[[str, l
             job = json.loads(file.read_text())
             job["engine"]["tp"] = 1
             file.write_text(json.dumps(job))
-            monkeypatch.setattr(runner, "open_weights", perturbed(f"model.layers.2.mlp.{product}_proj.weight"))
+            monkeypatch.setattr(loader, "open_weights", perturbed(f"model.layers.2.mlp.{product}_proj.weight"))
         in_process(kind, arguments[:1])
 
     return jobs
@@ -297,14 +299,13 @@ def swapped(self: KernelAttention, qkv: torch.Tensor, *rest: Any) -> Any:
     return qkv[:, order].contiguous(), *rest
 
 
-def one_late(self: KernelAttention, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any) -> Any:
+def one_late(self: KernelAttention, qkv: torch.Tensor, rotation: Rotation, *rest: Any) -> Any:
     """A decode at the position of the token before."""
-    if len(qkv) > 1:
-        self.before = cos[-1:].clone(), sin[-1:].clone()  # type: ignore[attr-defined]
-        return qkv, cos, sin, *rest
-    now, (cos, sin) = (cos.clone(), sin.clone()), self.before  # type: ignore[attr-defined]
+    now = tuple(x[-1:].clone() for x in rotation)
+    if len(qkv) == 1:
+        rotation = self.before  # type: ignore[attr-defined]
     self.before = now  # type: ignore[attr-defined]
-    return qkv, cos, sin, *rest
+    return qkv, rotation, *rest
 
 
 @needs_compiler
@@ -380,7 +381,7 @@ def test_an_engine_that_says_something_else_is_found(checkpoint, monkeypatch, ca
 
 
 def test_a_perplexity_that_is_off_is_found(checkpoint, monkeypatch, capfd):
-    monkeypatch.setattr(runner, "open_weights", perturbed("lm_head.weight", 1.1))
+    monkeypatch.setattr(loader, "open_weights", perturbed("lm_head.weight", 1.1))
     code, out = checked(checkpoint, monkeypatch, capfd)
     assert code == 1
     assert re.search(r"selfcheck: perplexity is [\d.]+ % off \(0\.10 % allowed\)", out)

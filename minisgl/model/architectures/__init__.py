@@ -1,1 +1,1 @@
-"""One file an architecture; minisgl.model.common.registry knows them by name."""
+"""Model architectures, one file each, under names that minisgl.model.common.registry lists."""

@@ -1,11 +1,11 @@
-"""Gemma 2 (arXiv:2408.00118) and Gemma 3 text (arXiv:2503.19786).  Runs in the workers.
+"""Gemma 2 (arXiv:2408.00118) and Gemma 3 text (arXiv:2503.19786): Llamas with norms around every block.  Runs in the workers.
 
-What is not Llama's:
+Differences from Llama:
   - the embedding is scaled by sqrt(C), rounded to the model's dtype
-  - every norm multiplies by 1 + w, w being what the checkpoint holds
-  - attention and MLP have a norm behind them as well as before them: x += norm(attention(norm(x)))
+  - every norm multiplies by 1 + w, where w is the tensor of the checkpoint
+  - attention and MLP have a norm after them as well as before them: x += norm(attention(norm(x)))
   - the MLP's gate goes through gelu (its tanh approximation)
-  - most layers see a window of the text only; the others, each second (Gemma 2) or sixth (Gemma 3), see all of it
+  - most layers see a window of the text only; every second (Gemma 2) or sixth (Gemma 3) sees all of it
   - queries times keys are scaled by query_pre_attn_scalar ** -0.5, whatever the head size
   - Gemma 2 bounds scores (`attn_softcap`) and logits (`logit_softcap`) by c * tanh(x / c)
   - Gemma 3 normalises queries and keys instead (`qk_norm`), and its layers with a window rotate faster than the others
@@ -21,61 +21,54 @@ from typing import ClassVar
 
 import torch
 
-from minisgl.config import ModelSpec
 from minisgl.model.architectures import llama
-from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import Activations, AttentionBackend, LayerFactory, Norm, Rotation
-from minisgl.model.common.parallel import Parallel
-from minisgl.model.common.shard import Range, Shard
+from minisgl.model.common.activations import Product, plain
+from minisgl.model.common.interfaces import AttentionBackend, Build, Rotation
+from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Weight, Weights, dense
 
 
 class OnePlus:
-    """A checkpoint whose norms come out as 1 + w, in float32: in bfloat16 the sum would lose most bits of a small w."""
+    """A checkpoint whose norms are read as 1 + w, in float32: in bfloat16 the sum would lose most bits of a small w."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        part = self._weights.take(name, shape, rows=rows, cols=cols)
-        return 1 + part.float() if name.endswith("norm.weight") else part
-
-    def finish(self) -> None:
-        self._weights.finish()
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
+        weight = self._weights.take(name, shape, rows=rows, cols=cols)
+        return 1 + dense(weight).float() if name.endswith("norm.weight") else weight
 
 
 class Layer(llama.Layer):
-    """A decoder block with norms before and behind; see llama.Layer for what is returned."""
+    """A decoder block with norms before and after attention and MLP."""
 
-    def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory, *, layer: int
-    ) -> None:
-        def norm(name: str, *, behind: bool = False) -> Norm:
-            weight = weights.take(f"model.layers.{layer}.{name}.weight", (spec.hidden_size,))
-            return blocks.norm(weight, spec.rms_norm_eps, plain_output=behind)
+    def __init__(self, build: Build, layer: int) -> None:
+        name = f"model.layers.{layer}."
+        self.attn_norm = llama.make_norm(build, name + "input_layernorm")
+        self.attn = llama.Attention(build, layer, no_partial_sums=True)
+        self.after_attn = llama.make_norm(build, name + "post_attention_layernorm", plain_output=True)
+        self.mlp_norm = llama.make_norm(build, name + "pre_feedforward_layernorm")
+        self.mlp = llama.MLP(build, layer, no_partial_sums=True)
+        self.after_mlp = llama.make_norm(build, name + "post_feedforward_layernorm", plain_output=True)
 
-        self.attn_norm = norm("input_layernorm")
-        self.attn = llama.Attention(spec, shard, weights, parallel, blocks, layer=layer, no_partial_sums=True)
-        self.behind_attn = norm("post_attention_layernorm", behind=True)
-        self.mlp_norm = norm("pre_feedforward_layernorm")
-        self.mlp = llama.MLP(spec, shard, weights, parallel, blocks, layer=layer, no_partial_sums=True)
-        self.behind_mlp = norm("post_feedforward_layernorm", behind=True)
-
-    def __call__(self, x: torch.Tensor, delta: Activations | None, rotation: Rotation, attend: AttentionBackend) -> Activations:
-        delta = self.behind_attn(self.attn(self.attn_norm(x, delta), rotation, attend), None)
-        return self.behind_mlp(self.mlp(self.mlp_norm(x, delta)), None)
+    def __call__(self, x: torch.Tensor, delta: Product | None, rotation: Rotation | None, attend: AttentionBackend) -> Product:
+        attention = self.attn(self.attn_norm(x, delta), rotation, attend)  # [T, C]
+        delta = plain(self.after_attn(plain(attention), None))
+        mlp = self.mlp(self.mlp_norm(x, delta))  # [T, C]
+        return plain(self.after_mlp(plain(mlp), None))
 
 
 class Gemma(llama.Llama):
-    """Gemma2ForCausalLM or Gemma3ForCausalLM, the part of it that `shard` owns."""
+    """Gemma2ForCausalLM or Gemma3ForCausalLM."""
 
     layer_class: ClassVar = Layer
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory) -> None:
-        super().__init__(spec, shard, OnePlus(weights), parallel, blocks)
+    def __init__(self, build: Build) -> None:
+        super().__init__(replace(build, weights=OnePlus(build.weights)))
+        spec = build.spec
         self.local_rope = self.rope
         if spec.local_rope_theta:
-            self.local_rope = blocks.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=""))
-        self.windowed = [spec.window(layer) > 0 for layer in range(spec.num_layers)]
+            self.local_rope = build.layers.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=""))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(ids)
@@ -83,4 +76,4 @@ class Gemma(llama.Llama):
 
     def rotations(self, positions: torch.Tensor) -> Sequence[Rotation]:
         everywhere, local = self.rope(positions), self.local_rope(positions)
-        return [local if windowed else everywhere for windowed in self.windowed]
+        return [local if self.spec.window(layer) else everywhere for layer in range(self.spec.num_layers)]

@@ -1,19 +1,18 @@
-"""Phi-3 (arXiv:2404.14219), Phi-3.5 and Phi-4 (mini, and Phi-4 itself).  Runs in the workers.
+"""Phi-3 (arXiv:2404.14219), Phi-3.5 and Phi-4 (mini, and Phi-4 itself): Llamas under stacked weights.  Runs in the workers.
 
-A Llama whose checkpoint stores queries, keys and values, and the MLP's gate and up, on top of each other.  Long contexts are
-`longrope` (minisgl.model.common.rope), windows and the rotated part of a head (`rotary_dim`, Phi-4 mini) are in the ModelSpec.
+Their checkpoints store queries, keys and values in one tensor, and the MLP's gate and up in another.  Long contexts
+(`longrope`), windows and the rotated part of a head (`rotary_dim`, Phi-4 mini) are in the ModelSpec.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
 from minisgl.config import ModelSpec
 from minisgl.model.architectures.llama import Llama
-from minisgl.model.checkpoint.loader import Weights
-from minisgl.model.common.interfaces import LayerFactory
-from minisgl.model.common.parallel import Parallel
-from minisgl.model.common.shard import Range, Shard
+from minisgl.model.common.interfaces import Build
+from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Weight, Weights
 
 
 class Unstacked:
@@ -21,8 +20,7 @@ class Unstacked:
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self._weights = weights
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        inner = spec.intermediate_size
+        q, kv, inner = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
         self._rows = {  # name -> stacked name, all its rows, first row
             "q_proj": ("qkv_proj", q + 2 * kv, 0),
             "k_proj": ("qkv_proj", q + 2 * kv, q),
@@ -31,7 +29,7 @@ class Unstacked:
             "up_proj": ("gate_up_proj", 2 * inner, inner),
         }
 
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
         part = name.split(".")[-2]
         if part not in self._rows:
             return self._weights.take(name, shape, rows=rows, cols=cols)
@@ -39,12 +37,9 @@ class Unstacked:
         start, end = rows or (0, shape[0])
         return self._weights.take(name.replace(part, stacked), (total, *shape[1:]), rows=(first + start, first + end))
 
-    def finish(self) -> None:
-        self._weights.finish()
-
 
 class Phi3(Llama):
-    """Phi3ForCausalLM, the part of it that `shard` owns."""
+    """Phi3ForCausalLM."""
 
-    def __init__(self, spec: ModelSpec, shard: Shard, weights: Weights, parallel: Parallel, blocks: LayerFactory) -> None:
-        super().__init__(spec, shard, Unstacked(spec, weights), parallel, blocks)
+    def __init__(self, build: Build) -> None:
+        super().__init__(replace(build, weights=Unstacked(build.spec, build.weights)))

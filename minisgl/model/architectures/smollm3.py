@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama in which each fourth layer does not rotate its heads ("NoPE", arXiv:2501.18795).  Runs in the workers."""
+"""SmolLM3: a Llama in which every fourth layer does not rotate its heads ("NoPE", arXiv:2501.18795).  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from minisgl.model.architectures.llama import Llama
-from minisgl.model.common.interfaces import NOT_ROTATED, Rotation
+from minisgl.model.common.interfaces import Rotation
 
 
 class SmolLM3(Llama):
-    """SmolLM3ForCausalLM, the part of it that `shard` owns."""
+    """SmolLM3ForCausalLM."""
 
-    def rotations(self, positions: torch.Tensor) -> Sequence[Rotation]:
+    def rotations(self, positions: torch.Tensor) -> Sequence[Rotation | None]:
         rotation = self.rope(positions)
-        return [NOT_ROTATED if i in self.spec.nope_layers else rotation for i in range(len(self.layers))]
+        return [None if i in self.spec.nope_layers else rotation for i in range(len(self.layers))]

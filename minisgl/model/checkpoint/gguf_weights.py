@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.checkpoint.gguf_blocks import GROUP, KINDS, note
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
+from minisgl.model.common.gguf_blocks import BITS, GROUP
 from minisgl.model.common.shard import Range
-
-TABLE = "model.embed_tokens.weight"  # whose rows are looked up
+from minisgl.model.common.weights import StoredWeight, Weight
 
 
 class GGUFWeights:
@@ -49,7 +48,7 @@ class GGUFWeights:
         self._dtype, self._lazy = dtype, lazy
         self._taken: set[str] = set()
 
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
         stored = self._stored_name(name)
         if stored not in self._file.tensors:
             raise missing(self._file.path, stored)
@@ -67,14 +66,14 @@ class GGUFWeights:
             return halves_from_pairs(part, self._head_dim) if pairs else part
 
         (first, last), (start, end) = rows or (0, shape[0]), cols or (0, shape[1])
-        kept = (kind := self._file.tensors[stored].kind) in KINDS and start % GROUP == end % GROUP == 0
-        if kept and self._lazy and name != TABLE:
-            out = torch.empty(last - first, end - start, device="meta")
-        else:
-            out = in_pieces(read, (first, last), end - start, self._dtype, self._head_dim if pairs else 1)
-        if kept:
-            note(out, lambda: self._stored(stored, rows, cols, pairs), kind)
-        return out
+
+        def dequantize() -> torch.Tensor:
+            return in_pieces(read, (first, last), end - start, self._dtype, self._head_dim if pairs else 1)
+
+        kind = self._file.tensors[stored].kind
+        if self._lazy and kind in BITS and start % GROUP == end % GROUP == 0:
+            return StoredWeight((last - first, end - start), kind, lambda: self._stored(stored, rows, cols, pairs), dequantize)
+        return dequantize()
 
     def _stored(self, stored: str, rows: Range | None, cols: Range | None, pairs: bool) -> torch.Tensor:
         """The quantised rows of a matrix, u8, of `cols` whole blocks."""

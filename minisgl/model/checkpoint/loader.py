@@ -13,22 +13,32 @@ from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.gguf_weights import GGUFWeights
 from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
-from minisgl.model.checkpoint.weights import Weights
+from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Checkpoint, dense
 
-__all__ = ["Weights", "open_weights"]
+
+class OnDevice:
+    """A checkpoint whose tensors are copied to a device, one by one."""
+
+    def __init__(self, weights: Checkpoint, device: torch.device) -> None:
+        self._weights, self._device = weights, device
+
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        return dense(self._weights.take(name, shape, rows=rows, cols=cols)).to(self._device)
+
+    def finish(self) -> None:
+        self._weights.finish()
 
 
-def open_weights(spec: ModelSpec, dtype: torch.dtype, *, lazy: bool = False) -> Weights:
-    """Open the checkpoint that `spec` was read from; tensors come out as `dtype`, on the CPU.
+def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:
+    """Open the checkpoint that `spec` was read from; its tensors are of `dtype` and on `device`, by default the CPU.
 
     Quantised ones are dequantised: to float32, then rounded to `dtype`.
 
-    With `lazy`, the matrices of products come as they are stored, where that is a floating-point type or one of the kinds of
-    minisgl.model.checkpoint.gguf_blocks, which are shapes alone then, with a way to what the file has of them.
+    lazy: matrices of products stay as they are stored: in another floating-point type, or as StoredWeights where the file has
+    them in blocks of a kind of minisgl.model.common.gguf_blocks.
     """
-    match spec.format:
-        case "random":
-            return RandomWeights(dtype, torch.device("cpu"))
-        case "gguf":
-            return GGUFWeights(spec, dtype, lazy)
-    return SafetensorsWeights(spec, dtype, lazy)
+    if spec.format == "random":
+        return RandomWeights(dtype, device or torch.device("cpu"))
+    weights = GGUFWeights(spec, dtype, lazy) if spec.format == "gguf" else SafetensorsWeights(spec, dtype, lazy)
+    return weights if device is None else OnDevice(weights, device)

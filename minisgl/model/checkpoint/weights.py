@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import torch
 
@@ -11,19 +10,6 @@ from minisgl.errors import UserError
 from minisgl.model.common.shard import Range
 
 PIECE = 1 << 20  # elements that are dequantised at a time: their float32 values and temporaries are small beside a shard
-
-
-class Weights(Protocol):
-    """An open checkpoint."""
-
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        """Tensor `name`, whose whole shape must be `shape`; only `rows` (dim 0) or `cols` (dim 1) of it if given.
-
-        Contiguous, in the dtype that the weights were opened with.  Raises UserError naming a missing or mis-shaped tensor.
-        """
-
-    def finish(self) -> None:
-        """Raise UserError if the checkpoint holds a tensor that nobody took: it is then another model than it says."""
 
 
 def in_pieces(

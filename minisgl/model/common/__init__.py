@@ -1,1 +1,1 @@
-"""What CPU and GPU workers share: interfaces, slots, grammars, positions, shards."""
+"""Code that CPU and GPU workers share: interfaces, slots, grammars, rotary positions, shards."""

@@ -1,4 +1,4 @@
-"""Token embedding, split over the ranks by rows of the vocabulary (tensor parallelism).  Runs in the workers."""
+"""Token embedding whose table is split over the ranks by rows of the vocabulary.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from minisgl.model.common.shard import Range
 
 
 class Embedding:
-    """Token ids i64[T] -> [T, C].  A rank holds the rows `vocab` and contributes zero for all other tokens."""
+    """Token ids i64[T] -> [T, C].  Each rank looks up the tokens in its range; an all-reduce adds the rest."""
 
-    def __init__(self, weight: torch.Tensor, vocab: Range, parallel: Parallel) -> None:
-        self._weight = weight
-        self._vocab = vocab
-        self._parallel = parallel
+    def __init__(self, table: torch.Tensor, vocab: Range, parallel: Parallel) -> None:
+        """table [end - start, C]: the rows of the tokens `vocab`."""
+        self._table, self._vocab, self._parallel = table, vocab, parallel
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         if self._parallel.size == 1:
-            return F.embedding(ids, self._weight)
+            return F.embedding(ids, self._table)
         start, end = self._vocab
-        mine = (ids >= start) & (ids < end)
-        x = F.embedding((ids - start).masked_fill_(~mine, 0), self._weight)
-        return self._parallel.all_reduce_(x.masked_fill_(~mine[:, None], 0))
+        foreign = (ids < start) | (ids >= end)
+        x = F.embedding((ids - start).masked_fill_(foreign, 0), self._table)
+        return self._parallel.all_reduce_(x.masked_fill_(foreign[:, None], 0))

@@ -1,8 +1,8 @@
-"""Grammars at work: by slot, a matcher that has read the answer so far and says which tokens may follow.
+"""Matches answers against grammars: one matcher per slot reads the answer and masks the tokens that may not follow.
 
-Every rank has its own, fed with the same tokens, so all draw alike and no mask ever travels.  No torch.  The library
-(llguidance) computes a mask in tens of microseconds and prepares no grammar for the vocabulary ahead, so that a grammar may
-begin with any step.  Runs in the workers.
+Every rank has its own matchers, fed with the same tokens, so all ranks sample alike and no mask is ever sent.  The library
+(llguidance) computes a mask in tens of microseconds and compiles no grammar for the vocabulary ahead, so a grammar may start in
+any step.  No torch.  Runs in the workers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from minisgl.plan import StepPlan
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Of a grammar that can be read in very many ways one step would take seconds, and everybody's: with these, some 20 ms.
-_MAX_ROW, _MAX_STEP = 500, 10_000  # items of the parser
-_KEPT = 64  # grammars whose beginning is kept: the n answers to a prompt, and schemas that come again and again
+# Limits on the items of the parser.  A highly ambiguous grammar would stall the batch for seconds in one step: with these, it
+# is stopped after some 20 ms.
+_MAX_ROW, _MAX_STEP = 500, 10_000
+LAST_RESORT = -1e30  # the least logit of a token that the grammar allows, whatever else forbids it
+_KEPT = 64  # compiled grammars that are kept, for the n answers to a prompt and for schemas that come again
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a grammar must know of a model: the bytes of every token (none: it has no text), special ones, those that end.
+    """A model's tokens as grammars need them: their bytes (empty: the token has no text), special tokens, EOS tokens.
 
-    `encode` is the tokenizer's way to write a text.  Where only one text can follow, its tokens are the only ones allowed.
+    encode: the tokenizer's tokens for a text.  Where the grammar allows only one text, it allows only these tokens.
     """
 
     tokens: Sequence[bytes]
@@ -41,7 +43,7 @@ class Vocabulary:
 
 
 class Grammars:
-    """The matchers of all slots.  `vocabulary` is called for the first grammar; without any this costs nothing."""
+    """The matchers of all slots.  The vocabulary is read for the first grammar; without grammars this costs nothing."""
 
     def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
         self._load = vocabulary
@@ -55,7 +57,7 @@ class Grammars:
         return bool(self._matchers)
 
     def load_vocabulary(self) -> bool:
-        """Read the vocabulary, about two seconds for 150,000 tokens, ahead of the first grammar.  False: that is done."""
+        """Read the vocabulary before the first grammar, about two seconds for 150,000 tokens.  False if it is there."""
         if self._tokenizer is not None:
             return False
         from llguidance import LLTokenizer
@@ -67,7 +69,7 @@ class Grammars:
         return True
 
     def join(self, plan: StepPlan) -> None:
-        """Take in the grammars of a plan: the slots' new owners, with what they have said so far."""
+        """Start the grammars of a plan's new slots, and feed each the answer that its request had before it was retracted."""
         at = text_at = 0
         for slot, n_bytes, n_output in plan.grammars.tolist():
             self._matchers.pop(slot, None)
@@ -92,12 +94,14 @@ class Grammars:
         return self._beginnings[text].deep_copy()
 
     def rows(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Which of the rows that draw for `slots` are bound."""
+        """Indices of the `slots` that have a grammar."""
         return np.array([i for i, slot in enumerate(slots.tolist()) if slot in self._matchers], np.int64)
 
     def masks(self, slots: npt.NDArray[np.integer]) -> tuple[U32, npt.NDArray[np.bool_]]:
-        """u32 [N, ceil(V / 32)], bit t % 32 of word t // 32 set where token t may follow, for N bound slots; and bool [N]:
-        the grammar has become too complex to go on with.  At its end, and where it failed, only EOS may follow."""
+        """Masks u32 [N, ceil(V / 32)] of N slots with grammars: bit t % 32 of word t // 32 is set if token t may follow.
+
+        Also bool [N]: the grammar failed, because it became too complex.  Then, and at its end, only EOS may follow.
+        """
         masks = np.empty((len(slots), len(self._ends)), np.uint32)
         failed = np.zeros(len(slots), np.bool_)
         for i, slot in enumerate(slots.tolist()):
@@ -106,27 +110,27 @@ class Grammars:
             if not matcher.is_stopped():
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: len(self._ends)]
                 if not matcher.is_stopped():
-                    # Any of the model's EOS tokens ends what one of them may end.
+                    # Where one of the model's EOS tokens may follow, any of them may.
                     masks[i] = bits | self._ends if (bits & self._ends).any() else bits
             failed[i] = matcher.is_error()
         return masks, failed
 
     def matchers(self, slots: npt.NDArray[np.integer]) -> list[LLMatcher]:
-        """Of bound slots; they stay those of the slots' owners of now."""
+        """The matchers of the present owners of slots with grammars."""
         return [self._matchers[slot] for slot in slots.tolist()]
 
     def feed(self, matchers: Sequence[LLMatcher], tokens: I32) -> None:
-        """A token for each that its owner has drawn."""
+        """Feed each matcher the token that its owner sampled."""
         for matcher, token in zip(matchers, tokens.tolist(), strict=True):
             _feed(matcher, token, self._eos)
 
     def advance(self, slots: npt.NDArray[np.integer], tokens: I32) -> None:
-        """The tokens that bound slots have drawn."""
+        """Feed the tokens that slots with grammars sampled."""
         self.feed(self.matchers(slots), tokens)
 
 
 def _feed(matcher: LLMatcher, token: int, eos: frozenset[int]) -> None:
-    if token not in eos and not matcher.is_stopped():  # after EOS nothing comes, unless it is ignored: then more of them
+    if token not in eos and not matcher.is_stopped():  # with `ignore_eos`, more EOS follow
         matcher.consume_token(token)
 
 
@@ -138,13 +142,13 @@ def _mask(tokens: Sequence[int], vocab: int) -> U32:
 
 
 def unpack(masks: U32, vocab: int) -> npt.NDArray[np.bool_]:
-    """bool [N, vocab] of u32 [N, ceil(vocab / 32)]."""
+    """Masks u32 [N, ceil(vocab / 32)] -> bool [N, vocab]."""
     little = masks if sys.byteorder == "little" else masks.byteswap()
     return np.unpackbits(little.view(np.uint8), axis=1, count=vocab, bitorder="little").view(np.bool_)
 
 
 class _Wrapper:
-    """What LLTokenizer asks of a tokenizer."""
+    """A vocabulary with the attributes that LLTokenizer reads."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -159,7 +163,7 @@ class _Wrapper:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """The tokens that a text is written with; they join to exactly that, which not every tokenizer sees to."""
+        """The tokens of a text, whose bytes join to exactly that text; not every tokenizer guarantees it."""
         raw = text.encode() if isinstance(text, str) else text
         ids = list(self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace")))
         if b"".join(self.tokens[t] for t in ids) == raw:
@@ -169,7 +173,7 @@ class _Wrapper:
             sizes = range(min(self._longest, len(raw) - at), 0, -1)
             size = next((n for n in sizes if raw[at : at + n] in self._ids), 0)
             if not size:
-                return []  # no token has this byte: then no text of it can be forced
+                return []  # no token has this byte, so the text cannot be forced
             ids.append(self._ids[raw[at : at + size]])
             at += size
         return ids

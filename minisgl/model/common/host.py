@@ -1,4 +1,7 @@
-"""CPU threads of a worker.  No torch: `prepare_environment` must run before the first `import torch` of its process."""
+"""Measures the cores and the memory that this process may use, inside control groups too, and sets its threads.
+
+No torch: `prepare_environment` must run before the first `import torch` of its process.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,24 @@ import os
 from minisgl.config import EngineConfig
 
 SPIN_COUNT = 20_000  # some tens of microseconds
+_UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
 
 
+# ---------------- threads
 def usable_cores(root: str = "/") -> int:
     """The cores that this process may run on, or fewer where a control group around it has a quota (`docker run --cpus`).
 
-    `root` stands in for the root directory in tests.
+    root: a stand-in for the root directory in tests.
     """
     quotas = [q for group in groups(root, "cpu") if (q := _quota(group)) is not None]
     return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, quotas)]))
 
 
-def _quota(group: str) -> float | None:
-    """Cores' worth of time that a group may use; None: all."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join(_read(group, name) for name in names).split()
-            return int(quota) / int(period) if quota not in ("max", "-1") else None
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return None
-
-
-def _read(group: str, name: str) -> str:
-    with open(os.path.join(group, name), encoding="ascii") as f:
-        return f.read()
-
-
 def threads_per_rank(engine: EngineConfig) -> int:
     """`threads` (0: `usable_cores`) divided over the ranks, at least 1.
 
-    Ranks are not tied to cores of their own: two of them on two cores said 16 tokens a second as the system placed them and 9.5
-    tied (150 and 131 at 16 streams), because the other actors need a core now and then.
+    Ranks are not pinned to cores of their own: two of them on two cores generated 16 tokens a second as the system placed them
+    and 9.5 pinned (150 and 131 at 16 streams), because the other actors need a core now and then.
     """
     return max(1, (engine.threads or usable_cores()) // engine.tp)
 
@@ -51,7 +40,7 @@ def prepare_environment(n_threads: int) -> None:
     step takes ten times as long; PASSIVE puts them to sleep at once, which costs a wake-up in each of the hundreds of parallel
     regions of a step.  A bounded spin is better than both.  Decode of the embedded model with 2 threads on 2 cores, tokens
     per second at 1 and at 16 streams: PASSIVE 20 and 147, a spin count of 1,000 23 and 173, of 6,000 27 and 166, of 20,000 30
-    and 210, of 200,000 28 and 184; beside a process that keeps a core half busy: PASSIVE 19 and 133, 20,000 21 and 161.
+    and 210, of 200,000 28 and 184; next to a process that keeps a core half busy: PASSIVE 19 and 133, 20,000 21 and 161.
     Variables that the user has set are left alone.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
@@ -63,10 +52,22 @@ def prepare_environment(n_threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# ---------------- memory
+def available_bytes(root: str = "/") -> int:
+    """The machine's available memory, or less where a control group around this process has less left.  root: as above."""
+    candidates = [_meminfo(os.path.join(root, "proc/meminfo"))]
+    for group in groups(root, "memory"):
+        v2 = (group, "memory.max", "memory.current", "inactive_file")
+        v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        candidates += [left for left in (_left(*v2), _left(*v1)) if left is not None]
+    return max(0, min(candidates))
+
+
+# ---------------- files of the kernel
 def groups(root: str, controller: str) -> list[str]:
     """The directories of this process's control groups and their parents, for both versions of the interface.
 
-    `controller`: "memory" or "cpu"; `root` stands in for the root directory in tests.
+    controller: "memory" or "cpu".
     """
     found = []
     try:
@@ -86,20 +87,27 @@ def groups(root: str, controller: str) -> list[str]:
     return found
 
 
-_UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
+def _quota(group: str) -> float | None:
+    """The cores' worth of time that a group may use; None: all."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join(_read(group, name) for name in names).split()
+            return int(quota) / int(period) if quota not in ("max", "-1") else None
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
-def available_bytes(root: str = "/") -> int:
-    """The smaller of the machine's available memory and what is left of every control group around this process.
-
-    `root` stands in for the root directory in tests.
-    """
-    candidates = [_meminfo(os.path.join(root, "proc/meminfo"))]
-    for group in groups(root, "memory"):
-        v2 = (group, "memory.max", "memory.current", "inactive_file")
-        v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        candidates += [left for left in (_left(*v2), _left(*v1)) if left is not None]
-    return max(0, min(candidates))
+def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
+    """Limit minus usage of one group in bytes, where file pages that the kernel can drop do not count; None: no limit."""
+    try:
+        most, used = _read(group, limit).strip(), int(_read(group, usage))
+        stat = dict(line.split() for line in _read(group, "memory.stat").splitlines())
+    except (OSError, ValueError):
+        return None
+    if most == "max" or int(most) >= _UNLIMITED:
+        return None
+    return int(most) - used + int(stat.get(reclaimable, 0))
 
 
 def _meminfo(path: str) -> int:
@@ -110,17 +118,6 @@ def _meminfo(path: str) -> int:
     return _UNLIMITED
 
 
-def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
-    """Limit minus usage of one group, where file pages that the kernel can drop do not count as used."""
-    try:
-        with open(os.path.join(group, limit), encoding="ascii") as f:
-            bound = f.read().strip()
-        with open(os.path.join(group, usage), encoding="ascii") as f:
-            used = int(f.read())
-        with open(os.path.join(group, "memory.stat"), encoding="ascii") as f:
-            stat = dict(line.split() for line in f)
-    except (OSError, ValueError):
-        return None
-    if bound == "max" or int(bound) >= _UNLIMITED:
-        return None
-    return int(bound) - used + int(stat.get(reclaimable, 0))
+def _read(group: str, name: str) -> str:
+    with open(os.path.join(group, name), encoding="ascii") as f:
+        return f.read()

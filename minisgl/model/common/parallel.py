@@ -1,4 +1,4 @@
-"""Tensor-parallel collectives between the workers of one engine.  Every rank calls them in the same order."""
+"""Collectives between the ranks of one engine: all-reduce and all-gather over gloo.  All ranks call them in the same order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from minisgl.model.common.activations import Product, plain
+
 TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
 
 # Renamed in torch 2.13, which warns at the old name.
@@ -17,10 +19,10 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 
 class Parallel:
-    """One rank of `size`, over torch.distributed.  A single rank needs no process group, and its collectives do nothing."""
+    """One rank of `size`, over torch.distributed.  A single rank needs no process group: its collectives do nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, run_dir: str = "", group: dist.ProcessGroup | None = None) -> None:
-        """Join the group; returns when all ranks have.  `run_dir`: see `join`; not used with a `group` already joined."""
+        """Join the group, which returns when all ranks have.  run_dir: see `join`.  group: one that was joined already."""
         self.rank = rank
         self.size = size
         self._group = group
@@ -33,13 +35,17 @@ class Parallel:
             dist.all_reduce(x, group=self._group)
         return x
 
+    def sum_over_ranks(self, part: Product) -> Product:
+        """All-reduce of this rank's part of a product [T, C].  A single rank has all of it, in whatever form."""
+        return part if self.size == 1 else self.all_reduce_(plain(part))
+
     def all_gather_cols(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[rows, widths[rank]] -> [rows, sum(widths)], the ranks' columns side by side.  Uneven shards travel padded."""
         if self.size == 1:
             return x
         widest = max(widths)
         if x.shape[1] < widest:
-            padded = x.new_empty(x.shape[0], widest)  # nobody reads the padding
+            padded = x.new_empty(x.shape[0], widest)  # the padding is never read
             padded[:, : x.shape[1]] = x
             x = padded
         parts = self._gather(x.contiguous())
@@ -62,18 +68,18 @@ def join(
 ) -> dist.ProcessGroup:
     """Make the process group of all ranks; returns when all have joined.
 
-    `run_dir`: a private directory that is new for every engine start.  The ranks find each other through a file there instead
-    of a TCP port, so nobody outside can join and no port can collide; all sockets are on the loopback interface.
+    run_dir: a private directory, new at every start of the engine.  The ranks find each other through a file there instead of
+    a TCP port, so no other process can join and no port can collide; all sockets are on the loopback interface.
 
-    NVLink multicast stays off unless the user's environment turns it on: it is a resource of the whole host.
+    NVLink multicast stays off unless the user's environment turns it on: it is shared by all programs on the host.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_NET", "Socket")  # the ranks are on one host: nothing is gained by looking for other networks
+    os.environ.setdefault("NCCL_NET", "Socket")  # all ranks are on one host: no other network is searched
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     store = dist.FileStore(os.path.join(run_dir, "tp"), size)  # type: ignore[attr-defined]
-    # With a device, NCCL connects here and not in the first collective, where it could be in the middle of a graph capture.
+    # With a device, NCCL connects here and not in the first collective, which may be captured into a graph.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
     group = dist.group.WORLD
     assert group is not None
@@ -81,5 +87,5 @@ def join(
 
 
 def to_stderr(text: str) -> None:
-    """What CudaParallel has to tell the person who started the engine, unless told otherwise."""
+    """Print a line for the person who started the engine."""
     print(f"minisgl: {text}", file=sys.stderr, flush=True)

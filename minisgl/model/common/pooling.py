@@ -1,65 +1,42 @@
-"""Vectors of prompts: the mean of their final hidden states, or the last one.  Runs in the workers, in steps that want them."""
+"""Pools final hidden states into one vector a prompt, for embeddings: their mean, or the last one.  Runs in the workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from minisgl.arrays import I64
 from minisgl.model.common.slots import StepBatch
 from minisgl.plan import POOL, SUM, StepPlan
 
-States = Callable[[npt.NDArray[np.int64]], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A prefill row that wants something: its tokens among those of the step, and how long the prompt is with it."""
-
-    slot: int
-    flags: int
-    first: int
-    end: int
-    starts: bool  # with the prompt's first token
-    kv_len: int
-
-
-def _chunks(plan: StepPlan, batch: StepBatch) -> list[_Chunk]:
-    out, end = [], 0
-    for row, (slot, flags, n) in enumerate(plan.prefill.tolist()):
-        first, end = end, end + n
-        if flags & (SUM | POOL):
-            out.append(_Chunk(slot, flags, first, end, int(batch.positions[first]) == 0, int(batch.kv_lens[row])))
-    return out
-
 
 class Pooling:
-    """The sums f32[C] of prompts that are half computed, by slot.  One that is left unfinished is forgotten with its slot."""
+    """The sums f32[C] of prompts that are half computed, by slot."""
 
     def __init__(self) -> None:
         self._sums: dict[int, torch.Tensor] = {}
 
     @staticmethod
-    def wanted(plan: StepPlan) -> bool:
+    def needed(plan: StepPlan) -> bool:
         """Whether `take` has anything to do for this plan."""
         return bool((plan.prefill["sample"] & (SUM | POOL)).any())
 
-    def take(self, plan: StepPlan, batch: StepBatch, states: States) -> torch.Tensor | None:
-        """The vectors f32[M, C] of the rows with POOL, None for none.  `states(tokens)`: final hidden states [n, C]."""
-        vectors = []
-        for c in _chunks(plan, batch):
-            if not c.flags & SUM:
-                vectors.append(states(np.array([c.end - 1]))[0].float())
-                continue
-            total = states(np.arange(c.first, c.end)).sum(0, dtype=torch.float32)
-            before = self._sums.pop(c.slot, None)
-            if before is not None and not c.starts:
-                total = total + before
-            if c.flags & POOL:
-                vectors.append(total / c.kv_len)
-            else:
-                self._sums[c.slot] = total
+    def take(self, plan: StepPlan, batch: StepBatch, states: Callable[[I64], torch.Tensor]) -> torch.Tensor | None:
+        """The vectors f32[M, C] of the rows with POOL, None for no rows.  states(tokens): their final hidden states [n, C]."""
+        vectors, end = [], 0
+        for row, (slot, flags, n) in enumerate(plan.prefill.tolist()):
+            start, end = end, end + n
+            if flags & SUM:
+                total = states(np.arange(start, end)).sum(0, dtype=torch.float32)
+                before = self._sums.pop(slot, None)
+                if before is not None and batch.positions[start] > 0:  # otherwise it is the unfinished sum of a former owner
+                    total = total + before
+                if flags & POOL:
+                    vectors.append(total / int(batch.kv_lens[row]))
+                else:
+                    self._sums[slot] = total
+            elif flags & POOL:
+                vectors.append(states(np.array([end - 1]))[0].float())
         return torch.stack(vectors) if vectors else None

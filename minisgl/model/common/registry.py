@@ -1,25 +1,29 @@
-"""The architectures that can be served: one entry for each.  No torch: resolving a model must be quick.
+"""Lists the architectures that can be served, one entry each.  Imports no torch: resolving a model must be quick.
 
-An entry says which class computes the model and what its config.json leaves unsaid; see docs/adding-a-model.md.
+An entry names the class that computes the model and the defaults of its config.json; see docs/adding-a-model.md.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minisgl.model.common.interfaces import Build, Model
 
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """What is true of every checkpoint of an architecture.
+    """The facts about an architecture that no config.json has, and the defaults of the keys that one may omit.
 
-    `sliding`: which layers have a window, if any has: "" none, "all", "late" (from `max_window_layers` on), "nope" (those that
-    do not rotate), "period" (all but each `period`-th); where config.json has `layer_types` that says it, but for "all".
-    `switched`: only with `use_sliding_window`.
-    `text`: the model_type of `text_config`, if the checkpoint is that of a model which also takes images: only its text part is
-    served, whose weights are those behind `language_model.`.
-    The rest are the values that stand where config.json is silent, as in transformers' configuration class.
+    sliding: the layers that have a window: "" none, "all", "late" (from `max_window_layers` on), "nope" (those that do not
+    rotate), "period" (all but each `period`-th).  A `layer_types` in config.json overrides it, except for "all".
+    switched: windows only with `use_sliding_window`.
+    text: the model_type of `text_config`, where the checkpoint is of a model that also takes images.  Only its text part is
+    served, whose weights have names in `language_model.`.
+    The defaults are those of the configuration class in transformers.
     """
 
     model: str = "llama.Llama"  # module and class in minisgl.model.architectures
@@ -30,18 +34,18 @@ class Arch:
     switched: bool = False
     window: int = 0
     period: int = 1
-    nope_period: int = 0  # each `nope_period`-th layer does not rotate, where `no_rope_layers` does not say it
-    head_dim: int | None = 0  # 0: hidden size over heads; None: config.json must say it
+    nope_period: int = 0  # each `nope_period`-th layer does not rotate, unless `no_rope_layers` says otherwise
+    head_dim: int | None = 0  # 0: hidden size over heads; None: config.json must have it
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    local_rope_theta: float = 0.0  # of layers with a window; 0: the same as the others'
+    local_rope_theta: float = 0.0  # of layers with a window; 0: `rope_theta`
     tied: bool = False
     query_pre_attn_scalar: float = 0.0  # n: queries times keys are scaled by n ** -0.5; 0: by the head size
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     text: str = ""
-    sizes: tuple[tuple[str, int], ...] = ()  # that config.json may leave out
-    experts: str = ""  # "": none; "mixtral", "qwen" or "gpt-oss": how config.json names their sizes
+    sizes: tuple[tuple[str, int], ...] = ()  # keys that config.json may omit
+    experts: str = ""  # "" for none; "mixtral", "qwen" or "gpt-oss": the names of their sizes in config.json
     sinks: bool = False
 
 
@@ -65,7 +69,7 @@ _GEMMA3 = Arch(
     ),
 )
 
-# By `architectures` of config.json.
+# By `architectures[0]` of config.json.
 HF_ARCHS = {
     "LlamaForCausalLM": Arch(),
     "MistralForCausalLM": Arch(sliding="all", window=4096),
@@ -111,7 +115,8 @@ QK_NORM_ARCHS = tuple(name for name, arch in HF_ARCHS.items() if arch.qk_norm)
 GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def model_class(architecture: str) -> Any:
-    """The class that computes `architecture`, imported now (it needs torch).  Runs in the workers."""
+def model_class(architecture: str) -> Callable[[Build], Model]:
+    """The class that computes `architecture`.  Imports it now, which needs torch.  Runs in the workers."""
     module, name = HF_ARCHS[architecture].model.split(".")
-    return getattr(importlib.import_module(f"minisgl.model.architectures.{module}"), name)
+    built: Callable[[Build], Model] = getattr(importlib.import_module(f"minisgl.model.architectures.{module}"), name)
+    return built

@@ -1,11 +1,11 @@
-"""Rotary position embedding and the ways to stretch it over longer contexts.  Runs in the workers.
+"""Computes rotary position embeddings (RoPE), and stretches them over longer contexts.  Runs in the workers.
 
-Su et al., RoFormer, arXiv:2104.09864, in the rotate-half layout: dimensions i and i + R/2 of a head turn together by
-position * freq[i], R of its D dimensions being rotated.
+Su et al., RoFormer, arXiv:2104.09864, in the rotate-half layout: the first R of a head's D dimensions are rotated, of which i
+and i + R/2 turn together by position * freq[i].
 
-Two kinds depend on the length of the text: `dynamic` and `longrope`.  Keys in the cache are shared between requests and
-cannot be turned again when a text grows, so the length of the whole context that is served decides: the tables are those of
-transformers for a text of that length.
+Two kinds of scaling depend on the length of the text: `dynamic` and `longrope`.  Keys in the cache are shared between requests
+and cannot be turned again when a text grows, so the served context length decides: the tables are those of transformers for a
+text of that length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minisgl.config import ModelSpec
 
 
 class Rope:
-    """cos and sin for the CPU's attention."""
+    """cos and sin in the form of the CPU's attention."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         freqs, self._amplitude = frequencies(spec)

@@ -1,7 +1,9 @@
-"""Tensor parallelism, the arithmetic of it: which rows and columns of each weight a rank owns.  No torch.
+"""Splits a model over the ranks of a tensor parallel group: the rows and columns of each weight that a rank owns.  No torch.
 
-Queries follow their KV head, so a rank owns whole groups; nothing has to divide evenly (3 KV heads over 2 ranks are 2 + 1).
-Where there are more ranks than KV heads, several ranks keep the same one and share its queries.
+Tensor parallelism needs an all-reduce after attention and one after the MLP (architectures/llama.py), of outputs to which each
+rank contributes its heads and its inner columns.  Query heads follow their KV head, so a rank owns complete groups; nothing has
+to divide evenly (3 KV heads over 2 ranks are 2 + 1).  With more ranks than KV heads, several ranks keep the same KV head and
+share its query heads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ Range = tuple[int, int]  # [start, end)
 
 
 def split(n: int, parts: int) -> list[Range]:
-    """`n` things over `parts` ranks, as evenly as possible; the first ranks take the remainder."""
+    """Ranges that cut 0..n into `parts` as evenly as possible; the first ones take the remainder."""
     base, extra = divmod(n, parts)
     starts = [r * base + min(r, extra) for r in range(parts + 1)]
     return list(itertools.pairwise(starts))
@@ -35,12 +37,12 @@ def check_tp(spec: ModelSpec, tp: int) -> None:
 
 
 def _heads(spec: ModelSpec, rank: int, size: int) -> tuple[Range, Range]:
-    """The KV heads and the query heads of a rank."""
+    """The KV heads and the query heads of one rank."""
     group = spec.num_heads // spec.num_kv_heads
     if size <= spec.num_kv_heads:
         start, end = split(spec.num_kv_heads, size)[rank]
         return (start, end), (start * group, end * group)
-    ranks = split(size, spec.num_kv_heads)  # that share each KV head
+    ranks = split(size, spec.num_kv_heads)  # the ranks that share each KV head
     kv_head = next(i for i, (start, end) in enumerate(ranks) if start <= rank < end)
     first, last = ranks[kv_head]
     start, end = split(group, last - first)[rank - first]
@@ -49,10 +51,7 @@ def _heads(spec: ModelSpec, rank: int, size: int) -> tuple[Range, Range]:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank owns.
-
-    Ranges count heads, columns of the MLP and of every expert, and vocabulary entries; the properties turn heads into rows.
-    """
+    """One rank's ranges of heads, of the MLP's and every expert's inner columns, and of the vocabulary."""
 
     rank: int
     size: int

@@ -1,13 +1,13 @@
-"""What a worker remembers between steps, by slot, and how a plan changes it.  numpy only; one copy in every worker.
+"""Keeps the state of every slot between steps and lays out the batch of a plan.  numpy only; one copy in every worker.
 
-    joins   a slot's KV length and sampling parameters are set
-    extras  it is noted which slots want log probabilities, and whose logits are adjusted (cpu/penalties.py)
-    grants  page_table[slot, index] = page
-    prefill n prompt tokens are appended at the slot's KV length
-    decode  the slot's last token is appended
+    new_slots    a slot's KV length and sampling parameters are set
+    extras       slots with log probabilities, and slots whose logits are adjusted (cpu/penalties.py), are noted
+    page_grants  page_table[slot, index] = page
+    prefill      n prompt tokens are appended at the slot's KV length
+    decode       the slot's last token is appended
 
-A row of the page table is valid for the pages that hold the slot's first kv_len tokens; behind them it may name pages of
-former owners, which are never read.
+A row of the page table is valid for the pages that hold the slot's first kv_len tokens.  The entries after them may name pages
+of former owners, which are never read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """Sampling parameters of the R rows that draw a token, and the index `positions` that the new token will have."""
+    """Sampling parameters of the R rows that draw a token, and the position of each new token in its text."""
 
     temperature: F32
     top_k: I32
@@ -39,27 +39,27 @@ class SamplingRows:
 class StepBatch:
     """All rows of one step, ready to compute: T tokens of P prompt chunks, then B decode rows.
 
-    The decode rows stand longest context first, so that attention can pad neighbours to one length cheaply; `sample_rows`
-    undoes the order.
+    Decode rows are ordered by context, longest first, so that attention pads neighbours to one length cheaply; `sample_rows`
+    undoes that order.
     """
 
     ids: I64  # [T]
     positions: I64  # [T]
-    kv_index: I64  # [T] where each token's key and value go: page * page_size + offset
+    kv_index: I64  # [T] place of each token's key and value: page * page_size + offset
     chunk_lens: I32  # [P] tokens of each prompt chunk
     kv_lens: I32  # [P + B] tokens in the KV cache after this step
     pages: I32  # [P + B, pages of the longest row]; valid for the first kv_len tokens of each row
-    sample_rows: I64  # [R] the tokens whose logits are wanted, in the order of StepResult.tokens
+    sample_rows: I64  # [R] the tokens whose logits are sampled from, in the order of StepResult.tokens
     sample_slots: I64  # [R]
     decode_slots: I64  # [B] slot of each decode row
     sampling: SamplingRows
-    score_rows: I64  # [M] the tokens of prompts whose followers are to be scored
+    score_rows: I64  # [M] the tokens of prompts whose successors get log probabilities
     score_slots: I64  # [M]
-    targets: I32  # [M] these followers
+    targets: I32  # [M] these successors
 
 
 class SlotState:
-    """Resident state of `max_running` slots."""
+    """The resident state of `max_running` slots."""
 
     def __init__(self, max_running: int, max_context: int, page_size: int) -> None:
         self.page_size = page_size
@@ -71,19 +71,19 @@ class SlotState:
         self.top_p: F32 = np.ones(max_running, np.float32)
         self.min_p: F32 = np.zeros(max_running, np.float32)
         self.seed: U64 = np.zeros(max_running, np.uint64)
-        self.extras = False  # whether any slot has ever had an extra: without, nobody need look at the next three
-        self.logprobs: I32 = np.full(max_running, -1, np.int32)  # alternatives that are wanted, -1: not even the token's own
+        self.extras = False  # whether any slot has ever had an extra: otherwise the next three are unused
+        self.logprobs: I32 = np.full(max_running, -1, np.int32)  # requested alternatives; -1: no log probabilities at all
         self.adjusted = np.zeros(max_running, np.bool_)  # has biases or penalties
         self.counted = np.zeros(max_running, np.bool_)  # has penalties
         self._decode: I64 = np.zeros(0, np.int64)  # decode slots of the latest plan
 
     def apply(self, plan: StepPlan) -> StepBatch:
-        """Take in one plan: update the slots and lay out its rows.  Plans must come in order, each exactly once."""
+        """Update the slots and lay out the rows of one plan.  Plans must come in order, each exactly once."""
         self._update(plan)
         return self._lay_out(plan)
 
     def advance_decode(self, plan: StepPlan) -> I32:
-        """`apply` for a plan without prompts, where nothing need be laid out: the slots that decode, in the plan's order."""
+        """`apply` for a plan without prompts, which needs no layout; returns the slots that decode, in the plan's order."""
         self._update(plan)
         self.kv_len[self._decode] += 1
         return self._decode.astype(np.int32)
@@ -104,7 +104,7 @@ class SlotState:
             self._decode = plan.decode.astype(np.int64)
 
     def advance(self, batch: StepBatch, tokens: I32) -> None:
-        """Remember what the rows of a batch sampled: the next decode step feeds it."""
+        """Keep the tokens that the rows of a batch sampled, for the next decode step."""
         self.last_token[batch.sample_slots] = tokens
 
     def _lay_out(self, plan: StepPlan) -> StepBatch:
@@ -123,7 +123,7 @@ class SlotState:
         longest = -(-int(kv_lens.max(initial=0)) // self.page_size)
 
         sampling_prompts = np.flatnonzero(plan.prefill["sample"] & DRAW)
-        position_of = np.empty(len(decode), np.int64)  # of the plan's i-th decode slot among the decode rows
+        position_of = np.empty(len(decode), np.int64)  # place of the plan's i-th decode slot among the decode rows
         position_of[order] = np.arange(len(decode))
         sample_slots = np.concatenate((prompts[sampling_prompts], self._decode))
         n_prompt_ids = len(plan.ids)
@@ -153,7 +153,7 @@ class SlotState:
 
 
 def _score_rows(plan: StepPlan) -> I64:
-    """The tokens of a step to which the plan's `targets` belong: all of rows with SCORE, less the last of one that draws."""
+    """The tokens that the plan's `targets` follow: those of rows with SCORE, except the last one of a row that draws."""
     lens = plan.prefill["n_ids"]
     scored = np.repeat(plan.prefill["sample"] & SCORE, lens) > 0
     drawing = (plan.prefill["sample"] & DRAW) > 0

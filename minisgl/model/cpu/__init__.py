@@ -1,1 +1,1 @@
-"""The CPU's own kernels: quantised products and paged attention in C, and their counterparts in torch."""
+"""The worker on a CPU: runner, layers, attention, sampler; C kernels for quantised products and attention."""

@@ -1,6 +1,6 @@
-"""Attention over a paged KV cache.  Runs in the workers.
+"""Computes attention over the paged KV cache on a CPU in torch: `TorchAttention`.  Runs in the workers.
 
-`AttentionBackend` is what a model needs; `TorchAttention` is the one for CPUs, in plain torch.
+It serves every model; `KernelAttention` (attention_c.py) is faster and serves most.
 
 Shapes: T tokens of a step, H query heads, K KV heads, G = H / K heads per group, D head size, S context length.
 """
@@ -13,29 +13,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minisgl.arrays import I32
 from minisgl.config import ModelSpec
+from minisgl.model.common.activations import Product, plain
 from minisgl.model.common.functional import rms_norm, softcap_, softmax
-from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.rope import rotate_
 from minisgl.model.common.slots import StepBatch
 
-GATHER_BYTES = 6 << 20  # decode rows gathered and padded together: small enough to stay in the caches
+GATHER_BYTES = 6 << 20  # keys and values of decode rows that are gathered together: small enough to stay in the CPU's caches
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """A prompt chunk: tokens start..end of the step, whose last one sees `context` tokens from the first of the pages on."""
+    """A prompt chunk: tokens start..end of the step; the last one sees `context` tokens, counted from the first of `pages`."""
 
     start: int
     end: int
     context: int
-    pages: torch.Tensor | None  # i64; None without a cached prefix: the keys and values are at hand
+    pages: torch.Tensor | None  # i64; None without a cached prefix: the step itself has all keys and values
     mask: torch.Tensor | None  # [chunk, context], 0 or -inf; None: causal
 
 
 @dataclass(slots=True)
 class _DecodeGroup:
-    """Decode rows start..end of the step, padded to the context of the longest."""
+    """Decode rows start..end of the step, padded to the longest context."""
 
     start: int
     end: int
@@ -45,7 +47,7 @@ class _DecodeGroup:
 
 @dataclass(slots=True)
 class _Step:
-    """How the rows of a step are computed in layers of one window."""
+    """The rows of a step, laid out for the layers of one window size."""
 
     chunks: list[_Chunk]
     groups: list[_DecodeGroup]
@@ -54,8 +56,8 @@ class _Step:
 class TorchAttention:
     """scaled_dot_product_attention on gathered pages.
 
-    The cache is one tensor [layer, page, page_size, 2, K, D]: keys and values of a token lie side by side, so one index_copy_
-    writes them and one index_select of whole pages gathers them (several times faster than advanced indexing by token).
+    The cache is one tensor [layer, page, page_size, 2, K, D].  Keys and values of a token are adjacent, so one index_copy_
+    writes them, and one index_select of complete pages gathers them (several times faster than advanced indexing by token).
     Groups of query heads are folded into the query length (decode) or the head dimension (prefill); `enable_gqa` would
     repeat the keys instead.
     """
@@ -63,15 +65,15 @@ class TorchAttention:
     def __init__(
         self, spec: ModelSpec, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
     ) -> None:
-        """`num_heads` and `num_kv_heads`: of this rank."""
+        """num_heads, num_kv_heads: of this rank."""
         self._page_size = page_size
         self._kv_heads, self._group, self._dim = num_kv_heads, num_heads // num_kv_heads, spec.head_dim
         self._scale, self._softcap = spec.scale, spec.attn_softcap
-        self._by_hand = spec.sinks or self._softcap > 0  # what scaled_dot_product_attention cannot do
+        self._by_hand = spec.sinks or self._softcap > 0  # scaled_dot_product_attention has neither
         self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
         token = 2 * num_kv_heads * spec.head_dim
         self._token_bytes = token * dtype.itemsize
-        # Zero pages of the operating system: costs no memory until written, and what padding reads is never NaN.
+        # Zero pages of the operating system: they take no memory until written, and padding never reads NaN.
         raw = np.zeros(spec.num_layers * num_pages * page_size * self._token_bytes, np.uint8)
         cache = torch.from_numpy(raw).view(dtype)
         self._by_token = cache.view(spec.num_layers, num_pages * page_size, 2, num_kv_heads, spec.head_dim)
@@ -82,13 +84,13 @@ class TorchAttention:
         self._steps: dict[int, _Step] = {}  # by window
 
     def plan(self, batch: StepBatch) -> None:
-        """Compute whatever all layers of the step share.  Once per step, before the first layer."""
+        """Lay out the step for all layers.  Once per step, before the first layer."""
         self._kv_index = torch.from_numpy(batch.kv_index)
         self._steps = {window: self._lay_out(batch, window) for window in set(self._windows)}
         steps = self._steps.values()
         needed = max([len(c.pages) for s in steps for c in s.chunks if c.pages is not None], default=0)
         needed = max([needed, *(len(g.pages) for s in steps for g in s.groups)])
-        if needed > len(self._workspace):  # kept: fresh memory would be paged in anew for every layer
+        if needed > len(self._workspace):  # kept between steps: new memory would be paged in again for every layer
             self._workspace = torch.empty(needed, self._by_page.shape[2], dtype=self._dtype)
 
     def _lay_out(self, batch: StepBatch, window: int) -> _Step:
@@ -103,7 +105,7 @@ class TorchAttention:
         start = 0
         while start < len(lens):  # longest first: a group is as long as its first row
             n_pages = self._pages_of(int(lens[start]))
-            if window:  # whose first page may be cut off, and the last one
+            if window:  # a window may begin and end within a page
                 n_pages = min(n_pages, self._pages_of(window - 1) + 1)
             end = start + max(1, GATHER_BYTES // (n_pages * self._page_size * self._token_bytes))
             groups.append(self._decode_group(start + n_prompt_ids, lens[start:end], pages[start:end], n_pages, window))
@@ -111,24 +113,18 @@ class TorchAttention:
         return _Step(chunks, groups)
 
     def __call__(
-        self,
-        layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        heads = self._kv_heads * self._group
-        qkv = qkv.view(-1, heads + 2 * self._kv_heads, self._dim)
+        n_heads = self._kv_heads * self._group
+        heads = plain(qkv).view(-1, n_heads + 2 * self._kv_heads, self._dim)
+        q = heads[:, :n_heads]
         if qk_norm is not None:
-            queries, keys = qkv[:, :heads], qkv[:, heads : heads + self._kv_heads]
-            queries.copy_(rms_norm(queries, qk_norm.q, qk_norm.eps))
-            keys.copy_(rms_norm(keys, qk_norm.k, qk_norm.eps))
-        if cos is not None and sin is not None:
-            rotate_(qkv[:, : heads + self._kv_heads], cos, sin)
-        q, kv = qkv[:, :heads], qkv[:, heads:].view(-1, 2, self._kv_heads, self._dim)
+            k = heads[:, n_heads : n_heads + self._kv_heads]
+            q.copy_(rms_norm(q, qk_norm.q, qk_norm.eps))
+            k.copy_(rms_norm(k, qk_norm.k, qk_norm.eps))
+        if rotation is not None:
+            rotate_(heads[:, : n_heads + self._kv_heads], *rotation)
+        kv = heads[:, n_heads:].view(-1, 2, self._kv_heads, self._dim)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         step = self._steps[self._windows[layer]]
         out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
@@ -138,14 +134,12 @@ class TorchAttention:
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self._page_size)
 
-    def _chunk(
-        self, start: int, end: int, context: int, pages: np.ndarray[tuple[int], np.dtype[np.int32]], window: int
-    ) -> _Chunk:
+    def _chunk(self, start: int, end: int, context: int, pages: I32, window: int) -> _Chunk:
         n = end - start
         alone = context == n  # no cached prefix
         if alone and not (window and context > window) and not self._by_hand:
             return _Chunk(start, end, context, None, None)
-        # The pages before the first token that any query sees are left out, and positions count from the rest.
+        # Pages before the first token that any query sees are left out, and positions count from the first page kept.
         skipped = 0 if alone or not window else max(0, context - n - window + 1) // self._page_size
         rest = context - skipped * self._page_size
         mask = torch.full((n, rest), -torch.inf, dtype=self._dtype).triu_(rest - n + 1)
@@ -154,19 +148,14 @@ class TorchAttention:
         mine = torch.from_numpy(pages[skipped : self._pages_of(context)].astype(np.int64))
         return _Chunk(start, end, rest, None if alone else mine, mask)
 
-    def _decode_group(
-        self,
-        start: int,
-        lens: np.ndarray[tuple[int], np.dtype[np.int32]],
-        pages: np.ndarray[tuple[int, int], np.dtype[np.int32]],
-        n_pages: int,
-        window: int,
-    ) -> _DecodeGroup:
-        first = np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)  # token that is seen
+    def _decode_group(self, start: int, lens: I32, pages: I32, n_pages: int, window: int) -> _DecodeGroup:
+        first = (
+            np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)
+        )  # first token that is seen
         page = first // self._page_size + np.arange(n_pages)
         position = (page[:, :, None] * self._page_size + np.arange(self._page_size)).reshape(len(lens), -1)
         unseen = (position < first) | (position >= lens[:, None])
-        # Entries behind a row's last page may name any page: read page 0 instead, whose values are finite.
+        # Entries after a row's last page may name any page: page 0, whose values are finite, is read instead.
         mine = page * self._page_size < lens[:, None]
         found = np.take_along_axis(pages, np.minimum(page, pages.shape[1] - 1), axis=1)
         index = torch.from_numpy(np.where(mine, found, 0).astype(np.int64).reshape(-1))
@@ -174,7 +163,7 @@ class TorchAttention:
         return _DecodeGroup(start, start + len(lens), index, mask[:, None, None].expand(-1, 1, self._group, -1))
 
     def _gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
-        """Copy whole pages -> [tokens, 2, K, D], valid until the next gather."""
+        """Copies complete pages -> [tokens, 2, K, D], valid until the next gather."""
         out = self._workspace[: len(pages)]
         torch.index_select(self._by_page[layer], 0, pages, out=out)
         return out.view(-1, 2, self._kv_heads, self._dim)
@@ -197,12 +186,7 @@ class TorchAttention:
         return self._attend(q, keys, values, g.mask, sinks).reshape(rows, -1)
 
     def _attend(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        sinks: torch.Tensor | None,
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         if mask is None or not self._by_hand:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scale)

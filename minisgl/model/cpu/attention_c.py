@@ -1,4 +1,4 @@
-"""The CPU's attention on the C kernel.  Runs in the workers."""
+"""Computes attention over the paged KV cache on a CPU with the C kernel: `KernelAttention`.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ import numpy as np
 import torch
 
 from minisgl.config import ModelSpec
-from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.activations import Product, plain
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
 from minisgl.model.cpu.packing import LANES
 
-QUERIES = 16  # tokens of a prompt that are one item of work
+QUERIES = 16  # tokens of a prompt in one item of work
 MAX_DIM = 512
 KV_DTYPE = torch.float16
 
 
 def can_attend(spec: ModelSpec, page_size: int) -> bool:
-    """Whether the kernel serves this model with this page size; TorchAttention serves all."""
+    """Whether the kernel serves this model with this page size.  TorchAttention serves all."""
     rotary = spec.rotary_dim or spec.head_dim
     return page_size % LANES == 0 and spec.head_dim % LANES == 0 and spec.head_dim <= MAX_DIM and rotary % 2 == 0
 
 
 class KernelAttention:
-    """See `AttentionBackend`.  The cache is in half precision: csrc/attention.c has its layout."""
+    """See `AttentionBackend`.  The cache is in half precision; its layout is in csrc/attention.c."""
 
     def __init__(
         self, spec: ModelSpec, run: Kernels, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int
     ) -> None:
-        """`num_heads` and `num_kv_heads`: of this rank."""
+        """num_heads, num_kv_heads: of this rank."""
         self._run = run
         self._width = num_heads * spec.head_dim
         layer_bytes = num_pages * page_size * 2 * num_kv_heads * spec.head_dim * KV_DTYPE.itemsize
-        # Zero pages of the operating system: costs no memory until written.
+        # Zero pages of the operating system: they take no memory until written.
         self._cache = np.zeros(spec.num_layers * layer_bytes, np.uint8)
         base = self._cache.ctypes.data
         self._layers = [
@@ -49,7 +50,7 @@ class KernelAttention:
             for i in range(spec.num_layers)
         ]
         self._step = Step()
-        self._kept: tuple[object, ...] = ()  # arrays that the step points to
+        self._kept: tuple[object, ...] = ()  # keeps the arrays alive that the step points to
 
     def plan(self, batch: StepBatch) -> None:
         """Lay out the step's items of work.  Once per step, before the first layer."""
@@ -78,14 +79,7 @@ class KernelAttention:
         )
 
     def __call__(
-        self,
-        layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         here, step = self._layers[layer], self._step
         if qk_norm is not None:
@@ -93,6 +87,7 @@ class KernelAttention:
         if sinks is not None:
             here.sinks = sinks.data_ptr()
         step.cos = step.sin = None
-        if cos is not None and sin is not None:
+        if rotation is not None:
+            cos, sin = rotation
             step.cos, step.sin, step.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-        return self._run.attention(here, step, qkv, self._width)
+        return self._run.attention(here, step, plain(qkv), self._width)

@@ -1,4 +1,4 @@
-"""Which arithmetic a CPU worker uses: what the flags ask for, and what this machine can do."""
+"""Chooses the arithmetic of a CPU worker, by the flags and by what this machine can run.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _WEIGHTS = {
 
 @dataclass(frozen=True, slots=True)
 class CpuArithmetic:
-    """Makes the layers and the attention of a worker.  `text` says it in words."""
+    """The layers and the attention of a worker.  text: a description for the user."""
 
-    dtype: torch.dtype  # of the weights as they are read, and of the residual stream
+    dtype: torch.dtype  # of the weights as they are opened, and of the residual stream
     kv_dtype: torch.dtype
-    blocks: CpuLayers
-    run: Kernels | None  # of attention, too
+    layers: CpuLayers
+    run: Kernels | None  # for attention; None: torch
     text: str
-    torch_threads: int  # what is left to torch beside C kernels is too little to share, and its threads would be in the way
+    torch_threads: int  # 1 next to C kernels, which leave torch too little work to share
 
     @classmethod
     def choose(cls, engine: EngineConfig, spec: ModelSpec, threads: int) -> CpuArithmetic:
-        """auto: quantised, unless a dtype was asked for.  Builds the C kernels if need be.
+        """Quantised layers for "auto" without a dtype, or for a kind of quantisation.  Builds the C kernels for them.
 
-        Without them auto is float32, which is faster in torch; a kind that was asked for is computed in torch.
+        Where they cannot be built, "auto" is float32, which is faster in torch, and a kind is computed in torch.
         """
         kind, dtype = engine.quantization, _DTYPES[engine.dtype]
         plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
@@ -52,19 +52,19 @@ class CpuArithmetic:
             if kind == "auto":
                 return cls(dtype, dtype, CpuLayers(dtype), None, plain + slower, threads)
             return cls(torch.float32, torch.float32, QuantizedLayers(kind, None), None, f"{text}in torch{slower}", threads)
-        blocks = QuantizedLayers(kind, run)
+        layers = QuantizedLayers(kind, run)
         if not can_attend(spec, engine.page_size):
             text += "C kernels, but attention in torch: its kernel needs heads and pages that are multiples of 16"
-            return cls(torch.float32, torch.float32, blocks, None, text, threads)
-        return cls(torch.float32, KV_DTYPE, blocks, run, text + "C kernels", threads if spec.num_experts else 1)
+            return cls(torch.float32, torch.float32, layers, None, text, threads)
+        return cls(torch.float32, KV_DTYPE, layers, run, text + "C kernels", threads if spec.num_experts else 1)
 
     @property
     def lazy(self) -> bool:
-        """Whether the blocks take matrices as the file has them, see `open_weights`."""
-        return isinstance(self.blocks, QuantizedLayers)
+        """Whether the layers take matrices as they are stored, see `open_weights`."""
+        return isinstance(self.layers, QuantizedLayers)
 
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
-        """The cache of `num_pages` pages, and what reads it."""
+        """Attention over a new cache of `num_pages` pages."""
         sizes = {"num_pages": num_pages, "page_size": page_size}
         sizes |= {"num_heads": shard.num_heads, "num_kv_heads": shard.num_kv_heads}
         if self.run is None:

@@ -1,7 +1,7 @@
 """Compiles the C kernels for this machine at the first start, and loads them.  No torch.
 
 The shared library is kept in the user's cache directory under a name that is a hash of the sources, the compiler, its flags
-and the kind of processor: another machine with the same home directory builds its own.  Takes about two seconds, once.
+and the processor's features: another machine with the same home directory builds its own.  Takes about two seconds, once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SECONDS = 120
 
 
 class NoKernels(RuntimeError):
-    """The kernels cannot be built or loaded here; the text says why."""
+    """The kernels cannot be built or loaded here, for the reason in the text."""
 
 
 def cache_directory() -> Path:
@@ -33,7 +33,7 @@ def cache_directory() -> Path:
 
 @functools.cache
 def processor() -> str:
-    """What decides which instructions a compiler may use: the architecture and the features of the first processor."""
+    """The architecture and the features of the first processor, which decide what instructions a compiler may use."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -43,7 +43,7 @@ def processor() -> str:
 
 
 def load_kernels(flags: tuple[str, ...] = ("-march=native",)) -> ctypes.CDLL:
-    """The library, built if need be.  `flags` choose the instruction set.  Raises NoKernels."""
+    """The library, built unless it is cached.  flags: the instruction set.  Raises NoKernels."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NoKernels(f"there is no C compiler ({os.environ.get('CC', 'cc')}): install one (on Debian: apt install gcc)")
@@ -60,7 +60,7 @@ def load_kernels(flags: tuple[str, ...] = ("-march=native",)) -> ctypes.CDLL:
 
 
 def _build(compiler: str, flags: tuple[str, ...], sources: list[str], path: Path) -> None:
-    """Into a file of our own first: several ranks may be building, and a half-written library must never be loaded."""
+    """Builds into a temporary file: several ranks may be building, and a half-written library must never be loaded."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)

@@ -1,4 +1,4 @@
-"""The C kernels as functions on tensors.  Arguments that stay the same are structures made once; a call passes addresses."""
+"""Calls the C kernels on tensors: `Kernels`.  Arguments that stay the same are structures made once; calls pass addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import POINTER, Structure, addressof, c_float, c_int32, c_int64, c_v
 import numpy as np
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import GROUP
+from minisgl.model.common.gguf_blocks import GROUP
 from minisgl.model.cpu.build import load_kernels
 from minisgl.model.cpu.packing import BLOCK_BYTES, LANES
 
@@ -45,7 +45,7 @@ class Pack(Structure):
 
 
 class Layer(Structure):
-    """What attention has for each layer: `Layer` of csrc/attention.c."""
+    """The arguments of attention for one layer: `Layer` of csrc/attention.c."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("cache", "q_norm", "k_norm", "sinks")),
@@ -55,7 +55,7 @@ class Layer(Structure):
 
 
 class Step(Structure):
-    """What the layers of a step share: `Step` of csrc/attention.c."""
+    """The arguments of attention that all layers of a step share: `Step` of csrc/attention.c."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("slots", "cos", "sin", "items", "pages")),
@@ -64,10 +64,10 @@ class Step(Structure):
 
 
 class Kernels:
-    """The loaded library, the threads it uses and the memory it works in.  Not for two threads at a time."""
+    """The loaded library, its threads and its scratch memory.  Not for use by two threads at a time."""
 
     def __init__(self, threads: int, flags: tuple[str, ...] = ("-march=native",)) -> None:
-        """Builds the library if need be.  Raises NoKernels."""
+        """Builds the library unless it is cached.  Raises NoKernels."""
         library = load_kernels(flags)
         self.threads = threads
         self._linear = library.linear
@@ -86,25 +86,25 @@ class Kernels:
     def pack(
         self, parts: Sequence[tuple[torch.Tensor, int]], inputs: int, bits: int, *, in_turns: bool = False
     ) -> torch.Tensor:
-        """What `tile` makes of matrices on top of each other, or `interleave` of two whose rows are whole tiles: their blocks.
+        """Pack matrices on top of each other into blocks, as `tile` of packing.py; with `in_turns` two of them as `interleave`.
 
-        A part is [n, inputs] of float32, float16 or bfloat16, or the rows u8[n, bytes] of a GGUF type with that many bits; and
-        ggml's number of its type.
+        A part is a matrix [n, inputs] of float32, float16 or bfloat16, or the stored rows u8[n, bytes] of a GGUF type with that
+        many bits, and ggml's number of its type.
         """
         n_rows, groups, first = sum(len(rows) for rows, _ in parts), -(-inputs // GROUP), 0
-        # Fresh zero pages of the operating system, which are written to once.
+        # Zero pages of the operating system, each written to once.
         blocks = torch.from_numpy(np.zeros((-(-n_rows // LANES), groups, BLOCK_BYTES[bits]), np.uint8))
-        for i, (rows, kind) in enumerate(parts):
+        for i, (part, kind) in enumerate(parts):
             place = (0, len(parts), i) if in_turns else (first, 1, 0)
-            whole = rows.contiguous()
-            source = (whole.data_ptr(), whole.stride(0) * whole.itemsize, blocks.data_ptr(), kind, len(whole))
+            rows = part.contiguous()
+            source = (rows.data_ptr(), rows.stride(0) * rows.itemsize, blocks.data_ptr(), kind, len(rows))
             self._pack(Pack(*source, inputs, groups, bits, *place), self.threads)
-            first += len(whole)
+            first += len(rows)
         return blocks
 
     def linear(self, weight: PackedWeight, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm | None) -> torch.Tensor:
         """f32[T, K] -> f32[T, N].  A `delta` is added to x in place, then the norm applied."""
-        n = x.shape[0]  # not len(x): two hundred of these calls are a step, and a microsecond in each is to be seen
+        n = x.shape[0]  # not len(x): a step makes two hundred of these calls, and a microsecond in each shows
         needed = n * weight.groups * self._group_scratch
         if needed > self._scratch.nbytes:
             self._scratch = np.empty(needed, np.uint8)
@@ -123,21 +123,21 @@ class Kernels:
         return y
 
     def attention(self, layer: Layer, step: Step, qkv: torch.Tensor, width: int) -> torch.Tensor:
-        """f32[T, (H + 2K) D], which is changed -> f32[T, width]."""
+        """qkv f32[T, (H + 2K) D], changed in place -> f32[T, width]."""
         out = torch.empty(qkv.shape[0], width)
         self._attention(layer, step, qkv.data_ptr(), out.data_ptr(), self.threads)
         return out
 
 
 class PackedWeight:
-    """Blocks u8[tiles, G, block bytes] (see packed.py) and what a product needs to know of them; keeps the memory alive."""
+    """A matrix in blocks u8[tiles, G, block bytes] (see packing.py) with its sizes; keeps the memory alive."""
 
     GATED = ("", "silu", "gelu_tanh")
 
     def __init__(
         self, blocks: torch.Tensor, outputs: int, inputs: int, *, bias: torch.Tensor | None = None, gated: str = ""
     ) -> None:
-        """`gated`: the tiles are those of gate and up in turns, and this activation is applied."""
+        """gated: the activation of a product whose tiles are those of gate and up in turns; "" for none."""
         self.blocks = blocks
         self.bias = None if bias is None else bias.float().contiguous()
         self.width, self.groups = outputs // 2 if gated else outputs, blocks.shape[1]

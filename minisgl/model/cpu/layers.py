@@ -1,19 +1,19 @@
-"""The building blocks of decoder models: linear layers, embeddings, norms and activations.  Runs in the workers.
+"""Decoder layers on a CPU in torch: `CpuLayers`, the readable LayerFactory.  Runs in the workers.
 
-Shapes: T tokens of a step, C hidden size, H query heads, K KV heads (of this rank), D head size.
+Layers take and return tensors [T, N]; T tokens of a step.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
+from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.functional import act_mul, rms_norm, route
-from minisgl.model.common.interfaces import Activations, Biases, Norm, Positions
+from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import Rope
+from minisgl.model.common.weights import Weight, stacked
 
 BATCH_HINT = 16  # rows that oneDNN lays a packed weight out for; good from 1 to a few hundred
 
@@ -41,18 +41,19 @@ def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
 class Linear:
     """y = x @ weight.T + bias: [T, in] -> [T, out]."""
 
-    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, *weights: Weight, bias: torch.Tensor | None = None) -> None:
         """Several weights [out_i, in] are fused into one.  Only the packed form is kept where there is one."""
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        weight = stacked(weights)
         self._bias = bias
         self._packed = _pack(weight)
         self._weight = weight if self._packed is None else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
+        rows = plain(x)
         if self._packed is not None:
-            return _packed_linear(x, self._packed, self._bias)
+            return _packed_linear(rows, self._packed, self._bias)
         assert self._weight is not None
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(rows, self._weight, self._bias)
 
 
 class RMSNorm:
@@ -62,72 +63,51 @@ class RMSNorm:
         self._weight = weight
         self._eps = eps
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> torch.Tensor:
         if delta is not None:
-            x += delta
+            x += plain(delta)
         return rms_norm(x, self._weight, self._eps)
 
 
 class Experts:
     """A mixture of experts, one after the other, each with the rows that chose it."""
 
-    def __init__(
-        self,
-        router: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        *,
-        top_k: int,
-        normalise: bool,
-        activation: str = "silu",
-        biases: Biases | None = None,
-    ) -> None:
-        self._router, self._gate_up, self._down = router, gate_up, down
-        self._top_k, self._normalise, self._activation = top_k, normalise, activation
-        self._biases = biases or (None, [None] * len(down), [None] * len(down))
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        router_bias, gate_up_bias, down_bias = self._biases
-        experts, weights = route(F.linear(x, self._router, router_bias), self._top_k, self._normalise)
-        y = torch.zeros_like(x)
+    def __call__(self, x: Activations) -> torch.Tensor:
+        w, rows = self._weights, plain(x)
+        experts, shares = route(F.linear(rows, w.router, w.router_bias), w.top_k, w.normalise)
+        y = torch.zeros_like(rows)
         for e in sorted(set(experts.flatten().tolist())):
-            rows, which = (experts == e).nonzero(as_tuple=True)
-            hidden = act_mul(F.linear(x[rows], self._gate_up[e], gate_up_bias[e]), self._activation)
-            part = F.linear(hidden, self._down[e], down_bias[e])
-            y.index_add_(0, rows, part * weights[rows, which, None].to(x.dtype))
+            token, choice = (experts == e).nonzero(as_tuple=True)
+            gate_up_bias, down_bias = (None if b is None else b[e] for b in (w.gate_up_bias, w.down_bias))
+            hidden = act_mul(F.linear(rows[token], w.gate_up[e], gate_up_bias), w.activation)
+            part = F.linear(hidden, w.down[e], down_bias)
+            y.index_add_(0, token, part * shares[token, choice, None].to(rows.dtype))
         return y
 
 
 class CpuLayers:
-    """Plain torch."""
+    """See `LayerFactory`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
     def linear(
-        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
-    ) -> Callable[[Activations], Activations]:
+        self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
+    ) -> LinearLayer:
         return Linear(*weights, bias=bias)
 
-    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> Norm:
+    def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         return RMSNorm(weight, eps)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Activations], Activations]:
-        both = Linear(gate, up)
-        return lambda x: act_mul(both(x), activation)
+    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
+        gate_up = self.linear(gate, up)
+        return lambda x: act_mul(plain(gate_up(x)), activation)
 
-    def experts(
-        self,
-        router: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        *,
-        top_k: int,
-        normalise: bool,
-        activation: str = "silu",
-        biases: Biases | None = None,
-    ) -> Callable[[Activations], Activations]:
-        return Experts(router, gate_up, down, top_k=top_k, normalise=normalise, activation=activation, biases=biases)
+    def experts(self, weights: ExpertWeights) -> LinearLayer:
+        return Experts(weights)
 
-    def rope(self, spec: ModelSpec) -> Positions:
+    def rope(self, spec: ModelSpec) -> RopeLayer:
         return Rope(spec, self._dtype).at

@@ -1,7 +1,7 @@
-"""Matrices in 4 or 8 bits, in groups of 32 inputs, laid out for the C kernels (csrc/linear.c has the format).
+"""Packs matrices in 4 or 8 bits for the C kernels, in torch: the readable form of csrc/pack.c (csrc/linear.c has the format).
 
-A matrix is first brought to `Groups`, numbers and scales in the usual order, then tiled.  The groups of GGUF's Q8_0, Q4_0 and
-Q4_1 are taken as they are stored; everything else is rounded: to 8 bits symmetrically, to 4 between the group's extremes.
+A matrix becomes `Groups`, numbers and scales in the usual order, which are then tiled.  GGUF's groups of Q8_0, Q4_0 and Q4_1
+are taken as they are stored; all else is rounded: to 8 bits symmetrically, to 4 between the group's extremes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from minisgl.model.checkpoint.gguf_blocks import GROUP, Groups
+from minisgl.model.common.gguf_blocks import GROUP, Groups
 
 LANES = 16
 BLOCK_BYTES = {4: 320, 8: 544}
 
 
 def quantise(weight: torch.Tensor, bits: int) -> Groups:
-    """Round f32[N, K] to groups; K is filled up with zeros to a multiple of 32."""
+    """Round f32[N, K] to groups; K is padded with zeros to a multiple of 32."""
     n, k = weight.shape
     groups = torch.nn.functional.pad(weight.float(), (0, -k % GROUP)).view(n, -1, GROUP)
     if bits == 8:
@@ -52,14 +52,14 @@ def tile(parts: Sequence[Groups]) -> torch.Tensor:
 
 
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Tiles of gate and up in turns, as `linear` wants them of a gated product."""
+    """Tiles of gate and up in turns, as the C kernel reads them in a gated product."""
     return torch.stack((gate, up), 1).flatten(0, 1).contiguous()
 
 
 def round_trip(x: torch.Tensor) -> torch.Tensor:
-    """What is left of rows f32[T, K] after the quantisation that `linear` does: two bytes, a scale for each group of 32."""
+    """Rows f32[T, K] as the C kernel rounds them: two bytes for each input, a scale for each group of 32."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
     most = groups.abs().amax(-1, keepdim=True)
     numbers = groups * torch.where(most > 1e-30, 127 / most, 0)
-    whole = numbers.round()
-    return ((whole + ((numbers - whole) * 254).round() / 254) * (most / 127)).flatten(1)
+    high = numbers.round()
+    return ((high + ((numbers - high) * 254).round() / 254) * (most / 127)).flatten(1)

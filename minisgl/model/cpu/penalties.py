@@ -1,8 +1,8 @@
-"""Biases and penalties: what requests add to the logits of a model before a token is drawn.  Runs in the CPU workers.
+"""Applies the biases and penalties of requests to the logits before a token is sampled.  Runs in the CPU workers.
 
-Per slot: penalties, a short list of biases, and `seen`, one int32 for each token of the vocabulary: 2 * (how often the answer
-has it) + (1 if the prompt has it).  `seen` is kept by the worker, because only it knows the tokens of the steps in flight; a
-slot that joins brings what was there before, so a request that was retracted goes on as if it had not been.
+Each slot has penalties, a short list of biases, and `seen`, one int32 for each token of the vocabulary: 2 * (its count in the
+answer) + (1 if the prompt has it).  The worker keeps `seen`, because only it knows the tokens of the steps in flight.  A new
+slot comes with the history of its request, so a request that was retracted continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import numpy as np
 import torch
 
 from minisgl.arrays import I32, I64
-from minisgl.model.common.functional import LAST_RESORT
+from minisgl.model.common.grammar import LAST_RESORT
 from minisgl.plan import StepPlan
 
 
 def restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """f32 [R, V] of the logits [R, V]: what a grammar does not allow (bool [R, V]) is impossible.
+    """logits [R, V] -> f32 [R, V], with -inf for every token that a grammar does not allow.  allowed: bool [R, V].
 
-    The grammar has the last word: what it allows stays possible even where `min_tokens` would forbid it, as a last resort.
+    The grammar has the last word: a token that it allows stays possible, as a last resort, even where `min_tokens` forbids it.
     """
     return logits.float().clamp(min=LAST_RESORT).masked_fill(~allowed, -torch.inf)
 
 
 class Adjustments:
-    """The state of all slots.  What nobody uses takes no memory: `seen` is made for the first request with penalties."""
+    """The state of all slots.  `seen` takes no memory before the first request with penalties."""
 
     def __init__(self, slots: int, vocab: int) -> None:
         self._vocab = vocab
@@ -32,13 +32,13 @@ class Adjustments:
         self._frequency = torch.zeros(slots)
         self._repetition = torch.ones(slots)
         self._seen = torch.zeros(0, vocab, dtype=torch.int32)
-        # Unused places of a slot's list of biases add 0 to token 0.
+        # Unused entries of a slot's list of biases add 0 to token 0.
         self._tokens = torch.zeros(slots, 0, dtype=torch.int64)
         self._values = torch.zeros(slots, 0)
         self._until = torch.zeros(slots, 0, dtype=torch.int64)
 
     def join(self, plan: StepPlan) -> None:
-        """Take in the extras of a plan."""
+        """Set the biases and penalties of a plan's new slots."""
         bias_at = history_at = 0
         for extra in plan.extras:
             slot, n_bias, n_prompt, n_output = (int(extra[f]) for f in ("slot", "n_bias", "n_prompt", "n_output"))
@@ -69,9 +69,9 @@ class Adjustments:
         self._seen[slot] = torch.from_numpy(counts)
 
     def apply(self, logits: torch.Tensor, slots: I64, positions: I64) -> torch.Tensor:
-        """The logits [N, V] of N slots, of which some have biases or penalties, as f32 with these applied.
+        """logits [N, V] of N slots -> f32 [N, V] with the biases and penalties that some of them have.
 
-        `positions` i64[N]: of the tokens to be drawn.
+        positions: i64[N], of the tokens to be sampled.
         """
         at = torch.from_numpy(slots)
         value = self._values[at].masked_fill(torch.from_numpy(positions)[:, None] < self._until[at], -torch.inf)
@@ -80,10 +80,10 @@ class Adjustments:
             return out
         seen, count = self._seen[at], self._seen[at] >> 1
         repetition, frequency, presence = (p[at, None] for p in (self._repetition, self._frequency, self._presence))
-        # A slot without penalties may hold the counts of a former owner, which its neutral factors leave without effect.
+        # A slot without penalties may hold the counts of a former owner; its neutral factors give them no effect.
         repeated = torch.where(out > 0, out / repetition, out * repetition)
         return torch.where(seen > 0, repeated, out) - frequency * count - presence * (count > 0)
 
     def count(self, slots: I64, tokens: I32) -> None:
-        """Enter the tokens that slots with penalties have drawn, each slot at most once."""
+        """Count the tokens that slots with penalties sampled, each slot at most once."""
         self._seen[torch.from_numpy(slots), torch.from_numpy(tokens.astype(np.int64))] += 2

@@ -1,4 +1,4 @@
-"""One tensor-parallel rank on a CPU: weights, KV cache, slots.  Runs in a worker process; the only way in is `Runner`."""
+"""Runs one rank's share of the model on a CPU, plan by plan: weights, KV cache, slots.  Runs in a worker process."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 from minisgl.arrays import I32, I64
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.common.grammar import Grammars, unpack
 from minisgl.model.common.host import available_bytes, threads_per_rank
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel, to_stderr
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import SlotState, StepBatch
+from minisgl.model.common.weights import OpenWeights
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.penalties import Adjustments, restrict
 from minisgl.model.cpu.sampler import sample, score
-from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import FAILED, StepLogprobs, StepPlan, StepResult
 
-MAX_KV_TOKENS = 262_144  # more is of no use at the speed of a CPU
+MAX_KV_TOKENS = 262_144  # a CPU is too slow to use more
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A launched step.  On a CPU it is finished when `launch` returns."""
+    """A launched step, which on a CPU has finished when `launch` returns."""
 
     _result: StepResult
 
@@ -43,15 +43,15 @@ class Pending:
         return True
 
     def result(self) -> StepResult:
-        """What the step sampled."""
+        """The step's tokens and times."""
         return self._result
 
 
 class Runner:
     """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
 
-    def __init__(self, config: Config, rank: int, run_dir: str) -> None:
-        """Join the group and load this rank's weights.  `run_dir`: see `Parallel`.  Raises UserError for a bad checkpoint."""
+    def __init__(self, config: Config, rank: int, run_dir: str, open_weights: OpenWeights, grammars: Grammars) -> None:
+        """Join the group and load this rank's weights.  run_dir: see `join`.  Raises UserError for a bad checkpoint."""
         engine, spec = config.engine, config.model
         threads = threads_per_rank(engine)
         with contextlib.suppress(RuntimeError):  # may be set once per process, before the first parallel work
@@ -66,17 +66,17 @@ class Runner:
         with torch.inference_mode():
             weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
             served = replace(spec, max_context=config.max_context)
-            blocks = self._arithmetic.blocks
-            self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
+            build = Build(served, self._shard, weights, self._parallel, self._arithmetic.layers)
+            self._model = model_class(spec.architecture)(build)
             weights.finish()
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
-        self._grammars = Grammars(lambda: vocabulary_of(spec))
+        self._grammars = grammars
         self._pooling = Pooling()
         self._attention: TorchAttention | KernelAttention | None = None
 
     def max_pages(self) -> int:
-        """How many KV pages fit beside the weights on this rank.  Raises UserError if not even one does."""
+        """The number of KV pages that fit next to the weights on this rank.  Raises UserError if none fits."""
         engine = self._config.engine
         page_bytes = engine.page_size * self._token_bytes()
         if engine.kv_tokens:
@@ -107,14 +107,14 @@ class Runner:
             self._adjustments.join(plan)
         if len(plan.grammars):
             self._grammars.join(plan)
-        if len(batch.ids) == 0:  # joins and grants alone
+        if len(batch.ids) == 0:  # new slots and page grants alone
             return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
             self._attention.plan(batch)
             ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
             rows = torch.from_numpy(np.concatenate((batch.sample_rows, batch.score_rows)))
             vectors: torch.Tensor | None = None
-            if self._pooling.wanted(plan):
+            if self._pooling.needed(plan):
                 x, delta = self._model.states(ids, positions, self._attention)
                 vectors = self._pooling.take(plan, batch, lambda rows: self._model.final(x, delta, torch.from_numpy(rows)))
                 logits = self._model.logits(x, delta, rows)
@@ -129,28 +129,26 @@ class Runner:
         return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
     def _draw(self, logits: torch.Tensor, batch: StepBatch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
-        """A token for each row, from its logits as biases, penalties and grammars make them; and whose grammar failed."""
+        """A token for each row, after biases, penalties and grammars; and the rows whose grammar failed, None for no rows."""
         slots = batch.sample_slots
         if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
             adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
             logits = logits.float().index_copy(0, torch.from_numpy(rows), adjusted)
-        if self._grammars and len(bound := self._grammars.rows(slots)):
-            return self._draw_bound(logits, batch, bound)
+        if self._grammars and len(rows := self._grammars.rows(slots)):
+            return self._draw_masked(logits, batch, rows)
         tokens = sample(logits, batch.sampling)
         self._count(slots, tokens)
         return tokens, None
 
-    def _draw_bound(
-        self, logits: torch.Tensor, batch: StepBatch, bound: npt.NDArray[np.int64]
-    ) -> tuple[I32, npt.NDArray[np.bool_]]:
-        """`_draw` where the rows `bound` have a grammar."""
+    def _draw_masked(self, logits: torch.Tensor, batch: StepBatch, rows: I64) -> tuple[I32, npt.NDArray[np.bool_]]:
+        """`_draw` where some `rows` have a grammar."""
         slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
-        masks, failed[bound] = self._grammars.masks(slots[bound])
-        at, allowed = torch.from_numpy(bound), torch.from_numpy(unpack(masks, logits.shape[1]))
+        masks, failed[rows] = self._grammars.masks(slots[rows])
+        at, allowed = torch.from_numpy(rows), torch.from_numpy(unpack(masks, logits.shape[1]))
         logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
         tokens = sample(logits, batch.sampling)
         self._count(slots, tokens)
-        self._grammars.advance(slots[bound], tokens[bound])
+        self._grammars.advance(slots[rows], tokens[rows])
         return tokens, failed
 
     def _count(self, slots: I64, tokens: I32) -> None:
@@ -158,7 +156,7 @@ class Runner:
             self._adjustments.count(slots[counted], tokens[counted])
 
     def _score(self, logits: torch.Tensor, batch: StepBatch, tokens: I32) -> StepLogprobs | None:
-        """Log probabilities of the drawn tokens and of the tokens of prompts, where they are wanted."""
+        """The requested log probabilities of sampled tokens and of tokens of prompts."""
         if not self._state.extras:
             return None
         rows = np.flatnonzero(self._state.logprobs[batch.sample_slots] >= 0)
@@ -169,7 +167,7 @@ class Runner:
         return score(logits[torch.from_numpy(chosen)], np.concatenate((tokens[rows], batch.targets)), widths)
 
     def capture_ahead(self) -> bool:
-        """Nothing is left to be prepared."""
+        """There are no graphs to capture on a CPU."""
         return False
 
     def close(self) -> None:
@@ -178,6 +176,6 @@ class Runner:
         self._parallel.close()
 
     def _token_bytes(self) -> int:
-        """Bytes of KV per token on this rank."""
+        """Bytes of the KV cache per token on this rank."""
         spec = self._config.model
         return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._arithmetic.kv_dtype.itemsize

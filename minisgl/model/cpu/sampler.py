@@ -1,6 +1,7 @@
-"""Drawing the next token of every row.  Runs in every worker alike: the same logits give the same tokens on all ranks.
+"""Samples the next token of every row, and computes log probabilities.  Runs in the CPU workers.
 
-A row's token depends on its logits, its parameters and (seed, position) alone, never on the rows beside it.
+The same logits give the same tokens on all ranks.  A row's token depends on its logits, its parameters and (seed, position)
+alone, never on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from minisgl.arrays import I32, I64
 from minisgl.model.common.slots import U64, SamplingRows
 from minisgl.plan import StepLogprobs
 
-CANDIDATES = 256  # the most likely tokens, looked at before the whole vocabulary is sorted
+CANDIDATES = 256  # most likely tokens that are tried before the full vocabulary is sorted
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers and key increments of Philox4x32
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -44,11 +45,11 @@ def uniform(seed: U64, positions: I64) -> npt.NDArray[np.float64]:
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> I32:
-    """Draw one token per row of `logits` [R, V]; i32[R].
+    """Sample one token per row of `logits` [R, V] -> i32[R].
 
     Temperature 0 takes the most likely token.  Otherwise temperature, top-k, top-p and min-p apply in this order, and the
     token is where the cumulative distribution, in the order of the vocabulary, passes the row's random number.  Tokens as
-    likely as the last one that a filter keeps are kept too, so that no sorting order can matter.
+    likely as the last one that a filter keeps are also kept, so no order of sorting matters.
     """
     tokens = np.empty(len(logits), np.int32)
     greedy = rows.temperature <= 0
@@ -64,7 +65,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> I32:
 def _draw(logits: torch.Tensor, rows: SamplingRows, drawn: I64) -> npt.NDArray[np.int64]:
     """Inverse-CDF draws for the rows `drawn`, whose logits are f32[N, V]."""
     temperature = torch.from_numpy(rows.temperature[drawn])[:, None]
-    # The maximum goes first, so that no temperature can overflow the exponent.
+    # The maximum is subtracted first, so that no temperature overflows the exponent.
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
     floor = _floor(probs, rows.top_k[drawn], rows.top_p[drawn], rows.min_p[drawn])
     if floor is not None:
@@ -88,7 +89,7 @@ def _floor(
         return None
     floor = probs.amax(-1) * torch.from_numpy(min_p)
     todo = np.flatnonzero(sorts)
-    for width in (min(CANDIDATES, vocab), vocab):  # nearly always the candidates decide; a row that needs more is sorted
+    for width in (min(CANDIDATES, vocab), vocab):  # the candidates nearly always decide; otherwise the row is sorted
         if len(todo) == 0:
             break
         at = torch.from_numpy(todo)
@@ -101,25 +102,25 @@ def _floor(
 
 
 def _kept(best: torch.Tensor, top_k: I32, top_p: npt.NDArray[np.float32], vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest probability that top-k and top-p keep, and whether `best` was enough to tell; both [N].
+    """The smallest probability that top-k and top-p keep, and whether `best` was enough to decide it; both [N].
 
-    `best` [N, width] holds each row's largest probabilities, descending.
+    best: [N, width], each row's largest probabilities, descending.
     """
     width = best.shape[1]
-    whole = width == vocab
+    complete = width == vocab
     has_k = torch.from_numpy((top_k > 0) & (top_k < vocab))
     k = torch.from_numpy(np.clip(top_k, 1, width).astype(np.int64))
     kth = torch.where(has_k, best.gather(1, k[:, None] - 1)[:, 0], 0.0)
-    # Ties with the k-th must all be in sight; the row's last candidate is then below it.
-    decided = ~has_k | (best[:, -1] < kth) | whole
+    # All ties with the k-th must be among the candidates, so the last candidate must be below it.
+    decided = ~has_k | (best[:, -1] < kth) | complete
     best = best.masked_fill(best < kth[:, None], 0)
     cdf = best.cumsum(-1, dtype=torch.float64)
     p = torch.from_numpy(top_p.astype(np.float64))
-    mass = torch.where(has_k, cdf[:, -1], 1.0) * p  # top-p is a share of what top-k left
+    mass = torch.where(has_k, cdf[:, -1], 1.0) * p  # top-p is a share of what top-k kept
     # Token i is kept if those before it have not reached the mass.
     count = (cdf - best.double() < mass[:, None]).sum(-1)
     has_p = torch.from_numpy(top_p < 1)
-    decided &= ~has_p | has_k | (cdf[:, -1] >= mass) | whole
+    decided &= ~has_p | has_k | (cdf[:, -1] >= mass) | complete
     pth = torch.where(has_p, best.gather(1, (count - 1).clamp_(0, width - 1)[:, None])[:, 0], 0.0)
     return torch.maximum(kth, pth), decided
 
@@ -127,7 +128,7 @@ def _kept(best: torch.Tensor, top_k: I32, top_p: npt.NDArray[np.float32], vocab:
 def score(logits: torch.Tensor, tokens: I32, widths: I32) -> StepLogprobs:
     """Log probabilities of one token for each row of `logits` [M, V], and of the row's most likely tokens.
 
-    tokens, widths i32[M]; every row has max(widths) alternatives, most likely first, the smaller id first among equals.
+    tokens, widths: i32[M].  Every row gets max(widths) alternatives, most likely first, the smaller id first among equals.
     """
     logprobs = torch.log_softmax(logits.float(), -1)
     logprobs.masked_fill_(logprobs.isnan(), -torch.inf)
@@ -136,7 +137,7 @@ def score(logits: torch.Tensor, tokens: I32, widths: I32) -> StepLogprobs:
     if width == 0:
         return StepLogprobs(own, np.zeros((m, 0), np.int32), np.zeros((m, 0), np.float32))
     last = torch.topk(logprobs, width).values[:, -1:]
-    row, token = (x.numpy() for x in torch.nonzero(logprobs >= last, as_tuple=True))  # those that tie for the last place too
+    row, token = (x.numpy() for x in torch.nonzero(logprobs >= last, as_tuple=True))  # including ties for the last place
     value = logprobs.numpy()[row, token]
     order = np.lexsort((token, -value, row))
     first = np.searchsorted(row, np.arange(m))  # nonzero gives the rows in order

@@ -1,22 +1,20 @@
-"""Decoder layers on an NVIDIA GPU.  Runs in the workers.
+"""Decoder layers on an NVIDIA GPU: `CudaLayers`, a LayerFactory of fused kernels.  Runs in the workers.
 
-Between layers travel plain rows [T, N], f32 parts [parts, T, N] of a product whose sum over K was cut, or `Quantized` or
-`Scaled` rows (minisgl.model.kernels.activations).
+Between layers travel what the next kernel reads fastest: tensors [T, N], PartialSums of a product whose sum over K was cut,
+Quantized rows before an FP8 product and Scaled ones after it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
-from minisgl.model.common.interfaces import Activations, Biases, Positions
-from minisgl.model.common.interfaces import Norm as NormLayer
+from minisgl.model.common.activations import Activations, PartialSums, Product, Quantized, Scaled, plain
+from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import frequencies
+from minisgl.model.common.weights import Weight, stacked
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
-from minisgl.model.kernels.activations import Product, Quantized, Scaled
 from minisgl.model.kernels.small_batch_matmul import choose, few_rows, settings, skinny
 
 # The paths of an FP8 layer by the number of its rows (scripts/bench/row_counts.py).  A step of 14B took 5.1 ms at one row with
@@ -34,12 +32,10 @@ class Linear:
     def __init__(self, weight: torch.Tensor, no_partial_sums: bool) -> None:
         self.weight, self._no_partial_sums = weight, no_partial_sums
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        n, k = self.weight.shape
-        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, no_partial_sums=self._no_partial_sums)
-        if settings is None:
-            return F.linear(x, self.weight)
-        return few_rows(x, self.weight, settings)
+    def __call__(self, x: Activations) -> torch.Tensor | PartialSums:
+        rows, (n, k) = plain(x), self.weight.shape
+        settings = None if rows.dtype == torch.float32 else choose(len(rows), n, k, no_partial_sums=self._no_partial_sums)
+        return F.linear(rows, self.weight) if settings is None else few_rows(rows, self.weight, settings)
 
 
 class Fp8Product:
@@ -50,7 +46,7 @@ class Fp8Product:
         self.weight, self.scales = quantized.values, quantized.scales.view(-1)
         self._one = torch.ones((), dtype=torch.float32, device=weight.device)
 
-    def ours(self, x: torch.Tensor | Quantized, **options: bool) -> torch.Tensor:
+    def ours(self, x: torch.Tensor | Quantized, **options: bool) -> torch.Tensor | PartialSums:
         """Plain or float8 rows through our kernels."""
         n, k = self.weight.shape
         gated = options.get("gated", False)
@@ -59,8 +55,8 @@ class Fp8Product:
             return skinny(x.values, self.weight, scales=self.scales, row_scales=x.scales, gated=gated, **found)
         return few_rows(x, self.weight, choose(len(x), n, k, fp8=True, **options) or {}, scales=self.scales, gated=gated)
 
-    def library(self, x: Quantized, *, no_partial_sums: bool = False) -> Product:
-        """bfloat16 rows, still to be scaled if that makes the product faster and the next layer can (not `no_partial_sums`)."""
+    def library(self, x: Quantized, *, no_partial_sums: bool = False) -> torch.Tensor | Scaled:
+        """bfloat16, still to be scaled where that makes the product faster, unless `no_partial_sums` forbids it."""
         rows = len(x.values)
         values = norm_activation.with_spare_rows(x.values, LIBRARY_ROWS)
         if no_partial_sums or rows > ONE_SCALE_ROWS:
@@ -83,11 +79,13 @@ class Fp8Linear:
 
     def __call__(self, x: Activations) -> Product:
         if not isinstance(x, Quantized):
-            if len(x) <= WEIGHT_ONLY_ROWS:
-                return self._product.ours(x, no_partial_sums=self._no_partial_sums)
-            x = norm_activation.quantize_rows(x)
-        product = self._product.ours if len(x.values) <= OUR_ROWS else self._product.library
-        return product(x, no_partial_sums=self._no_partial_sums)
+            rows = plain(x)
+            if len(rows) <= WEIGHT_ONLY_ROWS:
+                return self._product.ours(rows, no_partial_sums=self._no_partial_sums)
+            x = norm_activation.quantize_rows(rows)
+        if len(x.values) <= OUR_ROWS:
+            return self._product.ours(x, no_partial_sums=self._no_partial_sums)
+        return self._product.library(x, no_partial_sums=self._no_partial_sums)
 
 
 class Gated:
@@ -96,123 +94,88 @@ class Gated:
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        n, k = self.weight.shape
-        settings = None if x.dtype == torch.float32 else choose(len(x), n, k, gated=True)
+    def __call__(self, x: Activations) -> torch.Tensor:
+        rows, (n, k) = plain(x), self.weight.shape
+        settings = None if rows.dtype == torch.float32 else choose(len(rows), n, k, gated=True)
         if settings is None:
-            return norm_activation.silu_mul(F.linear(x, self.weight))
-        return few_rows(x, self.weight, settings, gated=True)
+            return norm_activation.silu_mul(F.linear(rows, self.weight))
+        return plain(few_rows(rows, self.weight, settings, gated=True))
 
 
 class Fp8Gated:
-    """As Gated; what it hands on is float8, too, where the next layer wants that."""
+    """As Gated in float8; the output is Quantized, too, where the input is."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._product = Fp8Product(weight)
 
     def __call__(self, x: Activations) -> Activations:
-        if not isinstance(x, Quantized) or len(x.values) <= OUR_ROWS:
-            return self._product.ours(x, gated=True)
-        return norm_activation.silu_mul_quantized(self._product.library(x))
+        if isinstance(x, Quantized) and len(x.values) > OUR_ROWS:
+            return norm_activation.silu_mul_quantized(self._product.library(x))
+        return plain(self._product.ours(x if isinstance(x, Quantized) else plain(x), gated=True))
 
 
-class Biased:
-    """A product of whole rows, plus a bias [N]."""
-
-    def __init__(self, product: Callable[[Activations], Activations], bias: torch.Tensor) -> None:
-        self._product, self._bias = product, bias
-
-    def __call__(self, x: Activations) -> torch.Tensor:
-        rows: torch.Tensor = self._product(x)
-        return rows.add_(self._bias)
-
-
-class GeluGated:
-    """gelu(gate) * up of a product with [gate, up] weights."""
-
-    def __init__(self, product: Callable[[Activations], torch.Tensor]) -> None:
-        self._product = product
-
-    def __call__(self, x: Activations) -> torch.Tensor:
-        return norm_activation.silu_mul(self._product(x), gelu=True)
+def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:
+    """A layer that returns tensors, plus a bias [N] if it has one."""
+    return product if bias is None else lambda x: plain(product(x)).add_(bias)
 
 
 class Experts:
-    """A mixture of experts.  Hands on a part for each of a token's choices, or their sum if the ranks add up theirs first."""
+    """A mixture of experts.  Returns a part for each of a token's choices, or their sum with `no_partial_sums`."""
 
-    def __init__(
-        self,
-        router: Callable[[Activations], torch.Tensor],
-        weights: moe.Weights,
-        settings: moe.Settings,
-        *,
-        no_partial_sums: bool,
-    ) -> None:
-        self._router, self._weights, self._settings, self._no_partial_sums = router, weights, settings, no_partial_sums
+    def __init__(self, weights: ExpertWeights, *, no_partial_sums: bool) -> None:
+        w = weights
+        self._router = biased(Linear(w.router, no_partial_sums=True), w.router_bias)
+        self._weights = moe.Weights(w.gate_up, w.down, w.gate_up_bias, w.down_bias)
+        self._settings = moe.Settings(w.top_k, w.normalise, clamped=w.activation == "clamped_swiglu")
+        self._no_partial_sums = no_partial_sums
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = moe.experts(x, self._router(x), self._weights, self._settings)
-        return parts.sum(0) if self._no_partial_sums else parts
+    def __call__(self, x: Activations) -> torch.Tensor | PartialSums:
+        rows = plain(x)
+        parts = moe.experts(rows, plain(self._router(rows)), self._weights, self._settings)
+        return parts.sum(0) if self._no_partial_sums else PartialSums(parts)
 
 
 class Norm:
-    """RMSNorm; hands on float8 rows where the next layer wants them."""
+    """RMSNorm; its output is Quantized with `quantize`, unless the next product multiplies plain rows."""
 
     def __init__(self, weight: torch.Tensor, eps: float, quantize: bool) -> None:
         self._weight, self._eps, self._quantize = weight, eps, quantize
 
-    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> Activations:
+    def __call__(self, x: torch.Tensor, delta: Product | None = None) -> torch.Tensor | Quantized:
         quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
         return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
 
 
 class CudaLayers:
-    """`no_partial_sums`: products are never handed on in parts, because ranks add theirs up.  `fp8`: all but the LM head."""
+    """See `LayerFactory`."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, no_partial_sums: bool = False, fp8: bool = False) -> None:
+        """no_partial_sums: all products return tensors, because an all-reduce follows.  fp8: all but the LM head are in FP8."""
         self._dtype, self._device, self._no_partial_sums, self._fp8 = dtype, device, no_partial_sums, fp8
 
     def linear(
-        self, *weights: torch.Tensor, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
-    ) -> Callable[[Activations], Activations]:
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        no_partial_sums |= self._no_partial_sums or bias is not None
-        product = (
-            Fp8Linear(weight, no_partial_sums)
-            if self._fp8 and not is_lm_head
-            else Linear(weight, no_partial_sums or is_lm_head)
-        )
-        return product if bias is None else Biased(product, bias)
+        self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
+    ) -> LinearLayer:
+        weight = stacked(weights)
+        no_partial_sums |= self._no_partial_sums or bias is not None or is_lm_head
+        fp8 = self._fp8 and not is_lm_head
+        product: LinearLayer = Fp8Linear(weight, no_partial_sums) if fp8 else Linear(weight, no_partial_sums)
+        return biased(product, bias)
 
     def norm(self, weight: torch.Tensor, eps: float, plain_output: bool = False) -> NormLayer:
         return Norm(weight, eps, self._fp8 and not plain_output)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, activation: str = "silu") -> Callable[[Activations], Activations]:
+    def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         if activation == "gelu_tanh":
-            return GeluGated(self.linear(gate, up, no_partial_sums=True))
-        weight = torch.cat((gate, up))
+            product = self.linear(gate, up, no_partial_sums=True)
+            return lambda x: norm_activation.silu_mul(plain(product(x)), gelu=True)
+        weight = stacked((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
-    def experts(
-        self,
-        router: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        *,
-        top_k: int,
-        normalise: bool,
-        activation: str = "silu",
-        biases: Biases | None = None,
-    ) -> Callable[[Activations], Activations]:
-        product = Linear(router, no_partial_sums=True)
-        settings = moe.Settings(top_k, normalise, activation == "clamped_swiglu")
-        if biases is None:
-            return Experts(product, moe.Weights(gate_up, down), settings, no_partial_sums=self._no_partial_sums)
-        return Experts(
-            Biased(product, biases[0]), moe.Weights(gate_up, down, *biases[1:]), settings, no_partial_sums=self._no_partial_sums
-        )
+    def experts(self, weights: ExpertWeights) -> LinearLayer:
+        return Experts(weights, no_partial_sums=self._no_partial_sums)
 
-    def rope(self, spec: ModelSpec) -> Positions:
+    def rope(self, spec: ModelSpec) -> RopeLayer:
         freqs, amplitude = frequencies(spec)
         freqs = freqs.to(self._device)
         return lambda positions: qk_norm_rope.rope_tables(positions, freqs, amplitude)

@@ -1,11 +1,11 @@
-"""Tensor-parallel collectives on NVIDIA GPUs, all of them on the current stream and usable inside a CUDA graph.
+"""Sums and gathers over the ranks on NVIDIA GPUs (all-reduce, all-gather), on the current stream and usable inside graphs.
 
-Small sums, which are nearly all of a decode step, go through *symmetric memory*: a buffer on every GPU that the kernels of all
-ranks can address.  Each rank puts its summand there and reads everybody's ("one-shot"): one exchange of signals, where a ring
-needs 2 (size - 1) hops.  It reads size - 1 times the message, so larger sums, and gathers, go through NCCL.
+Small all-reduces, which are nearly all of a decode step, go through *symmetric memory*: a buffer on every GPU that the kernels
+of all ranks can address.  Each rank puts its summand there and reads those of all others ("one-shot"): one exchange of signals,
+where a ring needs 2 (size - 1) hops.  It reads size - 1 times the message, so larger sums, and gathers, go through NCCL.
 
-Nothing here waits on the host after construction, and all buffers that a graph could remember have fixed addresses.  A graph
-that captured a collective must be dropped before `close`, and its replays, like all other collectives, must be on one stream.
+The host never waits here after construction, and all buffers that a graph may refer to have fixed addresses.  A graph that
+captured a collective must be dropped before `close`, and its replays, like all other collectives, must be on one stream.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from minisgl.model.common.parallel import Parallel, all_gather_single, join, to_
 # H100s it took 10 us for 32 tokens and was slower than NCCL from 64 tokens on (vllm-project/vllm pull request 22086).
 ONE_SHOT_BYTES = 256 << 10
 _MAX_RANKS = 16  # torch's kernel signals with up to 24 blocks x size words of 4 bytes, and the signal pad may have 2048 bytes
-_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # what torch's kernel can add
+_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # the dtypes that torch's kernel adds
 _VECTOR = 16  # bytes that a thread of the kernel reads at once
-_REACH_MS = 60_000  # a peer that does not answer in this time, when all have connected, cannot be reached
+_REACH_MS = 60_000  # time for a peer to answer when all have connected
 _SOCKET_PATH_MAX = 107  # bytes; a limit of AF_UNIX, which torch does not check
 
 
@@ -39,16 +39,16 @@ class Symmetric(Protocol):
     """A buffer on every rank that all ranks can address.  Set up in three stages, each called on all ranks or on none."""
 
     def allocate(self) -> None:
-        """Make this rank's buffer."""
+        """Allocate this rank's buffer."""
 
     def connect(self) -> None:
-        """Map everybody's buffer."""
+        """Map the buffers of all ranks."""
 
     def try_out(self) -> None:
-        """Compute something whose result is known."""
+        """Check a sum whose result is known."""
 
     def all_reduce_(self, x: torch.Tensor) -> None:
-        """Sum over the ranks, in place, for what `use_one_shot` allows."""
+        """Sum over the ranks, in place, of a tensor that `use_one_shot` allows."""
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Contiguous [...] of any size -> [size, ...]."""
@@ -67,10 +67,10 @@ class CudaParallel(Parallel):
         one_shot_bytes: int = ONE_SHOT_BYTES,
         say: Callable[[str], None] = to_stderr,
     ) -> None:
-        """Set up symmetric memory, if there is any.  Collective: all ranks of `group` (NCCL's) construct at the same time.
+        """Set up symmetric memory, if any is given.  Collective: all ranks of `group` (NCCL's) construct at the same time.
 
-        Where it cannot be had (no peer access, another torch) every sum goes through the group, on all ranks alike, and one
-        of the ranks says why.  Sums of up to `one_shot_bytes` are small; the buffer holds that much.
+        Where that fails (no peer access, another torch) every sum goes through the group, on all ranks, and one of them says
+        why.  one_shot_bytes: the largest sum for symmetric memory, and the size of the buffer.  say: prints for the user.
         """
         super().__init__(rank, size, group=group)
         self._limit = one_shot_bytes
@@ -85,10 +85,10 @@ class CudaParallel(Parallel):
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place.  The result is bitwise the same on every rank.
 
-        For a one-shot sum that is so because every rank adds the same summands in the order of the ranks (`load_and_reduce`
-        in torch's CUDASymmetricMemory-inl.h); NCCL reduces each element in one place and copies the result.
+        One-shot sums: every rank adds the same summands in the order of the ranks (`load_and_reduce` in torch's
+        CUDASymmetricMemory-inl.h).  NCCL: each element is reduced in one place and the result is copied.
 
-        The path depends on what all ranks have in common, shape and dtype; never on an address.
+        The path depends on shape and dtype, which all ranks have in common; never on an address.
         """
         if self._symmetric is not None and self.is_one_shot(x):
             self._symmetric.all_reduce_(x)
@@ -105,19 +105,19 @@ class CudaParallel(Parallel):
         return super().all_reduce_(x)
 
     def close(self) -> None:
-        """Free the buffers and leave the group.  Idempotent.  Graphs that captured a collective are gone by now."""
+        """Free the buffers and leave the group.  Idempotent.  Graphs that captured a collective must have been dropped."""
         self._symmetric = None
         super().close()
 
     def _set_up(self, symmetric: Symmetric) -> str | None:
-        """None: every rank can use it.  Else no rank does; this rank's reason, or "" if it is for another one to tell."""
+        """None if every rank can use it.  Otherwise no rank does: this rank's reason, or "" if another rank has one."""
         for stage in (symmetric.allocate, symmetric.connect, symmetric.try_out):
             reason = ""
             try:
                 stage()
             except Exception as e:  # RuntimeError of the driver, AttributeError of another torch, ...: all mean the same
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            # The lowest rank that failed, or `size`: everybody learns that somebody did, and exactly one rank speaks.
+            # The lowest rank that failed, or `size`: all ranks learn of a failure, and exactly one reports it.
             device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
             first = torch.tensor([self.rank if reason else self.size], device=device)
             dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
@@ -127,25 +127,17 @@ class CudaParallel(Parallel):
 
 
 class SharedGpuParallel(CudaParallel):
-    """All ranks on one GPU, which NCCL refuses.  For checks: the driver lets the ranks' kernels take turns, so it is slow.
+    """All ranks on one GPU, which NCCL refuses.  For checks: slow, because the driver runs the ranks' kernels by turns.
 
-    Everything goes through symmetric memory, so that everything can be captured; the group (gloo's) only sets it up.
+    All collectives go through symmetric memory, so that they can be captured; the group (gloo's) only sets it up.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        group: dist.ProcessGroup,
-        symmetric: Symmetric,
-        *,
-        one_shot_bytes: int = ONE_SHOT_BYTES,
-        say: Callable[[str], None] = to_stderr,
-    ) -> None:
+    def _set_up(self, symmetric: Symmetric) -> str | None:
         """Raises RuntimeError on all ranks if symmetric memory cannot be had."""
-        super().__init__(rank, size, group, symmetric, one_shot_bytes=one_shot_bytes, say=say)
-        if self._symmetric is None:
-            raise RuntimeError("ranks can share a GPU only through symmetric memory, which cannot be set up here")
+        reason = super()._set_up(symmetric)
+        if reason is not None:
+            raise RuntimeError(f"ranks can share a GPU only through symmetric memory, which cannot be set up here: {reason}")
+        return None
 
     def _all_reduce_large_(self, x: torch.Tensor) -> torch.Tensor:
         """Same summands, same kernel, same shape on every rank: bitwise the same result."""
@@ -159,18 +151,18 @@ class SharedGpuParallel(CudaParallel):
 class SymmetricMemory:
     """torch's symmetric memory, without multicast.
 
-    One buffer serves all calls.  A call writes into this rank's buffer, and only what comes after an exchange of signals reads
-    another's; it ends with a second exchange, after the reads.  So when a call is over on this rank, its peers have read
-    this rank's buffer, and the next call on the stream may write it.  That holds for `gather` by its two barriers and for
-    `all_reduce_` by those inside torch's kernel (`one_shot_all_reduce_kernel` in CUDASymmetricMemoryOps.cu: each block signals
-    its counterparts on all ranks at its beginning and at its end, and a kernel is over when all of its blocks are).
+    One buffer serves all calls.  A call writes this rank's buffer, exchanges signals, reads the others' buffers, and exchanges
+    signals again.  So when a call has finished on this rank, its peers have read this rank's buffer, and the next call on the
+    stream may write it.  In `gather` these are two barriers; in `all_reduce_` they are inside torch's kernel
+    (`one_shot_all_reduce_kernel` in CUDASymmetricMemoryOps.cu: each block signals its counterparts on all ranks at its
+    beginning and at its end, and a kernel has finished when all of its blocks have).
 
-    torch's `one_shot_all_reduce_copy` would save the copy into the buffer, but its blocks signal without waiting for all of
-    their threads to have copied (torch 2.11).
+    torch's `one_shot_all_reduce_copy` would save the copy into the buffer, but its blocks signal without waiting until all of
+    their threads have copied (torch 2.11).
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, nbytes: int, run_dir: str) -> None:
-        """Does nothing yet.  `nbytes`: size of the buffer, rounded up to whole vectors; the same on all ranks."""
+        """Allocates nothing yet.  nbytes: size of the buffer, rounded up to full vectors; the same on all ranks."""
         self._group = group
         self._device = device
         self._nbytes = -(-nbytes // _VECTOR) * _VECTOR
@@ -178,11 +170,11 @@ class SymmetricMemory:
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(self) -> None:
-        """Raises RuntimeError without peer access, AttributeError in a torch without what is needed."""
+        """Raises RuntimeError without peer access, AttributeError in a torch without symmetric memory."""
         where = self._device if dist.get_backend(self._group) == "nccl" else "cpu"
         devices = torch.empty(self._size, dtype=torch.int64, device=where)
         all_gather_single(devices, torch.tensor([self._device.index], device=where), group=self._group)
-        # Only local work from here on: whatever fails, the other ranks are not left waiting.
+        # Only local work from here on, so a failure leaves no other rank waiting.
         for peer in devices.tolist():
             if peer != self._device.index and not torch.cuda.can_device_access_peer(self._device, peer):
                 raise RuntimeError(f"GPU {self._device.index} has no peer access to GPU {peer}")
@@ -191,27 +183,27 @@ class SymmetricMemory:
         from torch._C._distributed_c10d import _SymmetricMemory
 
         self._all_reduce = torch.ops.symm_mem.one_shot_all_reduce_out.default
-        # Not `empty` of torch's module: that takes a piece of a pool, and the kernels want the beginning of an allocation.
+        # Not `empty` of torch's module: it returns a piece of a pool, and the kernels need the beginning of an allocation.
         self._mine = _SymmetricMemory.empty_strided_p2p((self._nbytes,), (1,), torch.uint8, self._device)
 
     def connect(self) -> None:
-        """Raises what torch or the driver raises.  If they do on some ranks only, the others wait for the store's timeout."""
+        """Raises the errors of torch or the driver.  If only some ranks fail, the others wait for the store's timeout."""
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        # The ranks pass file descriptors through sockets with guessable names in $TMPDIR: better in a private directory.
+        # The ranks pass file descriptors through sockets with guessable names in $TMPDIR, so that is a private directory.
         with _environ("TMPDIR", self._run_dir):
             self._handle = _SymmetricMemory.rendezvous(self._mine, self._group.group_name)
 
     def try_out(self) -> None:
-        """Peer access that the driver reports but the host's IOMMU breaks shows here, not in somebody's tokens.
+        """Finds peer access that the driver reports and the host's IOMMU breaks, before it corrupts an answer.
 
-        Raises RuntimeError for a wrong sum.  A peer that cannot be signalled at all traps the kernel after a minute: the
-        process has then lost its GPU, which ends the start with an error instead of a hang.
+        Raises RuntimeError for a wrong sum.  If a peer cannot be signalled, the kernel traps after a minute: the process loses
+        its GPU, and the start ends with an error instead of a hang.
         """
         self._handle.barrier(0, _REACH_MS)
         count = min(self._nbytes, 4096) // 4
         sums = [torch.full((count,), self._rank + 1, dtype=dtype, device=self._device) for dtype in _ONE_SHOT_DTYPES]
-        for x in sums:  # all of them before the first check: a rank that left early would keep the others waiting
+        for x in sums:  # all sums before the first check: a rank that left early would keep the others waiting
             self.all_reduce_(x)
         if any(bool((x != self._size * (self._size + 1) // 2).any()) for x in sums):
             raise RuntimeError("the GPUs' memory reads back wrong from each other")
@@ -227,7 +219,7 @@ class SymmetricMemory:
             x.copy_(out)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """See Symmetric.  What does not fit in the buffer goes in pieces."""
+        """See Symmetric.  A tensor larger than the buffer goes in pieces."""
         flat = x.view(-1)
         out = x.new_empty(self._size, len(flat))
         step = self._nbytes // x.itemsize
@@ -244,7 +236,7 @@ class SymmetricMemory:
 
 @contextmanager
 def _environ(name: str, value: str) -> Iterator[None]:
-    """An environment variable, for the time of a `with`."""
+    """Set an environment variable inside a `with` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -271,19 +263,16 @@ def make_parallel(
 ) -> Parallel:
     """The collectives of this rank; returns when all ranks have called it with the same arguments.
 
-    "gloo": tensors on the CPU.  "nccl": one GPU per rank.  "shared-gpu": all ranks on one GPU, for checks on a machine that
-    has no second one; slow.  `device`: this rank's GPU, already current.  `one_shot_bytes` (0: never)
-    and `say`: see CudaParallel.
+    kind: "gloo" for tensors on the CPU, "nccl" for one GPU per rank, "shared-gpu" for all ranks on one GPU (slow; for checks on
+    a machine that has no second one).  device: this rank's GPU, already current.  one_shot_bytes (0: never), say: see
+    CudaParallel.
 
-    Raises RuntimeError where the kind cannot work at all: no such backend in this torch, or no symmetric memory for
-    "shared-gpu".
+    Raises RuntimeError where the kind cannot work: no such backend in this torch, or no symmetric memory for "shared-gpu".
     """
     if size == 1:
         return Parallel()
     if kind == "gloo":
         return Parallel(rank, size, run_dir)
-    from minisgl.model.cuda.parallel import ONE_SHOT_BYTES, CudaParallel, SharedGpuParallel, SymmetricMemory
-
     if device is None or device.index is None:
         raise ValueError(f'kind "{kind}" needs a device with an index')
     limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes

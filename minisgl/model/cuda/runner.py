@@ -20,10 +20,11 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.loader import Weights, open_weights
-from minisgl.model.checkpoint.random_weights import RandomWeights
+from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.interfaces import Build
 from minisgl.model.common.registry import model_class
-from minisgl.model.common.shard import Range, Shard
+from minisgl.model.common.shard import Shard
+from minisgl.model.common.weights import OpenWeights
 from minisgl.model.cuda.attention.base import AttentionSpec
 from minisgl.model.cuda.attention.choose import check_float8, choose, find, kv_dtype_of
 from minisgl.model.cuda.attention.kv_cache import KVCache, page_bytes
@@ -40,19 +41,6 @@ from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PAUSE_MS = 20.0  # a device that waited longer had no work, which is not counted as idle
-
-
-class _OnDevice:
-    """Loads the tensors of a checkpoint onto the device."""
-
-    def __init__(self, weights: Weights, device: torch.device) -> None:
-        self._weights, self._device = weights, device
-
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        return self._weights.take(name, shape, rows=rows, cols=cols).to(self._device)
-
-    def finish(self) -> None:
-        self._weights.finish()
 
 
 @dataclass(slots=True)
@@ -97,7 +85,7 @@ class CudaPending:
 class CudaRunner:
     """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
 
-    def __init__(self, config: Config, rank: int, run_dir: str) -> None:
+    def __init__(self, config: Config, rank: int, run_dir: str, open_weights: OpenWeights, grammars: Grammars) -> None:
         """Join the group and load this rank's weights.  Raises UserError for a bad checkpoint or one that does not fit."""
         engine, spec = config.engine, config.model
         self._config, self._rank = config, rank
@@ -115,16 +103,13 @@ class CudaRunner:
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
-        blocks = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
+        layers = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
         try:
             with torch.inference_mode():
-                weights: Weights = (
-                    RandomWeights(self._dtype, self._device)
-                    if spec.format == "random"
-                    else _OnDevice(open_weights(spec, self._dtype), self._device)
-                )
+                weights = open_weights(spec, self._dtype, device=self._device)
                 served = replace(spec, max_context=config.max_context)
-                self._model = model_class(spec.architecture)(served, self._shard, weights, self._parallel, blocks)
+                build = Build(served, self._shard, weights, self._parallel, layers)
+                self._model = model_class(spec.architecture)(build)
                 weights.finish()
         except torch.OutOfMemoryError as e:
             raise UserError(
@@ -132,7 +117,8 @@ class CudaRunner:
                 "larger --tp, --quantization fp8, or a smaller model."
             ) from e
         torch.cuda.empty_cache()
-        self._steps = Steps(config, self._model, self._heads, properties.multi_processor_count, self._device)
+        processors = properties.multi_processor_count
+        self._steps = Steps(config, self._model, grammars, self._heads, processors=processors, device=self._device)
         self._weights = torch.cuda.memory_allocated(self._device)  # with the state of the slots, which is small
         self._graphs = Graphs(self._steps.state, self._device, self._say)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.

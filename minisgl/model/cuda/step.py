@@ -19,8 +19,8 @@ import torch
 
 from minisgl.arrays import I32
 from minisgl.config import Config
-from minisgl.model.architectures.llama import Llama
 from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.interfaces import Model
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.slots import SlotState, StepBatch
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
@@ -36,7 +36,6 @@ from minisgl.model.kernels.penalties import adjust
 from minisgl.model.kernels.prefill_attention import block_q, tiles_of
 from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.uploads import Uploads, upload
-from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import DRAW, PREFILL, SCORED_TOKENS, StepPlan
 
 # Tokens of the steps with prompt chunks that are captured as graphs; those above MANY_TOKENS where launches take longer than
@@ -78,7 +77,16 @@ class Steps:
     _graph_tokens: list[int]
     _padding: StepInputs
 
-    def __init__(self, config: Config, model: Llama, heads: AttentionSpec, processors: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        grammars: Grammars,
+        heads: AttentionSpec,
+        *,
+        processors: int,
+        device: torch.device,
+    ) -> None:
         engine, vocab = config.engine, config.model.vocab_size
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
         self._launch_bound_tokens = launch_bound_tokens(config)
@@ -97,7 +105,6 @@ class Steps:
         self._inputs = Uploads(4 * (engine.step_tokens + 8 * engine.max_running + 64), engine.lag, device)
         self._buffers: dict[Sizes, torch.Tensor] = {}  # the inputs of the graphs with prompt chunks
         self._resent = True  # the decode rows have changed since they were last sent
-        grammars = Grammars(lambda: vocabulary_of(config.model))
         self.grammar_rows = GrammarRows(grammars, engine.max_running + 1, vocab, engine.lag, device)
 
     def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
@@ -222,7 +229,7 @@ class Steps:
     def _graph_sizes(self, plan: StepPlan, batch: StepBatch) -> Sizes | None:
         """The sizes of the graph that the step fits; None: there is no such graph."""
         bucket = next((tokens for tokens in self._graph_tokens if tokens >= len(batch.ids)), None)
-        if bucket is None or batch.kv_lens.max() > SHORT_CONTEXT or len(batch.targets) or Pooling.wanted(plan):
+        if bucket is None or batch.kv_lens.max() > SHORT_CONTEXT or len(batch.targets) or Pooling.needed(plan):
             return None
         return self._sizes(bucket, FEW_ROWS if len(batch.kv_lens) <= FEW_ROWS else self._max_running)
 
@@ -260,7 +267,7 @@ class Steps:
         rows = inputs.sample_rows.long()
         if len(batch.targets):
             rows = torch.cat((rows, upload(batch.score_rows, self._device).long()))
-        if Pooling.wanted(plan):
+        if Pooling.needed(plan):
             logits = self._pooled_logits(plan, batch, ids, positions, rows)
         else:
             logits = self._model(ids, positions, rows, self._attention)

@@ -1,43 +1,27 @@
-"""What travels between layers on a GPU besides plain rows [T, N] and the f32 parts [parts, T, N] of a split product."""
+"""Arguments for kernels that read a product in any of its forms: a tensor, partial sums, or values still to be scaled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """Rows as float8_e4m3fn [T, N] and a scale f32 [T, 1] for each: what an FP8 product takes."""
-
-    values: torch.Tensor
-    scales: torch.Tensor
+from minisgl.model.common.activations import PartialSums, Product, Scaled
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """Rows that are values [T, N] times rows f32 [T, 1] times columns f32 [N]: what an FP8 product leaves to its successor.
+class Operand(NamedTuple):
+    """A product as its reader is launched with it.  Without scales, `values` takes their place; the kernel reads none."""
 
-    The library's products with a scale for each row and column are slower than those with one scale; the next kernel reads
-    the product anyway.
-    """
-
-    values: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
-
-    def __getitem__(self, index: Any) -> Scaled:
-        """Some of the rows, as of a tensor: [..., rows, :]."""
-        return Scaled(self.values[index], self.rows[index], self.columns)
+    values: torch.Tensor  # [T, N], or [parts, T, N]
+    rows: torch.Tensor  # f32 [T, 1]
+    columns: torch.Tensor  # f32[N]
+    parts: int
+    scaled: bool
 
 
-Product = torch.Tensor | Scaled  # rows, f32 parts of them, or scaled ones
-
-
-def unscaled(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values, scales of rows, scales of columns); where there are no scales, the values stand in for them in a launch."""
+def operand(product: Product) -> Operand:
     if isinstance(product, Scaled):
-        return product.values, product.rows, product.columns
-    return product, product, product
+        return Operand(product.values, product.rows, product.columns, 1, True)
+    if isinstance(product, PartialSums):
+        return Operand(product.parts, product.parts, product.parts, len(product.parts), False)
+    return Operand(product, product, product, 1, False)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.common.functional import LAST_RESORT
+from minisgl.model.common.grammar import LAST_RESORT
 from minisgl.model.kernels.pdl import begin, launch_options
 
 _BLOCK = 4096

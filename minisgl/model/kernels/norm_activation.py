@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.activations import Product, Quantized, Scaled, unscaled
+from minisgl.model.common.activations import Product, Quantized, Scaled
+from minisgl.model.kernels.activations import operand
 from minisgl.model.kernels.pdl import begin, launch_options
 
 FP8 = torch.float8_e4m3fn
@@ -90,18 +91,17 @@ def add_rms_norm(
 ) -> torch.Tensor | Quantized:
     """x [T, C] += delta in place, if there is one; returns RMSNorm(x) [T, C], or with `quantize` in float8.
 
-    delta [T, C], f32 parts [parts, T, C], or scaled rows.  All contiguous.
+    All tensors are contiguous.
     """
     rows, width = x.shape
     quantized = empty_quantized(rows, width, x.device) if quantize else None
     out = torch.empty_like(x) if quantized is None else quantized.values
-    values, by_row, by_column = unscaled(x if delta is None else delta)
+    added = operand(x if delta is None else delta)
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
-        x, values, weight, out, out if quantized is None else quantized.scales, by_row, by_column, eps, width, rows,
-        BLOCK=block, ADD=delta is not None, PARTS=len(values) if values.dim() == 3 else 1, SCALED=isinstance(delta, Scaled),
-        QUANTIZE=quantize, num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
-        **launch_options(x),
+        x, added.values, weight, out, out if quantized is None else quantized.scales, added.rows, added.columns, eps, width,
+        rows, BLOCK=block, ADD=delta is not None, PARTS=added.parts, SCALED=added.scaled, QUANTIZE=quantize,
+        num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)), **launch_options(x),
     )  # fmt: skip
     return quantized or out
 
@@ -192,7 +192,7 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled) -> Quantized:
     Two kernels, because one that holds a whole row, or walks over it twice, keeps too few bytes in flight: at 16,384 rows of
     17,408 it took 1.1 ms, twice what the bytes of the two do.
     """
-    values, by_row, by_column = unscaled(gate_up)
+    values, by_row, by_column, _, scaled = operand(gate_up)
     rows, width = len(values), values.shape[1] // 2
     tile, block = (4 if rows > 64 else 1), 1024
     grid = (triton.cdiv(rows, tile), triton.cdiv(width, block))
@@ -201,7 +201,7 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled) -> Quantized:
     out = empty_quantized(rows, width, values.device)
     options = launch_options(values)
     _silu_mul_largest[grid](
-        values, gated, largest, by_row, by_column, width, rows, ROWS=tile, BLOCK=block, SCALED=isinstance(gate_up, Scaled),
+        values, gated, largest, by_row, by_column, width, rows, ROWS=tile, BLOCK=block, SCALED=scaled,
         num_warps=4, **options,
     )  # fmt: skip
     _quantize_blocks[grid](

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.activations import Product, Scaled, unscaled
+from minisgl.model.common.activations import Product
+from minisgl.model.kernels.activations import operand
 from minisgl.model.kernels.norm_activation import sum_parts
 from minisgl.model.kernels.pdl import begin, launch_options
 
@@ -108,12 +109,12 @@ def prepare_heads(
 ) -> torch.Tensor:
     """Normalise (if there are weights) and rotate queries and keys, write keys and values to the cache -> queries [T, H, D].
 
-    product [T, (H + 2K) D], f32 parts [parts, T, (H + 2K) D], or scaled rows; cos and sin f32 [T, R/2], which turn the first R
+    product [T, (H + 2K) D] in any form; cos and sin f32 [T, R/2], which turn the first R
     dimensions, or None, where nothing turns; q_weight and k_weight [D]; keys and values of one layer, views
     [pages, K, page_size, D] with D contiguous, of `dtype` or float8_e4m3fn (then value / scale is stored); kv_index i64[T]:
     page * page_size + offset.
     """
-    qkv, by_row, by_column = unscaled(product)
+    qkv, by_row, by_column, parts, scaled = operand(product)
     tokens, (_, kv_heads, page_size, dim) = qkv.shape[-2], keys.shape
     heads = qkv.shape[-1] // dim - 2 * kv_heads
     q_out = torch.empty(tokens, heads, dim, dtype=dtype, device=qkv.device)
@@ -123,8 +124,8 @@ def prepare_heads(
         qkv if k_weight is None else k_weight, q_out, keys, values, kv_index, by_row, by_column, eps, 1.0 / k_scale,
         1.0 / v_scale, tokens, keys.stride(0), keys.stride(1), keys.stride(2),
         HEADS=heads, KV=kv_heads, DIM=dim, ROTARY=0 if cos is None else 2 * cos.shape[1], HALF=triton.next_power_of_2(dim // 2),
-        BLOCK=block, PAGE=page_size, NORM=q_weight is not None, PARTS=len(qkv) if qkv.dim() == 3 else 1,
-        SCALED=isinstance(product, Scaled), num_warps=4, **launch_options(qkv),
+        BLOCK=block, PAGE=page_size, NORM=q_weight is not None, PARTS=parts, SCALED=scaled,
+        num_warps=4, **launch_options(qkv),
     )  # fmt: skip
     return q_out
 

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.model.common.activations import PartialSums
 from minisgl.model.kernels.norm_activation import gate
 from minisgl.model.kernels.pdl import launch_options, prefetch, release, wait
 
@@ -205,8 +206,8 @@ def skinny(
     prefetch_k: int = 0,
     gated: bool = False,
     row_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 parts [splits, R, N] whose sum it is.
+) -> torch.Tensor | PartialSums:
+    """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 partial sums.
 
     `gated`: weight is [gate, up], and the result silu(gate) * up [R, N / 2]; N / 2 a multiple of 8, no splits.
     Weights as for `gemv`; K a multiple of splits * block_k.  `row_scales` f32 [R, 1]: x is float8, and the result bfloat16.
@@ -221,7 +222,7 @@ def skinny(
         K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None,
         ROWS_SCALED=row_scales is not None, GATED=gated, num_warps=warps, num_stages=stages, **launch_options(x),
     )  # fmt: skip
-    return y[0] if splits == 1 else y
+    return y[0] if splits == 1 else PartialSums(y)
 
 
 def few_rows(
@@ -231,6 +232,6 @@ def few_rows(
     *,
     scales: torch.Tensor | None = None,
     gated: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | PartialSums:
     """`gemv` or `skinny`, with the settings that `choose` has for x."""
     return (gemv if len(x) == 1 else skinny)(x, weight, scales=scales, gated=gated, **settings)

@@ -1,21 +1,21 @@
-/* Attention of one layer over the paged cache: norms and rotation of queries and keys, keys and values to the cache, then
- * softmax(q K^T) V for decode rows and for prompt chunks alike.
+/* Computes attention of one layer over the paged KV cache: normalises and rotates queries and keys, writes keys and values to
+ * the cache, then softmax(q K^T) V for decode rows and prompt chunks.
  *
- * The cache holds half precision.  Of a page, for each KV head:  keys [page_size / 16][D][16 tokens], values [page_size][D].
- * Keys lie with 16 tokens side by side, so that their scores are one vector and no sum over D crosses lanes.
+ * The cache is in half precision.  A page has, for each KV head, keys [page_size / 16][D][16 tokens] and values [page_size][D].
+ * 16 tokens of a key dimension are adjacent, so that their scores are one vector and no sum over D crosses lanes.
  *
- * A row (one query head of one token) goes through the tokens in the same blocks whoever is computed with it, so its result
- * does not depend on its neighbours. */
+ * A row (one query head of one token) visits the tokens in the same blocks whatever rows are computed with it, so its result
+ * does not depend on the rest of the batch. */
 #include "pool.h"
 #include "simd.h"
 
-#define ROWS 8      /* rows that share what is read from the cache */
-#define BLOCK 128   /* tokens between two looks at the maximum (online softmax: Milakov, Gimelshein, arXiv:1805.02867) */
+#define ROWS 8      /* rows that share each load from the cache */
+#define BLOCK 128   /* tokens between two updates of the maximum (online softmax: Milakov, Gimelshein, arXiv:1805.02867) */
 #define MAX_DIM 512
 #define UNSEEN -1e30f
 
 typedef struct {
-    uint16_t *cache;  /* of the layer: [pages, K, 2, page_size * D] */
+    uint16_t *cache;  /* of this layer: [pages, K, 2, page_size * D] */
     const float *q_norm, *k_norm; /* [D] or NULL */
     const float *sinks; /* [H] or NULL */
     float eps, scale, softcap;
@@ -23,8 +23,8 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    const int64_t *slots; /* [T]: page * page_size + offset, where each token's keys and values go */
-    const float *cos, *sin; /* [T, rotary]; the first half of sin has its sign turned */
+    const int64_t *slots; /* [T]: place of each token's keys and values, page * page_size + offset */
+    const float *cos, *sin; /* [T, rotary]; the first half of sin is negated */
     const int32_t *items; /* [n_items, 4]: first token of the step, tokens, position of the first, row of `pages` */
     const int32_t *pages; /* [rows, pages_per_row] */
     int32_t n_tokens, n_items, pages_per_row, rotary;
@@ -45,7 +45,7 @@ static void rotate(float *x, const float *cos, const float *sin, int n) {
     }
 }
 
-/* Queries stay in qkv, rotated; keys and values go to the cache. */
+/* Rotates one token's queries in qkv, and writes its keys and values to the cache. */
 static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
     const int d = l->dim;
     for (int h = 0; h < l->heads + l->kv_heads; h++) {
@@ -80,7 +80,7 @@ INLINE void scores(const int rows, const float *const *q, const uint16_t *keys, 
     for (int r = 0; r < rows; r++) out[r] = acc[r];
 }
 
-/* out[r][16] += p[r] . values of n tokens, which lie `dim` apart. */
+/* out[r][16] += p[r] . values of n tokens, `dim` apart. */
 INLINE void weigh(const int rows, float (*p)[BLOCK], const uint16_t *values, int n, int dim, float (*out)[MAX_DIM]) {
     f32x16 acc[ROWS];
     for (int r = 0; r < rows; r++) acc[r] = load(out[r]);
@@ -98,7 +98,7 @@ INLINE void weigh(const int rows, float (*p)[BLOCK], const uint16_t *values, int
         case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; case 8: CALL(8); break; \
     }
 
-/* Up to ROWS rows of one KV head.  position[r]: of the row's token; it sees those up to itself. */
+/* Up to ROWS rows of one KV head.  position[r]: of the row's token, which sees the tokens up to itself. */
 static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, const float *const *q, const int *position,
                    const int *head, float *const *out) {
     const int d = l->dim;

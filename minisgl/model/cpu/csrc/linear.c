@@ -1,22 +1,22 @@
-/* y = x W^T with W in 4 or 8 bits and x quantised to two bytes on the way, for one to some hundred rows.
+/* Multiplies y = x W^T with W in 4 or 8 bits and x quantised to two bytes on the way, for one to some hundred rows.
  *
- * W [N, K] lies in tiles of 16 outputs, and a tile in groups of 32 inputs, each of them one block of bytes:
+ * W [N, K] is cut into tiles of 16 outputs, and a tile into groups of 32 inputs, each one block of bytes:
  *   8 bits: 8 x [16 outputs][4 inputs] u8, of 128 + q; d f16[16]                     weight = d * q         (544 bytes)
  *   4 bits: 4 x [16 outputs][4 inputs] of two u4, inputs 4v.. low, 16 + 4v.. high;
  *           d f16[16]; m f16[16]                                                     weight = d * q + m     (320 bytes)
- * so that a thread reads its part from front to back, and 4 inputs of 16 outputs are one instruction.  These are the numbers
- * of GGUF's Q8_0 and Q4_1, in another order.
+ * A thread reads its part from front to back, and 4 inputs of 16 outputs are one instruction.  The numbers are those of GGUF's
+ * Q8_0 and Q4_1, in another order.
  *
- * A row of x has a scale s for each group of 32, and x = s * (q + r / 254) with bytes q and r: 8 bits alone would round away
- * more than 4-bit weights are off, and products of bytes are cheap beside reading the weights.  Sums within a group are exact
- * integers, groups are added in order, and a row never meets another one: what it becomes depends on its values alone. */
+ * A row of x has a scale s for each group of 32, and x = s * (q + r / 254) with bytes q and r: the error of 8 bits alone would
+ * exceed that of 4-bit weights, and products of bytes are cheap compared with reading the weights.  Sums within a group are
+ * exact integers, groups are added in order, and rows are independent: the result of a row depends on its values alone. */
 #include "pool.h"
 #include "simd.h"
 
 #define GROUP 32
-#define ROWS 8     /* that share an unpacked group: their sums, the group and its scales fit into 32 registers */
+#define ROWS 8     /* rows that share an unpacked group: their sums, the group and its scales fit into 32 registers */
 #define CHUNK 128  /* rows whose inputs stay in the second-level cache while all weights pass */
-#define SHARES 4   /* items for each thread: a late one leaves its items to the others */
+#define SHARES 4   /* items per thread, so that other threads take those of a late one */
 
 typedef struct {
     int8_t *q;     /* [T, K / 32, 2, 32]: q and r of each group */
@@ -27,7 +27,7 @@ typedef struct {
 typedef struct {
     const uint8_t *blocks;
     const float *bias; /* [N] or NULL */
-    int32_t outputs;   /* N: of it the last tile may have less than 16 */
+    int32_t outputs;   /* N; the last tile may have fewer than 16 */
     int32_t groups;    /* K / 32, rounded up */
     int32_t inputs;    /* K */
     int32_t bits;      /* 4 or 8 */
@@ -77,7 +77,7 @@ static void prepare_row(float *x, const float *delta, const Norm *norm, int inpu
     }
 }
 
-/* Sixteen outputs of `rows` rows from `first` on. */
+/* Sixteen outputs of the `rows` rows from `first`. */
 INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
     const u8x64 low = (u8x64){} + 15;
     f32x16 acc[ROWS];
@@ -143,8 +143,8 @@ typedef struct {
     const float *delta;
     float *x, *y;
     Quantised q;
-    int32_t n_rows, rows_from, rows_to; /* of all, and those of the present chunk */
-    int32_t items, share;               /* of tiles, or pairs of tiles, in an item */
+    int32_t n_rows, rows_from, rows_to; /* all rows, and the present chunk of them */
+    int32_t items, share;               /* items of rows to prepare; tiles, or pairs of tiles, in an item of the product */
 } Product;
 
 /* Rows i, i + items, i + 2 items, ... */
@@ -188,7 +188,7 @@ void linear(const Weight *w, const Norm *norm, const float *delta, float *x, flo
     p.q.scale = (float *)scratch;
     p.q.total = p.q.scale + (int64_t)n_rows * w->groups;
     p.q.q = (int8_t *)(p.q.total + (int64_t)n_rows * w->groups);
-    /* A few rows are done sooner than a helper has answered. */
+    /* A few rows take less time than waking a helper. */
     p.items = n_rows < 4 ? 1 : threads * 2 < n_rows ? threads * 2 : n_rows;
     parallel(prepare_item, &p, p.items, threads);
     const int n_tiles = (w->outputs / (w->gated ? 2 : 1) + LANES - 1) / LANES;
@@ -199,5 +199,5 @@ void linear(const Weight *w, const Norm *norm, const float *delta, float *x, flo
     }
 }
 
-/* Bytes that `linear` needs beside its arguments. */
+/* Bytes of scratch memory for `linear`. */
 int64_t scratch_bytes(int32_t n_rows, int32_t groups) { return (int64_t)n_rows * groups * (2 * GROUP + 2 * sizeof(float)); }

@@ -1,5 +1,5 @@
-/* Matrices to the tiles that linear.c multiplies with: rounded from floating point, or the numbers of GGUF's Q4_0, Q4_1 and Q8_0 as
- * they are stored.  packed.py says the same in torch. */
+/* Packs matrices into the tiles that linear.c multiplies by: rounded from floating point, or the numbers of GGUF's Q4_0, Q4_1
+ * and Q8_0 as they are stored.  packing.py is the same in torch. */
 #include "pool.h"
 #include "simd.h"
 
@@ -7,12 +7,12 @@
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, BF16 = 30 }; /* ggml's numbers of these types */
 
 typedef struct {
-    const uint8_t *rows; /* [n] of row_bytes: inputs of the kind, or blocks of them */
+    const uint8_t *rows; /* [n] of row_bytes each: floating-point inputs, or blocks */
     int64_t row_bytes;
     uint8_t *blocks;     /* [tiles, groups, 320 or 544], zero where nothing is written */
     int32_t kind, n, inputs, groups, bits;
-    int32_t first;       /* where row 0 goes */
-    int32_t step, shift; /* tile i is the one with number i * step + shift */
+    int32_t first;       /* place of row 0 */
+    int32_t step, shift; /* tile i is stored as tile i * step + shift */
 } Pack;
 
 /* Numbers u8[32] of one row (of 4 bits in pairs, u8[16]) to their places in a block. */
@@ -31,7 +31,7 @@ INLINE void store_bytes(uint8_t *p, i32x16 v) {
 INLINE f32x16 load_inputs(const uint8_t *row, int i, int kind) {
     if (kind == F32) return load((const float *)row + i);
     if (kind == F16) return load_half(row + 2 * i);
-    u16x16 halves; /* of floats: the upper ones */
+    u16x16 halves; /* bfloat16: the upper halves of floats */
     memcpy(&halves, row + 2 * i, sizeof halves);
     return (f32x16)(__builtin_convertvector(halves, i32x16) << 16);
 }

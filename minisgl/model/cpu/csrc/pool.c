@@ -1,6 +1,6 @@
-/* Items of a loop are handed out one by one, to whoever asks: a helper that does not get a core takes none, and nobody waits
- * for it.  With OpenMP's static shares and barriers, every loop takes as long as its unluckiest thread, and on cores shared with
- * other busy processes (this engine has four of its own) a step of two hundred loops took up to thirty times as long.
+/* Runs the items of a loop on a pool of threads, which take them one by one: a helper that does not get a core takes none, and
+ * no thread waits for it.  With OpenMP's static shares and barriers, every loop takes as long as its slowest thread, and on cores
+ * shared with other busy processes (this engine has four of its own) a step of two hundred loops took up to thirty times as long.
  *
  * Helpers spin for some tens of microseconds after the last item, which bridges the gaps within a step, then sleep. */
 #define _GNU_SOURCE
@@ -16,7 +16,7 @@
 
 #define MAX_THREADS 256
 #define SPINS 2000
-#define PATIENCE 20000 /* spins before the core is offered to a helper that was put aside in the middle of an item */
+#define PATIENCE 20000 /* spins before the core is yielded to a helper that was preempted in the middle of an item */
 
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;
 static struct {
@@ -28,7 +28,7 @@ static _Atomic uint64_t ticket;  /* number of the loop << 32 | items not handed 
 static _Atomic int32_t done;     /* items finished */
 static _Atomic uint32_t epoch;   /* changes with every loop: helpers sleep on it */
 static _Atomic int32_t sleepers;
-static _Atomic int32_t wanted;   /* helpers of the running loop; those with higher numbers stay out */
+static _Atomic int32_t needed;   /* helpers of the running loop; those with higher numbers stay out */
 static int32_t started;
 
 static inline void relax(void) {
@@ -41,7 +41,7 @@ static inline void relax(void) {
 
 static inline int items_left(void) { return (uint32_t)atomic_load_explicit(&ticket, memory_order_relaxed) != 0; }
 
-/* Taking an item proves that its loop is still running, so `job` is valid until the item is reported as done. */
+/* A thread that holds an item knows that its loop is running, so `job` is valid until the item is reported as done. */
 static void take_items(void) {
     uint64_t t = atomic_load(&ticket);
     while ((uint32_t)t) {
@@ -57,7 +57,7 @@ static void *helper(void *number) {
     for (;;) {
         uint32_t seen = atomic_load(&epoch);
         for (int i = 0; i < SPINS && !items_left(); i++) relax();
-        if (items_left() && me < atomic_load(&wanted)) {
+        if (items_left() && me < atomic_load(&needed)) {
             take_items();
             continue;
         }
@@ -86,7 +86,7 @@ void parallel(void (*work)(void *, int32_t), void *args, int32_t n, int32_t thre
     }
     if (started < helpers) start_helpers(helpers);
     job.work = work, job.args = args, job.n = n;
-    atomic_store(&wanted, helpers);
+    atomic_store(&needed, helpers);
     atomic_store(&done, 0);
     atomic_store(&ticket, (((atomic_load(&ticket) >> 32) + 1) << 32) | (uint32_t)n);
     atomic_fetch_add(&epoch, 1);

@@ -1,7 +1,7 @@
-/* Sixteen lanes at a time, on AVX-512 (with VNNI), AVX2, NEON and plain C.
+/* Computes on sixteen lanes at a time, with AVX-512 (and VNNI), AVX2, NEON or plain C.
  *
- * Arithmetic is that of the compiler's vector extensions, which gcc and clang lower to whatever the machine has; only what C
- * cannot say has a path for each instruction set: products of bytes, and half precision. */
+ * Arithmetic uses the compiler's vector extensions, which gcc and clang lower to the instructions of the machine.  Only products
+ * of bytes and half precision, which C cannot express, have a path for each instruction set. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -24,7 +24,7 @@ INLINE f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, 64); return v; }
 INLINE void store(float *p, f32x16 v) { memcpy(p, &v, 64); }
 INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
-/* In plain C, out of line: two hundred copies of it would take a compiler half a minute. */
+/* For plain C, out of line: two hundred inlined copies would take a compiler half a minute. */
 #define OUTLINE static __attribute__((noinline, unused))
 OUTLINE i32x16 dot4_plain(i32x16 acc, u8x64 w, int32_t x) {
     const i32x16 b = (i32x16)w; /* of each lane the four bytes in turn, lowest first */
@@ -148,7 +148,7 @@ CONVERSION void store_half(void *p, f32x16 f) {
 #endif
 }
 
-/* Always in this order, so that a sum is the same on every machine. */
+/* Always in the same order, so that a sum is the same on every machine. */
 INLINE float sum(f32x16 v) {
     float p[LANES];
     store(p, v);

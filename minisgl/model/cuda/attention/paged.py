@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from minisgl.model.common.interfaces import QKNorm
+from minisgl.model.common.activations import Product
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.cuda.attention.base import AttentionSpec, Backend, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
-from minisgl.model.kernels.activations import Product
 from minisgl.model.kernels.qk_norm_rope import prepare_heads
 
 
@@ -37,15 +37,9 @@ class PagedAttention:
             self.decode.plan_decode(rows)
 
     def __call__(
-        self,
-        layer: int,
-        qkv: Product,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        qk_norm: QKNorm | None,
-        *,
-        sinks: torch.Tensor | None = None,
+        self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
+        cos, sin = rotation or (None, None)
         q = prepare_heads(
             qkv,
             cos,
