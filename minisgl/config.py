@@ -1,25 +1,74 @@
-"""Configuration: frozen values, built once in the root process and handed to every actor at spawn.
+"""Declares the configuration: frozen values, built once in the root process and passed to every actor at spawn.
 
 Nothing here is mutated after start, and no actor reads the environment.  What only the running engine can know (how many
 pages fit) travels back as a message, so that "configured" and "discovered" are never confused.
+
+A field that a user may set is declared once, by `setting`: its flag, its help, its range or choices and its default.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
 
 
+# ---------------- what a checkpoint says
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched over a longer context; minisgl.model.common.rope applies it.
+
+    The fields have the names of config.json.  Each kind uses some of them.
+    """
+
+    rope_type: str  # "linear" | "dynamic" | "llama3" | "yarn" | "longrope" | "divisors" (one per frequency, in GGUF files)
+    factor: float = 1.0
+    original_max_position_embeddings: float = 0.0  # tokens of the context before it was stretched
+    attention_factor: float = 1.0  # multiplies cos and sin
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
+    truncate: bool = True  # YaRN: the ramp begins and ends at whole dimensions
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How quantised safetensors store their linear layers; minisgl.model.checkpoint.quantized reads them."""
+
+    method: str  # "scaled" | "gptq" | "awq" | "packed"
+    scale: str = ""  # scaled: suffix of the scales' tensor
+    block: tuple[int, int] | None = None  # scaled: rows and columns per scale; None: the scales' shape decides
+    bits: int = 0
+    group_size: int = -1  # inputs per scale; -1: all inputs
+    zero_offset: int = 0  # gptq: added to the stored zero points
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """The sampling parameters that a checkpoint recommends; None: no recommendation."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a checkpoint says about itself, read from its metadata without loading weights (and without torch).
+    """The architecture and sizes of a checkpoint, read from its metadata without loading weights (and without torch).
 
-    Produced by `resolve` of minisgl.model.checkpoint.resolve, or by `random_shape` of .presets for random weights.
-    Sizes are in elements; `max_context` in tokens.
+    `resolve` of minisgl.model.checkpoint.resolve makes it, or `random_shape` of .presets for random weights.
+    Sizes are in elements; `max_context` is in tokens.
     """
 
     name: str  # served name, e.g. "SmolLM2-135M-Instruct"
@@ -37,35 +86,35 @@ class ModelSpec:
     max_context: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: str  # JSON of the checkpoint's rope scaling, "" for none
+    rope_scaling: RopeScaling | None
     tie_embeddings: bool
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
-    generation: str = ""  # JSON of the sampling parameters that the checkpoint recommends (generation_config.json), "" for none
-    weight_format: str = ""  # JSON of how quantised safetensors store linear layers (checkpoint/quant_spec.py), "" if plain
-    qkv_bias: bool = False  # the products that make queries, keys and values add a bias
-    o_bias: bool = False  # and so does the one behind the attention
+    generation: SamplingDefaults = SamplingDefaults()  # generation_config.json
+    weight_format: WeightFormat | None = None  # of safetensors; None: not quantised
+    qkv_bias: bool = False  # the projections to queries, keys and values add a bias
+    o_bias: bool = False  # the output projection of the attention adds a bias
     activation: str = "silu"  # of the MLP's gate: "silu" | "gelu_tanh" | "clamped_swiglu" (gpt-oss)
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
-    local_rope_theta: float = 0.0  # of the layers with a window, if they rotate otherwise than the rest (and unscaled)
-    nope_layers: tuple[int, ...] = ()  # layers that do not rotate at all
+    local_rope_theta: float = 0.0  # of sliding-window layers that rotate by a theta of their own, unscaled; 0: by rope_theta
+    nope_layers: tuple[int, ...] = ()  # layers without rotary positions
     windows: tuple[int, ...] = ()  # by layer: tokens that a query sees, its own included; 0: all.  (): 0 for every layer
-    attn_scale: float = 0.0  # of queries times keys; 0: head_dim ** -0.5
-    attn_softcap: float = 0.0  # c: scores become c * tanh(scores / c); 0: they do not
+    attn_scale: float = 0.0  # multiplies queries times keys; 0: head_dim ** -0.5
+    attn_softcap: float = 0.0  # c: scores become c * tanh(scores / c); 0: no cap
     logit_softcap: float = 0.0  # the same for the logits
-    sinks: bool = False  # every head has a score without a value that takes part in its softmax
+    sinks: bool = False  # attention sinks: every head has a score without a value that takes part in its softmax
     num_experts: int = 0  # of a mixture of experts; 0: the MLPs are dense
     experts_per_token: int = 0
     expert_size: int = 0  # inner columns of one expert
     norm_topk: bool = False  # the weights of a token's experts are scaled to add up to one
-    dense_layers: tuple[int, ...] = ()  # layers whose MLP is dense nevertheless
-    expert_format: str = ""  # how the weights of experts are stored: "" plain | "mxfp4"
-    weight_prefix: str = ""  # of the names of all tensors that belong to the model; others are not read
+    dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a mixture of experts
+    expert_format: str = ""  # storage of the experts' weights: "" plain | "mxfp4"
+    weight_prefix: str = ""  # prefix of the model's tensor names; tensors without it are not read
 
     @property
     def scale(self) -> float:
-        """What queries times keys are multiplied by."""
+        """The factor of queries times keys."""
         return self.attn_scale or self.head_dim**-0.5
 
     def window(self, layer: int) -> int:
@@ -77,35 +126,116 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, raw: str) -> ModelSpec:
-        d: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(raw).items()}
-        return cls(**d)
+        def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+        values = json.loads(raw, object_hook=with_tuples)
+        parts = {"rope_scaling": RopeScaling, "weight_format": WeightFormat, "generation": SamplingDefaults}
+        return cls(**values | {name: part(**values[name]) for name, part in parts.items() if values[name] is not None})
+
+
+# ---------------- what a user may set
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The declaration of a field that a user may set: what argparse shows and what `check_settings` checks."""
+
+    help: str
+    metavar: str | None = None
+    low: float | None = None  # the smallest value
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    on_gpu: Any = None  # the default on a GPU, where it is another
+    needs_gpu: bool = False  # on a CPU the default is the only value
+    flag: str = ""  # where it does not follow from the field's name
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of argparse's add_argument
+
+
+def setting(default: Any, *about: Any, **more: Any) -> Any:
+    """A dataclass field with a default, and a Setting of the other arguments."""
+    return field(default=default, metadata={"setting": Setting(*about, **more)})
+
+
+def settings_of(config: Any) -> Iterator[tuple[str, Any, Setting]]:
+    """(name, default, Setting) of the declared fields of a dataclass, or of an instance."""
+    return ((f.name, f.default, f.metadata["setting"]) for f in fields(config) if "setting" in f.metadata)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: max_running -> --max-running."""
+    return "--" + name.replace("_", "-")
+
+
+def check_settings(config: Any) -> None:
+    """Compare the fields of a dataclass instance with their ranges and choices.  Raises UserError naming the flag."""
+    for name, _, s in settings_of(config):
+        value = getattr(config, name)
+        if s.low is not None and not s.low <= value <= s.high:
+            low, high, found = (f"{n:g}" if isinstance(n, float) else n for n in (s.low, s.high, value))
+            raise UserError(f"{flag(name)} must be between {low} and {high}, got {found}")
+        if s.choices and value not in s.choices:
+            raise UserError(f"{flag(name)} must be one of {', '.join(s.choices)}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How the engine runs: everything that scheduler and workers must agree on."""
 
-    tp: int = 1  # tensor-parallel degree: one worker process per rank
-    device: str = "cpu"  # "cpu" | "cuda"
-    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"; auto: float32 on a CPU, the checkpoint's on a GPU
-    page_size: int = 16  # tokens of KV per page
-    max_running: int = 128  # slots: requests that can be in the running batch
-    step_tokens: int = 256  # token budget of one step: decodes first, prefill chunks fill the rest
-    lag: int = 2  # plans in flight; 1 = no overlap
-    kv_tokens: int = 0  # size of the KV cache in tokens; 0 = sized from memory_fraction
-    memory_fraction: float = 0.4  # share of the memory left by weights (and, on a GPU, the largest step) for the KV cache
-    max_context: int = 0  # tokens per request; 0 = the model's own limit
-    cache: str = "radix"  # "radix" | "none"
-    order: str = "prefix"  # who starts first among equal priorities: "prefix" = longest cached prefix, "arrival"
-    itl_target_ms: float = 0.0  # prefill chunks shrink so that running requests get a token this often; 0 = fixed budget
-    threads: int = 0  # CPU threads over all ranks; 0 = the cores this process may use
-    attention_backend: str = "auto"  # of a GPU: "auto" | "triton" | "flashinfer" | "torch"
-    quantization: str = "auto"  # of the linear layers: "auto" | "none" | "fp8" (GPU) | "int8" | "q4" (CPU); see --quantization
-    kv_cache_dtype: str = "auto"  # of a GPU: "auto" (the model's) | "fp8"
-    graphs: str = "on"  # CUDA graphs on a GPU: "on" | "off" (every step is launched kernel by kernel)
-    chat_template: str = ""  # file of a chat template that replaces the checkpoint's; "" = the checkpoint's
-    generation_config: str = "auto"  # sampling parameters of requests that do not say: "auto" = the checkpoint's | "none"
-    sample_seed: int = 0  # base of the seeds given to requests without one; 0 = drawn from the operating system
+    tp: int = setting(1, "tensor-parallel degree: one worker process per rank", "N", 1, 1024)
+    device: str = setting(
+        "cpu", "auto (a GPU where there is one), cpu or cuda", "KIND", choices=("cpu", "cuda"), options={"default": "auto"}
+    )
+    dtype: str = setting(
+        "auto",
+        "auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a GPU",
+        "TYPE",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    page_size: int = setting(16, "tokens per page of the KV cache", "TOKENS", 1, 1024)
+    # A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
+    max_running: int = setting(128, "requests that may run at the same time", "N", 1, 65535, on_gpu=256)
+    step_tokens: int = setting(
+        256, "token budget of a step; decodes come first, prompts fill the rest", "TOKENS", 2, 1 << 20, on_gpu=8192
+    )
+    lag: int = setting(2, "plans in flight; 1 switches overlap off, as MINISGL_DISABLE_OVERLAP_SCHEDULING=1 does", "N", 1, 8)
+    kv_tokens: int = setting(0, "size of the KV cache; 0: from --memory-fraction", "TOKENS", 0, 1 << 31)
+    memory_fraction: float = setting(  # on a GPU the largest step is subtracted, too
+        0.4, "share of the memory left after the weights that the KV cache may take", "F", on_gpu=0.9
+    )
+    max_context: int = setting(0, "longest prompt plus completion; 0: the model's own limit", "TOKENS", 0, 1 << 31)
+    cache: str = setting("radix", "prefix cache: radix, or none", "KIND", choices=("radix", "none"))
+    order: str = setting(
+        "prefix", "who starts first: prefix (longest cached prefix), or arrival", "KIND", choices=("prefix", "arrival")
+    )
+    itl_target_ms: float = setting(
+        0.0, "keep the time between a request's tokens near this by smaller prefill chunks; 0: off", "MS", 0.0, 60_000.0
+    )
+    threads: int = setting(0, "CPU threads over all ranks; 0: as many as this process may use", "N", 0, 4096)
+    attention_backend: str = setting(
+        "auto",
+        "auto, triton, flashinfer or torch (GPU)",
+        "NAME",
+        choices=("auto", "triton", "flashinfer", "torch"),
+        needs_gpu=True,
+    )
+    quantization: str = setting(
+        "auto",
+        "of the linear layers: none; fp8 (GPU); int8 or q4, on weights of 8 or 4 bits (CPU); auto: on a CPU, without --dtype, "
+        "4 bits where a GGUF file has them and 8 for the rest, elsewhere none",
+        "KIND",
+        choices=("auto", "none", "fp8", "int8", "q4"),
+    )
+    kv_cache_dtype: str = setting("auto", "auto (the model's), or fp8 (GPU)", "TYPE", choices=("auto", "fp8"), needs_gpu=True)
+    graphs: str = setting(
+        "on", "on, or off: no CUDA graphs, for comparisons (GPU)", "STATE", choices=("on", "off"), needs_gpu=True
+    )
+    chat_template: str = setting("", "a Jinja chat template to use instead of the model's own", "FILE")
+    generation_config: str = setting(
+        "auto",
+        "sampling parameters of requests that do not say: auto (the model's generation_config.json), or none",
+        "KIND",
+        choices=("auto", "none"),
+    )
+    sample_seed: int = setting(0, "base for the seeds of requests that bring none; 0: random", "SEED", 0, (1 << 63) - 1)
 
     @property
     def eight_bits(self) -> bool:
@@ -116,53 +246,30 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError naming the flag (the LLM class takes the same names as keywords)."""
-        for flag, value, low, high in (
-            ("--tp", self.tp, 1, 1024),
-            ("--page-size", self.page_size, 1, 1024),
-            ("--max-running", self.max_running, 1, 65535),
-            ("--step-tokens", self.step_tokens, 2, 1 << 20),
-            ("--lag", self.lag, 1, 8),
-            ("--kv-tokens", self.kv_tokens, 0, 1 << 31),
-            ("--max-context", self.max_context, 0, 1 << 31),
-            ("--threads", self.threads, 0, 4096),
-            ("--sample-seed", self.sample_seed, 0, (1 << 63) - 1),
-        ):
-            if not low <= value <= high:
-                raise UserError(f"{flag} must be between {low} and {high}, got {value}")
-        for flag, name, known in (
-            ("--device", self.device, ("cpu", "cuda")),
-            ("--attention-backend", self.attention_backend, ("auto", "triton", "flashinfer", "torch")),
-            ("--quantization", self.quantization, ("auto", "none", "fp8", "int8", "q4")),
-            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "fp8")),
-            ("--graphs", self.graphs, ("on", "off")),
-            ("--generation-config", self.generation_config, ("auto", "none")),
-            ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
-            ("--cache", self.cache, ("radix", "none")),
-            ("--order", self.order, ("prefix", "arrival")),
-        ):
-            if name not in known:
-                raise UserError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
-        if self.device == "cpu":
-            for flag, name, off in (
-                ("--attention-backend", self.attention_backend, "auto"),
-                ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
-                ("--graphs", self.graphs, "on"),
-            ):
-                if name != off:
-                    raise UserError(f"{flag} {name} needs a GPU: --device cuda (this server runs on the CPU)")
-            if self.quantization == "fp8":
-                raise UserError("--quantization fp8 needs a GPU: on a CPU choose int8, q4, none or auto")
-            if self.quantization in ("int8", "q4") and self.dtype not in ("auto", "float32"):
-                raise UserError(
-                    f"--quantization {self.quantization} adds up in float32: leave out --dtype {self.dtype}, "
-                    "or use --quantization none"
-                )
-        elif self.quantization in ("int8", "q4"):
-            raise UserError(f"--quantization {self.quantization} needs --device cpu: on a GPU choose fp8, none or auto")
+        check_settings(self)
+        self._check_device()
+        self._check_sizes()
+
+    def _check_device(self) -> None:
+        """What only a GPU or only a CPU can do."""
+        if self.device == "cuda":
+            if self.quantization in ("int8", "q4"):
+                raise UserError(f"--quantization {self.quantization} needs --device cpu: on a GPU choose fp8, none or auto")
+            return
+        for name, default, s in settings_of(self):
+            if s.needs_gpu and (value := getattr(self, name)) != default:
+                raise UserError(f"{flag(name)} {value} needs a GPU: --device cuda (this server runs on the CPU)")
+        if self.quantization == "fp8":
+            raise UserError("--quantization fp8 needs a GPU: on a CPU choose int8, q4, none or auto")
+        if self.quantization in ("int8", "q4") and self.dtype not in ("auto", "float32"):
+            raise UserError(
+                f"--quantization {self.quantization} adds up in float32: leave out --dtype {self.dtype}, "
+                "or use --quantization none"
+            )
+
+    def _check_sizes(self) -> None:
         if not 0.0 < self.memory_fraction <= 1.0:
             raise UserError(f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction:g}")
-        if not 0.0 <= self.itl_target_ms <= 60_000:
-            raise UserError(f"--itl-target-ms must be between 0 and 60000, got {self.itl_target_ms:g}")
         if self.step_tokens <= self.max_running:
             raise UserError(
                 f"--step-tokens ({self.step_tokens}) must be larger than --max-running ({self.max_running}): a step "
@@ -170,35 +277,52 @@ class EngineConfig:
             )
 
 
+_LIST: dict[str, Any] = {"type": str, "default": None}  # a flag whose value is not yet that of the field
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """How the api process behaves towards its clients."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_names: tuple[str, ...] = ()  # accepted `model` values; the first is the one reported
-    drain_seconds: float = 2.0  # how long running requests may go on after SIGTERM or ^C
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 picks a free one")
+    served_names: tuple[str, ...] = setting(  # accepted `model` values; the first is the one reported
+        (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_LIST | {"action": "append"}
+    )
+    drain_seconds: float = setting(2.0, "grace for running requests at the end", "S")
     max_body_bytes: int = 8 << 20
-    max_open_requests: int = 4096  # admission bound: more are answered 429
-    max_queue: int = 2048  # requests waiting to be started: more are answered 429; 0 = no bound
-    max_queued_tokens: int = 2_000_000  # prompt tokens of the waiting requests, likewise
-    tool_call_parser: str = ""  # how the model writes calls of tools: "hermes" | "llama3" | "mistral", "" not at all
-    reasoning_parser: str = ""  # how it writes thoughts: "qwen3" | "deepseek_r1", "" not at all
-    num_tokenizers: int = 1  # tokenizer processes: a prompt goes to the one with the least to do
-    strict: bool = False  # unknown fields of a request are refused instead of reported
-    any_model_name: bool = False  # `model` may be anything
-    data_dir: str = ""  # where files and batches are kept; "": there are none
-    api_keys: tuple[str, ...] = ()  # one of them must come with every request; none: everybody may ask
+    max_open_requests: int = setting(4096, "more are answered 429", "N")
+    max_queue: int = setting(2048, "waiting requests; more are answered 429", "N")  # 0: no bound
+    max_queued_tokens: int = setting(2_000_000, "prompt tokens of waiting requests; more are answered 429", "N")  # 0: no bound
+    # "" switches a parser off.
+    tool_call_parser: str = setting(
+        "",
+        "how the model writes calls of tools; auto: as its chat template shows",
+        options={"choices": ("auto", "none", "hermes", "llama3", "mistral"), "default": "auto"},
+    )
+    reasoning_parser: str = setting(
+        "",
+        "how the model writes thoughts; auto: as its chat template shows",
+        options={"choices": ("auto", "none", "qwen3", "deepseek_r1"), "default": "auto"},
+    )
+    num_tokenizers: int = setting(  # a prompt goes to the tokenizer with the least to do
+        1, "tokenizer processes: with more than one, short prompts do not wait for long ones", "N", 1, 64
+    )
+    strict: bool = setting(False, "refuse unknown fields of a request; default: report them")
+    any_model_name: bool = setting(False, "serve requests for whatever model they name")
+    data_dir: str = setting("", "keep /v1/files and /v1/batches here; default: off", "DIR")
+    api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
+        (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError naming the flag."""
-        if not 1 <= self.num_tokenizers <= 64:
-            raise UserError(f"--num-tokenizers must be between 1 and 64, got {self.num_tokenizers}")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole tree."""
+    """The configuration of everything: model, engine and server."""
 
     model: ModelSpec
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -212,20 +336,35 @@ class Config:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         if self.engine.dtype != "auto":
             return self.engine.dtype
         return self.model.dtype if self.engine.device == "cuda" else "float32"
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """Fields of SamplingParams for requests that do not set them: what the checkpoint recommends, unless switched off."""
-        found: dict[str, Any] = json.loads(self.model.generation or "{}")
-        return found if self.engine.generation_config == "auto" else {}
+        """Fields of SamplingParams for requests that do not set them: the checkpoint's recommendation, unless switched off."""
+        found = {name: getattr(self.model.generation, name) for name in SamplingDefaults.__slots__}
+        return {k: v for k, v in found.items() if v is not None} if self.engine.generation_config == "auto" else {}
 
 
-# A GPU holds more requests, and its steps only pay with many tokens; its memory has no other use.
-GPU_DEFAULTS: dict[str, Any] = {"max_running": 256, "step_tokens": 8192, "memory_fraction": 0.9}
+# ---------------- from what was given to an EngineConfig
+def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig from the `values` that were given, by field; None and absent: the default of the device.
+
+    MINISGL_DISABLE_OVERLAP_SCHEDULING is the one environment variable of the interface.  Raises UserError.
+    """
+    chosen = {name: values[name] for name, _, _ in settings_of(EngineConfig) if values.get(name) is not None}
+    device = chosen.get("device", "auto")
+    gpus = gpu_count() if device in ("auto", "cuda") else 0
+    if device == "auto":
+        chosen["device"] = device = "cuda" if gpus else "cpu"
+    if device == "cuda":
+        _check_gpus(gpus, chosen.get("tp", 1))
+        chosen = {name: s.on_gpu for name, _, s in settings_of(EngineConfig) if s.on_gpu is not None} | chosen
+    if os.environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING", "") not in ("", "0"):
+        chosen["lag"] = 1
+    return EngineConfig(**chosen)
 
 
 def gpu_count() -> int:

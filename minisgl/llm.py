@@ -18,8 +18,7 @@ from minisgl import grammar
 from minisgl.actors import spawn
 from minisgl.api.engine import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.system import System
-from minisgl.commands.flags import engine_config
-from minisgl.config import Config, ModelSpec, ServerConfig
+from minisgl.config import Config, ModelSpec, ServerConfig, engine_config
 from minisgl.errors import RequestError, UserError
 from minisgl.sampling_params import Finish, SamplingParams
 

@@ -47,7 +47,7 @@ def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
         max_context=max_context,
         rms_norm_eps=1e-5,
         rope_theta=1e4,
-        rope_scaling="",
+        rope_scaling=None,
         tie_embeddings=True,
         bos_id=None,
         eos_ids=(EOS,),

@@ -1,4 +1,4 @@
-"""`python -m minisgl prebuild`: compile the FlashInfer modules a model needs before its first start, GPU or not."""
+"""Runs `python -m minisgl prebuild`: compiles the FlashInfer modules of a model before its first start.  Needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minisgl.commands.flags import add_engine_flags, engine_config
+from minisgl.commands.flags import add_engine_flags
+from minisgl.config import engine_config
 from minisgl.errors import UserError
 
 
@@ -60,9 +61,8 @@ def run(argv: list[str]) -> int:
         print(f"  {module!s:<{width}}  {state.value:<8}  {module.uri}", flush=True)
     if args.list:
         return 0
-    wanted = [m for m, state in states.items() if state is not fm.State.PREBUILT]
     todo = []
-    for module in wanted:
+    for module in (m for m, state in states.items() if state is not fm.State.PREBUILT):
         if library := found.reusable(module):
             fm.install(library, module.uri, directory, found.note(module))
             _say(f"copied from {library}")

@@ -1,8 +1,8 @@
-"""`python -m minisgl [serve] ...`: the server, from flags to exit code.
+"""Runs `python -m minisgl [serve] ...`: the server, from its flags to its exit code.
 
-Order: everything that can be refused is refused before a process is started (flags, model files, tensor-parallel degree,
-port); then the port answers 503 while the engine loads; then requests are served until a signal or a death; then nothing is
-left behind.
+Everything that can be refused is refused before a process starts: flags, model files, tensor-parallel degree, port.  Then the
+port answers 503 while the engine loads; then requests are served until a signal or the death of a process; then everything is
+closed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import json
 import os
 import signal
 import socket
@@ -29,7 +28,7 @@ _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the server."""
+    """The parser of the server's flags."""
     p = argparse.ArgumentParser(
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible API.  "
@@ -42,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Serve until told to stop.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
+    """Serve until a signal.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
     start = time.monotonic()
     args = parser().parse_args(argv)
     from minisgl.model.checkpoint.resolve import resolve
@@ -57,7 +56,7 @@ def run(argv: list[str]) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.  Raises UserError where the port is taken or the address is not ours."""
+    """A listening socket.  Raises UserError where the port is taken or the address is not of this host."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be between 0 and 65535, got {port}")
     try:
@@ -107,8 +106,8 @@ class _Server:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
         store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
-        method = json.loads(self.config.model.weight_format or "{}").get("method")
-        how = f" ({method} weights, dequantised as they load)" if method else ""
+        stored = self.config.model.weight_format
+        how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
         self.system = System(self.config, self.make_worker)
         try:
@@ -123,7 +122,7 @@ class _Server:
             door = await loop.create_server(lambda: Door(make), sock=self.sock, backlog=1024)
             self.pump()
             await self.done.wait()
-            if BATCHES in app:  # they go on with the next start
+            if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
             await self.drain()
             batch.close()
@@ -135,11 +134,11 @@ class _Server:
             self.system.close()
         return self.exit_code()
 
-    # ---------------- while it runs
+    # ---------------- serving
     def pump(self) -> None:
-        """Handle what the children sent; called whenever one of their descriptors is readable."""
+        """Handle messages of the child processes; called when one of their descriptors is readable."""
         if self.system.pump(0):
-            asyncio.get_running_loop().call_soon(self.pump)  # sockets have their turn in between
+            asyncio.get_running_loop().call_soon(self.pump)  # the loop serves sockets in between
         self.watch()
         state = self.system.gateway.state
         if state == "ready" and not self.announced:
@@ -149,12 +148,13 @@ class _Server:
             self.done.set()
 
     def watch(self) -> None:
-        loop, wanted = asyncio.get_running_loop(), set(self.system.fds())
-        for fd in wanted - self.watched:
+        """Follow the set of the child processes' descriptors."""
+        loop, current = asyncio.get_running_loop(), set(self.system.fds())
+        for fd in current - self.watched:
             loop.add_reader(fd, self.pump)
-        for fd in self.watched - wanted:
+        for fd in self.watched - current:
             loop.remove_reader(fd)
-        self.watched = wanted
+        self.watched = current
 
     def announce(self) -> None:
         engine, gateway = self.config.engine, self.system.gateway
@@ -172,9 +172,9 @@ class _Server:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    # ---------------- the end
+    # ---------------- stopping
     def stop(self) -> None:
-        """^C or SIGTERM: no new requests; those that run get --drain-seconds, unless the signal comes again."""
+        """Handle ^C or SIGTERM: refuse new requests; running ones get --drain-seconds, unless the signal comes again."""
         gateway = self.system.gateway
         if gateway.state == "draining":
             gateway.end()
@@ -197,7 +197,7 @@ class _Server:
         if gateway.failure is None:
             self.say("minisgl has stopped")
             return 0
-        if gateway.died is None:  # an actor refused to start, with a sentence
+        if gateway.died is None:  # an actor has refused to start, and said why
             raise UserError(gateway.failure)
         self.say(f"minisgl: {gateway.failure}; see the messages above")
         return EXIT_DIED

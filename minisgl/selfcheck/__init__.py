@@ -1,1 +1,1 @@
-"""`python -m minisgl selfcheck`: every layer of the engine against transformers."""
+"""`python -m minisgl selfcheck` compares every layer of the engine with transformers."""

@@ -1,8 +1,7 @@
-"""`python -m minisgl selfcheck`: does this installation compute what the model means?  What to run after changing a kernel.
+"""Runs `python -m minisgl selfcheck`: compares this installation with transformers.  To be run after changing a kernel.
 
-Layer by layer against transformers, and against itself: decode against prefill, cached against uncached, `--tp N` against one
-rank; then greedy answers of the whole engine.  Everything that needs torch runs in processes of its own, so each job begins
-with free memory.
+Layer by layer with transformers, and with itself: decode with prefill, cached with uncached, `--tp N` with one rank; then the
+greedy answers of the engine.  Every job that needs torch runs in a process of its own, so it begins with free memory.
 """
 
 from __future__ import annotations
@@ -13,19 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from minisgl.commands.flags import add_engine_flags, engine_config
-from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.commands.flags import add_engine_flags
+from minisgl.config import Config, engine_config
 from minisgl.errors import UserError
 from minisgl.selfcheck.compare import FLOAT8, Arrays, Yardstick, changed, columns_of, greedy, perplexity, print_table
 
-Jobs = Callable[[str, list[list[str]]], None]  # (kind, further arguments of each process): run them side by side
+Jobs = Callable[[str, list[list[str]]], None]  # (kind, further arguments of each process): runs them in parallel
 
 TEXT = (
     "The lighthouse keeper kept two books. In the first he wrote, every evening, what the sea had done: the height of the "
@@ -38,16 +36,15 @@ PROMPTS = (TEXT, "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n
 
 
 def run(argv: list[str]) -> int:
-    """Check and print.  Returns 0 where everything is within its limit, else 1.  Raises UserError."""
+    """Check and print.  Returns 0 if everything is within its limit, else 1.  Raises UserError."""
     args = _parser().parse_args(argv)
     from minisgl.model.checkpoint.resolve import resolve
     from minisgl.model.common.shard import check_tp
 
     spec = resolve(args.model, args.revision)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    config = Config(spec, engine_config(given))
+    config = Config(spec, engine_config(vars(args)))
     check_tp(spec, config.engine.tp)
-    return check(config, given, args.tokens)
+    return check(config, args.tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # ---------------- the check
-def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | None = None) -> int:
-    """Run all jobs, print the table.  `given`: keywords for LLM; `jobs` stands in for processes in tests."""
+def check(config: Config, tokens: int, jobs: Jobs | None = None) -> int:
+    """Run all jobs and print the table; returns the exit code.  `jobs`: a replacement for processes in tests."""
     ids = prompts(config, tokens)
     tp = config.engine.tp
     with tempfile.TemporaryDirectory(prefix="minisgl-selfcheck-") as folder:
@@ -79,8 +76,8 @@ def check(config: Config, given: Mapping[str, Any], tokens: int, jobs: Jobs | No
     print(f"minisgl selfcheck: {config.model.name} ({where}), prompts of {lengths} tokens and {tokens} more")
     columns = columns_of(config, ids, ours, theirs, spread)
     faults = print_table(columns) + perplexity(ids[0], ours, theirs, yard) + changed(theirs)
-    with phase("the whole engine"):  # last: it may not even start
-        answers = _answers(config.model, given, ids, tokens)
+    with phase("the whole engine"):  # last: it may not start at all
+        answers = _answers(config, ids, tokens)
     exact = [theirs[f"{i}.{yard.exact}.logits"] for i in range(len(ids))]
     faults += greedy(ids, ours, exact, answers, max(yard.greedy, columns[0].limits[0, -1]))
     for fault in faults:
@@ -103,7 +100,7 @@ def prompts(config: Config, tokens: int) -> list[list[int]]:
 def _observe(
     config: Config, ids: list[list[int]], tokens: int, folder: Path, jobs: Jobs
 ) -> tuple[Arrays, Arrays, Arrays | None]:
-    """What one rank computes, what transformers does, and what `tp` ranks compute of the same sequences (None: one rank)."""
+    """The arrays of one rank, of transformers, and of `tp` ranks on the same sequences (None: `tp` is 1)."""
     from safetensors.numpy import load_file
 
     from minisgl.selfcheck.job import write_job
@@ -128,8 +125,8 @@ def _observe(
     ours, theirs = load_file(one / "probe.safetensors"), load_file(one / "reference.safetensors")
     if engine.tp == 1:
         return ours, theirs, None
-    whole = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
-    write_job(many, replace(config, engine=replace(small, tp=engine.tp)), whole, 0)
+    sequences = [p + ours[f"{i}.tokens"].tolist()[:-1] for i, p in enumerate(ids)]
+    write_job(many, replace(config, engine=replace(small, tp=engine.tp)), sequences, 0)
     with phase(f"layers, {engine.tp} ranks"):
         jobs("probe", [[str(many), str(rank)] for rank in range(engine.tp)])
     return ours, theirs, load_file(many / "probe.safetensors")
@@ -137,7 +134,7 @@ def _observe(
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Progress, for whoever waits."""
+    """Print the progress on stderr."""
     start = time.monotonic()
     print(f"selfcheck: {text} ...", file=sys.stderr, flush=True)
     yield
@@ -145,19 +142,22 @@ def phase(text: str) -> Iterator[None]:
 
 
 def _processes(kind: str, arguments: list[list[str]]) -> None:
+    """Run one process of minisgl.selfcheck.job for each list of arguments.  Raises UserError with the last words of the first
+    that fails; the others are killed.
+    """
     from minisgl.selfcheck.job import FAILED
 
     with ExitStack() as files, ThreadPoolExecutor(len(arguments)) as waiting:
-        said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
+        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
         running: list[subprocess.Popen[bytes]] = []
         try:
-            for a, file in zip(arguments, said, strict=True):
+            for a, file in zip(arguments, logs, strict=True):
                 command = [sys.executable, "-m", "minisgl.selfcheck.job", str(os.getpid()), kind, *a]
                 running.append(subprocess.Popen(command, stderr=file))
             for done in as_completed([waiting.submit(p.wait) for p in running]):
                 if done.result():
                     break  # the other ranks would wait for this one
-            failed = next(((p.returncode, file) for p, file in zip(running, said, strict=True) if p.poll()), None)
+            failed = next(((p.returncode, file) for p, file in zip(running, logs, strict=True) if p.poll()), None)
         finally:
             for p in running:
                 p.kill()
@@ -168,14 +168,13 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
             raise UserError(text.splitlines()[-1] if code == FAILED else f"the {kind} ended with code {code}:\n{text}")
 
 
-def _answers(spec: ModelSpec, given: Mapping[str, Any], ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
-    """Greedy tokens of the whole engine, with a cold and a warm prefix cache."""
+def _answers(config: Config, ids: list[list[int]], tokens: int) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the engine, first with a cold cache, then with a warm one."""
     from minisgl.llm import LLM
     from minisgl.sampling_params import SamplingParams
 
-    known = {f.name for f in fields(EngineConfig)}
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    with LLM(spec, **{k: v for k, v in given.items() if k in known}) as llm:
+    with LLM(config.model, **asdict(config.engine)) as llm:
         out = {}
         for cache in ("cold", "warm"):
             done = llm.generate(ids, params)

@@ -1,6 +1,7 @@
-"""What `minisgl selfcheck` makes of the numbers that ours and transformers have computed: differences, limits, faults.
+"""Compares the arrays of the engine with those of transformers: differences, their limits, and faults, for `minisgl selfcheck`.
 
-Pure, but that each comparison prints what it has found.  The arrays are those of selfcheck/probe.py and selfcheck/job.py.
+Pure, except that every comparison prints its result.  "ours" are the arrays of selfcheck/probe.py, "theirs" those of
+selfcheck/reference.py.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from minisgl.model.common.shard import Shard
 
 Arrays = Mapping[str, Any]
 
-ROUNDING = 1e-4  # of float32: the relative difference that different orders of summation may make
-FLOAT8 = 0.2  # what 8-bit floats of a GPU, in weights, activations or caches, may add to that
-SLACK = 3.0  # times the reference's own rounding: in the dtype that is checked, or to half precision (`Yardstick`)
+ROUNDING = 1e-4  # the relative difference of float32 results that different orders of summation may make
+FLOAT8 = 0.2  # the same with 8-bit floats of a GPU in weights, activations or caches
+SLACK = 3.0  # a limit over the reference's own rounding, to the dtype that is checked or to half precision (`Yardstick`)
 PERPLEXITY = 1e-3
 PERPLEXITY_WIDE = 0.01  # where single tokens may be far off
-# What rounding may change of a matrix, |w' - w| / |w|, by its bits.  In a group of 32 with the largest weight a no number moves
-# by more than half a step, a / 254, so the group by a sqrt(32) / 254 at most, and its norm is at least a.  In 4 bits a step is
-# (high - low) / 15, so that is (high - low) sqrt(32) / 30, and the norm is at least (high - low) / sqrt(2).
+# The largest change of a matrix by rounding, |w' - w| / |w|, by the bits.  In a group of 32 with the largest weight a no number
+# moves by more than half a step, a / 254, so the group moves by at most a sqrt(32) / 254, and its norm is at least a.  With 4
+# bits a step is (high - low) / 15: the group moves by at most (high - low) sqrt(32) / 30, and its norm is at least
+# (high - low) / sqrt(2).
 CHANGED = {8: 0.023, 4: 0.27}
-GROUP = 32  # of the weights that share a scale on a CPU
+GROUP = 32  # weights that share a scale on a CPU
 
 
 @dataclass(slots=True)
 class Column:
-    """One comparison: relative differences of the tokens' vectors, median and largest by row of the table, and their limits.
+    """One comparison: relative differences of the tokens' vectors, median and largest for each row, and their limits.
 
-    The largest finds what goes wrong at one position; the median is sharp where rounding spoils a few tokens anyway.
+    The largest finds an error at one position; the median stays sharp where rounding spoils a few tokens.
     """
 
     name: str
@@ -49,17 +51,18 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """Which of the reference's results ours must equal, and which tells by its distance from that what rounding may cost.
+    """The kinds of the reference's results that set the standard: ours must equal `exact` up to SLACK times the distance of
+    `rough` from it.
 
-    What a CPU computes on weights in 4 or 8 bits is compared with float32 on the same weights, so that the limits need not
-    make room for what the bits cost; whether rounding was sound is judged for itself (`CHANGED`).
+    A CPU that computes on weights in 4 or 8 bits is compared with float32 on the same weights, so the limits need no room for
+    the cost of the bits; the rounding itself is judged apart (`CHANGED`).
     """
 
     exact: str = "float32"
     rough: str = "float32"
-    floor: float = ROUNDING  # of the limits
-    largest: float = 0.0  # of the limits for single tokens
-    greedy: float = 0.0  # of the limit that tells which tokens are near enough to the likeliest
+    floor: float = ROUNDING  # the smallest limit
+    largest: float = 0.0  # the smallest limit for a single token
+    greedy: float = 0.0  # the smallest limit for a choice that is not the likeliest token
     perplexity: float = PERPLEXITY
     wide: bool = False  # single tokens may move the perplexity by chance
 
@@ -67,7 +70,7 @@ class Yardstick:
     def of(cls, config: Config, theirs: Arrays) -> Yardstick:
         engine = config.engine
         if "0.rounded.logits" in theirs:
-            if config.model.num_experts:  # rounding may send a token to another expert, which changes all of its vector
+            if config.model.num_experts:  # rounding may send a token to another expert, which changes its full vector
                 return cls("rounded", "half", largest=1.0, greedy=FLOAT8, perplexity=PERPLEXITY_WIDE, wide=True)
             return cls("rounded", "half")
         if engine.device == "cuda" and (engine.eight_bits or engine.kv_cache_dtype == "fp8"):
@@ -83,7 +86,7 @@ def _difference(a: F32, b: F32) -> F32:
 
 
 def rows_of(a: Arrays, b: Arrays, first: str, second: str, start: int = 0) -> F32:
-    """Differences of "hidden" and "logits" under two prefixes, in the rows of both from `start` of the second on."""
+    """Differences of "hidden" and "logits" under the prefixes `first` and `second`; the latter's rows begin at `start`."""
     n = min(len(a[f"{first}.logits"]), len(b[f"{second}.logits"]) - start)
     hidden = _difference(a[f"{first}.hidden"][:, -n:], b[f"{second}.hidden"][:, -n:])
     logits = _difference(a[f"{first}.logits"][-n:], b[f"{second}.logits"][-n:])
@@ -91,6 +94,7 @@ def rows_of(a: Arrays, b: Arrays, first: str, second: str, start: int = 0) -> F3
 
 
 def columns_of(config: Config, ids: list[list[int]], ours: Arrays, theirs: Arrays, spread: Arrays | None) -> list[Column]:
+    """All comparisons; `spread`: the arrays of several ranks."""
     each, yard = range(len(ids)), Yardstick.of(config, theirs)
 
     def worst(*found: F32) -> F32:
@@ -112,21 +116,21 @@ def columns_of(config: Config, ids: list[list[int]], ours: Arrays, theirs: Array
         columns.append(Column("cached", worst(*found), limits))
     if spread is not None:
         found = [rows_of(spread, ours, f"{i}.prefill", f"{i}.prefill") for i in each]
-        if yard.exact == "rounded" and not _whole_groups(config):
+        if yard.exact == "rounded" and not _ranks_keep_groups(config):
             limits = np.maximum(limits, allowed("rounded", "float32"))
         columns.append(Column(f"tp {config.engine.tp}", worst(*found), limits))
     return columns
 
 
-def _whole_groups(config: Config) -> bool:
-    """Whether the ranks cut no group of weights in two, so that they round to the numbers of one rank."""
+def _ranks_keep_groups(config: Config) -> bool:
+    """Whether no group of weights is cut between ranks, so that they round to the numbers of one rank."""
     tp = config.engine.tp
     shards = [Shard.of(config.model, rank, tp) for rank in range(tp)]
     return all(s.q_rows[0] % GROUP == s.mlp[0] % GROUP == 0 for s in shards)
 
 
 def changed(theirs: Arrays) -> list[str]:
-    """What rounding the weights, which both sides compute with, has done to them."""
+    """Print how much rounding has changed the weights, which both sides share; returns the faults."""
     faults = []
     for bits, bound in CHANGED.items():
         if f"changed.{bits}" in theirs:
@@ -138,7 +142,7 @@ def changed(theirs: Arrays) -> list[str]:
 
 
 def print_table(columns: list[Column]) -> list[str]:
-    """One line per layer; returns a sentence for each column that is beyond its limit."""
+    """Print one line for each layer; returns a sentence for each column that exceeds its limit."""
     limits = columns[0].limits
     names = ["embedding", *(f"layer {i}" for i in range(limits.shape[1] - 2)), "logits"]
 
@@ -162,9 +166,9 @@ def print_table(columns: list[Column]) -> list[str]:
 def greedy(
     ids: list[list[int]], ours: Arrays, exact: list[F32], answers: Mapping[str, list[list[int]]], limit: float
 ) -> list[str]:
-    """The engine's tokens must be the likeliest of the reference, or so near to it that rounding decides.
+    """The engine's tokens must be the likeliest ones of the reference, or so near to them that rounding decides.
 
-    Beyond the first token that the probe did not choose the reference knows nothing of the text.
+    A text is judged up to the first token that the probe did not choose: the reference has no logits for the rest.
     """
     faults = []
     for cache, texts in answers.items():
@@ -173,7 +177,8 @@ def greedy(
             known = ours[f"{i}.tokens"].tolist()
             for at, (token, logits) in enumerate(zip(text, exact[i][len(prompt) - 1 :], strict=True)):
                 judged += 1
-                same += int(token == int(logits.argmax()))
+                if token == int(logits.argmax()):
+                    same += 1
                 gap = float(logits.max() - logits[token])
                 if gap > 6 * limit * float(np.sqrt(np.mean(logits**2))):  # three deviations of each of the two
                     faults.append(
@@ -187,7 +192,7 @@ def greedy(
 
 
 def perplexity(text: list[int], ours: Arrays, theirs: Arrays, yard: Yardstick) -> list[str]:
-    """Of the first prompt."""
+    """Compare the perplexity of the first prompt; returns the faults."""
     length = len(text)
 
     def nll(logits: F32) -> npt.NDArray[np.float64]:

@@ -1,7 +1,7 @@
-"""The processes of `minisgl selfcheck`: `python -m minisgl.selfcheck.job PARENT probe FOLDER RANK`, or `reference FOLDER`.
+"""Runs one job of `minisgl selfcheck`: `python -m minisgl.selfcheck.job PARENT probe FOLDER RANK`, or `reference FOLDER`.
 
-A job is a file in FOLDER, its result another; PARENT is the process that asks, without which nobody wants it.  No torch until
-the job is known: its threads must be set before.
+A job is a file in FOLDER, its result another; the job ends with the process PARENT.  torch is imported after the job is read,
+because the number of its threads must be set before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FILE = "job.json"
 
 
 def write_job(folder: Path, config: Config, prompts: Sequence[Sequence[int]], generate: int) -> None:
-    """Ask for `generate` greedy tokens after each prompt; 0: prompts are whole sequences, computed in one step only."""
+    """Write a job: `generate` greedy tokens after each prompt; 0: the prompts are full sequences, computed in one step."""
     spec, engine = json.loads(config.model.to_json()), asdict(config.engine)
     folder.mkdir(exist_ok=True)
     (folder / _FILE).write_text(json.dumps({"spec": spec, "engine": engine, "prompts": prompts, "generate": generate}))
@@ -31,7 +31,7 @@ def write_job(folder: Path, config: Config, prompts: Sequence[Sequence[int]], ge
 def work(kind: str, folder: str, rank: str = "0") -> None:
     """Do the job in `folder`: rank 0 writes `probe.safetensors`, or the reference `reference.safetensors`.
 
-    Raises UserError for a checkpoint that is unusable.
+    Raises UserError for an unusable checkpoint.
     """
     job = json.loads((Path(folder) / _FILE).read_text())
     config = Config(ModelSpec.from_json(json.dumps(job["spec"])), EngineConfig(**job["engine"]))

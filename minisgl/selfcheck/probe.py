@@ -1,8 +1,8 @@
-"""What the runner of one rank computes at every layer, for `minisgl selfcheck`.  Runs in a process of its own, one per rank.
+"""Records the output of every layer of one rank, for `minisgl selfcheck`.  Runs in a process of its own, one per rank.
 
-The real runner executes real plans; taps around the layers and the model keep what passes.  Each sequence is computed in three
-ways that must agree: token by token after its prompt ("decode"), in one step ("prefill"), and on the cached pages of its first
-half ("cached").
+The real runner executes real plans; taps around the layers and the model keep their outputs.  Each sequence is computed in
+three ways that must agree: token by token after its prompt ("decode"), in one step ("prefill"), and on the cached pages of its
+first half ("cached").
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 def probe(folder: str, config: Config, prompts: Sequence[Sequence[int]], generate: int, rank: int) -> None:
-    """`observe` into a file, which rank 0 writes."""
+    """`observe`; rank 0 writes the result to a file."""
     seen = observe(config, prompts, generate, rank, folder)
     if rank == 0:
         save_file(seen, os.path.join(folder, "probe.safetensors"))
 
 
 def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, rank: int = 0, run_dir: str = "") -> Tensors:
-    """By "<prompt>.<way>.": `hidden` f32[L + 1, S, C], before the first layer and after each, and `logits` f32[S, V].
+    """The arrays "<prompt>.<way>.hidden" f32[L + 1, S, C], before the first layer and after each, and ".logits" f32[S, V].
 
-    S counts the prompt and all generated tokens but the last; "cached" has the rows behind the cached ones.  With `generate`
-    also "<prompt>.tokens" i64[generate].  The same on every rank.
+    S counts the prompt and all generated tokens but the last; "cached" has only the rows behind the cached tokens.  With
+    `generate` also "<prompt>.tokens" i64[generate].  The same on every rank.
     """
     runner = make_runner(config, rank, run_dir)
     try:
@@ -48,7 +48,7 @@ def observe(config: Config, prompts: Sequence[Sequence[int]], generate: int, ran
 
 
 class _Tap:
-    """A layer that also keeps what it has made of the residual stream: x is updated in place, its own part comes back."""
+    """A layer that also keeps the residual stream after it: x, which is updated in place, plus the returned part."""
 
     def __init__(self, layer: Callable[..., Product], seen: list[torch.Tensor], first: bool) -> None:
         self._layer, self._seen, self._first = layer, seen, first
@@ -62,7 +62,7 @@ class _Tap:
 
 
 def _tapped(model: Any, hidden: list[torch.Tensor], logits: list[torch.Tensor]) -> None:
-    """Make `model` keep the rows of its layers and all its logits, whatever rows are asked for."""
+    """Make `model` keep the outputs of its layers and the logits of all rows, in place: others may hold it, too."""
     base = type(model)
 
     class Tapped(base):  # type: ignore[misc, valid-type]
@@ -78,7 +78,7 @@ def _tapped(model: Any, hidden: list[torch.Tensor], logits: list[torch.Tensor]) 
 
 
 class _Probe:
-    """Writes the plans of one request after the other; slot 0 computes, slot 1 continues on cached pages."""
+    """Runs one request after the other; slot 0 computes, slot 1 continues on cached pages."""
 
     def __init__(self, runner: Any, config: Config) -> None:
         self._runner, self._size = runner, config.engine.page_size
@@ -120,7 +120,7 @@ class _Probe:
         decode: Sequence[int] = (),
         kv_len: int = 0,
     ) -> list[int]:
-        """Run one step; the greedy tokens it draws."""
+        """Run one step; returns its greedy tokens."""
         self._step += 1
         join = np.zeros(len(new_slots), JOIN)
         join["slot"], join["kv_len"], join["top_p"] = new_slots, kv_len, 1.0
@@ -141,7 +141,7 @@ class _Probe:
         return tokens
 
     def _take(self, way: str) -> Tensors:
-        """What has been kept since the last time: the steps' rows behind each other."""
+        """The rows of all steps since the last call, concatenated."""
         per_step = len(self._hidden) // len(self._logits)
         steps = [self._hidden[i : i + per_step] for i in range(0, len(self._hidden), per_step)]
         hidden = torch.stack([torch.cat(layer) for layer in zip(*steps, strict=True)])

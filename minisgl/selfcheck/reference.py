@@ -1,7 +1,7 @@
-"""The yardstick: the served checkpoint in Hugging Face transformers, on this CPU.  For `minisgl selfcheck` and the scripts.
+"""Computes the reference of `minisgl selfcheck` and of the scripts: the checkpoint in Hugging Face transformers, on this CPU.
 
-A GGUF file goes through transformers' own reader, safetensors through `from_pretrained`.  Quantised safetensors are filled with
-what our loader makes of them: their readers in transformers need a GPU or packages of their own.
+A GGUF file is read by transformers' own reader, safetensors by `from_pretrained`.  Quantised safetensors are dequantised by
+minisgl's loader: their readers in transformers need a GPU or further packages.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -29,7 +29,7 @@ from minisgl.model.cpu.packing import quantise
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOGETHER = re.compile(r"\b([qkv]|gate|up)_proj$")  # what our models compute in one product, all of it in the same bits
+_FUSED = re.compile(r"\b([qkv]|gate|up)_proj$")  # parts of one product in minisgl's models, all in the same bits
 
 
 def load_transformers(spec: ModelSpec, threads: int) -> Any:
@@ -59,14 +59,18 @@ def load_transformers(spec: ModelSpec, threads: int) -> Any:
 
 
 def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
+    import gguf
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, file = os.path.split(spec.path)
-    with _read_once():
+    # transformers parses the file for the configuration and again for the tensors, and makes the table of names again for every
+    # module: 9 of 14 s with the embedded model, more with more layers.
+    cached: dict[str, Any] = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(gguf, **cached):
         config = AutoConfig.from_pretrained(folder, gguf_file=file, **local)
-        config.head_dim = spec.head_dim  # which transformers does not read from these files
+        config.head_dim = spec.head_dim  # transformers does not read it from GGUF files
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(spec.path, return_tensors=True, model_to_load=skeleton)["tensors"]
@@ -79,38 +83,20 @@ def _from_gguf(spec: ModelSpec, local: dict[str, Any]) -> Any:
     return model.eval()
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF file for the configuration and once more for the tensors, and has gguf make its table of names
-    anew for every module: 9 of 14 s with the embedded model, more with more layers.
-    """
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    plain = [getattr(gguf, name) for name in names]
-    try:
-        for name, made in zip(names, plain, strict=True):
-            setattr(gguf, name, functools.cache(made))
-        yield
-    finally:
-        for name, made in zip(names, plain, strict=True):
-            setattr(gguf, name, made)
-
-
 def round_weights(model: Any, spec: ModelSpec, layers: QuantizedLayers) -> dict[int, float]:
-    """Give the products of `model` the weights that `layers` makes of theirs, by the readable `quantise`.
+    """Round the weights of `model`'s linear layers as `layers` does, by the readable `quantise`.
 
-    Returns what that changes, by the bits rounded to: the largest |w' - w| / |w| of a matrix.
+    Returns the largest change of a matrix, |w' - w| / |w|, by the bits.
     """
     weights = open_weights(spec, torch.float32, lazy=True)
     found = {n: m for n, m in model.named_modules() if PRODUCT.fullmatch(f"{n}.weight")}
     products: dict[str, list[tuple[Any, Weight]]] = {}
     for name, module in found.items():
         stored = module.weight
-        if spec.format == "gguf":  # which may have these bits already
+        if spec.format == "gguf":  # it may be stored in these bits already
             tied = spec.tie_embeddings and name == "lm_head"
             stored = weights.take("model.embed_tokens.weight" if tied else f"{name}.weight", tuple(stored.shape))
-        product = _TOGETHER.sub("", name)
+        product = _FUSED.sub("", name)
         products.setdefault(product, []).append((module, stored))
     changed: dict[int, float] = {}
     for parts in products.values():
@@ -119,20 +105,23 @@ def round_weights(model: Any, spec: ModelSpec, layers: QuantizedLayers) -> dict[
             w = module.weight.detach()
             rounded = quantise(w, bits).values()[:, : w.shape[1]]
             changed[bits] = max(changed.get(bits, 0.0), float((rounded - w).norm() / w.norm()))
-            module.weight = torch.nn.Parameter(rounded, requires_grad=False)  # the table that it may be tied to stays
+            module.weight = torch.nn.Parameter(rounded, requires_grad=False)  # a tied embedding keeps its own
     return changed
 
 
 def _halve(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The 11 bits of half precision, whatever the exponent."""
+    """Round to the 11 bits of half precision, with any exponent."""
     mantissa, exponent = torch.frexp(args[0])
     return (torch.ldexp((mantissa * 2048).round() / 2048, exponent), *args[1:])
 
 
 def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32: before the first layer and after each [L + 1, S, C], and logits [S, V].  (Its own hidden_states end in the norm.)"""
+    """f32 hidden states before the first layer and after each [L + 1, S, C], and logits [S, V].
+
+    transformers' own `hidden_states` end in the final norm.
+    """
     seen: list[torch.Tensor] = []
-    layers = getattr(model.model, "language_model", model.model).layers  # beside one that sees
+    layers = getattr(model.model, "language_model", model.model).layers  # next to a vision model
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].float().clone()))]
     for layer in layers:
         hooks.append(
@@ -148,12 +137,12 @@ def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> None:
-    """For the sequences that the probe has written in `folder`: "<prompt>.<kind>.hidden" and ".logits", in float32 and in the
-    dtype that is checked, which tells how much of a difference is rounding.
+    """Write "<prompt>.<kind>.hidden" and ".logits" for the sequences that the probe has written in `folder`.
 
-    Where a CPU computes with rounded weights the further kinds are "rounded", float32 with the same weights, and "half", in
-    which the rows of every product are also rounded to half precision: that costs about what the engine's activations of two
-    bytes and cache in half precision do.  "changed.<bits>" f32[1] is what `round_weights` returns.
+    The kinds are float32 and the dtype that is checked: their distance is the cost of rounding.  Where a CPU computes with
+    rounded weights the further kinds are "rounded", float32 with the same weights, and "half", where the inputs of every
+    product are also rounded to half precision: that costs about the same as the engine's two-byte activations and its
+    cache in half precision.  "changed.<bits>" f32[1] is the result of `round_weights`.
     """
     with safe_open(os.path.join(folder, "probe.safetensors"), framework="pt") as probe:
         tokens = [probe.get_tensor(f"{i}.tokens").tolist() for i in range(len(prompts))]
@@ -167,7 +156,7 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
             out.update({f"{i}.{kind}.hidden": hidden.contiguous(), f"{i}.{kind}.logits": logits.contiguous()})
 
     for kind in dict.fromkeys(["float32", config.dtype]):
-        for p in model.parameters():  # but no buffer: the frequencies of rotary positions are always float32
+        for p in model.parameters():  # no buffers: the frequencies of rotary positions are always float32
             p.data = p.data.to(_DTYPES[kind])
         keep(kind)
     if config.engine.device == "cpu":

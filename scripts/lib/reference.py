@@ -1,4 +1,4 @@
-"""The yardstick of the checks and benchmarks: the served checkpoint in Hugging Face transformers, float32, on this CPU.
+"""Computes reference answers for checks and benchmarks: the checkpoint in Hugging Face transformers, float32, on this CPU.
 
 Imported by other scripts; not a command.
 """

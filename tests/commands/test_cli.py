@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from minisgl.commands.flags import _ENGINE_FLAGS, engine_config, flag
+from minisgl.commands.flags import config_from
 from minisgl.commands.serve import parser
-from minisgl.config import EngineConfig, ModelSpec
+from minisgl.config import EngineConfig, ModelSpec, ServerConfig, Setting, engine_config, flag, settings_of
 from minisgl.errors import InvalidParam, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.sampling_params import SamplingParams
@@ -30,9 +32,63 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 
 
 def test_every_field_of_the_engine_has_a_flag_with_its_default() -> None:
-    assert [name for name, *_ in _ENGINE_FLAGS] == [f.name for f in fields(EngineConfig)]
+    assert [name for name, *_ in settings_of(EngineConfig)] == [f.name for f in fields(EngineConfig)]
     args = vars(parser().parse_args([]))
     assert engine_config(args) == EngineConfig()
+
+
+def test_every_flag_of_the_server_sets_the_field_that_declares_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a key of twenty characters\n")
+    flags = "--host ::1 --port 9 --served-model-name a --served-model-name b --drain-seconds 0.5 --max-open-requests 7"
+    flags += " --max-queue 6 --max-queued-tokens 5 --tool-call-parser none --num-tokenizers 3 --strict --any-model-name"
+    args = parser().parse_args([*flags.split(), "--data-dir", "d", "--api-key-file", str(keys), "--device", "cpu"])
+    assert config_from(args, resolve(None), ("hermes", "qwen3")).server == ServerConfig(
+        host="::1",
+        port=9,
+        served_names=("a", "b"),
+        drain_seconds=0.5,
+        max_open_requests=7,
+        max_queue=6,
+        max_queued_tokens=5,
+        tool_call_parser="",
+        reasoning_parser="qwen3",  # auto: what the template shows
+        num_tokenizers=3,
+        strict=True,
+        any_model_name=True,
+        data_dir="d",
+        api_keys=("a key of twenty characters",),
+    )
+    spec = resolve(None)
+    assert config_from(parser().parse_args([]), spec).server == ServerConfig(served_names=(spec.name,))
+
+
+@pytest.mark.parametrize("config", [EngineConfig, ServerConfig])
+def test_the_declaration_of_a_field_is_what_help_shows_and_what_is_checked(
+    config: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken within a word
+    shown = " ".join(parser().format_help().split())
+    for name, default, s in settings_of(config):
+        on_gpu = "" if s.on_gpu is None else f", on a GPU {s.on_gpu}"
+        stated = "" if s.options or default == "" or default is False else f" ({default}{on_gpu})"
+        assert re.search(rf" {s.flag or flag(name)}( [^ ]+)? {re.escape(s.help + stated)} ", shown + " "), name
+        if s.choices:
+            with pytest.raises(UserError, match=f"^{flag(name)} must be one of {', '.join(s.choices)}, got 'tea'"):
+                config(**{name: "tea"})
+        if s.low is not None:
+            for value in (s.low - 1, s.high + 1):
+                with pytest.raises(UserError, match=f"^{flag(name)} must be between {int(s.low)} and {int(s.high)}, got"):
+                    config(**{name: value})
+
+
+def test_a_field_with_a_range_takes_both_ends_of_it() -> None:
+    declared: list[tuple[str, Setting]] = [(name, s) for name, _, s in settings_of(EngineConfig) if s.low is not None]
+    assert len(declared) == 10
+    for name, s in declared:
+        other = {"step_tokens": {"max_running": 1}, "max_running": {"step_tokens": 1 << 20}}.get(name, {})
+        for value in (s.low, s.high):
+            assert getattr(EngineConfig(**{name: value, **other}), name) == value
 
 
 def test_a_visible_gpu_is_used_with_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

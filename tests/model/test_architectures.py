@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, Driver, config_for, save_architecture
 
 from minisgl.actors.spawn import make_runner
+from minisgl.config import RopeScaling
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.functional import route
 from minisgl.model.common.parallel import Parallel
@@ -234,7 +235,7 @@ BUGS = {
         "qwen2",
         _replaced("minisgl.model.cpu.layers.CpuLayers.linear", lambda s, *w, **k: _PROJECTION(s, *w)),
     ),
-    "yarn without its factor of attention": ("qwen3", _spec(rope_scaling='{"rope_type": "linear", "factor": 4.0}')),
+    "yarn without its factor of attention": ("qwen3", _spec(rope_scaling=RopeScaling("linear", factor=4.0))),
     "weights of experts not normalised": (
         "qwen3-moe",
         _replaced("minisgl.model.cpu.layers.route", lambda x, k, _: _ROUTE(x, k, False)),

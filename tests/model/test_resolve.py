@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.config import Config, EngineConfig, ModelSpec, RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_spec import served_name
 from minisgl.model.checkpoint.resolve import resolve
@@ -48,7 +48,7 @@ def test_a_directory_is_read_without_its_weights(tmp_path):
     spec = resolve(checkpoint(tmp_path / "My-Model"))
     assert spec.name == "My-Model"
     assert (spec.format, spec.architecture, spec.dtype) == ("safetensors", "LlamaForCausalLM", "bfloat16")
-    assert (spec.head_dim, spec.num_kv_heads, spec.rope_theta, spec.rope_scaling) == (16, 2, 5000.0, "")
+    assert (spec.head_dim, spec.num_kv_heads, spec.rope_theta, spec.rope_scaling) == (16, 2, 5000.0, None)
     assert not spec.tie_embeddings
     assert ModelSpec.from_json(spec.to_json()) == spec
 
@@ -120,13 +120,13 @@ def test_the_eos_of_a_tokenizer_without_ids_is_found_in_tokenizer_json(tmp_path)
 def test_rope_is_read_from_old_and_new_configs(config, tmp_path):
     spec = resolve(checkpoint(tmp_path, **config))
     assert spec.rope_theta == 5000.0
-    assert json.loads(spec.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
+    assert spec.rope_scaling == RopeScaling("linear", factor=2.0)
 
 
 def test_null_and_default_rope_mean_no_scaling(tmp_path):
-    assert resolve(checkpoint(tmp_path / "a", rope_scaling=None)).rope_scaling == ""
+    assert resolve(checkpoint(tmp_path / "a", rope_scaling=None)).rope_scaling is None
     spec = resolve(checkpoint(tmp_path / "b", rope_parameters={"rope_type": "default", "rope_theta": 7.0}))
-    assert (spec.rope_theta, spec.rope_scaling) == (7.0, "")
+    assert (spec.rope_theta, spec.rope_scaling) == (7.0, None)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,8 @@ def test_gemma_is_read_from_old_and_new_configs_alike(tmp_path):
     }
     for name, config in (("old", {**old, "sliding_window_pattern": 6}), ("new", new)):
         spec = published(tmp_path / name, "Gemma3ForCausalLM", **both, **config)
-        assert (spec.rope_theta, spec.local_rope_theta, json.loads(spec.rope_scaling)["factor"]) == (1e6, 1e4, 8.0)
+        assert spec.rope_scaling is not None
+        assert (spec.rope_theta, spec.local_rope_theta, spec.rope_scaling.factor) == (1e6, 1e4, 8.0)
         assert spec.windows == (100, 100, 100, 100, 100, 0, 100, 100)
         assert (spec.scale, spec.activation, spec.tie_embeddings, spec.qk_norm) == (1 / 12, "gelu_tanh", True, True)
         assert (spec.attn_softcap, spec.logit_softcap) == (0.0, 0.0)
@@ -375,10 +376,11 @@ def test_a_phi_3_has_its_original_context_outside_the_scaling(tmp_path):
             partial_rotary_factor=0.75,
             sliding_window=262144,
         )
-        scaling = json.loads(spec.rope_scaling)
-        assert (scaling["rope_type"], scaling["original_max_position_embeddings"]) == ("longrope", 128)
+        scaling = spec.rope_scaling
+        assert scaling is not None
+        assert (scaling.rope_type, scaling.original_max_position_embeddings) == ("longrope", 128)
         assert (spec.rotary_dim, spec.windows, spec.max_context) == (12, (), 512)
-        assert scaling["attention_factor"] == pytest.approx((1 + 2 / 7) ** 0.5)  # sqrt(1 + ln 4 / ln 128)
+        assert scaling.attention_factor == pytest.approx((1 + 2 / 7) ** 0.5)  # sqrt(1 + ln 4 / ln 128)
 
 
 def test_experts_and_layers_without_are_counted(tmp_path):

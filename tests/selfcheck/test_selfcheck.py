@@ -55,7 +55,7 @@ def checked(
     """Exit code and table, without the engine's answers, which need processes."""
     monkeypatch.setattr(command, "_answers", lambda *_: answers or {})
     config = Config(resolve(str(path)), EngineConfig(**{"quantization": "none", "threads": 1, "page_size": 4, **engine}))
-    code = command.check(config, {}, TOKENS, jobs)
+    code = command.check(config, TOKENS, jobs)
     return code, capfd.readouterr().out
 
 
@@ -396,7 +396,7 @@ def test_what_cannot_be_checked_is_a_sentence(checkpoint, tmp_path, capfd):
         (damaged / name).write_bytes((checkpoint / name).read_bytes()[: -100 if name == "model.safetensors" else None])
     config = Config(resolve(str(damaged)), EngineConfig(quantization="none", threads=1))
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
-        command.check(config, {}, TOKENS)
+        command.check(config, TOKENS)
 
 
 def test_a_rank_that_fails_ends_the_others_which_wait_for_it(checkpoint, tmp_path):

@@ -68,7 +68,7 @@ class Gemma(llama.Llama):
         spec = build.spec
         self.local_rope = self.rope
         if spec.local_rope_theta:
-            self.local_rope = build.layers.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=""))
+            self.local_rope = build.layers.rope(replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=None))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(ids)

@@ -1,30 +1,33 @@
-"""The files of a checkpoint directory in Hugging Face's layout: JSON objects, and the safetensors files.  No torch."""
+"""Reads the files of a checkpoint directory in Hugging Face's layout: JSON objects and safetensors.  No torch at import."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from minisgl.errors import UserError
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON file that must hold an object.  Raises UserError naming it."""
+
+def read_json(*path: str, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; `optional`: {} where there is no such file.  Raises UserError naming the file."""
+    file = os.path.join(*path)
+    if optional and not os.path.isfile(file):
+        return {}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(file, encoding="utf-8") as f:
             value = json.load(f)
     except OSError as e:
-        raise UserError(f"{path}: cannot read it: {e.strerror}.") from e
+        raise UserError(f"{file}: cannot read it: {e.strerror}.") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON ({e}).") from e
+        raise UserError(f"{file}: not valid JSON ({e}).") from e
     if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}.")
+        raise UserError(f"{file}: should hold a JSON object, holds a {type(value).__name__}.")
     return value
-
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def weight_files(path: str) -> list[str]:
@@ -37,3 +40,69 @@ def weight_files(path: str) -> list[str]:
     if not isinstance(names, dict) or not all(isinstance(n, str) and os.path.basename(n) == n for n in names.values()):
         raise UserError(f"{index}: weight_map should map tensor names to file names in the same directory.")
     return [os.path.join(path, n) for n in sorted(set(names.values()))]
+
+
+class SafetensorsFiles:
+    """All tensors of a directory's *.safetensors files by name; remembers which were used."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._used: set[str] = set()
+        self._file_of: dict[str, Any] = {}  # tensor name -> open file
+        for file in weight_files(path):
+            opened = _open(file)
+            self._file_of.update(dict.fromkeys(opened.keys(), opened))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def dtype(self, name: str) -> str:
+        """The dtype by its name in safetensors: "BF16", "F8_E4M3", ..."""
+        return str(self._file_of[name].get_slice(name).get_dtype())
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
+        """A lazy slice, and `name` counts as used.  Raises UserError naming a tensor that is missing or not of that shape."""
+        if name not in self._file_of:
+            raise missing(self.path, name)
+        self._used.add(name)
+        lazy = self._file_of[name].get_slice(name)
+        if shape is not None:
+            check_shape(self.path, name, tuple(lazy.get_shape()), shape)
+        return lazy
+
+    def unused(self) -> list[str]:
+        return [n for n in self._file_of if n not in self._used]
+
+
+def _open(path: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    opener: Callable[..., Any] = safe_open
+    try:
+        return opener(path, framework="pt")
+    except FileNotFoundError as e:
+        raise UserError(f"--model: {path} is named by the index but missing. Is the download complete?") from e
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"--model: {path} is truncated or damaged ({e}). Download it again.") from e
+
+
+# ---------------- complaints about tensors, of every format
+def check_shape(path: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises UserError naming the tensor and both shapes."""
+    if found != expected:
+        raise UserError(f"--model {path}: {name} has shape {found}, the model's sizes make it {expected}.")
+
+
+def missing(path: str, name: str) -> UserError:
+    return UserError(f"--model {path}: the checkpoint lacks the tensor {name}. Is the download complete?")
+
+
+def unexpected(path: str, names: Iterable[str]) -> UserError:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return UserError(
+        f"--model {path}: the checkpoint holds tensors that this architecture has no place for: {', '.join(names[:3])}{more}."
+    )

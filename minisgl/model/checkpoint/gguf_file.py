@@ -1,14 +1,14 @@
-"""GGUF files: metadata and tensors, read through one memory map.  No torch.
+"""Reads GGUF files, metadata and tensors, through one memory map.  No torch.
 
-The `gguf` package has a reader too, but it makes several numpy objects for every element of every array: a vocabulary of
-49k tokens takes it seconds, this reader tens of milliseconds.  Its dequantisation is used as it is.
+The reader of the `gguf` package makes several numpy objects for every element of every array: a vocabulary of 49k tokens
+takes seconds there and tens of milliseconds here.  The package dequantises the blocks.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     magic "GGUF" | version u32 | n_tensors u64 | n_kv u64 | n_kv x (key str, type u32, value)
     | n_tensors x (name str, n_dims u32, n_dims x u64, ggml type u32, offset u64) | padding to the alignment | tensor data
 
-Every count is checked against the bytes that are left before it is believed, so a damaged file fails at once, by name.
+Every count is compared with the bytes that are left before it is used, so a damaged file fails at once, by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from minisgl.errors import UserError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MIN_KV_BYTES = 8 + 4 + 1  # an empty key and a one-byte value
@@ -72,9 +72,8 @@ class _Cursor:
         return int(_U64.unpack_from(self.buf, self.take(8))[0])
 
     def string(self) -> str:
-        n = self.u64()
-        start = self.take(n)
-        return self.buf[start : start + n].decode("utf-8", "replace")
+        start = self.take(self.u64())
+        return self.buf[start : self.at].decode("utf-8", "replace")
 
     def strings(self, n: int) -> list[str]:
         """The hot loop: a vocabulary and its merges are 100k strings."""
@@ -94,25 +93,19 @@ class _Cursor:
         return out
 
     def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self.array()
-        code = _SCALARS.get(kind)
-        if code is None:
-            raise Malformed(f"unknown value type {kind} before byte {self.at}")
-        return struct.unpack_from("<" + code, self.buf, self.take(struct.calcsize("<" + code)))[0]
+        if kind != _ARRAY:
+            return self.values(kind, 1)[0]
+        return self.values(self.u32(), self.u64())
 
-    def array(self) -> list[Any]:
-        kind, n = self.u32(), self.u64()
+    def values(self, kind: int, n: int) -> list[Any]:
+        """`n` values of one type, which is no array."""
         if kind == _STRING:
             return self.strings(n)
-        code = _SCALARS.get(kind)
-        if code is None:
-            raise Malformed(f"unsupported array of value type {kind} before byte {self.at}")
-        dtype = np.dtype("?" if code == "?" else "<" + code)
+        if kind not in _SCALARS:
+            raise Malformed(f"unknown value type {kind} before byte {self.at}")
+        dtype = np.dtype(_SCALARS[kind])
         start = self.take(n * dtype.itemsize)
-        items: list[Any] = np.frombuffer(self.buf[start : self.at], dtype).tolist()
+        items: list[Any] = np.frombuffer(self.buf, dtype, n, start).tolist()
         return items
 
 
@@ -131,28 +124,24 @@ class GGUFFile:
         try:
             with open(path, "rb") as f:
                 if os.fstat(f.fileno()).st_size == 0:
-                    raise Malformed("it is empty")
+                    raise UserError(f"--model {path}: not a GGUF file: it is empty.")
                 buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls(path, buf, *_parse(buf))
         except OSError as e:
             raise UserError(f"--model {path}: cannot read it: {e.strerror}") from e
-        except Malformed as e:
-            raise UserError(f"--model {path}: not a GGUF file: {e}.") from e
-        try:
-            return cls(path, buf, *_parse(buf))
         except Malformed as e:
             raise UserError(f"--model {path}: not a usable GGUF file: {e}. If it was downloaded, download it again.") from e
 
     def data(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, u8[rows, bytes per row]: a read-only view of the file.  A vector is one row."""
         info = self.tensors[name]
-        n = math.prod(info.shape[:-1])
-        raw = np.frombuffer(self._buf, np.uint8, info.nbytes, info.offset).reshape(n, -1)
+        raw = np.frombuffer(self._buf, np.uint8, info.nbytes, info.offset).reshape(math.prod(info.shape[:-1]), -1)
         return raw if rows is None else raw[rows[0] : rows[1]]
 
     def dequantize(
         self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
     ) -> npt.NDArray[np.float32]:
-        """A tensor as float32: all of it, or some rows and columns of a matrix; no block outside of them is read.
+        """A tensor as float32, or some rows and columns of a matrix; only blocks with these values are read.
 
         Raises UserError for a quantisation that the gguf package cannot read.
         """
@@ -167,7 +156,7 @@ class GGUFFile:
         first = start // block
         raw = raw[:, first * block_bytes : -(-end // block) * block_bytes]
         out: npt.NDArray[np.float32]
-        try:  # the bytes of some columns do not lie together, which the package expects of a row's
+        try:  # the package expects contiguous rows, which a range of columns has not
             out = raw.view(np.float32) if kind == GGMLQuantizationType.F32 else dequantize(np.ascontiguousarray(raw), kind)
         except NotImplementedError as e:
             raise UserError(f"--model {self.path}: tensor {name} is stored as {kind.name}, which cannot be read.") from e
@@ -202,8 +191,8 @@ def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         if name in tensors:
             raise Malformed(f"tensor {name[:64]!r} appears twice")
         nbytes = _nbytes(name, shape, kind)
-        if offset % alignment or base + offset + nbytes > len(buf):
-            end = base + offset + nbytes
+        end = base + offset + nbytes
+        if offset % alignment or end > len(buf):
             raise Malformed(
                 f"tensor {name[:64]!r} should end at byte {end}, the file has {len(buf)}: it is truncated or damaged"
             )

@@ -1,12 +1,11 @@
-"""ModelSpec of a GGUF file.  No torch."""
+"""Builds the ModelSpec of a GGUF file from its metadata.  No torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 
-from minisgl.config import ModelSpec
+from minisgl.config import ModelSpec, RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_file import GGUFFile
 from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
@@ -70,25 +69,27 @@ def spec_from_gguf(path: str) -> ModelSpec:
         eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
         generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
         qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # in llama's files, too, if the model has them
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,  # also in files of the llama architecture
         o_bias="blk.0.attn_output.bias" in file.tensors,
     )
     return check(path, spec)
 
 
 def _dtype(file: GGUFFile) -> str:
-    """What a GPU computes in: that of plain matrices.  Where they are quantised, bfloat16, whose range no activation leaves;
-    what it rounds off the weights is less than what the blocks did."""
+    """The dtype that a GPU computes in: that of plain matrices; bfloat16 for quantised ones.
+
+    No activation leaves bfloat16's range, and its rounding of the weights is finer than that of the blocks.
+    """
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
 
 
-def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
-    """Llama 3.1's scaling arrives as a tensor of divisors, one per frequency; linear scaling and YaRN as keys."""
+def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> RopeScaling | None:
+    """Llama 3.1's scaling is a tensor of divisors, one per frequency; linear scaling and YaRN are keys."""
     prefix = f"{arch}.rope.scaling."
     kind = fields.get(prefix + "type")
     fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
-    named = ""
+    named = None
     if kind not in (None, "none"):
         values = {"rope_type": kind, "factor": _factor(fields, arch)}
         values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
@@ -103,7 +104,7 @@ def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> str:
     divisors = file.dequantize("rope_freqs.weight").tolist()
     if not all(1e-6 < d < 1e6 for d in divisors):
         raise UserError(f"--model {file.path}: rope_freqs.weight holds values that are no frequency divisors.")
-    return json.dumps({"rope_type": "divisors", "divisors": divisors})
+    return RopeScaling("divisors", divisors=tuple(divisors))
 
 
 def _factor(fields: Metadata, arch: str) -> float:

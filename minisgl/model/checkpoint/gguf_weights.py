@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file under Hugging Face names, dequantised piece by piece.  Runs in the workers."""
+"""Reads the tensors of a GGUF file under Hugging Face names, dequantised piece by piece.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from minisgl.config import ModelSpec
+from minisgl.model.checkpoint.files import check_shape, missing, unexpected
 from minisgl.model.checkpoint.gguf_file import GGUFFile
-from minisgl.model.checkpoint.weights import check_shape, extra, in_pieces, missing, own
+from minisgl.model.checkpoint.weights import in_pieces, own
 from minisgl.model.common.gguf_blocks import BITS, GROUP
 from minisgl.model.common.shard import Range
 from minisgl.model.common.weights import StoredWeight, Weight
@@ -18,12 +19,10 @@ from minisgl.model.common.weights import StoredWeight, Weight
 class GGUFWeights:
     """An open GGUF file; see `Weights`.  Names: gguf-py's constants.py (MODEL_TENSOR), biases like the weights."""
 
-    _FIXED: ClassVar = {
+    _NAMES: ClassVar = {  # of modules; those below "model.layers.N." are below "blk.N." in the file
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
         "lm_head": "output",
-    }
-    _IN_LAYER: ClassVar = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -41,7 +40,7 @@ class GGUFWeights:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
         """`lazy`: see `open_weights`."""
         self._file = GGUFFile.open(spec.path)
-        # llama.cpp's files of this architecture alone rotate neighbours; see `halves_from_pairs`.
+        # Only llama.cpp's files of this architecture rotate neighbours; see `halves_from_pairs`.
         pairs = self._file.fields.get("general.architecture") == "llama"
         self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
         self._head_dim = spec.head_dim
@@ -62,7 +61,7 @@ class GGUFWeights:
 
         def read(some: Range) -> torch.Tensor:
             values = self._file.dequantize(stored, some, cols)
-            part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch wants to be able to write
+            part = torch.from_numpy(values if values.flags.writeable else values.copy())  # torch needs a writable array
             return halves_from_pairs(part, self._head_dim) if pairs else part
 
         (first, last), (start, end) = rows or (0, shape[0]), cols or (0, shape[1])
@@ -86,17 +85,16 @@ class GGUFWeights:
     def finish(self) -> None:
         left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]
         if left:
-            raise extra(self._file.path, left)
+            raise unexpected(self._file.path, left)
 
     def _stored_name(self, name: str) -> str:
-        """The file's name of a tensor; a name without a counterpart stays as it is, and will be missing."""
+        """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
         module, _, kind = name.rpartition(".")
-        if module in self._FIXED:
-            return f"{self._FIXED[module]}.{kind}"
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        if layer is None or layer[2] not in self._IN_LAYER:
+        stored = self._NAMES.get(layer[2] if layer else module)
+        if stored is None:
             return name
-        return f"blk.{layer[1]}.{self._IN_LAYER[layer[2]]}.{kind}"
+        return f"blk.{layer[1]}.{stored}.{kind}" if layer else f"{stored}.{kind}"
 
 
 def halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

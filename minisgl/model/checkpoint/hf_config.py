@@ -1,26 +1,18 @@
-"""ModelSpec of a directory in Hugging Face's layout: config.json beside safetensors.  No torch, no transformers."""
+"""Builds the ModelSpec of a directory in Hugging Face's layout: config.json next to safetensors.  No torch, no transformers."""
 
 from __future__ import annotations
 
 import glob
 import os
+from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import INDEX, read_json, weight_files
-from minisgl.model.checkpoint.hf_layers import (
-    activation,
-    attention_scale,
-    experts,
-    nope_layers,
-    optional,
-    rotary,
-    text_part,
-    windows,
-)
+from minisgl.model.checkpoint.hf_layers import activation, attention, experts, positions, text_part
 from minisgl.model.checkpoint.metadata import HF_SAMPLING, Metadata, check, sampling_defaults
 from minisgl.model.checkpoint.quant_spec import weight_format
-from minisgl.model.common.registry import HF_ARCHS
+from minisgl.model.common.registry import HF_ARCHS, Arch
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -28,7 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def spec_from_directory(path: str, name: str | None = None, *, weights: bool = True) -> ModelSpec:
     """Read the JSON files of a checkpoint.  Raises UserError if it is incomplete or cannot be served faithfully.
 
-    `weights=False`: they need not be there yet.
+    `weights=False`: the weight files may be absent.
     """
     source = os.path.join(path, "config.json")
     if not os.path.isfile(source):
@@ -37,43 +29,26 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
     archs = config.get("architectures")
     arch = archs[0] if isinstance(archs, list) and archs else None
     if arch not in HF_ARCHS:
-        if config.get("auto_map"):
-            raise UserError(
-                f"{source}: architecture {arch!r:.80} is Python code in the checkpoint (auto_map), which is never run. "
-                f"Supported: {', '.join(HF_ARCHS)}."
-            )
-        raise UserError(f"{source}: architecture {arch!r:.80} is not supported. Supported: {', '.join(HF_ARCHS)}.")
+        code = "Python code in the checkpoint (auto_map), which is never run" if config.get("auto_map") else "not supported"
+        raise UserError(f"{source}: architecture {arch!r:.80} is {code}. Supported: {', '.join(HF_ARCHS)}.")
     if weights:
         _check_weights(path)
     return check(source, _spec(path, name, config, arch))
 
 
 def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> ModelSpec:
+    """`outer`: the full config.json; the keys of the decoder may be an object inside it."""
     arch = HF_ARCHS[architecture]
     config = text_part(outer, arch)
     config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
-    quantization = config.get("quantization_config")
-    mxfp4 = arch.sinks and isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    layers, context = config.size("num_hidden_layers"), config.size("max_position_embeddings")
+    layers = config.size("num_hidden_layers")
     head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else arch.head_dim)
-    rope = rotary(config, arch, context)
-    bias = config.flag("attention_bias")
-    file = os.path.join(path, "generation_config.json")
-    generation = Metadata(file, read_json(file) if os.path.isfile(file) else {})
-    # Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
-    eos = (
-        generation.token_ids("eos_token_id"),
-        outer.token_ids("eos_token_id"),
-        _tokenizer_eos(path),
-        config.token_ids("eos_token_id"),
-    )
     return ModelSpec(
         name=name or os.path.basename(os.path.normpath(path)),
         path=path,
         format="safetensors",
         architecture=architecture,
-        dtype=_dtype(config if config.get("dtype") or config.get("torch_dtype") else outer),
         hidden_size=hidden,
         intermediate_size=config.size("intermediate_size"),
         num_layers=layers,
@@ -81,35 +56,48 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
         num_kv_heads=config.size("num_key_value_heads", heads),
         head_dim=head_dim,
         vocab_size=config.size("vocab_size"),
-        max_context=rope.max_context,
         rms_norm_eps=config.number("rms_norm_eps", arch.rms_norm_eps),
-        rope_theta=rope.theta,
-        rope_scaling=rope.scaling,
-        tie_embeddings=not _has_head(path) if arch.text else config.flag("tie_word_embeddings", arch.tied),
-        bos_id=next(iter(config.token_ids("bos_token_id")), None),
-        eos_ids=tuple(dict.fromkeys(i for ids in eos for i in ids)),
-        generation=sampling_defaults(generation, HF_SAMPLING),
-        weight_format="" if mxfp4 else weight_format(outer.source, outer.get("quantization_config")),
-        qk_norm=arch.qk_norm,
-        qkv_bias=arch.qkv_bias or bias,
-        o_bias=bias,
         activation=activation(config, arch),
-        rotary_dim=int(head_dim * rope.part) if rope.part < 1 else 0,
-        local_rope_theta=rope.local_theta,
-        nope_layers=nope_layers(config, arch, layers),
-        windows=windows(config, arch, layers, rope.max_context),
-        attn_scale=attention_scale(config, arch),
-        attn_softcap=optional(config, "attn_logit_softcapping", arch.attn_softcap),
-        logit_softcap=optional(config, "final_logit_softcapping", arch.logit_softcap),
-        sinks=arch.sinks,
-        expert_format="mxfp4" if mxfp4 else "",
-        weight_prefix="language_model." if arch.text else "",
+        **_generation(path, outer, config),
+        **_storage(path, outer, config, arch),
+        **positions(config, arch, layers, head_dim),
+        **attention(config, arch),
         **experts(config, arch, layers),
     )
 
 
+def _generation(path: str, outer: Metadata, config: Metadata) -> dict[str, Any]:
+    """The fields of ModelSpec for special tokens and sampling.
+
+    Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
+    """
+    file = os.path.join(path, "generation_config.json")
+    generation = Metadata(file, read_json(file, optional=True))
+    key = "eos_token_id"
+    eos = (*generation.token_ids(key), *outer.token_ids(key), *_tokenizer_eos(path), *config.token_ids(key))
+    return {
+        "bos_id": next(iter(config.token_ids("bos_token_id")), None),
+        "eos_ids": tuple(dict.fromkeys(eos)),
+        "generation": sampling_defaults(generation, HF_SAMPLING),
+    }
+
+
+def _storage(path: str, outer: Metadata, config: Metadata, arch: Arch) -> dict[str, Any]:
+    """The fields of ModelSpec for the way in which the weights are stored."""
+    quantization = outer.get("quantization_config")
+    declared = config.get("quantization_config")
+    mxfp4 = arch.sinks and isinstance(declared, dict) and declared.get("quant_method") == "mxfp4"
+    return {
+        "dtype": _dtype(config if config.get("dtype") or config.get("torch_dtype") else outer),
+        "tie_embeddings": not _has_head(path) if arch.text else config.flag("tie_word_embeddings", arch.tied),
+        "weight_format": None if mxfp4 else weight_format(outer.source, quantization),
+        "expert_format": "mxfp4" if mxfp4 else "",
+        "weight_prefix": "language_model." if arch.text else "",
+    }
+
+
 def _has_head(path: str) -> bool:
-    """Whether a checkpoint with images has an lm_head, about which its two configurations may disagree."""
+    """Whether a checkpoint with images has an lm_head; its two configurations may disagree about that."""
     index = os.path.join(path, INDEX)
     if os.path.isfile(index):
         return any(str(name).endswith("lm_head.weight") for name in read_json(index).get("weight_map") or ())
@@ -157,11 +145,8 @@ def _check_weights(path: str) -> None:
 
 
 def _tokenizer_eos(path: str) -> list[int]:
-    """The tokenizer names its EOS by text; its id is among the added tokens of one file or the other."""
-    source = os.path.join(path, "tokenizer_config.json")
-    if not os.path.isfile(source):
-        return []
-    tokenizer = read_json(source)
+    """The tokenizer names its EOS by text; the id is among the added tokens of either of two files."""
+    tokenizer = read_json(path, "tokenizer_config.json", optional=True)
     eos = tokenizer.get("eos_token")
     text = eos.get("content") if isinstance(eos, dict) else eos
     if not isinstance(text, str):
@@ -169,7 +154,6 @@ def _tokenizer_eos(path: str) -> list[int]:
     added = tokenizer.get("added_tokens_decoder")
     if isinstance(added, dict):
         return [int(i) for i, t in added.items() if i.isdigit() and isinstance(t, dict) and t.get("content") == text]
-    vocabulary = os.path.join(path, "tokenizer.json")
-    tokens = read_json(vocabulary).get("added_tokens") if os.path.isfile(vocabulary) else None
+    tokens = read_json(path, "tokenizer.json", optional=True).get("added_tokens")
     entries = [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
     return [t["id"] for t in entries if t.get("content") == text and isinstance(t.get("id"), int)]

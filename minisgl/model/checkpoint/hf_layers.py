@@ -1,14 +1,14 @@
-"""What a config.json says about the layers of a model: rotary positions, windows, experts.  No torch.
+"""Reads the layers of a model from its config.json: rotary positions, sliding windows, experts.  No torch.
 
-Every function takes what is absent from the registry, as transformers takes it from its configuration classes, and
-raises UserError naming the key for what cannot be served faithfully.
+An absent key has the default of the registry's entry, which is that of transformers' configuration class.  Every function
+raises UserError naming the key for a setting that cannot be served faithfully.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from minisgl.config import RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.metadata import Metadata, rope_scaling
 from minisgl.model.common.registry import Arch
@@ -18,7 +18,7 @@ _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def text_part(config: Metadata, arch: Arch) -> Metadata:
-    """What config.json says about the decoder, with the sizes that may be left out."""
+    """The keys of config.json that describe the decoder, with defaults for the sizes that may be left out."""
     values = config.values
     if arch.text:
         values = _mapping(config, "text_config")
@@ -31,64 +31,59 @@ def text_part(config: Metadata, arch: Arch) -> Metadata:
     return Metadata(f"{config.source} (text_config)" if arch.text else config.source, sizes | given)
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """`part`: share of a head's dimensions that is rotated; `max_context`: tokens that the scaled positions reach."""
+def positions(config: Metadata, arch: Arch, layers: int, head_dim: int) -> dict[str, Any]:
+    """The fields of ModelSpec for the context and the rotary positions.
 
-    theta: float
-    scaling: str
-    local_theta: float
-    part: float
-    max_context: int
-
-
-def rotary(config: Metadata, arch: Arch, context: int) -> Rotary:
-    """From `rope_parameters` (transformers 5: all in one place, or by type of layer) or `rope_theta` and `rope_scaling`.
-
-    `context`: max_position_embeddings.
+    They are in `rope_parameters` (transformers 5: all in one place, or by type of layer), or in `rope_theta` and
+    `rope_scaling`.
     """
-    new = _mapping(config, "rope_parameters")
-    by_type = Metadata(f"{config.source} (rope_parameters)", new)
-    local = _mapping(by_type, "sliding_attention")
-    new = _mapping(by_type, "full_attention") or {k: v for k, v in new.items() if k not in _LAYER_TYPES}
-    scaling = dict(new or _mapping(config, "rope_scaling"))
-    parameters = Metadata(by_type.source, new)
-    if local and local.get("rope_type", "default") != "default":
+    context = config.size("max_position_embeddings")
+    source = f"{config.source} (rope_parameters)"
+    by_type = Metadata(source, _mapping(config, "rope_parameters"))
+    flat = {key: value for key, value in by_type.values.items() if key not in _LAYER_TYPES}
+    parameters = Metadata(source, _mapping(by_type, "full_attention") or flat)
+    local = Metadata(source, _mapping(by_type, "sliding_attention"))
+    if local.values and local.values.get("rope_type", "default") != "default":
         raise UserError(f"{config.source}: scaled rotary positions in layers with a window are not supported.")
-    if config.get("original_max_position_embeddings") is not None and scaling:  # Phi-3 has it outside, and there it rules
-        scaling["original_max_position_embeddings"] = config.size("original_max_position_embeddings")
+    local_theta = local.number("rope_theta", config.number("rope_local_base_freq", arch.local_rope_theta))
+    stretched = _stretched(config, arch, dict(parameters.values or _mapping(config, "rope_scaling")))
+    scaling = rope_scaling(config.source, stretched, context)
+    part = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    reached = reach(scaling, context)
+    return {
+        "max_context": reached,
+        "rope_theta": parameters.number("rope_theta", config.number("rope_theta", arch.rope_theta)),
+        "rope_scaling": scaling,
+        "local_rope_theta": local_theta if arch.local_rope_theta else 0.0,
+        "rotary_dim": int(head_dim * part) if part < 1 else 0,
+        "nope_layers": nope_layers(config, arch, layers),
+        "windows": windows(config, arch, layers, reached),
+    }
+
+
+def _stretched(config: Metadata, arch: Arch, scaling: dict[str, Any]) -> dict[str, Any]:
+    """The rope scaling of a config.json with what Phi-3's checkpoints write otherwise."""
+    original = "original_max_position_embeddings"
+    if config.get(original) is not None and scaling:  # outside of the scaling, and there it rules
+        scaling[original] = config.size(original)
     if arch.model == "phi3.Phi3" and scaling.get("rope_type", scaling.get("type")) == "yarn":
-        scaling = {**scaling, "rope_type": "longrope"}  # what its first checkpoints call it
-    raw = rope_scaling(config.source, scaling, context)
-    local_theta = Metadata(by_type.source, local).number(
-        "rope_theta", config.number("rope_local_base_freq", arch.local_rope_theta)
-    )
-    return Rotary(
-        theta=parameters.number("rope_theta", config.number("rope_theta", arch.rope_theta)),
-        scaling=raw,
-        local_theta=local_theta if arch.local_rope_theta else 0.0,
-        part=parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)),
-        max_context=reach(scaling, context) if raw else context,
-    )
+        scaling["rope_type"] = "longrope"  # the name of its first checkpoints
+    return scaling
 
 
-def reach(scaling: dict[str, Any], context: int) -> int:
-    """Tokens that a scaled model can take.
+def reach(scaling: RopeScaling | None, context: int) -> int:
+    """The longest context of a model with rope scaling, in tokens.
 
-    YaRN and dynamic scaling are switched on by hand, in a config whose max_position_embeddings is still what the model was
-    trained with; the other kinds come with the checkpoint, which says how far they reach.
+    Users switch on YaRN and dynamic scaling by hand, and max_position_embeddings is still the context of the training.  The
+    other kinds come with the checkpoint, whose max_position_embeddings includes them.
     """
-    factor = scaling.get("factor") or 1.0
-    match scaling.get("rope_type", scaling.get("type")):
-        case "yarn":
-            return max(context, int(factor * (scaling.get("original_max_position_embeddings") or context)))
-        case "dynamic":
-            return int(factor * context)
-    return context
+    if scaling is not None and scaling.rope_type == "yarn":
+        return max(context, int(scaling.factor * scaling.original_max_position_embeddings))
+    return int(scaling.factor * context) if scaling is not None and scaling.rope_type == "dynamic" else context
 
 
 def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[int, ...]:
-    """ModelSpec.windows.  A window as wide as the `context` is none, unless it tells how a layer rotates."""
+    """ModelSpec.windows.  A window as wide as the `context` is none, unless layers with a window rotate differently."""
     if not arch.sliding:
         config.refuse("sliding_window", (), "sliding-window attention in this architecture is")
         config.refuse("use_sliding_window", (False,), "sliding-window attention in this architecture is")
@@ -99,27 +94,31 @@ def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[in
         width = arch.window
     if arch.local_rope_theta and not width:
         raise UserError(f"{config.source}: sliding_window is null, and this architecture needs one.")
-    wide = width >= context and not arch.local_rope_theta
-    if not width or wide or (arch.switched and not config.flag("use_sliding_window")):
+    narrow = 0 < width < context or arch.local_rope_theta > 0
+    if not narrow or (arch.switched and not config.flag("use_sliding_window")):
         return ()
+    sliding = _sliding_layers(config, arch, layers)
+    return tuple(width if i in sliding else 0 for i in range(layers)) if sliding else ()
+
+
+def _sliding_layers(config: Metadata, arch: Arch, layers: int) -> set[int]:
+    """The layers with a window: those of `layer_types`, else by the rule of the architecture; see Arch.sliding."""
     types = None if arch.sliding == "all" else config.get("layer_types")
-    known = isinstance(types, list) and len(types) >= layers and all(kind in _LAYER_TYPES for kind in types)
-    if types is not None and not known:
-        raise UserError(
-            f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(_LAYER_TYPES)} for each of the "
-            f"{layers} layers (other kinds of attention are not supported)."
-        )
     if types is not None:
-        slides = [kind == "sliding_attention" for kind in types[:layers]]
-    elif arch.sliding == "late":
-        first = 0 if config.get("max_window_layers") == 0 else config.size("max_window_layers", 28)
-        slides = [i >= first for i in range(layers)]
-    elif arch.sliding == "nope":
-        slides = [i in nope_layers(config, arch, layers) for i in range(layers)]
-    else:
-        period = config.size("sliding_window_pattern", arch.period)
-        slides = [period == 1 or (i + 1) % period != 0 for i in range(layers)]
-    return tuple(width if slide else 0 for slide in slides) if any(slides) else ()
+        if not isinstance(types, list) or len(types) < layers or any(kind not in _LAYER_TYPES for kind in types):
+            raise UserError(
+                f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(_LAYER_TYPES)} for each of "
+                f"the {layers} layers (other kinds of attention are not supported)."
+            )
+        return {i for i in range(layers) if types[i] == "sliding_attention"}
+    match arch.sliding:
+        case "late":
+            first = 0 if config.get("max_window_layers") == 0 else config.size("max_window_layers", 28)
+            return set(range(first, layers))
+        case "nope":
+            return set(nope_layers(config, arch, layers))
+    period = config.size("sliding_window_pattern", arch.period)
+    return {i for i in range(layers) if period == 1 or (i + 1) % period}
 
 
 def nope_layers(config: Metadata, arch: Arch, layers: int) -> tuple[int, ...]:
@@ -136,7 +135,7 @@ def nope_layers(config: Metadata, arch: Arch, layers: int) -> tuple[int, ...]:
 
 
 def activation(config: Metadata, arch: Arch) -> str:
-    """ModelSpec.activation: Gemma's is `hidden_activation`, whatever an older `hidden_act` says.  gpt-oss' is in the code."""
+    """ModelSpec.activation.  Gemma's `hidden_activation` overrides an older `hidden_act`; gpt-oss has no key for it."""
     if arch.activation == "clamped_swiglu":
         config.refuse("swiglu_limit", (7, 7.0), "another bound of the activation is")
         config.refuse("swiglu_alpha", (1.702,), "another slope of the activation is")
@@ -152,10 +151,19 @@ def activation(config: Metadata, arch: Arch) -> str:
     return _ACTIVATIONS[value]
 
 
-def attention_scale(config: Metadata, arch: Arch) -> float:
-    """ModelSpec.attn_scale."""
+def attention(config: Metadata, arch: Arch) -> dict[str, Any]:
+    """The fields of ModelSpec for queries, keys, values and scores."""
+    bias = config.flag("attention_bias")
     scalar = arch.query_pre_attn_scalar and config.number("query_pre_attn_scalar", arch.query_pre_attn_scalar)
-    return scalar**-0.5 if scalar else 0.0
+    return {
+        "qk_norm": arch.qk_norm,
+        "qkv_bias": arch.qkv_bias or bias,
+        "o_bias": bias,
+        "attn_scale": scalar**-0.5 if scalar else 0.0,
+        "attn_softcap": optional(config, "attn_logit_softcapping", arch.attn_softcap),
+        "logit_softcap": optional(config, "final_logit_softcapping", arch.logit_softcap),
+        "sinks": arch.sinks,
+    }
 
 
 def optional(config: Metadata, key: str, default: float) -> float:
@@ -168,9 +176,10 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
     if not arch.experts:
         return {}
     if arch.experts != "qwen":
+        number, per_token = (8, 2) if arch.experts == "mixtral" else (128, 4)
         return {
-            "num_experts": config.size("num_local_experts", 8 if arch.experts == "mixtral" else 128),
-            "experts_per_token": config.size("num_experts_per_tok", 2 if arch.experts == "mixtral" else 4),
+            "num_experts": config.size("num_local_experts", number),
+            "experts_per_token": config.size("num_experts_per_tok", per_token),
             "expert_size": config.size("intermediate_size"),
             "norm_topk": True,
         }

@@ -1,8 +1,7 @@
-"""Weights of a checkpoint, one tensor at a time, only the rows or columns that a rank owns.  Runs in the workers.
+"""Opens the weights of a checkpoint of any format; a rank reads the rows or columns that it owns.  Runs in the workers.
 
-A model asks for each tensor by its Hugging Face name and says which shape it expects; all formats answer alike.  Files are
-memory-mapped, so ranks on one machine share the page cache and nobody holds a whole checkpoint in private memory; beside what
-is handed out, only a piece of one tensor is in memory at a time.
+A model takes each tensor by its Hugging Face name and the shape it expects.  Files are memory-mapped, so the ranks of one
+machine share the page cache.  Next to the tensors already taken, only a piece of one tensor is in private memory.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class OnDevice:
 def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:
     """Open the checkpoint that `spec` was read from; its tensors are of `dtype` and on `device`, by default the CPU.
 
-    Quantised ones are dequantised: to float32, then rounded to `dtype`.
+    Quantised tensors are dequantised to float32, then rounded to `dtype`.
 
-    lazy: matrices of products stay as they are stored: in another floating-point type, or as StoredWeights where the file has
-    them in blocks of a kind of minisgl.model.common.gguf_blocks.
+    lazy: the matrices of the linear layers keep their stored form.  Floating-point ones keep their dtype; those in a block type
+    of minisgl.model.common.gguf_blocks are StoredWeights.
     """
     if spec.format == "random":
         return RandomWeights(dtype, device or torch.device("cpu"))

@@ -1,16 +1,15 @@
-"""Typed access to what a checkpoint says about itself.  No torch.
+"""Reads typed values from the metadata of a checkpoint, and the parts that all formats share.  No torch.
 
 A checkpoint is user input: every value is checked where it is read, and a bad one is a UserError naming the file and the key.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from minisgl.config import ModelSpec
+from minisgl.config import ModelSpec, RopeScaling, SamplingDefaults
 from minisgl.errors import UserError
 
 MAX_SIZE = 1 << 31
@@ -35,32 +34,29 @@ class Metadata:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer; UserError if it is absent (and has no default) or something else."""
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                raise UserError(f"{self.source}: {key} is missing.")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_SIZE:
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a positive integer.")
+        value: int = self._checked(key, default, (int,), MAX_SIZE, "a positive integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number; UserError if it is absent (and has no default) or something else."""
+        return float(self._checked(key, default, (int, float), math.inf, "a positive number"))
+
+    def _checked(self, key: str, default: float | None, types: tuple[type, ...], end: float, what: str) -> Any:
         value = self.get(key)
         if value is None:
             if default is None:
                 raise UserError(f"{self.source}: {key} is missing.")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a positive number.")
-        return float(value)
+        if type(value) not in types or not 0 < value < end:
+            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not {what}.")
+        return value
 
-    def numbers(self, key: str) -> list[float]:
+    def numbers(self, key: str) -> tuple[float, ...]:
         """A list of positive finite numbers; UserError if it is absent or something else."""
         value = self.get(key)
         if not isinstance(value, list):
             raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a list of numbers.")
-        return [Metadata(self.source, {key: v}).number(key) for v in value]
+        return tuple(Metadata(self.source, {key: v}).number(key) for v in value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false; UserError if it is something else."""
@@ -85,82 +81,83 @@ class Metadata:
 
 
 # What generation_config.json and GGUF files call the parameters -> the fields of SamplingParams.
-_SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
 HF_SAMPLING = {**_SAMPLING, "repetition_penalty": "repetition_penalty"}
-_NOT_ZERO = ("top_p", "repetition_penalty")
 GGUF_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty", **_SAMPLING}
+_LARGEST = {"top_p": 1.0, "min_p": 1.0, "top_k": MAX_SIZE - 1}
+_NOT_ZERO = ("top_p", "repetition_penalty")
 
 
-def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = "") -> str:
-    """The sampling parameters that a checkpoint recommends, as JSON; "" for none.  Raises UserError for an impossible value.
+def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = "") -> SamplingDefaults:
+    """The sampling parameters that a checkpoint recommends.  Raises UserError for an impossible value.
 
-    `names` translates; `prefix` stands before every key.  `do_sample: false` recommends the likeliest token, whatever else.
+    `names` maps the keys, each behind `prefix`, to fields of SamplingDefaults.  `do_sample: false` overrides all of them: it
+    recommends greedy decoding.
     """
     if fields.get("do_sample") is False:
-        return json.dumps({"temperature": 0.0})
+        return SamplingDefaults(temperature=0.0)
     found: dict[str, Any] = {}
     for key, name in names.items():
         value = fields.get(prefix + key)
         if value is None:
             continue
-        highest = {"top_p": 1.0, "min_p": 1.0, "top_k": MAX_SIZE - 1}.get(name, 100.0)
-        possible = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= highest
+        possible = type(value) in (int, float) and 0 <= value <= _LARGEST.get(name, 100.0)
         if not possible or (name == "top_k" and value != int(value)) or (name in _NOT_ZERO and value == 0):
             raise UserError(f"{fields.source}: {prefix}{key} is {value!r:.80}, which is no {name}.")
         found[name] = int(value) if name == "top_k" else float(value)
-    return json.dumps(found) if found else ""
+    return SamplingDefaults(**found)
 
 
-def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) -> str:
-    """The checkpoint's rope scaling as canonical JSON, "" for none.  Raises UserError for a kind that is not known.
+def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) -> RopeScaling | None:
+    """The checkpoint's rope scaling, None without one.  Raises UserError for an unknown kind.
 
-    `max_context`: the checkpoint's max_position_embeddings, where a kind depends on it and does not say otherwise.
+    `max_context`: the checkpoint's max_position_embeddings, for kinds that depend on it and do not state it themselves.
     """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind)  # its first name
+    kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
-        return ""
+        return None
     if kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
         raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
     fields = Metadata(f"{source} (rope scaling)", scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
-    original = "original_max_position_embeddings"
-    if kind == "dynamic":  # here it is max_position_embeddings that the text is measured against
-        values[original] = max_context
+    if kind == "dynamic":  # the length of a text is compared with max_position_embeddings
+        values["original_max_position_embeddings"] = max_context
     elif kind in ("yarn", "longrope"):
-        values[original] = fields.number(original, float(max_context))
-        factor = fields.number("factor", max_context / values[original])
+        original = fields.number("original_max_position_embeddings", float(max_context))
+        factor = fields.number("factor", max_context / original)
         if kind == "yarn":
-            values |= {"factor": factor, "truncate": scaling.get("truncate") is not False}
             values |= {"beta_fast": fields.number("beta_fast", 32.0), "beta_slow": fields.number("beta_slow", 1.0)}
-            default = _yarn_amplitude(factor, fields)
+            values["truncate"] = scaling.get("truncate") is not False
+            amplitude = _yarn_amplitude(factor, fields)
         else:
             values |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
-            default = math.sqrt(1 + math.log(factor) / math.log(values[original])) if factor > 1 else 1.0
-        values["attention_factor"] = fields.number("attention_factor", default)
-    return json.dumps({"rope_type": kind, **values})
+            amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        values |= {"factor": factor, "original_max_position_embeddings": original}
+        values["attention_factor"] = fields.number("attention_factor", amplitude)
+    return RopeScaling(kind, **values)
 
 
 def _yarn_amplitude(factor: float, fields: Metadata) -> float:
-    """What cos and sin are multiplied by (YaRN, arXiv:2309.00071, section 3.4; the two `mscale` are DeepSeek's)."""
-    grows = 0.1 * math.log(factor) if factor > 1 else 0.0
+    """The factor of cos and sin (YaRN, arXiv:2309.00071, section 3.4; the two `mscale` are DeepSeek's)."""
+    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return (grows * fields.number("mscale") + 1) / (grows * fields.number("mscale_all_dim") + 1)
-    return grows + 1
+        return (growth * fields.number("mscale") + 1) / (growth * fields.number("mscale_all_dim") + 1)
+    return growth + 1
 
 
 def check(source: str, spec: ModelSpec) -> ModelSpec:
-    """The relations between the sizes that every supported architecture relies on.  Raises UserError; returns `spec`."""
+    """Check the relations between sizes that every supported architecture relies on.  Raises UserError; returns `spec`."""
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(f"{source}: {spec.num_heads} attention heads cannot be shared by {spec.num_kv_heads} KV heads.")
     rotated = spec.rotary_dim or spec.head_dim
     if rotated % 2 or rotated > spec.head_dim:
         raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} cannot be rotated in pairs.")
-    scaling = json.loads(spec.rope_scaling or "{}")
-    for name in ("short_factor", "long_factor"):
-        if name in scaling and len(scaling[name]) != rotated // 2:
-            raise UserError(f"{source}: {name} has {len(scaling[name])} entries, {rotated} dimensions need {rotated // 2}.")
+    if spec.rope_scaling is not None and spec.rope_scaling.rope_type == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if (n := len(getattr(spec.rope_scaling, name))) != rotated // 2:
+                raise UserError(f"{source}: {name} has {n} entries, {rotated} dimensions need {rotated // 2}.")
     if spec.experts_per_token > spec.num_experts:
         raise UserError(f"{source}: {spec.experts_per_token} experts of each token, and there are {spec.num_experts}.")
     bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]

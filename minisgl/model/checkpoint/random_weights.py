@@ -1,7 +1,7 @@
-"""A checkpoint of random weights: for benchmarks of a model's shape where its files are not at hand.  Runs in the workers.
+"""Makes a checkpoint of random weights, for benchmarks of a model's shape without its files.  Runs in the workers.
 
-Normal with standard deviation 0.02, norms 1, biases 0.  A tensor's values follow from its name alone, so every rank and every
-run has the same.  The text that comes out is noise; speed does not depend on it.
+Normal with standard deviation 0.02; norms are 1, biases 0.  A tensor's values depend on its name alone, so every rank and
+every run has the same.  The generated text is noise; the speed is that of real weights.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class RandomWeights:
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
         if len(shape) == 1:
-            mine = rows[1] - rows[0] if rows else shape[0]
-            return torch.full((mine,), float(not name.endswith(".bias")), dtype=self._dtype, device=self._device)
+            length = rows[1] - rows[0] if rows else shape[0]
+            return torch.full((length,), float(not name.endswith(".bias")), dtype=self._dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        whole = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, STD, generator=generator)
-        part = whole[slice(*rows)] if rows else whole[:, slice(*cols)] if cols else whole
-        return part if part is whole else part.clone()  # a view would keep the whole alive
+        full = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, STD, generator=generator)
+        part = full[slice(*rows)] if rows else full[:, slice(*cols)] if cols else full
+        return part if part is full else part.clone()  # a view would keep all of it alive
 
     def finish(self) -> None:
-        """Nothing can be left over."""
+        """Every tensor exists, so none can be left over."""

@@ -1,4 +1,4 @@
-"""From what the user wrote after --model to a ModelSpec.  No torch; runs in the root, in a fraction of a second."""
+"""Resolves the argument of --model to a ModelSpec.  No torch; runs in the root process, in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _HINT = "Check the spelling, or give the path of a local copy."
 def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
     """Find a model and read its metadata.
 
-    `model` is a .gguf file, a directory with config.json and safetensors, or a hub id "org/name", of which `revision` selects a
+    `model` is a .gguf file, a directory with config.json and safetensors, or a hub id "org/name", where `revision` selects a
     branch, tag or commit; None is the small model that comes as a Python package; "random:NAME" is the shape of a published
     model with random weights, for measurements.  Only a hub id uses the network.
-    Raises UserError with one sentence that names what is wrong and the way out.
+    Raises UserError with one sentence that names the fault and the remedy.
     """
     if model is None:
         return spec_from_gguf(embedded_model())
@@ -49,7 +49,7 @@ def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
 
 
 def embedded_model() -> str:
-    """The path of the model that is used when none is named.  Its package is located, not imported: it would import `llm`."""
+    """The path of the default model.  Its package is located, not imported: it would import `llm`.  Raises UserError."""
     found = importlib.util.find_spec(EMBEDDED_PACKAGE)
     for folder in (found.submodule_search_locations or ()) if found else ():
         path = os.path.join(folder, EMBEDDED_FILE)
@@ -64,18 +64,18 @@ def embedded_model() -> str:
 def _download(model: str, revision: str | None) -> ModelSpec:
     """Fetch a hub model into the shared cache, or find it there, with a progress bar.
 
-    The small files come first: what cannot be served is refused before gigabytes are fetched.  Weights are those of the index,
-    else model.safetensors, else whatever safetensors there are; never pickles, code, or the files of other frameworks.
+    The small files come first, so that an unsupported model is refused before gigabytes are fetched.  The weights are those of
+    the index, else model.safetensors, else all *.safetensors; never pickles, code, or the files of other frameworks.
     """
     path = _snapshot(model, revision, _METADATA)
     if not os.path.isfile(os.path.join(path, "config.json")):
         kinds = sorted(glob("*", root_dir=path))[:5]
         raise UserError(f"--model {model}: has no config.json{' (only ' + ', '.join(kinds) + ')' if kinds else ''}. {_HINT}")
     spec_from_directory(path, name=model, weights=False)
-    commit = os.path.basename(path)  # both parts of one version, even if somebody pushes in between
+    commit = os.path.basename(path)  # both parts of one version, even after a push in between
     pinned = commit if _COMMIT.fullmatch(commit) else revision
-    named = [os.path.basename(f) for f in weight_files(path)] if os.path.isfile(os.path.join(path, INDEX)) else [SINGLE]
-    path = _snapshot(model, pinned, named)
+    names = [os.path.basename(f) for f in weight_files(path)] if os.path.isfile(os.path.join(path, INDEX)) else [SINGLE]
+    path = _snapshot(model, pinned, names)
     if not weight_files(path):
         path = _snapshot(model, pinned, ["*.safetensors"])
     if not weight_files(path):
@@ -101,7 +101,7 @@ def _snapshot(model: str, revision: str | None, names: Sequence[str]) -> str:
         raise UserError(f"--revision {revision}: {model} has no such branch, tag or commit.") from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(f"--model {model}: no such model on the hub. {_HINT} A private model needs HF_TOKEN.") from e
-    except Exception as e:  # whatever the network stack raises: the user needs the sentence, the cause is chained
+    except Exception as e:  # any error of the network stack: the user gets a sentence, the cause is chained
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"--model {model}: cannot be downloaded ({reason:.200}). Is this machine offline? {_HINT}") from e
     return path

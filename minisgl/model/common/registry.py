@@ -110,7 +110,6 @@ HF_ARCHS = {
     "Phi3ForCausalLM": Arch("phi3.Phi3", sliding="all", rms_norm_eps=1e-5),
     "SmolLM3ForCausalLM": Arch("smollm3.SmolLM3", sliding="nope", switched=True, nope_period=4, rope_theta=2e6, tied=True),
 }
-QK_NORM_ARCHS = tuple(name for name, arch in HF_ARCHS.items() if arch.qk_norm)
 # `general.architecture` of a GGUF file -> the same model's Hugging Face class
 GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

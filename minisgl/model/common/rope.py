@@ -10,13 +10,11 @@ text of that length.
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
 import torch
 
-from minisgl.config import ModelSpec
+from minisgl.config import ModelSpec, RopeScaling
 
 
 class Rope:
@@ -46,58 +44,59 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def frequencies(spec: ModelSpec) -> tuple[torch.Tensor, float]:
     """Radians per position, f32[R/2], after the checkpoint's scaling, and the factor of cos and sin."""
     dim = spec.rotary_dim or spec.head_dim
-    scaling: dict[str, Any] = json.loads(spec.rope_scaling or '{"rope_type": "default"}')
-    amplitude = float(scaling.get("attention_factor", 1.0))
     powers = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     freqs: torch.Tensor = 1.0 / spec.rope_theta**powers
-    match scaling["rope_type"]:
-        case "default":
-            return freqs, amplitude
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return freqs, 1.0
+    match scaling.rope_type:
         case "linear":
-            return freqs / float(scaling["factor"]), amplitude
-        case "divisors":  # one per frequency, as GGUF files store Llama 3.1's scaling
-            return freqs / torch.tensor(scaling["divisors"]), amplitude
+            freqs = freqs / scaling.factor
+        case "divisors":
+            freqs = freqs / torch.tensor(scaling.divisors)
         case "dynamic":
-            return 1.0 / _dynamic_theta(spec, scaling, dim) ** powers, amplitude
+            freqs = 1.0 / _dynamic_theta(spec, scaling, dim) ** powers
         case "llama3":
-            return _llama3(freqs, scaling), amplitude
+            freqs = _llama3(freqs, scaling)
         case "yarn":
-            return _yarn(freqs, spec.rope_theta, scaling, dim), amplitude
+            freqs = _yarn(freqs, spec.rope_theta, scaling, dim)
         case "longrope":
-            kind = "long" if spec.max_context > scaling["original_max_position_embeddings"] else "short"
-            return 1.0 / (torch.tensor(scaling[f"{kind}_factor"]) * spec.rope_theta**powers), amplitude
-    raise ValueError(f"rope scaling {scaling['rope_type']!r} passed the resolver")
+            longer = spec.max_context > scaling.original_max_position_embeddings
+            freqs = 1.0 / (torch.tensor(scaling.long_factor if longer else scaling.short_factor) * spec.rope_theta**powers)
+        case kind:
+            raise ValueError(f"rope scaling {kind!r} passed the resolver")
+    return freqs, scaling.attention_factor
 
 
-def _dynamic_theta(spec: ModelSpec, scaling: dict[str, Any], dim: int) -> float:
+def _dynamic_theta(spec: ModelSpec, scaling: RopeScaling, dim: int) -> float:
     """NTK-aware: a larger base, so that the slowest wave is stretched by as much as the text exceeds the original context."""
-    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
     longest = max(spec.max_context, original)
     return float(spec.rope_theta * (factor * longest / original - (factor - 1)) ** (dim / (dim - 2)))
 
 
-def _llama3(freqs: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Llama 3.1: waves longer than the original context are slowed by `factor`, short ones kept, a ramp in between."""
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)  # of each wave within the original context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling.original_max_position_embeddings * freqs / (2 * math.pi)  # of each wave within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    scaled: torch.Tensor = keep * freqs + (1 - keep) * freqs / scaling["factor"]
+    scaled: torch.Tensor = keep * freqs + (1 - keep) * freqs / scaling.factor
     return scaled
 
 
-def _yarn(freqs: torch.Tensor, theta: float, scaling: dict[str, Any], dim: int) -> torch.Tensor:
+def _yarn(freqs: torch.Tensor, theta: float, scaling: RopeScaling, dim: int) -> torch.Tensor:
     """YaRN (Peng et al., arXiv:2309.00071, section 3.2): the same with a ramp over dimensions, between two numbers of turns."""
 
     def dimension(turns: float) -> float:
         """That makes `turns` turns within the original context."""
-        return dim * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
-    if scaling["truncate"]:
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
     keep = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    scaled: torch.Tensor = keep * freqs + (1 - keep) * freqs / scaling["factor"]
+    scaled: torch.Tensor = keep * freqs + (1 - keep) * freqs / scaling.factor
     return scaled

@@ -1,15 +1,22 @@
-"""How a model writes calls of tools and thoughts, guessed from its chat template.  No torch; runs where a server starts."""
+"""Reads the chat templates of a checkpoint and guesses its formats of tool calls and thoughts.  No torch, no tokenizer.
+
+Runs in the root process, and in the tokenizer processes.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from minisgl.config import ModelSpec
-from minisgl.model.text.tokenizer import chat_templates
+from minisgl.errors import UserError
+from minisgl.model.checkpoint.files import read_json
 
-_CALLS = (  # what a template shows, and the reader of minisgl.api.parsers.tool_calls for it; the first that fits
-    ("<function=", ""),  # the XML of Qwen3-Coder, which stands inside <tool_call>, too
+# A mark in a template -> the reader of minisgl.api.parsers.tool_calls for its format; the first mark that is found decides.
+_TOOL_CALLS = (
+    ("<function=", ""),  # the XML of Qwen3-Coder, which also stands inside <tool_call>
     ("<arg_key>", ""),  # that of GLM-4.5
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
@@ -18,21 +25,68 @@ _CALLS = (  # what a template shows, and the reader of minisgl.api.parsers.tool_
 
 
 def styles_of(spec: ModelSpec, chat_template: str = "") -> tuple[str, str]:
-    """(calls of tools, thoughts) of a checkpoint, "" where its template shows nothing that can be read.
+    """The formats (of tool calls, of thoughts) of a checkpoint, "" where its template shows none that can be read.
 
-    `chat_template`: a file to look at instead of the checkpoint's own.  Raises UserError for files that cannot be read.
+    `chat_template`: a file to use instead of the checkpoint's own.  Raises UserError for files that cannot be read.
     """
     return guess(chat_templates(spec, chat_template))
 
 
 def guess(templates: Mapping[str, str]) -> tuple[str, str]:
-    """The same, of templates by name."""
+    """The same for templates by name."""
     every = "\n".join(templates.values())
-    calls = next((style for mark, style in _CALLS if mark in every), "") if "tools" in every else ""
+    calls = next((style for mark, style in _TOOL_CALLS if mark in every), "") if "tools" in every else ""
     if "</think>" not in every and "<think>" not in every:
         return calls, ""
     default = templates.get("default", every)
-    # What stands behind the last mention of add_generation_prompt is where an answer begins.
+    # The text after the last mention of add_generation_prompt is the beginning of an answer.
     prompt = default.rpartition("add_generation_prompt")[2] if "add_generation_prompt" in default else ""
     opened = re.search(r"<think>(?!.*</think>)", prompt, re.DOTALL)
     return calls, "deepseek_r1" if opened else "qwen3"
+
+
+def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
+    """The sources of the chat templates by name: those of a checkpoint, or the one in the file `chat_template`.
+
+    Raises UserError for files that cannot be read.
+    """
+    if chat_template:
+        return {"default": _read_template(chat_template)}
+    if spec.format == "gguf":
+        from minisgl.model.checkpoint.gguf_file import GGUFFile
+
+        return gguf_templates(GGUFFile.open(spec.path).fields)
+    return _directory_templates(spec.path) if spec.path else {}
+
+
+def _read_template(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"--chat-template {path}: cannot read it: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--chat-template {path}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
+
+
+def gguf_templates(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The sources of the chat templates in the metadata of a GGUF file, by name."""
+    key = "tokenizer.chat_template"
+    keys = {"default": key} | {name: f"{key}.{name}" for name in fields.get("tokenizer.chat_templates") or ()}
+    return {name: fields[key] for name, key in keys.items() if isinstance(fields.get(key), str)}
+
+
+def _directory_templates(path: str) -> dict[str, str]:
+    """A file holds one template, or a list of several with names."""
+    sources: dict[str, str] = {}
+    for file in ("tokenizer_config.json", "chat_template.json"):
+        value = read_json(path, file, optional=True).get("chat_template")
+        named = [{"name": "default", "template": value}] if isinstance(value, str) else value
+        for t in named if isinstance(named, list) else ():
+            if isinstance(t, dict) and isinstance(t.get("template"), str):
+                sources[str(t["name"])] = t["template"]
+    jinja = os.path.join(path, "chat_template.jinja")
+    if os.path.isfile(jinja):
+        with open(jinja, encoding="utf-8") as f:
+            sources["default"] = f.read()
+    return sources

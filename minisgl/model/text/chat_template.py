@@ -1,8 +1,8 @@
-"""Chat templates: the Jinja program of a checkpoint that turns a conversation into the text the model was trained on.
+"""Renders chat templates: Jinja programs of a checkpoint that turn a conversation into the text the model was trained on.
 
 A template comes from the checkpoint, never from a request.  The sandbox keeps it away from Python, not from the CPU: one line
-can loop for hours or ask for gigabytes, and the messages it works on come from strangers.  Hence the limits on time, memory and
-output.  Runs in the tokenizer process.
+can loop for hours or allocate gigabytes, and the messages come from strangers.  Hence the limits on time, memory and output.
+Runs in the tokenizer process.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _UNLIMITED = resource.RLIM_INFINITY
 
 
 class _LimitExceeded(BaseException):
-    """The template is not done within the limits.  No Exception: Jinja's constant folding would swallow it and go on."""
+    """The template exceeds the limits.  A BaseException: Jinja's constant folding swallows an Exception and goes on."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says, for training; here it is only its content."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012  declared without ClassVar by jinja2
 
@@ -57,7 +57,7 @@ def _strftime_now(fmt: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """The names and settings that templates are written for: those of Hugging Face's `apply_chat_template`."""
+    """The names and settings of Hugging Face's `apply_chat_template`, for which templates are written."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -73,7 +73,7 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], specials: Mapping[str, str]) -> None:
         self._specials = dict(specials)
         self.source = sources.get("default")
-        self._templates: dict[str, jinja2.Template | str] = {}  # compiled, or why that failed
+        self._templates: dict[str, jinja2.Template | str] = {}  # compiled, or the reason of the failure
         env = _environment()
         for name, source in sources.items():
             try:
@@ -83,7 +83,7 @@ class ChatTemplate:
                 self._templates[name] = _reason(e)
 
     def fault(self) -> str | None:
-        """Why the default template cannot be used, if it cannot."""
+        """The reason why the default template cannot be used; None: it can."""
         template = self._templates.get("default")
         return template if isinstance(template, str) else None
 
@@ -102,13 +102,13 @@ class ChatTemplate:
         template = self._templates.get(name, f"it has none named {name}")
         if isinstance(template, str):
             raise _refused(f"cannot be used: {template}")
-        # Templates expect tools and documents to be defined always.
+        # Templates expect tools and documents to be defined.
         variables = {"tools": None, "documents": None, **self._specials, **kwargs}
         variables |= {"add_generation_prompt": generate, "messages": messages}
         try:
             with _bounded():
                 text = _render(template, variables)
-        except (Exception, _LimitExceeded) as e:  # whatever it is, these messages caused it
+        except (Exception, _LimitExceeded) as e:  # any error is caused by these messages
             raise _refused(f"cannot render these messages: {_reason(e)}") from e
         return _cut_after(text, messages[-1]) if proceed else text
 
@@ -134,7 +134,7 @@ def _refused(why: str) -> RequestError:
 
 
 def _cut_after(text: str, message: Mapping[str, Any]) -> str:
-    """The text up to the end of the last message's content, whether or not the template has trimmed it."""
+    """The text up to the end of the last message's content, which the template may have trimmed."""
     content = message.get("content")
     core = content.strip() if isinstance(content, str) else ""
     at = text.rfind(core) if core else -1
@@ -145,7 +145,7 @@ def _cut_after(text: str, message: Mapping[str, Any]) -> str:
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, with list contents joined into one string.  Raises InvalidParam where they are not messages."""
+    """The messages, with list contents joined into one string.  Raises InvalidParam for anything else."""
     if not isinstance(messages, list) or not messages:
         raise InvalidParam("messages", "messages must be a list with at least one message.")
     out = []

@@ -1,7 +1,7 @@
-"""From token ids to text, a token at a time.  Pure: no tokenizer library, no input or output.
+"""Detokenizes incrementally: turns token ids into text, a token at a time.  Pure: no tokenizer library, no input or output.
 
 `ByteStream`   for tokenizers whose tokens are byte strings: every token is looked up once, and the bytes go through an
-               incremental UTF-8 decoder.  The concatenated pieces are the text of all tokens at once, whatever the split.
+               incremental UTF-8 decoder.  The concatenated pieces equal the text of all tokens at once, for any split.
 `WindowStream` for the others: decode a short window twice and take the difference.
 `StopMatcher`  finds stop strings in text that arrives in pieces and never lets a part of one out.
 """
@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
-_MAX_PENDING = 32  # tokens that a WindowStream holds back at most
+_MAX_PENDING = 32  # the most tokens that a WindowStream holds back
 
 
 class DecodeState(Protocol):
@@ -24,7 +24,7 @@ class DecodeState(Protocol):
         """Append a token; returns the text that is certain now (may be empty)."""
 
     def flush(self) -> str:
-        """The end: returns what was held back, an incomplete character as U+FFFD."""
+        """End the sequence; returns the text that was held back, an incomplete character as U+FFFD."""
 
 
 class ByteStream:
@@ -61,8 +61,8 @@ class WindowStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # context, then what has not been shown
-        self._read = 0  # how many of them are context
+        self._ids: list[int] = []  # context, then tokens without shown text
+        self._read = 0  # the number of context tokens
         self._shown = ""  # the text of the context
 
     def push(self, token: int) -> str:
@@ -87,8 +87,8 @@ class WindowStream:
 class StopMatcher:
     """Cuts a text before the first stop string in it, however the text is split into pieces.
 
-    What could still become a stop string is held back: the longest suffix that is the beginning of one.  The result is that
-    of looking for the stop strings in the whole text: the match that begins first wins, also over one that ends earlier.
+    The longest suffix that may be the beginning of a stop string is held back.  The result equals a search of the full text:
+    the match that begins first wins, also over one that ends earlier.
     """
 
     __slots__ = ("_held", "_stops", "matched")
@@ -112,7 +112,7 @@ class StopMatcher:
         return text[:begin], False
 
     def flush(self) -> tuple[str, bool]:
-        """The end of the text: returns what was held back, like `feed`."""
+        """End the text; returns the text that was held back, like `feed`."""
         text, self._held = self._held, ""
         found = self._find(text)
         if found is not None:
@@ -124,7 +124,7 @@ class StopMatcher:
 
 
 def _partial(text: str, stop: str) -> int:
-    """Where the longest suffix of `text` begins that is a proper prefix of `stop`; -1 if there is none."""
+    """The start of the longest suffix of `text` that is a proper prefix of `stop`; -1 if there is none."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)

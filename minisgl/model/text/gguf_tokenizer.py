@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, rebuilt as a `tokenizers.Tokenizer`.  No torch, no transformers.
+"""Rebuilds the tokenizer inside a GGUF file as a `tokenizers.Tokenizer`.  No torch, no transformers.
 
-`tokenizer.ggml.model` says which algorithm: "gpt2" is byte-level BPE with explicit merges, where `tokenizer.ggml.pre` names the
-way text is split before the merges; "llama" is SentencePiece's BPE, whose merges follow from the scores of the tokens.
+`tokenizer.ggml.model` names the algorithm: "gpt2" is byte-level BPE with explicit merges, where `tokenizer.ggml.pre` names the
+rule that splits the text before the merges; "llama" is SentencePiece's BPE, whose merges follow from the scores of the tokens.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
 def merges_from_scores(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union has the highest score: every way to split a token is a merge of that rank.
 
-    The same conversion that makes a `tokenizer.json` from a SentencePiece model.
+    This is also how a `tokenizer.json` is made from a SentencePiece model.
     """
     ranked = []
     for token, i in vocab.items():
@@ -124,30 +124,21 @@ def merges_from_scores(vocab: Mapping[str, int], scores: list[float]) -> list[tu
 
 def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     """Control and user-defined tokens are found in the text before anything else; they keep their ids."""
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [
-            AddedToken(token, normalized=False, special=special) for token, t in zip(tokens, types, strict=True) if t == kind
-        ]
-        if special:
-            tokenizer.add_special_tokens(added)
-        else:
-            tokenizer.add_tokens(added)
+    for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
+        texts = [token for token, t in zip(tokens, types, strict=True) if t == kind]
+        add([AddedToken(text, normalized=False, special=kind == _CONTROL) for text in texts])
 
 
 def _add_bos_eos(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[str]) -> None:
-    """What `add_special` adds around a text."""
+    """Make `add_special` put BOS and EOS around a text, where the metadata says so."""
     sentencepiece = fields.get("tokenizer.ggml.model") == "llama"
     llama3 = _PRE.get(fields.get("tokenizer.ggml.pre", "")) == "llama3"
-    wanted = {
-        "bos": fields.get("tokenizer.ggml.add_bos_token", sentencepiece or llama3),
-        "eos": fields.get("tokenizer.ggml.add_eos_token", False),
-    }
-    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name, on in wanted.items() if on}
-    usable = {name: (tokens[i], i) for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    if not usable:
-        return
-    text = [usable[name][0] if name in usable else "" for name in ("bos", "eos")]
-    single = [text[0], "$A", text[1]]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[piece for piece in single if piece], special_tokens=list(dict.fromkeys(usable.values()))
-    )
+    template: list[str] = ["$A"]
+    used: dict[str, int] = {}
+    for name, at, default in (("bos", 0, sentencepiece or llama3), ("eos", 2, False)):
+        i = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if fields.get(f"tokenizer.ggml.add_{name}_token", default) and isinstance(i, int) and 0 <= i < len(tokens):
+            template.insert(at, tokens[i])
+            used[tokens[i]] = i
+    if used:
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(used.items()))

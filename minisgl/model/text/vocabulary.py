@@ -1,18 +1,13 @@
-"""A tokenizer's vocabulary as grammars need it.  No torch."""
+"""Builds the vocabulary of a checkpoint for grammars: the bytes of every token, and the special ones.  No torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from minisgl.config import ModelSpec
-
-if TYPE_CHECKING:
-    pass
 from minisgl.model.common.grammar import Vocabulary
 
 
 def vocabulary_of(spec: ModelSpec) -> Vocabulary:
-    """Of a checkpoint with EOS tokens."""
+    """The vocabulary of a checkpoint."""
     from minisgl.model.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)

@@ -1,0 +1,65 @@
+"""Computes the bytes of every token, for tokenizers whose tokens have bytes: byte-level BPE and SentencePiece.  No torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tokenizers
+
+_SPACE = "\u2581"  # SentencePiece writes a space as this
+_SENTENCEPIECE = [
+    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},  # not in every tokenizer
+]
+
+
+def token_bytes(backend: tokenizers.Tokenizer) -> list[bytes] | None:
+    """The bytes of every token by id; None for a tokenizer whose tokens have no bytes of their own."""
+    decoders = decoders_of(backend)
+    byte_level = [d["type"] for d in decoders] == ["ByteLevel"]
+    if not byte_level and decoders not in (_SENTENCEPIECE, _SENTENCEPIECE[:-1]):
+        return None
+    to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
+    vocab = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    for token, i in vocab.items():
+        table[i] = to_bytes(token)
+    if byte_level:
+        for i, added in backend.get_added_tokens_decoder().items():
+            table[i] = added.content.encode()  # added tokens are text, not the byte alphabet
+    return table
+
+
+def decoders_of(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The settings of the backend's decoders, in order."""
+    state: dict[str, Any] = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
+    return list(state["decoders"]) if state["type"] == "Sequence" else [state]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for every byte.  Printable ones are themselves, the others follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(map(BYTE_ALPHABET.__getitem__, token))
+    except KeyError:  # not in the byte alphabet: text
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes.fromhex(token[3:5])
+        except ValueError:
+            pass
+    return token.replace(_SPACE, " ").encode()
