@@ -140,7 +140,7 @@ def main() -> int:
         prefill_paths(Bench(args.shape, [(1, most)], most, **engine), args.prefill, **about)
         return 0
     rows = sorted(set(args.rows))
-    bench = Bench(args.shape, [(n, args.context) for n in rows or FEW], 0, **engine)
+    bench = Bench(args.shape, [(n, args.context) for n in (*rows, *FEW, 64)], 0, **engine)
     ms = {n: measure(bench, n, args.context, variant="default", **about) for n in rows}
     for name, (variant_rows, patches) in (FP8_VARIANTS if args.quantization == "fp8" else VARIANTS).items():
         if args.variants is None or (args.variants and not any(word in name for word in args.variants)):
