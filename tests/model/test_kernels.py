@@ -135,6 +135,21 @@ def test_decode_attention_over_scattered_pages_is_softmax_attention(
     assert int(workspace.counters.abs().sum()) == 0
 
 
+def test_launches_one_after_another_share_a_workspace_that_is_large_enough() -> None:
+    c = Cache([1, 130, 64, 65, 17], 2, 64, 16)
+    large = DecodeWorkspace(5, 4, 4, 2, 64, DEVICE)
+    for splits in (4, 2, 1):
+        q, workspace = rand(5, 4, 64), DecodeWorkspace(5, splits, 4, 2, 64, DEVICE, within=large)
+        assert workspace.out is large.out
+        got = decode_attention(q, c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace)
+        for i in range(5):
+            assert error(got[i], attend(q[i : i + 1], *c.row(i))[0]) < TOLERANCE
+    assert DecodeWorkspace(5, 8, 4, 2, 64, DEVICE, within=large).out is not large.out
+    more_rows = DecodeWorkspace(6, 1, 4, 2, 64, DEVICE, within=large)
+    assert len(more_rows.counters) == 12
+    assert len(more_rows.lse) == len(large.lse), "taking turns, they would be made again and again"
+
+
 SINKS = torch.tensor([0.5, -1.0, 4.0], device=DEVICE)
 LIMITS = [
     {"window": 1},

@@ -149,14 +149,36 @@ def scaled(score, scale, CAP: tl.constexpr):
 
 
 class DecodeWorkspace:
-    """Room for the parts of `rows` rows cut into `splits` parts (a power of two); shared by all layers of a graph."""
+    """Room for the parts of `rows` rows cut into `splits` parts (a power of two).
 
-    def __init__(self, rows: int, splits: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+    Launches that run one after another may share it, as the layers of a step do: each leaves the counters at zero.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        splits: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        *,
+        within: DecodeWorkspace | None = None,
+    ) -> None:
+        """`within`: a workspace whose memory is used if it is large enough, and otherwise exceeded in every respect."""
         self.splits = splits
-        parts = rows * num_heads * splits if splits > 1 else 1
+        parts, counters = rows * num_heads * splits if splits > 1 else 1, rows * num_kv_heads
+        self.out: torch.Tensor
+        self.lse: torch.Tensor
+        self.counters: torch.Tensor
+        if within is not None:
+            if len(within.lse) >= parts and len(within.counters) >= counters:
+                self.out, self.lse, self.counters = within.out, within.lse, within.counters
+                return
+            parts, counters = max(parts, len(within.lse)), max(counters, len(within.counters))
         self.out = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
         self.lse = torch.empty(parts, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(rows * num_kv_heads, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 def decode_attention(

@@ -20,7 +20,7 @@ class TritonAttention:
 
     def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         self._heads, self._cache, self._page_table = heads, cache, page_table
-        self._workspaces: dict[tuple[int, int], DecodeWorkspace] = {}
+        self._made: list[DecodeWorkspace] = []  # one, and smaller ones before it whose addresses graphs hold
         self._workspace: DecodeWorkspace | None = None
         self._rows: DecodeRows | None = None
         self._tiles: torch.Tensor | None = None
@@ -49,14 +49,11 @@ class TritonAttention:
         )
 
     def plan_decode(self, rows: DecodeRows) -> None:
-        self._rows = rows
-        h, key = self._heads, (len(rows.slots), rows.splits)
-        workspace = self._workspaces.get(key)
-        if workspace is None:
-            workspace = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
-            if rows.host_kv_lens is None:  # graphs hold on to its address
-                self._workspaces[key] = workspace
-        self._workspace = workspace
+        self._rows, h, last = rows, self._heads, self._made[-1] if self._made else None
+        sizes = (len(rows.slots), rows.splits, h.num_heads, h.num_kv_heads, h.head_dim)
+        self._workspace = DecodeWorkspace(*sizes, self._page_table.device, within=last)
+        if last is None or self._workspace.out is not last.out:
+            self._made.append(self._workspace)
 
     def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._rows is not None
