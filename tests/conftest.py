@@ -1,4 +1,4 @@
-"""Shared fixtures: small oracle configurations, and one deterministic system of real actors around the oracle."""
+"""Shared fixtures: small configurations, and one deterministic system of real actors around the fake runner."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.local import LocalSystem
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
 from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Output, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.gateway import Gateway
@@ -30,7 +31,7 @@ VOCAB, EOS = 23, 0
 
 
 def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
-    """A model of nothing, for the oracle."""
+    """A spec without a model, for the fake runner."""
     return ModelSpec(
         name="oracle",
         path="",
@@ -80,7 +81,7 @@ class PlainDetokenizer(Actor):
 
 
 class World:
-    """Gateway, scheduler, workers (oracle) and a plain detokenizer in one LocalSystem."""
+    """Gateway, scheduler, workers (fake runner) and a plain detokenizer in one LocalSystem."""
 
     def __init__(
         self,
@@ -135,9 +136,9 @@ class World:
 
 
 class Loop:
-    """A StepMachine with the oracle as its worker: no actors and no wire, every step in the test's hand.
+    """A StepMachine with the fake runner as its worker: no actors and no wire, the test makes every step.
 
-    After each step the machine's books are checked, and that the plan keeps to the contract of plans.
+    After each step it checks the books of the machine, and that the plan keeps the contract of plans.
     """
 
     def __init__(self, **limits: Any) -> None:
@@ -167,7 +168,7 @@ class Loop:
 
     def add(self, ids: list[int], max_tokens: int, options: RequestOptions = DEFAULT_OPTIONS, **params: Any) -> int:
         lim, uid = self.limits, len(self.asked) + 1
-        limit = min(len(ids) + max_tokens, lim.max_context, lim.num_pages * lim.page_size)
+        limit = min(len(ids) + max_tokens, lim.max_context, lim.kv_tokens)
         self.asked[uid], self.said[uid] = (list(ids), limit - len(ids)), []
         request = Request(uid, np.array(ids, np.int32), limit, 0, SamplingParams(max_tokens=max_tokens, **params), options)
         self._events.append(Add(request))
@@ -180,18 +181,18 @@ class Loop:
         self._events.append(Flush())
 
     def step(self, deliver: int | None = None) -> Output:
-        """One call of the machine with the oldest `deliver` results; its plan runs at once, its result waits for delivery.
+        """One call of the machine with the oldest `deliver` results.  Its plan runs at once; the result waits for delivery.
 
-        By default as late as can be: a result comes when `lag` plans are in flight, or no plan was made without it.
+        By default a result comes as late as possible: when `max_steps_in_flight` plans are out, or no plan was made without it.
         """
         if deliver is None:
             deliver = int(len(self.pending) >= self.limits.max_steps_in_flight or not self._planned)
         results = [self.pending.popleft() for _ in range(min(deliver, len(self.pending)))]
         inbox, self._events = [*self._events, *results], []
         out = self.machine.step(inbox, self.now)
-        for news in out.news:
-            tokens = iter(news.tokens.tolist())
-            for uid, count, finish in zip(news.uids.tolist(), news.counts.tolist(), news.finish.tolist(), strict=True):
+        for rows in out.outputs:
+            tokens = iter(rows.tokens.tolist())
+            for uid, count, finish in zip(rows.uids.tolist(), rows.counts.tolist(), rows.finish.tolist(), strict=True):
                 assert uid not in self.ends, "something came after the end"
                 self.said[uid].extend(next(tokens) for _ in range(count))
                 if finish:
@@ -213,7 +214,7 @@ class Loop:
         self.pending.append(self.runner.launch(plan).result())
 
     def run(self, most: int = 3000) -> None:
-        """Until everything has ended."""
+        """Step until every request has ended."""
         for _ in range(most):
             self.step()
             if self.machine.idle and not self._events:
@@ -221,7 +222,7 @@ class Loop:
         raise AssertionError(f"not idle after {most} steps")
 
     def check_answers(self) -> None:
-        """Every request ended, and said what the reference says (a beginning of it, if it was cut off)."""
+        """Every request has ended with the reference answer, or with its beginning if it was cut off."""
         assert self.ends.keys() == self.asked.keys(), "a request was never answered"
         for uid, end in self.ends.items():
             ids, most = self.asked[uid]

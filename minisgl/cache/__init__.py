@@ -1,1 +1,1 @@
-"""Page allocator and radix prefix tree: numpy and the standard library, used by the scheduler process only."""
+"""Page allocator and radix tree: numpy and the standard library, used by the scheduler process only."""

@@ -1,4 +1,4 @@
-"""The page allocator: which KV pages are free.  Runs in the scheduler process; numpy only."""
+"""The page allocator of the paged KV cache: knows which pages are free.  Runs in the scheduler process; numpy only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from minisgl.arrays import I32
 class PagePool:
     """A stack of free page numbers.
 
-    The last freed pages are handed out first: on a CPU they are the warm ones, and memory that was never needed stays
-    untouched.
+    The last freed pages are handed out first: on a CPU they are still in the processor's caches, and memory that was never
+    needed stays untouched.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -27,13 +27,12 @@ class PagePool:
     def alloc(self, n: int) -> I32:
         """Take `n` pages.  Raises MemoryError if fewer are free (the caller must evict or retract first)."""
         if n > self._n:
-            raise MemoryError(f"{n} pages asked, {self._n} free")
+            raise MemoryError(f"{n} pages requested, {self._n} free")
         self._n -= n
-        pages: I32 = self._stack[self._n : self._n + n].copy()
-        return pages
+        return np.copy(self._stack[self._n : self._n + n])
 
     def release(self, pages: I32) -> None:
-        """Give pages back.  Raises ValueError if that makes more free pages than there are: a page came back twice."""
+        """Give pages back.  Raises ValueError if that makes more free pages than exist: a page came back twice."""
         n = len(pages)
         if self._n + n > self.num_pages:
             raise ValueError(f"{n} pages released with {self._n} of {self.num_pages} already free")
@@ -42,5 +41,4 @@ class PagePool:
 
     def snapshot(self) -> I32:
         """The free page numbers (a copy), for checks."""
-        pages: I32 = self._stack[: self._n].copy()
-        return pages
+        return np.copy(self._stack[: self._n])

@@ -9,14 +9,15 @@ are shared, so nothing is ever copied on write.
 
 Requests hold *handles*: the node at whose end their cached prefix ends.  A handle keeps every node up to the root referenced.
 The end of a node never moves while it lives (a split gives the front part to a new parent, longer prefixes become children),
-so a handle stays true whatever others insert.
+so a handle stays valid whatever other requests insert.
 
-Each `cache_salt` has a root of its own: tenants with different salts never share a page, nor learn from a hit that somebody
-else has asked the same.
+Each `cache_salt` has its own root: tenants with different salts never share a page, and a hit never reveals that another
+tenant has sent the same prompt.
 
-Eviction is strictly by least recent use and never walks the tree: all unreferenced nodes stand in one ordered dictionary.
-When a request leaves, its nodes are appended from the leaf up to the root, so that a node always stands behind everything
-below it, and whatever stands first is a leaf.  From that leaf pages are taken off the tail.
+Eviction is strictly by least recent use and never walks the tree: all unreferenced nodes are in one ordered dictionary.  When a
+request leaves, its nodes are appended from the leaf up to the root, so that a node always comes after everything below it, and
+the first one is a leaf.  From that leaf pages are taken off the tail.  Another policy is a subclass with another `next_victim`;
+docs/simulator.md shows one, and how to run it next to this one.
 
 The radix tree as a prefix cache is due to SGLang (Zheng et al., "SGLang: Efficient Execution of Structured Language Model
 Programs", 2023); the page-granular keys, the handles and the eviction order are this implementation's.
@@ -32,14 +33,14 @@ import numpy as np
 
 from minisgl.arrays import I32
 
-MAX_GHOSTS = 1 << 15  # evicted runs that are remembered
+MAX_GHOSTS = 1 << 15  # evicted runs that are remembered, for statistics
 NO_PAGES = np.zeros(0, np.int32)
 
 
 class Node:
-    """A run of cached pages.  Only RadixCache writes its fields."""
+    """A node of the radix tree: a run of cached pages.  Only RadixCache writes its fields, but for `score`."""
 
-    __slots__ = ("children", "key", "pages", "parent", "refs")
+    __slots__ = ("children", "key", "pages", "parent", "refs", "score")
 
     def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
         self.key = key  # of a root: its salt
@@ -47,11 +48,12 @@ class Node:
         self.parent = parent  # None for a root, and for a node that has been evicted
         self.children: dict[bytes, Node] | None = None
         self.refs = 0  # requests whose prefix runs through this node
+        self.score = 0.0  # free for eviction policies; a split copies it
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix of some tokens: it ends `inside` pages into `node`, `num_pages` pages from the root."""
+    """The longest prefix of some tokens in the radix tree: `num_pages` pages, the last `inside` of them from `node`."""
 
     node: Node
     inside: int
@@ -60,7 +62,7 @@ class Match:
 
     @property
     def unreferenced(self) -> int:
-        """Pages of it that no request holds: to acquire it makes so many fewer evictable."""
+        """Pages of the match that no request holds: acquiring it makes this many fewer evictable."""
         node, pages, total = self.node, self.inside, 0
         while node.parent is not None and node.refs == 0:
             total += pages
@@ -70,7 +72,7 @@ class Match:
 
 
 class RadixCache:
-    """The tree.  `evictable` counts the pages that `evict` could free now; `num_pages` all pages the tree owns."""
+    """The radix tree.  `evictable` counts the pages that `evict` could free now, `num_pages` all pages that the tree owns."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -79,7 +81,7 @@ class RadixCache:
         self.num_pages = 0
         self.num_nodes = 0
         self.evicted_pages = 0
-        self._salted: dict[str, Node] = {}  # a root for each cache_salt that has pages or users
+        self._salted: dict[str, Node] = {}  # cache_salt -> root, for salts that have pages or users
         self._page_bytes = 4 * page_size
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._unused: OrderedDict[Node, None] = OrderedDict()  # nodes without references, least recently used first
@@ -88,7 +90,7 @@ class RadixCache:
     def match(self, ids: I32, salt: str = "") -> Match:
         """The longest cached prefix of `ids` under `salt`, in whole pages.  Changes nothing; valid until the tree changes.
 
-        The last token is never part of it: something must be computed to have logits to sample from.
+        The last token is never part of the match: at least one token must be computed, for logits to sample from.
         """
         step = self._page_bytes
         end = (len(ids) - 1) // self.page_size * step
@@ -106,7 +108,7 @@ class RadixCache:
         return Match(node, len(node.pages), at // step, salt)
 
     def _root(self, salt: str) -> Node:
-        """The tree of a salt; a new one is entered when somebody acquires a place in it."""
+        """The root of a salt.  A new one becomes part of the cache when a request acquires a place in it."""
         return (self._salted.get(salt) or Node(salt.encode(), NO_PAGES, None)) if salt else self.root
 
     def why_missed(self, ids: I32, match: Match) -> str:
@@ -145,9 +147,9 @@ class RadixCache:
         return node, np.concatenate(runs[::-1]) if runs else NO_PAGES
 
     def release(self, handle: Node) -> None:
-        """Give a handle back; what nobody references any more becomes evictable."""
+        """Give a handle back.  Nodes without any other reference become evictable."""
         walk = handle
-        while walk.parent is not None:  # from the leaf up: see the module's word on eviction
+        while walk.parent is not None:  # from the leaf up, as eviction expects it
             walk.refs -= 1
             if walk.refs == 0:
                 self.evictable += len(walk.pages)
@@ -159,7 +161,7 @@ class RadixCache:
     def _hold(self, node: Node) -> None:
         if node.refs == 0:
             self.evictable -= len(node.pages)
-            self._unused.pop(node, None)  # the front of a split has never stood there
+            self._unused.pop(node, None)  # absent if it is the front of a split
         node.refs += 1
 
     def _forget_root(self, root: Node) -> None:
@@ -167,7 +169,7 @@ class RadixCache:
             self._salted.pop(root.key.decode(), None)
 
     def extend(self, handle: Node, ids: I32, pages: I32) -> tuple[Node, I32, I32]:
-        """Make whole pages that follow `handle` known to the tree, and move the handle to their end.
+        """Add whole pages after `handle` to the tree, and move the handle to their end.
 
         `ids` i32[k * page_size], `pages` i32[k], owned by the caller.  Where the tree already holds the same tokens, its
         pages are the canonical ones and the caller's are duplicates.  Returns (new handle, canonical pages i32[k],
@@ -196,8 +198,7 @@ class RadixCache:
         node.refs = 1
         if parent.children is None:
             parent.children = {}
-        first = key[: self._page_bytes]
-        parent.children[first] = node
+        parent.children[key[: self._page_bytes]] = node
         self.num_pages += len(pages)
         self.num_nodes += 1
         return node
@@ -205,13 +206,13 @@ class RadixCache:
     def _split(self, node: Node, k: int) -> Node:
         """Cut `node` after `k` pages (0 < k < all).  Returns the new front node; `node` keeps its end and its handles.
 
-        The caller references the front at once, so it needs no place among the unused.
+        The caller references the front at once, so it does not enter `_unused`.
         """
         parent, cut = node.parent, k * self._page_bytes
         if parent is None:
             raise ValueError("the root cannot be split")
         front = Node(node.key[:cut], node.pages[:k].copy(), parent)
-        front.refs = node.refs
+        front.refs, front.score = node.refs, node.score
         assert parent.children is not None
         parent.children[front.key[: self._page_bytes]] = front
         front.children = {node.key[cut : cut + self._page_bytes]: node}
@@ -220,39 +221,46 @@ class RadixCache:
         return front
 
     # ---------------- eviction
+    def next_victim(self) -> Node:
+        """The leaf to evict from: the least recently used.  Override this to try another policy.
+
+        Must return one of `unused_leaves`.  Called while at least one exists, once for each leaf that loses pages.
+        """
+        return next(iter(self._unused))
+
+    def unused_leaves(self) -> Iterator[Node]:
+        """Nodes that no request references and that have no children, least recently used first.  O(unused nodes)."""
+        return (node for node in self._unused if not node.children)
+
     def evict(self, n: int) -> I32:
         """Free `n` pages, or all that are evictable if those are fewer; returns them.  The last leaf loses only its tail."""
         freed: list[I32] = []
         missing = n
         while missing > 0 and self._unused:
-            leaf = next(iter(self._unused))
-            have = len(leaf.pages)
-            if have > missing:
-                cut = (have - missing) * self._page_bytes
-                freed.append(leaf.pages[have - missing :])
-                leaf.pages = leaf.pages[: have - missing].copy()
+            leaf = self.next_victim()
+            kept = len(leaf.pages) - missing
+            if kept > 0:
+                cut = kept * self._page_bytes
                 self._remember(leaf.key[cut : cut + self._page_bytes])
-                leaf.key = leaf.key[:cut]
-                self._forget(missing)
-                break
-            del self._unused[leaf]
-            freed.append(leaf.pages)
-            self._forget(have)
-            missing -= have
-            self._remove(leaf)
+                freed.append(leaf.pages[kept:])
+                leaf.key, leaf.pages, missing = leaf.key[:cut], leaf.pages[:kept].copy(), 0
+            else:
+                del self._unused[leaf]
+                freed.append(leaf.pages)
+                self._remove(leaf)
+                missing = -kept
+        done = n - missing
+        self.num_pages -= done
+        self.evictable -= done
+        self.evicted_pages += done
         return np.concatenate(freed) if freed else NO_PAGES
 
     def flush(self) -> I32:
         """Free every page that no request is using."""
         return self.evict(self.evictable)
 
-    def _forget(self, n: int) -> None:
-        self.num_pages -= n
-        self.evictable -= n
-        self.evicted_pages += n
-
     def _remember(self, first_page: bytes) -> None:
-        """Note how an evicted run began: statistics can then tell a prefix that was lost from one that never was."""
+        """Remember how an evicted run began, so that statistics can tell a lost prefix from one that never was here."""
         self._ghosts[first_page] = None
         self._ghosts.move_to_end(first_page)
         if len(self._ghosts) > MAX_GHOSTS:
@@ -262,6 +270,7 @@ class RadixCache:
         parent = leaf.parent
         assert parent is not None
         assert parent.children is not None
+        assert not leaf.children, "only a leaf can be evicted"
         first = leaf.key[: self._page_bytes]
         del parent.children[first]
         self._remember(first)
@@ -274,7 +283,7 @@ class RadixCache:
 
     # ---------------- checks
     def nodes(self) -> Iterator[Node]:
-        """Every node but the root.  For checks and statistics; O(tree)."""
+        """Every node of the radix tree except the roots.  For checks and statistics; O(tree)."""
         stack = [self.root, *self._salted.values()]
         while stack:
             node = stack.pop()
@@ -283,7 +292,7 @@ class RadixCache:
             stack.extend((node.children or {}).values())
 
     def check(self) -> I32:
-        """Verify the invariants; returns all pages of the tree.  Raises AssertionError with what is wrong."""
+        """Verify the invariants of the radix tree; returns all its pages.  Raises AssertionError with what is wrong."""
         pages = [NO_PAGES]
         evictable = 0
         nodes = list(self.nodes())
@@ -299,7 +308,7 @@ class RadixCache:
             pages.append(node.pages)
         place = {node: i for i, node in enumerate(self._unused)}
         for node, i in place.items():
-            assert all(place[child] < i for child in (node.children or {}).values()), "a node stands before its child"
+            assert all(place[child] < i for child in (node.children or {}).values()), "a node comes before its child"
         assert evictable == self.evictable, f"{evictable} evictable pages, counted {self.evictable}"
         assert len(nodes) == self.num_nodes, f"{len(nodes)} nodes, counted {self.num_nodes}"
         everything = np.concatenate(pages)

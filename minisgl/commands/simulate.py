@@ -1,43 +1,54 @@
-"""`python -m minisgl simulate TRACE`: the real scheduler and prefix cache under virtual time, before a modelled GPU."""
+"""`python -m minisgl simulate TRACE` runs a trace through the real scheduler and cache, on a modelled GPU in virtual time."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import time
 
+from minisgl.actors.scheduler.interface import SchedulerLimits
+from minisgl.cache.no_cache import CACHES
+from minisgl.cache.radix import RadixCache
 from minisgl.errors import UserError
+from minisgl.simulation import plots
+from minisgl.simulation.fleet import simulate
+from minisgl.simulation.gpu import PRESETS, read_costs
+from minisgl.simulation.policies import POLICIES
+from minisgl.simulation.report import Summary, comparison, summarise, table
+from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, load
 
-_PRESETS = ("qwen3-0.6b", "qwen3-8b", "qwen3-14b", "llama-3.1-8b")
+# Flags with a number: group, flag, metavar, default (which has the type), lowest, highest, help.
+_NUMBERS: tuple[tuple[str, str, str, int | float, float, float, str], ...] = (
+    ("trace", "--limit", "N", 0, 0, 1 << 31, "only the first N requests; 0: all"),
+    ("trace", "--duration", "S", 0.0, 0, 1e9, "only the first S seconds of the trace; 0: all"),
+    ("trace", "--scale", "X", 1.0, 1e-6, 1e6, "run the trace X times as fast (%(default)s)"),
+    ("GPU", "--latency-us", "US", 100.0, 0, 1e6, "a call of the scheduler (%(default)s)"),
+    ("engine", "--kv-tokens", "TOKENS", 524_288, 1, 1 << 31, "KV cache per replica (%(default)s)"),
+    ("engine", "--page-size", "TOKENS", 16, 1, 1024, "tokens per page (%(default)s)"),
+    ("engine", "--max-running", "N", 256, 1, 65535, "slots per replica (%(default)s)"),
+    ("engine", "--step-tokens", "TOKENS", 8192, 2, 1 << 20, "budget of a step (%(default)s)"),
+    ("engine", "--max-context", "TOKENS", 0, 0, 1 << 31, "0: as the longest request needs"),
+    ("engine", "--lag", "N", 2, 1, 8, "plans in flight (%(default)s)"),
+    ("engine", "--itl-target-ms", "MS", 0.0, 0, 60_000, "0: off"),
+    ("fleet", "--replicas", "N", 1, 1, 1024, "engines behind one router (%(default)s)"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="minisgl simulate", description=(__doc__ or "").strip())
     p.add_argument("trace", metavar="TRACE", help="Mooncake .jsonl, Azure .csv, or synthetic:rate=4,input=100-1024,...")
-    p.add_argument("--limit", type=int, metavar="N", default=0, help="only the first N requests; 0: all")
-    p.add_argument("--duration", type=float, metavar="S", default=0.0, help="only the first S seconds of the trace; 0: all")
-    p.add_argument("--scale", type=float, metavar="X", default=1.0, help="run the trace X times as fast (%(default)s)")
-    gpu = p.add_argument_group("GPU")
-    gpu.add_argument(
-        "--gpu", metavar="PRESET", default="llama-3.1-8b", help=f"on one H200: {', '.join(_PRESETS)} (%(default)s)"
-    )
+    groups = {name: p.add_argument_group(name) for name in ("trace", "GPU", "engine", "fleet", "output")}
+    for group, flag, metavar, default, _, _, text in _NUMBERS:
+        groups[group].add_argument(flag, type=type(default), metavar=metavar, default=default, help=text)
+    gpu, engine, fleet, out = groups["GPU"], groups["engine"], groups["fleet"], groups["output"]
+    gpu.add_argument("--gpu", metavar="PRESET", default="llama-3.1-8b", help=f"on one H200: {', '.join(PRESETS)} (%(default)s)")
     gpu.add_argument("--cost-json", metavar="FILE", help="fitted coefficients instead of a preset (scripts/tune/fit_costs.py)")
-    gpu.add_argument("--latency-us", type=float, metavar="US", default=100.0, help="a call of the scheduler (%(default)s)")
-    engine = p.add_argument_group("engine")
-    engine.add_argument("--kv-tokens", type=int, metavar="TOKENS", default=524_288, help="KV cache per replica (%(default)s)")
-    engine.add_argument("--page-size", type=int, metavar="TOKENS", default=16, help="tokens per page (%(default)s)")
-    engine.add_argument("--max-running", type=int, metavar="N", default=256, help="slots per replica (%(default)s)")
-    engine.add_argument("--step-tokens", type=int, metavar="TOKENS", default=8192, help="budget of a step (%(default)s)")
-    engine.add_argument("--max-context", type=int, metavar="TOKENS", default=0, help="0: as the longest request needs")
-    engine.add_argument("--lag", type=int, metavar="N", default=2, help="plans in flight (%(default)s)")
-    engine.add_argument("--cache", choices=("radix", "none"), default="radix", help="prefix cache (%(default)s)")
-    engine.add_argument("--order", choices=("prefix", "arrival"), default="prefix", help="who starts first (%(default)s)")
-    engine.add_argument("--itl-target-ms", type=float, metavar="MS", default=0.0, help="0: off")
-    fleet = p.add_argument_group("fleet")
-    fleet.add_argument("--replicas", type=int, metavar="N", default=1, help="engines behind one router (%(default)s)")
+    text = f"{', '.join(CACHES)} or MODULE:CLASS, your own subclass of RadixCache (%(default)s)"
+    engine.add_argument("--cache", metavar="NAME", default="radix", help=text)
+    engine.add_argument("--order", choices=("prefix", "arrival"), default="prefix", help="which starts first (%(default)s)")
     fleet.add_argument("--router", choices=("prefix", "round-robin"), default="prefix", help="(%(default)s)")
-    out = p.add_argument_group("output")
     out.add_argument(
         "--compare", nargs="?", const="all", metavar="NAMES", help="run several policies; all, or names with commas"
     )
@@ -47,42 +58,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, value, low, high in (
-        ("--limit", args.limit, 0, 1 << 31),
-        ("--duration", args.duration, 0, 1e9),
-        ("--scale", args.scale, 1e-6, 1e6),
-        ("--latency-us", args.latency_us, 0, 1e6),
-        ("--page-size", args.page_size, 1, 1024),
-        ("--kv-tokens", args.kv_tokens, args.page_size, 1 << 31),
-        ("--max-running", args.max_running, 1, 65535),
-        ("--step-tokens", args.step_tokens, 2, 1 << 20),
-        ("--max-context", args.max_context, 0, 1 << 31),
-        ("--lag", args.lag, 1, 8),
-        ("--itl-target-ms", args.itl_target_ms, 0, 60_000),
-        ("--replicas", args.replicas, 1, 1024),
-    ):
+    for _, flag, _, _, low, high, _ in _NUMBERS:
+        value = getattr(args, flag[2:].replace("-", "_"))
         if not low <= value <= high or not math.isfinite(value):
             raise UserError(f"{flag} must be between {low:g} and {high:g}, got {value:g}")
+    if args.kv_tokens < args.page_size:
+        raise UserError(f"--kv-tokens ({args.kv_tokens}) must hold at least a page of --page-size ({args.page_size})")
     if args.step_tokens <= args.max_running:
         raise UserError(f"--step-tokens ({args.step_tokens}) must be larger than --max-running ({args.max_running})")
-    if args.gpu not in _PRESETS:
-        raise UserError(f"--gpu must be one of {', '.join(_PRESETS)}, got {args.gpu!r}")
+    if args.gpu not in PRESETS:
+        raise UserError(f"--gpu must be one of {', '.join(PRESETS)}, got {args.gpu!r}")
     if args.compare and args.plot:
         raise UserError("--plot draws one run: use it without --compare")
+
+
+def _cache_class(name: str) -> type[RadixCache]:
+    """The cache that --cache names: a built-in one, or CLASS of the Python module MODULE.  Raises UserError."""
+    if name in CACHES:
+        return CACHES[name]
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise UserError(f"--cache must be {', '.join(CACHES)} or MODULE:CLASS, got {name!r}")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as e:
+        raise UserError(f"--cache {name}: {module} cannot be imported ({e}); is it in this folder or on PYTHONPATH?") from e
+    if not isinstance(found, type) or not issubclass(found, RadixCache):
+        raise UserError(f"--cache {name}: {attribute} of {module} is not a subclass of RadixCache")
+    return found
 
 
 def run(argv: list[str]) -> int:
     """Simulate and print.  Returns the exit code.  Raises UserError."""
     args = _parser().parse_args(argv)
     _check(args)
-    from minisgl.actors.scheduler.step_machine import SchedulerLimits
-    from minisgl.simulation import plots
-    from minisgl.simulation.fleet import simulate
-    from minisgl.simulation.gpu import PRESETS, read_costs
-    from minisgl.simulation.policies import POLICIES
-    from minisgl.simulation.report import Summary, comparison, summarise, table
-    from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, load
-
     if args.plot:
         plots.check()
     names = ["as given"]
@@ -100,7 +109,7 @@ def run(argv: list[str]) -> int:
         step_tokens=args.step_tokens,
         max_steps_in_flight=args.lag,
         vocab_size=FIRST_PROMPT_TOKEN,
-        cache=args.cache,
+        cache=_cache_class(args.cache),
         itl_target=args.itl_target_ms / 1000,
         order=args.order,
     )

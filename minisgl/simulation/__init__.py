@@ -1,1 +1,1 @@
-"""The scheduler under virtual time: traces, GPU cost models, replicas, a router, reports.  See docs/simulator.md."""
+"""The simulator runs the real scheduler under virtual time, on traces, GPU cost models and fleets.  See docs/simulator.md."""

@@ -1,7 +1,8 @@
-"""What a step costs on a GPU that nobody has to own: a roofline per model, or coefficients fitted to a real machine.
+"""GPU cost models: predict the time of a step from a roofline per model, or from coefficients fitted to a real machine.
 
-The roofline is that of Williams, Waterman and Patterson (2009): an operation takes the longer of moving its bytes and doing its
-arithmetic.  A step has three (all linear layers, attention, the LM head), one after the other, and a fixed overhead.
+The roofline is that of Williams, Waterman and Patterson (2009): an operation takes as long as moving its bytes or doing its
+arithmetic, whichever is longer.  A step runs three operations one after the other (all linear layers, attention, the LM head),
+and has a fixed overhead.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from minisgl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step computes, in tokens and rows.
+    """The work of one step, in tokens and rows.
 
-    `pairs`: for every prefill token the tokens it attends to, summed; `prefill_context`: tokens of KV that the prefill chunks
-    read; `decode_context`: the same of the decode rows (one query each, so also their pairs); `samples`: rows with logits.
+    `pairs`: (query, key) pairs of all prefill tokens; `prefill_context`: tokens of KV that the prefill chunks read;
+    `decode_context`: tokens of KV that the decode rows read (one query each, so also their pairs); `samples`: rows with logits.
     """
 
     prefill_tokens: int = 0
@@ -34,7 +35,7 @@ class Work:
 
 
 class CostModel(Protocol):
-    """Anything that says how long a step takes."""
+    """Predicts how long a step takes."""
 
     def seconds(self, work: Work) -> float:
         """Seconds of GPU time."""
@@ -49,7 +50,7 @@ class Machine:
     kv_bandwidth: float = 3.8e12  # bytes/s: paged decode attention, 256 rows of 850 tokens
     flops: float = 690e12  # bf16 GEMM, 16384 x 34816 x 5120
     attention_flops: float = 500e12  # paged prefill attention, 8k tokens
-    kernel_seconds: float = 1.5e-6  # per kernel in a CUDA graph
+    kernel_seconds: float = 1.5e-6  # per kernel, launched from a graph
     step_seconds: float = 150e-6  # launch of a step
 
 
@@ -114,7 +115,7 @@ class FittedCosts:
         return linear + self.c3 * work.decode_context + self.c4 * work.pairs
 
     def to_json(self) -> str:
-        """What `read_costs` reads."""
+        """The text of a file for `read_costs`."""
         return json.dumps(asdict(self))
 
 
@@ -141,7 +142,8 @@ def read_costs(path: str) -> FittedCosts:
 def fit(works: list[Work], seconds: list[float]) -> FittedCosts:
     """Least squares of measured steps, with no negative coefficients.
 
-    A negative one is dropped (a step never takes less time for doing more) and the rest fitted again, the most negative first.
+    While a coefficient is negative (a step never takes less time for more work), the most negative one is dropped and the rest
+    are fitted again.
     """
     rows = [[1, w.prefill_tokens, w.decode_rows, w.decode_context, w.pairs] for w in works]
     x: F64 = np.array(rows, np.float64).reshape(-1, 5)

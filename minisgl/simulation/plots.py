@@ -1,4 +1,4 @@
-"""The picture of a run: latency distributions, queue, KV cache and hit rate over time.  Needs matplotlib."""
+"""Plots a run: latency distributions, queue, KV cache and hit rate over time.  Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POINTS = 2000  # of a line: more than a screen shows
 
 
 def check() -> None:
-    """Raises UserError if there is nothing to draw with."""
+    """Raise UserError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 def plot(run: Run, path: str, title: str) -> None:
-    """Write the picture as `path`; its suffix says the format.  Raises UserError if that cannot be written."""
+    """Write the picture to `path`; its suffix selects the format.  Raises UserError if it cannot be written."""
     check()
     from matplotlib.figure import Figure
 
@@ -35,14 +35,14 @@ def plot(run: Run, path: str, title: str) -> None:
     _distribution(axes[0, 1], gaps(run) * 1e3, "time between tokens, ms")
     for i, replica in enumerate(run.replicas):
         steps, label = replica.steps, f"replica {i}" if len(run.replicas) > 1 else None
-        every = max(1, len(steps.time) // _POINTS)
-        time = np.array(steps.time)[::every]
-        axes[0, 2].plot(time, np.array(steps.running)[::every], linewidth=0.8, label=label or "running")
-        axes[1, 0].plot(time, np.array(steps.waiting)[::every], linewidth=0.8, label=label)
+        every = max(1, len(steps["time"]) // _POINTS)
+        time = steps["time"][::every]
+        axes[0, 2].plot(time, steps["running"][::every], linewidth=0.8, label=label or "running")
+        axes[1, 0].plot(time, steps["waiting"][::every], linewidth=0.8, label=label)
         share = 100 / run.limits.num_pages
-        axes[1, 1].plot(time, np.array(steps.active)[::every] * share, linewidth=0.8, label=label or "running requests")
+        axes[1, 1].plot(time, np.array(steps["active"])[::every] * share, linewidth=0.8, label=label or "running requests")
         if label is None:
-            axes[1, 1].plot(time, np.array(steps.used)[::every] * share, linewidth=0.8, label="with cached prefixes")
+            axes[1, 1].plot(time, np.array(steps["used"])[::every] * share, linewidth=0.8, label="with cached prefixes")
     _label(axes[0, 2], "seconds", "running requests")
     _label(axes[1, 0], "seconds", "waiting requests")
     _label(axes[1, 1], "seconds", "KV cache in use, %")
@@ -81,7 +81,7 @@ def _distribution(axis: Any, values: F64, name: str) -> None:
 
 
 def _hits(axis: Any, run: Run) -> None:
-    """Hit rate of the requests that arrived in each part of the trace, and that of the unbounded cache."""
+    """Hit rate of the requests that arrived in each part of the trace, next to that of an unbounded cache."""
     served = run.log.cached >= 0
     arrival = run.log.arrival[served]
     edges = np.linspace(arrival.min(), arrival.max() + 1e-9, _BINS + 1) if len(arrival) else np.zeros(2)

@@ -1,11 +1,11 @@
-"""One replica under virtual time: the real StepMachine before a virtual GPU.
+"""A replica runs the real StepMachine in front of a modelled GPU, under virtual time.
 
     arrivals --> machine.step(inbox, now) --> plan --> GPU: starts when it is free and the plan is published --> StepResult
                         ^                                                                                           |
                         +-------------------------------------------------------------------------------------------+
 
-The scheduler is one thread: a call of `step` takes `latency` seconds, and what happens meanwhile is seen by the next call.  The
-GPU runs plans in order, one at a time; up to `lag` of them are published.  A result takes no time to come back.
+The scheduler is one thread: a call of `step` takes `latency` seconds, and the next call sees what happened meanwhile.  The GPU
+runs plans in order, one at a time; up to `max_steps_in_flight` of them are published.  A result takes no time to come back.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits, StepOutputs
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine, StepOutputs
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.arrays import F64, I32, I64
 from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
+
+# Start of a step, waiting and running requests, pages of running requests, all pages in use.
+STEP_COLUMNS = ("time", "waiting", "running", "active", "used")
 
 
 class Log:
@@ -38,39 +41,28 @@ class Log:
         self.finish: npt.NDArray[np.uint8] = np.zeros(n, np.uint8)
         self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
 
-    def enter(self, news: StepOutputs, now: float) -> tuple[list[int], list[int]]:
-        """Enter one token for each row that has one.  Returns the uids that had their first, and those that ended."""
-        uids = news.uids[news.counts > 0]
+    def enter(self, rows: StepOutputs, now: float) -> tuple[list[int], list[int]]:
+        """Enter one token for each row that has one.  Returns the uids that had their first token, and those that ended."""
+        uids = rows.uids[rows.counts > 0]
         old = self.tokens[uids] > 0
         self.gaps.append(now - self.last[uids[old]])
         fresh = uids[~old]
         self.first[fresh] = now
         self.last[uids] = now
         self.tokens[uids] += 1
-        self.finish[news.uids] = news.finish
-        return fresh.tolist(), news.uids[news.finish > 0].tolist()
-
-
-@dataclass(slots=True)
-class Steps:
-    """One entry per step: start, waiting and running requests, pages of running requests, all pages in use."""
-
-    time: array[float] = field(default_factory=lambda: array("d"))
-    waiting: array[int] = field(default_factory=lambda: array("q"))
-    running: array[int] = field(default_factory=lambda: array("q"))
-    active: array[int] = field(default_factory=lambda: array("q"))
-    used: array[int] = field(default_factory=lambda: array("q"))
+        self.finish[rows.uids] = rows.finish
+        return fresh.tolist(), rows.uids[rows.finish > 0].tolist()
 
 
 class Replica:
-    """A machine, its GPU, and what is on the way between them.  `wake` says when `call` is due."""
+    """A machine, its GPU, and the plans and results on their way between them.  `call` is due at time `wake`."""
 
     def __init__(self, limits: SchedulerLimits, costs: CostModel, latency: float, log: Log) -> None:
         self.machine = StepMachine(limits)
-        self.steps = Steps()
+        self.steps = {name: array("d") for name in STEP_COLUMNS}  # one entry per step
         self.requests = 0
         self.busy = 0.0  # seconds of GPU time
-        self.starved = 0  # longest run of steps between two tokens of a running request, decode after decode
+        self.starved = 0  # longest run of steps without a token for a decoding request
         self._costs = costs
         self._latency = latency
         self._log = log
@@ -89,15 +81,15 @@ class Replica:
 
     @property
     def wake(self) -> float:
-        """When the scheduler next has something to do; infinity if nothing is on the way."""
+        """When the scheduler next has something to do; infinity if no arrival or result is on its way."""
         if self._again:
             return self._scheduler_free
         arrival = self._arrivals[0][0] if self._arrivals else math.inf
         result = self._results[0][0] if self._results else math.inf
         return max(self._scheduler_free, min(arrival, result))
 
-    def call(self) -> tuple[list[int], list[int]]:
-        """One call of `StepMachine.step`, at `wake`.  Returns the uids that had their first token, and those that ended."""
+    def call(self) -> list[tuple[list[int], list[int]]]:
+        """One call of `StepMachine.step`, at `wake`.  Returns what `Log.enter` returns for the step's outputs."""
         now = self.wake
         inbox: list[Event] = []
         while self._results and self._results[0][0] <= now:
@@ -111,13 +103,7 @@ class Replica:
         if out.plan is not None:
             self._run(out.plan)
         self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.max_steps_in_flight
-        first: list[int] = []
-        ended: list[int] = []
-        for news in out.news:
-            a, b = self._log.enter(news, now)
-            first += a
-            ended += b
-        return first, ended
+        return [self._log.enter(rows, now) for rows in out.outputs]
 
     def _run(self, plan: StepPlan) -> None:
         """Queue a plan on the GPU and its result for the scheduler."""
@@ -140,14 +126,12 @@ class Replica:
         self._gpu_free = start + seconds
         self.busy += seconds
         rows = np.concatenate([sampling, self._decode])
-        tokens = (table.uid[rows] % FIRST_PROMPT_TOKEN).astype(np.int32)  # no two requests of a trace answer the same
+        tokens = (table.uid[rows] % FIRST_PROMPT_TOKEN).astype(np.int32)  # every request of a trace has its own answer
         self._results.append((self._gpu_free, StepResult(plan.step, tokens, max(1, round(seconds * 1e6)))))
         if len(self._decode):
             self.starved = max(self.starved, int((plan.step - self._served[self._decode]).max()) - 1)
         self._served[rows] = plan.step
-        self.steps.time.append(start)
-        self.steps.waiting.append(len(machine.waiting))
-        self.steps.running.append(len(machine.running))
         used = machine.limits.num_pages - machine.pool.free
-        self.steps.used.append(used)
-        self.steps.active.append(used - machine.cache.evictable)
+        row = (start, len(machine.waiting), len(machine.running), used - machine.cache.evictable, used)
+        for column, value in zip(self.steps.values(), row, strict=True):
+            column.append(value)

@@ -1,4 +1,4 @@
-"""What a run is summed up to: one flat dictionary (the JSON line), and tables of it for people."""
+"""Reports: sums a run up in one flat dictionary (the JSON line), and prints tables of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from minisgl.simulation.fleet import Run
 from minisgl.simulation.replica import Replica
 
 Summary = dict[str, Any]
+_STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 
 def gaps(run: Run) -> F64:
@@ -70,36 +71,27 @@ def _ratio(a: float, b: float) -> float:
 
 
 def _spread(name: str, values: F64) -> dict[str, float]:
-    """Mean and percentiles of times, in milliseconds."""
-    if not len(values):
-        values = np.zeros(1)
-    p50, p90, p99 = np.percentile(values, (50, 90, 99)) * 1e3
-    top = float(values.max()) * 1e3
-    mean = float(values.mean()) * 1e3
-    return {
-        f"{name}_mean": mean,
-        f"{name}_p50": float(p50),
-        f"{name}_p90": float(p90),
-        f"{name}_p99": float(p99),
-        f"{name}_max": top,
-    }
+    """Mean and percentiles of `values` in seconds, as milliseconds."""
+    values = values if len(values) else np.zeros(1)
+    numbers = (values.mean(), *np.percentile(values, (50, 90, 99)), values.max())
+    return {f"{name}_{key}": float(value) * 1e3 for key, value in zip(_STATISTICS, numbers, strict=True)}
 
 
-def _levels(name: str, replicas: Sequence[Replica], column: str, whole: int) -> dict[str, float]:
-    """Mean over time and maximum of a column of the steps, over all replicas, as a share of `whole`."""
+def _levels(name: str, replicas: Sequence[Replica], column: str, total: int) -> dict[str, float]:
+    """Mean over time and maximum of a column of the steps, over all replicas, as a share of `total`."""
     area, duration, top = 0.0, 0.0, 0.0
     for replica in replicas:
-        time, values = np.array(replica.steps.time), np.array(getattr(replica.steps, column), np.float64)
+        time, values = np.array(replica.steps["time"]), np.array(replica.steps[column])
         if len(time):
             area += float((values[:-1] * np.diff(time)).sum())
             duration += float(time[-1] - time[0])
             top = max(top, float(values.max()))
-    return {f"{name}_mean": _ratio(area, duration) / whole, f"{name}_max": top / whole}
+    return {f"{name}_mean": _ratio(area, duration) / total, f"{name}_max": top / total}
 
 
 # ---------------- tables
 def table(s: Summary) -> str:
-    """One run, readable."""
+    """One run, as lines of text."""
     rows = [
         ("requests", f"{s['requests']:,} served, {s['refused']:,} refused (too long), {s['replicas']} replica(s)"),
         ("tokens", f"{s['prompt_tokens']:,} prompt, {s['output_tokens']:,} output, in {s['seconds']:,.1f} s"),
@@ -125,7 +117,7 @@ def table(s: Summary) -> str:
 
 
 def _five(s: Summary, name: str) -> str:
-    return ", ".join(f"{k} {s[f'{name}_{k}']:,.1f}" for k in ("mean", "p50", "p90", "p99", "max"))
+    return ", ".join(f"{key} {s[f'{name}_{key}']:,.1f}" for key in _STATISTICS)
 
 
 _COLUMNS = (

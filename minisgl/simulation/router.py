@@ -1,15 +1,16 @@
-"""Which replica gets an arriving request.
+"""Routers choose the replica that gets an arriving request.
 
 `round-robin` takes turns.  `prefix` sends a request where it would wait for the fewest prompt tokens:
 
     argmin over replicas of   backlog + (prompt - prefix believed to be cached there)
 
-`backlog` holds the prompt tokens sent there whose first answer token has not come yet, less what was believed cached, and
-DECODE_TOKENS for every open request, for it takes part of every step.  Ties go to the replica with the fewest open requests.
-With idle replicas the prefix decides, under load the backlog outweighs it: no separate threshold for imbalance is needed.
+`backlog` holds the prompt tokens sent there whose first answer token has not come yet, without those believed cached, and
+DECODE_TOKENS for every open request, which takes part of every step.  Ties go to the replica with the fewest open requests.
+With idle replicas the prefix decides; under load the backlog outweighs it, so no separate threshold for imbalance is needed.
 
-What a replica has cached is not asked but remembered: an LRU of hashes of prompt prefixes (one per HASH_TOKENS) that were sent
-there, as large as its KV cache.  The hash of a block covers everything before it, so the set of hashes is the tree.
+The router does not query replicas for their caches.  For each, it remembers an LRU of hashes of the prompt prefixes (one per
+HASH_TOKENS) that it sent there, as large as its KV cache.  The hash of a block covers everything before it, so the set of
+hashes is the tree.
 (Cf. Mooncake's conductor, Qin et al. 2024, which also weighs prefix against queue; the formula here is simpler.)
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from itertools import cycle
 
 from minisgl.arrays import I32
 
@@ -25,26 +27,24 @@ DECODE_TOKENS = 64
 
 
 class RoundRobin:
-    """Takes turns, whatever the load."""
+    """Takes turns and ignores the load."""
 
     def __init__(self, replicas: int) -> None:
-        self._replicas = replicas
-        self._next = 0
+        self._turns = cycle(range(replicas))
 
     def route(self, uid: int, ids: I32) -> int:
         """The replica for a prompt."""
-        self._next += 1
-        return (self._next - 1) % self._replicas
+        return next(self._turns)
 
     def started(self, uid: int) -> None:
-        """The first token of a request is there."""
+        """A request has its first token."""
 
     def finished(self, uid: int) -> None:
         """A request has ended."""
 
 
 class PrefixRouter:
-    """See the module.  `capacity`: tokens of KV cache per replica."""
+    """The prefix router; see the formula above.  `capacity`: tokens of KV cache per replica."""
 
     def __init__(self, replicas: int, capacity: int) -> None:
         self._most = max(1, capacity // HASH_TOKENS)
@@ -75,7 +75,7 @@ class PrefixRouter:
         return next((i for i, key in enumerate(hashes) if key not in seen), len(hashes))
 
     def started(self, uid: int) -> None:
-        """The first token of a request is there."""
+        """A request has its first token."""
         replica, tokens = self._where[uid]
         self._backlog[replica] -= tokens
         self._where[uid] = (replica, 0)

@@ -1,4 +1,4 @@
-"""Request traces: who arrives when, with how long a prompt, sharing what with whom.
+"""Traces: reads recorded or synthetic requests: arrival times, prompt and answer lengths, shared prefixes.
 
 A prompt is kept as *runs* (token, count): `count` equal tokens.  A block of a trace is one run whose token is a function of the
 block's id, so equal ids give equal prefixes, blocks with different ids never share a page, and 144 million prompt tokens take a
@@ -9,7 +9,9 @@ answer is never mistaken for a prompt.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,12 +26,12 @@ from minisgl.errors import UserError
 
 FIRST_PROMPT_TOKEN = 1 << 20
 BLOCK = 512  # tokens per hash id of a Mooncake trace
-_MAX_TOKENS = 1 << 24  # of one request: more is a broken line
+_MAX_TOKENS = 1 << 24  # maximum of one request; more is a broken line
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One arrival.  `arrival`: seconds from the start; `tokens`, `counts` i32[runs]: the prompt; `output`: tokens to make."""
+    """One request.  `arrival` in seconds; `tokens`, `counts` i32[runs]: the prompt; `output`: tokens to generate."""
 
     arrival: float
     output: int
@@ -46,21 +48,11 @@ class TraceRequest:
         return np.repeat(self.tokens, self.counts)
 
 
-class _Numbering:
-    """Block ids of any size -> consecutive tokens, in order of appearance."""
-
-    def __init__(self) -> None:
-        self._known: dict[object, int] = {}
-
-    def __call__(self, block: object) -> int:
-        return FIRST_PROMPT_TOKEN + self._known.setdefault(block, len(self._known))
-
-
 def load(source: str, limit: int = 0, scale: float = 1.0, duration: float = 0.0) -> list[TraceRequest]:
     """Read `source`: a .jsonl file (Mooncake), a .csv file (Azure), or `synthetic:...`; see docs/simulator.md.
 
-    `limit`: the first so many requests; `duration`: those of the first so many seconds of the trace; 0 for all.  `scale`: the
-    trace runs so many times as fast.  Raises UserError naming the file and the line.
+    `limit`: maximum number of requests; `duration`: seconds of the trace that are used; 0 for all.  `scale`: speed-up of the
+    arrivals, which then count from 0.  Raises UserError naming the file and the line.
     """
     if source.startswith("synthetic:"):
         requests = list(synthetic(source.removeprefix("synthetic:")))
@@ -94,7 +86,7 @@ def _tokens(source: str, line: int, name: str, value: Any) -> int:
 
 def _mooncake(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
     """{"timestamp": ms, "input_length", "output_length", "hash_ids": one per 512 tokens}; the last block may be partial."""
-    number = _Numbering()
+    token_of: dict[object, int] = defaultdict(itertools.count(FIRST_PROMPT_TOKEN).__next__)  # block id of any size -> its token
     for at, text in enumerate(lines, 1):
         if not text.strip():
             continue
@@ -104,9 +96,8 @@ def _mooncake(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
             raise _bad(source, at, f"not JSON ({e.msg})") from e
         names = ("timestamp", "input_length", "output_length", "hash_ids")
         if not isinstance(row, dict) or (missing := [n for n in names if n not in row]):
-            raise _bad(
-                source, at, f"an object with {', '.join(names)} is expected" + (f"; {missing[0]} is missing" if row else "")
-            )
+            lacks = f"; {missing[0]} is missing" if row else ""
+            raise _bad(source, at, f"an object with {', '.join(names)} is expected{lacks}")
         when = row["timestamp"]
         if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 1e15:
             raise _bad(source, at, f"timestamp must be milliseconds, got {when!r}")
@@ -117,16 +108,15 @@ def _mooncake(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
             raise _bad(source, at, f"hash_ids must hold {-(-n // BLOCK)} ids, one for each {BLOCK} of {n} tokens")
         counts = np.full(len(ids), BLOCK, np.int32)
         counts[-1] = n - BLOCK * (len(ids) - 1)
-        yield TraceRequest(when / 1000, out, np.array([number(i) for i in ids], np.int32), counts)
+        yield TraceRequest(when / 1000, out, np.array([token_of[i] for i in ids], np.int32), counts)
 
 
 def _azure(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
-    """TIMESTAMP,ContextTokens,GeneratedTokens.  Nothing is known of the text, so nothing is shared."""
+    """TIMESTAMP,ContextTokens,GeneratedTokens.  The trace says nothing about the text, so no prefix is shared."""
     rows = csv.reader(lines)
     head = [c.strip() for c in next(rows, [])]
     if head[:3] != ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
         raise _bad(source, 1, "the header TIMESTAMP,ContextTokens,GeneratedTokens is expected")
-    first: float | None = None
     for row in rows:
         at = rows.line_num
         if not row:
@@ -137,16 +127,15 @@ def _azure(source: str, lines: Iterator[str]) -> Iterator[TraceRequest]:
             n, out = int(row[1]), int(row[2])
         except (ValueError, IndexError, TypeError) as e:
             raise _bad(source, at, f"a time and two integers are expected, got {','.join(row)!r}") from e
-        first = when if first is None else first
         n, out = _tokens(source, at, "ContextTokens", n), _tokens(source, at, "GeneratedTokens", out)
-        yield TraceRequest(when - first, out, np.array([FIRST_PROMPT_TOKEN + at], np.int32), np.array([n], np.int32))
+        yield TraceRequest(when, out, np.array([FIRST_PROMPT_TOKEN + at], np.int32), np.array([n], np.int32))
 
 
 def synthetic(spec: str) -> Iterator[TraceRequest]:
     """`rate=4,input=100-1024,output=100-1024,shared=512,groups=1,n=1000,seed=0`: Poisson arrivals, uniform lengths.
 
-    `input` counts the tokens that nobody shares; before them stand `shared` tokens, the same for every request of a group
-    (which of the `groups` is drawn at random).  `rate` in requests per second, 0: all at once.  Raises UserError.
+    A prompt begins with `shared` tokens, the same for every request of its group (one of `groups`, drawn at random); `input`
+    unique tokens follow.  `rate` in requests per second, 0: all at once.  Raises UserError.
     """
     settings = {"rate": "4", "input": "100-1024", "output": "100-1024", "shared": "0", "groups": "1", "n": "1000", "seed": "0"}
     for item in filter(None, spec.split(",")):
@@ -196,7 +185,7 @@ class _Trie:
 
 
 def ideal_hits(requests: list[TraceRequest], page_size: int) -> npt.NDArray[np.int64]:
-    """For every request the prompt tokens that an unbounded cache of whole pages finds, if a prompt is cached when it arrives.
+    """Prompt tokens of every request that an unbounded cache of whole pages finds, if prompts are cached when they arrive.
 
     As in the engine, the last token of a prompt is always computed.
     """

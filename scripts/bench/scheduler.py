@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import StepResult
 from minisgl.sampling_params import SamplingParams

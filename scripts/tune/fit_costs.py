@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Event, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.model.checkpoint.resolve import resolve
@@ -74,8 +75,8 @@ class Engine:
             inbox = []
             for uid, cached in out.started:
                 log.cached[uid] = cached
-            for news in out.news:
-                log.enter(news, now)
+            for rows in out.outputs:
+                log.enter(rows, now)
             if out.plan is not None:
                 decode = decode if out.plan.decode is None else out.plan.decode
                 published.append((out.plan, work_of(out.plan, decode, machine)))

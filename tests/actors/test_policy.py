@@ -13,8 +13,9 @@ from conftest import EOS, VOCAB, Loop, World, fake_config, fake_spec
 
 from minisgl.actors.messages import Wake
 from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler.interface import Add, Drop, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, SchedulerLimits, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.cache.radix import Match, RadixCache
 from minisgl.config import Config, EngineConfig, ServerConfig
@@ -165,7 +166,7 @@ def test_an_abort_in_the_same_inbox_as_the_eos_frees_the_slot_once(abort_first: 
         loop.step()
     results = [loop.pending.popleft()]
     assert results[0].tokens.tolist() == [EOS]
-    drop = machine_module.Drop(uid)
+    drop = Drop(uid)
     loop.machine.step([drop, *results] if abort_first else [*results, drop], 0.0)
     loop.machine.check()
     assert not loop.machine.running
@@ -481,6 +482,19 @@ def test_deadlines_of_requests_that_ended_do_not_pile_up() -> None:
     assert len(loop.machine._deadlines) <= 64 + 3
 
 
+def test_a_request_keeps_its_deadline_when_those_of_ended_requests_are_cleared() -> None:
+    loop = Loop(num_pages=60)
+    for i in range(200):
+        uid = loop.add(prompt(3, i), 1, RequestOptions(timeout=1e5))
+        before = len(loop.machine._deadlines)
+        loop.step()
+        assert uid in {uid for _, uid in loop.machine._deadlines}
+        if len(loop.machine._deadlines) < before:
+            return
+        loop.run()
+    raise AssertionError("nothing was cleared")
+
+
 def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -> None:
     w = World(3, fake_config(max_running=1))
     running = w.submit(talker(6, 40), 40, RequestOptions(timeout=3.0))
@@ -671,9 +685,9 @@ def _endless_pages(self: StepMachine, request: Request, *args: Any) -> int | Non
         self.pool = real
 
 
-def _prompts_first(self: StepMachine, parts: Any) -> Any:
+def _prompts_first(self: StepMachine) -> Any:
     if not self._prefilling and not len(self.waiting):
-        return PLAN_DECODE(self, parts)
+        return PLAN_DECODE(self)
     return np.zeros(0, np.int32)
 
 

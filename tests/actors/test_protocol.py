@@ -1,13 +1,15 @@
-"""The whole engine but the model, under seeded interleavings: real gateway, scheduler and worker actors around the oracle."""
+"""The whole engine without a model, under seeded interleavings: real gateway, scheduler and workers around the fake runner."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import EOS, VOCAB, World, fake_config, random_traffic
 
 from minisgl.actors.messages import Stats
-from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.model.fake_runner import expected_tokens
 from minisgl.plan import BIAS, EXTRA, StepLogprobs, StepPlan, StepResult
@@ -175,9 +177,7 @@ def test_results_that_come_while_a_plan_waits_for_room_are_not_a_livelock(monkey
 # ---------------- the tests notice: each mutant breaks one rule of the protocol
 def _by_slot(self: StepMachine, result, out) -> None:
     sent = self.inflight[0]
-    self.inflight[0] = machine_module._InFlight(
-        sent.step, sent.slots, self.table.epoch[sent.slots]
-    )  # whoever owns the slot now
+    self.inflight[0] = replace(sent, epochs=self.table.epoch[sent.slots])  # the present owners of the slots
     TAKE(self, result, out)
 
 
@@ -207,7 +207,7 @@ MUTANTS = {
     "an unwritten position is cached": (StepMachine, "_release", _cache_unwritten),
     "pages of the cache are freed with the request": (StepMachine, "_release", _free_shared),
     "duplicates are freed but still read": (StepMachine, "_publish_prefix", _keep_duplicates),
-    "the token at a page boundary is lost at lag 1": (machine_module.SlotTable, "grant_decode", _forget_tail),
+    "the token at a page boundary is lost at lag 1": (SlotTable, "grant_decode", _forget_tail),
 }
 
 

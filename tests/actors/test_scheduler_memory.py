@@ -88,7 +88,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(crowded: World) -> None:
 
 
 def _remember_stops(self: StepMachine, slot: int) -> None:
-    self._stop_ids[int(self.table.uid[slot]) + 1_000_000] = frozenset()
+    self.table.stop_ids[int(self.table.uid[slot]) + 1_000_000] = frozenset()
     RELEASE(self, slot)
 
 

@@ -1,4 +1,4 @@
-"""The step machine against the oracle: a hypothesis state machine, seeded stress, restarts, and mutants that must be caught."""
+"""The step machine against the fake runner: a hypothesis state machine, seeded stress, restarts, and mutants to be caught."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.api.engine import Chunk
 from minisgl.api.gateway import Entry
+from minisgl.cache.no_cache import CACHES
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import RadixCache
 from minisgl.errors import RequestError
@@ -44,7 +45,7 @@ class MachineAgainstReference(RuleBasedStateMachine):
             max_context=48,
             step_tokens=slots + extra,
             max_steps_in_flight=lag,
-            cache=cache,
+            cache=CACHES[cache],
             order=order,
             wait_for_shared_prefix=share,
         )

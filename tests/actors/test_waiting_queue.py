@@ -88,4 +88,3 @@ def test_lanes_without_requests_are_forgotten() -> None:
         queue.add(request(uid, uid % 201 - 100))
         queue.remove(uid)
     assert not queue._lanes
-    assert not queue._order

@@ -18,9 +18,9 @@ from test_requests import ModelLoop
 from test_server import Server, ask, check_error, client, play
 from tiny_models import Driver, save_architecture, save_llama
 
-from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler import plan_builder
+from minisgl.actors.scheduler.interface import Add, Output
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Output
 from minisgl.api.engine import TextPrompt, TokenPrompt
 from minisgl.errors import RequestError
 from minisgl.model.common.pooling import Pooling
@@ -44,7 +44,7 @@ class PoolLoop(ModelLoop):
         self.vectors[uid], self.said[uid] = (ids, pooling), []
         options = RequestOptions(pooling=pooling)
         greedy = SamplingParams(max_tokens=1, temperature=0)
-        self._events.append(machine_module.Add(Request(uid, np.array(ids, np.int32), len(ids) + 1, 0, greedy, options)))
+        self._events.append(Add(Request(uid, np.array(ids, np.int32), len(ids) + 1, 0, greedy, options)))
         return uid
 
     def step(self, deliver: int | None = None) -> Output:
@@ -163,7 +163,7 @@ def test_the_test_notices_when(name: str, model: Model, monkeypatch: pytest.Monk
 
 
 def test_no_result_has_more_vectors_than_its_ring_has_room_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "POOLED_ROWS", 2)
+    monkeypatch.setattr(plan_builder, "POOLED_ROWS", 2)
     loop = PoolLoop(model, slots=6, num_pages=40, step_tokens=40)
     for i in range(8):
         loop.embed([7 + i, 8, 9], "mean" if i % 2 else "last")

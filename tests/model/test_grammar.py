@@ -16,7 +16,7 @@ from tiny_models import Driver, save_byte_tokenizer, save_llama
 
 from minisgl import grammar
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.sampling_extras import GrammarRow
+from minisgl.actors.scheduler.sampling_extras import grammar_of
 from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import InvalidParam
@@ -29,7 +29,7 @@ from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import FAILED, GRAMMAR, StepPlan
 from minisgl.sampling_params import Finish, SamplingParams
 
-LETTERS = ["", *"abcdefghij", *"0123456789", "ab", "90"]  # of the oracle's 23 tokens; the first is EOS
+LETTERS = ["", *"abcdefghij", *"0123456789", "ab", "90"]  # of the fake runner's 23 tokens; the first is EOS
 WORDS = Vocabulary([t.encode() for t in LETTERS], frozenset(), (EOS,))
 PATTERNS = [r"[a-e]{3,9}[0-9]+f", r"(ab|90){2,5}", r"[0-9]{1,12}", r"a(b|cd)*e?", r"[a-j0-9]*", r"x|abcdefghij[0-5]{2,4}"]
 
@@ -44,7 +44,7 @@ def follow(text: str, said: list[int]) -> list[int]:
 
 
 def reference(ids: list[int], most: int, pattern: str) -> list[int]:
-    """The oracle's answer to a prompt: sequential, no cache, no batch."""
+    """The fake runner's answer to a prompt: sequential, no cache, no batch."""
     out: list[int] = []
     while len(out) < most and (not out or out[-1] != EOS):
         out.append(next_token(np.array(ids + out, np.int32), VOCAB, np.array(follow(grammar.regex(pattern), out), np.int32)))
@@ -82,7 +82,7 @@ def test_answers_under_retraction_are_those_of_the_slow_loop(seed: int, grammar_
     loop.asked = {uid: loop.asked[uid] for uid in plain}
     loop.ends = {uid: loop.ends[uid] for uid in plain}
     loop.check_answers()
-    assert loop.machine._with_grammar == 0
+    assert not loop.machine.table.with_grammar
 
 
 def test_some_of_these_runs_retract_bound_requests() -> None:
@@ -159,8 +159,8 @@ def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyP
 # ---------------- planted bugs
 def _the_past_is_left_behind(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(
-        "minisgl.actors.scheduler.step_machine.GrammarRow.of",
-        lambda slot, r: GrammarRow(slot, r.params.grammar.encode(), r.ids[:0]),
+        "minisgl.actors.scheduler.plan_builder.grammar_of",
+        lambda r: (r.params.grammar.encode(), r.ids[:0]),
     )
 
 
@@ -402,4 +402,4 @@ def test_whatever_is_drawn_under_a_random_schema_is_admitted_by_it(seed: int) ->
 
 def test_a_request_of_a_replay_brings_what_it_has_said() -> None:
     request = Request(1, np.array([1, 2, 3, 4, 5], np.int32), 20, 0, SamplingParams(grammar=grammar.regex("a*")), n_prompt=3)
-    assert GrammarRow.of(2, request).output.tolist() == [4, 5]
+    assert grammar_of(request)[1].tolist() == [4, 5]

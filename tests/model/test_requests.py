@@ -20,11 +20,12 @@ from test_penalties import reference
 from test_sampler import reference_distribution, reference_draw
 from tiny_models import config_for, save_llama
 
-from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler import plan_builder, step_machine
+from minisgl.actors.scheduler.interface import Add, Output
 from minisgl.actors.scheduler.logprobs import LogprobOutputs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra
-from minisgl.actors.scheduler.step_machine import Output, StepMachine
+from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.spawn import make_runner
 from minisgl.model.cpu.penalties import Adjustments
 from minisgl.model.cpu.sampler import uniform
@@ -100,14 +101,14 @@ class ModelLoop(Loop):
         lim, uid = self.limits, len(self.asked) + 1
         limit = min(len(ids) + (p.max_tokens or 0), lim.max_context)
         self.asked[uid], self.said[uid], self.params[uid] = (list(ids), limit - len(ids)), [], p
-        self._events.append(machine_module.Add(Request(uid, np.array(ids, np.int32), limit, p.seed or 0, p)))
+        self._events.append(Add(Request(uid, np.array(ids, np.int32), limit, p.seed or 0, p)))
         return uid
 
     def step(self, deliver: int | None = None) -> Output:
         out = super().step(deliver)
-        for news in out.scores:
-            for i, uid in enumerate(news.uids.tolist()):
-                fields = [getattr(news, f)[i : i + 1] for f in LogprobOutputs.__dataclass_fields__]
+        for rows in out.logprobs:
+            for i, uid in enumerate(rows.uids.tolist()):
+                fields = [getattr(rows, f)[i : i + 1] for f in LogprobOutputs.__dataclass_fields__]
                 self.scores.setdefault(uid, []).append(LogprobOutputs(*fields))
         return out
 
@@ -184,7 +185,7 @@ def test_every_parameter_has_its_effect_whatever_runs_beside_it_and_through_retr
     assert not loop.wrong()
     assert loop.machine.counters.retractions > 0
     assert loop.machine.counters.cached_tokens > 0
-    assert not loop.machine._scoring
+    assert not loop.machine.table.with_logprobs
 
 
 @pytest.mark.parametrize("after", [1, 5])
@@ -201,7 +202,7 @@ def test_a_request_that_is_replayed_after_a_restart_goes_on_where_it_was(model: 
         second.asked[uid], second.said[uid] = (prompt, most), first.said[uid][:after]
         p = second.params[uid] = params[uid - 1]
         request = Request(uid, ids, len(prompt) + most, p.seed or 0, p, n_prompt=len(prompt))
-        second._events.append(machine_module.Add(request))
+        second._events.append(Add(request))
     second.run()
     assert not second.wrong()
     assert second.said == first.said
@@ -220,7 +221,7 @@ def test_a_plan_and_a_result_of_plain_requests_carry_nothing_for_the_others(mode
 
 
 def test_a_prompt_is_scored_in_bounded_chunks_beside_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "SCORED_TOKENS", 5)
+    monkeypatch.setattr(plan_builder, "SCORED_TOKENS", 5)
     loop = ModelLoop(model, num_pages=60)
     p = SamplingParams(max_tokens=3, temperature=0, echo=True, logprobs=2)
     for i in range(3):
@@ -234,7 +235,7 @@ def test_a_prompt_is_scored_in_bounded_chunks_beside_others(model: Model, monkey
 def test_a_plan_never_has_more_biases_and_histories_than_its_ring_has_room_for(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_module, "EXTRA_BYTES", 400)
+    monkeypatch.setattr(plan_builder, "EXTRA_BYTES", 400)
     loop = ModelLoop(model, num_pages=60)
     for i in range(6):
         bias = dict.fromkeys(range(12 + 4 * (i % 2)), 1.0)
@@ -249,32 +250,32 @@ def test_a_plan_never_has_more_biases_and_histories_than_its_ring_has_room_for(
 
 # ---------------- planted bugs
 def _forget_what_was_said(plant: Callable[..., None]) -> None:
-    real = machine_module.extra_of
+    real = plan_builder.extra_of
 
     def forget(request: Request, eos: tuple[int, ...]) -> Extra:
         return real(replace(request, ids=request.ids[: request.n_prompt]), eos)
 
-    plant(machine_module, "extra_of", forget)
+    plant(plan_builder, "extra_of", forget)
 
 
 def _take_what_was_said_for_the_prompt(plant: Callable[..., None]) -> None:
-    real = machine_module.extra_of
-    plant(machine_module, "extra_of", lambda request, eos: real(replace(request, n_prompt=len(request.ids)), eos))
+    real = plan_builder.extra_of
+    plant(plan_builder, "extra_of", lambda request, eos: real(replace(request, n_prompt=len(request.ids)), eos))
 
 
 def _leave_the_former_owners_extras(plant: Callable[..., None]) -> None:
-    real = machine_module._PlanParts
+    real = plan_builder.PlanBuilder
 
-    class Parts(real):  # type: ignore[misc, valid-type]
+    class Builder(real):  # type: ignore[misc, valid-type]
         def __setattr__(self, name: str, value: object) -> None:
-            object.__setattr__(self, name, _Plain() if name == "extras" else value)
+            object.__setattr__(self, name, _Plain() if name == "_extras" else value)
 
     class _Plain(list):  # type: ignore[type-arg]
         def append(self, item: tuple[int, Extra]) -> None:
             if item[1] is not NOTHING:
                 super().append(item)
 
-    plant(machine_module, "_PlanParts", Parts)
+    plant(step_machine, "PlanBuilder", Builder)
 
 
 def _pass_on_scores_twice(plant: Callable[..., None]) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minisgl.actors.scheduler.step_machine import SchedulerLimits
-from minisgl.commands.simulate import _PRESETS, run
+from minisgl.actors.scheduler.interface import SchedulerLimits
+from minisgl.cache.no_cache import NoCache
+from minisgl.cache.radix import RadixCache
+from minisgl.commands.simulate import run
 from minisgl.errors import UserError
 from minisgl.sampling_params import Finish
 from minisgl.simulation import plots
@@ -185,7 +187,7 @@ def finished(result: Run, requests: list[TraceRequest]) -> None:
     [
         {},
         {"max_steps_in_flight": 1},
-        {"cache": "none"},
+        {"cache": NoCache},
         {"order": "arrival", "wait_for_shared_prefix": False},
         {"num_pages": 64, "max_context": 1024},
         {"itl_target": 2e-3},
@@ -205,7 +207,7 @@ def test_every_request_ends_with_its_length_and_no_page_is_lost(changes: dict[st
     assert s["kv_active_max"] <= s["kv_used_max"] <= 1
     if changes.get("num_pages") == 64:
         assert s["retractions"] + s["queue_max"] > 0
-    if changes.get("cache") == "none":
+    if changes.get("cache") is NoCache:
         assert s["hit_rate"] == 0
 
 
@@ -250,7 +252,7 @@ def test_a_request_that_never_fits_is_refused_and_the_others_go_on() -> None:
 
 def test_a_cache_hit_shortens_the_wait_for_the_first_token() -> None:
     requests = load("synthetic:rate=2,input=50,output=5,shared=2000,n=40")
-    times = [summarise(simulate(requests, limits(cache=c), SIMPLE))["ttft_ms_p50"] for c in ("radix", "none")]
+    times = [summarise(simulate(requests, limits(cache=c), SIMPLE))["ttft_ms_p50"] for c in (RadixCache, NoCache)]
     assert times[0] < 0.3 * times[1]
 
 
@@ -320,7 +322,6 @@ def test_a_roofline_is_bandwidth_for_one_row_and_arithmetic_for_many() -> None:
     eight = model.seconds(Work(decode_rows=8, decode_context=800, samples=8))
     assert one == pytest.approx(eight, rel=0.02)
     assert model.seconds(Work(prefill_tokens=8192)) == pytest.approx(2 * model.seconds(Work(prefill_tokens=4096)), rel=0.02)
-    assert tuple(PRESETS) == _PRESETS
 
 
 # ---------------- the command

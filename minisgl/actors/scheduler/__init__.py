@@ -1,1 +1,1 @@
-"""The scheduler: continuous batching, chunked prefill and overlap scheduling as one pure step machine, and its actor."""
+"""The scheduler room: a pure step machine, and the actor that connects it to the other processes."""

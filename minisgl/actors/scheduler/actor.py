@@ -1,10 +1,10 @@
-"""The scheduler actor.
+"""The scheduler actor runs the step machine: it feeds it messages and results, and publishes its plans to the workers.
 
-Owns      every request's state, the page pool and the prefix cache (inside the StepMachine); torch is never imported.
+Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayCapture, Wake (workers); Stop (api); results
-through the token ring.
-Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans through
-the plan ring.
+          through the token ring.
+Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans
+          through the plan ring.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
+from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
-from minisgl.actors.scheduler.step_machine import Add, Drop, Event, Flush, Output, SchedulerLimits, StepMachine, StepOutputs
+from minisgl.actors.scheduler.step_machine import StepMachine
+from minisgl.cache.no_cache import CACHES
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
@@ -44,7 +46,7 @@ STATS_SECONDS = 1.0
 
 
 class SchedulerActor(Actor):
-    """Feeds the machine, publishes its plans, rings the bells."""
+    """Connects the machine to the messages and rings of the other processes."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
@@ -53,13 +55,13 @@ class SchedulerActor(Actor):
         self.results = RingReader(arenas.results)
         self.requests = RingReader(arenas.requests)
         self.board = Board(arenas.board, ctx.name)
-        self.machine: StepMachine | None = None  # made when the workers have said how much memory there is
+        self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
-        self._unsent: StepPlan | None = None  # a plan that waits for room in the ring
+        self._unsent: StepPlan | None = None  # a plan that does not fit into the ring yet
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
         self._armed: set[int] = set()
         self._stopping = self._may_capture = False
-        self._armed_bells = False
+        self._flags_up = False
         self._reported = -STATS_SECONDS
         self._stats: dict[str, int] = {}
         self._pid = os.getpid()
@@ -72,22 +74,21 @@ class SchedulerActor(Actor):
         if len(self._max_pages) < engine.tp:
             return
         num_pages = min(self._max_pages.values())
-        self.machine = StepMachine(
-            SchedulerLimits(
-                slots=engine.max_running,
-                num_pages=num_pages,
-                page_size=engine.page_size,
-                max_context=self.config.max_context,
-                step_tokens=engine.step_tokens,
-                max_steps_in_flight=engine.lag,
-                vocab_size=self.config.model.vocab_size,
-                eos_ids=self.config.model.eos_ids,
-                cache=engine.cache,
-                itl_target=engine.itl_target_ms / 1000,
-                order=engine.order,
-                grammar_waits_for_token=engine.device == "cuda",
-            )
+        limits = SchedulerLimits(
+            slots=engine.max_running,
+            num_pages=num_pages,
+            page_size=engine.page_size,
+            max_context=self.config.max_context,
+            step_tokens=engine.step_tokens,
+            max_steps_in_flight=engine.lag,
+            vocab_size=self.config.model.vocab_size,
+            eos_ids=self.config.model.eos_ids,
+            cache=CACHES[engine.cache],
+            itl_target=engine.itl_target_ms / 1000,
+            order=engine.order,
+            grammar_waits_for_token=engine.device == "cuda",
         )
+        self.machine = StepMachine(limits)
         for rank in range(engine.tp):
             self.ctx.send(f"worker{rank}", Capacity(num_pages))
 
@@ -110,22 +111,33 @@ class SchedulerActor(Actor):
             raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
         if self.requests.starved():
             self.ctx.send("api", Wake())
-        machine = self._machine()
-        if not machine.fits(len(ids) + 1):
-            self._reject_too_long(m)
+        refusal = self._refusal(m)
+        if refusal is not None:
+            self.ctx.send("api", refusal)
             return
-        limits = machine.limits
-        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, limits.num_pages * limits.page_size)
-        if (retry := self._overload(len(ids))) is not None:
-            text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
-            self.ctx.send("api", Rejected(m.uid, 429, text, None, "server_overloaded", retry))
-            return
+        limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
         self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
 
-    def _overload(self, n_ids: int) -> int | None:
-        """Seconds after which a client should try again, if the queue is full; None if it is not.
+    def _refusal(self, m: Generate) -> Rejected | None:
+        """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
+        machine, room = self._machine(), self._machine().limits.kv_tokens
+        if m.n_ids >= room:
+            text = (
+                f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
+                f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
+                "larger --kv-tokens. (context_length_exceeded)"
+            )
+            return Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
+        retry = self._overload(m.n_ids)
+        if retry is None:
+            return None
+        text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
+        return Rejected(m.uid, 429, text, None, "server_overloaded", retry)
 
-        Tokens are the bound that matters: they are the time that a newcomer would wait.  An empty queue takes any request.
+    def _overload(self, n_ids: int) -> int | None:
+        """Seconds after which a client should try again if the queue is full, None if it is not.
+
+        Tokens are the bound that matters: they determine how long a new request would wait.  An empty queue takes any request.
         """
         machine, server = self._machine(), self.config.server
         adds = [e.request for e in self._inbox if isinstance(e, Add)]
@@ -135,17 +147,8 @@ class SchedulerActor(Actor):
         heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
         if not full and not heavy:
             return None
-        return max(1, min(30, round(tokens / machine.prefill_rate))) if machine.prefill_rate else 5
-
-    def _reject_too_long(self, m: Generate) -> None:
-        limits = self._machine().limits
-        room = limits.num_pages * limits.page_size
-        text = (
-            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
-            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
-            "larger --kv-tokens. (context_length_exceeded)"
-        )
-        self.ctx.send("api", Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None))
+        rate = machine.prefill_rate.per_second
+        return max(1, min(30, round(tokens / rate))) if rate else 5
 
     @on(Cancel)
     def cancel(self, m: Cancel) -> None:
@@ -157,7 +160,7 @@ class SchedulerActor(Actor):
 
     @on(Wake)
     def wake(self, m: Wake) -> None:
-        """A bell: `idle` runs next, which is the point of it."""
+        """Has no content: its arrival makes the runtime call `idle`."""
 
     @on(MayCapture)
     def may_capture(self, m: MayCapture) -> None:
@@ -171,7 +174,7 @@ class SchedulerActor(Actor):
 
     # ---------------- the step
     def idle(self) -> bool:
-        """Results in, plan out.  False only when there is nothing to do and the bells are armed."""
+        """Take results in, publish a plan.  False only when there is nothing to do and the wake-up flags are up."""
         if self.machine is None:
             return False
         worked = self._flush()
@@ -180,15 +183,15 @@ class SchedulerActor(Actor):
             worked = True
         if self._stopping:
             worked |= self._stop_workers()
-        elif self._unsent is None:  # while a plan waits for room in the ring, so does everything else
+        elif self._unsent is None:  # while a plan waits for room in the ring, everything else waits, too
             inbox, self._inbox = self._inbox, []
             worked |= bool(inbox)
             now = self.ctx.now()
             output = self.machine.step(inbox, now)
-            self._tell(output, now)
+            self._send(output, now)
             self._unsent = output.plan
             if self._may_capture and len(self._armed) == self.config.engine.tp:
-                self._may_capture = False  # otherwise the worker asks again after the next plan
+                self._may_capture = False  # if the machine is busy, a worker sends MayCapture again after the next plan
                 if self.machine.idle:
                     self._unsent = StepPlan(self.machine.counters.steps, PlanKind.CAPTURE)
             worked |= self._unsent is not None
@@ -199,37 +202,36 @@ class SchedulerActor(Actor):
             return True
         if self._look_again():
             return True
-        self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # waiting for a step is no rest
+        self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # at once, unless a step is running
         return False
 
     def _report(self, seconds: float) -> None:
-        """Tell api the statistics, unless they are as before or it heard them less than `seconds` ago."""
+        """Send the statistics to api, unless they have not changed or were sent less than `seconds` ago."""
         now = self.ctx.now()
         if now - self._reported < seconds:
             return
         self._reported, stats = now, self._machine().stats()
-        if stats == self._stats:
-            return
-        self._stats = stats
-        self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
+        if stats != self._stats:
+            self._stats = stats
+            self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
 
     def _arm(self, flag: bool) -> None:
-        """Raise or lower my flags: "ring me when there is a result" and, if a plan waits, "when there is room"."""
-        if flag != self._armed_bells:
+        """Raise or lower the flags that request a Wake: when there is a result and, if a plan is unsent, when there is room."""
+        if flag != self._flags_up:
             self.results.park(flag)
             self.plans.starve(flag and self._unsent is not None)
-            self._armed_bells = flag
+            self._flags_up = flag
 
     def _look_again(self) -> bool:
-        """Flags up, then one more look: what was published before they became visible is seen now.
+        """Raise the flags, then look once more for anything published before they became visible.
 
-        The flags stay up until there is work, so that the runtime's second look (see process.run) finds them long visible.
+        The flags stay up until there is work, so they have long been visible when the runtime looks again (see process.run).
         """
         self._arm(True)
         return self.results.pending() or (self._unsent is not None and self.plans.has_room(len(self._unsent.pack())))
 
     def _flush(self) -> bool:
-        """Publish the plan that is waiting, and ring whoever sleeps.  False: none waits, or a worker is too far behind."""
+        """Publish the unsent plan and wake sleeping workers.  False if there is none, or a worker is too far behind."""
         plan = self._unsent
         if plan is None:
             return False
@@ -244,38 +246,28 @@ class SchedulerActor(Actor):
         return True
 
     def _stop_workers(self) -> bool:
-        """STOP goes through the ring, so that every rank leaves after the same step.  True: something was done."""
+        """Send STOP through the ring, so that every rank leaves after the same step.  True if it could be sent."""
         if self._unsent is None:
             self._unsent = StepPlan(self._machine().counters.steps, PlanKind.STOP)
-        last = self._unsent.kind == PlanKind.STOP
-        if self._flush() and last:
+        sent = self._unsent.kind == PlanKind.STOP and self._flush()
+        if sent:
             self.ctx.stop()
-            return True
-        return False
+        return sent
 
-    def _tell(self, output: Output, now: float) -> None:
+    def _send(self, output: Output, now: float) -> None:
         machine = self._machine()
         for uid, cached in output.started:
             request = machine.running[uid][1]
-            if request.options.pooling:  # it has no text
+            if request.options.pooling:  # its answer is a vector, not text
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
             self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params, now - request.arrived))
-        for s in output.scores:
+        for s in output.logprobs:
             inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
             tops = (s.top_ids[inside], s.top_logprobs[inside])
             self.ctx.send("detokenizer", TokenLogprobs(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
         for uid, vector in output.vectors:
             self.ctx.send("api", Embedded(uid, vector))
-        if output.news:
-            self.ctx.send("detokenizer", _join(output.news))
-
-
-def _join(news: list[StepOutputs]) -> Tokens:
-    """One message per step, whatever happened in it."""
-    return Tokens(
-        np.concatenate([n.uids for n in news]),
-        np.concatenate([n.counts for n in news]),
-        np.concatenate([n.tokens for n in news]),
-        np.concatenate([n.finish for n in news]),
-    )
+        if output.outputs:  # all rows of the step in one message
+            columns = [[getattr(rows, name) for rows in output.outputs] for name in ("uids", "counts", "tokens", "finish")]
+            self.ctx.send("detokenizer", Tokens(*map(np.concatenate, columns)))

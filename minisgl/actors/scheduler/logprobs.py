@@ -1,6 +1,6 @@
-"""Log probabilities on their way through the scheduler: what a plan's result will bring, and what of it is told.
+"""Log probabilities in the scheduler: which of them a step computes, and which of its results are passed on.
 
-Runs in the scheduler process, for requests that want them.
+Runs in the scheduler process, for the requests that report log probabilities.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _NONE = np.zeros(0, np.int32)
 
 @dataclass(slots=True)
 class LogprobOutputs:
-    """Log probabilities for the detokenizer, of M tokens: each is the next token of the prompt of uids[i], or the token `drawn`
-    that the news of the same step bring.  The first widths[i] of the row's alternatives are meant.
+    """Log probabilities of M tokens, for the detokenizer.
+
+    Row i belongs to the next prompt token of request uids[i] or, if drawn[i], to the token that it gets in the same step.  Only
+    the first widths[i] alternatives of a row are valid.
     """
 
     uids: I64
@@ -35,9 +37,9 @@ class LogprobOutputs:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedLogprobs:
-    """The M tokens of a step whose log probabilities are computed, in the order of plan.Scores, with the owners of their slots.
+    """The M tokens of a step whose log probabilities are computed, in the order of plan.StepLogprobs, with their slots' owners.
 
-    The first `drawn.size` are drawn by the rows `drawn` of the step; the others are `targets`, of prompts, at `positions`.
+    The first `drawn.size` are drawn by the rows `drawn` of the step; the others are `targets`, prompt tokens at `positions`.
     """
 
     drawn: I64
@@ -48,7 +50,7 @@ class ExpectedLogprobs:
 
     @classmethod
     def of(cls, rows: I32, targets: Sequence[tuple[int, int, I32]], table: SlotTable) -> ExpectedLogprobs | None:
-        """Of a plan whose rows draw for the slots `rows`, with the `targets` (slot, position of the first, tokens)."""
+        """For a plan whose rows draw for the slots `rows`, with the `targets` (slot, position of the first, tokens)."""
         drawn = np.flatnonzero(table.logprobs[rows] >= 0)
         if not len(drawn) and not targets:
             return None
@@ -57,29 +59,27 @@ class ExpectedLogprobs:
         positions = [np.arange(first, first + len(tokens), dtype=np.int32) for _, first, tokens in targets]
         return cls(drawn, slots, table.epoch[slots], tokens, np.concatenate([_NONE, *positions]))
 
-    def news(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> LogprobOutputs | None:
-        """What is to be told of a result: of requests that are still there, and of a prompt that was computed again, after a
-        retraction, what had not been told.  None for nothing.  Raises RuntimeError if the result does not have it."""
+    def read(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> LogprobOutputs | None:
+        """The rows to pass on, prompt tokens first; None if there are none.
+
+        Requests that have ended are left out, and so are prompt tokens that were passed on before a retraction.  Raises
+        RuntimeError if the result lacks log probabilities.
+        """
         scores, n = result.scores, len(self.drawn)
         if scores is None or len(scores.logprobs) != len(self.slots):
-            raise RuntimeError(f"result {result.step} lacks log probabilities that its plan asked for")
+            raise RuntimeError(f"result {result.step} lacks log probabilities of its plan")
         live = table.epoch[self.slots] == self.epochs
         for i in (n + np.flatnonzero(live[n:])).tolist():
             request = running[int(table.uid[self.slots[i]])][1]
             live[i] = self.positions[i - n] == request.scored
-            request.scored += int(live[i])
+            if live[i]:
+                request.scored += 1
         at = np.flatnonzero(live)
         if not len(at):
             return None
-        at = np.concatenate((at[at >= n], at[at < n]))  # a prompt before what was drawn after it
+        at = np.concatenate((at[at >= n], at[at < n]))  # prompt tokens before the token drawn after them
         tokens = np.concatenate((result.tokens[self.drawn], self.targets)).astype(np.int32)
         slots = self.slots[at]
-        return LogprobOutputs(
-            table.uid[slots],
-            (at < n).astype(np.uint8),
-            tokens[at],
-            scores.logprobs[at],
-            table.logprobs[slots].astype(np.uint8),
-            scores.top_ids[at],
-            scores.top_logprobs[at],
-        )
+        drawn, widths = (at < n).astype(np.uint8), table.logprobs[slots].astype(np.uint8)
+        tops = scores.top_ids[at], scores.top_logprobs[at]
+        return LogprobOutputs(table.uid[slots], drawn, tokens[at], scores.logprobs[at], widths, *tops)

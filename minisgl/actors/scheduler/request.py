@@ -12,32 +12,38 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingPar
 class Request:
     """One generation request.
 
-    `ids` i32: the prompt, of `n_prompt` tokens (0: all), and after a retraction or replay also what was generated so far.
+    `ids` i32: the `n_prompt` tokens of the prompt (0: all of `ids`).  After a retraction or a replay, the tokens generated so
+    far follow them and are prefilled, too.
     """
 
     uid: int
     ids: I32
-    limit: int  # tokens in all, prompt included
+    limit: int  # maximum number of tokens, prompt included
     seed: int
     params: SamplingParams
     options: RequestOptions = DEFAULT_OPTIONS
     arrived: float = 0.0  # seconds on the machine's clock
     order: int = 0  # order of arrival
-    missing_pages: int = 0  # pages it lacked when it was last looked at: with fewer it need not be tried
-    overtaken_by: int = 0  # later requests in the queue (less important, or as important and younger) that started first
+    missing_pages: int = 0  # pages needed at the last attempt: skip this request while fewer than this are free
+    overtaken_by: int = 0  # requests of a higher rank in the queue that started first
     resumed: bool = False  # has run before
     n_prompt: int = 0
-    scored: int = 1  # tokens of the prompt whose log probabilities are known or cannot be: nothing stands before the first
+    scored: int = 1  # prompt tokens whose log probabilities are sent already; the first token has none
 
     def __post_init__(self) -> None:
         self.n_prompt = self.n_prompt or len(self.ids)
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is more important: by priority, then by arrival."""
+        return -self.options.priority, self.order
+
+    @property
     def scores_prompt(self) -> bool:
-        """Whether log probabilities of prompt tokens are still to come: they must be computed, and are in no cache."""
+        """Log probabilities of prompt tokens are still to come, so these tokens must be computed, not read from the cache."""
         return self.params.echo and self.params.logprobs is not None and self.scored < self.n_prompt
 
     @property
     def computes_all(self) -> bool:
-        """Whether every token of the prompt must be computed by this request itself, whatever the cache has of it."""
+        """This request must compute every token of its prompt, whatever the cache has."""
         return self.scores_prompt or self.options.pooling == "mean"

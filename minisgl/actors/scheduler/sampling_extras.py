@@ -1,4 +1,7 @@
-"""What a request asks of sampling beyond the columns of plan.JOIN, as the plan's extras.  Runs in the scheduler process."""
+"""Sampling extras: what a request needs from the sampler beyond the columns of plan.JOIN: penalties, biases, a grammar.
+
+Most requests have none, and their plans say nothing about it.  Runs in the scheduler process.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy.typing as npt
 
 from minisgl.actors.scheduler.request import Request
 from minisgl.arrays import I32
-from minisgl.plan import BIAS, GRAMMAR, NO_EXTRA, StepPlan
+from minisgl.plan import BIAS, NO_EXTRA
 from minisgl.sampling_params import MAX_EOS_IDS
 
 
@@ -26,39 +29,23 @@ NOTHING = Extra(NO_EXTRA, np.zeros(0, BIAS), np.zeros(0, np.int32))
 
 
 def extra_bytes(request: Request) -> int:
-    """At most so many bytes of a plan, beside the row itself."""
+    """Upper bound on the bytes that extras and grammar of a request add to a plan, without their fixed rows."""
     p = request.params
     ends = MAX_EOS_IDS + len(p.stop_token_ids) if p.min_tokens else 0
     grammar = 4 * (len(p.grammar) + len(request.ids)) if p.grammar else 0
     return BIAS.itemsize * (len(p.logit_bias) + ends) + (4 * len(request.ids) if p.penalised else 0) + grammar
 
 
-@dataclass(frozen=True, slots=True)
-class GrammarRow:
-    """One row of plan.GRAMMAR with what belongs to it; no text: the slot's owner has no grammar."""
-
-    slot: int
-    text: bytes
-    output: I32
-
-    @classmethod
-    def of(cls, slot: int, request: Request) -> GrammarRow:
-        output = request.ids[request.n_prompt :] if request.params.grammar else request.ids[:0]
-        return cls(slot, request.params.grammar.encode(), output)
-
-
-def enter_grammars(plan: StepPlan, rows: list[GrammarRow]) -> None:
-    """Put the grammars of requests that start or resume into a plan."""
-    plan.grammars = np.array([(b.slot, len(b.text), len(b.output)) for b in rows], GRAMMAR)
-    plan.said = np.concatenate([b.output for b in rows])
-    plan.grammar_text = b"".join(b.text for b in rows)
+def grammar_of(request: Request) -> tuple[bytes, I32]:
+    """The text of a request's grammar and its answer so far, both empty without a grammar."""
+    text = request.params.grammar.encode()
+    return text, request.ids[request.n_prompt :] if text else request.ids[:0]
 
 
 def extra_of(request: Request, eos_ids: tuple[int, ...]) -> Extra:
-    """NOTHING for most requests.
+    """The extras of a request that starts or resumes; NOTHING for most requests.
 
-    Called whenever a request starts or resumes: what it has said so far is in its ids, so a resumed request goes on as if it
-    had never stopped.
+    The ids of a resumed request include its answer so far, so its penalties continue as if it had never stopped.
     """
     p = request.params
     if not (p.penalised or p.logit_bias or p.min_tokens or p.logprobs is not None):

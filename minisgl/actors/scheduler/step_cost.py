@@ -1,10 +1,10 @@
-"""What a step costs, learned from measured steps.  Pure; runs in the scheduler process and in the simulator.
+"""The cost model: learns from measured steps how long a step takes.  Pure; runs in the scheduler process and in the simulator.
 
     seconds = c0 + c1 * prefill tokens + c2 * decode rows + c3 * context of the decode rows
 
 fitted by recursive least squares with forgetting (Plackett 1950; see Ljung, "System Identification", 11.2), so that it
 follows a machine that warms up or is shared.  In information form, damped towards the last fit: where a feature does not vary
-for hours, its coefficient stays as it was, and nothing grows.  Four numbers and a 4 x 4 matrix: some 20 us per step.
+for hours, its coefficient stays as it was, and nothing grows.  Four numbers and a 4 x 4 matrix: about 20 us per step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def features(prefill_tokens: int, decode_rows: int, context: int) -> F64:
 
 
 class StepCosts:
-    """The fit.  `observe` measured steps, then ask how many prefill tokens fit in a time."""
+    """The fit.  Once it has observed enough steps, `prefill_within` converts a time into prefill tokens."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -37,8 +37,8 @@ class StepCosts:
     def observe(self, x: F64, seconds: float) -> None:
         """Take in one step with `features` x.
 
-        Outliers (a stopped process) count as ten times the expected.  To leave them out would make the fit blind for good to
-        whatever it underestimates that much, such as the first long chunk after many decodes.
+        Outliers (a stopped process) count as ten times the expected.  Leaving them out would blind the fit for good to any step
+        that it underestimates that much, such as the first long chunk after many decodes.
         """
         self.samples += 1
         expected = float(self._w @ x)
@@ -50,7 +50,7 @@ class StepCosts:
 
     @property
     def known(self) -> bool:
-        """Whether enough has been seen to rely on it."""
+        """Whether enough steps have been observed to rely on the fit."""
         return self.samples >= _MIN_SAMPLES
 
     def seconds(self, prefill_tokens: int, decode_rows: int, context: int) -> float:
@@ -63,3 +63,20 @@ class StepCosts:
         if per_token <= 0:
             return 1 << 30
         return int((seconds - self.seconds(0, decode_rows, context)) / per_token)
+
+
+class PrefillRate:
+    """Prompt tokens per second, averaged over windows of half a second in which requests were waiting."""
+
+    def __init__(self) -> None:
+        self.per_second = 0.0  # 0: not known yet
+        self._start: tuple[float, int] | None = None  # of the window: (when, tokens then)
+
+    def observe(self, now: float, tokens: int, waiting: bool) -> None:
+        """Take in the total of prompt tokens planned by `now`; `waiting`: some request has not started yet."""
+        if self._start is None or not waiting:
+            self._start = (now, tokens)
+        elif now - self._start[0] >= 0.5:
+            rate = (tokens - self._start[1]) / (now - self._start[0])
+            self.per_second = 0.5 * (self.per_second + rate) if self.per_second else rate
+            self._start = (now, tokens)

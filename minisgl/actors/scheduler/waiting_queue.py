@@ -1,12 +1,11 @@
-"""Requests that wait to run.  Pure data structure; runs in the scheduler process.
+"""The waiting queue: requests that have not started, or were retracted.  Pure data structure; runs in the scheduler process.
 
-Order: higher priority first; among equals those that have run before (retracted) first, then by arrival.  Nothing here walks
-the queue: its length appears in no cost.
+Order: higher priority first; among equals, retracted requests first, then by arrival.  No operation walks the queue, so its
+length appears in no cost.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +19,6 @@ class WaitQueue:
     def __init__(self) -> None:
         self.tokens = 0  # prompt tokens of all waiting requests
         self._lanes: dict[int, OrderedDict[int, Request]] = {}  # priority -> uid -> request
-        self._order: list[int] = []  # negated priorities, ascending: the most important lane first
         self._where: dict[int, int] = {}  # uid -> priority
 
     def __len__(self) -> int:
@@ -30,20 +28,16 @@ class WaitQueue:
         return uid in self._where
 
     def add(self, request: Request, front: bool = False) -> None:
-        """Append to the lane of its priority; `front`: before all others of it."""
+        """Append to the lane of its priority; `front`: put it before all others in this lane."""
         priority = request.options.priority
-        lane = self._lanes.get(priority)
-        if lane is None:
-            lane = self._lanes[priority] = OrderedDict()
-            insort(self._order, -priority)
-        lane[request.uid] = request
+        self._lanes.setdefault(priority, OrderedDict())[request.uid] = request
         if front:
-            lane.move_to_end(request.uid, last=False)
+            self._lanes[priority].move_to_end(request.uid, last=False)
         self._where[request.uid] = priority
         self.tokens += len(request.ids)
 
     def remove(self, uid: int) -> Request | None:
-        """Take a request out; None if it does not wait."""
+        """Take a request out; None if it is not in the queue."""
         priority = self._where.pop(uid, None)
         if priority is None:
             return None
@@ -52,7 +46,6 @@ class WaitQueue:
         self.tokens -= len(request.ids)
         if not lane:
             del self._lanes[priority]
-            self._order.remove(-priority)
         return request
 
     def front(self, n: int) -> list[Request]:
@@ -60,5 +53,5 @@ class WaitQueue:
         return list(islice(self._walk(), n))
 
     def _walk(self) -> Iterator[Request]:
-        for negated in self._order:
-            yield from self._lanes[-negated].values()
+        for priority in sorted(self._lanes, reverse=True):
+            yield from self._lanes[priority].values()
