@@ -111,7 +111,7 @@ _NONE = {name: np.zeros(0, dtype) for name, dtype in _SECTIONS.items()}
 _DECODE = tuple(_SECTIONS).index("decode")
 _arrays_of = operator.attrgetter(*_SECTIONS)
 _HEADER = struct.Struct("<qBBH12I4x")  # step, kind, SAME, reserved, and the length of every section
-_RESULT = struct.Struct("<qiiiiii")
+_RESULT = struct.Struct("<qiiiiiii")
 _SCORES = struct.Struct("<ii")
 
 
@@ -208,7 +208,8 @@ class StepResult:
 
     `scores`: the requested log probabilities, None without any.  `vectors` f32[rows with POOL, hidden size].
     `busy_us`: how long the device computed; `idle_us`: how long it had waited for the step since the one before it ended, 0
-    where the engine had nothing to do; `launch_us`: CPU time of the launch.
+    where the engine had nothing to do; `launch_us`: CPU time of the launch; `warmups`: graphs captured and kernels
+    compiled in it.
     """
 
     step: int
@@ -218,22 +219,23 @@ class StepResult:
     launch_us: int = 0
     scores: StepLogprobs | None = None
     vectors: F32 | None = None
+    warmups: int = 0
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in worker 0."""
         shape = (0, 0) if self.vectors is None else self.vectors.shape
-        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, *shape)
+        head = _RESULT.pack(self.step, len(self.tokens), self.busy_us, self.idle_us, self.launch_us, self.warmups, *shape)
         vectors = b"" if self.vectors is None else _floats(self.vectors)
         return b"".join([head, _ints(self.tokens), vectors, b"" if self.scores is None else self.scores.pack()])
 
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
-        step, n, busy, idle, launch, m, width = _RESULT.unpack_from(raw)
+        step, n, busy, idle, launch, warmups, m, width = _RESULT.unpack_from(raw)
         at = _RESULT.size + 4 * n
         end = at + 4 * m * width
         if len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
         scores = StepLogprobs.unpack(raw, end) if len(raw) > end else None
         vectors = np.frombuffer(raw, "<f4", m * width, at).reshape(m, width) if m else None
-        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors)
+        return cls(step, np.frombuffer(raw, "<i4", n, _RESULT.size), busy, idle, launch, scores, vectors, warmups)

@@ -60,7 +60,7 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     return WorkerActor(ctx, rank, arenas, lambda: make_runner(config, rank, run_dir))
 
 
-def make_runner(config: Config, rank: int, run_dir: str) -> Any:
+def make_runner(config: Config, rank: int, run_dir: str) -> RunnerLike:
     """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
     from minisgl.model.checkpoint.loader import open_weights
     from minisgl.model.common.grammar import Grammars

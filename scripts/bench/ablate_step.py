@@ -86,9 +86,9 @@ class Bench:
         )
         return self._time(lambda i: plan if i == 0 else StepPlan(self.step, decode=None), 50)
 
-    def prefill(self, tokens: int) -> float:
-        """Microseconds of a prefill step of chunks of 558 tokens."""
-        lens = [558] * (tokens // 558) + ([tokens % 558] if tokens % 558 else [])
+    def prefill(self, tokens: int, chunk: int = 558) -> float:
+        """Microseconds of a prefill step of chunks of `chunk` tokens."""
+        lens = [chunk] * (tokens // chunk) + ([tokens % chunk] if tokens % chunk else [])
 
         def plan(_: int) -> StepPlan:
             return StepPlan(
@@ -145,12 +145,9 @@ def parts(bench: Bench, _: int) -> Iterator[tuple[str, list[Any]]]:
 
     yield (
         "attention",
-        [
-            mock.patch.object(b, n, same)
-            for b, n in ((attention._decode_backend, "decode"), (attention._backends["prefill"], "prefill"))
-        ],
+        [mock.patch.object(b, n, same) for b, n in ((attention.decode, "decode"), (attention.prefill, "prefill"))],
     )
-    yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.base.prepare_heads", heads)]
+    yield "prepare_heads", [mock.patch("minisgl.model.cuda.attention.paged.prepare_heads", heads)]
     ready = Ready(spec.hidden_size)
     yield "norms", [mock.patch.object(la, n, ready) for la in layers for n in ("attn_norm", "mlp_norm")]
     yield "qkv", [mock.patch.object(la.attn, "qkv", Ready(q + 2 * kv)) for la in layers]

@@ -3,7 +3,7 @@
     python scripts/bench/long.py [--shape qwen3-14b] [--tokens 131072] [--step-tokens 8192] [--kv-cache-dtype fp8]
 
 Time to the first token cold and with the prefix cached, ms per token of decoding behind it, and the roofline of the cold
-prefill (see bench_offline.py).  The shape's context is stretched to the prompt: random weights do not mind the positions.
+prefill (see offline.py).  The shape's context is stretched to the prompt: random weights do not mind the positions.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def outcome(spec: ModelSpec, parallel: Parallel, rank: int, dtype: str, eager: b
         memory_fraction=0.9, max_running=40, step_tokens=2048, kv_tokens=32_768, page_size=16,
     )  # fmt: skip
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Grammars, "prepare"))  # these checkpoints have no tokenizer
+        stack.enter_context(mock.patch.object(Grammars, "load_vocabulary"))  # these checkpoints have no tokenizer
         stack.enter_context(mock.patch("minisgl.model.cuda.runner.make_parallel", return_value=parallel))
         stack.enter_context(mock.patch.object(parallel, "close"))  # all models of this process share the group
         runner = make_runner(Config(spec, engine), rank, "")

@@ -264,9 +264,9 @@ def test_plans_and_results_with_everything_in_them_survive_the_ring() -> None:
 
 
 def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> None:
-    sent = StepResult(7, np.array([5, 9], np.int32), busy_us=1200, idle_us=3, launch_us=80)
+    sent = StepResult(7, np.array([5, 9], np.int32), busy_us=1200, idle_us=3, launch_us=80, warmups=2)
     got = StepResult.unpack(sent.pack())
-    assert (got.step, got.tokens.tolist(), got.busy_us, got.idle_us, got.launch_us) == (7, [5, 9], 1200, 3, 80)
+    assert (got.step, got.tokens.tolist(), got.busy_us, got.idle_us, got.launch_us, got.warmups) == (7, [5, 9], 1200, 3, 80, 2)
     with pytest.raises(ValueError, match="header says"):
         StepResult.unpack(sent.pack() + b"\0")
     w = World(None, fake_config(tp=1))
@@ -274,9 +274,9 @@ def test_a_result_carries_what_the_step_took_and_the_machine_adds_it_up() -> Non
     while not w.machine.inflight:
         w.system.step()
     inflight = w.machine.inflight[0]
-    w.machine.step([StepResult(inflight.step, np.zeros(1, np.int32), busy_us=1200, idle_us=3, launch_us=80)], 0.0)
+    w.machine.step([StepResult(inflight.step, np.zeros(1, np.int32), busy_us=1200, idle_us=3, launch_us=80, warmups=2)], 0.0)
     stats = w.machine.stats()
-    assert (stats["busy_us"], stats["idle_us"], stats["launch_us"]) == (1200, 3, 80)
+    assert (stats["busy_us"], stats["idle_us"], stats["launch_us"], stats["warmups"]) == (1200, 3, 80, 2)
 
 
 def test_statistics_are_not_told_between_two_steps_of_a_busy_engine(monkeypatch: pytest.MonkeyPatch) -> None:

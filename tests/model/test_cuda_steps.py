@@ -24,9 +24,10 @@ import numpy as np
 from tiny_models import Driver, config_for, save_architecture, save_llama, save_qwen3
 
 from minisgl.actors.spawn import make_runner
-from minisgl.config import EngineConfig
+from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
+from minisgl.model.checkpoint.presets import random_shape
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.interfaces import Build, Model
 from minisgl.model.common.parallel import Parallel
@@ -36,19 +37,22 @@ from minisgl.model.cpu.runner import Runner
 from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.cuda import device_state as state_module
 from minisgl.model.cuda import step as steps_module
-from minisgl.model.cuda.attention.base import AttentionSpec, paging, splits_for
+from minisgl.model.cuda.attention.base import AttentionSpec
 from minisgl.model.cuda.attention.choose import check_float8, choose
+from minisgl.model.cuda.attention.flashinfer import paging
 from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.attention.torch import TorchReference
 from minisgl.model.cuda.attention.triton import TritonAttention
-from minisgl.model.cuda.device_state import DeviceState, Uploads
+from minisgl.model.cuda.device_state import DeviceState
 from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
-from minisgl.model.cuda.step import Steps, bucket_of
+from minisgl.model.cuda.step import Steps, bucket_of, launch_bound_tokens
 from minisgl.model.kernels.apply_plan import apply_plan
+from minisgl.model.kernels.decode_attention import splits_for
 from minisgl.model.kernels.prefill_attention import tiles_of
 from minisgl.model.kernels.sampling import sample
+from minisgl.model.kernels.uploads import Uploads
 from minisgl.model.text.vocabulary import vocabulary_of
 from minisgl.plan import StepPlan
 
@@ -226,6 +230,39 @@ def test_preparing_graphs_touches_no_slot_and_no_page_of_others(tmp_path: Path) 
                 prepared += 1
         assert a.run(plan) == b.launch(plan).result().tokens.tolist()
     assert prepared > 5
+
+
+def test_steady_state_captures_nothing_after_what_is_captured_ahead(tmp_path: Path) -> None:
+    save_llama(tmp_path, layers=1, **SMALL)
+    worker = Interpreted(tmp_path)
+    worker.graphs.capture = lambda key, step: worker.graphs.keys.add(key)  # type: ignore[method-assign]
+    while worker.steps.capture_ahead():
+        pass
+    ahead = set(worker.graphs.keys)
+    for plan in random_plans(1, 8):
+        worker.run(plan)
+    assert worker.graphs.keys == ahead
+
+
+def test_every_way_to_cut_rows_is_captured_ahead_and_compiled_with_it(tmp_path: Path) -> None:
+    """Steps that are launched kernel by kernel cut their rows in the same ways: whatever their lengths, nothing is compiled."""
+    save_llama(tmp_path, **SMALL)
+    steps = Interpreted(tmp_path).steps
+    ahead = set(steps._expected_graphs())
+    rng = random.Random(0)
+    for rows in range(1, 9):
+        for _ in range(40):
+            lens = [rng.randrange(1, rng.choice((20, 4000))) for _ in range(rows)]
+            bucket = bucket_of(rows)
+            assert (bucket, steps._splits(bucket, rows, max(lens), sum(lens))) in ahead
+
+
+def test_longer_steps_are_graphs_where_launches_take_longer_than_kernels() -> None:
+    small, large = (Config(random_shape(name), EngineConfig()) for name in ("qwen3-0.6b", "qwen3-14b"))
+    assert launch_bound_tokens(small) > 4096
+    assert launch_bound_tokens(large) < 1024
+    halves = Config(large.model, EngineConfig(device="cuda", tp=2))
+    assert launch_bound_tokens(halves) == pytest.approx(2 * launch_bound_tokens(large), abs=2)
 
 
 @pytest.mark.parametrize("group_heads", [(6, 3), (4, 1)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +135,21 @@ def test_decode_attention_over_scattered_pages_is_softmax_attention(
     assert int(workspace.counters.abs().sum()) == 0
 
 
+def test_launches_one_after_another_share_a_workspace_that_is_large_enough() -> None:
+    c = Cache([1, 130, 64, 65, 17], 2, 64, 16)
+    large = DecodeWorkspace(5, 4, 4, 2, 64, DEVICE)
+    for splits in (4, 2, 1):
+        q, workspace = rand(5, 4, 64), DecodeWorkspace(5, splits, 4, 2, 64, DEVICE, within=large)
+        assert workspace.out is large.out
+        got = decode_attention(q, c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace)
+        for i in range(5):
+            assert error(got[i], attend(q[i : i + 1], *c.row(i))[0]) < TOLERANCE
+    assert DecodeWorkspace(5, 8, 4, 2, 64, DEVICE, within=large).out is not large.out
+    more_rows = DecodeWorkspace(6, 1, 4, 2, 64, DEVICE, within=large)
+    assert len(more_rows.counters) == 12
+    assert len(more_rows.lse) == len(large.lse), "taking turns, they would be made again and again"
+
+
 SINKS = torch.tensor([0.5, -1.0, 4.0], device=DEVICE)
 LIMITS = [
     {"window": 1},
@@ -246,6 +264,41 @@ def test_products_with_float8_weights_multiply_by_the_scale_of_each_output(rows:
     scales = q.scales.view(-1)
     got = gemv(x, q.values, scales=scales) if rows == 1 else skinny(x, q.values, scales=scales, splits=2).float()
     assert error(got, x.float() @ (q.values.float() * q.scales).T) < TOLERANCE
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [2, 7, 20])
+def test_products_of_float8_rows_multiply_by_the_scales_of_rows_and_outputs(rows: int, gated: bool) -> None:
+    x, w = rand(rows, 512) * (torch.rand(rows, 1, device=DEVICE).to(HALF) + 0.1), rand(128, 512) * 0.1
+    qx, qw = norm_activation.quantize_rows(x), norm_activation.quantize_rows(w)
+    splits = 1 if gated else 2
+    block_m = 16 if rows <= 16 else 32
+    got = skinny(
+        qx.values, qw.values, scales=qw.scales.view(-1), row_scales=qx.scales, gated=gated, splits=splits, block_m=block_m
+    )
+    want = rows_of(qx) @ rows_of(qw).T
+    if gated:
+        first, second = want.chunk(2, -1)
+        want = F.silu(first) * second
+    assert (
+        error(got.parts.sum(0) if isinstance(got, PartialSums) else got, want) < 2e-2
+    )  # bfloat16, and with `gated` rounded three times
+
+
+def test_a_few_quantised_rows_have_spare_ones_behind_them_for_the_library() -> None:
+    x, weight = rand(3, 256), rand(256)
+    for q in (
+        norm_activation.quantize_rows(x),
+        norm_activation.add_rms_norm(x.clone(), None, weight, 1e-5, quantize=True),
+        norm_activation.silu_mul_quantized(rand(3, 512)),
+    ):
+        assert isinstance(q, Quantized)
+        assert (q.values.shape, q.scales.shape) == ((3, 256), (3, 1))
+        spare = norm_activation.with_spare_rows(q.values, norm_activation.SPARE_ROWS)
+        assert spare.shape == (norm_activation.SPARE_ROWS, 256)
+        assert spare.data_ptr() == q.values.data_ptr()
+        assert norm_activation.with_spare_rows(q.scales, 17).shape == (17, 1)
+        assert norm_activation.with_spare_rows(q.values, 2) is q.values
 
 
 def parts_of(x: torch.Tensor, parts: int) -> torch.Tensor:
@@ -603,3 +656,20 @@ def test_drawn_tokens_are_distributed_as_softmax() -> None:
     drawn = draw(logits.expand(n, -1).contiguous(), [{"temperature": 0.7, "seed": i} for i in range(n)])
     counts, wanted = torch.bincount(torch.tensor(drawn), minlength=8), n * torch.softmax(logits.cpu() / 0.7, 0)
     assert ((counts - wanted) ** 2 / wanted).sum() < 24.3  # chi-squared, 7 degrees of freedom: one sampler of a thousand
+
+
+def _specialised(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, set[str]]]:
+    """The kernels of a module with the arguments that Triton must not specialise on."""
+    for kernel in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for call in (d for d in kernel.decorator_list if isinstance(d, ast.Call)):
+            yield kernel, {name for k in call.keywords if k.arg == "do_not_specialize" for name in ast.literal_eval(k.value)}
+
+
+def test_every_argument_exempt_from_specialisation_exists() -> None:
+    """Triton ignores a name that no argument has, and compiles anew in the middle of serving."""
+    exempt = 0
+    for path in Path(norm_activation.__file__).parent.glob("*.py"):
+        for kernel, names in _specialised(ast.parse(path.read_text(encoding="utf-8"))):
+            assert names <= {argument.arg for argument in kernel.args.args}, f"{path.name}: {kernel.name}"
+            exempt += len(names)
+    assert exempt > 30

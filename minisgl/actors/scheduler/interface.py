@@ -109,4 +109,5 @@ class Counters:
     busy_us: int = 0  # as measured by the device, over all steps
     idle_us: int = 0
     launch_us: int = 0
+    warmups: int = 0  # graphs captured and kernels compiled while a step waited for them: none in steady state
     misses: dict[str, int] = field(default_factory=dict)  # prompt tokens not found at first admission, by reason

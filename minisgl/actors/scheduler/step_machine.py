@@ -124,6 +124,7 @@ class StepMachine:
         counters.busy_us += result.busy_us
         counters.idle_us += result.idle_us
         counters.launch_us += result.launch_us
+        counters.warmups += result.warmups
         counters.wasted_rows += rows.wasted
         if result.busy_us and self.limits.itl_target:  # nothing else needs the cost model
             self.costs.observe(sent.cost, result.busy_us * 1e-6)

@@ -143,6 +143,7 @@ class Metered:
         for name, text, value in (
             ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", stats["prompt_tokens"]),
             ("prefix_cache_hits", "Prompt tokens that were found there.", stats["cached_tokens"]),
+            ("num_warmups", "Graphs captured and kernels compiled while a step waited for them.", stats["warmups"]),
             ("num_preemptions", "Running requests that were retracted for want of memory.", stats["retractions"]),
             ("request_timeouts", "Requests that missed their deadline.", stats["timeouts"]),
             ("engine_steps", "Steps of the engine.", stats["steps"]),

@@ -1,7 +1,7 @@
-"""What a GPU worker remembers of every slot, on the device, and how plans get there.  Runs in the workers.
+"""Keeps the state of every slot on the GPU, and applies plans to it.  Runs in the workers.
 
-The host keeps a mirror (SlotState) for what must be laid out there: prompt chunks, and the order of the decode rows.  A plan's
-joins and grants travel as the bytes they are in the record; a decode batch that stays the same is not sent again.
+The host keeps a mirror (SlotState) for what must be laid out there: prompt chunks, and the order of the decode rows.  New slots
+and page grants travel as the bytes of the record; a decode batch that stays the same is not sent again.
 """
 
 from __future__ import annotations
@@ -14,43 +14,12 @@ from minisgl.arrays import I32
 from minisgl.model.kernels.apply_plan import apply_plan
 from minisgl.model.kernels.penalties import enter_extras
 from minisgl.model.kernels.sampling import Extras, SamplingState
+from minisgl.model.kernels.uploads import Uploads
 from minisgl.plan import StepPlan
 
 
-class Uploads:
-    """Pinned buffers in rotation.  A buffer may be written again once the copy from it has run: a worker gets plan k + lag only
-    after the result of step k, so lag + 1 buffers are enough."""
-
-    def __init__(self, words: int, lag: int, device: torch.device) -> None:
-        self._device = device
-        pinned = device.type == "cuda"
-        self._ring = [torch.empty(words, dtype=torch.int32, pin_memory=pinned) for _ in range(lag + 1)]
-        self._staging = torch.empty(words, dtype=torch.int32, device=device)
-        self._next = 0
-
-    def send(self, parts: list[I32], into: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy int32 arrays, one behind the other, to the device, without waiting; valid for the step being launched."""
-        total = sum(p.size for p in parts)
-        if total > len(self._staging):  # a plan that grants very many pages: seldom
-            whole = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
-            whole = whole.pin_memory() if self._ring[0].is_pinned() else whole
-            return whole.to(self._device, non_blocking=True) if into is None else into.copy_(whole, non_blocking=True)
-        pinned = self._ring[self._next]
-        host, at = pinned.numpy(), 0
-        for part in parts:
-            host[at : at + part.size] = part.ravel()
-            at += part.size
-        target = self._staging[:total] if into is None else into
-        target.copy_(pinned[:total], non_blocking=True)
-        return target
-
-    def turn(self) -> None:
-        """The next step uses the next buffer."""
-        self._next = (self._next + 1) % len(self._ring)
-
-
 class DeviceState(SamplingState):
-    """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is the spare one."""
+    """Sampling parameters, KV lengths, last tokens and page tables by slot.  Slot `max_running` is for padding rows."""
 
     def __init__(
         self, max_running: int, max_context: int, page_size: int, lag: int, device: torch.device, *, vocab: int
@@ -68,11 +37,11 @@ class DeviceState(SamplingState):
         self.decode_rows = torch.full((2, max_running + 64), max_running, dtype=torch.int32, device=device)
 
     def spare_page(self, page: int) -> None:
-        """Where padding rows keep their key and value."""
+        """Set the page where padding rows keep their keys and values."""
         self.page_table[self.spare].fill_(page)
 
     def apply(self, plan: StepPlan) -> None:
-        """Enter joins, grants and extras."""
+        """Enter new slots, page grants and extras."""
         self._plans.turn()
         n_new_slots, n_page_grants, n_extra = len(plan.new_slots), len(plan.page_grants), len(plan.extras)
         if n_new_slots or n_page_grants:
@@ -83,7 +52,7 @@ class DeviceState(SamplingState):
                 enter_extras(words[len(words) - sum(len(part) for part in extras) :], n_extra, self)
 
     def _lay_out(self, plan: StepPlan) -> list[I32]:
-        """The words of `enter_extras`; makes room on the device for what has not been used before."""
+        """The words of `enter_extras`; allocates what the device does not have yet."""
         e, n = plan.extras, len(plan.extras)
         if self.extras is None:
             self.extras = Extras(len(self.kv_len), self._vocab, self._device)

@@ -1,7 +1,7 @@
-"""Grammars of a GPU worker: tokens come back from the device, matchers read them, masks go there, all beside running steps.
+"""Keeps the grammars of a GPU worker: sampled tokens advance the matchers on the host, whose masks go to the device.
 
-The scheduler plans a bound row only when it knows all of its tokens (Limits.known_first).  So whatever a mask depends on has
-been drawn before the plan was made, on this rank as on rank 0 within the length of a step, and no rank waits for the device.
+The scheduler plans a row with a grammar only when it knows all of its tokens (SchedulerLimits.grammar_waits_for_token).  The
+tokens a mask depends on are therefore known before the plan is made, so masks never stall the GPU.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import numpy.typing as npt
 import torch
 
 from minisgl.model.common.grammar import Grammars
+from minisgl.model.kernels.uploads import upload
 from minisgl.plan import StepPlan
 
 
 class Event(Protocol):
-    """A torch.cuda.Event, as far as it is used."""
+    """The part of torch.cuda.Event that is used."""
 
     def synchronize(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """Tokens of a step that matchers have not read."""
+    """Tokens of a step that matchers have not read yet."""
 
     step: int
     matchers: list[Any]
@@ -46,11 +47,11 @@ class GrammarRows:
         self.has_grammar = self.masks = torch.zeros(0, dtype=torch.int32, device=device)
         self._unread: deque[_Drawn] = deque()
         self._step = 0
-        self._now: tuple[list[Any], npt.NDArray[np.int64]] | None = None  # the bound rows of the step being launched
-        self.failed: npt.NDArray[np.int64] | None = None  # rows of that step whose grammar cannot go on
+        self._now: tuple[list[Any], npt.NDArray[np.int64]] | None = None  # rows with grammars of the step being launched
+        self.failed: npt.NDArray[np.int64] | None = None  # rows of that step whose grammar allows no token
 
     def begin(self, plan: StepPlan) -> None:
-        """A step begins; its grammars are taken in."""
+        """A step begins: take in its grammars."""
         self._step += 1
         self._now = self.failed = None
         while self._unread and self._unread[0].step <= self._step - self._lag:  # before its buffer is used again
@@ -62,21 +63,21 @@ class GrammarRows:
         if not len(self.has_grammar):
             self.has_grammar = torch.zeros(self._slots, dtype=torch.int32, device=self._device)
             self.masks = torch.zeros(self._slots, self._words, dtype=torch.int32, device=self._device)
-        self.has_grammar.copy_(self._upload(self._flags))
+        self.has_grammar.copy_(upload(self._flags, self._device))
 
     def bind(self, slots: npt.NDArray[Any]) -> bool:
-        """Send the masks of those that are bound among the rows that draw for `slots`; whether there are any."""
+        """Send the masks of the rows with grammars among those that draw for `slots`; whether there are any."""
         rows = self.grammars.rows(slots) if self.grammars else np.zeros(0, np.int64)
         if not len(rows):
             return False
         mine = slots[rows]
         matchers = self.grammars.matchers(mine)
-        wanted = {id(m) for m in matchers}
-        for drawn in [d for d in self._unread if any(id(m) in wanted for m in d.matchers)]:
+        due = {id(m) for m in matchers}
+        for drawn in [d for d in self._unread if any(id(m) in due for m in d.matchers)]:
             self._unread.remove(drawn)
             self._read(drawn)
         masks, failed = self.grammars.masks(mine)
-        self.masks.index_copy_(0, self._upload(mine).long(), self._upload(masks.view(np.int32)))
+        self.masks.index_copy_(0, upload(mine, self._device).long(), upload(masks.view(np.int32), self._device))
         self._now = (matchers, rows)
         self.failed = rows[failed] if failed.any() else None
         return True
@@ -89,7 +90,3 @@ class GrammarRows:
     def _read(self, drawn: _Drawn) -> None:
         drawn.end.synchronize()
         self.grammars.feed(drawn.matchers, drawn.tokens.numpy()[drawn.rows])
-
-    def _upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        host = torch.from_numpy(values.astype(np.int32))
-        return (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)

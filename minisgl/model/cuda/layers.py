@@ -15,11 +15,15 @@ from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLay
 from minisgl.model.common.rope import frequencies
 from minisgl.model.common.weights import Weight, stacked
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
-from minisgl.model.kernels.small_batch_matmul import choose, few_rows
+from minisgl.model.kernels.small_batch_matmul import choose, few_rows, settings, skinny
 
-WEIGHT_ONLY_ROWS = 16  # up to here an FP8 layer multiplies plain rows by its 8-bit weights: reading those is all that counts
-# Up to here the library's FP8 products with one scale are faster than those with one for each row and column.
-ONE_SCALE_ROWS = 1024
+# The paths of an FP8 layer by the number of its rows (scripts/bench/row_counts.py).  A step of 14B took 5.1 ms at one row with
+# 16-bit rows and 8-bit weights; 10.7, 11.4 and 11.8 ms at 2, 8 and 16 rows, where converting the weights for the matrix unit
+# takes longer than reading them; and 5.3 ms at 17 rows with the library's float8 products.
+WEIGHT_ONLY_ROWS = 1  # up to here 16-bit rows
+OUR_ROWS = 0  # up to here float8 rows through our kernel, which reads no more than the weights and scales its own results
+LIBRARY_ROWS = 24  # the library's products get at least as many rows: below 17 it takes twice as long
+ONE_SCALE_ROWS = 1024  # up to here the library is faster with one scale than with one for each row and column
 
 
 class Linear:
@@ -42,17 +46,23 @@ class Fp8Product:
         self.weight, self.scales = quantized.values, quantized.scales.view(-1)
         self._one = torch.ones((), dtype=torch.float32, device=weight.device)
 
-    def few(self, x: torch.Tensor, **options: bool) -> torch.Tensor | PartialSums:
-        """Rows in bfloat16 through our kernels."""
+    def ours(self, x: torch.Tensor | Quantized, **options: bool) -> torch.Tensor | PartialSums:
+        """Plain or float8 rows through our kernels."""
         n, k = self.weight.shape
-        settings = choose(len(x), n, k, fp8=True, **options) or {}
-        return few_rows(x, self.weight, settings, scales=self.scales, gated=options.get("gated", False))
+        gated = options.get("gated", False)
+        if isinstance(x, Quantized):
+            found = settings(max(2, len(x.values)), n, k, fp8=True, **options)
+            return skinny(x.values, self.weight, scales=self.scales, row_scales=x.scales, gated=gated, **found)
+        return few_rows(x, self.weight, choose(len(x), n, k, fp8=True, **options) or {}, scales=self.scales, gated=gated)
 
-    def many(self, x: Quantized, *, no_partial_sums: bool = False) -> torch.Tensor | Scaled:
+    def library(self, x: Quantized, *, no_partial_sums: bool = False) -> torch.Tensor | Scaled:
         """bfloat16, still to be scaled where that makes the product faster, unless `no_partial_sums` forbids it."""
-        if no_partial_sums or len(x.values) > ONE_SCALE_ROWS:
-            return self._scaled_mm(x.values, x.scales, self.scales.view(1, -1))
-        return Scaled(self._scaled_mm(x.values, self._one, self._one), x.scales, self.scales)
+        rows = len(x.values)
+        values = norm_activation.with_spare_rows(x.values, LIBRARY_ROWS)
+        if no_partial_sums or rows > ONE_SCALE_ROWS:
+            scales = norm_activation.with_spare_rows(x.scales, LIBRARY_ROWS)
+            return self._scaled_mm(values, scales, self.scales.view(1, -1))[:rows]
+        return Scaled(self._scaled_mm(values, self._one, self._one)[:rows], x.scales, self.scales)
 
     def _scaled_mm(self, x: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch._scaled_mm(
@@ -62,7 +72,7 @@ class Fp8Product:
 
 
 class Fp8Linear:
-    """W8A8; up to WEIGHT_ONLY_ROWS rows W8A16."""
+    """Float8 weights times float8 rows; up to WEIGHT_ONLY_ROWS rows stay in 16 bits."""
 
     def __init__(self, weight: torch.Tensor, no_partial_sums: bool) -> None:
         self._product, self._no_partial_sums = Fp8Product(weight), no_partial_sums
@@ -71,9 +81,11 @@ class Fp8Linear:
         if not isinstance(x, Quantized):
             rows = plain(x)
             if len(rows) <= WEIGHT_ONLY_ROWS:
-                return self._product.few(rows, no_partial_sums=self._no_partial_sums)
+                return self._product.ours(rows, no_partial_sums=self._no_partial_sums)
             x = norm_activation.quantize_rows(rows)
-        return self._product.many(x, no_partial_sums=self._no_partial_sums)
+        if len(x.values) <= OUR_ROWS:
+            return self._product.ours(x, no_partial_sums=self._no_partial_sums)
+        return self._product.library(x, no_partial_sums=self._no_partial_sums)
 
 
 class Gated:
@@ -97,9 +109,9 @@ class Fp8Gated:
         self._product = Fp8Product(weight)
 
     def __call__(self, x: Activations) -> Activations:
-        if isinstance(x, Quantized):
-            return norm_activation.silu_mul_quantized(self._product.many(x))
-        return plain(self._product.few(plain(x), gated=True))
+        if isinstance(x, Quantized) and len(x.values) > OUR_ROWS:
+            return norm_activation.silu_mul_quantized(self._product.library(x))
+        return plain(self._product.ours(x if isinstance(x, Quantized) else plain(x), gated=True))
 
 
 def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:

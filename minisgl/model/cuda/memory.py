@@ -1,4 +1,4 @@
-"""How a GPU's memory is divided, measured instead of guessed.  Runs in the workers."""
+"""Divides a GPU's memory between weights, steps, graphs and KV cache, from measurements.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from minisgl.errors import UserError
 
-GRAPHS = 1 << 30  # kept free for the buffers of CUDA graphs, which come into being while the server runs, beside their logits
+GRAPHS = 1 << 30  # kept free for the temporaries of graphs, which are captured later; their logits come on top
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Bytes of one GPU.  `other`: what was taken before the engine came, by other programs and by CUDA itself."""
+    """Bytes of one GPU.  `other`: taken before the engine started, by other programs and by CUDA itself."""
 
     total: int
     other: int
@@ -24,20 +24,20 @@ class Ledger:
 
     @property
     def room(self) -> int:
-        """What is left for the KV cache and for staying free."""
+        """Bytes left for the KV cache and for the share that stays free."""
         return self.total - self.other - self.weights - self.step - self.graphs
 
     def pages(self, kv_tokens: int, fraction: float, device: int) -> int:
-        """How many pages to make: for kv_tokens, or for `fraction` of the room.  Raises UserError naming what to change."""
+        """The number of pages for kv_tokens, or for `fraction` of the room.  Raises UserError naming the flags to change."""
         most = max(0, self.room // self.page)
         if kv_tokens and most:
-            wanted = -(-kv_tokens // self.page_size)
-            if wanted > most:
+            needed = -(-kv_tokens // self.page_size)
+            if needed > most:
                 raise UserError(
                     f"--kv-tokens {kv_tokens}: GPU {device} has room for {most * self.page_size} tokens. {self.describe(0)}. "
                     f"Use --kv-tokens {most * self.page_size} or less, a smaller --step-tokens, or a larger --tp."
                 )
-            return wanted
+            return needed
         pages = int(self.room * fraction) // self.page if most else 0
         if pages < 1:
             raise UserError(

@@ -1,11 +1,11 @@
-"""One tensor-parallel rank on an NVIDIA GPU.  Runs in a worker process; same interface as the CPU Runner.
+"""Runs one rank's share of the model on an NVIDIA GPU, with the interface of the CPU runner.  Runs in a worker process.
 
-What differs from the CPU: a step is only *launched* here; the tokens it samples stay on the device, by slot, where the next
-step finds them, and the host learns them later (`Pending`).  So the host never needs a token to prepare the next step.
+Other than on the CPU, a step is only *launched* here.  The tokens it samples stay on the device, by slot, where the next step
+finds them, and the host reads them later (`CudaPending`), so the host never needs a token to prepare the next step.
 
-A step of decodes only is one CUDA graph, from the gather of the last tokens to the write-back of the new ones, and the host
-uploads only what the plan changed: in steady state nothing.  A short step with prompt chunks is a graph, too; a long one, whose
-kernels take longer than their launches, runs eagerly.  Graphs are captured when they are first needed.
+A decode step is one graph, from the gather of the last tokens to the write-back of the new ones, and the host uploads only what
+the plan changed: in steady state nothing.  A short step with prompt chunks is a graph, too.  A long one, whose kernels take
+longer than their launches, is launched kernel by kernel.  See step.py for the steps and graphs.py for their graphs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from minisgl.model.cuda.layers import CudaLayers
 from minisgl.model.cuda.memory import GRAPHS, Ledger
 from minisgl.model.cuda.parallel import make_parallel
 from minisgl.model.cuda.step import Steps
+from minisgl.model.kernels.compilations import compiled, watch
 from minisgl.model.kernels.logprobs import DeviceLogprobs
 from minisgl.model.kernels.sampling import Extras
 from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PAUSE_MS = 20.0  # a device that has waited longer had nothing to do
+_PAUSE_MS = 20.0  # a device that waited longer had no work, which is not counted as idle
 
 
 @dataclass(slots=True)
@@ -49,21 +50,21 @@ class CudaPending:
     step: int
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
     scored: DeviceLogprobs | None
-    scores: torch.Tensor | None  # i32 on the host, likewise
-    vectors: torch.Tensor | None  # f32 on the host, likewise
+    scores: torch.Tensor | None  # i32 on the host, valid then
+    vectors: torch.Tensor | None  # f32 on the host, valid then
     start: torch.cuda.Event
     end: torch.cuda.Event
-    before: torch.cuda.Event | None  # the end of the step before, None where none has been
+    before: torch.cuda.Event | None  # the end of the previous step; None for the first
     launch_us: int
-    timed: bool
-    failed: npt.NDArray[np.int64] | None = None  # rows whose grammar could not go on
+    warmups: int
+    failed: npt.NDArray[np.int64] | None = None  # rows whose grammar allowed no token
 
     def done(self) -> bool:
-        """Never blocks."""
+        """Whether the step has run.  Never blocks."""
         return bool(self.end.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
-        """What the step sampled."""
+        """The step's tokens and times.  Only after `done`."""
         idle = 0.0 if self.before is None else self.before.elapsed_time(self.start)
         tokens = self.tokens.numpy().copy()
         if self.failed is not None:
@@ -71,9 +72,11 @@ class CudaPending:
         return StepResult(
             self.step,
             tokens,
-            busy_us=int(self.start.elapsed_time(self.end) * 1000) if self.timed else 0,
+            # A step in which something was captured or compiled says nothing about its cost.
+            busy_us=0 if self.warmups else int(self.start.elapsed_time(self.end) * 1000),
             idle_us=int(idle * 1000) if idle < _PAUSE_MS else 0,
             launch_us=self.launch_us,
+            warmups=self.warmups,
             scores=None if self.scored is None or self.scores is None else self.scored.read(self.scores.numpy()),
             vectors=None if self.vectors is None else self.vectors.numpy(),
         )
@@ -83,11 +86,12 @@ class CudaRunner:
     """Life: construct, `max_pages`, `allocate`, `launch` for every plan in order, `close`."""
 
     def __init__(self, config: Config, rank: int, run_dir: str, open_weights: OpenWeights, grammars: Grammars) -> None:
-        """Join the group and load this rank's weights.  Raises UserError for a bad checkpoint or where it does not fit."""
+        """Join the group and load this rank's weights.  Raises UserError for a bad checkpoint or one that does not fit."""
         engine, spec = config.engine, config.model
         self._config, self._rank = config, rank
         self._device = torch.device("cuda", rank)
         torch.cuda.set_device(self._device)
+        watch()
         self._dtype = _DTYPES[spec.dtype if engine.dtype == "auto" else engine.dtype]
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
@@ -115,24 +119,24 @@ class CudaRunner:
         torch.cuda.empty_cache()
         processors = properties.multi_processor_count
         self._steps = Steps(config, self._model, grammars, self._heads, processors=processors, device=self._device)
-        self._weights = torch.cuda.memory_allocated(self._device)  # and the state of the slots, which is small
+        self._weights = torch.cuda.memory_allocated(self._device)  # with the state of the slots, which is small
         self._graphs = Graphs(self._steps.state, self._device, self._say)
         # A worker gets plan k + lag only after the result of step k, so lag + 1 buffers are enough.
         self._results = [torch.zeros_like(self._steps.tokens, device="cpu").pin_memory() for _ in range(engine.lag + 1)]
-        self._score_results: list[torch.Tensor] = []  # likewise for log probabilities, made when they are first wanted
+        self._score_results: list[torch.Tensor] = []  # the same for log probabilities, made for the first of them
         self._launched = 0
-        self._ready = False  # a cache is there
+        self._ready = False  # the cache exists
         self._last: torch.cuda.Event | None = None  # the end of the latest step
         if self._backends.remark:
             self._say(self._backends.remark)
 
     def _say(self, text: str) -> None:
-        """A line for the user, once."""
+        """Print a line for the user, from rank 0."""
         if self._rank == 0:
             print(f"minisgl: {text}", file=sys.stderr, flush=True)
 
     def _compile_flashinfer(self) -> None:
-        """Rank 0 compiles what is missing, the others wait for it; all of them raise UserError if it could not."""
+        """Rank 0 compiles missing modules while the others wait; all of them raise UserError if it fails."""
         from minisgl.model.cuda.flashinfer.compile import build_missing
 
         failure: UserError | None = None
@@ -148,14 +152,14 @@ class CudaRunner:
 
     # ---------------- memory
     def max_pages(self) -> int:
-        """How many KV pages fit beside the weights and the largest step, which is run once.  Raises UserError if none does."""
+        """KV pages that fit next to the weights and the largest step, which is run once.  Raises UserError if none does."""
         engine, spec = self._config.engine, self._config.model
         page = page_bytes(spec.num_layers, engine.page_size, self._shard.num_kv_heads, spec.head_dim, self._heads.kv_dtype)
         try:
             step = self._largest_step(page)
         except torch.OutOfMemoryError as e:
             raise UserError(
-                f"a step of --step-tokens {engine.step_tokens} does not fit GPU {self._rank} beside the weights; use less."
+                f"a step of --step-tokens {engine.step_tokens} does not fit GPU {self._rank} next to the weights; use less."
             ) from e
         # Logits of the largest decode step and of the largest short one; ranks also gather and join theirs.
         rows = engine.max_running + SCORED_TOKENS
@@ -165,7 +169,7 @@ class CudaRunner:
         return self._ledger.pages(engine.kv_tokens, engine.memory_fraction, self._rank)
 
     def _largest_step(self, page: int) -> int:
-        """Peak bytes, beside weights and KV cache, of the largest step: measured by running it on a cache of one page."""
+        """Peak bytes of the largest step without weights and KV cache, measured by running it on a cache of one page."""
         before = torch.cuda.memory_allocated(self._device)
         self._use_cache(1)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -187,7 +191,7 @@ class CudaRunner:
                 "another program use it? Start again, or set --kv-tokens."
             ) from e
         if self._config.model.eos_ids:
-            self._steps.grammar_rows.grammars.load_vocabulary()  # now: later, it would hold up everybody for a second or two
+            self._steps.grammar_rows.grammars.load_vocabulary()  # later, it would delay every request for a second or two
         b = self._backends
         self._say(f"GPU 0: {self._ledger.describe(num_pages)}; attention: {b.prefill} (prefill), {b.decode} (decode)")
 
@@ -212,14 +216,14 @@ class CudaRunner:
 
     # ---------------- steps
     def launch(self, plan: StepPlan) -> CudaPending:
-        """Start a step behind those already started.  Plans come in order, each exactly once."""
+        """Start a step behind those already started.  Plans arrive in order, each exactly once."""
         began = time.perf_counter()
         if not self._ready:
             raise RuntimeError("launch before allocate")
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.inference_mode():
             start.record()
-            captures = self._graphs.captures
+            prepared = self._graphs.captures + len(compiled)
             count = self._steps.run(plan)
             self._launched += 1
             host = self._results[self._launched % len(self._results)][:count]
@@ -231,9 +235,11 @@ class CudaRunner:
         grammar_rows = self._steps.grammar_rows
         grammar_rows.end(host, end)
         before, self._last = self._last, end
-        timed = captures == self._graphs.captures  # a step that was also captured says nothing about its cost
+        warmups = self._graphs.captures + len(compiled) - prepared
         launch_us = int((time.perf_counter() - began) * 1e6)
-        return CudaPending(plan.step, host, scored, scores, vectors, start, end, before, launch_us, timed, grammar_rows.failed)
+        return CudaPending(
+            plan.step, host, scored, scores, vectors, start, end, before, launch_us, warmups, grammar_rows.failed
+        )
 
     def _fetch_scores(self, scored: DeviceLogprobs, count: int) -> torch.Tensor:
         """Start to copy the log probabilities of a step to the host."""
@@ -246,16 +252,16 @@ class CudaRunner:
         return host
 
     def _fetch_vectors(self) -> torch.Tensor | None:
-        """Start to copy the vectors of a step to the host: seldom, so into memory of its own."""
+        """Start to copy the vectors of a step to the host, into new memory: few steps have them."""
         vectors = self._steps.vectors
         if vectors is None:
             return None
         return torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True).copy_(vectors, non_blocking=True)
 
     def capture_ahead(self) -> bool:
-        """Capture one graph that is likely to be needed: called while there is nothing else to do, until False.
+        """Capture one graph that is likely to be needed; called while there is nothing else to do, until it returns False.
 
-        A graph has collectives in it: several ranks are called at the same point of their plans, so they capture the same one.
+        A graph contains collectives: all ranks call this at the same point of their plans and capture the same graph.
         """
         if not self._ready:
             return False
@@ -263,7 +269,7 @@ class CudaRunner:
             return self._steps.capture_ahead()
 
     def close(self) -> None:
-        """Drop the graphs before the group: a graph holds on to its communicator.  Idempotent."""
+        """Drop the graphs, which hold on to the communicator, then leave the group.  Idempotent."""
         torch.cuda.synchronize(self._device)
         self._ready = False
         self._graphs.clear()

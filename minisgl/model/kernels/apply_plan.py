@@ -1,8 +1,8 @@
-"""What a step's plan changes on the device, and what a decode step reads from there.
+"""Applies a plan to the state of the slots on the device, and looks up there what a step needs.
 
-The state of every slot stays on the device; a plan's joins, grants and decode rows arrive as the very bytes of the record, in
-one copy, and `apply_plan` scatters them.  A decode step finds everything else by slot: `decode_inputs` looks up each row's last
-token, its position and the place of its key and value, so in steady state the host uploads nothing.
+The state of every slot stays on the device; a plan's new slots, page grants and decode rows arrive as the bytes of the record,
+in one copy, and `apply_plan` scatters them.  A decode step finds everything else by slot: `decode_inputs` looks up each row's
+last token, its position and the place of its key and value, so in steady state the host uploads nothing.
 """
 
 from __future__ import annotations
@@ -14,26 +14,13 @@ import triton.language as tl
 from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.model.kernels.sampling import SamplingState
 
-JOIN_WORDS, GRANT_WORDS = 8, 3  # 32-bit words of one row of plan.JOIN and plan.GRANT
 
-
-@triton.jit(do_not_specialize=["words", "n_join", "n_grant"])
+@triton.jit(do_not_specialize=["words", "n_new_slots", "n_page_grants"])
 def _apply_plan(
-    words,
-    kv_len,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seed,
-    page_table,
-    table_stride,
-    n_new_slots,
-    n_page_grants,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Programs of BLOCK rows, joins and grants alike.  words i32: 8 for each join, then 3 for each grant."""
+    words, kv_len, temperature, top_k, top_p, min_p, seed, page_table, table_stride, n_new_slots, n_page_grants,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs of BLOCK rows.  words i32: 8 for each new slot, then 3 for each page grant."""
     begin(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     new_slots = i < n_new_slots
@@ -58,7 +45,10 @@ def _apply_plan(
 def apply_plan(
     words: torch.Tensor, n_new_slots: int, n_page_grants: int, state: SamplingState, page_table: torch.Tensor
 ) -> None:
-    """Enter joins and grants, as laid out by minisgl.plan, from words i32[8 n_join + 3 n_grant]; a slot joins at most once."""
+    """Enter new slots and page grants as minisgl.plan lays them out; a slot is new at most once.
+
+    words i32[8 n_new_slots + 3 n_page_grants].
+    """
     if n_new_slots == 0 and n_page_grants == 0:
         return
     s, block = state, 128
@@ -71,20 +61,9 @@ def apply_plan(
 
 @triton.jit(do_not_specialize=["rows"])
 def _decode_inputs(
-    slots,
-    last_token,
-    kv_len,
-    page_table,
-    table_stride,
-    ids,
-    positions,
-    kv_index,
-    kv_lens,
-    rows,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    slots, last_token, kv_len, page_table, table_stride, ids, positions, kv_index, kv_lens, rows,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows

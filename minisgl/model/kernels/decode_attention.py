@@ -1,4 +1,4 @@
-"""Attention of decode rows over a paged KV cache: one query token a row.
+"""Computes attention of decode rows, one query token each, over a paged KV cache.  Runs in the workers.
 
 Bytes: every key and value once, 2 * kv_len * K * D * itemsize a row; nothing else of size.  The work is bound by memory, so
 the kernel's one task is to keep many loads in flight: a program reads blocks of BLOCK tokens of one row and one KV head,
@@ -20,43 +20,22 @@ import triton.language as tl
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
+FLOAT32_PRECISION = "tf32x3"  # concerns float32 alone: three products of tf32 are as good as one of float32
+
 
 @triton.jit(do_not_specialize=["slots", "kv_lens"])
 def _decode(
-    q,
-    keys,
-    values,
-    page_table,
-    slots,
-    kv_lens,
-    out,
-    part_out,
-    part_lse,
-    counters,
-    sinks,  # f32[H], or None
-    scale,
-    v_scale,
-    table_stride,
-    page_stride,
-    head_stride,
-    token_stride,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,  # a power of two
-    FP8: tl.constexpr,
-    WINDOW: tl.constexpr,  # tokens that are seen, the last ones; 0: all
-    SOFTCAP: tl.constexpr,  # c: scores become c * tanh(score / c); 0: they do not
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys."""
+    q, keys, values, page_table, slots, kv_lens, out, part_out, part_lse, counters, sinks, scale, v_scale, table_stride,
+    page_stride, head_stride, token_stride,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys.
+
+    sinks f32[H], or None; SPLITS: parts of a row, a power of two; WINDOW: the tokens that are seen, the last ones (0: all);
+    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).
+    """
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0) * GROUP
     begin(PDL)
@@ -170,14 +149,36 @@ def scaled(score, scale, CAP: tl.constexpr):
 
 
 class DecodeWorkspace:
-    """Room for the parts of `rows` rows cut into `splits` parts (a power of two); shared by all layers of a graph."""
+    """Room for the parts of `rows` rows cut into `splits` parts (a power of two).
 
-    def __init__(self, rows: int, splits: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+    Launches that run one after another may share it, as the layers of a step do: each leaves the counters at zero.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        splits: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        *,
+        within: DecodeWorkspace | None = None,
+    ) -> None:
+        """`within`: a workspace whose memory is used if it is large enough, and otherwise exceeded in every respect."""
         self.splits = splits
-        parts = rows * num_heads * splits if splits > 1 else 1
+        parts, counters = rows * num_heads * splits if splits > 1 else 1, rows * num_kv_heads
+        self.out: torch.Tensor
+        self.lse: torch.Tensor
+        self.counters: torch.Tensor
+        if within is not None:
+            if len(within.lse) >= parts and len(within.counters) >= counters:
+                self.out, self.lse, self.counters = within.out, within.lse, within.counters
+                return
+            parts, counters = max(parts, len(within.lse)), max(counters, len(within.counters))
         self.out = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
         self.lse = torch.empty(parts, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(rows * num_kv_heads, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 def decode_attention(
@@ -203,8 +204,8 @@ def decode_attention(
 
     q [R, H, D] contiguous; keys and values of one layer, equally strided views [pages, K, page_size, D] in any layout with D
     contiguous, of q's dtype or float8_e4m3fn; page_table i32 [slots, pages per slot]; slots i32[R]; kv_lens i32[R], at least 1.
-    `scale` 0 is 1 / sqrt(D); `window`: only the last so many tokens, 0 for all; `softcap` c: scores become c * tanh(score / c);
-    `sinks` f32[H]: scores without values that take part in the softmax.
+    `scale` 0 is 1 / sqrt(D); `window`: the number of last tokens that are seen, 0 for all; `softcap` c: scores become
+    c * tanh(score / c); `sinks` f32[H]: scores without values that take part in the softmax.
     `k_scale` and `v_scale` multiply what is stored.  Nothing but a row's own tokens is read, so no other request's NaN spreads.
     """
     rows, heads, dim = q.shape
@@ -218,39 +219,28 @@ def decode_attention(
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)
     _decode[(kv_heads, workspace.splits, rows)](
-        q,
-        keys,
-        values,
-        page_table,
-        slots,
-        kv_lens,
-        out,
-        workspace.out,
-        workspace.lse,
-        workspace.counters,
-        sinks,
-        (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
-        v_scale,
-        page_table.stride(0),
-        keys.stride(0),
-        keys.stride(1),
+        q, keys, values, page_table, slots, kv_lens, out, workspace.out, workspace.lse, workspace.counters, sinks,
+        (scale or dim**-0.5) * 1.4426950408889634 * k_scale, v_scale, page_table.stride(0), keys.stride(0), keys.stride(1),
         keys.stride(2),
-        GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        WIDTH=keys.shape[-1],
-        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
-        PAGE=page_size,
-        BLOCK=block,
-        SPLITS=workspace.splits,
-        FP8=fp8,
-        WINDOW=window,
-        SOFTCAP=softcap,
-        PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
-        INTERPRET=INTERPRETED,
-        num_warps=warps,
-        num_stages=stages,
-        **launch_options(q),
-    )
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
+        WIDTH=keys.shape[-1], WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]), PAGE=page_size, BLOCK=block,
+        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, INTERPRET=INTERPRETED,
+        num_warps=warps, num_stages=stages, **launch_options(q),
+    )  # fmt: skip
     return out
+
+
+def splits_for(rows: int, kv_heads: int, max_len: int, processors: int, kv_bytes: int) -> int:
+    """Parts to cut each decode row into, a power of two: programs for all processors, and no part much longer than the others.
+
+    Several programs for each processor keep its loads in flight to the end; `kv_bytes` is 2, or 1 for a float8 cache, whose
+    tokens are read in half the time.  `kv_heads` must be the same number on all ranks: the parts are part of a graph's key, and
+    ranks that capture at different steps would mix up their collectives.
+    """
+    parts = max(1, 8 * kv_bytes * processors // (rows * kv_heads))
+    return min(triton_parts(max_len), 1 << (parts.bit_length() - 1))
+
+
+def triton_parts(max_len: int) -> int:
+    """The most parts that make sense: at least 64 tokens in each, 64 parts at most."""
+    return max(1, min(64, 1 << (max(1, max_len // 64)).bit_length() - 1))

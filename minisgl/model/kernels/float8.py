@@ -1,4 +1,4 @@
-"""Reading float8_e4m3fn as the matrix unit wants it, two dimensions at a time.
+"""Converts float8_e4m3fn to the layout of the matrix unit, two dimensions at a time.
 
 Hopper's small matrix instructions take 16-bit operands, and what brings operands from shared memory in their layout (ldmatrix)
 moves 16-bit units.  So a row of bytes is read as units of two neighbouring dimensions; converted, a unit falls apart into an

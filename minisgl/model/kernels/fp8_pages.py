@@ -1,4 +1,4 @@
-"""A float8 cache's pages in the model's own dtype, for attention kernels that cannot read float8.
+"""Widens pages of a float8 KV cache to the model's own dtype, for attention kernels that cannot read float8.
 
 Bytes: one read and two written for each element, once a layer and step: at 16,384 tokens of 8 KV heads of 128, 100 MB or 25 us.
 """

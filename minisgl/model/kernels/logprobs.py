@@ -1,7 +1,7 @@
-"""Log probabilities on the GPU, of drawn tokens and of the tokens of prompts, with the most likely alternatives.
+"""Computes log probabilities on the GPU, of drawn tokens and of prompts' tokens, with the most likely alternatives.
 
 One program per row reads the row's logits twice, and once more for each alternative: at most 22 passes over a row in the L2
-cache, none for rows that want nothing.  Equal logits come in the order of their ids, so nothing depends on other rows.
+cache, none for rows without them.  Equal logits come in the order of their ids, so nothing depends on other rows.
 """
 
 from __future__ import annotations
@@ -26,23 +26,13 @@ SCORE_WORDS = 1 + 2 * MAX_LOGPROBS  # of one row: its token's log probability, i
 
 @triton.jit(do_not_specialize=["slots", "tokens", "targets"])
 def _score(
-    logits,
-    stride,
-    vocab,
-    slots,
-    wanted,
-    tokens,
-    targets,
-    out,
-    WORDS: tl.constexpr,
-    MOST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, alternatives, tokens, targets, out,
+    WORDS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: see `score`."""
     begin(PDL)
     row = tl.program_id(0)
-    n = tl.load(wanted + tl.load(slots + row))
+    n = tl.load(alternatives + tl.load(slots + row))
     if n >= 0:
         target = tl.load(targets + row)
         source = logits + row.to(tl.int64) * stride
@@ -84,9 +74,9 @@ def score(
     state: SamplingState,
     out: torch.Tensor,
 ) -> None:
-    """For each row of logits [R, V] whose slot wants it: out[targets[r]] becomes what the row says of tokens[targets[r]].
+    """For each row of logits [R, V] whose slot returns log probabilities: score tokens[targets[r]] into out[targets[r]].
 
-    slots, targets i32[R]; tokens i32; out i32[*, SCORE_WORDS], holding floats by their bits; what is not wanted stays as it is.
+    slots, targets i32[R]; tokens i32; out i32[*, SCORE_WORDS], holding floats by their bits; other lines stay as they are.
     """
     rows, vocab = logits.shape
     _score[(rows,)](
@@ -97,8 +87,8 @@ def score(
 
 @dataclass(frozen=True, slots=True)
 class DeviceLogprobs:
-    """Which lines of `Steps.scores` a step has written: of the `drawn` tokens, by row, and of `targets` tokens of prompts from
-    line `first` on.  `width`: alternatives of the row that wants most."""
+    """The lines of `Steps.scores` that a step has written: those of the `drawn` rows, then `targets` lines from `first` on, of
+    tokens of prompts.  `width`: the largest number of alternatives of any row."""
 
     drawn: npt.NDArray[np.int64]
     first: int
@@ -106,7 +96,7 @@ class DeviceLogprobs:
     width: int
 
     def read(self, lines: I32) -> StepLogprobs:
-        """Of lines i32[first + targets, SCORE_WORDS] on the host."""
+        """The log probabilities in lines i32[first + targets, SCORE_WORDS] on the host."""
         mine = lines[np.concatenate((self.drawn, self.first + np.arange(self.targets)))]
         floats = mine.view(np.float32)
         end = 1 + MAX_LOGPROBS

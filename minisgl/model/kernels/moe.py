@@ -1,4 +1,4 @@
-"""A mixture of experts: E small gated MLPs, of which every token goes through a few.
+"""Computes a mixture of experts: E small gated MLPs, and every token goes through a few of them.
 
 Five launches and nothing on the host, so that a step with experts can be a CUDA graph: all sizes follow from the number of
 tokens alone.
@@ -7,13 +7,13 @@ tokens alone.
     count     how many choices of each chunk of choices fall on each expert
     place     the choices sorted by expert, each expert's run padded to whole blocks of BLOCK_M; in a fixed order, no atomics
     first     a program per block of choices and of the expert's inner columns: silu(x gate) * (x up)
-    second    likewise with the down projection, times the choice's weight
+    second    the same for the down projection, times the choice's weight
 
 The result is TOP parts [TOP, T, C], one for each rank of choice, which the next norm adds up as it does the parts of a product
-with a split sum (see linear).
+with a split sum (see small_batch_matmul).
 
 Bytes of a decode step: the weights of every expert that is chosen, once; few rows each, so the weights are the large side of
-the tiles, as in linear.  Sorting into padded blocks is the idea of MegaBlocks (Gale et al., arXiv:2211.15841).
+the tiles, as in small_batch_matmul.  Sorting into padded blocks is the idea of MegaBlocks (Gale et al., arXiv:2211.15841).
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def _place(
 @triton.jit(do_not_specialize=["tokens"])
 def _experts(
     x, weight, bias, out, weights, order, blocks, tokens, N, K, E,
-    TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of N outputs, block of choices).
 

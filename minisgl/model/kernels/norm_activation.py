@@ -1,12 +1,13 @@
-"""The small operations between the matrix products of a decoder layer, fused.
+"""Fuses the small operations between a decoder layer's matrix products: residual, RMSNorm, SiLU, quantisation.
 
-A layer is: add_rms_norm, QKV product, prepare_heads, attention, output product, add_rms_norm, gate-up product, silu_mul (part
-of the product where that is ours: see linear), down product.  Bytes moved, of 2-byte elements: add_rms_norm reads 2 T C and
-writes 2 T C; prepare_heads reads and writes T (H + 2K) D; silu_mul reads 2 T I and writes T I.
+A layer is: add_rms_norm, QKV product, prepare_heads (qk_norm_rope), attention, output product, add_rms_norm, gate-up product,
+silu_mul (part of the product where that is ours: small_batch_matmul), down product.
 
-The first two take their input also as the f32 parts [parts, T, N] that a product with a split sum leaves (see linear), and add
-them up; all of them take it as an FP8 product leaves it (see rows).  What is quantised becomes the left side of such a product:
-float8_e4m3fn values and one f32 scale a row, value = q * scale.
+Bytes: of 2-byte elements, add_rms_norm reads 2 T C and writes 2 T C; silu_mul reads 2 T I and writes T I.
+
+add_rms_norm and prepare_heads also take their input as the f32 parts [parts, T, N] of a product with a split sum, and add them
+up; every function also takes it as an FP8 product leaves it (see activations).  Quantised rows are the left side of such a
+product: float8_e4m3fn values and one f32 scale a row, value = q * scale.
 """
 
 from __future__ import annotations
@@ -20,6 +21,19 @@ from minisgl.model.kernels.activations import operand
 from minisgl.model.kernels.pdl import begin, launch_options
 
 FP8 = torch.float8_e4m3fn
+SPARE_ROWS = 24  # rows of the smallest buffer of quantised rows: the library's products take longer with 16 rows and fewer
+
+
+def empty_quantized(rows: int, width: int, device: torch.device) -> Quantized:
+    """Room for `rows` quantised rows, at the start of buffers of at least SPARE_ROWS rows: see `with_spare_rows`."""
+    room = max(rows, SPARE_ROWS)
+    scales = torch.empty(room, 1, dtype=torch.float32, device=device)
+    return Quantized(torch.empty(room, width, dtype=FP8, device=device)[:rows], scales[:rows])
+
+
+def with_spare_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """A tensor of `empty_quantized` with arbitrary rows behind its own, if it has fewer than `rows` (at most SPARE_ROWS)."""
+    return x if len(x) >= rows else x.as_strided((rows, x.shape[1]), x.stride())
 
 
 @triton.jit
@@ -33,23 +47,10 @@ def sum_parts(at, PARTS: tl.constexpr, stride, mask):
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm(
-    x,
-    delta,
-    weight,
-    out,
-    scales,
-    delta_rows,
-    delta_columns,
-    eps,
-    width,
-    rows,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    x, delta, weight, out, scales, delta_rows, delta_columns, eps, width, rows,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One program per row: x += delta (kept in x), out = x / rms(x) * weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -93,30 +94,16 @@ def add_rms_norm(
     All tensors are contiguous.
     """
     rows, width = x.shape
-    out = torch.empty_like(x, dtype=FP8 if quantize else x.dtype)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if quantize else None
+    quantized = empty_quantized(rows, width, x.device) if quantize else None
+    out = torch.empty_like(x) if quantized is None else quantized.values
     added = operand(x if delta is None else delta)
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
-        x,
-        added.values,
-        weight,
-        out,
-        out if scales is None else scales,
-        added.rows,
-        added.columns,
-        eps,
-        width,
-        rows,
-        BLOCK=block,
-        ADD=delta is not None,
-        PARTS=added.parts,
-        SCALED=added.scaled,
-        QUANTIZE=quantize,
-        num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)),
-        **launch_options(x),
-    )
-    return out if scales is None else Quantized(out, scales)
+        x, added.values, weight, out, out if quantized is None else quantized.scales, added.rows, added.columns, eps, width,
+        rows, BLOCK=block, ADD=delta is not None, PARTS=added.parts, SCALED=added.scaled, QUANTIZE=quantize,
+        num_warps=min(16, max(4, block // 256)) if rows <= 512 else min(16, max(1, block // 512)), **launch_options(x),
+    )  # fmt: skip
+    return quantized or out
 
 
 @triton.jit
@@ -211,18 +198,17 @@ def silu_mul_quantized(gate_up: torch.Tensor | Scaled) -> Quantized:
     grid = (triton.cdiv(rows, tile), triton.cdiv(width, block))
     gated = torch.empty(rows, width, dtype=values.dtype, device=values.device)
     largest = torch.empty(grid[1], rows, dtype=torch.float32, device=values.device)
-    out = torch.empty(rows, width, dtype=FP8, device=values.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=values.device)
+    out = empty_quantized(rows, width, values.device)
     options = launch_options(values)
     _silu_mul_largest[grid](
         values, gated, largest, by_row, by_column, width, rows, ROWS=tile, BLOCK=block, SCALED=scaled,
         num_warps=4, **options,
     )  # fmt: skip
     _quantize_blocks[grid](
-        gated, largest, out, scales, width, grid[1], rows, ROWS=tile, BLOCK=block, BLOCKS=triton.next_power_of_2(grid[1]),
-        num_warps=4, **options,
+        gated, largest, out.values, out.scales, width, grid[1], rows, ROWS=tile, BLOCK=block,
+        BLOCKS=triton.next_power_of_2(grid[1]), num_warps=4, **options,
     )  # fmt: skip
-    return Quantized(out, scales)
+    return out
 
 
 @triton.jit
@@ -240,11 +226,10 @@ def _quantize_rows(x, out, scales, width, BLOCK: tl.constexpr, PDL: tl.constexpr
 def quantize_rows(x: torch.Tensor) -> Quantized:
     """x [T, N] to float8_e4m3fn."""
     rows, width = x.shape
-    out = torch.empty_like(x, dtype=FP8)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    out = empty_quantized(rows, width, x.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
-    return Quantized(out, scales)
+    _quantize_rows[(rows,)](x, out.values, out.scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
+    return out
 
 
 def _warps(block: int) -> int:

@@ -1,9 +1,9 @@
-"""Programmatic dependent launch (PDL): a kernel may start while the one before it still runs.
+"""Starts a kernel while the one before it still runs: programmatic dependent launch (PDL).
 
 Every kernel here begins with `begin(PDL)` where its inputs are needed: it lets the next kernel of the stream start early, and
 waits until every kernel before it has completed and its writes are visible.  As each kernel waits for the one before it,
 completion is transitive, so a buffer may be reused as if launches were serial.  What no kernel writes (weights) may be read
-before the wait: that is the gain, besides the launch latency itself.
+before the wait: that is the gain, in addition to the launch latency.
 
 CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; needs compute capability 9.0.
 """

@@ -1,4 +1,4 @@
-"""Biases and penalties on the GPU: the kernels behind minisgl.model.cpu.penalties, which is their readable form.
+"""Applies biases and penalties to logits on the GPU; minisgl.model.cpu.penalties is the readable form of these kernels.
 
 They run only in steps in which a row has any (another graph of the same step); rows without are copied as they are.  Adjusted
 logits are float32, whatever the model's: half precision would round a small penalty away.
@@ -32,21 +32,9 @@ def _forget_seen(words, n, seen, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["words", "n"])
 def _enter_extras(
-    words,
-    n,
-    presence,
-    frequency,
-    repetition,
-    logprobs,
-    n_bias,
-    bias,
-    bias_stride,
-    seen,
-    vocab,
-    COUNTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    words, n, presence, frequency, repetition, logprobs, n_bias, bias, bias_stride, seen, vocab,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per extra.  words i32: 8 for each extra, then for each where in `words` its biases and its history begin,
     then the biases, 3 each, and the histories."""
     begin(PDL)
@@ -101,19 +89,9 @@ def _penalised(x, seen, presence, frequency, repetition):
 
 @triton.jit(do_not_specialize=["slots"])
 def _copy_penalised(
-    logits,
-    stride,
-    vocab,
-    slots,
-    presence,
-    frequency,
-    repetition,
-    seen,
-    out,
-    COUNTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, presence, frequency, repetition, seen, out,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Programs (row, part of the vocabulary)."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -130,23 +108,9 @@ def _copy_penalised(
 
 @triton.jit(do_not_specialize=["slots", "kv_lens"])
 def _add_bias(
-    logits,
-    stride,
-    vocab,
-    slots,
-    kv_lens,
-    presence,
-    frequency,
-    repetition,
-    n_bias,
-    bias,
-    bias_stride,
-    seen,
-    out,
-    COUNTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, kv_lens, presence, frequency, repetition, n_bias, bias, bias_stride, seen, out,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: the few logits that have a bias, once more from the model's: the bias comes before the penalties."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Causal attention of prompt chunks over a paged KV cache, cached prefix included, in one pass.
+"""Computes causal attention of prompt chunks over a paged KV cache, cached prefix included.  Runs in the workers.
 
 Flops: 4 * T * S * H * D for a chunk of T tokens that sees S (half of it where the chunk is its own context).  A program holds
 BLOCK_Q query tokens of all heads of one group, BLOCK_Q * GROUP rows of the matrix unit, and walks over the keys with an online
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from minisgl.arrays import I32
-from minisgl.model.kernels.decode_attention import scaled
+from minisgl.model.kernels.decode_attention import FLOAT32_PRECISION, scaled
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
@@ -25,35 +25,15 @@ TILE_ROWS = 64  # rows of the matrix unit that a program fills
 
 @triton.jit(do_not_specialize=["tiles"])
 def _prefill(
-    q,
-    keys,
-    values,
-    page_table,
-    tiles,
-    out,
-    sinks,  # f32[H], or None
-    scale,
-    v_scale,
-    table_stride,
-    page_stride,
-    head_stride,
-    token_stride,
-    GROUP: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
-    WINDOW: tl.constexpr,  # tokens that a query sees, its own included; 0: all before it
-    SOFTCAP: tl.constexpr,  # c: scores become c * tanh(score / c); 0: they do not
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program per (KV head, tile).  tiles i32 [n, 4]: first token, tokens, slot, position of the first token."""
+    q, keys, values, page_table, tiles, out, sinks, scale, v_scale, table_stride, page_stride, head_stride, token_stride,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per (KV head, tile).  tiles i32 [n, 4]: first token, tokens, slot, position of the first token.
+
+    WINDOW: tokens that a query sees, its own included (0: all before it); `sinks` and SOFTCAP as for decode attention.
+    """
     head, tile = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(0) * GROUP
     begin(PDL)
@@ -174,36 +154,14 @@ def prefill_attention(
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     rows = max(TILE_ROWS, triton.next_power_of_2(group))
     line = triton.next_power_of_2(keys.shape[-1]) * keys.element_size()
+    block = 64 if line <= 256 else 32 if line <= 512 else 16  # so that keys and values fit into shared memory
     out = torch.empty_like(q)
     _prefill[(kv_heads, len(tiles))](
-        q,
-        keys,
-        values,
-        page_table,
-        tiles,
-        out,
-        sinks,
-        (scale or dim**-0.5) * 1.4426950408889634 * k_scale,
-        v_scale,
-        page_table.stride(0),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
-        GROUP=group,
-        BLOCK_Q=block_q(group),
-        ROWS=rows,
-        DIM=dim,
-        WIDTH=keys.shape[-1],
-        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]),
-        PAGE=page_size,
-        BLOCK=64 if line <= 256 else 32 if line <= 512 else 16,  # so that keys and values fit into shared memory
-        FP8=fp8,
-        WINDOW=window,
-        SOFTCAP=softcap,
-        PRECISION="tf32x3",  # concerns float32 alone: three products of tf32 are as good as one of float32
-        INTERPRET=INTERPRETED,
-        num_warps=4,
-        num_stages=2,
-        **launch_options(q),
-    )
+        q, keys, values, page_table, tiles, out, sinks, (scale or dim**-0.5) * 1.4426950408889634 * k_scale, v_scale,
+        page_table.stride(0), keys.stride(0), keys.stride(1), keys.stride(2),
+        GROUP=group, BLOCK_Q=block_q(group), ROWS=rows, DIM=dim, WIDTH=keys.shape[-1],
+        WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]), PAGE=page_size,
+        BLOCK=block, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION,
+        INTERPRET=INTERPRETED, num_warps=4, num_stages=2, **launch_options(q),
+    )  # fmt: skip
     return out

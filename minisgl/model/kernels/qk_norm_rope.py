@@ -1,6 +1,6 @@
-"""Between the QKV product and attention, as one kernel: norms of queries and keys, rotary positions, the write to the cache.
+"""Normalises and rotates queries and keys and writes the KV cache, in one kernel between the QKV product and attention.
 
-Bytes moved, of 2-byte elements: reads and writes T (H + 2K) D.
+Bytes: of 2-byte elements, reads and writes T (H + 2K) D.
 """
 
 from __future__ import annotations
@@ -17,36 +17,11 @@ from minisgl.model.kernels.pdl import begin, launch_options
 
 @triton.jit(do_not_specialize=["rows", "kv_index"])
 def _prepare_heads(
-    qkv,
-    cos,
-    sin,
-    q_weight,
-    k_weight,
-    q_out,
-    keys,
-    values,
-    kv_index,
-    by_row,
-    by_column,
-    eps,
-    k_inverse,
-    v_inverse,
-    rows,
-    page_stride,
-    head_stride,
-    token_stride,
-    HEADS: tl.constexpr,
-    KV: tl.constexpr,
-    DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
-    NORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    qkv, cos, sin, q_weight, k_weight, q_out, keys, values, kv_index, by_row, by_column, eps, k_inverse, v_inverse, rows,
+    page_stride, head_stride, token_stride,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per (token, BLOCK heads of queries, keys and values); both halves of each head side by side.
 
     The first ROTARY of the DIM dimensions turn: `low` and `high` are their two halves, and then the two halves of the rest.
@@ -145,37 +120,13 @@ def prepare_heads(
     q_out = torch.empty(tokens, heads, dim, dtype=dtype, device=qkv.device)
     block = 8 if tokens <= 64 else 16
     _prepare_heads[(tokens, triton.cdiv(heads + 2 * kv_heads, block))](
-        qkv,
-        qkv if cos is None else cos,
-        qkv if sin is None else sin,
-        qkv if q_weight is None else q_weight,
-        qkv if k_weight is None else k_weight,
-        q_out,
-        keys,
-        values,
-        kv_index,
-        by_row,
-        by_column,
-        eps,
-        1.0 / k_scale,
-        1.0 / v_scale,
-        tokens,
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
-        HEADS=heads,
-        KV=kv_heads,
-        DIM=dim,
-        ROTARY=0 if cos is None else 2 * cos.shape[1],
-        HALF=triton.next_power_of_2(dim // 2),
-        BLOCK=block,
-        PAGE=page_size,
-        NORM=q_weight is not None,
-        PARTS=parts,
-        SCALED=scaled,
-        num_warps=4,
-        **launch_options(qkv),
-    )
+        qkv, qkv if cos is None else cos, qkv if sin is None else sin, qkv if q_weight is None else q_weight,
+        qkv if k_weight is None else k_weight, q_out, keys, values, kv_index, by_row, by_column, eps, 1.0 / k_scale,
+        1.0 / v_scale, tokens, keys.stride(0), keys.stride(1), keys.stride(2),
+        HEADS=heads, KV=kv_heads, DIM=dim, ROTARY=0 if cos is None else 2 * cos.shape[1], HALF=triton.next_power_of_2(dim // 2),
+        BLOCK=block, PAGE=page_size, NORM=q_weight is not None, PARTS=parts, SCALED=scaled,
+        num_warps=4, **launch_options(qkv),
+    )  # fmt: skip
     return q_out
 
 

@@ -1,4 +1,4 @@
-"""Drawing the next tokens on the GPU, inside the graph of a step.
+"""Samples the next tokens on the GPU, inside the graph of a step: temperature, top-k, top-p, min-p.
 
 A drawn token is where the cumulative distribution, in the order of the vocabulary, passes the row's random number, as on the
 CPU and with the same number: 53 bits of Philox4x32-10 with the request's seed as the key and the position as the counter
@@ -42,19 +42,9 @@ def _value(key):
 
 @triton.jit(do_not_specialize=["slots"])
 def _filter_bounds(
-    logits,
-    stride,
-    vocab,
-    slots,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    bounds,
-    LOW_BIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, temperature, top_k, top_p, min_p, bounds,
+    LOW_BIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: the smallest logit that the row's filters keep, -inf without filters."""
     begin(PDL)
     row = tl.program_id(0)
@@ -108,18 +98,9 @@ def _filter_bounds(
 
 @triton.jit(do_not_specialize=["slots"])
 def _weigh(
-    logits,
-    stride,
-    vocab,
-    slots,
-    temperature,
-    bounds,
-    best_value,
-    best_index,
-    weights,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, slots, temperature, bounds, best_value, best_index, weights,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per (row, part of the vocabulary): its most likely token, and what the part weighs in the draw, as a sum of
     exp((logit - the part's largest) / T)."""
     begin(PDL)
@@ -145,33 +126,10 @@ def _weight(value, top, bound, t):
 
 @triton.jit(do_not_specialize=["slots", "kv_lens", "targets", "tokens", "parts", "spare"])
 def _draw(
-    logits,
-    stride,
-    vocab,
-    best_value,
-    best_index,
-    weights,
-    parts,
-    slots,
-    temperature,
-    seed,
-    kv_lens,
-    bounds,
-    targets,
-    tokens,
-    last_token,
-    kv_len,
-    spare,
-    seen,
-    presence,
-    frequency,
-    repetition,
-    ADVANCE: tl.constexpr,
-    COUNTED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, stride, vocab, best_value, best_index, weights, parts, slots, temperature, seed, kv_lens, bounds, targets, tokens,
+    last_token, kv_len, spare, seen, presence, frequency, repetition,
+    ADVANCE: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest; it is counted
     if the slot has penalties."""
     begin(PDL)
@@ -267,13 +225,13 @@ class SamplingState:
         self.presence = torch.zeros(slots, dtype=torch.float32, device=device)
         self.frequency = torch.zeros(slots, dtype=torch.float32, device=device)
         self.repetition = torch.ones(slots, dtype=torch.float32, device=device)
-        self.logprobs = torch.full((slots,), -1, dtype=torch.int32, device=device)  # alternatives that are wanted
+        self.logprobs = torch.full((slots,), -1, dtype=torch.int32, device=device)  # alternatives to return
         self.n_bias = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.extras: Extras | None = None  # what only steps with biases, penalties or log probabilities need
+        self.extras: Extras | None = None  # made when the first request has biases, penalties or log probabilities
 
 
 class Extras:
-    """Made when the first request needs it, and kept from then on: graphs hold its addresses."""
+    """Biases and counts of every slot.  Made once and kept: graphs hold the addresses."""
 
     def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
         self.vocab = vocab
@@ -281,11 +239,11 @@ class Extras:
         self.seen: torch.Tensor | None = None  # i32 [slots, vocab], see minisgl.model.cpu.penalties; for penalties
 
     def count(self) -> None:
-        """Have `seen`."""
+        """Make `seen`, if it is missing."""
         if self.seen is None:
             self.seen = torch.zeros(len(self.bias), self.vocab, dtype=torch.int32, device=self.bias.device)
 
     @staticmethod
     def reserve(slots: int, vocab: int) -> int:
-        """Bytes that all of it takes, with the adjusted logits of a step of as many rows."""
+        """Bytes of an Extras, with the adjusted logits of a step of as many rows."""
         return 4 * slots * (2 * vocab + 3 * MAX_BIAS)

@@ -1,4 +1,4 @@
-"""Matrix products with few rows (decode), which read far more weights than anything else.
+"""Multiplies few rows by weights, as decode steps do: such products read far more weights than anything else.
 
 Bytes: N * K weights once.  A library product treats the rows as the large side of a tile and wastes most of it; here the
 weights are the large side, and the rows, at least 16 for the matrix unit, the small one.  Where N / BLOCK_N programs would not
@@ -23,18 +23,10 @@ from minisgl.model.kernels.pdl import launch_options, prefetch, release, wait
 
 @triton.jit
 def _gemv(
-    x,
-    weight,
-    y,
-    scales,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
+    x, weight, y, scales,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """One row: a program per BLOCK_N of the N outputs.  The first tiles of weights are loaded before the wait.
 
     GATED: the weights have 2 N rows, gate and up, and the outputs are silu(gate) * up.
@@ -71,22 +63,10 @@ def _gemv(
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
-    x,
-    weight,
-    y,
-    scales,
-    rows,
-    N,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, weight, y, scales, row_scales, rows, N,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    PREFETCH: tl.constexpr, SCALED: tl.constexpr, ROWS_SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N], or [rows, N / 2] if GATED.
 
     GATED: rows of the weights alternate by eights between the upper half (gate) and the lower one (up), so that the two that
@@ -116,6 +96,8 @@ def _skinny(
         at_x += BLOCK_K
     if SCALED:
         acc *= tl.load(scales + n, mask=n < N, other=0.0)[:, None]
+    if ROWS_SCALED:
+        acc *= tl.load(row_scales + m, mask=m < rows, other=0.0)[None, :]
     if GATED:
         both = tl.reshape(acc, [BLOCK_N // 16, 2, 8, BLOCK_M]).permute(0, 2, 3, 1)
         first, second = tl.split(tl.reshape(both, [BLOCK_N // 2, BLOCK_M, 2]))
@@ -138,8 +120,8 @@ def choose(
 ) -> dict[str, Any] | None:
     """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
 
-    From bench/ablate_step.py on an H200: up to 16 rows ours, but for very large weights; up to 128 where the weights are
-    small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
+    From scripts/bench/ablate_step.py on an H200: up to 16 rows ours, except for very large weights; up to 128 where the weights
+    are small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
     parts, as `gated` does; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
     """
     if rows == 1:
@@ -168,7 +150,7 @@ def settings(
             "block_k": 1024,
             "warps": 2 if k <= 1024 or n > 4096 else 4,
         }
-    block_k = 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
+    block_k = 256 if fp8 and k % 256 == 0 else 128 if k % 128 == 0 else 64 if k % 64 == 0 else 16
     block_m, warps = min(64, max(16, triton.next_power_of_2(rows))), 4
     tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
     if rows > 64 and tiles > PROCESSORS:
@@ -223,20 +205,22 @@ def skinny(
     stages: int = 4,
     prefetch_k: int = 0,
     gated: bool = False,
+    row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor | PartialSums:
     """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 partial sums.
 
     `gated`: weight is [gate, up], and the result silu(gate) * up [R, N / 2]; N / 2 a multiple of 8, no splits.
-    Weights as for `gemv`; K a multiple of splits * block_k.
+    Weights as for `gemv`; K a multiple of splits * block_k.  `row_scales` f32 [R, 1]: x is float8, and the result bfloat16.
     """
     rows, k = x.shape
     n = len(weight)
     width = n // 2 if gated else n
-    y = torch.empty(splits, rows, width, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    dtype = torch.float32 if splits > 1 else x.dtype if row_scales is None else torch.bfloat16
+    y = torch.empty(splits, rows, width, dtype=dtype, device=x.device)
     _skinny[(triton.cdiv(n, block_n), splits, triton.cdiv(rows, block_m))](
-        x, weight, y, y if scales is None else scales, rows, n, K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None, GATED=gated, num_warps=warps,
-        num_stages=stages, **launch_options(x),
+        x, weight, y, y if scales is None else scales, y if row_scales is None else row_scales, rows, n,
+        K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None,
+        ROWS_SCALED=row_scales is not None, GATED=gated, num_warps=warps, num_stages=stages, **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else PartialSums(y)
 

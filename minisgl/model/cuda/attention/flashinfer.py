@@ -1,16 +1,16 @@
-"""The attention backend of FlashInfer.  Its kernels are compiled when first used, or ahead of time (`minisgl prebuild`).
+"""Attends with FlashInfer's kernels, compiled at their first use or ahead of time (`minisgl prebuild`).  Runs in the workers.
 
 Prefill: ragged queries over paged keys, causal from the end, so that a cached prefix needs neither a second call nor a merge.
-On Hopper FA3: 1.3 to 1.9 times FA2 where it matters.  It has no kernel for queries of 16 bits over a float8 cache, so the pages
-of a step are widened into a scratch cache first, layer by layer, which costs little beside attention itself; FA2 reads the
-float8 cache where a step's contexts do not fit the scratch, and does everything on other GPUs.
+On Hopper it uses FA3, which is 1.3 to 1.9 times as fast as FA2 on long prompts.  FA3 has no kernel for 16-bit queries over a
+float8 cache, so the pages of a step are first widened into a scratch cache, layer by layer, which costs little compared with
+attention itself.  FA2 reads the float8 cache where a step's contexts do not fit the scratch, and does everything on other GPUs.
 
-Decode: its kernel for CUDA cores where that knows the group of query heads, otherwise the one of prefill.  Each step is
-planned on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster (docs/benchmarks.md), so
-this one is used for decode only when asked for.
+Decode: the kernel for CUDA cores where it supports the number of query heads per KV head, otherwise the one of prefill.  Each
+step is planned on the host, so it is not captured in graphs.  The Triton backend needs no plan and is faster
+(docs/benchmarks.md), so this one decodes only with `--attention-backend flashinfer`.
 
-FlashInfer's `plan` fills a pinned host buffer and copies it asynchronously; planning again before that copy has run would
-corrupt it, so an event after the copies is waited for first.  That wait is short: plan k is published after the result of
+FlashInfer's `plan` fills a pinned host buffer and copies it asynchronously.  Planning again before that copy has run would
+corrupt it, so `_plan` first waits for an event after the copies.  That wait is short: plan k is published after the result of
 step k - lag is known, and the copies of the step between stand right behind it in the stream.
 """
 
@@ -20,13 +20,15 @@ import importlib.util
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.arrays import I32
-from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows, paging
+from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
 from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS, HEAD_DIMS
 from minisgl.model.kernels.fp8_pages import widen_pages
+from minisgl.model.kernels.uploads import upload
 
 WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
 WIDENED_BYTES = 512 << 20  # the scratch cache of one layer: 131,072 tokens of 8 heads of 128
@@ -52,7 +54,7 @@ class FlashInferAttention:
         self._prefill = wrappers("fa3" if fa3 and not widen else "fa2")
         self._widening = wrappers("fa3") if fa3 and widen else {}
         self._scratch = cache.scratch(WIDENED_BYTES if fa3 and widen else 0, heads.dtype)
-        self._widened: torch.Tensor | None = None  # the pages of this step that are to be widened
+        self._widened: torch.Tensor | None = None  # the pages of this step that `prefill` widens
         self._decode: dict[int, Any] = {
             window: flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace, "HND", use_tensor_cores=heads.group not in CUDA_CORE_GROUPS
@@ -115,13 +117,13 @@ class FlashInferAttention:
         widened: bool = False,
         **more: Any,
     ) -> torch.Tensor:
-        """Plan rows of kv_lens[r] tokens in `pages`; `first` and `more` are what the two kinds of wrappers do not share.
+        """Plan rows of kv_lens[r] tokens in `pages`; `first` and `more`: arguments that the two kinds of wrappers do not share.
 
-        Returns the page numbers of all rows, on the device.  `widened`: the rows will be read from the scratch cache, whose
-        pages are these in their order.
+        Returns the page numbers of all rows, on the device.  `widened`: the rows will be read from the scratch cache, which
+        holds these pages in their order.
         """
         indptr, indices, last = paging(kv_lens, pages, self._cache.page_size)
-        h, on_device = self._heads, torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
+        h, on_device = self._heads, upload(indices, self._device)
         planned = torch.arange(len(indices), dtype=torch.int32, device=self._device) if widened else on_device
         self._copied.synchronize()
         for window, wrapper in wrappers.items():
@@ -143,3 +145,11 @@ class FlashInferAttention:
             )
         self._copied.record()
         return on_device
+
+
+def paging(kv_lens: npt.NDArray[np.int32], pages: I32, page_size: int) -> tuple[I32, I32, I32]:
+    """(indptr i32[rows + 1], page numbers of all rows on end, tokens in each row's last page)."""
+    counts = -(-kv_lens // page_size)
+    mine = np.arange(pages.shape[1]) < counts[:, None]
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return indptr, pages[mine].astype(np.int32), (kv_lens - (counts - 1) * page_size).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank on its GPU.  Runs in the workers."""
+"""Holds the paged KV cache of one rank on its GPU.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ FP8 = torch.float8_e4m3fn
 
 
 class KVCache:
-    """[layer, page, keys and values, K, page_size, D]: a page of one head is contiguous, as the tensor cores like to read it.
+    """[layer, page, keys and values, K, page_size, D]: the tokens of a page are contiguous for each head.
 
-    One page more than the scheduler knows of, number `num_pages`: padding rows of graphs write there.  Zeroed, because
-    FlashInfer reads whole pages and multiplies what is behind a row's end by zero, which must be finite.
+    There is one page more than the scheduler knows, number `num_pages`: padding rows of graphs write there.  The cache starts
+    as zeros, because FlashInfer reads full pages and multiplies what lies behind a row's end by zero: it must be finite.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class KVCache:
         return self._cache[layer]
 
     def scratch(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Pages like those of one layer, of another dtype, as many as `size` bytes hold; zeroed, as these are."""
+        """Zeroed pages like those of one layer, of another dtype, as many as `size` bytes hold."""
         page = self._cache.shape[2:]
         return torch.zeros(size // (page.numel() * dtype.itemsize), *page, dtype=dtype, device=self._cache.device)
 

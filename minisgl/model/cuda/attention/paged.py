@@ -1,4 +1,4 @@
-"""`PagedAttention`, which a model calls on a GPU: it writes to the paged KV cache and attends through backends."""
+"""Runs attention over the paged KV cache on a GPU: rotates heads, writes keys and values, attends.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -12,31 +12,29 @@ from minisgl.model.kernels.qk_norm_rope import prepare_heads
 
 
 class PagedAttention:
-    """The AttentionBackend of a model on a GPU, over one cache."""
+    """The AttentionBackend of a model on a GPU.  A step's tokens are those of its prompt chunks, then its decode rows."""
 
     def __init__(self, heads: AttentionSpec, cache: KVCache, prefill: Backend, decode: Backend, short: Backend) -> None:
-        """`short`: the backend for the chunks of steps that are captured as graphs."""
+        """`short`: the backend for prompt chunks inside graphs."""
         self.heads, self.cache = heads, cache
-        self._backends = {"prefill": prefill, "short": short}
-        self._decode_backend = decode
-        self._prefill_backend = prefill
+        self.prefill, self.decode, self.short = prefill, decode, short
+        self._chunks = prefill  # the backend of this step's chunks
         self._kv_index = torch.empty(0)
-        self._split = 0  # tokens of the step that belong to prompt chunks
-        self._rows = 0
+        self._n_chunk_tokens = self._n_decode_rows = 0
 
     def plan(self, kv_index: torch.Tensor, chunks: Chunks | None, rows: DecodeRows | None, *, short: bool = False) -> None:
-        """Prepare a step: chunks first, then decode rows.  kv_index i64 or i32 [T]: page * page_size + offset of each token.
+        """Prepare a step.  kv_index i64 or i32 [T]: page * page_size + offset of each token.
 
-        `short`: the chunks' tokens include the decode rows' (as chunks of one token); used inside graphs.
+        `short`: the step is a graph with prompt chunks, in which decode rows are chunks of one token.
         """
         self._kv_index = kv_index
-        self._rows = 0 if rows is None else len(rows.slots)
-        self._split = len(kv_index) - self._rows
+        self._n_decode_rows = 0 if rows is None else len(rows.slots)
+        self._n_chunk_tokens = len(kv_index) - self._n_decode_rows
         if chunks is not None:
-            self._prefill_backend = self._backends["short" if short else "prefill"]
-            self._prefill_backend.plan_prefill(chunks)
+            self._chunks = self.short if short else self.prefill
+            self._chunks.plan_prefill(chunks)
         if rows is not None:
-            self._decode_backend.plan_decode(rows)
+            self.decode.plan_decode(rows)
 
     def __call__(
         self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
@@ -55,9 +53,9 @@ class PagedAttention:
             eps=0.0 if qk_norm is None else qk_norm.eps,
         )
         parts = []
-        if self._split:
-            parts.append(self._prefill_backend.prefill(q[: self._split], layer, sinks))
-        if self._rows:
-            parts.append(self._decode_backend.decode(q[self._split :], layer, sinks))
+        if self._n_chunk_tokens:
+            parts.append(self._chunks.prefill(q[: self._n_chunk_tokens], layer, sinks))
+        if self._n_decode_rows:
+            parts.append(self.decode.decode(q[self._n_chunk_tokens :], layer, sinks))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out.view(len(q), self.heads.num_heads * self.heads.head_dim)

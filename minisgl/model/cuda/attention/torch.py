@@ -1,4 +1,4 @@
-"""Attention in plain torch, row by row: the reference that the other backends are held against.  Slow."""
+"""Attends in plain torch, row by row: the slow reference that checks compare the other backends with.  Runs in the workers."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class TorchReference:
     def _attend(
         self, q: torch.Tensor, layer: int, rows: list[tuple[int, int, int]], sinks: torch.Tensor | None
     ) -> torch.Tensor:
+        """rows: (slot, tokens, KV length) of each, whose queries follow one another in q."""
         h, size, out, start = self._heads, self._cache.page_size, [], 0
         sinks = None if sinks is None else sinks.view(h.num_kv_heads, h.group, 1)
         for slot, n, kv_len in rows:

@@ -1,8 +1,8 @@
-"""The attention backend of our own kernels (minisgl.model.kernels).  No plan on the host, so everything can be in a graph."""
+"""Attends with our own Triton kernels, which need no plan on the host and can be captured in graphs.  Runs in the workers."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,6 +10,7 @@ from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
+from minisgl.model.kernels.uploads import upload
 
 
 class TritonAttention:
@@ -19,7 +20,7 @@ class TritonAttention:
 
     def __init__(self, heads: AttentionSpec, cache: KVCache, page_table: torch.Tensor) -> None:
         self._heads, self._cache, self._page_table = heads, cache, page_table
-        self._workspaces: dict[tuple[int, int], DecodeWorkspace] = {}
+        self._made: list[DecodeWorkspace] = []  # one, and smaller ones before it whose addresses graphs hold
         self._workspace: DecodeWorkspace | None = None
         self._rows: DecodeRows | None = None
         self._tiles: torch.Tensor | None = None
@@ -31,38 +32,28 @@ class TritonAttention:
         return None if heads.capability >= 80 else "it needs compute capability 8.0 or newer"
 
     def plan_prefill(self, chunks: Chunks) -> None:
-        tiles = chunks.tiles
-        if tiles is None:
+        self._tiles = chunks.tiles
+        if self._tiles is None:
             table = tiles_of(chunks.chunk_lens, chunks.slots, chunks.kv_lens, self._heads.group)
-            tiles = torch.from_numpy(table)
-            if self._page_table.is_cuda:
-                tiles = tiles.pin_memory().to(self._page_table.device, non_blocking=True)
-        self._tiles = tiles
+            self._tiles = upload(table, self._page_table.device)
 
     def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._tiles is not None
-        h = self._heads
         return prefill_attention(
             q,
             self._cache.keys(layer),
             self._cache.values(layer),
             self._page_table,
             self._tiles,
-            scale=h.scale,
-            window=h.window(layer),
-            softcap=h.softcap,
-            sinks=sinks,
+            **self._rules(layer, sinks),
         )
 
     def plan_decode(self, rows: DecodeRows) -> None:
-        self._rows = rows
-        key, h = (len(rows.slots), rows.splits), self._heads
-        workspace = self._workspaces.get(key)
-        if workspace is None:
-            workspace = DecodeWorkspace(*key, h.num_heads, h.num_kv_heads, h.head_dim, self._page_table.device)
-            if rows.host_kv_lens is None:  # graphs hold on to its address
-                self._workspaces[key] = workspace
-        self._workspace = workspace
+        self._rows, h, last = rows, self._heads, self._made[-1] if self._made else None
+        sizes = (len(rows.slots), rows.splits, h.num_heads, h.num_kv_heads, h.head_dim)
+        self._workspace = DecodeWorkspace(*sizes, self._page_table.device, within=last)
+        if last is None or self._workspace.out is not last.out:
+            self._made.append(self._workspace)
 
     def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._rows is not None
@@ -75,8 +66,10 @@ class TritonAttention:
             self._rows.slots,
             self._rows.kv_lens,
             self._workspace,
-            scale=self._heads.scale,
-            window=self._heads.window(layer),
-            softcap=self._heads.softcap,
-            sinks=sinks,
+            **self._rules(layer, sinks),
         )
+
+    def _rules(self, layer: int, sinks: torch.Tensor | None) -> dict[str, Any]:
+        """What turns scores into weights in `layer`."""
+        h = self._heads
+        return {"scale": h.scale, "window": h.window(layer), "softcap": h.softcap, "sinks": sinks}

@@ -1,4 +1,4 @@
-"""Compile one FlashInfer module, with or without a GPU.  FlashInfer is imported late: it reads its environment then."""
+"""Compiles FlashInfer modules, with or without a GPU.  FlashInfer reads its environment when it is imported: late, here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def visible_archs() -> tuple[str, ...]:
 
 
 def compile_module(module: ModuleSpec) -> Path:
-    """Compile in FlashInfer's workspace and return the shared library there.  Raises UserError with the compiler's words."""
+    """Compile in FlashInfer's workspace and return the shared library there.  Raises UserError with the compiler's message."""
     tools = find_toolchain(("curand_kernel.h",) if module.kind == "fa3" else ())
     try:
         from flashinfer.compilation_context import CompilationContext
@@ -40,7 +40,7 @@ def compile_module(module: ModuleSpec) -> Path:
         raise UserError(f"FlashInfer cannot be imported without the package {e.name}: {INSTALL}") from e
     targets = {f"{major}.{minor}" for major, minor in CompilationContext().TARGET_CUDA_ARCHS}
     if not set(module.archs) <= targets:
-        raise RuntimeError(f"{module} is wanted for {module.archs}, and FlashInfer compiles for {targets}")
+        raise RuntimeError(f"{module} is needed for {module.archs}, and FlashInfer compiles for {targets}")
     q, kv = getattr(torch, module.q_dtype), getattr(torch, module.kv_dtype)
     # Then: index dtype, head sizes, position encoding 0 (none: rope is ours), window, soft cap [, no fp16 scores].
     types = (q, kv, q, torch.int32, module.head_dim, module.head_dim, 0, module.window, module.softcap)
@@ -59,7 +59,7 @@ def compile_module(module: ModuleSpec) -> Path:
 
 
 def _reason(output: str) -> str:
-    """The lines of a build's output that tell why it failed: the first errors, or else its end."""
+    """The lines of a build's output that explain its failure: the first errors, or else its end."""
     lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
     errors = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
     return " | ".join(errors[:3] or lines[-3:])[:1000]
@@ -73,7 +73,6 @@ def build(module: ModuleSpec, directory: Path | None = None) -> None:
     found = installation()
     directory = directory or found.aot
     check_writable(directory / module.uri)
-
     install(compile_module(module), module.uri, directory, found.note(module))
 
 
@@ -88,7 +87,7 @@ def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directo
 
 
 def build_missing(spec: ModelSpec, engine: EngineConfig, arch: str, say: Callable[[str], None]) -> None:
-    """Compile what a start on a GPU of `arch` needs and does not find, telling the user.  Runs in rank 0.  Raises UserError."""
+    """Compile what a start on a GPU of `arch` needs and does not find.  Runs in rank 0.  Raises UserError."""
     states = status(needed(spec, engine, (arch,)))
     missing = [module for module, state in states.items() if state in (State.MISSING, State.STALE)]
     if missing:

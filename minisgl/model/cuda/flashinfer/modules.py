@@ -1,12 +1,11 @@
-"""The compiled FlashInfer modules that a model needs: which, whether they are here, and where they go.  No torch.
+"""Lists the compiled FlashInfer modules that a model needs, finds them, and installs them.  No torch.
 
 FlashInfer compiles a module with nvcc when it is first used, which takes minutes.  A shared library at
 `<site-packages>/flashinfer/data/aot/<uri>/<uri>.so` is loaded at once instead: no compiler, no ninja, no lock, and no check.
-Hence the note beside each library that this file puts there: pip leaves files it does not know behind when it upgrades
+Hence the note next to each library that this file installs: pip leaves files it does not know behind when it upgrades
 FlashInfer, and a library of another version, or for another GPU, fails in the middle of a request.
 
-Runs in the command `prebuild`, and in whoever starts an engine and wants to say what will be compiled.  Compiling itself is in
-`flashinfer_jit`.
+Runs in the command `prebuild`, and in programs that start an engine, to announce what will be compiled.  compile.py compiles.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.common.shard import Shard
 
-HEAD_DIMS = (64, 128, 256)  # that FlashInfer's kernels are used for; our own Triton kernels serve all others
-CUDA_CORE_GROUPS = (1, 2, 4, 8)  # query heads per KV head that its decode kernel knows; others take the one of prefill
+HEAD_DIMS = (64, 128, 256)  # served by FlashInfer's kernels; our own Triton kernels serve all others
+CUDA_CORE_GROUPS = (1, 2, 4, 8)  # query heads per KV head that its decode kernel supports; others use the one of prefill
 FP8 = "float8_e4m3fn"
-NOTE = "minisgl.json"  # beside a library: {"flashinfer": version, "machine": "x86_64", "archs": ["9.0a"]}
+NOTE = "minisgl.json"  # next to a library: {"flashinfer": version, "machine": "x86_64", "archs": ["9.0a"]}
 INSTALL = (
     "pip install --no-deps flashinfer-python==0.6.6 && "
     "pip install apache-tvm-ffi==0.1.15.post2 filelock jinja2 requests nvidia-ml-py packaging numpy tqdm ninja"
@@ -53,7 +52,7 @@ class ModuleSpec:
 
     @property
     def uri(self) -> str:
-        """FlashInfer's name for it (0.6.6; `flashinfer_jit` compares it with the installed version's)."""
+        """FlashInfer's name for it (0.6.6; compile.py compares it with the installed version's)."""
         start = "batch_decode_with_kv_cache" if self.kind == "decode" else "batch_prefill_with_kv_cache"
         q, kv = _SHORT[self.q_dtype], _SHORT[self.kv_dtype]
         end = {"decode": "", "fa2": "_f16qk_False", "fa3": "_f16qk_False_sm90"}[self.kind]
@@ -69,7 +68,7 @@ class ModuleSpec:
 
 
 class State(enum.Enum):
-    """What a start would find."""
+    """What a start would find of a module."""
 
     PREBUILT = "prebuilt"
     CACHED = "cached"  # compiled by an earlier start: still needs nvcc and ninja at every start, to see that it is current
@@ -130,7 +129,7 @@ class Installation:
     cache: Path  # directory of the modules it has compiled itself, by version and compute capabilities
 
     def note(self, module: ModuleSpec) -> dict[str, object]:
-        """The note of a library of `module` that is made here."""
+        """The note of a library of `module` that is compiled here."""
         return {"flashinfer": self.version, "machine": platform.machine(), "archs": list(module.archs)}
 
     def cached(self, module: ModuleSpec) -> Path:
@@ -140,11 +139,11 @@ class Installation:
 
     def fits(self, module: ModuleSpec, directory: Path) -> bool:
         """Whether the library in `directory`/<uri> is for this FlashInfer and these GPUs; without a note it is trusted."""
-        note, wanted = read_note(directory / module.uri), self.note(module)
+        note, ours = read_note(directory / module.uri), self.note(module)
         if note is None:
             return True
         archs = note.get("archs")
-        same = all(note.get(key) == wanted[key] for key in ("flashinfer", "machine"))
+        same = all(note.get(key) == ours[key] for key in ("flashinfer", "machine"))
         return same and isinstance(archs, list) and set(module.archs) <= set(map(str, archs))
 
     def reusable(self, module: ModuleSpec) -> Path | None:
@@ -172,7 +171,7 @@ def installation() -> Installation:
 
 
 def read_note(directory: Path) -> dict[str, object] | None:
-    """The note in the directory of a library, None if there is none; one that cannot be read says nothing fits: {}."""
+    """The note in the directory of a library, None if there is none; {} if it cannot be read: nothing fits it."""
     try:
         note = json.loads((directory / NOTE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -183,7 +182,7 @@ def read_note(directory: Path) -> dict[str, object] | None:
 
 
 def status(modules: Iterable[ModuleSpec], directory: Path | None = None) -> dict[ModuleSpec, State]:
-    """What is there of each module, in FlashInfer's directory of prebuilt ones or in `directory`.  Raises UserError."""
+    """The state of each module in FlashInfer's directory of prebuilt ones or in `directory`.  Raises UserError."""
     found = installation()
     directory = directory or found.aot
     states = {}
@@ -211,13 +210,13 @@ def check_writable(directory: Path) -> None:
 
 
 def install(library: Path, uri: str, directory: Path, note: dict[str, object] | None) -> None:
-    """Copy `library` to `directory`/<uri>/<uri>.so, whole or not at all: others may be loading it.  Raises UserError."""
+    """Copy `library` to `directory`/<uri>/<uri>.so atomically: other processes may be loading it.  Raises UserError."""
     place = directory / uri
     check_writable(place)
     partial = place / f".{os.getpid()}.partial"
     try:
         shutil.copyfile(library, partial)
-        partial.replace(place / f"{uri}.so")  # the library first: a new note beside an old one would be believed
+        partial.replace(place / f"{uri}.so")  # the library first: a new note next to an old library would be believed
         if note is None:
             (place / NOTE).unlink(missing_ok=True)
         else:

@@ -1,4 +1,4 @@
-"""What compiling CUDA code needs on this machine: nvcc, headers, libraries to link, a C++ compiler, ninja.  No torch.
+"""Finds what compiling CUDA code needs on this machine: nvcc, headers, libraries, a C++ compiler, ninja.  No torch.
 
 Made for machines that have NVIDIA's Python packages instead of a CUDA toolkit, and for those without a driver: the library
 `libcuda.so` is the driver's, and linking needs no more of it than its name.
@@ -25,7 +25,7 @@ _WHEELS = 'pip install "cuda-toolkit[nvcc,cccl,cudart,curand]==13.0.*"'  # the m
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """Where things are.  `includes` and `libraries` are directories, searched after the toolkit's own."""
+    """Paths of the tools.  `includes` and `libraries` are directories, searched after the toolkit's own."""
 
     home: str  # the CUDA toolkit: bin/nvcc, include, lib64 or lib
     cxx: str
@@ -35,7 +35,7 @@ class Toolchain:
 
 
 def find_toolchain(headers: tuple[str, ...] = ()) -> Toolchain:
-    """Look for everything, `headers` included.  Raises UserError naming the first thing that is missing and how to get it."""
+    """Find every tool, and `headers`.  Raises UserError naming the first thing that is missing and how to get it."""
     home = _cuda_home()
     cxx = shutil.which(os.environ.get("CXX", "c++"))
     if cxx is None:
@@ -89,7 +89,7 @@ def _parts(home: str, name: str) -> list[str]:
 
 
 def _wheel_directories() -> list[str]:
-    """Of NVIDIA's Python packages: nvidia/cu13 (all in one, CUDA 13), nvidia/cuda_runtime, nvidia/curand, ... (before)."""
+    """Directories of NVIDIA's Python packages: nvidia/cu13 (everything, CUDA 13) or nvidia/cuda_runtime, nvidia/curand, ..."""
     found = importlib.util.find_spec("nvidia")
     places = (found.submodule_search_locations or ()) if found else ()
     return sorted(d for place in places for d in glob.glob(os.path.join(place, "*")))
@@ -126,7 +126,7 @@ def _stub(cxx: str, link: str) -> None:
 
 
 def _unversioned_runtime(tools: Toolchain, link: str) -> None:
-    """libcudart.so, which the linker wants and NVIDIA's Python packages leave out."""
+    """libcudart.so, which the linker needs and NVIDIA's Python packages leave out."""
     candidates = [c for d in tools.libraries for c in sorted(glob.glob(os.path.join(d, "libcudart.so*")))]
     if not candidates:
         raise UserError(f"nvcc is in {tools.home}, but libcudart.so was not found: install a whole toolkit, or {_WHEELS}")

@@ -1,0 +1,162 @@
+"""A decode step for every number of rows, and a prefill step on every path: no step may be slower than a larger one.
+
+    python scripts/bench/row_counts.py [--shape S] [--quantization fp8] [--rows N ...] [--variants [WORD ...]]
+    python scripts/bench/row_counts.py --prefill 1024 2048 ... [--shape S]
+
+One worker, no other processes; GPU time of a step by events, median of 50, as one JSON line for each number of rows.  The rows
+are all borders between kernels and graphs, and what lies between.  Exit code 1 where a step is more than 3 % slower than one
+with more rows, whose number the last line names.  --variants measures other paths for few rows in the same engine, all or some
+(by a word of their name).  --prefill compares a step as a graph (Triton attention) and launched kernel by kernel (the engine's
+prefill backend), for one prompt and for prompts of 558 tokens.
+
+What a step must take: the bytes of the weights and of the rows' KV cache at 4.3 TB/s.  For 14B in fp8 13.2 GB of layers and 1.6
+GB of head are 3.4 ms, whatever the rows.  Predicted for 2 to 16 rows: 5.3 ms with the library (its time at 17 rows, instead of
+10.7 to 11.8), 4.2 to 4.6 ms with our kernel for float8 rows (the bytes at 85 % of the bandwidth, and one kernel less a layer).
+For a prefill of 2,048 tokens of 0.6B: 2.7 ms of products (1.8 TFLOP), 2 ms of attention (0.5 TFLOP at 240 TFLOP/s) and 1 ms
+of the rest as a graph, instead of 15 ms of launches; from about 6,000 tokens on launches are hidden and FlashInfer is ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+
+from minisgl.model.cuda import layers, step
+from minisgl.model.kernels import norm_activation
+from minisgl.model.kernels.compilations import compiled
+from minisgl.model.kernels.small_batch_matmul import choose
+from scripts.bench.ablate_step import Bench
+from scripts.lib.reference import provenance
+
+ROWS = (1, 2, 3, 4, 8, 12, 15, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 127, 128, 129, 144, 192, 193, 255, 256)
+FEW = (1, 2, 4, 8, 12, 16, 17, 24, 32)
+SLOWER = 1.03
+
+
+def constants(**values: int) -> list[Any]:
+    """Patches of the borders between the paths of float8 layers."""
+    return [mock.patch.object(layers, name, value) for name, value in values.items()]
+
+
+def settings(where: Callable[[int], bool], **change: int) -> list[Any]:
+    """Patches of the settings of our products of plain rows, for the numbers of rows `where` it holds."""
+
+    def changed(rows: int, *args: int, **options: bool) -> dict[str, Any] | None:
+        found = choose(rows, *args, **options)
+        if found is None or not where(rows):
+            return found
+        new = {**found, **change}
+        if "block_n" in change and options.get("gated"):
+            new["block_n"] = change["block_n"] // 2
+        return new
+
+    return [mock.patch.object(layers, "choose", changed)]
+
+
+def one(rows: int) -> bool:
+    return rows == 1
+
+
+def few(rows: int) -> bool:
+    return rows > 1
+
+
+FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
+    "before: weights alone up to 16 rows": (FEW, lambda: [*constants(WEIGHT_ONLY_ROWS=16), *settings(few, block_k=128)]),
+    "library, rows as they are": (FEW[1:6], lambda: constants(LIBRARY_ROWS=1)),
+    "library, at least 17 rows": (FEW[1:6], lambda: constants(LIBRARY_ROWS=17)),
+    "library, at least 32 rows": (
+        FEW[1:8],
+        lambda: [*constants(LIBRARY_ROWS=32), mock.patch.object(norm_activation, "SPARE_ROWS", 32)],
+    ),
+    "library, also one row": ((1,), lambda: constants(WEIGHT_ONLY_ROWS=0)),
+    "our float8 kernel up to 64 rows": ((*FEW[1:], 48, 64), lambda: constants(OUR_ROWS=64)),
+    "our float8 kernel, also one row": ((1,), lambda: constants(WEIGHT_ONLY_ROWS=0, OUR_ROWS=16)),
+    "one row in tiles of 2048": ((1,), lambda: settings(one, block_k=2048)),
+    "one row by 4 warps": ((1,), lambda: settings(one, warps=4)),
+    "one row, 4 outputs a program": ((1,), lambda: settings(one, block_n=4)),
+    "one row, 4 outputs a program by 4 warps": ((1,), lambda: settings(one, block_n=4, warps=4)),
+}
+VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
+    "library from 2 rows": (FEW[1:], lambda: [mock.patch.object(layers, "choose", library_from_two)]),
+}
+
+
+def library_from_two(rows: int, *args: int, **options: bool) -> dict[str, Any] | None:
+    return choose(rows, *args, **options) if rows == 1 else None
+
+
+def measure(bench: Bench, rows: int, context: int, **about: object) -> float:
+    """Milliseconds of a step of `rows` rows, printed."""
+    before = len(compiled)
+    ms = bench.decode(rows, context) / 1e3
+    print(
+        json.dumps({"bench": "row_counts", **about, "rows": rows, "ms": round(ms, 3), "compiled": len(compiled) - before}),
+        flush=True,
+    )
+    return ms
+
+
+def cliffs(ms: dict[int, float]) -> list[tuple[int, int]]:
+    """Pairs of rows of which the fewer take more than 3 % longer than the more."""
+    return [(a, b) for a in ms for b in ms if a < b and ms[a] > SLOWER * ms[b]]
+
+
+def prefill_paths(bench: Bench, tokens: Sequence[int], **about: object) -> None:
+    """Milliseconds of steps of one prompt, and of prompts of 558 tokens, as a graph and launched."""
+    steps = bench.runner._steps
+    for n in tokens:
+        for chunk in (n, 558):
+            for path, sizes in (("graph", [n]), ("launched", [])):
+                with mock.patch.object(steps, "_graph_tokens", sizes), mock.patch.object(step, "SHORT_CONTEXT", n):
+                    bench.runner._graphs.clear()
+                    line = {"path": path, "tokens": n, "prompt": chunk, "ms": round(bench.prefill(n, chunk) / 1e3, 3)}
+                print(json.dumps({"bench": "prefill_paths", **about, **line}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
+    parser.add_argument("--context", type=int, default=300, help="mean context of the rows (%(default)s)")
+    parser.add_argument("--variants", nargs="*", metavar="WORD", help="; ".join({**FP8_VARIANTS, **VARIANTS}))
+    parser.add_argument("--prefill", type=int, nargs="*", default=[], metavar="TOKENS")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--attention-backend", default="auto")
+    args = parser.parse_args()
+    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    about = {"shape": args.shape, **engine}
+    print(json.dumps({**about, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
+    if args.prefill:
+        most = max(args.prefill)
+        prefill_paths(Bench(args.shape, [(1, most)], most, **engine), args.prefill, **about)
+        return 0
+    rows = sorted(set(args.rows))
+    bench = Bench(args.shape, [(n, args.context) for n in (*rows, *FEW, 64)], 0, **engine)
+    ms = {n: measure(bench, n, args.context, variant="default", **about) for n in rows}
+    for name, (variant_rows, patches) in (FP8_VARIANTS if args.quantization == "fp8" else VARIANTS).items():
+        if args.variants is None or (args.variants and not any(word in name for word in args.variants)):
+            continue
+        with ExitStack() as stack:
+            for patch in patches():
+                stack.enter_context(patch)
+            for n in variant_rows:
+                try:
+                    measure(bench, n, args.context, variant=name, **about)
+                except Exception as e:  # settings that do not fit the GPU
+                    print(json.dumps({"bench": "row_counts", "variant": name, "rows": n, "failed": repr(e)[:200]}), flush=True)
+    found = cliffs(ms)
+    print(json.dumps({"bench": "row_counts", **about, "slower_than_more_rows": found}), flush=True)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
