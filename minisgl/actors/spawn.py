@@ -11,7 +11,7 @@ from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.config import Config, ModelSpec
 
 if TYPE_CHECKING:
-    pass
+    from minisgl.actors.worker import RunnerLike
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
