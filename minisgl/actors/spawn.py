@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.config import Config, ModelSpec
-
-if TYPE_CHECKING:
-    from minisgl.actors.worker import RunnerLike
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
@@ -60,7 +57,7 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     return WorkerActor(ctx, rank, arenas, lambda: make_runner(config, rank, run_dir))
 
 
-def make_runner(config: Config, rank: int, run_dir: str) -> RunnerLike:
+def make_runner(config: Config, rank: int, run_dir: str) -> Any:
     """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
     from minisgl.model.checkpoint.loader import open_weights
     from minisgl.model.common.grammar import Grammars
