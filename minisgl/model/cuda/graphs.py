@@ -70,5 +70,6 @@ class Graphs:
         self.captures += 1
 
     def clear(self) -> None:
-        """Drop all graphs."""
+        """Drop all graphs, and their pool with them: it is gone when the last of them is."""
         self._graphs.clear()
+        self._pool = None
