@@ -13,11 +13,12 @@ from typing import Any
 from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.requests import fields, generate
+from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
-from minisgl.api.requests.openai import HARMLESS, ChatRequest
+from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.sampling import STRINGS
+from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
 
@@ -78,23 +79,23 @@ class MessageRequest:
         return self.chat.stream
 
 
-def parse_messages(engine: Engine, body: Mapping[str, Any]) -> MessageRequest:
+def parse_messages(config: Config, body: Mapping[str, Any]) -> MessageRequest:
     """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = MESSAGE.read(body)
-    chat, ignored = _chat(engine, body, values)
+    chat, ignored = _chat(config, body, values)
     chat["max_tokens"] = values["max_tokens"]
     chat["stop"] = stops = values.get("stop_sequences", [])
     form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
-        parsed = generate.chat_request(engine, chat)
+        parsed = parse_chat(config, chat)
     if form is not None:
         parsed = replace(parsed, bound_by=form_field)
     return MessageRequest(parsed, tuple(stops), unknown + ignored + ignored_format)
 
 
-def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The body of a chat with the fields that make its prompt; names of fields that are not used."""
     chat: dict[str, Any] = passed(body, _SHARED)
     chat["messages"] = _conversation(values["messages"], values.get("system"))
@@ -113,7 +114,7 @@ def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) ->
         return chat, ()
     if (kind := thinking.get("type")) not in _THINKING:
         raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
-    if engine.config.server.reasoning_parser:
+    if config.server.reasoning_parser:
         chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **values.get("chat_template_kwargs", {})}
         return chat, tuple(f"thinking.{name}" for name in thinking if name != "type")  # such as a budget of its own
     return chat, ("thinking",) if _THINKING[kind] else ()
@@ -172,12 +173,12 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     return out
 
 
-def parse_count(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
+def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
-    chat, ignored = _chat(engine, body, values)
+    chat, ignored = _chat(config, body, values)
     with renamed(_NAMES):
-        [prompt] = generate.chat_request(engine, {name: chat[name] for name in _COUNTED if name in chat}).prompts
+        [prompt] = parse_chat(config, {name: chat[name] for name in _COUNTED if name in chat}).prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
     return TokenizerRequest(prompt, unknown + ignored)
