@@ -16,7 +16,6 @@ from test_reply import CALL, SCHEMA, STYLES, TALK, WEATHER, Speaker, admits, pla
 from test_server import CHAT, USER, ask, check_error, client
 
 from minisgl import grammar
-from minisgl.api.endpoints.anthropic import MessageRequest
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.endpoints.responses_items import Response
@@ -266,7 +265,7 @@ def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> No
     assert stable(done) == stable(body["output"])
 
     def make_message() -> Message:
-        return Message(config, MessageRequest(request, (), ()))
+        return Message(config, request)
 
     content = make_message().complete([one], timings)["content"]
     grown = [""] * len(content)

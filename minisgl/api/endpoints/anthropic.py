@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
@@ -66,33 +66,21 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
-@dataclass(frozen=True, slots=True)
-class MessageRequest:
-    """The chat that a request became; `stops` are its stop sequences."""
+def parse_messages(config: Config, body: Mapping[str, Any]) -> ChatRequest:
+    """Check the body of POST /v1/messages; returns the chat that it means, for the model that is served.
 
-    chat: ChatRequest
-    stops: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-    @property
-    def stream(self) -> bool:
-        return self.chat.stream
-
-
-def parse_messages(config: Config, body: Mapping[str, Any]) -> MessageRequest:
-    """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
+    Raises RequestError: 400, or 404 for the model."""
     values, unknown = MESSAGE.read(body)
     chat, ignored = _chat(config, body, values)
     chat["max_tokens"] = values["max_tokens"]
-    chat["stop"] = stops = values.get("stop_sequences", [])
+    chat["stop"] = values.get("stop_sequences", [])
     form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
         parsed = parse_chat(config, chat)
-    if form is not None:
-        parsed = replace(parsed, bound_by=form_field)
-    return MessageRequest(parsed, tuple(stops), unknown + ignored + ignored_format)
+    bound_by = parsed.bound_by if form is None else form_field
+    return replace(parsed, bound_by=bound_by, ignored=unknown + ignored + ignored_format)
 
 
 def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
