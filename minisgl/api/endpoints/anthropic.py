@@ -15,7 +15,7 @@ from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
-from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without
 from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.sampling import STRINGS
 from minisgl.config import Config
@@ -31,7 +31,7 @@ def _check_messages(name: str, value: list[Any]) -> list[Any]:
 def _check_strings(name: str, value: list[Any]) -> list[str]:
     for item in value:
         if not isinstance(item, str):
-            raise wrong_type(name, "an array of strings", item)
+            raise fields.wrong_type(name, "an array of strings", item)
     return value
 
 
@@ -116,8 +116,7 @@ def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tupl
         given, at = values.get("output_format"), "output_format"
     if given is None:
         return None, at, ignored
-    if not isinstance(given, dict):
-        raise wrong_type(at, "an object", given)
+    fields.check_object(at, given)
     if given.get("type") != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be json_schema.", "unsupported_value")
     return {"schema": given.get("schema")}, at, ignored
@@ -134,8 +133,7 @@ def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, at: str) -> list[dict[str, Any]]:
-    if not isinstance(message, dict):
-        raise wrong_type(at, "an object", message)
+    fields.check_object(at, message)
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise InvalidParam(f"{at}.role", f"{at}.role must be user or assistant.")

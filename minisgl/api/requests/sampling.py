@@ -42,8 +42,7 @@ def _check_logit_bias(name: str, value: Any) -> dict[int, float]:
     """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100."""
     if value == []:
         return {}
-    if not isinstance(value, dict):
-        raise wrong_type(name, "an object", value)
+    fields.check_object(name, value)
     if len(value) > limits.MAX_LOGIT_BIAS:
         raise InvalidParam(name, f"{name} may hold at most {limits.MAX_LOGIT_BIAS} tokens.")
     if not all(_TOKEN_ID.fullmatch(key) for key in value):
