@@ -93,5 +93,4 @@ def _block(fields: Metadata, key: str) -> tuple[int, int]:
 
 
 def _group_size(fields: Metadata, key: str) -> int:
-    value = fields.get(key)
-    return -1 if value == -1 else Metadata(fields.source, {"group_size": value}).size("group_size")
+    return -1 if fields.get(key) == -1 else fields.size(key)

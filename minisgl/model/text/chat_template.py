@@ -168,8 +168,7 @@ def _part_text(i: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise InvalidParam("messages", f"messages[{i}].content has a part of type {kind!r:.80}; only text can be served.")
-    text: str = part["text"]
-    return text
+    return str(part["text"])
 
 
 @contextmanager

@@ -25,7 +25,10 @@ from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_byt
 
 
 class Tokenizer:
-    """The tokenizer of one model.  `vocab_size` is the model's: ids at or above it have no embedding and are refused."""
+    """The tokenizer of one model.  `vocab_size` is the model's: ids at or above it have no embedding and are refused.
+
+    `special_ids` are tokens that are no text; `skip_special` leaves them out.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class Tokenizer:
         backend.no_truncation()  # a tokenizer.json may carry the settings of its training
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._adds_bos = bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos_id]
 
     # ---------------- text -> ids
@@ -125,7 +128,7 @@ class Tokenizer:
         """
         if self._table is None:
             return WindowStream(lambda ids: self._decode_slowly(ids, skip_special))
-        return ByteStream(self._table, self._special if skip_special else frozenset())
+        return ByteStream(self._table, self.special_ids if skip_special else frozenset())
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""
@@ -136,11 +139,6 @@ class Tokenizer:
     def _decode_slowly(self, ids: Sequence[int], skip_special: bool) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
         return text
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are no text; `skip_special` leaves them out."""
-        return self._special
 
     @property
     def strips_space(self) -> bool:
