@@ -24,7 +24,7 @@ def served_name(path: str) -> str:
 
 def spec_from_gguf(path: str) -> ModelSpec:
     """Read the metadata of one file.  Raises UserError if it is damaged or describes a model that cannot be served."""
-    file = GGUFFile.open(path)
+    file = GGUFFile(path)
     fields = Metadata(path, file.fields)
     arch = fields.get("general.architecture")
     if arch not in GGUF_ARCHS:

@@ -24,7 +24,7 @@ class GGUFWeights:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
         """`lazy`: see `open_weights`."""
-        self._file = GGUFFile.open(spec.path)
+        self._file = GGUFFile(spec.path)
         architecture = self._file.fields["general.architecture"]
         kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
         self._names = get_tensor_name_map(kind, spec.num_layers)  # from Hugging Face's
