@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from minisgl.arrays import I32
+from minisgl.arrays import I32, I64
 from minisgl.errors import UserError
 
 FIRST_PROMPT_TOKEN = 1 << 20
@@ -174,7 +173,7 @@ def synthetic(spec: str) -> Iterator[TraceRequest]:
 
 
 # ---------------- what a cache could find
-def ideal_hits(requests: list[TraceRequest], page_size: int) -> npt.NDArray[np.int64]:
+def ideal_hits(requests: list[TraceRequest], page_size: int) -> I64:
     """Prompt tokens of every request that an unbounded cache of whole pages finds, if prompts are cached when they arrive.
 
     As in the engine, the last token of a prompt is always computed.
