@@ -27,7 +27,7 @@ class GGUFWeights:
         self._file = GGUFFile(spec.path)
         architecture = self._file.fields["general.architecture"]
         kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-        self._names = get_tensor_name_map(kind, spec.num_layers)  # from Hugging Face's
+        self._names = get_tensor_name_map(kind, 1)  # Hugging Face's -> those of the file, of the first layer
         # Only llama.cpp's files of this architecture rotate neighbours; see `halves_from_pairs`.
         self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if architecture == "llama" else r"(?!)")
         self._head_dim = spec.head_dim
@@ -35,7 +35,7 @@ class GGUFWeights:
         self._taken: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
-        stored = self._names.get_name(name, (".weight", ".bias")) or name
+        stored = self._stored_name(name)
         if stored not in self._file.tensors:
             raise missing(self._file.path, stored)
         self._taken.add(stored)
@@ -68,6 +68,13 @@ class GGUFWeights:
             width = raw.shape[1] * GROUP // self._file.tensors[stored].shape[1]
             raw = raw[:, cols[0] // GROUP * width : cols[1] // GROUP * width].contiguous()
         return halves_from_pairs(raw, self._head_dim) if pairs else raw
+
+    def _stored_name(self, name: str) -> str:
+        """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        first = f"model.layers.0.{name[layer.end() :]}" if layer else name
+        stored = self._names.get_name(first, (".weight", ".bias")) or name
+        return stored.replace("blk.0.", f"blk.{layer[1]}.") if layer else stored
 
     def finish(self) -> None:
         left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]

@@ -204,14 +204,13 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
     """The last resort: slow to import, but able to convert older formats."""
+    why = "transformers found no tokenizer there that the tokenizers library can run"
     try:
         from transformers import AutoTokenizer
 
         backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        if isinstance(backend, tokenizers.Tokenizer):
+            return backend
     except Exception as e:
-        backend, why = None, f"transformers says: {e}"
-    else:
-        why = "transformers found no tokenizer there that the tokenizers library can run"
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
-    return backend
+        why = f"transformers says: {e}"
+    raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
