@@ -66,8 +66,7 @@ def load(source: str, limit: int = 0, scale: float = 1.0, duration: float = 0.0)
             raise UserError(f"{source}: cannot be read as a trace ({e}).") from e
     requests.sort(key=lambda r: r.arrival)
     start = requests[0].arrival if requests else 0.0
-    requests = [r for r in requests if not duration or r.arrival - start <= duration]
-    requests = requests[: limit or None]
+    requests = [r for r in requests if not duration or r.arrival - start <= duration][: limit or None]
     if not requests:
         raise UserError(f"{source}: no requests (is the trace empty, or --limit or --duration too small?)")
     return [replace(r, arrival=(r.arrival - start) / scale) for r in requests]
