@@ -153,7 +153,7 @@ def parse_chat(
     bound = _chat_constraint(constraint(values), offered)
     text = bound.grammar
     if text and reasoning_style:  # the model may think before its answer is constrained
-        text = grammar.after_thought(text, begun=STYLES[reasoning_style].opened_by_prompt)
+        text = grammar.after_thought(text, begun=STYLES[reasoning_style])
     params = sampling.params(values, None, defaults, logprobs=sampling.chat_logprobs(values), grammar=text)
     if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
