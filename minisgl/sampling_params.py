@@ -182,9 +182,7 @@ class SamplingParams:
 
 def _as_tuple(value: object) -> tuple[object, ...]:
     """A list as a tuple, and a single value as a tuple of one: offline, `stop="\n"` is natural to write."""
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    return (value,)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:

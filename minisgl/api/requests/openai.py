@@ -144,7 +144,7 @@ def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
     bound = _chat_constraint(constraint(values), offered)
     text = bound.grammar
     if text and reasoning_style:  # the model may think before its answer is constrained
-        text = grammar.after_thought(text, begun=STYLES[reasoning_style].opened_by_prompt)
+        text = grammar.after_thought(text, begun=STYLES[reasoning_style])
     params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=text)
     if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
