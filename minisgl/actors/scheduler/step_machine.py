@@ -33,7 +33,7 @@ from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.arrays import I32, U8
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match
-from minisgl.plan import DRAW, StepResult
+from minisgl.plan import DRAW, FAILED, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
 WINDOW = 16  # waiting requests that one step may try in vain
@@ -130,8 +130,8 @@ class StepMachine:
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         if rows.logprobs is not None:
             out.logprobs.append(rows.logprobs)
-        for slot in rows.failed:
-            self._end(int(table.uid[slot]), Finish.GRAMMAR, out)
+        for slot, why in rows.failed:
+            self._fail(slot, why, out)
         for slot, vector in rows.vectors:
             out.vectors.append((int(table.uid[slot]), vector))
             self._release(slot)
@@ -165,6 +165,24 @@ class StepMachine:
         out.outputs.append(StepOutputs(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
         return True
 
+    def _fail(self, slot: int, why: int, out: Output) -> None:
+        """End a request that got no token.  One without numbers leaves no page in the cache that no sound request has read.
+
+        Such a page may have spoilt a request that only read it, which therefore runs again and computes all pages itself.
+        """
+        uid, request = int(self.table.uid[slot]), self._request(slot)
+        if why == FAILED:
+            self._end(uid, Finish.GRAMMAR, out)
+            return
+        self.cache.forget(self.table.handle[slot])
+        self.table.planned[slot] = 0  # so that nothing is published
+        if request.borrows and not request.retried:
+            request.retried = True
+            self._retract(slot, request)
+        else:
+            self.counters.nan_requests += 1
+            self._end(uid, Finish.NAN, out)
+
     def _release(self, slot: int) -> None:
         """A request leaves.  Pages whose tokens are known *and* planned go to the cache, the others become free."""
         table = self.table
@@ -173,7 +191,8 @@ class StepMachine:
         if full > shared:
             shared = self._publish_prefix(slot, full, remap=False)
         self.pool.release(table.row(slot, shared, int(table.n_pages[slot])))
-        self.cache.release(table.handle[slot])
+        drew = int(table.length[slot]) > len(self._request(slot).ids)
+        self.cache.release(table.handle[slot], sound=full > 0 and drew)
         if slot in self._prefilling:
             self._prefilling.remove(slot)
         else:
@@ -196,6 +215,7 @@ class StepMachine:
         table.n_shared[slot] = full
         if len(duplicates):
             self.pool.release(duplicates)
+            self._request(slot).borrows = True
             if remap:
                 moved = np.flatnonzero(canonical != mine)
                 table.grant(slot, shared + moved, canonical[moved])
@@ -215,7 +235,7 @@ class StepMachine:
         if builder.chunks or len(decode):
             self._publish(builder, decode, context, out)
         elif self._prefilling and not self.inflight and len(self.running) > 1:
-            self._retract()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
+            self._retract_youngest()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
             self._plan(out)
 
     def _publish(self, builder: PlanBuilder, decode: I32, context: int, out: Output) -> None:
@@ -246,7 +266,7 @@ class StepMachine:
             crossing = slots[table.planned[slots] == table.n_pages[slots] * size]
             if self._make_room(len(crossing)):
                 break
-            self._retract()
+            self._retract_youngest()
         if len(crossing):
             table.grant_decode(crossing, self.pool.alloc(len(crossing)))
         table.planned[slots] += 1
@@ -259,12 +279,15 @@ class StepMachine:
             self.pool.release(self.cache.evict(missing))
         return self.pool.free >= n
 
-    def _retract(self) -> None:
-        """Preempt the least important, youngest running request: send it back to the queue.
+    def _retract_youngest(self) -> None:
+        """Preempt the least important, youngest running request."""
+        self._retract(*max(self.running.values(), key=lambda r: r[1].rank))
+
+    def _retract(self, slot: int, request: Request) -> None:
+        """Send a running request back to the queue.
 
         It resumes with the same text and the same random draws: its tokens so far become its prompt.
         """
-        slot, request = max(self.running.values(), key=lambda r: r[1].rank)
         ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
         request.ids, request.missing_pages, request.resumed = ids, 0, True
@@ -362,6 +385,7 @@ class StepMachine:
         self.waiting.remove(request.uid)
         slot = self.table.take(request, handle, cached)
         self.running[request.uid] = (slot, request)
+        request.borrows = len(cached) > 0
         self._prefilling.append(slot)
         builder.join(slot, request)
         if not request.resumed:
