@@ -235,7 +235,8 @@ class StepMachine:
         if builder.chunks or len(decode):
             self._publish(builder, decode, context, out)
         elif self._prefilling and not self.inflight and len(self.running) > 1:
-            self._retract_youngest()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
+            # Half-prefilled prompts hold all the pages between them, and nothing in flight will free any.
+            self._retract_youngest()
             self._plan(out)
 
     def _publish(self, builder: PlanBuilder, decode: I32, context: int, out: Output) -> None:

@@ -41,6 +41,8 @@ typedef struct {
 
 INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total) {
     f32x16 a = load(x), b = load(x + LANES);
+    /* Bytes cannot be NaN: the scale is, if an input is NaN or infinite. */
+    const float unsound = sum(a * 0.0f + b * 0.0f);
     float most = largest(greater(absolute(a), absolute(b)));
     float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     i32x16 qa = nearest(a * inverse), qb = nearest(b * inverse), s = qa + qb;
@@ -49,7 +51,7 @@ INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total
     for (int i = 0; i < LANES; i++) q[i] = (int8_t)qa[i], q[i + LANES] = (int8_t)qb[i];
     for (int i = 0; i < LANES; i++) q[GROUP + i] = (int8_t)ra[i], q[GROUP + i + LANES] = (int8_t)rb[i];
     for (int i = 0; i < LANES; i++) sum += s[i], rest += t[i];
-    *scale = most / 127.0f;
+    *scale = most / 127.0f + unsound;
     *total = *scale * (sum + rest * (1.0f / 254.0f));
 }
 
