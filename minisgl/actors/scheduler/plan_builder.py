@@ -18,21 +18,7 @@ from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra, extra_bytes
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.scheduler.step_cost import features
 from minisgl.arrays import F32, F64, I32, I64
-from minisgl.plan import (
-    DRAW,
-    EXTRA,
-    GRAMMAR,
-    JOIN,
-    NOT_A_NUMBER,
-    POOL,
-    POOLED_ROWS,
-    PREFILL,
-    SCORE,
-    SCORED_TOKENS,
-    SUM,
-    StepPlan,
-    StepResult,
-)
+from minisgl.plan import DRAW, EXTRA, GRAMMAR, JOIN, POOL, POOLED_ROWS, PREFILL, SCORE, SCORED_TOKENS, SUM, StepPlan, StepResult
 
 EXTRA_BYTES = 1 << 20  # biases, histories and grammars of one plan; a single request may have more
 NO_SLOTS = np.zeros(0, np.int32)
@@ -45,7 +31,7 @@ class ResultRows:
     slots: I32  # rows that get a token
     tokens: I32
     wasted: int  # rows computed for requests that had ended
-    failed: list[tuple[int, int]]  # slots without a token, and why: FAILED or NOT_A_NUMBER
+    failed: dict[int, int]  # slots without a token, and why: FAILED or NOT_A_NUMBER
     vectors: list[tuple[int, F32]]  # (slot, pooled vector)
     logprobs: LogprobOutputs | None
 
@@ -66,10 +52,10 @@ class InFlight:
         if self.step != result.step or len(self.slots) != len(result.tokens):
             raise RuntimeError(f"result {result.step} has {len(result.tokens)} rows, plan {self.step} has {len(self.slots)}")
         live = table.epoch[self.slots] == self.epochs
-        failed: list[tuple[int, int]] = []
+        failed: dict[int, int] = {}
         if result.tokens.min(initial=0) < 0:
             failures = live & (result.tokens < 0)
-            failed = list(zip(self.slots[failures].tolist(), result.tokens[failures].tolist(), strict=True))
+            failed = dict(zip(self.slots[failures].tolist(), result.tokens[failures].tolist(), strict=True))
             live &= ~failures
         vectors: list[tuple[int, F32]] = []
         if len(self.pooled):
@@ -80,8 +66,8 @@ class InFlight:
         logprobs = None
         if self.logprobs is not None:
             logprobs, broken = self.logprobs.read(result, table, running)
-            failed += [(slot, NOT_A_NUMBER) for slot in broken]
-            live &= ~np.isin(self.slots, broken)
+            failed |= broken
+            live &= ~np.isin(self.slots, list(broken))
         slots = self.slots[live]
         wasted = len(self.slots) - len(slots) - len(vectors) - len(failed)
         return ResultRows(slots, result.tokens[live], wasted, failed, vectors, logprobs)

@@ -33,7 +33,7 @@ from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.arrays import I32, U8
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match
-from minisgl.plan import DRAW, FAILED, StepResult
+from minisgl.plan import DRAW, NOT_A_NUMBER, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
 WINDOW = 16  # waiting requests that one step may try in vain
@@ -130,7 +130,7 @@ class StepMachine:
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         if rows.logprobs is not None:
             out.logprobs.append(rows.logprobs)
-        for slot, why in rows.failed:
+        for slot, why in rows.failed.items():
             self._fail(slot, why, out)
         for slot, vector in rows.vectors:
             out.vectors.append((int(table.uid[slot]), vector))
@@ -170,18 +170,16 @@ class StepMachine:
 
         Such a page may have spoilt a request that only read it, which therefore runs again and computes all pages itself.
         """
-        uid, request = int(self.table.uid[slot]), self._request(slot)
-        if why == FAILED:
-            self._end(uid, Finish.GRAMMAR, out)
-            return
-        self.cache.forget(self.table.handle[slot])
-        self.table.planned[slot] = 0  # so that nothing is published
-        if request.borrows and not request.retried:
-            request.retried = True
-            self._retract(slot, request)
-        else:
+        request = self._request(slot)
+        if why == NOT_A_NUMBER:
+            self.cache.forget(self.table.handle[slot])
+            self.table.planned[slot] = 0  # so that nothing is published
+            if request.borrows and not request.retried:
+                request.retried = True
+                self._retract((slot, request))
+                return
             self.counters.nan_requests += 1
-            self._end(uid, Finish.NAN, out)
+        self._end(request.uid, Finish.NAN if why == NOT_A_NUMBER else Finish.GRAMMAR, out)
 
     def _release(self, slot: int) -> None:
         """A request leaves.  Pages whose tokens are known *and* planned go to the cache, the others become free."""
@@ -235,8 +233,7 @@ class StepMachine:
         if builder.chunks or len(decode):
             self._publish(builder, decode, context, out)
         elif self._prefilling and not self.inflight and len(self.running) > 1:
-            # Half-prefilled prompts hold all the pages between them, and nothing in flight will free any.
-            self._retract_youngest()
+            self._retract()  # half-prefilled prompts hold all the pages between them, and nothing in flight will free any
             self._plan(out)
 
     def _publish(self, builder: PlanBuilder, decode: I32, context: int, out: Output) -> None:
@@ -267,7 +264,7 @@ class StepMachine:
             crossing = slots[table.planned[slots] == table.n_pages[slots] * size]
             if self._make_room(len(crossing)):
                 break
-            self._retract_youngest()
+            self._retract()
         if len(crossing):
             table.grant_decode(crossing, self.pool.alloc(len(crossing)))
         table.planned[slots] += 1
@@ -280,15 +277,12 @@ class StepMachine:
             self.pool.release(self.cache.evict(missing))
         return self.pool.free >= n
 
-    def _retract_youngest(self) -> None:
-        """Preempt the least important, youngest running request."""
-        self._retract(*max(self.running.values(), key=lambda r: r[1].rank))
-
-    def _retract(self, slot: int, request: Request) -> None:
-        """Send a running request back to the queue.
+    def _retract(self, victim: tuple[int, Request] | None = None) -> None:
+        """Preempt a running request, the least important, youngest one unless it is given: send it back to the queue.
 
         It resumes with the same text and the same random draws: its tokens so far become its prompt.
         """
+        slot, request = victim or max(self.running.values(), key=lambda r: r[1].rank)
         ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
         request.ids, request.missing_pages, request.resumed = ids, 0, True

@@ -13,9 +13,8 @@ from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_weights import GGUFWeights
 from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
-from minisgl.model.checkpoint.weights import PIECE
-from minisgl.model.common.shard import Range
 from minisgl.model.common.gguf_blocks import scales
+from minisgl.model.common.shard import Range
 from minisgl.model.common.weights import Checkpoint, Weight, dense
 
 
@@ -43,7 +42,7 @@ class Finite:
         """See `Weights`.  Raises UserError naming a tensor with NaN or infinity."""
         weight = self._weights.take(name, shape, rows=rows, cols=cols)
         numbers = weight if isinstance(weight, torch.Tensor) else scales(weight)
-        if not all(piece.isfinite().all() for piece in numbers.split(max(1, PIECE // max(1, numbers[0].numel())))):
+        if not torch.stack(tuple(numbers.aminmax())).isfinite().all():
             raise UserError(f"tensor {name} has NaN or infinity, which cannot be quantised. Is the file damaged?")
         return weight
 

@@ -60,16 +60,6 @@ class QuantLinear:
         return self._run.linear(self._weight, plain(x).contiguous(), None, None)
 
 
-class ScaledLinear:
-    """A product whose outputs are multiplied by f32[N], for rows of weights whose scales half precision cannot hold."""
-
-    def __init__(self, product: LinearLayer, factors: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._product, self._factors, self._bias = product, factors, 0 if bias is None else bias.float()
-
-    def __call__(self, x: Activations) -> torch.Tensor:
-        return plain(self._product(x)) * self._factors + self._bias
-
-
 class TorchLinear:
     """The same in torch, on dequantised weights."""
 
@@ -96,7 +86,8 @@ class QuantizedLayers(CpuLayers):
         factors = [_row_factors(w, bits) for w in weights]
         if any(bool((f != 1).any()) for f in factors):
             near = [dense(w).float() / f[:, None] for w, f in zip(weights, factors, strict=True)]
-            return ScaledLinear(self.linear(*near), torch.cat(factors), bias)
+            product, factor, offset = self.linear(*near), torch.cat(factors), 0 if bias is None else bias.float()
+            return lambda x: plain(product(x)) * factor + offset
         if self._run is None:
             return TorchLinear([_groups(w, bits) for w in weights], inputs, bias)
         blocks = self._run.pack([_rows(w, bits) for w in weights], inputs, bits)
