@@ -86,7 +86,7 @@ class QuantizedLayers(CpuLayers):
         factors = [_row_factors(w, bits) for w in weights]
         if any(bool((f != 1).any()) for f in factors):
             near = [dense(w).float() / f[:, None] for w, f in zip(weights, factors, strict=True)]
-            product, factor, offset = self.linear(*near), torch.cat(factors), 0 if bias is None else bias.float()
+            product, factor, offset = self.linear(*near), torch.cat(factors), 0 if bias is None else bias
             return lambda x: plain(product(x)) * factor + offset
         if self._run is None:
             return TorchLinear([_groups(w, bits) for w in weights], inputs, bias)

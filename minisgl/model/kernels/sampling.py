@@ -110,8 +110,8 @@ def _weigh(
     t, bound = tl.load(temperature + slot), tl.load(bounds + row)
     index = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
-    broken = tl.max(((value != value) | (value == float("inf"))).to(tl.int32), 0) > 0
-    top = tl.where(broken, float("inf"), tl.max(value, 0))
+    finite = tl.min((value < float("inf")).to(tl.int32), 0) > 0  # NaN is not
+    top = tl.where(finite, tl.max(value, 0), float("inf"))
     first = tl.min(tl.where(value == top, index, vocab - 1), 0)  # the smallest of equals; a token also if all are NaN
     tl.store(best_value + row * parts + part, top)
     tl.store(best_index + row * parts + part, first)
