@@ -139,6 +139,32 @@ def test_on_the_kernels_of_the_default_too(tmp_path: Path) -> None:
     assert later_answers(tmp_path, True, **engine) == fresh
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("auto", marks=needs_compiler)])
+def test_tokens_before_a_bad_one_in_the_same_chunk_stay_clean(tmp_path: Path, name: str, quantization: str) -> None:
+    save_llama(tmp_path) if name == "llama" else save_architecture(tmp_path, name)
+    edit(tmp_path, overflow(3e38) if quantization == "none" else overflow(1e30))
+    ids = [*range(20, 36), 50, 51, BAD, 52, 53]
+
+    def after(first: list[int]) -> list[int]:
+        """What a prompt is answered that shares the first page, whose keys and values `first` has computed."""
+        runner = make_runner(config_for(tmp_path, page_size=16, quantization=quantization), 0, "")
+        runner.allocate(runner.max_pages())
+        driver = Driver(runner.max_pages(), 16)
+        driver.join(0)
+        runner.launch(driver.plan(prefill=[(0, first, False)])).result()
+        driver.join(1, kv_len=16, pages=driver.pages[0][:1])
+        said = runner.launch(driver.plan(prefill=[(1, [60, 61, 62], True)])).result().tokens.tolist()
+        for step in range(4):
+            said += runner.launch(driver.plan(decode=[1] if step == 0 else None, same=[1])).result().tokens.tolist()
+        runner.close()
+        return said
+
+    clean = after(ids[:16])
+    assert min(clean) >= 0
+    assert after(ids) == clean
+
+
 # ---------------- through the engine
 def engine(path: Path, **settings: Any) -> LLM:
     save_byte_tokenizer(path)

@@ -115,15 +115,17 @@ class QuantizedLayers(CpuLayers):
 
 
 def _row_factors(weight: Weight, bits: int) -> torch.Tensor:
-    """Powers of two f32[N] to divide the rows of a matrix by before it is rounded: 1 unless a group has a scale near the ends of
-    half precision.  The largest weight of such a row becomes 2^14, so that groups down to 2^-21 of it keep their precision."""
+    """Powers of two f32[N] to divide the rows of a matrix by before it is rounded: 1 unless half precision cannot hold a scale.
+
+    The largest weight of such a row becomes 2^14, so that groups down to 2^-21 of it keep their precision.
+    """
     if isinstance(weight, StoredWeight) and stored_bits(weight) == bits:
         return torch.ones(weight.shape[0])  # packed as it is stored
     rows = dense(weight)
     groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP)).view(len(rows), -1, GROUP)
     most = torch.maximum(groups.amax(-1), -groups.amin(-1)).float()
     largest, least = most.amax(-1), most.masked_fill(most == 0, 1).amin(-1)
-    outside = (largest > 2.0**15) | (least < 2.0**-12)
+    outside = (largest > 2.0**15) | (least < 2.0**-16)
     return torch.where(outside & (largest > 0), torch.exp2(largest.log2().floor() - 14), 1)
 
 
