@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import eventually
 from safetensors.torch import load_file, save_file
 from scripted import Server, serve
 from tiny_models import ARCHITECTURES, Driver, config_for, needs_compiler, save_architecture, save_byte_tokenizer, save_llama
@@ -242,9 +243,12 @@ def test_over_http_it_is_a_500_with_a_code_and_a_count(server: Server) -> None:
     assert (status, body["error"]["code"]) == (500, "nan_logits")
     _, raw, _ = server.raw("POST", "/v1/completions", {"prompt": POISON[0], "max_tokens": 4, "stream": True})
     assert b"nan_logits" in raw
-    _, metrics, _ = server.raw("GET", "/metrics")
-    lines = [line for line in metrics.decode().splitlines() if "nan" in line and not line.startswith("#")]
-    assert any(float(line.split()[-1]) >= 2 for line in lines), "a metric counts them"
+
+    def counted() -> bool:
+        lines = server.raw("GET", "/metrics")[1].decode().splitlines()
+        return any(line.startswith("minisgl_nan_requests_total") and float(line.split()[-1]) >= 2 for line in lines)
+
+    eventually(counted)
     answer = server.post("/v1/completions", {"prompt": OTHERS[1], "max_tokens": 4, "temperature": 0, "logprobs": 1})
     assert all(value > -9000 for value in answer["choices"][0]["logprobs"]["token_logprobs"])
 
