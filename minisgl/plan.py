@@ -29,7 +29,7 @@ A prefill row with SUM adds the final hidden states of its tokens to what its sl
 begins anew).  With POOL, which comes with DRAW, the result has a vector: the mean of these, or the last state without SUM.
 
 Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
-then the decode rows; `StepResult.tokens` has one token for each of them, FAILED where a grammar could not go on.
+then the decode rows; `StepResult.tokens` has one token for each of them, or a negative number that says why there is none.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ EXTRA = _row(
 BIAS = _row(token="<i4", value="<f4", until="<i4")
 GRAMMAR = _row(slot="<u4", n_bytes="<i4", n_output="<i4")
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
-FAILED = -1  # instead of a token
+FAILED = -1  # instead of a token: the grammar could not go on
+NOT_A_NUMBER = -2  # instead of a token: the logits are not finite numbers
 DRAW, SCORE, SUM, POOL = 1, 2, 4, 8  # flags of a prefill row's `sample`
 SCORED_TOKENS = 256  # most `targets` of one step: each has a row of logits, for which workers reserve memory
 POOLED_ROWS = 64  # most vectors of one result

@@ -33,7 +33,7 @@ from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 from minisgl.model.kernels.qk_norm_rope import prepare_heads, rope_tables
 from minisgl.model.kernels.sampling import SamplingState, sample
 from minisgl.model.kernels.small_batch_matmul import choose, gemv, skinny
-from minisgl.plan import GRANT, JOIN
+from minisgl.plan import GRANT, JOIN, NOT_A_NUMBER
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the interpreter is exact in float32
@@ -541,12 +541,20 @@ def test_greedy_rows_take_the_first_of_the_largest() -> None:
     assert draw(logits, [{}, {}, {}]) == logits.float().argmax(-1).tolist()
 
 
-def test_a_row_of_nan_draws_a_token_of_the_vocabulary() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}], ids=str
+)
+@pytest.mark.parametrize("where", [slice(None), 4500])
+def test_a_row_without_finite_logits_draws_no_token(value: float, params: dict[str, float], where: slice | int) -> None:
     logits = rand(2, 5000)
-    logits[0] = torch.nan
-    first, second = draw(logits, [{}, {}])
-    assert 0 <= first < 5000
-    assert second == int(logits[1].argmax())
+    logits[0, where] = value
+    state, _ = joined([params, {}])
+    slots = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    tokens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    sample(logits, slots, torch.full_like(slots, 7), slots, state, tokens, advance=True)
+    assert tokens.tolist() == [NOT_A_NUMBER, int(logits[1].argmax())]
+    assert 0 <= int(state.last_token[0]) < 5000, "the slot goes on with a token of the vocabulary"
 
 
 def test_a_row_draws_the_same_token_whatever_stands_beside_it() -> None:
