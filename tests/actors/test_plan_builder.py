@@ -45,7 +45,7 @@ def test_tokens_vectors_and_failures_of_one_result_go_to_different_places() -> N
     vector = np.array([[0.5, 1.5]], np.float32)
     rows = inflight.read(StepResult(0, np.array([5, -1, 6, 7], np.int32), vectors=vector), table, running)
     assert (rows.slots.tolist(), rows.tokens.tolist()) == ([plain], [5])
-    assert rows.failed == [bound]
+    assert rows.failed == {bound: -1}
     assert [(slot, v.tolist()) for slot, v in rows.vectors] == [(pooled, [0.5, 1.5])]
     assert rows.wasted == 1
     assert rows.logprobs is None
