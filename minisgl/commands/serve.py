@@ -63,8 +63,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as e:
         raise UserError(f"--host {host}: {e.strerror}") from e
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" also takes IPv4
     try:
-        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6)
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
             raise UserError(
