@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-U32 = npt.NDArray[np.uint32]
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
+import numpy as np
+
+# Spelled out: the messages are checked against these types, and NDArray has other forms at run time in other versions of numpy.
+I32 = np.ndarray[Any, np.dtype[np.int32]]
+I64 = np.ndarray[Any, np.dtype[np.int64]]
+U8 = np.ndarray[Any, np.dtype[np.uint8]]
+U32 = np.ndarray[Any, np.dtype[np.uint32]]
+F32 = np.ndarray[Any, np.dtype[np.float32]]
+F64 = np.ndarray[Any, np.dtype[np.float64]]

@@ -29,7 +29,7 @@ A prefill row with SUM adds the final hidden states of its tokens to what its sl
 begins anew).  With POOL, which comes with DRAW, the result has a vector: the mean of these, or the last state without SUM.
 
 Order within a step: joins, extras, grants, then all rows at once.  The rows that sample are, in order: prefill rows with DRAW,
-then the decode rows; `StepResult.tokens` has one token for each of them, FAILED where a grammar could not go on.
+then the decode rows; `StepResult.tokens` has one token for each of them, or a negative number that says why there is none.
 """
 
 from __future__ import annotations
@@ -47,35 +47,24 @@ from minisgl.arrays import F32, I32
 
 Rows = npt.NDArray[np.void]
 
-JOIN = np.dtype(
-    [
-        ("slot", "<u4"),
-        ("kv_len", "<i4"),
-        ("temperature", "<f4"),
-        ("top_k", "<i4"),
-        ("top_p", "<f4"),
-        ("min_p", "<f4"),
-        ("seed", "<u8"),
-    ]
+
+def _row(**types: str) -> np.dtype[np.void]:
+    """The dtype of a row, from the types of its columns."""
+    return np.dtype(list(types.items()))
+
+
+JOIN = _row(slot="<u4", kv_len="<i4", temperature="<f4", top_k="<i4", top_p="<f4", min_p="<f4", seed="<u8")
+GRANT = _row(slot="<u4", index="<u4", page="<i4")
+PREFILL = _row(slot="<u4", sample="<u4", n_ids="<i4")
+# `logprobs`: log probabilities of each token and of this many alternatives; -1: of none.
+EXTRA = _row(
+    slot="<u4", presence="<f4", frequency="<f4", repetition="<f4", logprobs="<i4", n_bias="<i4", n_prompt="<i4", n_output="<i4"
 )
-GRANT = np.dtype([("slot", "<u4"), ("index", "<u4"), ("page", "<i4")])
-PREFILL = np.dtype([("slot", "<u4"), ("sample", "<u4"), ("n_ids", "<i4")])
-EXTRA = np.dtype(
-    [
-        ("slot", "<u4"),
-        ("presence", "<f4"),
-        ("frequency", "<f4"),
-        ("repetition", "<f4"),
-        ("logprobs", "<i4"),  # log probabilities of each token and of this many alternatives; -1: of none
-        ("n_bias", "<i4"),
-        ("n_prompt", "<i4"),
-        ("n_output", "<i4"),
-    ]
-)
-BIAS = np.dtype([("token", "<i4"), ("value", "<f4"), ("until", "<i4")])
-GRAMMAR = np.dtype([("slot", "<u4"), ("n_bytes", "<i4"), ("n_output", "<i4")])
+BIAS = _row(token="<i4", value="<f4", until="<i4")
+GRAMMAR = _row(slot="<u4", n_bytes="<i4", n_output="<i4")
 NO_EXTRA = (0.0, 0.0, 1.0, -1, 0, 0, 0)  # an EXTRA without its slot
-FAILED = -1  # instead of a token
+FAILED = -1  # instead of a token: the grammar could not go on
+NOT_A_NUMBER = -2  # instead of a token: the logits are not finite numbers
 DRAW, SCORE, SUM, POOL = 1, 2, 4, 8  # flags of a prefill row's `sample`
 SCORED_TOKENS = 256  # most `targets` of one step: each has a row of logits, for which workers reserve memory
 POOLED_ROWS = 64  # most vectors of one result

@@ -6,33 +6,24 @@ the text of each token.  Both follow the tags with `_Tags`, so they always mean 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 OPEN, CLOSE = "<think>", "</think>"
 
 
-class Style(NamedTuple):
-    """How a family of models writes its thought."""
-
-    opened_by_prompt: bool  # the chat template ends the prompt with the opening tag; else the model writes it, or not
-
-
-STYLES = {
-    "qwen3": Style(opened_by_prompt=False),
-    "deepseek_r1": Style(opened_by_prompt=True),
-}
+# How families of models write their thoughts -> whether the chat template ends the prompt with the opening tag; if not, the
+# model writes the tag, or no thought.
+STYLES = {"qwen3": False, "deepseek_r1": True}
 _NEVER = 1 << 62  # an offset behind the end of every text
 
 
 class _Tags:
     """Finds the tags in one answer, whose text comes in pieces.  Offsets count characters from its beginning."""
 
-    __slots__ = ("_style", "begin", "end", "held", "settled", "stage")
+    __slots__ = ("_opened", "begin", "end", "held", "settled", "stage")
 
     def __init__(self, style: str) -> None:
-        self._style = STYLES[style]
+        self._opened = STYLES[style]  # by the prompt
         self.stage = "before"  # of the text that comes next: "before" a thought | "inside" | "after" it, or there is none
-        self.begin = 0 if self._style.opened_by_prompt else _NEVER  # of the thought, behind its opening tag
+        self.begin = 0 if self._opened else _NEVER  # of the thought, behind its opening tag
         self.end = _NEVER  # of the thought, before its closing tag
         self.settled = 0  # offset up to which all text is known to be thought, answer or tag
         self.held = ""  # the text behind `settled`: it may be a tag, or become one
@@ -59,8 +50,8 @@ class _Tags:
             self._settle(lead, OPEN)
             self.begin, self.stage = self.settled, "inside"
         elif not OPEN.startswith(core):
-            self.stage = "inside" if self._style.opened_by_prompt else "after"
-            self._settle(lead if self._style.opened_by_prompt else 0)
+            self.stage = "inside" if self._opened else "after"
+            self._settle(lead if self._opened else 0)
 
     def _read_thought(self) -> str:
         n = self.held.find(CLOSE)

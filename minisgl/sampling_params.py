@@ -50,11 +50,12 @@ class Finish(enum.IntEnum):
     ABORT = 3  # the client went away or cancelled
     TIMEOUT = 4  # its deadline passed
     GRAMMAR = 5  # its grammar became too complex to follow
+    NAN = 6  # its logits were no finite numbers
 
     @property
     def reason(self) -> str | None:
-        """The OpenAI `finish_reason`; ABORT, TIMEOUT and GRAMMAR reach clients as errors."""
-        return self.name.lower() if self else None
+        """The OpenAI `finish_reason`; the members from ABORT on reach clients as errors."""
+        return "error" if self is Finish.NAN else self.name.lower() if self else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +183,7 @@ class SamplingParams:
 
 def _as_tuple(value: object) -> tuple[object, ...]:
     """A list as a tuple, and a single value as a tuple of one: offline, `stop="\n"` is natural to write."""
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    return (value,)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:

@@ -7,18 +7,9 @@ requests (`uid`) are given by the api process and are never reused.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
 from minisgl.actors.wire import message, register
+from minisgl.arrays import F32, I32, I64, U8
 from minisgl.sampling_params import RequestOptions, SamplingParams
-
-# Spelled out: numpy's NDArray is an alias whose form at run time differs between versions.
-I32 = np.ndarray[Any, np.dtype[np.int32]]
-I64 = np.ndarray[Any, np.dtype[np.int64]]
-U8 = np.ndarray[Any, np.dtype[np.uint8]]
-F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 register(SamplingParams)
 register(RequestOptions)

@@ -391,6 +391,9 @@ def _failure(entry: Entry, end: Finish) -> RequestError | None:
         return RequestError("The request was aborted.", status=500, code="aborted")
     if end is Finish.GRAMMAR:
         return too_complex(len(entry.delivered))
+    if end is Finish.NAN:
+        text = f"The model computed logits that are not finite numbers, after {len(entry.delivered)} tokens of the answer."
+        return RequestError(text, status=500, code="nan_logits")
     if end is not Finish.TIMEOUT:
         return None
     text = (

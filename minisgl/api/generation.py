@@ -34,18 +34,19 @@ class Timings:
     rest: float
     queued: float = 0.0
 
-    def render(self, tokens: int, cached: int) -> dict[str, Any]:
-        """The `timings` object: milliseconds, and the rate of the `tokens` after the first.
+    def render(self, results: Sequence[Result], n: int = 1) -> dict[str, Any]:
+        """The `timings` object: milliseconds, the rate of the tokens after the first, and the cached tokens of the prompts.
 
-        `tokens`: tokens of the completions.  `cached`: tokens of the prompts that were found in the cache.
+        `n`: choices per prompt.
         """
+        tokens = sum(r.completion_tokens for r in results)
         return {
             "queue_ms": round(1000 * self.queued, 3),
             "ttft_ms": round(1000 * self.first, 3),
             "decode_ms": round(1000 * self.rest, 3),
             "total_ms": round(1000 * (self.first + self.rest), 3),
             "tok_s": round((tokens - 1) / self.rest, 3) if self.rest > 0 and tokens > 1 else None,
-            "cached_n": cached,
+            "cached_n": sum(r.cached_tokens for r in results[::n]),
         }
 
 

@@ -40,7 +40,7 @@ NO_PAGES = np.zeros(0, np.int32)
 class Node:
     """A node of the radix tree: a run of cached pages.  Only RadixCache writes its fields, but for `score`."""
 
-    __slots__ = ("children", "key", "pages", "parent", "refs", "score")
+    __slots__ = ("children", "key", "pages", "parent", "refs", "score", "sound")
 
     def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
         self.key = key  # of a root: its salt
@@ -49,6 +49,7 @@ class Node:
         self.children: dict[bytes, Node] | None = None
         self.refs = 0  # requests whose prefix runs through this node
         self.score = 0.0  # free for eviction policies; a split copies it
+        self.sound = False  # a request that has read these pages drew a token, so they hold numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class RadixCache:
         self.evicted_pages = 0
         self._salted: dict[str, Node] = {}  # cache_salt -> root, for salts that have pages or users
         self._page_bytes = 4 * page_size
+        self._forgotten = 0  # nodes that no match finds any more
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._unused: OrderedDict[Node, None] = OrderedDict()  # nodes without references, least recently used first
 
@@ -146,17 +148,32 @@ class RadixCache:
         walk.refs += 1
         return node, np.concatenate(runs[::-1]) if runs else NO_PAGES
 
-    def release(self, handle: Node) -> None:
-        """Give a handle back.  Nodes without any other reference become evictable."""
+    def release(self, handle: Node, *, sound: bool = False) -> None:
+        """Give a handle back.  Nodes without any other reference become evictable.  sound: see `Node`."""
         walk = handle
         while walk.parent is not None:  # from the leaf up, as eviction expects it
             walk.refs -= 1
+            walk.sound |= sound
             if walk.refs == 0:
                 self.evictable += len(walk.pages)
                 self._unused[walk] = None
             walk = walk.parent
         walk.refs -= 1
         self._forget_root(walk)
+
+    def forget(self, handle: Node) -> None:
+        """Let no match find the nodes at the end of a path that are not `sound`, because their pages may hold NaN.
+
+        They and what is below them stay until they are evicted, under a key of tokens that do not exist.
+        """
+        node = handle
+        while node.parent is not None and not node.sound:
+            assert node.parent.children is not None
+            self._forgotten += 1
+            del node.parent.children[node.key[: self._page_bytes]]
+            node.key = (-self._forgotten).to_bytes(4, "little", signed=True) * (len(node.key) // 4)
+            node.parent.children[node.key[: self._page_bytes]] = node
+            node = node.parent
 
     def _hold(self, node: Node) -> None:
         if node.refs == 0:
@@ -212,7 +229,7 @@ class RadixCache:
         if parent is None:
             raise ValueError("the root cannot be split")
         front = Node(node.key[:cut], node.pages[:k].copy(), parent)
-        front.refs, front.score = node.refs, node.score
+        front.refs, front.score, front.sound = node.refs, node.score, node.sound
         assert parent.children is not None
         parent.children[front.key[: self._page_bytes]] = front
         front.children = {node.key[cut : cut + self._page_bytes]: node}

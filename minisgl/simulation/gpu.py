@@ -15,7 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from minisgl.arrays import F64
+from minisgl.config import ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.presets import SHAPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +58,36 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """A dense decoder in bf16 on one GPU: sizes as in its config.json."""
+    """A dense decoder in bf16 on one GPU."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
+    spec: ModelSpec
     machine: Machine = Machine()
 
     @property
     def layer_params(self) -> int:
-        attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        s = self.spec
+        heads = (2 * s.num_heads + 2 * s.num_kv_heads) * s.head_dim
+        return s.num_layers * s.hidden_size * (heads + 3 * s.intermediate_size)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV per token."""
-        return 4 * self.kv_heads * self.head_dim * self.layers
+        return 4 * self.spec.num_kv_heads * self.spec.head_dim * self.spec.num_layers
 
     def seconds(self, work: Work) -> float:
         """Seconds of GPU time."""
-        m, tokens = self.machine, work.prefill_tokens + work.decode_rows
+        m, s, tokens = self.machine, self.spec, work.prefill_tokens + work.decode_rows
         linear = max(2 * self.layer_params / m.bandwidth, 2 * self.layer_params * tokens / m.flops)
-        per_pair = 4 * self.heads * self.head_dim * self.layers
+        per_pair = 4 * s.num_heads * s.head_dim * s.num_layers
         prefill = max(work.prefill_context * self.kv_bytes / m.kv_bandwidth, work.pairs * per_pair / m.attention_flops)
         decode = max(work.decode_context * self.kv_bytes / m.kv_bandwidth, work.decode_context * per_pair / m.attention_flops)
-        head_params = self.hidden * self.vocab
-        logits = 4 * work.samples * self.vocab  # bf16, written by the GEMM and read by the sampler
+        head_params = s.hidden_size * s.vocab_size
+        logits = 4 * work.samples * s.vocab_size  # bf16, written by the GEMM and read by the sampler
         head = max((2 * head_params + logits) / m.bandwidth, 2 * head_params * work.samples / m.flops) if work.samples else 0.0
-        return linear + prefill + decode + head + (9 * self.layers + 6) * m.kernel_seconds + m.step_seconds
+        return linear + prefill + decode + head + (9 * s.num_layers + 6) * m.kernel_seconds + m.step_seconds
 
 
-PRESETS: dict[str, Roofline] = {
-    "qwen3-0.6b": Roofline(1024, 28, 16, 8, 128, 3072, 151_936),
-    "qwen3-8b": Roofline(4096, 36, 32, 8, 128, 12288, 151_936),
-    "qwen3-14b": Roofline(5120, 40, 40, 8, 128, 17408, 151_936),
-    "llama-3.1-8b": Roofline(4096, 32, 32, 8, 128, 14336, 128_256),
-}
+PRESETS = {name: Roofline(spec) for name, spec in SHAPES.items() if not spec.num_experts}
 
 
 # ---------------- fitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,8 @@ _POINTS = 2000  # of a line: more than a screen shows
 
 def check() -> None:
     """Raise UserError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib") from e
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def plot(run: Run, path: str, title: str) -> None:

@@ -15,12 +15,11 @@ from array import array
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits, StepOutputs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
-from minisgl.arrays import F64, I32, I64
+from minisgl.arrays import F64, I32, I64, U8
 from minisgl.plan import DRAW, StepPlan, StepResult
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN
@@ -38,7 +37,7 @@ class Log:
         self.last: F64 = np.full(n, np.nan)  # the newest token
         self.tokens: I64 = np.zeros(n, np.int64)
         self.cached: I64 = np.full(n, -1, np.int64)  # prompt tokens found in the cache; -1: never admitted
-        self.finish: npt.NDArray[np.uint8] = np.zeros(n, np.uint8)
+        self.finish: U8 = np.zeros(n, np.uint8)
         self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
 
     def enter(self, rows: StepOutputs, now: float) -> tuple[list[int], list[int]]:
@@ -84,9 +83,8 @@ class Replica:
         """When the scheduler next has something to do; infinity if no arrival or result is on its way."""
         if self._again:
             return self._scheduler_free
-        arrival = self._arrivals[0][0] if self._arrivals else math.inf
-        result = self._results[0][0] if self._results else math.inf
-        return max(self._scheduler_free, min(arrival, result))
+        due = [events[0][0] for events in (self._arrivals, self._results) if events]
+        return max(self._scheduler_free, min(due, default=math.inf))
 
     def call(self) -> list[tuple[list[int], list[int]]]:
         """One call of `StepMachine.step`, at `wake`.  Returns what `Log.enter` returns for the step's outputs."""

@@ -127,6 +127,7 @@ _COLUMNS = (
     ("ITL p99 ms", "itl_ms_p99", ",.1f"),
     ("ITL max ms", "itl_ms_max", ",.0f"),
     ("tok/s", "output_tok_s", ",.0f"),
+    ("GPU busy", "gpu_busy", ".1%"),
     ("hit rate", "hit_rate", ".1%"),
     ("queue max", "queue_max", ",.0f"),
     ("retractions", "retractions", ",d"),

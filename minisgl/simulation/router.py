@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from itertools import cycle
+from itertools import cycle, takewhile
 
 from minisgl.arrays import I32
 
@@ -56,7 +56,7 @@ class PrefixRouter:
     def route(self, uid: int, ids: I32) -> int:
         """The replica for a prompt."""
         hashes = _prefix_hashes(ids)
-        missing = [len(ids) - HASH_TOKENS * self._matched(r, hashes) for r in range(len(self._seen))]
+        missing = [len(ids) - HASH_TOKENS * sum(1 for _ in takewhile(seen.__contains__, hashes)) for seen in self._seen]
         waits = [b + m + DECODE_TOKENS * n for b, m, n in zip(self._backlog, missing, self._open, strict=True)]
         chosen = min(range(len(waits)), key=lambda r: (waits[r], self._open[r], r))
         seen = self._seen[chosen]
@@ -69,10 +69,6 @@ class PrefixRouter:
         self._open[chosen] += 1
         self._where[uid] = (chosen, missing[chosen])
         return chosen
-
-    def _matched(self, replica: int, hashes: list[bytes]) -> int:
-        seen = self._seen[replica]
-        return next((i for i, key in enumerate(hashes) if key not in seen), len(hashes))
 
     def started(self, uid: int) -> None:
         """A request has its first token."""

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from minisgl.arrays import I32
+from minisgl.arrays import I32, I64
 from minisgl.errors import UserError
 
 FIRST_PROMPT_TOKEN = 1 << 20
@@ -67,8 +66,7 @@ def load(source: str, limit: int = 0, scale: float = 1.0, duration: float = 0.0)
             raise UserError(f"{source}: cannot be read as a trace ({e}).") from e
     requests.sort(key=lambda r: r.arrival)
     start = requests[0].arrival if requests else 0.0
-    requests = [r for r in requests if not duration or r.arrival - start <= duration]
-    requests = requests[: limit or None]
+    requests = [r for r in requests if not duration or r.arrival - start <= duration][: limit or None]
     if not requests:
         raise UserError(f"{source}: no requests (is the trace empty, or --limit or --duration too small?)")
     return [replace(r, arrival=(r.arrival - start) / scale) for r in requests]
@@ -174,30 +172,21 @@ def synthetic(spec: str) -> Iterator[TraceRequest]:
 
 
 # ---------------- what a cache could find
-class _Trie:
-    """Prompts by their runs.  `longest`: the longest run of each token seen here."""
-
-    __slots__ = ("children", "longest")
-
-    def __init__(self) -> None:
-        self.children: dict[tuple[int, int], _Trie] = {}
-        self.longest: dict[int, int] = {}
-
-
-def ideal_hits(requests: list[TraceRequest], page_size: int) -> npt.NDArray[np.int64]:
+def ideal_hits(requests: list[TraceRequest], page_size: int) -> I64:
     """Prompt tokens of every request that an unbounded cache of whole pages finds, if prompts are cached when they arrive.
 
     As in the engine, the last token of a prompt is always computed.
     """
-    root, hits = _Trie(), np.zeros(len(requests), np.int64)
+    hits = np.zeros(len(requests), np.int64)
+    nodes: dict[tuple[int, int, int], int] = {}  # a trie of runs: (node, token, count) -> child; the root is 0
+    longest: dict[tuple[int, int], int] = defaultdict(int)  # (node, token) -> longest run of the token there
     for i, request in enumerate(requests):
-        node: _Trie = root
-        common, diverged = 0, False
+        node, common, diverged = 0, 0, False
         for token, count in zip(request.tokens.tolist(), request.counts.tolist(), strict=True):
             if not diverged:
-                diverged = (token, count) not in node.children
-                common += min(count, node.longest.get(token, 0)) if diverged else count
-            node.longest[token] = max(count, node.longest.get(token, 0))
-            node = node.children.setdefault((token, count), _Trie())
+                diverged = (node, token, count) not in nodes
+                common += min(count, longest[node, token]) if diverged else count
+            longest[node, token] = max(count, longest[node, token])
+            node = nodes.setdefault((node, token, count), len(nodes) + 1)
         hits[i] = min(common, request.input - 1) // page_size * page_size
     return hits

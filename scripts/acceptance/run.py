@@ -72,7 +72,7 @@ def save_tokenizer(folder: Path) -> None:
     from minisgl.model.text import gguf_tokenizer
 
     path = embedded_model()
-    gguf_tokenizer.build(GGUFFile.open(path).fields, path).save(str(folder / "tokenizer.json"))
+    gguf_tokenizer.build(GGUFFile(path).fields, path).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 

@@ -29,7 +29,6 @@ from unittest import mock
 import torch
 
 from minisgl.model.cuda import layers, step
-from minisgl.model.kernels import norm_activation
 from minisgl.model.kernels.compilations import compiled
 from minisgl.model.kernels.small_batch_matmul import choose
 from scripts.bench.ablate_step import Bench
@@ -45,44 +44,10 @@ def constants(**values: int) -> list[Any]:
     return [mock.patch.object(layers, name, value) for name, value in values.items()]
 
 
-def settings(where: Callable[[int], bool], **change: int) -> list[Any]:
-    """Patches of the settings of our products of plain rows, for the numbers of rows `where` it holds."""
-
-    def changed(rows: int, *args: int, **options: bool) -> dict[str, Any] | None:
-        found = choose(rows, *args, **options)
-        if found is None or not where(rows):
-            return found
-        new = {**found, **change}
-        if "block_n" in change and options.get("gated"):
-            new["block_n"] = change["block_n"] // 2
-        return new
-
-    return [mock.patch.object(layers, "choose", changed)]
-
-
-def one(rows: int) -> bool:
-    return rows == 1
-
-
-def few(rows: int) -> bool:
-    return rows > 1
-
-
 FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
-    "before: weights alone up to 16 rows": (FEW, lambda: [*constants(WEIGHT_ONLY_ROWS=16), *settings(few, block_k=128)]),
-    "library, rows as they are": (FEW[1:6], lambda: constants(LIBRARY_ROWS=1)),
-    "library, at least 17 rows": (FEW[1:6], lambda: constants(LIBRARY_ROWS=17)),
-    "library, at least 32 rows": (
-        FEW[1:8],
-        lambda: [*constants(LIBRARY_ROWS=32), mock.patch.object(norm_activation, "SPARE_ROWS", 32)],
-    ),
-    "library, also one row": ((1,), lambda: constants(WEIGHT_ONLY_ROWS=0)),
-    "our float8 kernel up to 64 rows": ((*FEW[1:], 48, 64), lambda: constants(OUR_ROWS=64)),
-    "our float8 kernel, also one row": ((1,), lambda: constants(WEIGHT_ONLY_ROWS=0, OUR_ROWS=16)),
-    "one row in tiles of 2048": ((1,), lambda: settings(one, block_k=2048)),
-    "one row by 4 warps": ((1,), lambda: settings(one, warps=4)),
-    "one row, 4 outputs a program": ((1,), lambda: settings(one, block_n=4)),
-    "one row, 4 outputs a program by 4 warps": ((1,), lambda: settings(one, block_n=4, warps=4)),
+    "library": (FEW, lambda: constants(OUR_ROWS=0)),
+    "library, rows as they are": (FEW[1:6], lambda: constants(OUR_ROWS=0, LIBRARY_ROWS=1)),
+    "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
 }
 VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "library from 2 rows": (FEW[1:], lambda: [mock.patch.object(layers, "choose", library_from_two)]),

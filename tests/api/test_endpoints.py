@@ -30,7 +30,7 @@ from test_server import (
 )
 
 from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, Prompt, TextPrompt, TokenPrompt
-from minisgl.api.generation import Generation, Timings
+from minisgl.api.generation import Generation, Result, Timings
 from minisgl.api.http import openapi
 from minisgl.api.http.app import build_app
 from minisgl.api.requests.fields import Support
@@ -548,9 +548,9 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
         generation.close()
 
     asyncio.run(main())
-    told = Timings(0.25, 1.0, 0.125).render(tokens=6, cached=2)
+    told = Timings(0.25, 1.0, 0.125).render([Result(cached_tokens=2, completion_tokens=6)])
     assert told == {"queue_ms": 125, "ttft_ms": 250, "decode_ms": 1000, "total_ms": 1250, "tok_s": 5, "cached_n": 2}
-    assert Timings(0.25, 0.0).render(tokens=1, cached=0)["tok_s"] is None
+    assert Timings(0.25, 0.0).render([Result(completion_tokens=1)])["tok_s"] is None
 
 
 # ---------------- errors that every endpoint has

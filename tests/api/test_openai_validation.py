@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import fake_spec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from minisgl.api.requests.chat_prompt import MAX_MESSAGES
 from minisgl.api.requests.fields import Fields, Support, harmless, integer, parse_json, refused, required
 from minisgl.api.requests.openai import Usage, parse_chat, parse_completion
 from minisgl.api.requests.sampling import MAX_CHOICES
+from minisgl.config import Config, SamplingDefaults, ServerConfig
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -25,16 +28,16 @@ from minisgl.sampling_params import (
     SamplingParams,
 )
 
-SERVED = ("oracle", "alias")
+SERVED = Config(fake_spec(), server=ServerConfig(served_names=("oracle", "alias")))
 USER = [{"role": "user", "content": "hi"}]
 
 
 def chat(**fields: Any) -> api.ChatRequest:
-    return parse_chat({"messages": USER, **fields}, SERVED)
+    return parse_chat(SERVED, {"messages": USER, **fields})
 
 
 def completion(**fields: Any) -> api.CompletionRequest:
-    return parse_completion({"prompt": "hi", **fields}, SERVED)
+    return parse_completion(SERVED, {"prompt": "hi", **fields})
 
 
 def refusal(call: Any, *args: Any, **fields: Any) -> RequestError:
@@ -515,22 +518,22 @@ def test_refusals_are_invalid_params_with_an_openai_body() -> None:
 
 def test_priority_timeout_and_salt_become_options() -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "priority": 3, "timeout": 2.5, "cache_salt": "tenant"}
-    assert parse_chat(body, ["m"]).options == RequestOptions(priority=3, timeout=2.5, cache_salt="tenant")
-    assert parse_chat({**body, "priority": None, "timeout": None, "cache_salt": None}, ["m"]).options == RequestOptions()
+    assert parse_chat(SERVED, body).options == RequestOptions(priority=3, timeout=2.5, cache_salt="tenant")
+    assert parse_chat(SERVED, {**body, "priority": None, "timeout": None, "cache_salt": None}).options == RequestOptions()
 
 
 @pytest.mark.parametrize(("field", "value"), [("priority", 101), ("priority", "high"), ("timeout", -1), ("cache_salt", 5)])
 def test_an_option_out_of_range_is_named(field: str, value: object) -> None:
     with pytest.raises(InvalidParam) as refused:
-        parse_chat({"messages": [{"role": "user", "content": "x"}], field: value}, ["m"])
+        parse_chat(SERVED, {"messages": [{"role": "user", "content": "x"}], field: value})
     assert refused.value.param == field
 
 
 def test_defaults_hold_where_the_request_says_nothing():
-    defaults = {"temperature": 0.6, "top_k": 20}
+    config = Config(replace(fake_spec(), generation=SamplingDefaults(temperature=0.6, top_k=20)))
     for parse, body in ((parse_chat, {"messages": USER}), (parse_completion, {"prompt": "hi"})):
-        assert parse(body, SERVED, defaults).params.temperature == 0.6
-        params = parse({**body, "temperature": 0, "top_k": None, "top_p": 0.5}, SERVED, defaults).params
+        assert parse(config, body).params.temperature == 0.6
+        params = parse(config, {**body, "temperature": 0, "top_k": None, "top_p": 0.5}).params
         assert (params.temperature, params.top_k, params.top_p) == (0.0, 20, 0.5)
-        assert parse({**body, "top_k": -1}, SERVED, defaults).params.top_k == 0
-        assert parse(body, SERVED).params.temperature == 1.0
+        assert parse(config, {**body, "top_k": -1}).params.top_k == 0
+        assert parse(SERVED, body).params.temperature == 1.0

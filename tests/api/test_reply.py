@@ -13,6 +13,7 @@ from typing import Any
 import llguidance
 import openai
 import pytest
+from conftest import fake_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -22,6 +23,7 @@ from minisgl import grammar
 from minisgl.api.engine import Chunk
 from minisgl.api.parsers.reply import Form, Reply
 from minisgl.api.requests.openai import parse_chat, parse_completion
+from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
 from minisgl.model.text.chat_format import guess
 from minisgl.reasoning import CLOSE, OPEN, ThoughtCounter, ThoughtReader
@@ -35,7 +37,8 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</to
 
 
 def chat(tool_style: str = "hermes", reasoning_style: str = "", **body: Any) -> Any:
-    return parse_chat({"messages": MESSAGES, **body}, ["m"], {}, tool_style, reasoning_style)
+    server = ServerConfig(tool_call_parser=tool_style, reasoning_parser=reasoning_style)
+    return parse_chat(Config(fake_spec(), server=server), {"messages": MESSAGES, **body})
 
 
 def admits(text: str, said: str) -> bool:
@@ -80,7 +83,7 @@ STRICT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, 
     ],
 )  # fmt: skip
 def test_every_field_that_binds_an_answer_becomes_a_grammar(body: Any, field: str, good: str, bad: str) -> None:
-    for request in (chat(**body), parse_completion({"prompt": "x", **body}, ["m"])):
+    for request in (chat(**body), parse_completion(Config(fake_spec()), {"prompt": "x", **body})):
         assert request.bound_by == field
         grammar.check(request.params.grammar, field)
         assert admits(request.params.grammar, good)

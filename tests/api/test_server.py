@@ -27,7 +27,7 @@ from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
-from minisgl.api.requests import generate
+from minisgl.api.requests.openai import served_names
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, MAX_SEED, Finish, RequestOptions, SamplingParams
@@ -715,7 +715,7 @@ def test_health_ready_and_info_follow_the_engine() -> None:
 
 
 def test_without_served_names_the_model_is_called_what_it_is() -> None:
-    assert generate.served_names(Config(fake_spec())) == ("oracle",)
+    assert served_names(Config(fake_spec())) == ("oracle",)
 
 
 # ---------------- any body at all

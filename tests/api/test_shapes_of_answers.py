@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
+from conftest import fake_spec
 from pydantic import BaseModel
 from test_endpoints import MESSAGES, RESPONSES, typed
 from test_reply import CALL, SCHEMA, STYLES, TALK, WEATHER, Speaker, admits, play
 from test_server import CHAT, USER, ask, check_error, client
 
 from minisgl import grammar
-from minisgl.api.endpoints.anthropic import MessageRequest
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.engine import Chunk
 from minisgl.api.generation import Timings
 from minisgl.api.requests.openai import parse_chat
+from minisgl.config import Config, ServerConfig
 from minisgl.sampling_params import Finish
 
 FLAT = {"type": "function", **WEATHER["function"]}  # a tool as the Responses API writes it
@@ -241,8 +242,9 @@ def stable(value: Any) -> Any:
 @pytest.mark.parametrize("seed", range(40))
 def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> None:
     rng = random.Random(seed)
-    request = parse_chat({"messages": USER, "tools": [WEATHER]}, ["m"], {}, "hermes", rng.choice(("", "qwen3", "deepseek_r1")))
-    config: Any = SimpleNamespace(model=SimpleNamespace(eos_ids=(0,)))
+    server = ServerConfig(tool_call_parser="hermes", reasoning_parser=rng.choice(("", "qwen3", "deepseek_r1")))
+    config = Config(replace(fake_spec(), eos_ids=(0,)), server=server)
+    request = parse_chat(config, {"messages": USER, "tools": [WEATHER]})
     timings, finish = Timings(0.1, 0.2), rng.choice((Finish.STOP, Finish.LENGTH))
     text = "".join(rng.choice(PARTS)[: rng.choice((3, 99, 99))] for _ in range(rng.randrange(9)))
     cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(9)))
@@ -263,7 +265,7 @@ def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> No
     assert stable(done) == stable(body["output"])
 
     def make_message() -> Message:
-        return Message(config, MessageRequest(request, (), ()))
+        return Message(config, request)
 
     content = make_message().complete([one], timings)["content"]
     grown = [""] * len(content)

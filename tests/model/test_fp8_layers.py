@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F
 
-from minisgl.model.common.activations import Quantized, Scaled
+from minisgl.model.common.activations import PartialSums, Quantized, Scaled
 from minisgl.model.cuda import layers as cuda_layers
 from minisgl.model.cuda.layers import CudaLayers
 
@@ -57,11 +57,12 @@ def test_rows_of_one_scale_above_the_border_get_a_scale_each(monkeypatch: pytest
     assert float((got.float() - want).norm() / want.norm()) < TOLERANCE
 
 
-def test_one_row_stays_in_16_bits_and_two_are_quantised() -> None:
+def test_rows_are_quantised_and_ours_come_back_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_layers, "OUR_ROWS", 1)
     make = CudaLayers(torch.bfloat16, DEVICE, fp8=True)
     norm = make.norm(torch.ones(WIDTH, device=DEVICE, dtype=torch.bfloat16), 1e-5)
     product = make.linear(torch.randn(WIDTH, WIDTH, device=DEVICE).bfloat16())
-    for rows, kinds in ((1, (torch.Tensor, torch.Tensor)), (2, (Quantized, Scaled))):
+    for rows, kinds in ((1, (Quantized, PartialSums | torch.Tensor)), (2, (Quantized, Scaled))):
         normed = norm(torch.randn(rows, WIDTH, device=DEVICE).bfloat16(), None)
         assert isinstance(normed, kinds[0])
         assert isinstance(product(normed), kinds[1])

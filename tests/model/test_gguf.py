@@ -130,7 +130,7 @@ def write_everything(path) -> None:
 
 def test_values_and_tensors_are_those_that_the_gguf_package_reads(tmp_path):
     write_everything(tmp_path / "a.gguf")
-    ours, theirs = GGUFFile.open(str(tmp_path / "a.gguf")), gguf.GGUFReader(tmp_path / "a.gguf")
+    ours, theirs = GGUFFile(str(tmp_path / "a.gguf")), gguf.GGUFReader(tmp_path / "a.gguf")
     assert ours.fields == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert ours.fields["x.uint64"] == 1 << 63
     assert list(ours.tensors) == [t.name for t in theirs.tensors]
@@ -151,7 +151,7 @@ def test_the_embedded_file_is_parsed_at_once():
     except UserError as e:
         pytest.skip(str(e))
     start = time.process_time()
-    file = GGUFFile.open(spec.path)
+    file = GGUFFile(spec.path)
     assert time.process_time() - start < 0.5
     assert len(file.fields) == 33
     assert len(file.tensors) == 272
@@ -277,7 +277,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
 def small_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     path = write_gguf(folder / "m.gguf", save_llama(folder / "hf"))
-    first = min(t.offset for t in GGUFFile.open(path).tensors.values())
+    first = min(t.offset for t in GGUFFile(path).tensors.values())
     with open(path, "rb") as f:
         return f.read(), first, folder / "damaged.gguf"
 

@@ -237,7 +237,7 @@ def test_a_tensor_of_another_shape_or_none_is_named(file_of):
         weights.take(NAME, (OUT, 500))
     with pytest.raises(UserError, match=r"lacks the tensor blk\.0\.attn_q\.bias"):
         weights.take("model.layers.0.self_attn.q_proj.bias", (OUT,))
-    with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.0\.mlp\.router\.weight"):
-        weights.take("model.layers.0.mlp.router.weight", (OUT,))
+    with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.0\.mlp\.lost\.weight"):
+        weights.take("model.layers.0.mlp.lost.weight", (OUT,))
     with pytest.raises(UserError, match=r"no place for: blk\.0\.attn_q\.weight, blk\.0\.ffn_down\.weight, token_embd\.weight"):
         open_weights(dataclasses.replace(file_of(Kind.F16)[0]), torch.float32).finish()

@@ -337,7 +337,7 @@ def test_the_embedded_model_loads_the_weights_that_transformers_loads(embedded):
 
 def test_the_embedded_model_says_what_transformers_says(embedded):
     spec, model = embedded
-    vocabulary = {t: i for i, t in enumerate(GGUFFile.open(spec.path).fields["tokenizer.ggml.tokens"])}
+    vocabulary = {t: i for i, t in enumerate(GGUFFile(spec.path).fields["tokenizer.ggml.tokens"])}
     prompts = [[vocabulary[t] for t in p.split()] for p in PROMPTS]
     n = 12
     theirs = []

@@ -138,7 +138,7 @@ def test_a_rank_reads_no_row_and_no_block_of_another(original, tmp_path, monkeyp
     monkeypatch.setattr("gguf.quants.dequantize", count)
     for rank in (0, 1):
         loading(path, rank, 2)()
-    stored = sum(t.nbytes for t in GGUFFile.open(path).tensors.values() if len(t.shape) > 1 and t.kind)
+    stored = sum(t.nbytes for t in GGUFFile(path).tensors.values() if len(t.shape) > 1 and t.kind)
     assert stored <= sum(read) < 1.1 * stored
     assert max(read) < 0.75 * stored  # 2 + 1 KV heads: two thirds of the attention, half of the rest
 

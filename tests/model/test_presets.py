@@ -17,6 +17,7 @@ from minisgl.model.common.registry import HF_ARCHS
 
 BILLIONS = {  # parameters as published, embeddings included
     "qwen3-0.6b": 0.6,
+    "qwen3-8b": 8.19,
     "qwen3-14b": 14.8,
     "qwen3-32b": 32.8,
     "qwen3-30b-a3b": 30.5,

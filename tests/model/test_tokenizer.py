@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -23,11 +24,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.checkpoint.gguf_spec import spec_from_gguf
+from minisgl.model.checkpoint.presets import random_shape
 from minisgl.model.text import chat_template, gguf_tokenizer
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+SPEC = replace(random_shape("qwen3-0.6b"), vocab_size=1 << 20)
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -49,7 +52,7 @@ def byte_level_fields(**more: Any) -> dict[str, Any]:
 
 def wrap(backend: tokenizers.Tokenizer, template: str | None = None, vocab_size: int = 1 << 20) -> Tokenizer:
     chat = None if template is None else ChatTemplate({"default": template}, {"bos_token": "<s>", "eos_token": "</s>"})
-    return Tokenizer(backend, vocab_size=vocab_size, bos_id=None, eos_ids=(), template=chat)
+    return Tokenizer(backend, replace(SPEC, vocab_size=vocab_size), chat)
 
 
 def small(template: str | None = None, **more: Any) -> Tokenizer:
@@ -132,7 +135,7 @@ def test_a_conversation_has_one_bos_where_the_tokenizer_adds_it_and_else_what_th
     bos = fields["tokenizer.ggml.bos_token_id"]
     chat_template = ChatTemplate({"default": template}, {"bos_token": "<s>"})
     backend = gguf_tokenizer.build(fields, "x")
-    ids = Tokenizer(backend, vocab_size=1 << 20, bos_id=bos, eos_ids=(), template=chat_template).encode_chat(chat(user("h")))
+    ids = Tokenizer(backend, replace(SPEC, bos_id=bos), chat_template).encode_chat(chat(user("h")))
     assert ids.tolist().count(bos) == (1 if added else template.count("bos_token"))
     assert ids.dtype == np.int32
     assert not added or ids[0] == bos
@@ -142,7 +145,7 @@ def test_a_prompt_that_begins_with_bos_is_not_given_another() -> None:
     fields = byte_level_fields(add_bos_token=True)
     bos = fields["tokenizer.ggml.bos_token_id"]
     backend = gguf_tokenizer.build(fields, "x")
-    tok = Tokenizer(backend, vocab_size=1 << 20, bos_id=bos, eos_ids=(), template=None)
+    tok = Tokenizer(backend, replace(SPEC, bos_id=bos), None)
     assert tok.encode("<s>h", add_special=True).tolist() == tok.encode("h", add_special=True).tolist()
     assert tok.encode("<s><s>h", add_special=True).tolist().count(bos) == 2  # the first is the tokenizer's
     assert tok.encode("", add_special=True).tolist() == [bos]

@@ -317,7 +317,7 @@ def test_fitted_costs_survive_their_file_and_bad_files_are_named(tmp_path: Path)
 
 def test_a_roofline_is_bandwidth_for_one_row_and_arithmetic_for_many() -> None:
     model = PRESETS["llama-3.1-8b"]
-    assert model.layer_params + 2 * model.hidden * model.vocab == pytest.approx(8.03e9, rel=0.01)
+    assert model.layer_params + 2 * model.spec.hidden_size * model.spec.vocab_size == pytest.approx(8.03e9, rel=0.01)
     one = model.seconds(Work(decode_rows=1, decode_context=100, samples=1))
     eight = model.seconds(Work(decode_rows=8, decode_context=800, samples=8))
     assert one == pytest.approx(eight, rel=0.02)

@@ -12,8 +12,7 @@ F = TypeVar("F", bound=Callable[..., None])
 class Context(Protocol):
     """The runtime, as an actor sees it."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def send(self, to: str, msg: Any) -> None:
         """Put a message into another actor's mailbox; never blocks."""

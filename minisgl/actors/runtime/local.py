@@ -15,34 +15,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from minisgl.actors.messages import Stop
-from minisgl.actors.runtime.actor import Actor
+from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.wire import decode, encode
 
 A = TypeVar("A", bound=Actor)
 
 
-class LocalContext:
+class LocalContext(Context):
     """The Context of one actor in a LocalSystem."""
 
     def __init__(self, system: LocalSystem, name: str) -> None:
         self._system = system
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self.name = name
 
     def send(self, to: str, msg: Any) -> None:
-        self._system.post(self._name, to, msg)
+        self._system.post(self.name, to, msg)
 
     def after(self, seconds: float, msg: Any) -> None:
-        self._system.schedule(seconds, self._name, msg)
+        self._system.schedule(seconds, self.name, msg)
 
     def now(self) -> float:
         return self._system.clock
 
     def stop(self) -> None:
-        self._system.stop(self._name)
+        self._system.stop(self.name)
 
 
 class LocalSystem:

@@ -39,7 +39,7 @@ def address(run_dir: str, name: str) -> str:
     return f"ipc://{path}"
 
 
-class ZmqContext:
+class ZmqContext(Context):
     """The Context of an actor in a process of its own.
 
     Receivers bind, senders connect, and no queue has a mark that could block or drop: what may be in flight is bounded by
@@ -47,7 +47,7 @@ class ZmqContext:
     """
 
     def __init__(self, run_dir: str, name: str) -> None:
-        self._name = name
+        self.name = name
         self._run_dir = run_dir
         self._zmq = zmq.Context()
         self.inbox = self.socket(zmq.PULL)
@@ -58,10 +58,6 @@ class ZmqContext:
         self._tickets = 0
         self.running = True
         self.bad_frames = 0
-
-    @property
-    def name(self) -> str:
-        return self._name
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket of this process with the settings that all of them share."""
@@ -156,7 +152,7 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
     ctx = ZmqContext(run_dir, name)
     code = 0
     try:
-        actor = make(_as_context(ctx), *args)
+        actor = make(ctx, *args)
         try:
             run(actor, ctx)
         finally:
@@ -175,7 +171,3 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
     # Nothing is left to do: freeing a model, object by object, would take seconds, and exit handlers of GPU libraries could
     # wait for ranks that will never answer.
     os._exit(code)
-
-
-def _as_context(ctx: ZmqContext) -> Context:
-    return ctx  # checked by mypy: ZmqContext satisfies the protocol

@@ -10,7 +10,6 @@ import multiprocessing as mp
 import multiprocessing.util
 import os
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -33,11 +32,9 @@ def make_run_dir() -> str:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     parent = base if base and os.access(base, os.W_OK) else None
     try:
-        path = tempfile.mkdtemp(prefix="minisgl-", dir=parent)
+        return tempfile.mkdtemp(prefix="minisgl-", dir=parent)
     except OSError as e:
         raise UserError(f"cannot create a run directory in {parent or tempfile.gettempdir()}: {e.strerror}") from e
-    os.chmod(path, stat.S_IRWXU)
-    return path
 
 
 # No process can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so another one tidies up.  It

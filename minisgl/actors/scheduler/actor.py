@@ -3,7 +3,7 @@
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayCapture, Wake (workers); Stop (api); results
           through the token ring.
-Sends     Track, Scores, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans
           through the plan ring.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.arrays import F32, I32, I64, U8
-from minisgl.plan import StepResult
+from minisgl.plan import NOT_A_NUMBER, StepResult
 
 _NONE = np.zeros(0, np.int32)
 
@@ -59,8 +59,10 @@ class ExpectedLogprobs:
         positions = [np.arange(first, first + len(tokens), dtype=np.int32) for _, first, tokens in targets]
         return cls(drawn, slots, table.epoch[slots], tokens, np.concatenate([_NONE, *positions]))
 
-    def read(self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]) -> LogprobOutputs | None:
-        """The rows to pass on, prompt tokens first; None if there are none.
+    def read(
+        self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]
+    ) -> tuple[LogprobOutputs | None, dict[int, int]]:
+        """The rows to pass on, prompt tokens first, None if there are none; and NOT_A_NUMBER for each slot with NaN among its.
 
         Requests that have ended are left out, and so are prompt tokens that were passed on before a retraction.  Raises
         RuntimeError if the result lacks log probabilities.
@@ -69,6 +71,10 @@ class ExpectedLogprobs:
         if scores is None or len(scores.logprobs) != len(self.slots):
             raise RuntimeError(f"result {result.step} lacks log probabilities of its plan")
         live = table.epoch[self.slots] == self.epochs
+        live[:n] &= result.tokens[self.drawn] >= 0
+        broken = np.unique(self.slots[live & np.isnan(scores.logprobs)])
+        live &= ~np.isin(self.slots, broken)
+        failed = dict.fromkeys(broken.tolist(), NOT_A_NUMBER)
         for i in (n + np.flatnonzero(live[n:])).tolist():
             request = running[int(table.uid[self.slots[i]])][1]
             live[i] = self.positions[i - n] == request.scored
@@ -76,10 +82,10 @@ class ExpectedLogprobs:
                 request.scored += 1
         at = np.flatnonzero(live)
         if not len(at):
-            return None
+            return None, failed
         at = np.concatenate((at[at >= n], at[at < n]))  # prompt tokens before the token drawn after them
         tokens = np.concatenate((result.tokens[self.drawn], self.targets)).astype(np.int32)
         slots = self.slots[at]
         drawn, widths = (at < n).astype(np.uint8), table.logprobs[slots].astype(np.uint8)
         tops = scores.top_ids[at], scores.top_logprobs[at]
-        return LogprobOutputs(table.uid[slots], drawn, tokens[at], scores.logprobs[at], widths, *tops)
+        return LogprobOutputs(table.uid[slots], drawn, tokens[at], scores.logprobs[at], widths, *tops), failed

@@ -31,7 +31,7 @@ class ResultRows:
     slots: I32  # rows that get a token
     tokens: I32
     wasted: int  # rows computed for requests that had ended
-    failed: list[int]  # slots whose grammar failed
+    failed: dict[int, int]  # slots without a token, and why: FAILED or NOT_A_NUMBER
     vectors: list[tuple[int, F32]]  # (slot, pooled vector)
     logprobs: LogprobOutputs | None
 
@@ -52,18 +52,22 @@ class InFlight:
         if self.step != result.step or len(self.slots) != len(result.tokens):
             raise RuntimeError(f"result {result.step} has {len(result.tokens)} rows, plan {self.step} has {len(self.slots)}")
         live = table.epoch[self.slots] == self.epochs
+        failed: dict[int, int] = {}
+        if result.tokens.min(initial=0) < 0:
+            failures = live & (result.tokens < 0)
+            failed = dict(zip(self.slots[failures].tolist(), result.tokens[failures].tolist(), strict=True))
+            live &= ~failures
         vectors: list[tuple[int, F32]] = []
         if len(self.pooled):
             if result.vectors is None or len(result.vectors) != len(self.pooled):
                 raise RuntimeError(f"result {result.step} lacks vectors of its plan")
             vectors = [(int(self.slots[i]), v) for i, v in zip(self.pooled, result.vectors, strict=True) if live[i]]
             live[self.pooled] = False
-        failed: list[int] = []
-        if table.with_grammar:
-            failures = live & (result.tokens < 0)
-            failed = self.slots[failures].tolist()
-            live &= ~failures
-        logprobs = self.logprobs.read(result, table, running) if self.logprobs is not None else None
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs, broken = self.logprobs.read(result, table, running)
+            failed |= broken
+            live &= ~np.isin(self.slots, list(broken))
         slots = self.slots[live]
         wasted = len(self.slots) - len(slots) - len(vectors) - len(failed)
         return ResultRows(slots, result.tokens[live], wasted, failed, vectors, logprobs)

@@ -27,6 +27,8 @@ class Request:
     missing_pages: int = 0  # pages needed at the last attempt: skip this request while fewer than this are free
     overtaken_by: int = 0  # requests of a higher rank in the queue that started first
     resumed: bool = False  # has run before
+    borrows: bool = False  # reads pages that another request has computed
+    retried: bool = False  # had no finite logits while it did
     n_prompt: int = 0
     scored: int = 1  # prompt tokens whose log probabilities are sent already; the first token has none
 
@@ -46,4 +48,4 @@ class Request:
     @property
     def computes_all(self) -> bool:
         """This request must compute every token of its prompt, whatever the cache has."""
-        return self.scores_prompt or self.options.pooling == "mean"
+        return self.scores_prompt or self.options.pooling == "mean" or self.retried

@@ -33,7 +33,7 @@ from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.arrays import I32, U8
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match
-from minisgl.plan import DRAW, StepResult
+from minisgl.plan import DRAW, NOT_A_NUMBER, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
 WINDOW = 16  # waiting requests that one step may try in vain
@@ -130,8 +130,8 @@ class StepMachine:
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         if rows.logprobs is not None:
             out.logprobs.append(rows.logprobs)
-        for slot in rows.failed:
-            self._end(int(table.uid[slot]), Finish.GRAMMAR, out)
+        for slot, why in rows.failed.items():
+            self._fail(slot, why, out)
         for slot, vector in rows.vectors:
             out.vectors.append((int(table.uid[slot]), vector))
             self._release(slot)
@@ -165,6 +165,22 @@ class StepMachine:
         out.outputs.append(StepOutputs(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
         return True
 
+    def _fail(self, slot: int, why: int, out: Output) -> None:
+        """End a request that got no token.  One without numbers leaves no page in the cache that no sound request has read.
+
+        Such a page may have spoilt a request that only read it, which therefore runs again and computes all pages itself.
+        """
+        request = self._request(slot)
+        if why == NOT_A_NUMBER:
+            self.cache.forget(self.table.handle[slot])
+            self.table.planned[slot] = 0  # so that nothing is published
+            if request.borrows and not request.retried:
+                request.retried = True
+                self._retract((slot, request))
+                return
+            self.counters.nan_requests += 1
+        self._end(request.uid, Finish.NAN if why == NOT_A_NUMBER else Finish.GRAMMAR, out)
+
     def _release(self, slot: int) -> None:
         """A request leaves.  Pages whose tokens are known *and* planned go to the cache, the others become free."""
         table = self.table
@@ -173,7 +189,8 @@ class StepMachine:
         if full > shared:
             shared = self._publish_prefix(slot, full, remap=False)
         self.pool.release(table.row(slot, shared, int(table.n_pages[slot])))
-        self.cache.release(table.handle[slot])
+        drew = int(table.length[slot]) > len(self._request(slot).ids)
+        self.cache.release(table.handle[slot], sound=full > 0 and drew)
         if slot in self._prefilling:
             self._prefilling.remove(slot)
         else:
@@ -196,6 +213,7 @@ class StepMachine:
         table.n_shared[slot] = full
         if len(duplicates):
             self.pool.release(duplicates)
+            self._request(slot).borrows = True
             if remap:
                 moved = np.flatnonzero(canonical != mine)
                 table.grant(slot, shared + moved, canonical[moved])
@@ -259,12 +277,12 @@ class StepMachine:
             self.pool.release(self.cache.evict(missing))
         return self.pool.free >= n
 
-    def _retract(self) -> None:
-        """Preempt the least important, youngest running request: send it back to the queue.
+    def _retract(self, victim: tuple[int, Request] | None = None) -> None:
+        """Preempt a running request, the least important, youngest one unless it is given: send it back to the queue.
 
         It resumes with the same text and the same random draws: its tokens so far become its prompt.
         """
-        slot, request = max(self.running.values(), key=lambda r: r[1].rank)
+        slot, request = victim or max(self.running.values(), key=lambda r: r[1].rank)
         ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
         request.ids, request.missing_pages, request.resumed = ids, 0, True
@@ -362,6 +380,7 @@ class StepMachine:
         self.waiting.remove(request.uid)
         slot = self.table.take(request, handle, cached)
         self.running[request.uid] = (slot, request)
+        request.borrows = len(cached) > 0
         self._prefilling.append(slot)
         builder.join(slot, request)
         if not request.resumed:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +33,7 @@ _MAX_FRAME = 16 << 20
 class _Client:
     """One connected client."""
 
-    heard: float  # time of its latest message
+    timer: asyncio.TimerHandle  # forgets it, unless another message comes before
     tasks: set[asyncio.Task[None]] = field(default_factory=set)  # its running requests
 
 
@@ -52,13 +51,10 @@ class BatchServer:
         self._loop = asyncio.get_running_loop()
         self._fd: Any = self._sock.FD
         self._loop.add_reader(self._fd, self._drain)
-        self._sweeper: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Cancel all running requests and close the socket."""
         self._loop.remove_reader(self._fd)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         for identity in list(self._clients):
             self._forget(identity)
         self._sock.close()
@@ -79,11 +75,12 @@ class BatchServer:
         except BadMessage as e:
             self._send(identity, BatchRefused(str(e)))
             return
-        client = self._clients.get(identity)
-        if client is None:
-            client = self._clients[identity] = _Client(time.monotonic())
-            self._arm_sweeper()
-        client.heard = time.monotonic()
+        timer = self._loop.call_later(SILENT_SECONDS, self._forget, identity)
+        if (client := self._clients.get(identity)) is None:
+            client = self._clients[identity] = _Client(timer)
+        else:
+            client.timer.cancel()
+            client.timer = timer
         if isinstance(msg, BatchSubmit):
             task = self._loop.create_task(self._serve(identity, msg))
             client.tasks.add(task)
@@ -119,19 +116,7 @@ class BatchServer:
             self._forget(identity)
 
     def _forget(self, identity: bytes) -> None:
-        client = self._clients.pop(identity, None)
-        for task in client.tasks if client else ():
-            task.cancel()
-
-    # ---------------- silence
-    def _arm_sweeper(self) -> None:
-        """Start the timer while there are clients: an idle server has none."""
-        if self._sweeper is None and self._clients:
-            self._sweeper = self._loop.call_later(SILENT_SECONDS / 4, self._sweep)
-
-    def _sweep(self) -> None:
-        self._sweeper = None
-        limit = time.monotonic() - SILENT_SECONDS
-        for identity in [i for i, c in self._clients.items() if c.heard < limit]:
-            self._forget(identity)
-        self._arm_sweeper()
+        if (client := self._clients.pop(identity, None)) is not None:
+            client.timer.cancel()
+            for task in client.tasks:
+                task.cancel()

@@ -71,12 +71,8 @@ class Store:
                 return value
             except FileNotFoundError:
                 pass
-        raise RequestError(
-            f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}.",
-            status=404,
-            param=what,
-            code="not_found",
-        )
+        text = f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}."
+        raise RequestError(text, status=404, param=what, code="not_found")
 
     def all(self, room: str) -> list[dict[str, Any]]:
         """All objects, the newest first."""

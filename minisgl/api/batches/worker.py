@@ -36,7 +36,7 @@ class Batches:
     start."""
 
     def __init__(self, store: Store, engine: Engine) -> None:
-        self._store, self._engine = store, engine
+        self.store, self._engine = store, engine
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -57,16 +57,16 @@ class Batches:
     # ---------------- for clients
     def create(self, batch: dict[str, Any]) -> None:
         """Add a new batch, whose input file exists."""
-        self._store.save("batches", batch)
+        self.store.save("batches", batch)
         self._live[batch["id"]] = batch
         self._news.set()
 
     def get(self, name: str) -> dict[str, Any]:
         """Raises RequestError (404)."""
-        return self._live.get(name) or self._store.load("batches", name, "batch_id")
+        return self._live.get(name) or self.store.load("batches", name, "batch_id")
 
     def all(self) -> list[dict[str, Any]]:
-        return [self._live.get(b["id"], b) for b in self._store.all("batches")]
+        return [self._live.get(b["id"], b) for b in self.store.all("batches")]
 
     def uses(self, file_id: str) -> bool:
         """Whether an unfinished batch reads this file."""
@@ -111,7 +111,7 @@ class Batches:
     def _set(self, batch: dict[str, Any], status: str) -> None:
         batch["status"] = status
         batch[f"{status}_at"] = int(time.time())
-        self._store.save("batches", batch)
+        self.store.save("batches", batch)
 
     async def _serve(self, batch: dict[str, Any]) -> None:
         if batch["status"] not in ("cancelling", "finalizing"):
@@ -125,14 +125,14 @@ class Batches:
 
     async def _work(self, batch: dict[str, Any]) -> None:
         """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
-        path = self._store.content(batch["input_file_id"])
+        path = self.store.content(batch["input_file_id"])
         requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
         if problems:
             return self._fail(batch, problems)
         if batch["status"] == "validating":
             batch["request_counts"]["total"] = len(requests)
             self._set(batch, "in_progress")
-        output, errors = (self._store.log(batch["id"], kind) for kind in ("output", "errors"))
+        output, errors = (self.store.log(batch["id"], kind) for kind in ("output", "errors"))
         try:
             done = await asyncio.to_thread(_recover, batch, output, errors)
             await self._answer(batch, [(name, body) for name, body in requests.items() if name not in done], output, errors)
@@ -185,14 +185,14 @@ class Batches:
     def _finish(self, batch: dict[str, Any]) -> None:
         """Make the logs files.  Their ids are on disk first, so that the next start can finish after a crash in between."""
         cancelled = batch["status"] == "cancelling"
-        parts = [(kind, key, self._store.log_path(batch["id"], kind)) for kind, key in _FILES]
+        parts = [(kind, key, self.store.log_path(batch["id"], kind)) for kind, key in _FILES]
         for _, key, part in parts:
             if part.exists() and part.stat().st_size and batch[key] is None:
                 batch[key] = new_file_id()
         self._set(batch, "cancelling" if cancelled else "finalizing")
         for kind, key, part in parts:
             if batch[key] is not None:
-                self._store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
+                self.store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
             part.unlink(missing_ok=True)
         self._set(batch, "cancelled" if cancelled else "completed")
         self._live.pop(batch["id"], None)

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from minisgl.api.endpoints.openai_answers import render_timings
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Item, Reply
@@ -69,7 +68,7 @@ class ItemAnswer(ABC):
         [chunk] = chunks
         self.result.add(chunk)
         self._grow(chunk)
-        self.timings = render_timings([self.result], timings)
+        self.timings = timings.render([self.result])
         return self.body()
 
     # ---------------- the stream
@@ -105,7 +104,7 @@ class ItemAnswer(ABC):
         out.append(self.grown(item, text, logprobs if item.kind == "text" else ()))
 
     def end(self, timings: Timings) -> bytes:
-        self.timings = render_timings([self.result], timings)
+        self.timings = timings.render([self.result])
         return self.render(self.closed(self.reply.items[-1]) + self.ended())
 
     def render(self, events: Sequence[Event]) -> bytes:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
-from minisgl.api.requests import fields, generate
+from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
-from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without, wrong_type
-from minisgl.api.requests.openai import HARMLESS, ChatRequest
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without
+from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.sampling import STRINGS
+from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
 
@@ -30,7 +31,7 @@ def _check_messages(name: str, value: list[Any]) -> list[Any]:
 def _check_strings(name: str, value: list[Any]) -> list[str]:
     for item in value:
         if not isinstance(item, str):
-            raise wrong_type(name, "an array of strings", item)
+            raise fields.wrong_type(name, "an array of strings", item)
     return value
 
 
@@ -65,36 +66,24 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
-@dataclass(frozen=True, slots=True)
-class MessageRequest:
-    """The chat that a request became; `stops` are its stop sequences."""
+def parse_messages(config: Config, body: Mapping[str, Any]) -> ChatRequest:
+    """Check the body of POST /v1/messages; returns the chat that it means, for the model that is served.
 
-    chat: ChatRequest
-    stops: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-    @property
-    def stream(self) -> bool:
-        return self.chat.stream
-
-
-def parse_messages(engine: Engine, body: Mapping[str, Any]) -> MessageRequest:
-    """Check the body of POST /v1/messages, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
+    Raises RequestError: 400, or 404 for the model."""
     values, unknown = MESSAGE.read(body)
-    chat, ignored = _chat(engine, body, values)
+    chat, ignored = _chat(config, body, values)
     chat["max_tokens"] = values["max_tokens"]
-    chat["stop"] = stops = values.get("stop_sequences", [])
+    chat["stop"] = values.get("stop_sequences", [])
     form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
-        parsed = generate.chat_request(engine, chat)
-    if form is not None:
-        parsed = replace(parsed, bound_by=form_field)
-    return MessageRequest(parsed, tuple(stops), unknown + ignored + ignored_format)
+        parsed = parse_chat(config, chat)
+    bound_by = parsed.bound_by if form is None else form_field
+    return replace(parsed, bound_by=bound_by, ignored=unknown + ignored + ignored_format)
 
 
-def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The body of a chat with the fields that make its prompt; names of fields that are not used."""
     chat: dict[str, Any] = passed(body, _SHARED)
     chat["messages"] = _conversation(values["messages"], values.get("system"))
@@ -113,7 +102,7 @@ def _chat(engine: Engine, body: Mapping[str, Any], values: Mapping[str, Any]) ->
         return chat, ()
     if (kind := thinking.get("type")) not in _THINKING:
         raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
-    if engine.config.server.reasoning_parser:
+    if config.server.reasoning_parser:
         chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **values.get("chat_template_kwargs", {})}
         return chat, tuple(f"thinking.{name}" for name in thinking if name != "type")  # such as a budget of its own
     return chat, ("thinking",) if _THINKING[kind] else ()
@@ -127,8 +116,7 @@ def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tupl
         given, at = values.get("output_format"), "output_format"
     if given is None:
         return None, at, ignored
-    if not isinstance(given, dict):
-        raise wrong_type(at, "an object", given)
+    fields.check_object(at, given)
     if given.get("type") != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be json_schema.", "unsupported_value")
     return {"schema": given.get("schema")}, at, ignored
@@ -145,8 +133,7 @@ def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, at: str) -> list[dict[str, Any]]:
-    if not isinstance(message, dict):
-        raise wrong_type(at, "an object", message)
+    fields.check_object(at, message)
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise InvalidParam(f"{at}.role", f"{at}.role must be user or assistant.")
@@ -172,12 +159,12 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     return out
 
 
-def parse_count(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
+def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
-    chat, ignored = _chat(engine, body, values)
+    chat, ignored = _chat(config, body, values)
     with renamed(_NAMES):
-        [prompt] = generate.chat_request(engine, {name: chat[name] for name in _COUNTED if name in chat}).prompts
+        [prompt] = parse_chat(config, {name: chat[name] for name in _COUNTED if name in chat}).prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
     return TokenizerRequest(prompt, unknown + ignored)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
-from minisgl.api.endpoints.anthropic import MessageRequest
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.parsers.reply import Item
+from minisgl.api.requests.openai import ChatRequest
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
@@ -31,9 +31,9 @@ class Message(ItemAnswer):
 
     prefix = "msg"
 
-    def __init__(self, config: Config, request: MessageRequest) -> None:
-        super().__init__(request.chat)
-        self._stops, self._end_ids = request.stops, {*config.model.eos_ids, *request.chat.params.stop_token_ids}
+    def __init__(self, config: Config, request: ChatRequest) -> None:
+        super().__init__(request)
+        self._stops, self._end_ids = request.params.stop, {*config.model.eos_ids, *request.params.stop_token_ids}
         self._started = False
 
     # ---------------- the body

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.requests.fields import Field, Support, without, wrong_type
+from minisgl.api.requests.fields import Field, Support, check_object, check_string, without, wrong_type
 from minisgl.api.requests.openai import CHAT
 from minisgl.errors import InvalidParam
 
@@ -37,13 +37,10 @@ def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
         raise wrong_type(at, "a string or an array of text parts", content)
     texts = []
     for i, part in enumerate(content):
-        if not isinstance(part, dict):
-            raise wrong_type(f"{at}[{i}]", "an object", part)
+        check_object(f"{at}[{i}]", part)
         if part.get("type") not in kinds:
             raise InvalidParam(f"{at}[{i}].type", "only text parts are supported by this model.", "unsupported_value")
-        if not isinstance(part.get("text"), str):
-            raise wrong_type(f"{at}[{i}].text", "a string", part.get("text"))
-        texts.append(part["text"])
+        texts.append(check_string(f"{at}[{i}].text", part.get("text")))
     return "\n".join(texts)
 
 
@@ -54,8 +51,7 @@ def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str) ->
     """
     out = []
     for i, tool in enumerate(given):
-        if not isinstance(tool, dict):
-            raise wrong_type(f"tools[{i}]", "an object", tool)
+        check_object(f"tools[{i}]", tool)
         if tool.get("type") not in kinds:
             raise InvalidParam(f"tools[{i}].type", "only functions can be tools of this model.", "unsupported_value")
         function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}

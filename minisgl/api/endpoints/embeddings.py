@@ -12,10 +12,10 @@ import numpy as np
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.generation import complete
 from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, refused, required, string
-from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
 from minisgl.api.requests.sampling import OPTIONS, options
 from minisgl.arrays import F32
+from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
@@ -51,13 +51,13 @@ class EmbeddingRequest:
     stream: bool = False  # never
 
 
-def parse_embeddings(engine: Engine, body: Mapping[str, Any]) -> EmbeddingRequest:
+def parse_embeddings(config: Config, body: Mapping[str, Any]) -> EmbeddingRequest:
     """Check a body.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = EMBEDDINGS.read(body)
-    width = engine.config.model.hidden_size
-    model = served_model(values, served_names(engine.config))
+    width = config.model.hidden_size
+    model = served_model(config, values)
     prompts = text_prompts("input", values["input"], add_special=values.get("add_special_tokens", True))
-    if len(prompts) > (limit := engine.config.server.max_open_requests):
+    if len(prompts) > (limit := config.server.max_open_requests):
         raise InvalidParam("input", f"input holds {len(prompts)} inputs; this server admits {limit} at a time.")
     return EmbeddingRequest(
         model=model,

@@ -16,6 +16,7 @@ from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
+from minisgl.api.sse import sse
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.version import __version__
@@ -37,11 +38,6 @@ def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(r.cached_tokens for r in results[::n])},
     }
-
-
-def render_timings(results: Sequence[Result], timings: Timings, n: int = 1) -> dict[str, Any]:
-    """The `timings` object of a request."""
-    return timings.render(sum(r.completion_tokens for r in results), sum(r.cached_tokens for r in results[::n]))
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -135,7 +131,7 @@ class OpenAIAnswer:
         counts = usage(results, n)
         if self._chat:
             counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
-        return {"usage": counts, "timings": render_timings(results, timings, n)}
+        return {"usage": counts, "timings": timings.render(results, n)}
 
     def _render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         requested = self.request.params.logprobs or 0
@@ -170,7 +166,7 @@ class OpenAIAnswer:
         return self._common + b"]," + _dump(self._counts(timings))[1:] + b"\n\n" + DONE
 
     def failed(self, error: RequestError) -> bytes:
-        return error_event(error) + DONE
+        return sse(error.body()) + DONE
 
     def _set_end(self, end: bytes) -> None:
         self._end = end
@@ -198,11 +194,6 @@ class OpenAIAnswer:
             return self._go_on
         rendered = self._render_logprobs(logprobs) if logprobs else None
         return b"".join((self._logprobs, _dump(rendered), b',"finish_reason":', _dump(reason), self._end))
-
-
-def error_event(error: RequestError) -> bytes:
-    """The event that reports the failure of a stream; `DONE` follows."""
-    return b"data: " + _dump(error.body()) + b"\n\n"
 
 
 def _dump(value: Any) -> bytes:

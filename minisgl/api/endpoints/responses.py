@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
-from minisgl.api.engine import Engine
-from minisgl.api.requests import fields, generate
+from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
-from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without, wrong_type
-from minisgl.api.requests.openai import HARMLESS, ChatRequest
+from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
+from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
+from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -40,7 +40,7 @@ def _check_input(name: str, value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
-        raise wrong_type(name, "a string or an array of items", value)
+        raise fields.wrong_type(name, "a string or an array of items", value)
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to answer.")
     out: list[dict[str, Any]] = []
@@ -54,8 +54,7 @@ def _check_input(name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _item(item: Any, at: str) -> list[dict[str, Any]]:
-    if not isinstance(item, dict):
-        raise wrong_type(at, "an object", item)
+    fields.check_object(at, item)
     kind = item.get("type", "message")
     if kind == "message":
         if not isinstance(item.get("role"), str):
@@ -108,7 +107,7 @@ class ResponsesRequest:
         return self.chat.stream
 
 
-def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest:
+def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest:
     """Check the body of POST /v1/responses, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = RESPONSE.read(body)
     instructions, limit = values.get("instructions"), values.get("max_output_tokens")
@@ -123,7 +122,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
     chat["reasoning_effort"] = reasoning.get("effort")
     chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(values.get("tool_choice"))
     with renamed(_NAMES):
-        parsed = generate.chat_request(engine, chat)
+        parsed = parse_chat(config, chat)
     if parsed.bound_by == "response_format":
         parsed = replace(parsed, bound_by="text.format")
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
@@ -146,8 +145,7 @@ def parse_responses(engine: Engine, body: Mapping[str, Any]) -> ResponsesRequest
 
 def _format(given: Any) -> Any:
     """`text.format` -> the response_format of a chat."""
-    if not isinstance(given, dict):
-        raise wrong_type("text.format", "an object", given)
+    fields.check_object("text.format", given)
     if given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": {k: v for k, v in given.items() if k != "type"}}

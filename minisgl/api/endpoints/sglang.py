@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl.api.engine import Engine
 from minisgl.api.requests import fields, openai, sampling
 from minisgl.api.requests.fields import Field, Fields, wrong_type
-from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import GenerationRequest, Usage, served_model, text_prompts
 from minisgl.api.requests.structured_output import NATIVE, constraint
+from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_LOGPROBS
 
@@ -70,10 +69,10 @@ class NativeRequest(GenerationRequest):
     rid: str
 
 
-def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
+def parse_generate(config: Config, body: Mapping[str, Any]) -> NativeRequest:
     """Check the body of POST /generate, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = GENERATE.read(body)
-    model = served_model(values, served_names(engine.config))
+    model = served_model(config, values)
     name = "text" if "text" in values else "input_ids"
     given = values[name]
     inner = {_RENAMED.get(k, k): v for k, v in values.get("sampling_params", {}).items() if v is not None}
@@ -84,9 +83,7 @@ def parse_generate(engine: Engine, body: Mapping[str, Any]) -> NativeRequest:
         model=model,
         prompts=text_prompts(name, given, add_special=True),
         n=1,
-        params=sampling.params(
-            params, GENERATE_TOKENS, engine.config.sampling_defaults, logprobs=top, echo=scored, grammar=bound.grammar
-        ),
+        params=sampling.params(params, GENERATE_TOKENS, config, logprobs=top, echo=scored, grammar=bound.grammar),
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=Usage(),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.api.endpoints.openai_answers import DONE, error_event
+from minisgl.api.endpoints.openai_answers import DONE
 from minisgl.api.endpoints.sglang import NativeRequest
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Timings
@@ -43,7 +43,7 @@ class NativeAnswer:
         return DONE
 
     def failed(self, error: RequestError) -> bytes:
-        return error_event(error) + DONE
+        return sse(error.body()) + DONE
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from minisgl.api.engine import Chunk, Engine
 from minisgl.api.generation import Events, StreamedAnswer, Timings
 from minisgl.api.requests import generate
 from minisgl.api.requests.fields import Fields
-from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest
+from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest, parse_chat, parse_completion
 from minisgl.api.requests.unknown_fields import check_unknown
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
@@ -50,13 +50,13 @@ class Endpoint(Generic[R]):
 
     summary: str
     fields: Fields
-    parse: Callable[[Engine, Mapping[str, Any]], R]
+    parse: Callable[[Config, Mapping[str, Any]], R]
     answer: Callable[[Engine, R], Awaitable[Any]]
     stream: Callable[[Engine, R], Awaitable[StreamedAnswer]] | None = None
 
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
-        request = self.parse(engine, body)
+        request = self.parse(engine.config, body)
         check_unknown(engine.config, request.ignored)
         if request.stream:
             raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
@@ -64,7 +64,7 @@ class Endpoint(Generic[R]):
 
 
 def _generating(
-    summary: str, fields: Fields, parse: Callable[[Engine, Mapping[str, Any]], R], make: Callable[[Config, R], Answer]
+    summary: str, fields: Fields, parse: Callable[[Config, Mapping[str, Any]], R], make: Callable[[Config, R], Answer]
 ) -> Endpoint[R]:
     """The endpoint of a dialect.  `make` begins the answer to a checked request."""
 
@@ -80,8 +80,8 @@ def _generating(
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
-    "/v1/chat/completions": _generating("Answer a conversation.", CHAT, generate.chat_request, OpenAIAnswer),
-    "/v1/completions": _generating("Continue texts.", COMPLETION, generate.completion_request, OpenAIAnswer),
+    "/v1/chat/completions": _generating("Answer a conversation.", CHAT, parse_chat, OpenAIAnswer),
+    "/v1/completions": _generating("Continue texts.", COMPLETION, parse_completion, OpenAIAnswer),
     "/v1/responses": _generating(
         "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
     ),

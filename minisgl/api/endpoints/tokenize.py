@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
-from minisgl.api.requests.generate import served_names
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
+from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
 T = TypeVar("T")
@@ -56,10 +56,10 @@ class TokenizerRequest(Generic[T]):
 Prompts = tuple[list[TextPrompt | ChatPrompt], bool]  # the prompts, and whether the answer has a list for each
 
 
-def parse_tokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[Prompts]:
+def parse_tokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Prompts]:
     """Check a body: `prompt`, a text or several, or `messages`.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = TOKENIZE.read(body)
-    served_model(values, served_names(engine.config))
+    served_model(config, values)
     if "messages" in values:
         return TokenizerRequest(([chat_prompt(values)], False), unknown)
     given, add_special = values["prompt"], values.get("add_special_tokens", True)
@@ -75,10 +75,10 @@ async def tokenize(engine: Engine, request: TokenizerRequest[Prompts]) -> dict[s
     return {"tokens": tokens, "count": sum(map(len, lists)), "max_model_len": engine.config.max_context}
 
 
-def parse_detokenize(engine: Engine, body: Mapping[str, Any]) -> TokenizerRequest[tuple[tuple[int, ...], bool]]:
+def parse_detokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[tuple[tuple[int, ...], bool]]:
     """Check a body.  Special tokens have a text unless `skip_special_tokens` is true.  Raises RequestError."""
     values, unknown = DETOKENIZE.read(body)
-    served_model(values, served_names(engine.config))
+    served_model(config, values)
     return TokenizerRequest((values["tokens"], values.get("skip_special_tokens", False)), unknown)
 
 

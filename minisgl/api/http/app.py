@@ -6,9 +6,8 @@ the api process, on the thread of its event loop, next to the gateway.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -22,7 +21,7 @@ from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
 from minisgl.api.http.auth import authenticate
 from minisgl.api.http.batch_routes import FileRoutes
-from minisgl.api.http.body import read_json, stream, timing_header
+from minisgl.api.http.body import json_handler, read_json, stream, timing_header
 from minisgl.api.http.errors import errors, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
@@ -47,20 +46,19 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
     app[TURN] = Turn()
     app.on_response_prepare.append(name_response)
-    batches = None
     if store is not None:
-        batches = app[BATCHES] = Batches(store, metered)
-        app.cleanup_ctx.append(functools.partial(_run_batches, store))
+        app[BATCHES] = Batches(store, metered)
+        app.cleanup_ctx.append(_run_batches)
     _Routes(metered, batch_socket).add_to(app.router)
-    FileRoutes(metered, store, batches).add_to(app.router)
+    FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 
 
-async def _run_batches(store: Store, app: web.Application) -> AsyncIterator[None]:
+async def _run_batches(app: web.Application) -> AsyncIterator[None]:
     app[BATCHES].start()
     yield
     await app[BATCHES].close()
-    store.close()
+    app[BATCHES].store.close()
 
 
 def _count(engine: Metered) -> Middleware:
@@ -94,14 +92,14 @@ class _Routes:
         for path in ENDPOINTS:
             router.add_post(path, self.post)
         router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
-        router.add_get("/v1/models", _json(lambda _: serving.list_models(config)))
+        router.add_get("/v1/models", json_handler(lambda _: serving.list_models(config)))
         router.add_get(
-            "/v1/models/{name:.+}", _json(lambda request: serving.retrieve_model(config, request.match_info["name"]))
+            "/v1/models/{name:.+}", json_handler(lambda request: serving.retrieve_model(config, request.match_info["name"]))
         )
-        router.add_get("/tokenizer_info", _json(self.tokenizer_info))
-        router.add_get("/server_info", _json(self.server_info))
-        router.add_post("/flush_cache", _json(self.flush_cache))
-        router.add_get("/openapi.json", _json(lambda _: openapi.document(config)))
+        router.add_get("/tokenizer_info", json_handler(self.tokenizer_info))
+        router.add_get("/server_info", json_handler(self.server_info))
+        router.add_post("/flush_cache", json_handler(self.flush_cache))
+        router.add_get("/openapi.json", json_handler(lambda _: openapi.document(config)))
         router.add_get("/docs", self.docs)
         router.add_get("/health", self.state("starting", "ready", "draining"))
         router.add_get("/ready", self.state("ready"))
@@ -110,7 +108,7 @@ class _Routes:
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path]
-        parsed = endpoint.parse(self._engine, await read_json(request, self._config.server.max_body_bytes))
+        parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
         headers = ignored_header(self._config, parsed.ignored)
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(self._engine, parsed), headers)
@@ -146,12 +144,3 @@ class _Routes:
 
     async def docs(self, _: web.Request) -> web.Response:
         return web.Response(text=openapi.page(self._config), content_type="text/html", charset="utf-8")
-
-
-def _json(make: Callable[[web.Request], Any]) -> Handler:
-    """A handler that answers with the JSON value that `make` returns."""
-
-    async def handle(request: web.Request) -> web.Response:
-        return web.json_response(make(request))
-
-    return handle

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -14,11 +12,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
-from minisgl.api.engine import Engine
-from minisgl.api.http.body import body_too_large, check_encoding, read_json
+from minisgl.api.http.body import body_too_large, check_encoding, json_handler, read_json
 from minisgl.api.requests.fields import Fields, json_object, required, string, without
 from minisgl.api.requests.openai import HARMLESS
 from minisgl.api.requests.unknown_fields import ignored_header
+from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_FILE_BYTES = 200 << 20
@@ -34,33 +32,33 @@ BATCH = Fields(
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 
 
-T = TypeVar("T")
-
-
 class FileRoutes:
-    """The handlers.  Without a store all of them raise an error that says how to have one."""
+    """The handlers.  Without `batches` all of them raise an error that says how to have a data directory."""
 
-    def __init__(self, engine: Engine, store: Store | None, batches: Batches | None) -> None:
-        self._engine, self._store_or_none, self._batches_or_none = engine, store, batches
+    def __init__(self, config: Config, batches: Batches | None) -> None:
+        self._config, self._batches_or_none = config, batches
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/files", self.upload)
-        router.add_get("/v1/files", self.list_files)
-        router.add_get("/v1/files/{file_id}", self.file)
+        router.add_get("/v1/files", json_handler(self.list_files))
+        router.add_get("/v1/files/{file_id}", json_handler(self._file))
         router.add_get("/v1/files/{file_id}/content", self.content)
         router.add_delete("/v1/files/{file_id}", self.delete)
         router.add_post("/v1/batches", self.create)
-        router.add_get("/v1/batches", self.list_batches)
-        router.add_get("/v1/batches/{batch_id}", self.batch)
-        router.add_post("/v1/batches/{batch_id}/cancel", self.cancel)
+        router.add_get("/v1/batches", json_handler(lambda r: _page(r, self._batches.all())))
+        router.add_get("/v1/batches/{batch_id}", json_handler(lambda r: self._batches.get(r.match_info["batch_id"])))
+        router.add_post("/v1/batches/{batch_id}/cancel", json_handler(lambda r: self._batches.cancel(r.match_info["batch_id"])))
 
     @property
     def _store(self) -> Store:
-        return _present(self._store_or_none)
+        return self._batches.store
 
     @property
     def _batches(self) -> Batches:
-        return _present(self._batches_or_none)
+        if self._batches_or_none is None:
+            text = "This server keeps no files: start it with --data-dir DIR to have /v1/files and /v1/batches."
+            raise RequestError(text, status=404, code="no_data_dir")
+        return self._batches_or_none
 
     # ---------------- files
     async def upload(self, request: web.Request) -> web.Response:
@@ -69,8 +67,7 @@ class FileRoutes:
             filename, purpose = await self._receive(request, part)
             return web.json_response(await asyncio.to_thread(self._store.adopt, part, filename, purpose))
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
+            part.unlink(missing_ok=True)
 
     async def _receive(self, request: web.Request, part: Path) -> tuple[str, str]:
         """Write the form's file to `part`; returns (filename, purpose).  Raises RequestError."""
@@ -109,12 +106,9 @@ class FileRoutes:
                     raise body_too_large(MAX_FILE_BYTES)
                 f.write(chunk)
 
-    async def list_files(self, request: web.Request) -> web.Response:
+    def list_files(self, request: web.Request) -> dict[str, Any]:
         purpose = request.query.get("purpose")
         return _page(request, [f for f in self._store.all("files") if purpose in (None, f["purpose"])])
-
-    async def file(self, request: web.Request) -> web.Response:
-        return web.json_response(self._file(request))
 
     async def content(self, request: web.Request) -> web.FileResponse:
         path = self._store.content(self._file(request)["id"])
@@ -133,51 +127,32 @@ class FileRoutes:
     # ---------------- batches
     async def create(self, request: web.Request) -> web.Response:
         store = self._store
-        body = await read_json(request, self._engine.config.server.max_body_bytes)
+        body = await read_json(request, self._config.server.max_body_bytes)
         values, unknown = BATCH.read(body)
         source = store.load("files", values["input_file_id"], "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
-        headers = ignored_header(self._engine.config, unknown)
+        headers = ignored_header(self._config, unknown)
         batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
         self._batches.create(batch)
         return web.json_response(batch, headers=headers)
 
-    async def list_batches(self, request: web.Request) -> web.Response:
-        return _page(request, self._batches.all())
 
-    async def batch(self, request: web.Request) -> web.Response:
-        return web.json_response(self._batches.get(request.match_info["batch_id"]))
-
-    async def cancel(self, request: web.Request) -> web.Response:
-        return web.json_response(self._batches.cancel(request.match_info["batch_id"]))
-
-
-def _present(value: T | None) -> T:
-    if value is None:
-        text = "This server keeps no files: start it with --data-dir DIR to have /v1/files and /v1/batches."
-        raise RequestError(text, status=404, code="no_data_dir")
-    return value
-
-
-def _page(request: web.Request, values: list[dict[str, Any]]) -> web.Response:
+def _page(request: web.Request, values: list[dict[str, Any]]) -> dict[str, Any]:
     """One page of a list, newest first: at most `limit` values after the one with the id `after`."""
-    query: Mapping[str, str] = request.query
-    limit = query.get("limit", "100")
+    limit = request.query.get("limit", "100")
     if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:6]) <= MAX_PAGE:
         raise InvalidParam("limit", f"limit must be between 1 and {MAX_PAGE}.")
     ids = [v["id"] for v in values]
-    if (after := query.get("after")) is not None:
+    if (after := request.query.get("after")) is not None:
         if after not in ids:
             raise InvalidParam("after", "after must be the id of an object of the list.")
         values = values[ids.index(after) + 1 :]
     page = values[: int(limit)]
-    return web.json_response(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(values) > len(page),
-        }
-    )
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(values) > len(page),
+    }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import HttpVersion11, web
+from aiohttp.typedefs import Handler
 
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.stream_writer import StreamWriter
@@ -35,6 +37,15 @@ async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
         raise body_too_large(limit) from None
 
 
+def json_handler(make: Callable[[web.Request], Any]) -> Handler:
+    """A handler that answers with the JSON value that `make` returns."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response(make(request))
+
+    return handle
+
+
 def check_encoding(request: web.Request) -> None:
     """A compressed body could be a thousand times larger than it looks.  Raises RequestError."""
     if "Content-Encoding" in request.headers:
@@ -58,13 +69,11 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
         response = web.StreamResponse(headers={**_SSE_HEADERS, "Server-Timing": timing, **headers})
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
-        try:
+        with contextlib.suppress(ConnectionResetError):  # the client has left
             await response.prepare(request)
             await response.write(first)
             await StreamWriter(request, response, answer).run()
             await response.write_eof()
-        except ConnectionResetError:
-            pass  # the client has left
         return response
     finally:
         answer.close()

@@ -9,15 +9,14 @@ import difflib
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from minisgl.api.endpoints.anthropic_blocks import error_body
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -75,10 +74,6 @@ def _from_http(e: web.HTTPException, request: web.Request) -> RequestError:
 
 
 def _unknown_path(request: web.Request) -> str:
-    paths = _paths(request.app)
+    paths = sorted({resource.canonical for resource in request.app.router.resources()})
     near = difflib.get_close_matches(request.path[:200], paths, n=3, cutoff=0.5) or paths
     return f"Unknown path {request.path[:200]}. Did you mean {' or '.join(near)}?"
-
-
-def _paths(app: web.Application) -> Sequence[str]:
-    return sorted({resource.canonical for resource in app.router.resources()})

@@ -14,6 +14,7 @@ from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
 from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, string
+from minisgl.api.requests.openai import served_names
 from minisgl.config import Config
 from minisgl.version import __version__
 
@@ -161,7 +162,7 @@ def _nullable(schema: Schema) -> Schema:
 def _body(fields: Fields, config: Config) -> Schema:
     properties = {f.name: _schema(f) for f in sorted(fields.having(Support.SUPPORTED), key=lambda f: f.name)}
     if "model" in properties and not config.server.any_model_name:
-        properties["model"]["enum"] = list(config.server.served_names or (config.model.name,))
+        properties["model"]["enum"] = list(served_names(config))
     needed = {*fields.required, *fields.either}
     schema: Schema = {
         "type": "object",
@@ -175,7 +176,7 @@ def _body(fields: Fields, config: Config) -> Schema:
 
 
 def _about(config: Config) -> str:
-    names = ", ".join(config.server.served_names or (config.model.name,))
+    names = ", ".join(served_names(config))
     return f"Serves {names}; up to {config.max_context} tokens for prompt and answer."
 
 

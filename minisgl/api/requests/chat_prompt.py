@@ -11,18 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.api.engine import ChatPrompt
-from minisgl.api.requests.fields import (
-    Check,
-    Field,
-    Schema,
-    function_of,
-    json_object,
-    json_type,
-    loads,
-    missing,
-    of_type,
-    wrong_type,
-)
+from minisgl.api.requests import fields
+from minisgl.api.requests.fields import Check, Field, Schema
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_MESSAGES = 4096
@@ -55,8 +45,7 @@ def _check_messages(at: str, value: list[Any]) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise wrong_type(at, "an object", message)
+    fields.check_object(at, message)
     role = _required(message, "role", at)
     if role not in _ROLES:
         raise InvalidParam(f"{at}.role", f"{at}.role must be one of {', '.join(_ROLES)}.")
@@ -64,14 +53,14 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     calls = _tool_calls(message.get("tool_calls"), f"{at}.tool_calls") if role == "assistant" else []
     content = message.get("content")
     if content is None and not calls:
-        raise missing(f"{at}.content")
+        raise fields.missing(f"{at}.content")
     out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates concatenate it
     if calls:
         out["tool_calls"] = calls
     for name in _STRINGS:
         value = message.get(name)
         if value is not None:
-            out[name] = _string(value, f"{at}.{name}")
+            out[name] = fields.check_string(f"{at}.{name}", value)
     return out
 
 
@@ -79,13 +68,12 @@ def _text(content: Any, at: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise wrong_type(at, "a string or an array of text parts", content)
+        raise fields.wrong_type(at, "a string or an array of text parts", content)
     if len(content) > MAX_PARTS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_PARTS} parts.")
     texts = []
     for i, part in enumerate(content):
-        if not isinstance(part, dict):
-            raise wrong_type(f"{at}[{i}]", "an object", part)
+        fields.check_object(f"{at}[{i}]", part)
         if _required(part, "type", f"{at}[{i}]") != "text":
             raise InvalidParam(f"{at}[{i}].type", "only text parts are supported by this model.", "unsupported_value")
         texts.append(_required(part, "text", f"{at}[{i}]"))
@@ -96,18 +84,18 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     if calls is None:
         return []
     if not isinstance(calls, list):
-        raise wrong_type(at, "an array", calls)
+        raise fields.wrong_type(at, "an array", calls)
     if len(calls) > MAX_TOOL_CALLS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_TOOL_CALLS} calls.")
     return [_tool_call(call, f"{at}[{i}]") for i, call in enumerate(calls)]
 
 
 def _tool_call(call: Any, at: str) -> dict[str, Any]:
-    function = function_of(call, at)
+    function = fields.function_of(call, at)
     name = _required(function, "name", f"{at}.function")
     out: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": _arguments(function, f"{at}.function")}}
     if call.get("id") is not None:
-        out["id"] = _string(call["id"], f"{at}.id")
+        out["id"] = fields.check_string(f"{at}.id", call["id"])
     return out
 
 
@@ -118,9 +106,9 @@ def _arguments(function: dict[str, Any], at: str) -> Any:
         return InvalidParam(param, f"{param} must be the JSON text of an object: {fault}.")
 
     text = _required(function, "arguments", at)
-    value = loads(text, broken) if text else {}
+    value = fields.loads(text, broken) if text else {}
     if not isinstance(value, dict):
-        raise broken(f"it is {json_type(value)}")
+        raise broken(f"it is {fields.json_type(value)}")
     if not _shallow(value, MAX_DEPTH):
         raise broken("it is nested too deeply")
     return value
@@ -145,15 +133,10 @@ def _check_template_kwargs(at: str, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _required(fields: dict[str, Any], name: str, at: str) -> str:
-    if fields.get(name) is None:
-        raise missing(f"{at}.{name}")
-    return _string(fields[name], f"{at}.{name}")
-
-
-def _string(value: Any, at: str) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(at, "a string", value)
+def _required(values: dict[str, Any], name: str, at: str) -> str:
+    if values.get(name) is None:
+        raise fields.missing(f"{at}.{name}")
+    value: str = fields.check_string(f"{at}.{name}", values[name])
     return value
 
 
@@ -165,8 +148,8 @@ def messages(check: Check, content: Schema, *roles: str) -> Field:
     """The declaration of `messages`."""
     item = {"role": {"enum": list(roles)}, "content": content}
     schema = {"type": "array", "minItems": 1, "items": {"type": "object", "required": list(item), "properties": item}}
-    return Field("messages", "The conversation, oldest first.", schema, of_type(list, "an array of messages", check))
+    return Field("messages", "The conversation, oldest first.", schema, fields.of_type(list, "an array of messages", check))
 
 
 MESSAGES = messages(_check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
-TEMPLATE_KWARGS = json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs)
+TEMPLATE_KWARGS = fields.json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs)

@@ -110,6 +110,10 @@ def of_type(kind: type | UnionType, expected: str, then: Check = _accept) -> Che
     return check
 
 
+check_object = of_type(dict, "an object")
+check_string = of_type(str, "a string")
+
+
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(name, "an integer", value)
@@ -126,9 +130,8 @@ def _check_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _check_choice(name: str, value: Any, values: tuple[str, ...]) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
+def _check_choice(name: str, value: Any, values: tuple[str, ...]) -> Any:
+    check_string(name, value)
     if value not in values:
         raise InvalidParam(name, f"{name} must be {' or '.join(values) if len(values) < 3 else 'one of ' + ', '.join(values)}.")
     return value
@@ -206,13 +209,10 @@ def refused(name: str, *neutral: Any, sentence: str = "") -> Field:
 # ---------------- parts of a value
 def function_of(value: Any, at: str) -> dict[str, Any]:
     """The inner object of `{"type": "function", "function": {...}}`, a tool or a call.  Raises InvalidParam naming `at`."""
-    if not isinstance(value, dict):
-        raise wrong_type(at, "an object", value)
+    check_object(at, value)
     if value.get("type", "function") != "function":
         raise InvalidParam(f"{at}.type", f'{at}.type must be "function".', "unsupported_value")
-    function = value.get("function")
-    if not isinstance(function, dict):
-        raise wrong_type(f"{at}.function", "an object", function)
+    function: dict[str, Any] = check_object(f"{at}.function", value.get("function"))
     return function
 
 

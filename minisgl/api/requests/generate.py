@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
 from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
-from minisgl.api.requests import openai
-from minisgl.api.requests.openai import ChatRequest, CompletionRequest, GenerationRequest
+from minisgl.api.requests.openai import GenerationRequest, check_model, served_names
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_SEED, SamplingParams
 from minisgl.version import __version__
 
 _STARTED = int(time.time())  # reported as the creation time of the models
-
-
-def chat_request(engine: Engine, body: Mapping[str, Any]) -> ChatRequest:
-    """The body of POST /v1/chat/completions, for the model that is served.  Raises RequestError."""
-    config, server = engine.config, engine.config.server
-    styles = (server.tool_call_parser, server.reasoning_parser)
-    return openai.parse_chat(body, served_names(config), config.sampling_defaults, *styles)
-
-
-def completion_request(engine: Engine, body: Mapping[str, Any]) -> CompletionRequest:
-    """The body of POST /v1/completions, for the model that is served.  Raises RequestError."""
-    return openai.parse_completion(body, served_names(engine.config), engine.config.sampling_defaults)
 
 
 async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
@@ -78,21 +64,6 @@ def _next_seed(seed: int, i: int) -> int:
 
 
 # ---------------- about the server
-def served_names(config: Config) -> tuple[str, ...]:
-    """The values of `model` that are accepted; answers report the first."""
-    names = config.server.served_names or (config.model.name,)
-    return AnyName(names) if config.server.any_model_name else names
-
-
-class AnyName(tuple[str, ...]):
-    """Accepts any model name (--any-model-name)."""
-
-    __slots__ = ()
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str)
-
-
 def list_models(config: Config) -> dict[str, Any]:
     """GET /v1/models."""
     return {"object": "list", "data": [_model(config, name) for name in served_names(config)]}
@@ -100,8 +71,7 @@ def list_models(config: Config) -> dict[str, Any]:
 
 def retrieve_model(config: Config, name: str) -> dict[str, Any]:
     """GET /v1/models/{name}.  Raises RequestError (404)."""
-    if name not in served_names(config):
-        raise openai.unknown_model(name, served_names(config))
+    check_model(config, name)
     return _model(config, name)
 
 

@@ -5,7 +5,7 @@ The declarations say how each field is treated (see fields.py).  Pure functions;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_pro
 from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
 from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
+from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.reasoning import STYLES
 from minisgl.sampling_params import RequestOptions, SamplingParams
@@ -129,32 +130,22 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions; choice i continues prompt i // n."""
 
 
-_NONE: Mapping[str, Any] = {}
+def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
+    """Check the body of POST /v1/chat/completions, for the model that is served.
 
-
-def parse_chat(
-    body: Mapping[str, Any],
-    served: Sequence[str],
-    defaults: Mapping[str, Any] = _NONE,
-    tool_style: str = "",
-    reasoning_style: str = "",
-) -> ChatRequest:
-    """Check the body of POST /v1/chat/completions.
-
-    `served`: the names that this server answers to, the main one first.  `defaults`: sampling parameters for fields that the
-    body does not have.  `tool_style`, `reasoning_style`: how the model writes tool calls and thoughts, "" if it does not.
     Without `max_tokens` the answer may go on to the end of the context.  Raises RequestError: 400, or 404 for the model.
     """
     values, unknown = CHAT.read(body)
-    model = served_model(values, served)
+    model = served_model(config, values)
     usage, unknown_options = _usage(values)
+    reasoning_style = config.server.reasoning_parser
     unheeded = _apply_effort(values, reasoning_style)
-    offered = tools.read(values, tool_style)
+    offered = tools.read(values, config.server.tool_call_parser)
     bound = _chat_constraint(constraint(values), offered)
     text = bound.grammar
     if text and reasoning_style:  # the model may think before its answer is constrained
-        text = grammar.after_thought(text, begun=STYLES[reasoning_style].opened_by_prompt)
-    params = sampling.params(values, None, defaults, logprobs=sampling.chat_logprobs(values), grammar=text)
+        text = grammar.after_thought(text, begun=STYLES[reasoning_style])
+    params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=text)
     if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
@@ -196,13 +187,13 @@ def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
     return bound
 
 
-def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: Mapping[str, Any] = _NONE) -> CompletionRequest:
+def parse_completion(config: Config, body: Mapping[str, Any]) -> CompletionRequest:
     """Check the body of POST /v1/completions: `prompt` is a string, token ids, or a list of either.
 
-    `defaults` as for a chat.  Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
+    Without `max_tokens` a completion has 16 tokens.  Raises RequestError: 400, or 404 for the model.
     """
     values, unknown = COMPLETION.read(body)
-    model = served_model(values, served)
+    model = served_model(config, values)
     usage, unknown_options = _usage(values)
     bound = constraint(values)
     logprobs, echo = values.get("logprobs"), values.get("echo", False)
@@ -210,7 +201,7 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
         model=model,
         prompts=text_prompts("prompt", values["prompt"], add_special=values.get("add_special_tokens", True)),
         n=sampling.choices(values),
-        params=sampling.params(values, COMPLETION_TOKENS, defaults, logprobs=logprobs, echo=echo, grammar=bound.grammar),
+        params=sampling.params(values, COMPLETION_TOKENS, config, logprobs=logprobs, echo=echo, grammar=bound.grammar),
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
@@ -219,23 +210,28 @@ def parse_completion(body: Mapping[str, Any], served: Sequence[str], defaults: M
     )
 
 
-def unknown_model(name: str, served: Sequence[str]) -> RequestError:
-    """404 `model_not_found`, with the names that are served."""
-    text = f"The model `{name[:100]}` does not exist. This server serves: {', '.join(served)}."
-    return RequestError(text, status=404, param="model", code="model_not_found")
+def served_names(config: Config) -> tuple[str, ...]:
+    """The names of the model in /v1/models; answers report the first."""
+    return config.server.served_names or (config.model.name,)
 
 
-def served_model(values: Mapping[str, Any], served: Sequence[str]) -> str:
+def check_model(config: Config, name: str) -> None:
+    """Raises RequestError (404 `model_not_found`) with the names that are served, if `name` is another."""
+    if name not in served_names(config) and not config.server.any_model_name:
+        text = f"The model `{name[:100]}` does not exist. This server serves: {', '.join(served_names(config))}."
+        raise RequestError(text, status=404, param="model", code="model_not_found")
+
+
+def served_model(config: Config, values: Mapping[str, Any]) -> str:
     """The name of the model to report.  Raises RequestError (404) if the request has one that is not served."""
-    name = values.get("model")
-    if name is not None and name not in served:
-        raise unknown_model(name, served)
-    return served[0]
+    if "model" in values:
+        check_model(config, values["model"])
+    return served_names(config)[0]
 
 
 def _usage(values: Mapping[str, Any]) -> tuple[Usage, tuple[str, ...]]:
     """(the counts that the stream reports, the names of unknown stream options).  Raises InvalidParam."""
-    given: Mapping[str, Any] = values.get("stream_options", _NONE)
+    given: Mapping[str, Any] = values.get("stream_options", {})
     if given and not values.get("stream"):
         raise InvalidParam("stream_options", "stream_options is only allowed together with stream: true.")
     for name in _USAGE:

@@ -13,6 +13,7 @@ from typing import Any
 from minisgl import sampling_params as limits
 from minisgl.api.requests import fields
 from minisgl.api.requests.fields import INT32, Field, Schema, check_integer, json_type, wrong_type
+from minisgl.config import Config
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
@@ -41,8 +42,7 @@ def _check_logit_bias(name: str, value: Any) -> dict[int, float]:
     """OpenAI's form: token ids, which JSON writes as strings, to numbers from -100 to 100."""
     if value == []:
         return {}
-    if not isinstance(value, dict):
-        raise wrong_type(name, "an object", value)
+    fields.check_object(name, value)
     if len(value) > limits.MAX_LOGIT_BIAS:
         raise InvalidParam(name, f"{name} may hold at most {limits.MAX_LOGIT_BIAS} tokens.")
     if not all(_TOKEN_ID.fullmatch(key) for key in value):
@@ -119,7 +119,7 @@ def length(low: int) -> tuple[Field, Field]:
 def params(
     values: Mapping[str, Any],
     max_tokens: int | None,
-    defaults: Mapping[str, Any],
+    config: Config,
     *,
     logprobs: int | None,
     echo: bool = False,
@@ -127,12 +127,13 @@ def params(
 ) -> SamplingParams:
     """The parameters of a request.
 
-    `values`: as read.  `max_tokens` (None for the rest of the context) and `defaults` hold where the request has no value.
+    `values`: as read.  Where the request has no value, `max_tokens` (None for the rest of the context) and the model's
+    sampling defaults hold.
     """
     for name in ("max_tokens", "max_completion_tokens"):
         if name in values:
             max_tokens = check_integer(name, values[name], 0 if echo else 1, INT32)
-    given = {**defaults, **_given(values, SAMPLING)}
+    given = {**config.sampling_defaults, **_given(values, SAMPLING)}
     if given.get("top_k") == -1:  # vLLM's way of saying "off"
         given["top_k"] = 0
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, echo=echo, grammar=grammar, **given)

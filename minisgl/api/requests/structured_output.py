@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from minisgl import grammar
-from minisgl.api.requests.fields import Check, Field, Schema, json_object, loads, missing, wrong_type
+from minisgl.api.requests.fields import (
+    Check,
+    Field,
+    Schema,
+    check_object,
+    check_string,
+    json_object,
+    loads,
+    missing,
+    wrong_type,
+)
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_OPTIONS = 4096
@@ -46,15 +56,13 @@ def _schema(at: str, value: Any) -> str:
             return InvalidParam(at, f"{at} must be a JSON schema: {fault}.")
 
         value = loads(value, broken)
-    if not isinstance(value, dict):
-        raise wrong_type(at, "an object", value)
+    check_object(at, value)
     return grammar.json_schema(value)
 
 
 def _text(make: Callable[[str], str]) -> Check:
     def check(at: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise wrong_type(at, "a string", value)
+        check_string(at, value)
         try:
             return make(value)
         except InvalidParam as e:
@@ -85,9 +93,8 @@ def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
         return (Constraint(grammar.json_object(), at),)
     if kind != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be text, json_object or json_schema.")
-    inner = value.get("json_schema")
-    if not isinstance(inner, dict):
-        raise wrong_type(f"{at}.json_schema", "an object", inner)
+    inner: Any = value.get("json_schema")
+    check_object(f"{at}.json_schema", inner)
     schema = inner.get("schema")
     if schema is None:
         raise missing(f"{at}.json_schema.schema")

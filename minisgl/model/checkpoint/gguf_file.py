@@ -112,21 +112,15 @@ class _Cursor:
 class GGUFFile:
     """An open file: `fields` maps keys to scalars and lists, `tensors` names to `TensorInfo`."""
 
-    def __init__(self, path: str, buf: mmap.mmap, fields: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
-        self.path = path
-        self.fields = fields
-        self.tensors = tensors
-        self._buf = buf
-
-    @classmethod
-    def open(cls, path: str) -> GGUFFile:
+    def __init__(self, path: str) -> None:
         """Parse everything but the tensor data.  Raises UserError naming the file when it is damaged or no GGUF file."""
+        self.path = path
         try:
             with open(path, "rb") as f:
                 if os.fstat(f.fileno()).st_size == 0:
                     raise UserError(f"--model {path}: not a GGUF file: it is empty.")
-                buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            return cls(path, buf, *_parse(buf))
+                self._buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            self.fields, self.tensors = _parse(self._buf)
         except OSError as e:
             raise UserError(f"--model {path}: cannot read it: {e.strerror}") from e
         except Malformed as e:

@@ -24,7 +24,7 @@ def served_name(path: str) -> str:
 
 def spec_from_gguf(path: str) -> ModelSpec:
     """Read the metadata of one file.  Raises UserError if it is damaged or describes a model that cannot be served."""
-    file = GGUFFile.open(path)
+    file = GGUFFile(path)
     fields = Metadata(path, file.fields)
     arch = fields.get("general.architecture")
     if arch not in GGUF_ARCHS:
@@ -91,7 +91,8 @@ def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> Rope
     fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
     named = None
     if kind not in (None, "none"):
-        values = {"rope_type": kind, "factor": _factor(fields, arch)}
+        factor = fields.number(f"{arch}.rope.scale_linear", 0.0) or fields.number(prefix + "factor")  # the first: its old name
+        values = {"rope_type": kind, "factor": factor}
         values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
         values["original_max_position_embeddings"] = fields.get(prefix + "original_context_length")
         named = rope_scaling(fields.source, values, fields.size(f"{arch}.context_length"))
@@ -105,8 +106,3 @@ def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> Rope
     if not all(1e-6 < d < 1e6 for d in divisors):
         raise UserError(f"--model {file.path}: rope_freqs.weight holds values that are no frequency divisors.")
     return RopeScaling("divisors", divisors=tuple(divisors))
-
-
-def _factor(fields: Metadata, arch: str) -> float:
-    old = f"{arch}.rope.scale_linear"
-    return fields.number(old) if fields.get(old) is not None else fields.number(f"{arch}.rope.scaling.factor")

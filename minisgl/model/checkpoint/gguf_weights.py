@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
 
 import torch
+from gguf.constants import MODEL_ARCH_NAMES
+from gguf.tensor_mapping import get_tensor_name_map
 
 from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.files import check_shape, missing, unexpected
@@ -17,32 +18,18 @@ from minisgl.model.common.weights import StoredWeight, Weight
 
 
 class GGUFWeights:
-    """An open GGUF file; see `Weights`.  Names: gguf-py's constants.py (MODEL_TENSOR), biases like the weights."""
+    """An open GGUF file; see `Weights`."""
 
-    _NAMES: ClassVar = {  # of modules; those below "model.layers.N." are below "blk.N." in the file
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
     _IGNORE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # the first is part of the ModelSpec
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
         """`lazy`: see `open_weights`."""
-        self._file = GGUFFile.open(spec.path)
+        self._file = GGUFFile(spec.path)
+        architecture = self._file.fields["general.architecture"]
+        kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+        self._names = get_tensor_name_map(kind, 1)  # Hugging Face's -> those of the file, of the first layer
         # Only llama.cpp's files of this architecture rotate neighbours; see `halves_from_pairs`.
-        pairs = self._file.fields.get("general.architecture") == "llama"
-        self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if pairs else r"(?!)")
+        self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if architecture == "llama" else r"(?!)")
         self._head_dim = spec.head_dim
         self._dtype, self._lazy = dtype, lazy
         self._taken: set[str] = set()
@@ -82,19 +69,17 @@ class GGUFWeights:
             raw = raw[:, cols[0] // GROUP * width : cols[1] // GROUP * width].contiguous()
         return halves_from_pairs(raw, self._head_dim) if pairs else raw
 
+    def _stored_name(self, name: str) -> str:
+        """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        first = f"model.layers.0.{name[layer.end() :]}" if layer else name
+        stored = self._names.get_name(first, (".weight", ".bias")) or name
+        return stored.replace("blk.0.", f"blk.{layer[1]}.") if layer else stored
+
     def finish(self) -> None:
         left = [n for n in self._file.tensors if n not in self._taken and not self._IGNORE.fullmatch(n)]
         if left:
             raise unexpected(self._file.path, left)
-
-    def _stored_name(self, name: str) -> str:
-        """The file's name of a tensor; a name without a counterpart is returned unchanged, and will be missing."""
-        module, _, kind = name.rpartition(".")
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        stored = self._NAMES.get(layer[2] if layer else module)
-        if stored is None:
-            return name
-        return f"blk.{layer[1]}.{stored}.{kind}" if layer else f"{stored}.{kind}"
 
 
 def halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

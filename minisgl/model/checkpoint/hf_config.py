@@ -117,11 +117,10 @@ def _dtype(config: Metadata) -> str:
 
 def _no_config(path: str) -> str:
     ggufs = sorted(glob.glob("*.gguf", root_dir=path))
-    if ggufs:
-        return (
-            f"the directory has no config.json. For a GGUF model give the file itself: --model {os.path.join(path, ggufs[0])}"
-        )
-    return "the directory has no config.json, so it is no Hugging Face model. Check the path."
+    if not ggufs:
+        return "the directory has no config.json, so it is no Hugging Face model. Check the path."
+    file = os.path.join(path, ggufs[0])
+    return f"the directory has no config.json. For a GGUF model give the file itself: --model {file}"
 
 
 def _check_weights(path: str) -> None:

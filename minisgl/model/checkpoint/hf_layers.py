@@ -141,14 +141,8 @@ def activation(config: Metadata, arch: Arch) -> str:
         config.refuse("swiglu_alpha", (1.702,), "another slope of the activation is")
         return arch.activation
     key = "hidden_activation" if arch.activation == "gelu_tanh" else "hidden_act"
-    value = config.get(key)
-    if value is None:
-        return arch.activation
-    if value not in _ACTIVATIONS:
-        raise UserError(
-            f"{config.source}: {key} is {value!r:.80}: activations other than {', '.join(_ACTIVATIONS)} are not supported."
-        )
-    return _ACTIVATIONS[value]
+    config.refuse(key, tuple(_ACTIVATIONS), f"activations other than {', '.join(_ACTIVATIONS)} are")
+    return _ACTIVATIONS.get(config.get(key), arch.activation)
 
 
 def attention(config: Metadata, arch: Arch) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 
 from minisgl.config import ModelSpec
+from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_weights import GGUFWeights
 from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
+from minisgl.model.common.gguf_blocks import scales
 from minisgl.model.common.shard import Range
-from minisgl.model.common.weights import Checkpoint, dense
+from minisgl.model.common.weights import Checkpoint, Weight, dense
 
 
 class OnDevice:
@@ -29,6 +31,22 @@ class OnDevice:
         self._weights.finish()
 
 
+class Finite:
+    """A checkpoint whose tensors are checked, because rounding would make ordinary numbers of NaN and infinity."""
+
+    def __init__(self, weights: Checkpoint) -> None:
+        self._weights = weights
+        self.finish = weights.finish
+
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
+        """See `Weights`.  Raises UserError naming a tensor with NaN or infinity."""
+        weight = self._weights.take(name, shape, rows=rows, cols=cols)
+        numbers = weight if isinstance(weight, torch.Tensor) else scales(weight)
+        if not torch.stack(tuple(numbers.aminmax())).isfinite().all():
+            raise UserError(f"tensor {name} has NaN or infinity, which cannot be quantised. Is the file damaged?")
+        return weight
+
+
 def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:
     """Open the checkpoint that `spec` was read from; its tensors are of `dtype` and on `device`, by default the CPU.
 
@@ -40,4 +58,6 @@ def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | 
     if spec.format == "random":
         return RandomWeights(dtype, device or torch.device("cpu"))
     weights = GGUFWeights(spec, dtype, lazy) if spec.format == "gguf" else SafetensorsWeights(spec, dtype, lazy)
+    if lazy:
+        return Finite(weights)
     return weights if device is None else OnDevice(weights, device)

@@ -23,9 +23,9 @@ def random_shape(name: str) -> ModelSpec:
 
     `LLM(random_shape("qwen3-0.6b"))` serves it; see random_weights.  Raises UserError listing the names.
     """
-    if name not in _SHAPES:
-        raise UserError(f"shape {name!r:.80} is not known. Known shapes: {', '.join(_SHAPES)}.")
-    return _SHAPES[name]
+    if name not in SHAPES:
+        raise UserError(f"shape {name!r:.80} is not known. Known shapes: {', '.join(SHAPES)}.")
+    return SHAPES[name]
 
 
 def _spec(name: str, family: dict[str, Any], sizes: tuple[int, ...], *, tied: bool = False, **more: Any) -> ModelSpec:
@@ -41,10 +41,11 @@ def _llama3(factor: float) -> RopeScaling:
     return RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192.0)
 
 
-_SHAPES = {
+SHAPES = {
     spec.name: spec
     for spec in (
         _spec("qwen3-0.6b", _QWEN3, (1024, 3072, 28, 16, 8, 128, 151_936), tied=True),
+        _spec("qwen3-8b", _QWEN3, (4096, 12_288, 36, 32, 8, 128, 151_936)),
         _spec("qwen3-14b", _QWEN3, (5120, 17_408, 40, 40, 8, 128, 151_936)),
         _spec("qwen3-32b", _QWEN3, (5120, 25_600, 64, 64, 8, 128, 151_936)),
         _spec("qwen3-30b-a3b", _QWEN3_MOE, (2048, 6144, 48, 32, 4, 128, 151_936)),

@@ -19,23 +19,21 @@ def weight_format(source: str, config: Any) -> WeightFormat | None:
         raise UserError(f"{source}: quantization_config should be an object, is {config!r:.80}.")
     fields = Metadata(f"{source} (quantization_config)", config)
     method = fields.get("quant_method")
-    makers = {"fp8": _fp8, "fbgemm_fp8": _fbgemm, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    makers = {"fp8": _fp8, "fbgemm_fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
     if method not in makers:
         raise UserError(f"{source}: quantised by {method!r:.80}, which cannot be read. Known: {_KNOWN}.")
     return makers[method](fields)
 
 
 def _fp8(fields: Metadata) -> WeightFormat:
-    """Block scales under `weight_scale_inv` (DeepSeek-V3, Qwen3), or one per tensor under `weight_scale`."""
+    """Block scales under `weight_scale_inv` (DeepSeek-V3, Qwen3), or under `weight_scale` one per tensor.
+
+    FBGEMM's float8, in Meta's own Llama checkpoints, has a scale for each output channel there.
+    """
     fields.refuse("fmt", ("e4m3", "float8_e4m3fn"), "float8 formats other than e4m3 are")
     if fields.get("weight_block_size") is None:
         return WeightFormat("scaled", scale="weight_scale")
     return WeightFormat("scaled", scale="weight_scale_inv", block=_block(fields, "weight_block_size"))
-
-
-def _fbgemm(fields: Metadata) -> WeightFormat:
-    """FBGEMM's float8, in Meta's own Llama checkpoints: a scale for each output channel."""
-    return WeightFormat("scaled", scale="weight_scale")
 
 
 def _gptq(fields: Metadata) -> WeightFormat:
@@ -93,5 +91,4 @@ def _block(fields: Metadata, key: str) -> tuple[int, int]:
 
 
 def _group_size(fields: Metadata, key: str) -> int:
-    value = fields.get(key)
-    return -1 if value == -1 else Metadata(fields.source, {"group_size": value}).size("group_size")
+    return -1 if fields.get(key) == -1 else fields.size(key)

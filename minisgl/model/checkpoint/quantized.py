@@ -6,7 +6,7 @@ memory map, so only the bytes of a rectangle are touched; one that begins or end
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,19 +35,22 @@ def layer_of(files: SafetensorsFiles, name: str, stored: WeightFormat | None) ->
     match stored.method:
         case "scaled" if name in files and files.dtype(name) in ("F8_E4M3", "I8"):
             return Scaled(files, name, stored)
-        case "gptq" if f"{stem}.qweight" in files:
-            return Gptq(files, stem, stored)
-        case "awq" if f"{stem}.qweight" in files:
-            return Awq(files, stem, stored)
+        case "gptq" | "awq" if f"{stem}.qweight" in files:
+            return Transposed(files, stem, stored)
         case "packed" if f"{stem}.weight_packed" in files:
             return Packed(files, stem, stored)
     return None
 
 
-def unpack(words: torch.Tensor, dim: int, shifts: tuple[int, ...], span: Range) -> torch.Tensor:
-    """Fields of 32 / len(shifts) bits out of i32 words, in the order of `shifts` along `dim`; only those in `span` are kept."""
+def unpack(stored: Any, dim: int, shifts: tuple[int, ...], rows: Range, cols: Range) -> torch.Tensor:
+    """`rows` and `cols` of a matrix of fields of 32 / len(shifts) bits, in the order of `shifts` in i32 words along `dim`.
+
+    Only the words that hold them are read.
+    """
+    words, span = _words((rows, cols)[dim], len(shifts))
+    part = stored[words, slice(*cols)] if dim == 0 else stored[slice(*rows), words]
     bits = 32 // len(shifts)
-    fields = [(words >> s) & ((1 << bits) - 1) for s in shifts]
+    fields = [(part >> s) & ((1 << bits) - 1) for s in shifts]
     return torch.stack(fields, dim + 1).flatten(dim, dim + 1).narrow(dim, span[0], span[1] - span[0])
 
 
@@ -104,60 +107,36 @@ class Scaled:
         return values.mul_(self._scales[row_blocks][:, col_blocks])
 
 
-class _Transposed:
+class Transposed:
     """GPTQ and AWQ: the weight is stored as [in, out], (q - zero) * scale, with a zero and a scale for each group of inputs.
 
-    qzeros i32[groups, out / per], scales [groups, out], per = 32 / bits.
-    """
-
-    packed_inputs: bool  # whether a word of qweight holds neighbouring inputs, or outputs
-
-    def __init__(self, files: SafetensorsFiles, stem: str, stored: WeightFormat) -> None:
-        self._bits, self._offset = stored.bits, stored.zero_offset
-        per = self._per = 32 // self._bits
-        self._q = files.get(f"{stem}.qweight")
-        height, width = self._q.get_shape()
-        inputs, out = (height * per, width) if self.packed_inputs else (height, width * per)
-        self.shape = (out, inputs)
-        groups, self._group = _groups(files, f"{stem}.g_idx", inputs, stored.group_size)
-        self._zeros = files.get(f"{stem}.qzeros", (groups, -(-out // per)))
-        self._scales = files.get(f"{stem}.scales", (groups, out))
-
-    def _dequantize(self, q: torch.Tensor, zeros: torch.Tensor, rows: Range, cols: Range) -> torch.Tensor:
-        """q [in, out] of a rectangle -> f32 [out, in]."""
-        group = self._group[slice(*cols)]
-        scales = self._scales[:, slice(*rows)].float()
-        values: torch.Tensor = (q - zeros[group]).float() * scales[group]
-        return values.T
-
-
-class Gptq(_Transposed):
-    """qweight i32[in / per, out]; a word holds neighbouring inputs, lowest bits first.
+    qzeros i32[groups, out / per], scales [groups, out], per = 32 / bits.  A word of GPTQ's qweight i32[in / per, out] holds
+    neighbouring inputs, lowest bits first; one of AWQ's i32[in, out / per] neighbouring outputs in `AWQ_ORDER`.  A word of
+    qzeros holds neighbouring outputs, in the same order.
 
     AutoGPTQ stored zero points less one ("gptq", `zero_offset` 1; a zero point of 0 wrapped around); "gptq_v2" stores them.
     """
 
-    packed_inputs = True
+    def __init__(self, files: SafetensorsFiles, stem: str, stored: WeightFormat) -> None:
+        self._offset, per = stored.zero_offset, 32 // stored.bits
+        self._shifts = tuple(4 * nibble for nibble in AWQ_ORDER) if stored.method == "awq" else _in_order(stored.bits)
+        self._packed_dim = 1 if stored.method == "awq" else 0
+        self._q = files.get(f"{stem}.qweight")
+        height, width = self._q.get_shape()
+        inputs, out = (height, width * per) if stored.method == "awq" else (height * per, width)
+        self.shape = (out, inputs)
+        self._groups, self._group = _groups(files, f"{stem}.g_idx", inputs, stored.group_size)
+        self._zeros = files.get(f"{stem}.qzeros", (self._groups, -(-out // per)))
+        self._scales = files.get(f"{stem}.scales", (self._groups, out))
 
     def read(self, rows: Range, cols: Range) -> torch.Tensor:
-        shifts = _in_order(self._bits)
-        words, span = _words(cols, self._per)
-        q = unpack(self._q[words, slice(*rows)], 0, shifts, span)
-        words, span = _words(rows, self._per)
-        zeros = unpack(self._zeros[:, words], 1, shifts, span)
-        return self._dequantize(q, (zeros + self._offset) & ((1 << self._bits) - 1), rows, cols)
-
-
-class Awq(_Transposed):
-    """qweight i32[in, out / 8]; a word holds neighbouring outputs in `AWQ_ORDER`, and so do the zero points."""
-
-    packed_inputs = False
-
-    def read(self, rows: Range, cols: Range) -> torch.Tensor:
-        shifts = tuple(4 * nibble for nibble in AWQ_ORDER)
-        words, span = _words(rows, self._per)
-        q = unpack(self._q[slice(*cols), words], 1, shifts, span)
-        return self._dequantize(q, unpack(self._zeros[:, words], 1, shifts, span), rows, cols)
+        q = unpack(self._q, self._packed_dim, self._shifts, cols, rows)
+        zeros = unpack(self._zeros, 1, self._shifts, (0, self._groups), rows) + self._offset
+        zeros &= (1 << 32 // len(self._shifts)) - 1
+        group = self._group[slice(*cols)]
+        scales = self._scales[:, slice(*rows)].float()
+        values: torch.Tensor = (q - zeros[group]).float() * scales[group]
+        return values.T
 
 
 class Packed:
@@ -168,16 +147,14 @@ class Packed:
 
     def __init__(self, files: SafetensorsFiles, stem: str, stored: WeightFormat) -> None:
         self._bits = stored.bits
-        self._per = 32 // self._bits
         self._q = files.get(f"{stem}.weight_packed")
         out, inputs = map(int, files.get(f"{stem}.weight_shape", (2,))[:].tolist())
         self.shape = (out, inputs)
-        files.get(f"{stem}.weight_packed", (out, -(-inputs // self._per)))
+        files.get(f"{stem}.weight_packed", (out, -(-inputs * self._bits // 32)))
         groups, self._group = _groups(files, f"{stem}.weight_g_idx", inputs, stored.group_size)
         self._scales = files.get(f"{stem}.weight_scale", (out, groups))
 
     def read(self, rows: Range, cols: Range) -> torch.Tensor:
-        words, span = _words(cols, self._per)
-        q = unpack(self._q[slice(*rows), words], 1, _in_order(self._bits), span) - (1 << (self._bits - 1))
+        q = unpack(self._q, 1, _in_order(self._bits), rows, cols) - (1 << (self._bits - 1))
         scales: torch.Tensor = self._scales[slice(*rows)].float()
         return q.float() * scales[:, self._group[slice(*cols)]]

@@ -41,10 +41,9 @@ class SafetensorsWeights:
             span = cols or (0, shape[1])
             return in_pieces(lambda some: layer.read(some, span), rows or (0, shape[0]), span[1] - span[0], self._dtype)
         tensor = self._files.get(name, shape)
-        if tensor.get_dtype() not in DTYPES:
-            raise UserError(
-                f"--model {self._files.path}: {name} has dtype {tensor.get_dtype()}; {', '.join(DTYPES)} are supported."
-            )
+        found = tensor.get_dtype()
+        if found not in DTYPES:
+            raise UserError(f"--model {self._files.path}: {name} has dtype {found}; {', '.join(DTYPES)} are supported.")
         part = tensor[slice(*rows)] if rows else tensor[:, slice(*cols)] if cols else tensor[:]
         if self._lazy and PRODUCT.fullmatch(name) and part.dtype.is_floating_point:
             return part  # type: ignore[no-any-return]

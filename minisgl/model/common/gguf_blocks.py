@@ -39,14 +39,24 @@ def from_gguf(raw: torch.Tensor, kind: int) -> Groups:
     A block is an f16 scale, for Q4_1 an f16 minimum, then 32 i8, or 16 bytes with inputs 0-15 in the low halves and 16-31 in
     the high ones.
     """
-    head, width = {Q4_0: (2, 18), Q4_1: (4, 20), Q8_0: (2, 34)}[kind]
-    blocks = raw.view(raw.shape[0], -1, width)
-    halves = blocks[..., :head].contiguous().view(torch.float16)
-    scale, body = halves[..., 0].contiguous(), blocks[..., head:]
+    halves, body = _parts(raw, kind)
+    scale = halves[..., 0].contiguous()
     if kind == Q8_0:
         return Groups(body ^ 128, scale, None)
     numbers = torch.cat((body & 15, body >> 4), -1)
     return Groups(numbers, scale, halves[..., 1].contiguous() if kind == Q4_1 else scale * -8)
+
+
+def _parts(raw: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The f16 numbers at the head of each block, [N, G, 1 or 2], and the bytes behind them."""
+    head, width = {Q4_0: (2, 18), Q4_1: (4, 20), Q8_0: (2, 34)}[kind]
+    blocks = raw.view(raw.shape[0], -1, width)
+    return blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
+
+
+def scales(weight: StoredWeight) -> torch.Tensor:
+    """All floating-point numbers of a stored matrix: f16[N, G, 1 or 2]."""
+    return _parts(weight.read(), weight.kind)[0]
 
 
 def stored_bits(weight: Weight) -> int:

@@ -7,8 +7,8 @@ any step.  No torch.  Runs in the workers.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ class Grammars:
         self._load = vocabulary
         self._tokenizer: LLTokenizer | None = None
         self._matchers: dict[int, LLMatcher] = {}
-        self._beginnings: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._beginning = functools.lru_cache(_KEPT)(self._compile)
         self._eos: frozenset[int] = frozenset()
         self._ends: U32 = np.zeros(0, np.uint32)
 
@@ -74,24 +74,20 @@ class Grammars:
         for slot, n_bytes, n_output in plan.grammars.tolist():
             self._matchers.pop(slot, None)
             if n_bytes:
-                matcher = self._begin(plan.grammar_text[text_at : text_at + n_bytes].decode())
+                matcher = self._beginning(plan.grammar_text[text_at : text_at + n_bytes].decode()).deep_copy()
                 for token in plan.said[at : at + n_output].tolist():
                     _feed(matcher, token, self._eos)
                 self._matchers[slot] = matcher
             text_at, at = text_at + n_bytes, at + n_output
 
-    def _begin(self, text: str) -> LLMatcher:
+    def _compile(self, text: str) -> LLMatcher:
+        """A matcher at the beginning of its answer, to be copied."""
         self.load_vocabulary()
         from llguidance import LLMatcher, LLParserLimits
 
-        if text not in self._beginnings:
-            assert self._tokenizer is not None
-            limits = LLParserLimits(max_items_in_row=_MAX_ROW, step_max_items=_MAX_STEP)
-            self._beginnings[text] = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
-            if len(self._beginnings) > _KEPT:
-                self._beginnings.popitem(last=False)
-        self._beginnings.move_to_end(text)
-        return self._beginnings[text].deep_copy()
+        assert self._tokenizer is not None
+        limits = LLParserLimits(max_items_in_row=_MAX_ROW, step_max_items=_MAX_STEP)
+        return LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
 
     def rows(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Indices of the `slots` that have a grammar."""

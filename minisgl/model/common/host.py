@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 from minisgl.config import EngineConfig
 
@@ -55,7 +56,7 @@ def prepare_environment(n_threads: int) -> None:
 # ---------------- memory
 def available_bytes(root: str = "/") -> int:
     """The machine's available memory, or less where a control group around this process has less left.  root: as above."""
-    candidates = [_meminfo(os.path.join(root, "proc/meminfo"))]
+    candidates = [_meminfo(Path(root, "proc/meminfo"))]
     for group in groups(root, "memory"):
         v2 = (group, "memory.max", "memory.current", "inactive_file")
         v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -64,45 +65,40 @@ def available_bytes(root: str = "/") -> int:
 
 
 # ---------------- files of the kernel
-def groups(root: str, controller: str) -> list[str]:
+def groups(root: str, controller: str) -> list[Path]:
     """The directories of this process's control groups and their parents, for both versions of the interface.
 
     controller: "memory" or "cpu".
     """
-    found = []
+    found: list[Path] = []
     try:
-        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as f:
-            lines = [line.rstrip("\n").split(":", 2) for line in f]
+        lines = [line.split(":", 2) for line in Path(root, "proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
     for line in lines:
         if len(line) == 3 and (line[1] == "" or controller in line[1].split(",")):
-            base = os.path.join(root, "sys/fs/cgroup", controller if line[1] else "")
-            path = line[2].strip("/")
-            while True:  # inside a container the inner directories may be invisible: the base itself still counts
-                found.append(os.path.join(base, path))
-                if not path:
-                    break
-                path = os.path.dirname(path)
+            base = Path(root, "sys/fs/cgroup", controller if line[1] else "")
+            inner = Path(line[2].strip("/"))  # inside a container it may be invisible: the base itself still counts
+            found += [base / path for path in (inner, *inner.parents)]
     return found
 
 
-def _quota(group: str) -> float | None:
+def _quota(group: Path) -> float | None:
     """The cores' worth of time that a group may use; None: all."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            quota, period = " ".join(_read(group, name) for name in names).split()
+            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
             return int(quota) / int(period) if quota not in ("max", "-1") else None
         except (OSError, ValueError, ZeroDivisionError):
             continue
     return None
 
 
-def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
+def _left(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     """Limit minus usage of one group in bytes, where file pages that the kernel can drop do not count; None: no limit."""
     try:
-        most, used = _read(group, limit).strip(), int(_read(group, usage))
-        stat = dict(line.split() for line in _read(group, "memory.stat").splitlines())
+        most, used = (group / limit).read_text(encoding="ascii").strip(), int((group / usage).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
     if most == "max" or int(most) >= _UNLIMITED:
@@ -110,14 +106,6 @@ def _left(group: str, limit: str, usage: str, reclaimable: str) -> int | None:
     return int(most) - used + int(stat.get(reclaimable, 0))
 
 
-def _meminfo(path: str) -> int:
-    with open(path, encoding="ascii") as f:
-        for line in f:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return _UNLIMITED
-
-
-def _read(group: str, name: str) -> str:
-    with open(os.path.join(group, name), encoding="ascii") as f:
-        return f.read()
+def _meminfo(path: Path) -> int:
+    lines = path.read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), _UNLIMITED)

@@ -21,6 +21,7 @@ from minisgl.arrays import F32, I32, I64
 from minisgl.plan import DRAW, SCORE, StepPlan
 
 U64 = npt.NDArray[np.uint64]
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # columns of plan.JOIN, kept for each slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class SlotState:
     def _update(self, plan: StepPlan) -> None:
         j = plan.new_slots
         self.kv_len[j["slot"]] = j["kv_len"]
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        for name in _SAMPLING:
             getattr(self, name)[j["slot"]] = j[name]
         if len(plan.extras):
             self.extras = True
@@ -139,11 +140,7 @@ class SlotState:
             sample_slots=sample_slots,
             decode_slots=decode,
             sampling=SamplingRows(
-                temperature=self.temperature[sample_slots],
-                top_k=self.top_k[sample_slots],
-                top_p=self.top_p[sample_slots],
-                min_p=self.min_p[sample_slots],
-                seed=self.seed[sample_slots],
+                **{name: getattr(self, name)[sample_slots] for name in _SAMPLING},
                 positions=self.kv_len[sample_slots].astype(np.int64),
             ),
             score_rows=score_rows,

@@ -73,7 +73,7 @@ class TorchAttention:
         self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
         token = 2 * num_kv_heads * spec.head_dim
         self._token_bytes = token * dtype.itemsize
-        # Zero pages of the operating system: they take no memory until written, and padding never reads NaN.
+        # Zero pages of the operating system: they take no memory until written.
         raw = np.zeros(spec.num_layers * num_pages * page_size * self._token_bytes, np.uint8)
         cache = torch.from_numpy(raw).view(dtype)
         self._by_token = cache.view(spec.num_layers, num_pages * page_size, 2, num_kv_heads, spec.head_dim)
@@ -86,6 +86,10 @@ class TorchAttention:
     def plan(self, batch: StepBatch) -> None:
         """Lay out the step for all layers.  Once per step, before the first layer."""
         self._kv_index = torch.from_numpy(batch.kv_index)
+        # Complete pages are gathered, and a weight of 0 does not undo NaN: nothing of a page's former owner may remain.
+        begun = batch.kv_index[batch.kv_index % self._page_size == 0] // self._page_size
+        if len(begun):
+            self._by_page.index_fill_(1, torch.from_numpy(begun), 0)
         self._steps = {window: self._lay_out(batch, window) for window in set(self._windows)}
         steps = self._steps.values()
         needed = max([len(c.pages) for s in steps for c in s.chunks if c.pages is not None], default=0)
@@ -125,6 +129,8 @@ class TorchAttention:
         if rotation is not None:
             rotate_(heads[:, : n_heads + self._kv_heads], *rotation)
         kv = heads[:, n_heads:].view(-1, 2, self._kv_heads, self._dim)
+        if self._dtype == torch.float16:
+            kv.clamp_(-65504, 65504)
         self._by_token[layer].index_copy_(0, self._kv_index, kv)
         step = self._steps[self._windows[layer]]
         out = [self._prefill(layer, c, q[c.start : c.end], kv, sinks) for c in step.chunks]
@@ -155,10 +161,9 @@ class TorchAttention:
         page = first // self._page_size + np.arange(n_pages)
         position = (page[:, :, None] * self._page_size + np.arange(self._page_size)).reshape(len(lens), -1)
         unseen = (position < first) | (position >= lens[:, None])
-        # Entries after a row's last page may name any page: page 0, whose values are finite, is read instead.
-        mine = page * self._page_size < lens[:, None]
-        found = np.take_along_axis(pages, np.minimum(page, pages.shape[1] - 1), axis=1)
-        index = torch.from_numpy(np.where(mine, found, 0).astype(np.int64).reshape(-1))
+        # Entries after a row's last page may name any page, of any request: the row's own last page is read instead.
+        own = np.minimum(page, (lens[:, None] - 1) // self._page_size)
+        index = torch.from_numpy(np.take_along_axis(pages, own, axis=1).astype(np.int64).reshape(-1))
         mask = torch.zeros(unseen.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(unseen), -torch.inf)
         return _DecodeGroup(start, start + len(lens), index, mask[:, None, None].expand(-1, 1, self._group, -1))
 
@@ -170,11 +175,19 @@ class TorchAttention:
 
     def _prefill(self, layer: int, c: _Chunk, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         kv = kv[c.start : c.end] if c.pages is None else self._gather(layer, c.pages)[: c.context]
+        spoilt = None
+        if not kv.sum(dtype=torch.float32).isfinite():
+            # Tokens before one whose keys or values are no finite numbers must not get NaN from a weight of 0; those that see
+            # it become NaN.
+            bad = ~kv.isfinite().flatten(1).all(1)
+            spoilt = bad.cumsum(0) > 0 if c.mask is None else (c.mask[:, bad] == 0).any(1)
+            kv = kv.masked_fill(bad[:, None, None, None], 0)
         keys, values = kv.permute(1, 2, 0, 3)[:, :, None].expand(-1, -1, self._group, -1, -1)  # [K, G, S, D]
         q = q.view(len(q), self._kv_heads, self._group, self._dim).permute(1, 2, 0, 3)  # [K, G, chunk, D]
         if sinks is not None:
             sinks = sinks.view(self._kv_heads, self._group, 1, 1)
-        return self._attend(q, keys, values, c.mask, sinks).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
+        out = self._attend(q, keys, values, c.mask, sinks).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
+        return out if spoilt is None else out.masked_fill(spoilt[:, None], torch.nan)
 
     def _decode(self, layer: int, g: _DecodeGroup, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         rows = len(q)

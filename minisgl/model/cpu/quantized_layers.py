@@ -83,6 +83,11 @@ class QuantizedLayers(CpuLayers):
         self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
     ) -> LinearLayer:
         inputs, bits = weights[0].shape[1], self.bits(weights)
+        factors = [_row_factors(w, bits) for w in weights]
+        if any(bool((f != 1).any()) for f in factors):
+            near = [dense(w).float() / f[:, None] for w, f in zip(weights, factors, strict=True)]
+            product, factor, offset = self.linear(*near), torch.cat(factors), 0 if bias is None else bias
+            return lambda x: plain(product(x)) * factor + offset
         if self._run is None:
             return TorchLinear([_groups(w, bits) for w in weights], inputs, bias)
         blocks = self._run.pack([_rows(w, bits) for w in weights], inputs, bits)
@@ -93,9 +98,10 @@ class QuantizedLayers(CpuLayers):
 
     def gated(self, gate: Weight, up: Weight, *, activation: str = "silu") -> GatedLayer:
         width, inputs = gate.shape
-        if self._run is None or width % LANES or activation not in PackedWeight.GATED:
-            return super().gated(gate, up, activation=activation)
         bits = self.bits((gate, up))
+        scaled = any(bool((_row_factors(w, bits) != 1).any()) for w in (gate, up))
+        if scaled or self._run is None or width % LANES or activation not in PackedWeight.GATED:
+            return super().gated(gate, up, activation=activation)
         blocks = self._run.pack([_rows(gate, bits), _rows(up, bits)], inputs, bits, in_turns=True)
         return QuantLinear(PackedWeight(blocks, 2 * width, inputs, gated=activation), self._run)
 
@@ -106,6 +112,21 @@ class QuantizedLayers(CpuLayers):
             return 4
         # The table of tokens is often the head, too, where 4 bits cost most: it stays at 8 unless it is stored in 4.
         return 4 if self._kind == "q4" and weights[0].shape[1] % GROUP == 0 and not stored[0] else 8
+
+
+def _row_factors(weight: Weight, bits: int) -> torch.Tensor:
+    """Powers of two f32[N] to divide the rows of a matrix by before it is rounded: 1 unless half precision cannot hold a scale.
+
+    The largest weight of such a row becomes 2^14, so that groups down to 2^-21 of it keep their precision.
+    """
+    if isinstance(weight, StoredWeight) and stored_bits(weight) == bits:
+        return torch.ones(weight.shape[0])  # packed as it is stored
+    rows = dense(weight)
+    groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP)).view(len(rows), -1, GROUP)
+    most = torch.maximum(groups.amax(-1), -groups.amin(-1)).float()
+    largest, least = most.amax(-1), most.masked_fill(most == 0, 1).amin(-1)
+    outside = (largest > 2.0**15) | (least < 2.0**-16)
+    return torch.where(outside & (largest > 0), torch.exp2(largest.log2().floor() - 14), 1)
 
 
 def _rows(weight: Weight, bits: int) -> tuple[torch.Tensor, int]:

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from minisgl.arrays import I32, I64
@@ -120,16 +119,15 @@ class Runner:
                 logits = self._model.logits(x, delta, rows)
             else:
                 logits = self._model(ids, positions, rows, self._attention)
-            tokens, failed = self._draw(logits[: len(batch.sample_rows)], batch)
-            scores = self._score(logits, batch, tokens) if self._parallel.rank == 0 else None
-        self._state.advance(batch, tokens)
-        if failed is not None:
-            tokens = np.where(failed, np.int32(FAILED), tokens)
+            tokens = self._draw(logits[: len(batch.sample_rows)], batch)
+            drawn = np.maximum(tokens, 0)  # any token goes on in the place of a failure
+            scores = self._score(logits, batch, drawn) if self._parallel.rank == 0 else None
+        self._state.advance(batch, drawn)
         pooled = None if vectors is None else vectors.numpy()
         return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
-    def _draw(self, logits: torch.Tensor, batch: StepBatch) -> tuple[I32, npt.NDArray[np.bool_] | None]:
-        """A token for each row, after biases, penalties and grammars; and the rows whose grammar failed, None for no rows."""
+    def _draw(self, logits: torch.Tensor, batch: StepBatch) -> I32:
+        """A token or a reason why there is none for each row, after biases, penalties and grammars."""
         slots = batch.sample_slots
         if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
             adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
@@ -138,9 +136,9 @@ class Runner:
             return self._draw_masked(logits, batch, rows)
         tokens = sample(logits, batch.sampling)
         self._count(slots, tokens)
-        return tokens, None
+        return tokens
 
-    def _draw_masked(self, logits: torch.Tensor, batch: StepBatch, rows: I64) -> tuple[I32, npt.NDArray[np.bool_]]:
+    def _draw_masked(self, logits: torch.Tensor, batch: StepBatch, rows: I64) -> I32:
         """`_draw` where some `rows` have a grammar."""
         slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
         masks, failed[rows] = self._grammars.masks(slots[rows])
@@ -148,8 +146,8 @@ class Runner:
         logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
         tokens = sample(logits, batch.sampling)
         self._count(slots, tokens)
-        self._grammars.advance(slots[rows], tokens[rows])
-        return tokens, failed
+        self._grammars.advance(slots[rows], np.maximum(tokens[rows], 0))
+        return np.where(failed & (tokens >= 0), np.int32(FAILED), tokens)
 
     def _count(self, slots: I64, tokens: I32) -> None:
         if self._state.extras and len(counted := np.flatnonzero(self._state.counted[slots])):

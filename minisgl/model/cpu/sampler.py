@@ -12,7 +12,7 @@ import torch
 
 from minisgl.arrays import I32, I64
 from minisgl.model.common.slots import U64, SamplingRows
-from minisgl.plan import StepLogprobs
+from minisgl.plan import NOT_A_NUMBER, StepLogprobs
 
 CANDIDATES = 256  # most likely tokens that are tried before the full vocabulary is sorted
 
@@ -49,13 +49,16 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> I32:
 
     Temperature 0 takes the most likely token.  Otherwise temperature, top-k, top-p and min-p apply in this order, and the
     token is where the cumulative distribution, in the order of the vocabulary, passes the row's random number.  Tokens as
-    likely as the last one that a filter keeps are also kept, so no order of sorting matters.
+    likely as the last one that a filter keeps are also kept, so no order of sorting matters.  A row with NaN or infinity among
+    its logits has NOT_A_NUMBER for a token.
     """
     tokens = np.empty(len(logits), np.int32)
     greedy = rows.temperature <= 0
     if greedy.any():
         picked = logits if greedy.all() else logits[torch.from_numpy(greedy)]
-        tokens[greedy] = picked.argmax(-1).numpy()
+        best = picked.argmax(-1)  # of a NaN, if there is one
+        finite = picked.gather(1, best[:, None])[:, 0] < torch.inf
+        tokens[greedy] = best.where(finite, NOT_A_NUMBER).numpy()
     drawn = np.flatnonzero(~greedy)
     if len(drawn):
         tokens[drawn] = _draw(logits[torch.from_numpy(drawn)].float(), rows, drawn)
@@ -66,7 +69,8 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, drawn: I64) -> npt.NDArray[n
     """Inverse-CDF draws for the rows `drawn`, whose logits are f32[N, V]."""
     temperature = torch.from_numpy(rows.temperature[drawn])[:, None]
     # The maximum is subtracted first, so that no temperature overflows the exponent.
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+    top = logits.amax(-1, keepdim=True)
+    probs = torch.softmax((logits - top) / temperature, -1)
     floor = _floor(probs, rows.top_k[drawn], rows.top_p[drawn], rows.min_p[drawn])
     if floor is not None:
         probs = probs.masked_fill_(probs < floor[:, None], 0)
@@ -75,7 +79,8 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, drawn: I64) -> npt.NDArray[n
     u = torch.from_numpy(uniform(rows.seed[drawn], rows.positions[drawn]))[:, None]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cdf, target, right=True)[:, 0]  # the first token whose cumulative probability exceeds it
-    drawn_tokens: npt.NDArray[np.int64] = index.clamp_(max=logits.shape[1] - 1).numpy()
+    index.clamp_(max=logits.shape[1] - 1)
+    drawn_tokens: npt.NDArray[np.int64] = index.where(top[:, 0] < torch.inf, NOT_A_NUMBER).numpy()
     return drawn_tokens
 
 
@@ -129,13 +134,14 @@ def score(logits: torch.Tensor, tokens: I32, widths: I32) -> StepLogprobs:
     """Log probabilities of one token for each row of `logits` [M, V], and of the row's most likely tokens.
 
     tokens, widths: i32[M].  Every row gets max(widths) alternatives, most likely first, the smaller id first among equals.
+    The log probability of the token is NaN where the row's logits are.
     """
     logprobs = torch.log_softmax(logits.float(), -1)
-    logprobs.masked_fill_(logprobs.isnan(), -torch.inf)
     m, width = len(logprobs), min(int(widths.max(initial=0)), logits.shape[1])
     own = logprobs.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0].numpy()
     if width == 0:
         return StepLogprobs(own, np.zeros((m, 0), np.int32), np.zeros((m, 0), np.float32))
+    logprobs.masked_fill_(logprobs.isnan(), -torch.inf)
     last = torch.topk(logprobs, width).values[:, -1:]
     row, token = (x.numpy() for x in torch.nonzero(logprobs >= last, as_tuple=True))  # including ties for the last place
     value = logprobs.numpy()[row, token]

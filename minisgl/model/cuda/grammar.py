@@ -89,4 +89,4 @@ class GrammarRows:
 
     def _read(self, drawn: _Drawn) -> None:
         drawn.end.synchronize()
-        self.grammars.feed(drawn.matchers, drawn.tokens.numpy()[drawn.rows])
+        self.grammars.feed(drawn.matchers, np.maximum(drawn.tokens.numpy()[drawn.rows], 0))

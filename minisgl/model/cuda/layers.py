@@ -17,11 +17,9 @@ from minisgl.model.common.weights import Weight, stacked
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
 from minisgl.model.kernels.small_batch_matmul import choose, few_rows, settings, skinny
 
-# The paths of an FP8 layer by the number of its rows (scripts/bench/row_counts.py).  A step of 14B took 5.1 ms at one row with
-# 16-bit rows and 8-bit weights; 10.7, 11.4 and 11.8 ms at 2, 8 and 16 rows, where converting the weights for the matrix unit
-# takes longer than reading them; and 5.3 ms at 17 rows with the library's float8 products.
-WEIGHT_ONLY_ROWS = 1  # up to here 16-bit rows
-OUR_ROWS = 0  # up to here float8 rows through our kernel, which reads no more than the weights and scales its own results
+# The paths of an FP8 layer by the number of its rows (scripts/bench/row_counts.py).  A step of 14B takes 4.86, 4.93, 5.20 and
+# 5.73 ms at 1, 2, 16 and 32 rows with our kernel, and 5.08, 5.21, 5.44 and 5.82 with the library; at 48 rows 6.18 and 6.05.
+OUR_ROWS = 32  # up to here our kernel, which reads no more than the weights and scales its own results
 LIBRARY_ROWS = 24  # the library's products get at least as many rows: below 17 it takes twice as long
 ONE_SCALE_ROWS = 1024  # up to here the library is faster with one scale than with one for each row and column
 
@@ -46,14 +44,10 @@ class Fp8Product:
         self.weight, self.scales = quantized.values, quantized.scales.view(-1)
         self._one = torch.ones((), dtype=torch.float32, device=weight.device)
 
-    def ours(self, x: torch.Tensor | Quantized, **options: bool) -> torch.Tensor | PartialSums:
-        """Plain or float8 rows through our kernels."""
-        n, k = self.weight.shape
-        gated = options.get("gated", False)
-        if isinstance(x, Quantized):
-            found = settings(max(2, len(x.values)), n, k, fp8=True, **options)
-            return skinny(x.values, self.weight, scales=self.scales, row_scales=x.scales, gated=gated, **found)
-        return few_rows(x, self.weight, choose(len(x), n, k, fp8=True, **options) or {}, scales=self.scales, gated=gated)
+    def ours(self, x: Quantized, **options: bool) -> torch.Tensor | PartialSums:
+        """Few rows through our kernel, as bfloat16 or partial sums."""
+        found = settings(max(2, len(x.values)), *self.weight.shape, fp8=True, **options)
+        return skinny(x.values, self.weight, scales=(x.scales, self.scales), gated=options.get("gated", False), **found)
 
     def library(self, x: Quantized, *, no_partial_sums: bool = False) -> torch.Tensor | Scaled:
         """bfloat16, still to be scaled where that makes the product faster, unless `no_partial_sums` forbids it."""
@@ -72,17 +66,14 @@ class Fp8Product:
 
 
 class Fp8Linear:
-    """Float8 weights times float8 rows; up to WEIGHT_ONLY_ROWS rows stay in 16 bits."""
+    """Float8 weights times float8 rows."""
 
     def __init__(self, weight: torch.Tensor, no_partial_sums: bool) -> None:
         self._product, self._no_partial_sums = Fp8Product(weight), no_partial_sums
 
     def __call__(self, x: Activations) -> Product:
         if not isinstance(x, Quantized):
-            rows = plain(x)
-            if len(rows) <= WEIGHT_ONLY_ROWS:
-                return self._product.ours(rows, no_partial_sums=self._no_partial_sums)
-            x = norm_activation.quantize_rows(rows)
+            x = norm_activation.quantize_rows(plain(x))
         if len(x.values) <= OUR_ROWS:
             return self._product.ours(x, no_partial_sums=self._no_partial_sums)
         return self._product.library(x, no_partial_sums=self._no_partial_sums)
@@ -103,15 +94,16 @@ class Gated:
 
 
 class Fp8Gated:
-    """As Gated in float8; the output is Quantized, too, where the input is."""
+    """As Gated in float8: the output is Quantized, too, except from our kernel."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._product = Fp8Product(weight)
 
     def __call__(self, x: Activations) -> Activations:
-        if isinstance(x, Quantized) and len(x.values) > OUR_ROWS:
-            return norm_activation.silu_mul_quantized(self._product.library(x))
-        return plain(self._product.ours(x if isinstance(x, Quantized) else plain(x), gated=True))
+        rows = x if isinstance(x, Quantized) else norm_activation.quantize_rows(plain(x))
+        if len(rows.values) > OUR_ROWS:
+            return norm_activation.silu_mul_quantized(self._product.library(rows))
+        return plain(self._product.ours(rows, gated=True))
 
 
 def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:
@@ -142,8 +134,7 @@ class Norm:
         self._weight, self._eps, self._quantize = weight, eps, quantize
 
     def __call__(self, x: torch.Tensor, delta: Product | None = None) -> torch.Tensor | Quantized:
-        quantize = self._quantize and len(x) > WEIGHT_ONLY_ROWS
-        return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=quantize)
+        return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=self._quantize)
 
 
 class CudaLayers:

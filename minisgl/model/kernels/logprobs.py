@@ -46,7 +46,7 @@ def _score(
             x = tl.load(source + first + at, mask=first + at < vocab, other=-float("inf")).to(tl.float32)
             total += tl.exp(x - best)
         log_total = tl.log(tl.sum(total, 0))
-        own = tl.load(source + tl.load(tokens + target)).to(tl.float32) - best - log_total
+        own = tl.load(source + tl.maximum(tl.load(tokens + target), 0)).to(tl.float32) - best - log_total
         line = out + target * WORDS
         tl.store(line, own.to(tl.int32, bitcast=True))
         # Of the alternative before: those still to come are less likely, or as likely with a larger id.

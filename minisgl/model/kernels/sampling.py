@@ -4,7 +4,7 @@ A drawn token is where the cumulative distribution, in the order of the vocabula
 CPU and with the same number: 53 bits of Philox4x32-10 with the request's seed as the key and the position as the counter
 (Salmon et al., SC 2011).  That needs one exponential a token and no noise: a first kernel weighs parts of the vocabulary, a
 second one finds the part, and the token in it.  A row's token depends on its own logits, parameters, seed and position alone.
-T = 0 is the largest logit, the smallest token id winning ties.
+T = 0 is the largest logit, the smallest token id winning ties.  A row with NaN or +inf among its logits gets NOT_A_NUMBER.
 
 top-k, top-p and min-p, in this order and after temperature, become one bound per row below which no logit may be drawn.
 It is found by bisection over the *bits* of the logits (floats order as their bits do), which needs no sort, is exact, and keeps
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from minisgl.model.kernels.pdl import begin, launch_options
+from minisgl.plan import NOT_A_NUMBER
 from minisgl.sampling_params import MAX_EOS_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _BLOCK = 4096
@@ -109,7 +110,8 @@ def _weigh(
     t, bound = tl.load(temperature + slot), tl.load(bounds + row)
     index = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
-    top = tl.max(value, 0)
+    finite = tl.min((value < float("inf")).to(tl.int32), 0) > 0  # NaN is not
+    top = tl.where(finite, tl.max(value, 0), float("inf"))
     first = tl.min(tl.where(value == top, index, vocab - 1), 0)  # the smallest of equals; a token also if all are NaN
     tl.store(best_value + row * parts + part, top)
     tl.store(best_index + row * parts + part, first)
@@ -128,7 +130,8 @@ def _weight(value, top, bound, t):
 def _draw(
     logits, stride, vocab, best_value, best_index, weights, parts, slots, temperature, seed, kv_lens, bounds, targets, tokens,
     last_token, kv_len, spare, seen, presence, frequency, repetition,
-    ADVANCE: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ADVANCE: tl.constexpr, COUNTED: tl.constexpr, NONE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row: its token is drawn, from its parts and then within one, and becomes the slot's newest; it is counted
     if the slot has penalties."""
@@ -160,7 +163,8 @@ def _draw(
         weight = _weight(inside, top, bound, t).to(tl.float64)
         place = tl.sum((tl.cumsum(weight, 0) <= left).to(tl.int32), 0)
         token = chosen * BLOCK + tl.minimum(place, tl.max(tl.where(weight > 0, at, 0), 0))
-    tl.store(tokens + tl.load(targets + row), token)
+    token = tl.where(top == float("inf"), 0, token)
+    tl.store(tokens + tl.load(targets + row), tl.where(top == float("inf"), NONE, token))
     tl.store(last_token + slot, token)
     if COUNTED:
         penalised = tl.load(presence + slot) != 0
@@ -207,7 +211,7 @@ def sample(
     _draw[(rows,)](
         logits, logits.stride(0), vocab, value, index, weights, parts, slots, s.temperature, s.seed, kv_lens, bounds, targets,
         tokens, s.last_token, s.kv_len, len(s.kv_len) - 1, seen, s.presence, s.frequency, s.repetition,
-        ADVANCE=advance, COUNTED=counted, PARTS=triton.next_power_of_2(parts), BLOCK=_BLOCK, **options,
+        ADVANCE=advance, COUNTED=counted, NONE=NOT_A_NUMBER, PARTS=triton.next_power_of_2(parts), BLOCK=_BLOCK, **options,
     )  # fmt: skip
 
 

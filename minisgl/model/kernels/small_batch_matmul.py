@@ -23,9 +23,8 @@ from minisgl.model.kernels.pdl import launch_options, prefetch, release, wait
 
 @triton.jit
 def _gemv(
-    x, weight, y, scales,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    x, weight, y,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: a program per BLOCK_N of the N outputs.  The first tiles of weights are loaded before the wait.
 
@@ -51,21 +50,16 @@ def _gemv(
         if GATED:
             acc_up += tl.load(at + N * K + first, mask=inside & more[None, :], other=0.0).to(tl.float32) * xs
     total = tl.sum(acc, 1)
-    if SCALED:
-        total *= tl.load(scales + n, mask=n < N, other=0.0)
     if GATED:
-        up = tl.sum(acc_up, 1)
-        if SCALED:
-            up *= tl.load(scales + N + n, mask=n < N, other=0.0)
-        total = gate(total, up, y)
+        total = gate(total, tl.sum(acc_up, 1), y)
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
-    x, weight, y, scales, row_scales, rows, N,
+    x, weight, y, row_scales, scales, rows, N,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr, SCALED: tl.constexpr, ROWS_SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N], or [rows, N / 2] if GATED.
 
@@ -91,12 +85,11 @@ def _skinny(
     for _ in range(0, WIDTH, BLOCK_K):
         w = tl.load(at_w)
         xs = tl.load(at_x, mask=in_x, other=0.0)
-        acc = tl.dot(w.to(xs.dtype), tl.trans(xs), acc)
+        acc = tl.dot(w, tl.trans(xs), acc)
         at_w += BLOCK_K
         at_x += BLOCK_K
     if SCALED:
         acc *= tl.load(scales + n, mask=n < N, other=0.0)[:, None]
-    if ROWS_SCALED:
         acc *= tl.load(row_scales + m, mask=m < rows, other=0.0)[None, :]
     if GATED:
         both = tl.reshape(acc, [BLOCK_N // 16, 2, 8, BLOCK_M]).permute(0, 2, 3, 1)
@@ -115,22 +108,18 @@ SMALL_WEIGHTS, NARROW = 1 << 23, 2048
 PROCESSORS = 132  # of an H100 or H200
 
 
-def choose(
-    rows: int, n: int, k: int, *, no_partial_sums: bool = False, fp8: bool = False, gated: bool = False
-) -> dict[str, Any] | None:
+def choose(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated: bool = False) -> dict[str, Any] | None:
     """The settings of `gemv` (one row) or `skinny` for x [rows, K] @ weight [N, K].T, or None where the library is faster.
 
     From scripts/bench/ablate_step.py on an H200: up to 16 rows ours, except for very large weights; up to 128 where the weights
     are small; up to 256 where the output is narrow, so that only parts of K make enough programs.  `no_partial_sums` forbids
-    parts, as `gated` does; `fp8`: weights that the library cannot multiply by plain rows, so there are always settings.
+    parts, as `gated` does.
     """
     if rows == 1:
-        return settings(rows, n, k, gated=gated) if n * k <= GEMV_WEIGHTS or fp8 else None
+        return settings(rows, n, k, gated=gated) if n * k <= GEMV_WEIGHTS else None
     most = GEMV_WEIGHTS if rows <= 16 else SMALL_WEIGHTS if rows <= 128 else 0
     fast = n * k <= most or (is_narrow(n, k) and rows <= 256)
-    return (
-        settings(rows, n, k, no_partial_sums=no_partial_sums, fp8=fp8, gated=gated) if fp8 or (fast and k % 128 == 0) else None
-    )
+    return settings(rows, n, k, no_partial_sums=no_partial_sums, gated=gated) if fast and k % 128 == 0 else None
 
 
 def is_narrow(n: int, k: int) -> bool:
@@ -171,13 +160,12 @@ def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
-    scales: torch.Tensor | None = None,
     block_n: int = 4,
     block_k: int = 1024,
     warps: int = 4,
     gated: bool = False,
 ) -> torch.Tensor:
-    """x [1, K] @ weight [N, K].T -> [1, N].  Weights of x's dtype, or float8 with `scales` f32, one for each output.
+    """x [1, K] @ weight [N, K].T -> [1, N], in x's dtype.
 
     `gated`: weight is [gate, up], and the result silu(gate) * up [1, N / 2].
     """
@@ -186,8 +174,7 @@ def gemv(
     y = torch.empty(1, n, dtype=x.dtype, device=x.device)
     block_k = min(block_k, triton.next_power_of_2(k))
     _gemv[(triton.cdiv(n, block_n),)](
-        x, weight, y, y if scales is None else scales, N=n, K=k, BLOCK_N=block_n, BLOCK_K=block_k,
-        SCALED=scales is not None, GATED=gated, num_warps=warps, **launch_options(x),
+        x, weight, y, N=n, K=k, BLOCK_N=block_n, BLOCK_K=block_k, GATED=gated, num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return y
 
@@ -196,7 +183,7 @@ def skinny(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
-    scales: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     splits: int = 1,
     block_m: int = 16,
     block_n: int = 64,
@@ -205,33 +192,28 @@ def skinny(
     stages: int = 4,
     prefetch_k: int = 0,
     gated: bool = False,
-    row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor | PartialSums:
     """x [R, K] @ weight [N, K].T -> [R, N] of x's dtype, or, with splits, f32 partial sums.
 
     `gated`: weight is [gate, up], and the result silu(gate) * up [R, N / 2]; N / 2 a multiple of 8, no splits.
-    Weights as for `gemv`; K a multiple of splits * block_k.  `row_scales` f32 [R, 1]: x is float8, and the result bfloat16.
+    K a multiple of splits * block_k.  `scales` f32 [R, 1] of the rows and f32 [N] of the outputs: x and weight are float8, and
+    the result is bfloat16.
     """
     rows, k = x.shape
     n = len(weight)
     width = n // 2 if gated else n
-    dtype = torch.float32 if splits > 1 else x.dtype if row_scales is None else torch.bfloat16
+    dtype = torch.float32 if splits > 1 else x.dtype if scales is None else torch.bfloat16
     y = torch.empty(splits, rows, width, dtype=dtype, device=x.device)
     _skinny[(triton.cdiv(n, block_n), splits, triton.cdiv(rows, block_m))](
-        x, weight, y, y if scales is None else scales, y if row_scales is None else row_scales, rows, n,
+        x, weight, y, *(scales or (y, y)), rows, n,
         K=k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLITS=splits, PREFETCH=prefetch_k, SCALED=scales is not None,
-        ROWS_SCALED=row_scales is not None, GATED=gated, num_warps=warps, num_stages=stages, **launch_options(x),
+        GATED=gated, num_warps=warps, num_stages=stages, **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else PartialSums(y)
 
 
 def few_rows(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    settings: dict[str, Any],
-    *,
-    scales: torch.Tensor | None = None,
-    gated: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, settings: dict[str, Any], *, gated: bool = False
 ) -> torch.Tensor | PartialSums:
     """`gemv` or `skinny`, with the settings that `choose` has for x."""
-    return (gemv if len(x) == 1 else skinny)(x, weight, scales=scales, gated=gated, **settings)
+    return (gemv if len(x) == 1 else skinny)(x, weight, gated=gated, **settings)

@@ -56,7 +56,7 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
     if in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
-        return gguf_templates(GGUFFile.open(spec.path).fields)
+        return gguf_templates(GGUFFile(spec.path).fields)
     if spec.path:
         return _directory_templates(spec.path)
     return {"default": _PLAIN} if spec.format == "fake" else {}

@@ -52,10 +52,6 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(fmt: str) -> str:
-    return datetime.now().strftime(fmt)
-
-
 def _environment() -> jinja2.Environment:
     """The names and settings of Hugging Face's `apply_chat_template`, for which templates are written."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -63,7 +59,7 @@ def _environment() -> jinja2.Environment:
     )
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = _strftime_now
+    env.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
     return env
 
 
@@ -168,8 +164,7 @@ def _part_text(i: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise InvalidParam("messages", f"messages[{i}].content has a part of type {kind!r:.80}; only text can be served.")
-    text: str = part["text"]
-    return text
+    return str(part["text"])
 
 
 @contextmanager

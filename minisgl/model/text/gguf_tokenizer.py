@@ -19,16 +19,13 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_REST}"
-_PRE = {
-    "default": "gpt2",
-    "gpt-2": "gpt2",
-    "gpt2": "gpt2",
-    "llama-bpe": "llama3",
-    "llama-v3": "llama3",
-    "llama3": "llama3",
-    "qwen2": "qwen2",
-    "smollm": "smollm",
+_STYLES = {  # how a text is split: values of tokenizer.ggml.pre
+    "gpt2": ("default", "gpt-2", "gpt2"),
+    "llama3": ("llama-bpe", "llama-v3", "llama3"),
+    "qwen2": ("qwen2",),
+    "smollm": ("smollm",),
 }
+_PRE = {pre: style for style, names in _STYLES.items() for pre in names}
 
 
 def build(fields: Mapping[str, Any], source: str) -> Tokenizer:

@@ -25,27 +25,20 @@ from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_byt
 
 
 class Tokenizer:
-    """The tokenizer of one model.  `vocab_size` is the model's: ids at or above it have no embedding and are refused."""
+    """The tokenizer of one model.  `vocab_size` is the model's: ids at or above it have no embedding and are refused.
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        vocab_size: int,
-        bos_id: int | None,
-        eos_ids: tuple[int, ...],
-        template: ChatTemplate | None,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.bos_id = bos_id
-        self.eos_ids = eos_ids
+    `special_ids` are tokens that are no text; `skip_special` leaves them out.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, spec: ModelSpec, template: ChatTemplate | None) -> None:
+        self.vocab_size, self.bos_id, self.eos_ids = spec.vocab_size, spec.bos_id, spec.eos_ids
         self._backend = backend
         self._template = template
         backend.no_truncation()  # a tokenizer.json may carry the settings of its training
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
-        self._adds_bos = bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._adds_bos = self.bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     # ---------------- text -> ids
     def encode(self, text: str, add_special: bool, field: str = "prompt") -> I32:
@@ -125,7 +118,7 @@ class Tokenizer:
         """
         if self._table is None:
             return WindowStream(lambda ids: self._decode_slowly(ids, skip_special))
-        return ByteStream(self._table, self._special if skip_special else frozenset())
+        return ByteStream(self._table, self.special_ids if skip_special else frozenset())
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""
@@ -134,13 +127,7 @@ class Tokenizer:
         return self._table[token] if 0 <= token < len(self._table) else b""
 
     def _decode_slowly(self, ids: Sequence[int], skip_special: bool) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
-        return text
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are no text; `skip_special` leaves them out."""
-        return self._special
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
 
     @property
     def strips_space(self) -> bool:
@@ -172,14 +159,14 @@ def load_tokenizer(spec: ModelSpec, chat_template: str = "") -> Tokenizer:
     template = ChatTemplate(templates, specials) if templates else None
     if chat_template and template is not None and (fault := template.fault()) is not None:
         raise UserError(f"--chat-template {chat_template}: cannot be used: {fault}")
-    return Tokenizer(backend, vocab_size=spec.vocab_size, bos_id=spec.bos_id, eos_ids=spec.eos_ids, template=template)
+    return Tokenizer(backend, spec, template)
 
 
 def _from_gguf(spec: ModelSpec) -> _Loaded:
     from minisgl.model.checkpoint.gguf_file import GGUFFile
     from minisgl.model.text import gguf_tokenizer
 
-    fields = GGUFFile.open(spec.path).fields
+    fields = GGUFFile(spec.path).fields
     backend = gguf_tokenizer.build(fields, spec.path)
     tokens = fields["tokenizer.ggml.tokens"]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -217,14 +204,13 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
     """The last resort: slow to import, but able to convert older formats."""
+    why = "transformers found no tokenizer there that the tokenizers library can run"
     try:
         from transformers import AutoTokenizer
 
         backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        if isinstance(backend, tokenizers.Tokenizer):
+            return backend
     except Exception as e:
-        backend, why = None, f"transformers says: {e}"
-    else:
-        why = "transformers found no tokenizer there that the tokenizers library can run"
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
-    return backend
+        why = f"transformers says: {e}"
+    raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")

@@ -12,9 +12,5 @@ def vocabulary_of(spec: ModelSpec) -> Vocabulary:
 
     tokenizer = load_tokenizer(spec)
     eos_ids = tuple(t for t in spec.eos_ids if t < spec.vocab_size)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, False).tolist()
-        return ids
-
-    return Vocabulary([tokenizer.piece(t) for t in range(spec.vocab_size)], tokenizer.special_ids, eos_ids, encode)
+    pieces = [tokenizer.piece(t) for t in range(spec.vocab_size)]
+    return Vocabulary(pieces, tokenizer.special_ids, eos_ids, lambda text: tokenizer.encode(text, False).tolist())

@@ -45,6 +45,9 @@ static void rotate(float *x, const float *cos, const float *sin, int n) {
     }
 }
 
+/* To what half precision holds; NaN stays. */
+INLINE f32x16 saturate(f32x16 v) { return choose(v > all(65504.0f), all(65504.0f), choose(v < all(-65504.0f), all(-65504.0f), v)); }
+
 /* Rotates one token's queries in qkv, and writes its keys and values to the cache. */
 static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
     const int d = l->dim;
@@ -61,9 +64,9 @@ static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
         uint16_t *to = keys + offset / LANES * LANES * d + offset % LANES;
         for (int i = 0; i < d; i += LANES) {
             uint16_t halves[LANES];
-            store_half(halves, load(key + i));
+            store_half(halves, saturate(load(key + i)));
             for (int j = 0; j < LANES; j++) to[(i + j) * LANES] = halves[j];
-            store_half(values + offset * d + i, load(value + i));
+            store_half(values + offset * d + i, saturate(load(value + i)));
         }
     }
 }
@@ -165,8 +168,15 @@ static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, 
             t += n;
         }
     }
+    f32x16 nan = all(0.0f);
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < d; i += LANES) store(out[r] + i, load(acc[r] + i) / total[r]);
+        for (int i = 0; i < d; i += LANES) {
+            store(out[r] + i, load(acc[r] + i) / total[r]);
+            nan += load(out[r] + i) * 0.0f;
+        }
+    /* A value that is NaN reaches the rows that do not see it, too, with a weight of 0.  Alone a row reads what it sees. */
+    if (rows > 1 && sum(nan) != 0.0f)
+        for (int r = 0; r < rows; r++) attend(l, pages, kv_head, 1, q + r, position + r, head + r, out + r);
 }
 
 typedef struct {

@@ -39,7 +39,8 @@ typedef struct {
     float eps;
 } Norm;
 
-INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total) {
+/* Returns zeros, with NaN among them if x has NaN or infinity, which bytes cannot show. */
+INLINE f32x16 quantise_group(const float *x, int8_t *q, float *scale, float *total) {
     f32x16 a = load(x), b = load(x + LANES);
     float most = largest(greater(absolute(a), absolute(b)));
     float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
@@ -51,6 +52,7 @@ INLINE void quantise_group(const float *x, int8_t *q, float *scale, float *total
     for (int i = 0; i < LANES; i++) sum += s[i], rest += t[i];
     *scale = most / 127.0f;
     *total = *scale * (sum + rest * (1.0f / 254.0f));
+    return a * 0.0f + b * 0.0f;
 }
 
 /* One row: x += delta, x / rms(x) * weight, quantise. */
@@ -66,6 +68,7 @@ static void prepare_row(float *x, const float *delta, const Norm *norm, int inpu
         for (; i < inputs; i++) rest += x[i] * x[i];
         factor = 1.0f / sqrtf((sum(squares) + rest) / inputs + norm->eps);
     }
+    f32x16 zeros = all(0.0f);
     for (int i = 0; i < inputs; i += GROUP) {
         int n = inputs - i < GROUP ? inputs - i : GROUP;
         if (n < GROUP) memset(buffer, 0, sizeof buffer);
@@ -73,8 +76,9 @@ static void prepare_row(float *x, const float *delta, const Norm *norm, int inpu
             for (int j = 0; j < n; j++) buffer[j] = x[i + j] * factor * norm->weight[i + j];
         else
             memcpy(buffer, x + i, n * sizeof(float));
-        quantise_group(buffer, q + 2 * i, scale + i / GROUP, total + i / GROUP);
+        zeros += quantise_group(buffer, q + 2 * i, scale + i / GROUP, total + i / GROUP);
     }
+    if (sum(zeros) != 0.0f) *scale = NAN; /* and so is every product with this row */
 }
 
 /* Sixteen outputs of the `rows` rows from `first`. */

@@ -10,34 +10,24 @@ import torch
 
 from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.cuda.flashinfer.modules import (
-    INSTALL,
-    ModuleSpec,
-    State,
-    check_writable,
-    install,
-    installation,
-    needed,
-    parse_arch,
-    status,
-)
+from minisgl.model.cuda.flashinfer import modules as fm
 from minisgl.model.cuda.flashinfer.toolchain import compiling, find_toolchain
 
 
 def visible_archs() -> tuple[str, ...]:
     """The compute capabilities of the GPUs this process sees, as FlashInfer writes them; () for none."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return tuple(sorted({parse_arch("{}.{}".format(*torch.cuda.get_device_capability(i))) for i in devices}))
+    return tuple(sorted({fm.parse_arch("{}.{}".format(*torch.cuda.get_device_capability(i))) for i in devices}))
 
 
-def compile_module(module: ModuleSpec) -> Path:
+def compile_module(module: fm.ModuleSpec) -> Path:
     """Compile in FlashInfer's workspace and return the shared library there.  Raises UserError with the compiler's message."""
     tools = find_toolchain(("curand_kernel.h",) if module.kind == "fa3" else ())
     try:
         from flashinfer.compilation_context import CompilationContext
         from flashinfer.jit.attention import modules
     except ModuleNotFoundError as e:
-        raise UserError(f"FlashInfer cannot be imported without the package {e.name}: {INSTALL}") from e
+        raise UserError(f"FlashInfer cannot be imported without the package {e.name}: {fm.INSTALL}") from e
     targets = {f"{major}.{minor}" for major, minor in CompilationContext().TARGET_CUDA_ARCHS}
     if not set(module.archs) <= targets:
         raise RuntimeError(f"{module} is needed for {module.archs}, and FlashInfer compiles for {targets}")
@@ -51,7 +41,7 @@ def compile_module(module: ModuleSpec) -> Path:
             else:
                 spec = modules.gen_batch_prefill_module(module.kind, *types, False)
             if spec.name != module.uri:
-                raise UserError(f"this FlashInfer names its modules differently ({spec.name}): {INSTALL}")
+                raise UserError(f"this FlashInfer names its modules differently ({spec.name}): {fm.INSTALL}")
             spec.build(False)
         except RuntimeError as e:
             raise UserError(f"compiling {module} failed: {_reason(str(e))}") from e
@@ -65,18 +55,18 @@ def _reason(output: str) -> str:
     return " | ".join(errors[:3] or lines[-3:])[:1000]
 
 
-def build(module: ModuleSpec, directory: Path | None = None) -> None:
+def build(module: fm.ModuleSpec, directory: Path | None = None) -> None:
     """Compile `module` and install it into FlashInfer (or `directory`): minutes.  Raises UserError.
 
     FlashInfer reads FLASHINFER_CUDA_ARCH_LIST and FLASHINFER_WORKSPACE_BASE when it is imported, which is here at the latest.
     """
-    found = installation()
+    found = fm.installation()
     directory = directory or found.aot
-    check_writable(directory / module.uri)
-    install(compile_module(module), module.uri, directory, found.note(module))
+    fm.check_writable(directory / module.uri)
+    fm.install(compile_module(module), module.uri, directory, found.note(module))
 
 
-def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directory: Path | None = None) -> None:
+def build_all(modules: Sequence[fm.ModuleSpec], say: Callable[[str], None], directory: Path | None = None) -> None:
     """`build` each, with a line before and after.  Raises UserError at the first that fails."""
     for i, module in enumerate(modules, 1):
         line = f"compiling {i} of {len(modules)}: {module} ..."
@@ -88,14 +78,14 @@ def build_all(modules: Sequence[ModuleSpec], say: Callable[[str], None], directo
 
 def build_missing(spec: ModelSpec, engine: EngineConfig, arch: str, say: Callable[[str], None]) -> None:
     """Compile what a start on a GPU of `arch` needs and does not find.  Runs in rank 0.  Raises UserError."""
-    states = status(needed(spec, engine, (arch,)))
-    missing = [module for module, state in states.items() if state in (State.MISSING, State.STALE)]
+    states = fm.status(fm.needed(spec, engine, (arch,)))
+    missing = [module for module, state in states.items() if state in (fm.State.MISSING, fm.State.STALE)]
     if missing:
         say(announce(missing))
         build_all(missing, say)
 
 
-def announce(missing: Sequence[ModuleSpec]) -> str:
+def announce(missing: Sequence[fm.ModuleSpec]) -> str:
     """One line for a start that has to compile; "" if nothing is missing."""
     if not missing:
         return ""

@@ -99,7 +99,7 @@ def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decod
     if q not in _SHORT or spec.head_dim not in HEAD_DIMS or spec.sinks or not archs:
         return []
     kv = FP8 if engine.kv_cache_dtype == "fp8" else q
-    every = tuple(sorted({parse_arch(a) for a in archs}, key=_arch_key))
+    every = tuple(sorted({parse_arch(a) for a in archs}, key=lambda arch: (int(arch.partition(".")[0]), arch)))
     hopper = tuple(a for a in every if a == "9.0a")
     modules = []
     decode |= engine.attention_backend == "flashinfer"
@@ -113,11 +113,6 @@ def needed(spec: ModelSpec, engine: EngineConfig, archs: Sequence[str], *, decod
         if decode and groups & set(CUDA_CORE_GROUPS):
             modules.append(ModuleSpec("decode", spec.head_dim, q, kv, every, **kind))
     return modules
-
-
-def _arch_key(arch: str) -> tuple[int, str]:
-    major, minor = arch.split(".")
-    return int(major), minor
 
 
 @dataclass(frozen=True, slots=True)

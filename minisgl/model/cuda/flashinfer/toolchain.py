@@ -67,16 +67,14 @@ def compiling(tools: Toolchain) -> Iterator[None]:
             # Not CPATH, which comes before the toolkit's own directory: headers of two versions would be mixed.
             "CPLUS_INCLUDE_PATH": _joined(os.environ.get("CPLUS_INCLUDE_PATH", ""), *tools.includes),
         }
-        before = {name: os.environ.get(name) for name in values}
+        before = dict(os.environ)
         os.environ.update(values)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in values:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def _joined(*parts: str) -> str:
