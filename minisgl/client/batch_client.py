@@ -9,6 +9,7 @@ with BatchClient() as client:  # finds the socket through http://127.0.0.1:8000/
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import random
 import time
@@ -28,6 +29,7 @@ MAX_BODY_BYTES = 15 << 20  # the server cuts a connection that sends frames of 1
 MAX_ATTEMPTS = 12
 MAX_BACKOFF_SECONDS = 30.0
 _RETRY = (429, 503)
+_TICKETS = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class _Run:
             text = f"The body has {len(body)} bytes; {MAX_BODY_BYTES} are allowed."
             error = RequestError(text, status=413, code="request_too_large")
             return BatchResult(request.custom_id, error.status, "", json.dumps(error.body()).encode())
-        ticket = self._link.ticket()
+        ticket = str(next(_TICKETS))
         opened = _Open(request, BatchSubmit(ticket, request.url, body))
         self.open[ticket] = opened
         self._link.send(opened.message)

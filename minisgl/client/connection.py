@@ -9,7 +9,6 @@ import collections
 import contextlib
 import os
 import queue
-import socket
 import threading
 import time
 
@@ -28,25 +27,19 @@ class Link:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._out: collections.deque[bytes] = collections.deque()
+        self._context = zmq.Context()
+        self._context.linger = self._context.sndhwm = self._context.rcvhwm = 0  # of every socket
+        self._outbox, requests = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)  # b"" ends the thread
+        self._outbox.bind("inproc://outbox")
+        requests.connect("inproc://outbox")
         self._inbox: queue.SimpleQueue[BatchResult | UserError] = queue.SimpleQueue()
-        self._tickets = 0
-        self._closing = False
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
         self._submitted = self._answered = 0
         self._pings: collections.deque[int] = collections.deque()  # requests submitted before each ping that has no pong
-        self._thread = threading.Thread(target=self._main, name="minisgl-batch", daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(requests,), name="minisgl-batch", daemon=True)
         self._thread.start()
 
-    def ticket(self) -> str:
-        self._tickets += 1
-        return str(self._tickets)
-
     def send(self, msg: BatchSubmit) -> None:
-        self._out.append(encode(msg))
-        self._ring()
+        self._post(encode(msg))
 
     def receive(self, seconds: float | None) -> BatchResult | None:
         """The next answer; None after `seconds`.  Raises UserError when the server is gone."""
@@ -60,39 +53,34 @@ class Link:
         return item
 
     def close(self) -> None:
-        self._closing = True
-        self._ring()
+        self._post(b"")
         self._thread.join()
-        self._bell.close()
-        self._ear.close()
+        self._outbox.close()
+        self._context.term()
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: the thread will wake anyway; closed: it has ended
-            self._bell.send(b"\0")
+    def _post(self, raw: bytes) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # the thread has ended: `receive` says why
+            self._outbox.send(raw, zmq.NOBLOCK)
 
     # ---------------- in the thread
-    def _main(self) -> None:
-        context = zmq.Context()
-        sock = context.socket(zmq.DEALER)
-        sock.linger, sock.sndhwm, sock.rcvhwm = 0, 0, 0
+    def _main(self, requests: zmq.Socket[bytes]) -> None:
         try:
-            sock.connect(self._address)
-            self._serve(sock)
+            with requests, self._context.socket(zmq.DEALER) as sock:
+                sock.connect(self._address)
+                self._serve(sock, requests)
         except UserError as e:
             self._inbox.put(e)
         except zmq.ZMQError as e:
             self._inbox.put(UserError(f"the batch socket {self._address} cannot be used: {e}"))
         finally:
-            sock.close()
-            context.term()
             self._inbox.put(UserError("the batch client is closed"))
 
-    def _serve(self, sock: zmq.Socket[bytes]) -> None:
+    def _serve(self, sock: zmq.Socket[bytes], requests: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)
-        poller.register(self._ear, zmq.POLLIN)
+        poller.register(requests, zmq.POLLIN)
         heard = next_ping = time.monotonic()
-        while not self._closing:
+        while True:
             if time.monotonic() >= next_ping:
                 check_path(self._address)
                 if time.monotonic() - heard > SILENT_SECONDS:
@@ -101,18 +89,14 @@ class Link:
                 self._pings.append(self._submitted)
                 next_ping = time.monotonic() + PING_SECONDS
             poller.poll(max(0, round((next_ping - time.monotonic()) * 1000)))
-            self._drain_bell()
-            while self._out:
-                sock.send(self._out.popleft(), zmq.NOBLOCK)
+            while requests.poll(0):
+                if not (raw := requests.recv()):
+                    return
+                sock.send(raw, zmq.NOBLOCK)
                 self._submitted += 1
             while sock.poll(0):
                 self._handle(sock.recv(zmq.NOBLOCK))
                 heard = time.monotonic()
-
-    def _drain_bell(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._ear.recv(4096):
-                pass
 
     def _handle(self, raw: bytes) -> None:
         try:

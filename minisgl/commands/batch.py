@@ -18,19 +18,18 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
-from types import TracebackType
-from typing import IO, Any
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from minisgl.actors.messages import BatchResult
+from minisgl.api.batches.store import Log
 from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
 from minisgl.errors import UserError
 
 _HEAD = b'{"id": "batch_req_'  # how every line of an output begins
-_SYNC_LINES = 128
-_SYNC_SECONDS = 1.0
 _SHOWN_ERRORS = 10
 
 
@@ -110,7 +109,7 @@ def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, er
     with bar, BatchClient(args.url, window=args.window) as client:
         for result in client.run(todo):
             body = _json(result.body)
-            (log if result.status == 200 else errors).append(result, body)
+            (log if result.status == 200 else errors).add(result, body)
             count.add(result.status, body)
             bar.set_postfix_str(f"{count.rate:.0f} tok/s" + (f", {count.failed} failed" if count.failed else ""), refresh=False)
             bar.update()
@@ -174,81 +173,52 @@ def _parse_line(line: bytes) -> BatchRequest:
 
 
 # ---------------- output
-class ResultLog:
-    """An append-only file of results.  `done`: the ids that had status 200 when it was opened.
+class ResultLog(Log):
+    """A log of results for one process at a time.  `done`: the ids that had status 200 when it was opened.
 
-    Every line reaches the kernel at once (it survives the death of this process) and the disk in groups.  Opening locks the
-    file and drops a torn last line.  Raises UserError if the file holds anything else, and leaves it untouched then.
+    Opening locks the file and drops a torn last line.  Raises UserError if the file holds anything else, and leaves it
+    untouched then.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        self._unsynced = 0
-        self._synced = time.monotonic()
         try:
-            self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115  closed by __exit__
+            super().__init__(Path(path))
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{path}: another batch run is writing it") from e
         except OSError as e:
             raise UserError(f"{path}: cannot write it: {e.strerror}") from e
-        try:
-            self._lock()
-            self.done = self._recover()
-        except BaseException:
-            self._file.close()
-            raise
+        self.done = set(self._read_done())
 
     def __enter__(self) -> ResultLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        with self._file:
-            self._sync()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{self._path}: another batch run is writing it") from e
-
-    def _recover(self) -> set[str]:
-        done: set[str] = set()
+    def _read_done(self) -> Iterator[str]:
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):
             torn = not line.endswith(b"\n")
             if not line.startswith(_HEAD if not torn else _HEAD[: len(line)]):
-                raise UserError(f"{self._path}: line {number} is no result of a batch; name another output file")
+                raise UserError(f"{self.path}: line {number} is no result of a batch; name another output file")
             if torn:
-                _say(f"dropped the incomplete last line of {self._path}")
+                _say(f"dropped the incomplete last line of {self.path}")
                 self._file.truncate(end)
-                break
+                return
             end += len(line)
-            done.update(_finished(line))
-        return done
+            with suppress(ValueError, KeyError, TypeError):  # damaged: repeat the request
+                value = json.loads(line)
+                if value["response"]["status_code"] == 200:
+                    yield value["custom_id"]
 
-    def append(self, result: BatchResult, body: Any) -> None:
-        """Raises UserError when the disk is full."""
+    def add(self, result: BatchResult, body: Any) -> None:
+        """Append a result.  Raises UserError when the disk is full."""
         response = {"status_code": result.status, "request_id": result.request_id, "body": body}
-        line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": result.custom_id, "response": response, "error": None}
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
-            self._unsynced += 1
-            if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
+            self.append(
+                {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": result.custom_id, "response": response, "error": None}
+            )
         except OSError as e:
-            raise UserError(f"{self._path}: cannot write it: {e.strerror}") from e
-
-    def _sync(self) -> None:
-        if self._unsynced:
-            os.fdatasync(self._file.fileno())
-        self._unsynced, self._synced = 0, time.monotonic()
-
-
-def _finished(line: bytes) -> Iterator[str]:
-    """The id in a line, if its request needs no second attempt."""
-    try:
-        value = json.loads(line)
-        if value["response"]["status_code"] == 200:
-            yield value["custom_id"]
-    except (ValueError, KeyError, TypeError):  # damaged: repeat the request
-        return
+            raise UserError(f"{self.path}: cannot write it: {e.strerror}") from e

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from minisgl.commands.chat_http import ChatError, Server, Usage
@@ -44,10 +45,10 @@ def run(argv: list[str]) -> int:
     terminal = Terminal(interactive)
     chat = Chat(server, {k: v for k, v in options.items() if v is not None}, args.system, terminal)
     if interactive:
+        terminal.edit_lines()
         terminal.note(f"{args.model or model} at {args.url}; /help shows the commands")
     try:
-        with terminal.line_editing():
-            chat.loop()
+        chat.loop()
     except KeyboardInterrupt:
         return 130
     return 1 if chat.failed and not interactive else 0
@@ -74,28 +75,19 @@ class Terminal:
         self.interactive = interactive
         self._colours = interactive and "NO_COLOR" not in os.environ
 
-    @contextlib.contextmanager
-    def line_editing(self) -> Iterator[None]:
+    @staticmethod
+    def edit_lines() -> None:
         """Arrow keys, and a history in a file."""
-        if not self.interactive:
-            yield
-            return
-        try:
-            import readline
-        except ImportError:
-            yield
-            return
         state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        path = os.path.join(state, "minisgl", "chat_history")
-        readline.set_history_length(1000)
-        with contextlib.suppress(OSError):
+        path = Path(state, "minisgl", "chat_history")
+        with contextlib.suppress(ImportError, OSError):  # a Python without readline, a place that cannot be written
+            import readline
+
+            readline.set_history_length(1000)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch()
+            atexit.register(readline.write_history_file, path)
             readline.read_history_file(path)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-                readline.write_history_file(path)
 
     def read(self) -> str | None:
         """The next message, of several lines where they end in a backslash; None at the end of the input."""

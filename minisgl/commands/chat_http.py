@@ -42,8 +42,7 @@ class Server:
 
     def model(self) -> str:
         """The name of the model that is served.  Raises ChatError."""
-        connection, response = self._request("GET", "/v1/models", None)
-        with contextlib.closing(connection), response:
+        with self._request("GET", "/v1/models") as response:
             try:
                 return str(json.loads(response.read())["data"][0]["id"])
             except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException) as e:
@@ -55,8 +54,7 @@ class Server:
         Closing the generator closes the connection, and with that ends the generation of the answer.
         """
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        connection, response = self._request("POST", "/v1/chat/completions", body)
-        with contextlib.closing(connection), response:
+        with self._request("POST", "/v1/chat/completions", body) as response:
             try:
                 yield from _events(response)
             except (OSError, http.client.HTTPException) as e:
@@ -64,30 +62,30 @@ class Server:
             except (ValueError, TypeError, AttributeError) as e:
                 raise ChatError(f"the server at {self.url} sent something that is no part of an answer") from e
 
-    def _request(self, method: str, path: str, body: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
+        """An answer with status 200.  Leaving the context closes the connection, which cancels the request."""
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
         try:
             connection = kind(self._host, timeout=_CONNECT_SECONDS)
         except http.client.InvalidURL as e:
             raise ChatError(f"--url {self.url} is no address: {e}") from e
-        try:
-            connection.connect()
-            connection.sock.settimeout(_ANSWER_SECONDS)
-            data = None if body is None else json.dumps(body)
-            connection.request(method, self._prefix + path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException, UnicodeError) as e:
-            connection.close()
-            raise ChatError(
-                f"no server answers at {self.url} ({_why(e)}). Start one with scripts/launch.sh, or name another with --url."
-            ) from e
-        except BaseException:  # ^C while the server reads the prompt: closing cancels the request
-            connection.close()
-            raise
-        if response.status != 200:
-            with contextlib.closing(connection), response:
-                raise ChatError(_error_text(response))
-        return connection, response
+        with contextlib.closing(connection):
+            try:
+                connection.connect()
+                connection.sock.settimeout(_ANSWER_SECONDS)
+                data = None if body is None else json.dumps(body)
+                connection.request(method, self._prefix + path, data, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException, UnicodeError) as e:
+                raise ChatError(
+                    f"no server answers at {self.url} ({_why(e)}). "
+                    "Start one with scripts/launch.sh, or name another with --url."
+                ) from e
+            with response:
+                if response.status != 200:
+                    raise ChatError(_error_text(response))
+                yield response
 
 
 def _why(error: BaseException) -> str:

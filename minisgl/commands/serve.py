@@ -60,22 +60,18 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be between 0 and 65535, got {port}")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as e:
         raise UserError(f"--host {host}: {e.strerror}") from e
-    sock = socket.socket(family, kind, proto)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" also takes IPv4
     try:
-        sock.bind(address)
-        sock.listen(1024)
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
-        sock.close()
         if e.errno == errno.EADDRINUSE:
             raise UserError(
                 f"--port {port} is already in use on {host}: stop what listens there, or choose another port"
             ) from e
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
-    return sock
 
 
 class _Server:

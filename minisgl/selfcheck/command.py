@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -149,20 +148,18 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
     """
     from minisgl.selfcheck.job import FAILED
 
-    with ExitStack() as files, ThreadPoolExecutor(len(arguments)) as waiting:
-        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
-        running: list[subprocess.Popen[bytes]] = []
-        try:
-            for a, file in zip(arguments, logs, strict=True):
-                command = [sys.executable, "-m", "minisgl.selfcheck.job", str(os.getpid()), kind, *a]
-                running.append(subprocess.Popen(command, stderr=file))
-            for done in as_completed([waiting.submit(p.wait) for p in running]):
-                if done.result():
-                    break  # the other ranks would wait for this one
-            failed = next(((p.returncode, file) for p, file in zip(running, logs, strict=True) if p.poll()), None)
-        finally:
-            for p in running:
-                p.kill()
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
+        running = []
+        for a, file in zip(arguments, logs, strict=True):
+            command = [sys.executable, "-m", "minisgl.selfcheck.job", str(os.getpid()), kind, *a]
+            running.append(stack.enter_context(subprocess.Popen(command, stderr=file)))
+            stack.callback(running[-1].kill)
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):  # after a failure the other ranks would wait
+            time.sleep(0.05)
+            codes = [p.poll() for p in running]
+        failed = next(((code, file) for code, file in zip(codes, logs, strict=True) if code), None)
         if failed is not None:
             code, file = failed
             file.seek(0)

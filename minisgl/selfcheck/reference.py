@@ -121,14 +121,11 @@ def states(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     transformers' own `hidden_states` end in the final norm.
     """
     seen: list[torch.Tensor] = []
-    layers = getattr(model.model, "language_model", model.model).layers  # next to a vision model
-    hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].float().clone()))]
-    for layer in layers:
-        hooks.append(
-            layer.register_forward_hook(
-                lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).float().clone())
-            )
-        )
+    decoder = getattr(model.model, "language_model", model.model)  # next to a vision model
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].float().clone()))
+        for module in (*decoder.layers, decoder.norm)
+    ]
     with torch.inference_mode():
         logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
     for hook in hooks:
@@ -164,10 +161,7 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
         if isinstance(layers, QuantizedLayers):  # then the dtype is float32
             changed = round_weights(model, config.model, layers)
             out |= {f"changed.{bits}": torch.tensor([most]) for bits, most in changed.items()}
-            if changed:
-                keep("rounded")
-            else:
-                out |= {name.replace(".float32.", ".rounded."): t.clone() for name, t in out.items() if ".float32." in name}
+            keep("rounded")
             for name, module in model.named_modules():
                 if PRODUCT.fullmatch(f"{name}.weight"):
                     module.register_forward_pre_hook(_halve)
