@@ -34,16 +34,7 @@ class _Score(NamedTuple):
     top_logprobs: list[float]
 
 
-class _Row(NamedTuple):
-    """The text of one request after one step."""
-
-    uid: int
-    tokens: list[int]
-    finish: int
-    n_cached: int
-    text: str
-
-
+_Row = tuple[int, list[int], int, int, str]  # a row of Text: uid, tokens, finish, cached tokens, text
 _Report = list[tuple[int, int, _Score]]  # uid, offset of the token's text, score: the rows of a Logprobs
 
 
@@ -163,13 +154,13 @@ class DetokenizerActor(Actor):
         """The text of one request after a step; None: there is nothing to send."""
         stream = self._streams.get(uid)
         if stream is None:  # its deadline passed in the queue, before any Track
-            return _Row(uid, [], finish, 0, "") if finish else None
+            return (uid, [], finish, 0, "") if finish else None
         if finish:
             del self._streams[uid]
         if stream.stops.matched:  # its end has been sent
             return None
         if stream.params.max_tokens == 0 and new:  # only the prompt is sent, not the token drawn after it
-            return _Row(uid, [], Finish.LENGTH, stream.n_cached, stream.prefix)
+            return (uid, [], Finish.LENGTH, stream.n_cached, stream.prefix)
         if stream.scores and new:
             report.append((uid, stream.chars, stream.scores.popleft()))
         text, end = stream.advance(new, finish)
@@ -179,7 +170,7 @@ class DetokenizerActor(Actor):
             if n := stream.thought.count():
                 self.ctx.send("api", ThoughtEnded(uid, n))
             stream.thought = None
-        return _Row(uid, new, end, stream.n_cached, text)
+        return (uid, new, end, stream.n_cached, text)
 
     def _send_logprobs(self, report: _Report) -> None:
         if report:

@@ -44,6 +44,10 @@ class Fp8Product:
         self.weight, self.scales = quantized.values, quantized.scales.view(-1)
         self._one = torch.ones((), dtype=torch.float32, device=weight.device)
 
+    def takes(self, x: Quantized) -> bool:
+        """Whether our kernel does the product; its tiles are at least 64 inputs deep."""
+        return len(x.values) <= OUR_ROWS and self.weight.shape[1] % 64 == 0
+
     def ours(self, x: Quantized, **options: bool) -> torch.Tensor | PartialSums:
         """Few rows through our kernel, as bfloat16 or partial sums."""
         found = settings(max(2, len(x.values)), *self.weight.shape, fp8=True, **options)
@@ -74,7 +78,7 @@ class Fp8Linear:
     def __call__(self, x: Activations) -> Product:
         if not isinstance(x, Quantized):
             x = norm_activation.quantize_rows(plain(x))
-        if len(x.values) <= OUR_ROWS:
+        if self._product.takes(x):
             return self._product.ours(x, no_partial_sums=self._no_partial_sums)
         return self._product.library(x, no_partial_sums=self._no_partial_sums)
 
@@ -101,9 +105,9 @@ class Fp8Gated:
 
     def __call__(self, x: Activations) -> Activations:
         rows = x if isinstance(x, Quantized) else norm_activation.quantize_rows(plain(x))
-        if len(rows.values) > OUR_ROWS:
-            return norm_activation.silu_mul_quantized(self._product.library(rows))
-        return plain(self._product.ours(rows, gated=True))
+        if self._product.takes(rows):
+            return plain(self._product.ours(rows, gated=True))
+        return norm_activation.silu_mul_quantized(self._product.library(rows))
 
 
 def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:
