@@ -6,6 +6,8 @@ machine share the page cache.  Next to the tensors already taken, only a piece o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from minisgl.config import ModelSpec
@@ -15,7 +17,7 @@ from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
 from minisgl.model.common.gguf_blocks import scales
 from minisgl.model.common.shard import Range
-from minisgl.model.common.weights import Checkpoint, Weight, dense
+from minisgl.model.common.weights import Checkpoint, StoredWeight, Weight, dense
 
 
 class OnDevice:
@@ -39,12 +41,23 @@ class Finite:
         self.finish = weights.finish
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
-        """See `Weights`.  Raises UserError naming a tensor with NaN or infinity."""
+        """See `Weights`.  Raises UserError naming a tensor with NaN or infinity; a StoredWeight does when it is read."""
         weight = self._weights.take(name, shape, rows=rows, cols=cols)
-        numbers = weight if isinstance(weight, torch.Tensor) else scales(weight)
-        if not torch.stack(tuple(numbers.aminmax())).isfinite().all():
-            raise UserError(f"tensor {name} has NaN or infinity, which cannot be quantised. Is the file damaged?")
-        return weight
+        if isinstance(weight, torch.Tensor):
+            _check(name, weight)
+            return weight
+        return replace(weight, read=lambda: _checked_rows(name, weight))
+
+
+def _checked_rows(name: str, weight: StoredWeight) -> torch.Tensor:
+    raw = weight.read()
+    _check(name, scales(raw, weight.kind))
+    return raw
+
+
+def _check(name: str, numbers: torch.Tensor) -> None:
+    if not torch.stack(tuple(numbers.aminmax())).isfinite().all():
+        raise UserError(f"tensor {name} has NaN or infinity, which cannot be quantised. Is the file damaged?")
 
 
 def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:

@@ -54,9 +54,9 @@ def _parts(raw: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
 
 
-def scales(weight: StoredWeight) -> torch.Tensor:
-    """All floating-point numbers of a stored matrix: f16[N, G, 1 or 2]."""
-    return _parts(weight.read(), weight.kind)[0]
+def scales(raw: torch.Tensor, kind: int) -> torch.Tensor:
+    """All floating-point numbers of stored rows u8[N, bytes] of a block type: f16[N, G, 1 or 2]."""
+    return _parts(raw, kind)[0]
 
 
 def stored_bits(weight: Weight) -> int:
