@@ -12,7 +12,7 @@ One call, in order:
     decodes    every running request gets its next token (`_plan_decode`)
     chunks     admitted prompts get their next piece (`_cut_chunk`)
     admission  waiting requests join, within the same token budget (`_admit`)
-    publish    the plan goes out, before the results of earlier plans are known (`_publish`)
+    publish    the plan is fixed (`_publish`); `SchedulerActor._flush` sends it before earlier results are known
 """
 
 from __future__ import annotations
