@@ -73,26 +73,28 @@ static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
 
 /* Scores of 16 tokens: out[r] = q[r] . keys. */
 INLINE void scores(const int rows, const float *const *q, const uint16_t *keys, int dim, f32x16 *out) {
-    f32x16 acc[ROWS];
-    for (int r = 0; r < rows; r++) acc[r] = all(0.0f);
-    for (int i = 0; i < dim; i++) {
-        f32x16 k = load_half(keys + i * LANES);
+    for (int lane = 0; lane < LANES; lane += NATIVE) {
+        f32xn acc[ROWS];
+        for (int r = 0; r < rows; r++) acc[r] = (f32xn){};
+        for (int i = 0; i < dim; i++) {
+            f32xn k = load_half_native(keys + i * LANES + lane);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) acc[r] += k * q[r][i];
+            for (int r = 0; r < rows; r++) acc[r] += k * q[r][i];
+        }
+        for (int r = 0; r < rows; r++) memcpy((float *)(out + r) + lane, acc + r, sizeof *acc);
     }
-    for (int r = 0; r < rows; r++) out[r] = acc[r];
 }
 
-/* out[r][16] += p[r] . values of n tokens, `dim` apart. */
+/* out[r][0..NATIVE] += p[r] . values of n tokens, `dim` apart. */
 INLINE void weigh(const int rows, float (*p)[BLOCK], const uint16_t *values, int n, int dim, float (*out)[MAX_DIM]) {
-    f32x16 acc[ROWS];
-    for (int r = 0; r < rows; r++) acc[r] = load(out[r]);
+    f32xn acc[ROWS];
+    for (int r = 0; r < rows; r++) memcpy(acc + r, out[r], sizeof *acc);
     for (int t = 0; t < n; t++) {
-        f32x16 v = load_half(values + (int64_t)t * dim);
+        f32xn v = load_half_native(values + (int64_t)t * dim);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) acc[r] += v * p[r][t];
     }
-    for (int r = 0; r < rows; r++) store(out[r], acc[r]);
+    for (int r = 0; r < rows; r++) memcpy(out[r], acc + r, sizeof *acc);
 }
 
 #define SWITCH_ROWS(CALL) \
@@ -158,7 +160,7 @@ static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, 
             int offset = t % l->page_size, n = l->page_size - offset < end - t ? l->page_size - offset : end - t;
             const uint16_t *values = l->cache + (((int64_t)pages[t / l->page_size] * l->kv_heads + kv_head) * 2 + 1) *
                                    l->page_size * d + (int64_t)offset * d;
-            for (int i = 0; i < d; i += LANES) {
+            for (int i = 0; i < d; i += NATIVE) {
                 float(*to)[MAX_DIM] = (float(*)[MAX_DIM])(acc[0] + i);
                 float(*weights)[BLOCK] = (float(*)[BLOCK])(p[0] + (t - block));
 #define CALL(k) weigh(k, weights, values + i, n, d, to)

@@ -9,9 +9,18 @@
  *
  * A row of x has a scale s for each group of 32, and x = s * (q + r / 254) with bytes q and r: the error of 8 bits alone would
  * exceed that of 4-bit weights, and products of bytes are cheap compared with reading the weights.  Sums within a group are
- * exact integers, groups are added in order, and rows are independent: the result of a row depends on its values alone. */
+ * exact integers, groups are added in order, and rows are independent: the result of a row depends on its values alone.
+ *
+ * AVX2 without VNNI has no product of bytes that neither saturates nor costs six instructions.  There (WORDS) x is one number of
+ * 16 bits, 254 q + r, and weights are widened to 16 bits: two products of words for each 4 inputs do the work of q and r. */
 #include "pool.h"
 #include "simd.h"
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#define WORDS 1
+#else
+#define WORDS 0
+#endif
 
 #define GROUP 32
 #define ROWS 8     /* rows that share an unpacked group: their sums, the group and its scales fit into 32 registers */
@@ -19,7 +28,7 @@
 #define SHARES 4   /* items per thread, so that other threads take those of a late one */
 
 typedef struct {
-    int8_t *q;     /* [T, K / 32, 2, 32]: q and r of each group */
+    int8_t *q;     /* [T, K / 32, 2, 32]: q and r of each group; with WORDS i16 [T, K / 32, 8, 4], see quantise_group */
     float *scale;  /* [T, K / 32] */
     float *total;  /* [T, K / 32]: the sum of x over each group */
 } Quantised;
@@ -47,8 +56,16 @@ INLINE f32x16 quantise_group(const float *x, int8_t *q, float *scale, float *tot
     i32x16 qa = nearest(a * inverse), qb = nearest(b * inverse), s = qa + qb;
     i32x16 ra = nearest((a * inverse - to_float(qa)) * 254.0f), rb = nearest((b * inverse - to_float(qb)) * 254.0f), t = ra + rb;
     int32_t sum = 0, rest = 0;
+#if WORDS /* of 4 inputs the first and third, which meet the even bytes of a weight, then the second and fourth */
+    i32x16 words[2] = {qa * 254 + ra, qb * 254 + rb};
+    const int32_t *from = (const int32_t *)words;
+    int16_t *to = (int16_t *)q;
+    for (int i = 0; i < GROUP; i += 4)
+        to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];
+#else
     for (int i = 0; i < LANES; i++) q[i] = (int8_t)qa[i], q[i + LANES] = (int8_t)qb[i];
     for (int i = 0; i < LANES; i++) q[GROUP + i] = (int8_t)ra[i], q[GROUP + i + LANES] = (int8_t)rb[i];
+#endif
     for (int i = 0; i < LANES; i++) sum += s[i], rest += t[i];
     *scale = most / 127.0f;
     *total = *scale * (sum + rest * (1.0f / 254.0f));
@@ -81,6 +98,47 @@ static void prepare_row(float *x, const float *delta, const Norm *norm, int inpu
     if (sum(zeros) != 0.0f) *scale = NAN; /* and so is every product with this row */
 }
 
+#if WORDS
+typedef int32_t v8 __attribute__((vector_size(32)));
+
+/* Sixteen outputs of the `rows` rows from `first`, eight at a time: their sums of up to 8 rows fit into 16 registers. */
+INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
+    const __m256i low = _mm256_set1_epi16(bits == 4 ? 15 : 255);
+    const int64_t stride = groups * 2 * GROUP;
+    __m256 acc[2][ROWS];
+    for (int r = 0; r < rows; r++) acc[0][r] = acc[1][r] = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g++) {
+        const uint8_t *scales = w + (bits == 4 ? 256 : 512);
+        const int8_t *rows_at = x.q + (first * groups + g) * 2 * GROUP;
+        for (int h = 0; h < 2; h++) {
+            v8 dot[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) dot[r] = (v8){};
+#pragma GCC unroll 1
+            for (int v = 0; v < 8; v++) {
+                __m256i b = _mm256_loadu_si256((const __m256i *)(w + 64 * (bits == 4 ? v % 4 : v) + 32 * h));
+                if (bits == 4 && v >= 4) b = _mm256_srli_epi16(b, 4);
+                const __m256i even = _mm256_and_si256(b, low), odd = _mm256_and_si256(_mm256_srli_epi16(b, 8), low);
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) {
+                    const float *pairs = (const float *)(rows_at + r * stride + 8 * v);
+                    const __m256i x0 = (__m256i)_mm256_broadcast_ss(pairs), x1 = (__m256i)_mm256_broadcast_ss(pairs + 1);
+                    dot[r] += (v8)_mm256_madd_epi16(even, x0);
+                    dot[r] += (v8)_mm256_madd_epi16(odd, x1);
+                }
+            }
+            const __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales + h));
+            const __m256 m = bits == 4 ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales + 2 + h)) : _mm256_mul_ps(d, _mm256_set1_ps(-128.0f));
+            for (int r = 0; r < rows; r++) {
+                const int64_t at = (first + r) * groups + g;
+                acc[h][r] += _mm256_cvtepi32_ps((__m256i)dot[r]) * (x.scale[at] * (1.0f / 254.0f)) * d + m * x.total[at];
+            }
+        }
+        w = scales + (bits == 4 ? 64 : 32);
+    }
+    for (int r = 0; r < rows; r++) memcpy(y + r, &acc[0][r], 32), memcpy((char *)(y + r) + 32, &acc[1][r], 32);
+}
+#else
 /* Sixteen outputs of the `rows` rows from `first`. */
 INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
     const u8x64 low = (u8x64){} + 15;
@@ -125,6 +183,7 @@ INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Q
     }
     for (int r = 0; r < rows; r++) y[r] = acc[r];
 }
+#endif
 
 static void tiles(int rows, int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
 #define CASE(n) \

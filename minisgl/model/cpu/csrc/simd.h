@@ -148,6 +148,22 @@ CONVERSION void store_half(void *p, f32x16 f) {
 #endif
 }
 
+/* As many lanes as a register has.  Loops that keep the sums of several rows use these: gcc keeps arrays of wider vectors in
+ * memory, and so is several times slower. */
+#if defined(__AVX512F__) || !(defined(__F16C__) && defined(__AVX2__) || defined(__aarch64__))
+#define NATIVE LANES
+typedef f32x16 f32xn;
+INLINE f32xn load_half_native(const uint16_t *p) { return load_half(p); }
+#elif defined(__aarch64__)
+#define NATIVE 4
+typedef float f32xn __attribute__((vector_size(16)));
+INLINE f32xn load_half_native(const uint16_t *p) { return (f32xn)vcvt_f32_f16(vld1_f16((const float16_t *)p)); }
+#else
+#define NATIVE 8
+typedef float f32xn __attribute__((vector_size(32)));
+INLINE f32xn load_half_native(const uint16_t *p) { return (f32xn)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#endif
+
 /* Always in the same order, so that a sum is the same on every machine. */
 INLINE float sum(f32x16 v) {
     float p[LANES];
