@@ -1,7 +1,7 @@
 """The GPU worker against the CPU worker: tiny random checkpoints, and the embedded model; one JSON line a check.
 
-    python scripts/check/gpu.py [--heads DIM ... | --architectures [NAME ...] | --only-embedded | --only-soak] [--soak SECONDS]
-                                [--backends NAME ...]
+    python scripts/check/gpu.py [--heads DIM ... | --architectures [NAME ...] | --only-embedded | --only-harm | --only-soak]
+                                [--soak SECONDS] [--backends NAME ...]
 
   logits    prefill in chunks over a cached prefix, and decode steps: the GPU against float32 on the CPU (which the tests hold
             against transformers), as a ratio of norms, for every attention backend, in float32, bfloat16 and with float8
@@ -10,6 +10,8 @@
   sampling  penalties, biases and log probabilities: tokens and numbers of the CPU worker, from graphs and eagerly
   embedded  greedy text of the embedded model, token for token as on the CPU
   accuracy  float8 weights and KV cache against bfloat16 on text: KL divergence, agreement of the most likely token
+  harm      a request that computes NaN changes no token and no logit of others: on pages that it left, and in the same steps;
+            keys and values beyond float8 become its largest number
   soak      random load with cancellations through all processes; afterwards every page is free or cached
 Kernels have tests of their own (tests/model/test_kernels.py), run on a GPU where there is one.  Exit code 1 if a check fails.
 """
@@ -18,18 +20,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig, ModelSpec
@@ -316,6 +320,74 @@ def check_architectures(kinds: list[str]) -> None:
             check_paths(spec)
 
 
+BAD = 7  # the token whose embedding is no number
+
+
+def edit(directory: str, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelSpec:
+    """Change the weights of a checkpoint in place."""
+    file = f"{directory}/model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return resolve(directory)
+
+
+def poison(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.embed_tokens.weight"][BAD] = torch.nan
+
+
+def enlarge(weights: dict[str, torch.Tensor]) -> None:
+    for name, w in weights.items():
+        if "v_proj" in name or "k_norm" in name:
+            weights[name] = w * 3000
+
+
+def check_harm(backends: list[str]) -> None:
+    """Rows with NaN before others on the same pages, and next to them: prompts in two chunks and decodes, eager and graphs."""
+    rng = random.Random(7)
+    bad = {20 + i: [11, BAD, *(rng.randrange(8, VOCAB) for _ in range(n))] for i, n in enumerate((1, 30, 200, 700))}
+    texts = {s: [t if t != BAD else 8 for t in p] for s, p in prompts(rng, LENGTHS).items()}
+    with tempfile.TemporaryDirectory() as directory:
+        for kind, heads, kv_heads, dim in (("Qwen3", 8, 2, 128), ("Llama", 8, 2, 64)):
+            tiny(directory, kind, heads, kv_heads, dim)
+            spec = edit(directory, poison)
+            for backend, dtype, eager in itertools.product(backends, ("auto", "fp8"), (True, False)):
+                found: dict[str, tuple[list[int], torch.Tensor]] = {}
+                settings: dict[str, Any] = {"attention_backend": backend, "kv_cache_dtype": dtype, "eager": eager}
+                try:
+                    for case in ("alone", "after", "beside"):
+                        with gpu(spec, **settings) as harness:
+                            if case == "after":
+                                two_chunks(harness, bad)
+                                for _ in range(3):
+                                    harness.run([], list(bad))
+                                for slot in bad:
+                                    harness.free += harness.tables[slot]
+                            mixed = texts | bad if case == "beside" else texts
+                            harness.run([(s, p[: len(p) // 2] or p, len(p) == 1) for s, p in mixed.items()], [], join=True)
+                            said = harness.run([(s, p[len(p) // 2 :], True) for s, p in mixed.items() if len(p) > 1], [])
+                            logits = harness.last(len(texts) - 1) if eager else torch.zeros(1)
+                            for _ in range(6):
+                                said += harness.run([], list(texts))
+                            found[case] = said, logits
+                except UserError as e:
+                    report(f"harm {kind}{dim}", True, refused=str(e), **settings)
+                    continue
+                (tokens, want), (after, logits) = found["alone"], found["after"]
+                same = after == tokens and torch.equal(want, logits)
+                near = error(found["beside"][1], want) if eager else 0.0
+                report(f"harm {kind}{dim}", same and near < 0.05, after=same, beside_error=round(near, 6), **settings)
+        tiny(directory, "Qwen3", 8, 2, 128)
+        spec = edit(directory, enlarge)
+        for backend in backends:
+            with gpu(spec, attention_backend=backend, kv_cache_dtype="fp8") as harness:
+                said = two_chunks(harness, texts)[1]
+                finite = bool(harness.last(len(texts) - 1).isfinite().all())
+                for _ in range(4):
+                    said += harness.run([], list(texts))
+                report("keys and values beyond float8", finite and min(said) >= 0, attention_backend=backend)
+
+
 def check_sampling(spec: ModelSpec) -> None:
     """Slots with and without penalties, biases and log probabilities, together and in turns, and again with other owners."""
     reference = cpu(spec)
@@ -495,6 +567,7 @@ def main() -> int:
         help="compare logits of these attention backends only; FlashInfer, also in auto, compiles its modules first",
     )
     parser.add_argument("--only-soak", action="store_true")
+    parser.add_argument("--only-harm", action="store_true", help="NaN of one request next to others")
     parser.add_argument("--only-embedded", action="store_true", help="the embedded model's text, and what float8 costs it")
     parser.add_argument(
         "--architectures",
@@ -509,6 +582,10 @@ def main() -> int:
     shapes = [("Llama", 8, 2, 64), ("Qwen3", 10, 2, 128), ("Llama", 5, 1, 80), ("Qwen3", 7, 1, 96), ("Llama", 4, 2, 256)]
     if args.heads:
         shapes = [shape for shape in shapes if shape[3] in args.heads]
+    if args.only_harm:
+        check_harm(args.backends)
+        print(json.dumps({"failed": failed}), flush=True)
+        return 1 if failed else 0
     if args.only_soak:
         soak(args.soak)
         return 1 if failed else 0
