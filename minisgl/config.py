@@ -9,10 +9,9 @@ A field that a user may set is declared once, by `setting`: its flag, its help, 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
@@ -121,18 +120,6 @@ class ModelSpec:
     def window(self, layer: int) -> int:
         """Tokens that a query of `layer` sees, its own included; 0: all."""
         return self.windows[layer] if self.windows else 0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, raw: str) -> ModelSpec:
-        def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-
-        values = json.loads(raw, object_hook=with_tuples)
-        parts = {"rope_scaling": RopeScaling, "weight_format": WeightFormat, "generation": SamplingDefaults}
-        return cls(**values | {name: part(**values[name]) for name, part in parts.items() if values[name] is not None})
 
 
 # ---------------- what a user may set

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from types import TracebackType
 from typing import Any, cast
 
 from minisgl import grammar
@@ -84,9 +83,7 @@ class LLM:
             raise
 
     def generate(
-        self,
-        prompts: Sequence[str | Sequence[int]] | str,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Sequence[str | Sequence[int]] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Continue texts or lists of token ids; one Completion each, in order.
 
@@ -137,7 +134,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -37,7 +37,8 @@ from __future__ import annotations
 import enum
 import operator
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -83,51 +84,44 @@ class PlanKind(enum.IntEnum):
 
 
 _I32 = np.dtype("<i4")
-_SECTIONS: dict[str, np.dtype[Any]] = {  # the arrays of a plan in the order of the record; the text of the grammars follows
-    "new_slots": JOIN,
-    "page_grants": GRANT,
-    "prefill": PREFILL,
-    "decode": _I32,
-    "ids": _I32,
-    "extras": EXTRA,
-    "bias": BIAS,
-    "history": _I32,
-    "targets": _I32,
-    "grammars": GRAMMAR,
-    "said": _I32,
-}
-_NONE = {name: np.zeros(0, dtype) for name, dtype in _SECTIONS.items()}
-_DECODE = tuple(_SECTIONS).index("decode")
-_arrays_of = operator.attrgetter(*_SECTIONS)
+_NO_SLOTS = np.zeros(0, _I32)
 _HEADER = struct.Struct("<qBBH12I4x")  # step, kind, SAME, reserved, and the length of every section
 _RESULT = struct.Struct("<qiiiiiii")
 _SCORES = struct.Struct("<ii")
 
 
+def _no(dtype: np.dtype[Any]) -> Callable[[], Any]:
+    """Makes the default of a section: one empty array for all plans."""
+    nothing = np.zeros(0, dtype)
+    return lambda: nothing
+
+
 @dataclass(slots=True)
 class StepPlan:
-    """One step.  `decode=None` means "the same decode batch as in the previous plan" (never the first)."""
+    """One step; the arrays stand in the order of the record.  `decode=None` means "the same decode batch as in the previous
+    plan" (never the first).
+    """
 
     step: int
     kind: PlanKind = PlanKind.STEP
-    new_slots: Rows = field(default_factory=lambda: _NONE["new_slots"])
-    page_grants: Rows = field(default_factory=lambda: _NONE["page_grants"])
-    prefill: Rows = field(default_factory=lambda: _NONE["prefill"])
-    decode: I32 | None = field(default_factory=lambda: _NONE["decode"])
-    ids: I32 = field(default_factory=lambda: _NONE["ids"])
-    extras: Rows = field(default_factory=lambda: _NONE["extras"])
-    bias: Rows = field(default_factory=lambda: _NONE["bias"])
-    history: I32 = field(default_factory=lambda: _NONE["history"])
-    targets: I32 = field(default_factory=lambda: _NONE["targets"])
-    grammars: Rows = field(default_factory=lambda: _NONE["grammars"])
-    said: I32 = field(default_factory=lambda: _NONE["said"])
+    new_slots: Rows = field(default_factory=_no(JOIN))
+    page_grants: Rows = field(default_factory=_no(GRANT))
+    prefill: Rows = field(default_factory=_no(PREFILL))
+    decode: I32 | None = field(default_factory=_no(_I32))
+    ids: I32 = field(default_factory=_no(_I32))
+    extras: Rows = field(default_factory=_no(EXTRA))
+    bias: Rows = field(default_factory=_no(BIAS))
+    history: I32 = field(default_factory=_no(_I32))
+    targets: I32 = field(default_factory=_no(_I32))
+    grammars: Rows = field(default_factory=_no(GRAMMAR))
+    said: I32 = field(default_factory=_no(_I32))
     grammar_text: bytes = b""
 
     def pack(self) -> bytes:
         """The record's bytes.  Runs in the scheduler process."""
         arrays = list(_arrays_of(self))
         if same := self.decode is None:
-            arrays[_DECODE] = _NONE["decode"]
+            arrays[_DECODE] = _NO_SLOTS
         lengths = list(map(len, arrays))
         head = _HEADER.pack(self.step, self.kind, same, 0, *lengths, len(self.grammar_text))
         sections = zip(arrays, lengths, _SECTIONS.values(), strict=True)
@@ -140,7 +134,7 @@ class StepPlan:
         if len(raw) < _HEADER.size:
             raise ValueError(f"a plan has at least {_HEADER.size} bytes, got {len(raw)}")
         step, kind, same, _, *lengths, n_text = _HEADER.unpack_from(raw)
-        at, arrays = _HEADER.size, dict(_NONE)
+        at, arrays = _HEADER.size, {}
         for n, (name, dtype) in zip(lengths, _SECTIONS.items(), strict=True):
             if n:
                 arrays[name] = np.frombuffer(raw, dtype, n, at)
@@ -151,6 +145,11 @@ class StepPlan:
         if same:
             plan.decode = None
         return plan
+
+
+_SECTIONS: dict[str, np.dtype[Any]] = {f.name: getattr(StepPlan(0), f.name).dtype for f in fields(StepPlan)[2:-1]}
+_DECODE = tuple(_SECTIONS).index("decode")
+_arrays_of = operator.attrgetter(*_SECTIONS)
 
 
 def _ints(array: I32) -> bytes:

@@ -78,11 +78,9 @@ class RequestOptions:
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         _check_number("timeout", self.timeout, 0.0, MAX_TIMEOUT)
-        if not isinstance(self.cache_salt, str):
-            raise InvalidParam("cache_salt", "cache_salt must be a string.", "invalid_type")
+        _check_text("cache_salt", self.cache_salt, "a string")
         if len(self.cache_salt) > MAX_SALT_CHARS:
             raise InvalidParam("cache_salt", f"cache_salt may have at most {MAX_SALT_CHARS} characters.")
-        _check_text("cache_salt", self.cache_salt)
         if self.pooling not in POOLINGS:
             raise InvalidParam("pooling", "pooling must be mean or last.")
 
@@ -135,9 +133,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_stops()
         self._check_logit_bias()
-        if not isinstance(self.grammar, str):
-            raise InvalidParam("grammar", "grammar must be a string, as minisgl.grammar makes it.", "invalid_type")
-        _check_text("grammar", self.grammar)
+        _check_text("grammar", self.grammar, "a string, as minisgl.grammar makes it")
 
     def _check_numbers(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -156,11 +152,9 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidParam("stop", f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed.")
         for text in self.stop:
-            if not isinstance(text, str):
-                raise InvalidParam("stop", "stop must be a string or a list of strings.", "invalid_type")
+            _check_text("stop", text, "a string or a list of strings")
             if not 0 < len(text) <= MAX_STOP_CHARS:
                 raise InvalidParam("stop", f"each stop string must have 1 to {MAX_STOP_CHARS} characters.")
-            _check_text("stop", text)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidParam("stop_token_ids", f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.")
         for token in self.stop_token_ids:
@@ -194,7 +188,10 @@ def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:
     return tuple((token, bias) for token, bias in value)
 
 
-def _check_text(name: str, value: str) -> None:
+def _check_text(name: str, value: object, kind: str) -> None:
+    """Refuse what is not a string; `kind`: what the field must be."""
+    if not isinstance(value, str):
+        raise InvalidParam(name, f"{name} must be {kind}.", "invalid_type")
     try:
         value.encode()
     except UnicodeEncodeError as e:

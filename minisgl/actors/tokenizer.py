@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from typing import Protocol
 
 from minisgl.actors.messages import Detokenize, Detokenized, Rejected, Tokenize, Tokenized, TokenizerInfo, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.runtime.ring import RingWriter
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
@@ -24,22 +24,12 @@ _FAR_TOO_LONG = 4  # times the context; shorter prompts fit the prompt ring, and
 _log = logging.getLogger(__name__)
 
 
-class PromptRing(Protocol):
-    """What this actor needs of a RingWriter."""
-
-    def publish(self, payload: bytes) -> int: ...
-
-    def has_room(self, nbytes: int) -> bool: ...
-
-    def starve(self, flag: bool) -> None: ...
-
-
 class TokenizerActor(Actor):
     """Turns prompts into token ids, one after the other.  A prompt that cannot be encoded fails alone."""
 
     _tokenizer: Tokenizer
 
-    def __init__(self, ctx: Context, config: Config, ring: PromptRing) -> None:
+    def __init__(self, ctx: Context, config: Config, ring: RingWriter) -> None:
         super().__init__(ctx)
         self.config = config
         self._ring = ring

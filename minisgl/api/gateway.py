@@ -23,27 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from minisgl.actors.messages import (
-    ActorDied,
-    Cancel,
-    Detokenized,
-    Embedded,
-    EngineReady,
-    Failed,
-    FlushCache,
-    Generate,
-    Hello,
-    Logprobs,
-    Rejected,
-    Started,
-    Stats,
-    Stopped,
-    Text,
-    ThoughtEnded,
-    Tokenized,
-    TokenizerInfo,
-    Wake,
-)
+import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
@@ -88,7 +68,7 @@ class Gateway(Actor):
         self.config = config
         self.num_pages = 0
         self.failure: str | None = None  # why the engine has failed, as a sentence for the operator
-        self.died: ActorDied | None = None
+        self.died: msg.ActorDied | None = None
         self.stats: dict[str, int] = {}  # of the scheduler, at most a second old while it works
         self.tokenizer_info: dict[str, Any] = {}
         self.state = "starting"
@@ -147,10 +127,10 @@ class Gateway(Actor):
         self._questions.pop(uid, None)
         entry = self._ledger.pop(uid, None)
         if entry is not None and entry.sent:
-            self.ctx.send("scheduler", Cancel(uid))
+            self.ctx.send("scheduler", msg.Cancel(uid))
 
     def flush_cache(self) -> None:
-        self.ctx.send("scheduler", FlushCache())
+        self.ctx.send("scheduler", msg.FlushCache())
 
     def _check_open(self) -> None:
         if self.state == "starting":
@@ -212,13 +192,13 @@ class Gateway(Actor):
             self._backlog.popleft()
             self._requests.publish(raw)
             entry.sent = True
-            message = Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params, entry.options)
+            message = msg.Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params, entry.options)
             self.ctx.send("scheduler", message)
         self._requests.starve(False)
 
     # ---------------- from the actors
-    @on(Tokenized)
-    def tokenized(self, m: Tokenized) -> None:
+    @on(msg.Tokenized)
+    def tokenized(self, m: msg.Tokenized) -> None:
         ids = self._tokenizers.take(m.uid)
         if (on_ids := self._questions.pop(m.uid, None)) is not None:
             on_ids(tuple(ids.tolist()))
@@ -228,33 +208,33 @@ class Gateway(Actor):
             except RequestError as e:
                 self._fail(entry, e)
 
-    @on(Detokenized)
-    def detokenized(self, m: Detokenized) -> None:
+    @on(msg.Detokenized)
+    def detokenized(self, m: msg.Detokenized) -> None:
         if (on_text := self._questions.pop(m.uid, None)) is not None:
             on_text(m.text)
 
-    @on(TokenizerInfo)
-    def keep_tokenizer_info(self, m: TokenizerInfo) -> None:
+    @on(msg.TokenizerInfo)
+    def keep_tokenizer_info(self, m: msg.TokenizerInfo) -> None:
         self.tokenizer_info = json.loads(m.info)
 
-    @on(Embedded)
-    def embedded(self, m: Embedded) -> None:
+    @on(msg.Embedded)
+    def embedded(self, m: msg.Embedded) -> None:
         entry = self._ledger.pop(m.uid, None)
         if entry is not None and entry.ids is not None:
             entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
-    @on(Started)
-    def request_started(self, m: Started) -> None:
+    @on(msg.Started)
+    def request_started(self, m: msg.Started) -> None:
         if (entry := self._ledger.get(m.uid)) is not None:
             entry.queued = m.queued
 
-    @on(ThoughtEnded)
-    def thought_ended(self, m: ThoughtEnded) -> None:
+    @on(msg.ThoughtEnded)
+    def thought_ended(self, m: msg.ThoughtEnded) -> None:
         if (entry := self._ledger.get(m.uid)) is not None:
             entry.thought_tokens = m.tokens
 
-    @on(Text)
-    def text(self, m: Text) -> None:
+    @on(msg.Text)
+    def text(self, m: msg.Text) -> None:
         """Pass new text on, one row for each request that has some."""
         at = 0
         rows = zip(m.uids.tolist(), m.counts.tolist(), m.finish.tolist(), m.cached.tolist(), m.texts, strict=True)
@@ -279,8 +259,8 @@ class Gateway(Actor):
             chunk = Chunk(text, new, end, len(entry.ids), cached, logprobs, None, entry.queued, entry.thought_tokens)
             entry.on_chunk(chunk)
 
-    @on(Logprobs)
-    def logprobs(self, m: Logprobs) -> None:
+    @on(msg.Logprobs)
+    def logprobs(self, m: msg.Logprobs) -> None:
         """Keep log probabilities until the Text message that follows, one row for each token.
 
         The texts of a row's token and of its `width` alternatives lie one behind the other in `pieces`.
@@ -300,8 +280,8 @@ class Gateway(Actor):
                 known = None if math.isnan(logprob) else _finite(logprob)  # the first token of a prompt has none
                 entry.logprobs.append(TokenLogprob(token, pieces[0], known, offset, tuple(alternatives)))
 
-    @on(Rejected)
-    def rejected(self, m: Rejected) -> None:
+    @on(msg.Rejected)
+    def rejected(self, m: msg.Rejected) -> None:
         self._tokenizers.drop(m.uid)
         error = RequestError(m.text, status=m.status, param=m.param, code=m.code, retry_after=m.retry_after)
         if (on_answer := self._questions.pop(m.uid, None)) is not None:
@@ -313,22 +293,22 @@ class Gateway(Actor):
         del self._ledger[entry.uid]
         entry.on_chunk(error)
 
-    @on(Stats)
-    def keep_stats(self, m: Stats) -> None:
+    @on(msg.Stats)
+    def keep_stats(self, m: msg.Stats) -> None:
         self.stats = dict(zip(m.names, m.values.tolist(), strict=True))
 
-    @on(Wake)
-    def wake(self, m: Wake) -> None:
+    @on(msg.Wake)
+    def wake(self, m: msg.Wake) -> None:
         self._flush_backlog()
 
     # ---------------- life and death
-    @on(Hello)
-    def hello(self, m: Hello) -> None:
+    @on(msg.Hello)
+    def hello(self, m: msg.Hello) -> None:
         self._silent.discard(m.name)
         self._become_ready()
 
-    @on(EngineReady)
-    def engine_ready(self, m: EngineReady) -> None:
+    @on(msg.EngineReady)
+    def engine_ready(self, m: msg.EngineReady) -> None:
         self.num_pages = m.num_pages
         self._become_ready()
 
@@ -336,17 +316,17 @@ class Gateway(Actor):
         if self.state == "starting" and self.num_pages and not self._silent:
             self.state = "ready"
 
-    @on(Stopped)
-    def stopped(self, m: Stopped) -> None:
+    @on(msg.Stopped)
+    def stopped(self, m: msg.Stopped) -> None:
         self._stopped.add(m.name)
 
-    @on(Failed)
-    def failed(self, m: Failed) -> None:
+    @on(msg.Failed)
+    def failed(self, m: msg.Failed) -> None:
         self.failure = m.text
         self._end("dead", "The engine could not start.")
 
-    @on(ActorDied)
-    def actor_died(self, m: ActorDied) -> None:
+    @on(msg.ActorDied)
+    def actor_died(self, m: msg.ActorDied) -> None:
         if m.name in self._stopped or self.state in ("stopped", "dead"):
             return
         self.died = m

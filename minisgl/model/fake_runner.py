@@ -15,6 +15,7 @@ import numpy as np
 
 from minisgl.arrays import I32
 from minisgl.config import Config
+from minisgl.model.common.finished import Finished
 from minisgl.model.common.grammar import Grammars, unpack
 from minisgl.plan import DRAW, FAILED, POOL, SCORE, SUM, StepLogprobs, StepPlan, StepResult
 
@@ -67,19 +68,6 @@ class _Step:
     vectors: list[float] = field(default_factory=list)
 
 
-class Done:
-    """A step that has finished by the time it is launched."""
-
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult:
-        return self._result
-
-
 class FakeRunner:
     """Has the interface and the resident state of a real runner; see the module's docstring."""
 
@@ -111,7 +99,7 @@ class FakeRunner:
     def close(self) -> None:
         """Nothing to free."""
 
-    def launch(self, plan: StepPlan) -> Done:
+    def launch(self, plan: StepPlan) -> Finished:
         """Run the plan at once, row by row."""
         self.kv_len[plan.new_slots["slot"]] = plan.new_slots["kv_len"]
         self.logprobs[plan.extras["slot"]] = plan.extras["logprobs"]
@@ -130,7 +118,7 @@ class FakeRunner:
             self._sample(slot, step)
         vectors = np.array(step.vectors, np.float32).reshape(-1, 1) if step.vectors else None
         scores = self._scores(step.drawn + step.followers)
-        return Done(StepResult(plan.step, np.array(step.sampled, np.int32), scores=scores, vectors=vectors))
+        return Finished(StepResult(plan.step, np.array(step.sampled, np.int32), scores=scores, vectors=vectors))
 
     def _prefill(self, slot: int, flags: int, ids: list[int], step: _Step) -> None:
         self.sums[slot] *= self.kv_len[slot] > 0

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from minisgl.config import Config, EngineConfig, ModelSpec
+from minisgl.config import Config, EngineConfig, ModelSpec, RopeScaling, SamplingDefaults, WeightFormat
 from minisgl.errors import UserError
 from minisgl.lifeline import die_with_parent
 from minisgl.model.common.host import prepare_environment, threads_per_rank
@@ -23,9 +24,20 @@ _FILE = "job.json"
 
 def write_job(folder: Path, config: Config, prompts: Sequence[Sequence[int]], generate: int) -> None:
     """Write a job: `generate` greedy tokens after each prompt; 0: the prompts are full sequences, computed in one step."""
-    spec, engine = json.loads(config.model.to_json()), asdict(config.engine)
+    spec, engine = asdict(config.model), asdict(config.engine)
     folder.mkdir(exist_ok=True)
     (folder / _FILE).write_text(json.dumps({"spec": spec, "engine": engine, "prompts": prompts, "generate": generate}))
+
+
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """An object of JSON with its lists as tuples, which dataclasses of the configuration hold."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def read_spec(values: dict[str, Any]) -> ModelSpec:
+    """The inverse of `dataclasses.asdict`."""
+    parts = {"rope_scaling": RopeScaling, "weight_format": WeightFormat, "generation": SamplingDefaults}
+    return ModelSpec(**values | {name: part(**values[name]) for name, part in parts.items() if values[name] is not None})
 
 
 def work(kind: str, folder: str, rank: str = "0") -> None:
@@ -33,8 +45,8 @@ def work(kind: str, folder: str, rank: str = "0") -> None:
 
     Raises UserError for an unusable checkpoint.
     """
-    job = json.loads((Path(folder) / _FILE).read_text())
-    config = Config(ModelSpec.from_json(json.dumps(job["spec"])), EngineConfig(**job["engine"]))
+    job = json.loads((Path(folder) / _FILE).read_text(), object_hook=with_tuples)
+    config = Config(read_spec(job["spec"]), EngineConfig(**job["engine"]))
     prepare_environment(threads_per_rank(config.engine))
     if kind == "probe":
         from minisgl.selfcheck.probe import probe

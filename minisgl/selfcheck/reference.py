@@ -28,7 +28,6 @@ from minisgl.model.cpu.backend import CpuArithmetic
 from minisgl.model.cpu.packing import quantise
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FUSED = re.compile(r"\b([qkv]|gate|up)_proj$")  # parts of one product in minisgl's models, all in the same bits
 
 
@@ -154,7 +153,7 @@ def reference(folder: str, config: Config, prompts: Sequence[Sequence[int]]) -> 
 
     for kind in dict.fromkeys(["float32", config.dtype]):
         for p in model.parameters():  # no buffers: the frequencies of rotary positions are always float32
-            p.data = p.data.to(_DTYPES[kind])
+            p.data = p.data.to(getattr(torch, kind))
         keep(kind)
     if config.engine.device == "cpu":
         layers = CpuArithmetic.choose(config.engine, config.model, threads).layers

@@ -16,7 +16,8 @@ from collections import deque
 
 import numpy as np
 
-from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits, StepOutputs
+from minisgl.actors.messages import Tokens
+from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.arrays import F64, I32, I64, U8
@@ -40,7 +41,7 @@ class Log:
         self.finish: U8 = np.zeros(n, np.uint8)
         self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
 
-    def enter(self, rows: StepOutputs, now: float) -> tuple[list[int], list[int]]:
+    def enter(self, rows: Tokens, now: float) -> tuple[list[int], list[int]]:
         """Enter one token for each row that has one.  Returns the uids that had their first token, and those that ended."""
         uids = rows.uids[rows.counts > 0]
         old = self.tokens[uids] > 0

@@ -104,7 +104,7 @@ def with_todays_numbers(path: Path) -> str:
     """The text of a document with the numbers in its tables of rooms and files as they are today."""
     rooms, kinds, out, head = lines_by_room(), lines_by_kind(), [], ""
     for line in path.read_text().splitlines():
-        first = line.strip("|").split("|")[0].strip().strip("`")
+        first = line.strip("|").split("|")[0].strip().strip("`").partition("](")[0].removeprefix("[")
         n = None
         if not line.startswith("|"):
             head = ""

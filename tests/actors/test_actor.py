@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minisgl.actors.messages import Cancel, Stop, Stopped, Tokenized, Wake
+from minisgl.actors.messages import Cancel, Stop, Stopped, Wake
 from minisgl.actors.runtime.actor import Actor, Context, Unhandled, on
 from minisgl.actors.runtime.local import LocalSystem
 
@@ -19,10 +19,6 @@ class Echo(Actor):
     @on(Cancel)
     def cancel(self, m: Cancel) -> None:
         self.seen.append(m.uid)
-
-    @on(Tokenized)
-    def tokenized(self, m: Tokenized) -> None:
-        self.ctx.after(m.n, Cancel(m.uid))
 
 
 def test_a_handler_must_be_annotated_with_the_type_it_handles() -> None:
@@ -89,16 +85,6 @@ def test_the_same_seed_is_the_same_run() -> None:
 
     assert run(7) == run(7)
     assert run(7) != run(8)
-
-
-def test_timers_run_in_virtual_time() -> None:
-    system = LocalSystem()
-    echo = system.spawn("echo", Echo)
-    system.post("x", "echo", Tokenized(2, 3600))
-    system.post("x", "echo", Tokenized(1, 60))
-    system.run()
-    assert echo.seen == [1, 2]
-    assert system.clock == 3600
 
 
 def test_a_message_sent_on_the_way_to_sleep_is_delivered() -> None:

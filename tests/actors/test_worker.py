@@ -14,7 +14,8 @@ from minisgl.actors.messages import Capacity, MayCapture, WorkerArmed
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
 from minisgl.actors.worker import IdleCapture, WorkerActor
-from minisgl.model.fake_runner import Done, FakeRunner
+from minisgl.model.common.finished import Finished
+from minisgl.model.fake_runner import FakeRunner
 from minisgl.plan import PlanKind, StepPlan
 
 
@@ -162,7 +163,7 @@ class Recorder(FakeRunner):
         self.left -= 1
         return self.left > 0
 
-    def launch(self, plan: StepPlan) -> Done:
+    def launch(self, plan: StepPlan) -> Finished:
         self.events.append(plan.step)
         return super().launch(plan)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from minisgl.commands.flags import config_from
 from minisgl.commands.serve import parser
-from minisgl.config import EngineConfig, ModelSpec, ServerConfig, Setting, engine_config, flag, settings_of
+from minisgl.config import EngineConfig, ServerConfig, Setting, engine_config, flag, settings_of
 from minisgl.errors import InvalidParam, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.sampling_params import SamplingParams
+from minisgl.selfcheck.job import read_spec, with_tuples
 
 
 @pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["chat", "--help"], ["batch", "--help"]])
@@ -153,7 +155,7 @@ def test_the_environment_can_switch_overlap_off(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_model_spec_survives_json() -> None:
     spec = resolve(None)
-    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert read_spec(json.loads(json.dumps(asdict(spec)), object_hook=with_tuples)) == spec
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from minisgl.model.common.functional import act_mul
 from minisgl.model.common.gguf_blocks import BITS, FLOATS, Groups, from_gguf
 from minisgl.model.common.interfaces import QKNorm
 from minisgl.model.common.rope import Rope
+from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu import build
 from minisgl.model.cpu.attention_c import KernelAttention
@@ -221,9 +222,7 @@ class Scene:
         )
         self.norm = QKNorm(rand(c.dim, seed=5), rand(c.dim, seed=6), 1e-3) if c.qk_norm else None
         self.sinks = rand(c.heads, seed=7) if c.sinks else None
-        self.attention = KernelAttention(
-            self.spec, run, num_pages=self.pages.size, page_size=c.page_size, num_heads=c.heads, num_kv_heads=c.kv_heads
-        )
+        self.attention = KernelAttention(self.spec, Shard.of(self.spec), self.pages.size, c.page_size, run)
         self.qkv = [rand(n, (c.heads + 2 * c.kv_heads) * c.dim, seed=10 + i) for i, n in enumerate(contexts)]
         self.contexts, self.counts = contexts, counts
         for row, (context, count) in enumerate(zip(contexts, counts, strict=True)):  # what the cache holds before

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled
 from minisgl.model.common.functional import route
-from minisgl.model.common.interfaces import ExpertWeights
+from minisgl.model.common.interfaces import ExpertWeights, QKNorm
 from minisgl.model.common.slots import SamplingRows
 from minisgl.model.cpu.layers import Experts
 from minisgl.model.cpu.sampler import sample as cpu_sample
@@ -367,27 +367,24 @@ def test_prepare_heads_normalises_rotates_and_stores(num_heads: int, kv_heads: i
     angles = torch.outer(positions.float(), freqs)
     assert error(cos, angles.cos()) < 1e-4
     assert error(sin, angles.sin()) < 1e-4
-    q_weight, k_weight = (rand(dim), rand(dim)) if norm else (None, None)
+    qk_norm = QKNorm(rand(dim), rand(dim), 1e-6) if norm else None
     index = torch.randperm(5 * page_size, device=DEVICE)[:tokens]
     cache = torch.zeros(5, 2, kv_heads, page_size, dim, device=DEVICE, dtype=HALF)
     flat = qkv.reshape(tokens, -1)
     q = prepare_heads(
         as_product(flat, kind),
-        cos,
-        sin,
-        q_weight,
-        k_weight,
+        (cos, sin),
+        qk_norm,
         cache[:, 0],
         cache[:, 1],
         index,
         dtype=HALF,
-        eps=1e-6,
     )
     want = qkv.float()
-    if q_weight is not None and k_weight is not None:
-        want[:, :num_heads] = F.rms_norm(want[:, :num_heads], (dim,), q_weight.float(), 1e-6)
+    if qk_norm is not None:
+        want[:, :num_heads] = F.rms_norm(want[:, :num_heads], (dim,), qk_norm.q.float(), 1e-6)
         want[:, num_heads : num_heads + kv_heads] = F.rms_norm(
-            want[:, num_heads : num_heads + kv_heads], (dim,), k_weight.float(), 1e-6
+            want[:, num_heads : num_heads + kv_heads], (dim,), qk_norm.k.float(), 1e-6
         )
     rotate_(want[:, : num_heads + kv_heads], torch.cat([cos] * 2, -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
     assert error(q, want[:, :num_heads]) < TOLERANCE
@@ -403,14 +400,14 @@ def test_only_the_first_dimensions_of_a_head_turn(dim: int, rotary: int) -> None
 
     qkv, index = rand(3, 4, dim), torch.tensor([5, 0, 9], device=DEVICE)
     weight = rand(dim)
-    cos, sin = rope_tables(index, torch.rand(rotary // 2, device=DEVICE), 1.3) if rotary else (None, None)
+    rotation = rope_tables(index, torch.rand(rotary // 2, device=DEVICE), 1.3) if rotary else None
     cache = torch.zeros(3, 2, 1, 4, dim, device=DEVICE, dtype=HALF)
-    q = prepare_heads(
-        qkv.view(3, -1), cos, sin, weight.float(), weight.float(), cache[:, 0], cache[:, 1], index, dtype=HALF, eps=0.1
-    )
+    norm = QKNorm(weight.float(), weight.float(), 0.1)
+    q = prepare_heads(qkv.view(3, -1), rotation, norm, cache[:, 0], cache[:, 1], index, dtype=HALF)
     want = qkv.float()
     want[:, :3] = F.rms_norm(want[:, :3], (dim,), weight.float(), 0.1)
-    if cos is not None and sin is not None:
+    if rotation is not None:
+        cos, sin = rotation
         rotate_(want[:, :3], torch.cat([cos] * 2, -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
     stored = cache[index // 4, :, :, index % 4].float()
     assert error(q, want[:, :2]) < TOLERANCE

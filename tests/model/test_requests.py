@@ -20,9 +20,9 @@ from test_penalties import reference
 from test_sampler import reference_distribution, reference_draw
 from tiny_models import config_for, save_llama
 
+from minisgl.actors.messages import TokenLogprobs
 from minisgl.actors.scheduler import plan_builder, step_machine
 from minisgl.actors.scheduler.interface import Add, Output
-from minisgl.actors.scheduler.logprobs import LogprobOutputs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -94,7 +94,7 @@ class ModelLoop(Loop):
         )
         self.runner.allocate(lim.num_pages)
         self.params: dict[int, SamplingParams] = {}
-        self.scores: dict[int, list[LogprobOutputs]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
         self.model = model
 
     def ask(self, ids: list[int], p: SamplingParams) -> int:
@@ -107,9 +107,12 @@ class ModelLoop(Loop):
     def step(self, deliver: int | None = None) -> Output:
         out = super().step(deliver)
         for rows in out.logprobs:
+            ends = np.cumsum(rows.widths)
             for i, uid in enumerate(rows.uids.tolist()):
-                fields = [getattr(rows, f)[i : i + 1] for f in LogprobOutputs.__dataclass_fields__]
-                self.scores.setdefault(uid, []).append(LogprobOutputs(*fields))
+                tops = slice(int(ends[i]) - int(rows.widths[i]), int(ends[i]))
+                one = [getattr(rows, f)[i : i + 1] for f in ("uids", "drawn", "tokens", "logprobs", "widths")]
+                row = TokenLogprobs(*one, rows.top_ids[tops], rows.top_logprobs[tops])
+                self.scores.setdefault(uid, []).append(row)
         return out
 
     def wrong(self) -> str:
@@ -137,7 +140,7 @@ class ModelLoop(Loop):
             best = sorted(row, reverse=True)[: p.logprobs]
             if abs(s.logprobs[0] - row[ids[at]]) > 1e-4 or int(s.widths[0]) != p.logprobs:
                 return f"the log probability of token {at}"
-            if p.logprobs and max(abs(s.top_logprobs[0, : p.logprobs] - best)) > 1e-4:
+            if p.logprobs and max(abs(s.top_logprobs - best)) > 1e-4:
                 return f"the alternatives to token {at}"
         return ""
 

@@ -6,15 +6,17 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
-from minisgl.config import Config, EngineConfig, ModelSpec, RopeScaling
+from minisgl.config import Config, EngineConfig, RopeScaling
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_spec import served_name
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.shard import Shard, check_tp, split
 from minisgl.sampling_params import SamplingParams
+from minisgl.selfcheck.job import read_spec, with_tuples
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,7 +52,7 @@ def test_a_directory_is_read_without_its_weights(tmp_path):
     assert (spec.format, spec.architecture, spec.dtype) == ("safetensors", "LlamaForCausalLM", "bfloat16")
     assert (spec.head_dim, spec.num_kv_heads, spec.rope_theta, spec.rope_scaling) == (16, 2, 5000.0, None)
     assert not spec.tie_embeddings
-    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert read_spec(json.loads(json.dumps(asdict(spec)), object_hook=with_tuples)) == spec
 
 
 def test_qwen3_normalises_queries_and_keys_and_has_heads_of_its_own_size(tmp_path):
@@ -313,7 +315,7 @@ LAYERS = 8
 
 def published(path, architecture, **config):
     spec = resolve(checkpoint(path, architectures=[architecture], num_hidden_layers=LAYERS, **config))
-    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert read_spec(json.loads(json.dumps(asdict(spec)), object_hook=with_tuples)) == spec
     return spec
 
 

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from minisgl.actors.messages import Stop
+
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -16,9 +18,6 @@ class Context(Protocol):
 
     def send(self, to: str, msg: Any) -> None:
         """Put a message into another actor's mailbox; never blocks."""
-
-    def after(self, seconds: float, msg: Any) -> None:
-        """Put a message into my own mailbox later."""
 
     def now(self) -> float:
         """Seconds on a monotonic clock (virtual in tests)."""
@@ -48,7 +47,7 @@ class Actor:
     for is refused then: the class does not exist.
     """
 
-    _table: ClassVar[dict[type, str]] = {}
+    _table: ClassVar[dict[type, str]] = {Stop: "stop"}  # message type -> name of its handler
 
     def __init_subclass__(cls) -> None:
         cls._table = dict(cls._table)
@@ -68,17 +67,16 @@ class Actor:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
 
-    @classmethod
-    def accepts(cls) -> frozenset[type]:
-        """The message types this actor has a handler for."""
-        return frozenset(cls._table)
-
     def receive(self, msg: Any) -> None:
         """Run the handler of `msg`.  Raises Unhandled if there is none."""
         name = self._table.get(type(msg))
         if name is None:
             raise Unhandled(f"{type(self).__name__} got {type(msg).__name__}")
         getattr(self, name)(msg)
+
+    def stop(self, m: Stop) -> None:
+        """Leave after the current handler.  An actor with something to finish first handles Stop itself."""
+        self.ctx.stop()
 
     def started(self) -> None:
         """Runs once, in the actor's own process, before the first message."""

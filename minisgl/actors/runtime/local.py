@@ -8,13 +8,11 @@ doorbell ends in quiescence with requests open, which a test can see, instead of
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from minisgl.actors.messages import Stop
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.wire import decode, encode
 
@@ -31,9 +29,6 @@ class LocalContext(Context):
     def send(self, to: str, msg: Any) -> None:
         self._system.post(self.name, to, msg)
 
-    def after(self, seconds: float, msg: Any) -> None:
-        self._system.schedule(seconds, self.name, msg)
-
     def now(self) -> float:
         return self._system.clock
 
@@ -45,14 +40,12 @@ class LocalSystem:
     """The deterministic runtime.  `edges` records (message, sender, receiver), for the test of the documentation."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self.clock = 0.0  # virtual seconds
+        self.clock = 0.0  # virtual seconds; a test moves it
         self.actors: dict[str, Actor] = {}
         self.dead_letters: list[tuple[str, str, Any]] = []
         self.edges: set[tuple[str, str, str]] = set()
         self._rng = random.Random(seed) if seed is not None else None
         self._lanes: dict[tuple[str, str], deque[bytes]] = {}
-        self._timers: list[tuple[float, int, str, bytes]] = []
-        self._tickets = 0
         self._asleep: set[str] = set()
 
     def spawn(self, name: str, make: Callable[[LocalContext], A]) -> A:
@@ -76,41 +69,22 @@ class LocalSystem:
         else:
             self.dead_letters.append((src, dst, msg))
 
-    def schedule(self, seconds: float, name: str, msg: Any) -> None:
-        """Deliver a message to `name` after virtual seconds."""
-        self._tickets += 1
-        heapq.heappush(self._timers, (self.clock + seconds, self._tickets, name, encode(msg)))
-
     def step(self) -> bool:
-        """One event: deliver a message, run one `idle()`, or advance the clock to a timer.  False: nothing can happen."""
+        """One event: deliver a message, or run one `idle()`.  False: nothing can happen."""
         lanes = [k for k, lane in self._lanes.items() if lane and k[1] in self.actors]
         choices: list[Any] = [*lanes, *(name for name in self.actors if name not in self._asleep)]
         if self._rng:
             self._rng.shuffle(choices)
         for choice in choices:
             if isinstance(choice, tuple):
-                self._deliver(choice[1], self._lanes[choice].popleft())
+                self._asleep.discard(choice[1])
+                self.actors[choice[1]].receive(decode(self._lanes[choice].popleft()))
                 return True
             if self.actors[choice].idle():
                 return True
             self._asleep.add(choice)
-        if any(lane and dst in self.actors for (_, dst), lane in self._lanes.items()):
-            return True  # an actor has sent a message before it went to sleep
-        if self._timers:
-            self.clock, _, name, raw = heapq.heappop(self._timers)
-            if name in self.actors:
-                self._deliver(name, raw)
-            return True
-        return False
-
-    def _deliver(self, name: str, raw: bytes) -> None:
-        self._asleep.discard(name)
-        msg = decode(raw)
-        actor = self.actors[name]
-        if isinstance(msg, Stop) and Stop not in actor.accepts():
-            self.stop(name)
-        else:
-            actor.receive(msg)
+        # An actor may have sent a message before it went to sleep.
+        return any(lane and dst in self.actors for (_, dst), lane in self._lanes.items())
 
     def run(self, max_events: int = 1_000_000) -> int:
         """Until nothing can happen; returns the number of events.  Raises RuntimeError if that takes too many."""

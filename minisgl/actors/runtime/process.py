@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import heapq
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import setproctitle
 import zmq
 
-from minisgl.actors.messages import Failed, Hello, Stop, Stopped
+from minisgl.actors.messages import Failed, Hello, Stopped
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.wire import MAX_BYTES, BadMessage, decode, encode
 from minisgl.errors import UserError
@@ -54,8 +53,6 @@ class ZmqContext(Context):
         self.inbox.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
         self.inbox.bind(address(run_dir, name))
         self._peers: dict[str, zmq.Socket[bytes]] = {}
-        self._timers: list[tuple[float, int, bytes]] = []
-        self._tickets = 0
         self.running = True
         self.bad_frames = 0
 
@@ -80,20 +77,6 @@ class ZmqContext(Context):
                 return None
             except BadMessage:
                 self.bad_frames += 1
-
-    def after(self, seconds: float, msg: Any) -> None:
-        self._tickets += 1
-        heapq.heappush(self._timers, (self.now() + seconds, self._tickets, encode(msg)))
-
-    def due(self) -> float | None:
-        """Seconds until the next timer (0 if it is due), or None."""
-        return max(0.0, self._timers[0][0] - self.now()) if self._timers else None
-
-    def pop_due(self) -> Any | None:
-        """The message of a timer that has run out, or None."""
-        if self._timers and self._timers[0][0] <= self.now():
-            return decode(heapq.heappop(self._timers)[2])
-        return None
 
     def now(self) -> float:
         return time.monotonic()
@@ -120,22 +103,12 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
     actor.started()
     busy, settled = True, False
     while ctx.running:
-        due = ctx.due()
-        limit = 0 if busy else None if settled else SETTLE_MS
-        if due is not None and (limit is None or due * 1000 < limit):
-            limit = int(due * 1000) + 1
-        got_mail = bool(ctx.inbox.poll(limit))
+        got_mail = bool(ctx.inbox.poll(0 if busy else None if settled else SETTLE_MS))
         if got_mail:
             for _ in range(BURST):
                 if not ctx.running or (msg := ctx.recv()) is None:
                     break
-                if isinstance(msg, Stop) and Stop not in actor.accepts():
-                    ctx.stop()
-                else:
-                    actor.receive(msg)
-        while (timed := ctx.pop_due()) is not None:
-            actor.receive(timed)
-            got_mail = True
+                actor.receive(msg)
         settled = not busy and not got_mail
         busy = ctx.running and actor.idle()
         settled = settled and not busy

@@ -13,24 +13,7 @@ import os
 
 import numpy as np
 
-from minisgl.actors.messages import (
-    Cancel,
-    Capacity,
-    Embedded,
-    EngineReady,
-    FlushCache,
-    Generate,
-    MayCapture,
-    Rejected,
-    Stats,
-    Stop,
-    TokenLogprobs,
-    Tokens,
-    Track,
-    Wake,
-    WorkerArmed,
-    WorkerLoaded,
-)
+import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
@@ -67,8 +50,8 @@ class SchedulerActor(Actor):
         self._pid = os.getpid()
 
     # ---------------- start-up
-    @on(WorkerLoaded)
-    def worker_loaded(self, m: WorkerLoaded) -> None:
+    @on(msg.WorkerLoaded)
+    def worker_loaded(self, m: msg.WorkerLoaded) -> None:
         self._max_pages[m.rank] = m.max_pages
         engine = self.config.engine
         if len(self._max_pages) < engine.tp:
@@ -90,13 +73,13 @@ class SchedulerActor(Actor):
         )
         self.machine = StepMachine(limits)
         for rank in range(engine.tp):
-            self.ctx.send(f"worker{rank}", Capacity(num_pages))
+            self.ctx.send(f"worker{rank}", msg.Capacity(num_pages))
 
-    @on(WorkerArmed)
-    def worker_armed(self, m: WorkerArmed) -> None:
+    @on(msg.WorkerArmed)
+    def worker_armed(self, m: msg.WorkerArmed) -> None:
         self._armed.add(m.rank)
         if len(self._armed) == self.config.engine.tp:
-            self.ctx.send("api", EngineReady(self._machine().limits.num_pages))
+            self.ctx.send("api", msg.EngineReady(self._machine().limits.num_pages))
 
     def _machine(self) -> StepMachine:
         if self.machine is None:
@@ -104,13 +87,13 @@ class SchedulerActor(Actor):
         return self.machine
 
     # ---------------- requests
-    @on(Generate)
-    def generate(self, m: Generate) -> None:
+    @on(msg.Generate)
+    def generate(self, m: msg.Generate) -> None:
         ids = np.frombuffer(self.requests.take_now(), np.int32)
         if len(ids) != m.n_ids:
             raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
         if self.requests.starved():
-            self.ctx.send("api", Wake())
+            self.ctx.send("api", msg.Wake())
         refusal = self._refusal(m)
         if refusal is not None:
             self.ctx.send("api", refusal)
@@ -118,7 +101,7 @@ class SchedulerActor(Actor):
         limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
         self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
 
-    def _refusal(self, m: Generate) -> Rejected | None:
+    def _refusal(self, m: msg.Generate) -> msg.Rejected | None:
         """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
         machine, room = self._machine(), self._machine().limits.kv_tokens
         if m.n_ids >= room:
@@ -127,12 +110,12 @@ class SchedulerActor(Actor):
                 f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
                 "larger --kv-tokens. (context_length_exceeded)"
             )
-            return Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
+            return msg.Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
         retry = self._overload(m.n_ids)
         if retry is None:
             return None
         text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
-        return Rejected(m.uid, 429, text, None, "server_overloaded", retry)
+        return msg.Rejected(m.uid, 429, text, None, "server_overloaded", retry)
 
     def _overload(self, n_ids: int) -> int | None:
         """Seconds after which a client should try again if the queue is full, None if it is not.
@@ -150,24 +133,24 @@ class SchedulerActor(Actor):
         rate = machine.prefill_rate.per_second
         return max(1, min(30, round(tokens / rate))) if rate else 5
 
-    @on(Cancel)
-    def cancel(self, m: Cancel) -> None:
+    @on(msg.Cancel)
+    def cancel(self, m: msg.Cancel) -> None:
         self._inbox.append(Drop(m.uid))
 
-    @on(FlushCache)
-    def flush_cache(self, m: FlushCache) -> None:
+    @on(msg.FlushCache)
+    def flush_cache(self, m: msg.FlushCache) -> None:
         self._inbox.append(Flush())
 
-    @on(Wake)
-    def wake(self, m: Wake) -> None:
+    @on(msg.Wake)
+    def wake(self, m: msg.Wake) -> None:
         """Has no content: its arrival makes the runtime call `idle`."""
 
-    @on(MayCapture)
-    def may_capture(self, m: MayCapture) -> None:
+    @on(msg.MayCapture)
+    def may_capture(self, m: msg.MayCapture) -> None:
         self._may_capture = True
 
-    @on(Stop)
-    def stop(self, m: Stop) -> None:
+    @on(msg.Stop)
+    def stop(self, m: msg.Stop) -> None:
         if self.machine is None or len(self._armed) < self.config.engine.tp:
             self.ctx.stop()  # the workers do not read the ring yet
         self._stopping = True
@@ -213,7 +196,7 @@ class SchedulerActor(Actor):
         self._reported, stats = now, self._machine().stats()
         if stats != self._stats:
             self._stats = stats
-            self.ctx.send("api", Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
+            self.ctx.send("api", msg.Stats(tuple(stats), np.array(list(stats.values()), np.int64)))
 
     def _arm(self, flag: bool) -> None:
         """Raise or lower the flags that request a Wake: when there is a result and, if a plan is unsent, when there is room."""
@@ -241,7 +224,7 @@ class SchedulerActor(Actor):
         self.plans.publish(raw)
         self._unsent = None
         for rank in self.plans.parked():
-            self.ctx.send(f"worker{rank}", Wake())
+            self.ctx.send(f"worker{rank}", msg.Wake())
         self.board.beat(self._pid, plan.step, bool(self._machine().inflight))
         return True
 
@@ -261,13 +244,11 @@ class SchedulerActor(Actor):
             if request.options.pooling:  # its answer is a vector, not text
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
-            self.ctx.send("detokenizer", Track(uid, cached, prompt, request.params, now - request.arrived))
-        for s in output.logprobs:
-            inside = np.arange(s.top_ids.shape[1]) < s.widths[:, None]
-            tops = (s.top_ids[inside], s.top_logprobs[inside])
-            self.ctx.send("detokenizer", TokenLogprobs(s.uids, s.drawn, s.tokens, s.logprobs, s.widths, *tops))
+            self.ctx.send("detokenizer", msg.Track(uid, cached, prompt, request.params, now - request.arrived))
+        for scores in output.logprobs:
+            self.ctx.send("detokenizer", scores)
         for uid, vector in output.vectors:
-            self.ctx.send("api", Embedded(uid, vector))
+            self.ctx.send("api", msg.Embedded(uid, vector))
         if output.outputs:  # all rows of the step in one message
             columns = [[getattr(rows, name) for rows in output.outputs] for name in ("uids", "counts", "tokens", "finish")]
-            self.ctx.send("detokenizer", Tokens(*map(np.concatenate, columns)))
+            self.ctx.send("detokenizer", msg.Tokens(*map(np.concatenate, columns)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from minisgl.actors.scheduler.logprobs import LogprobOutputs
+from minisgl.actors.messages import TokenLogprobs, Tokens
 from minisgl.actors.scheduler.request import Request
-from minisgl.arrays import F32, I32, I64, U8
+from minisgl.arrays import F32
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import StepPlan, StepResult
 
@@ -69,26 +69,16 @@ Event = Add | Drop | Flush | StepResult
 
 # ---------------- what comes out
 @dataclass(slots=True)
-class StepOutputs:
-    """Rows for the detokenizer: row i appends counts[i] (0 or 1) tokens to request uids[i] and may finish it."""
-
-    uids: I64
-    counts: U8
-    tokens: I32
-    finish: U8
-
-
-@dataclass(slots=True)
 class Output:
     """What one call of `step` decided.
 
-    `started`: (uid, cached prompt tokens) of the requests admitted for the first time.  `vectors`: (uid, pooled vector); these
-    requests end with their vector and have no row in `outputs`.
+    `outputs` and `logprobs` are for the detokenizer.  `started`: (uid, cached prompt tokens) of the requests admitted for the
+    first time.  `vectors`: (uid, pooled vector); these requests end with their vector and have no row in `outputs`.
     """
 
     plan: StepPlan | None = None
-    outputs: list[StepOutputs] = field(default_factory=list)
-    logprobs: list[LogprobOutputs] = field(default_factory=list)
+    outputs: list[Tokens] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
     vectors: list[tuple[int, F32]] = field(default_factory=list)
 

@@ -10,29 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minisgl.actors.messages import TokenLogprobs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
-from minisgl.arrays import F32, I32, I64, U8
+from minisgl.arrays import I32, I64
 from minisgl.plan import NOT_A_NUMBER, StepResult
 
 _NONE = np.zeros(0, np.int32)
-
-
-@dataclass(slots=True)
-class LogprobOutputs:
-    """Log probabilities of M tokens, for the detokenizer.
-
-    Row i belongs to the next prompt token of request uids[i] or, if drawn[i], to the token that it gets in the same step.  Only
-    the first widths[i] alternatives of a row are valid.
-    """
-
-    uids: I64
-    drawn: U8
-    tokens: I32
-    logprobs: F32
-    widths: U8
-    top_ids: I32  # [M, W]
-    top_logprobs: F32  # [M, W]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +45,7 @@ class ExpectedLogprobs:
 
     def read(
         self, result: StepResult, table: SlotTable, running: Mapping[int, tuple[int, Request]]
-    ) -> tuple[LogprobOutputs | None, dict[int, int]]:
+    ) -> tuple[TokenLogprobs | None, dict[int, int]]:
         """The rows to pass on, prompt tokens first, None if there are none; and NOT_A_NUMBER for each slot with NaN among its.
 
         Requests that have ended are left out, and so are prompt tokens that were passed on before a retraction.  Raises
@@ -87,5 +71,6 @@ class ExpectedLogprobs:
         tokens = np.concatenate((result.tokens[self.drawn], self.targets)).astype(np.int32)
         slots = self.slots[at]
         drawn, widths = (at < n).astype(np.uint8), table.logprobs[slots].astype(np.uint8)
-        tops = scores.top_ids[at], scores.top_logprobs[at]
-        return LogprobOutputs(table.uid[slots], drawn, tokens[at], scores.logprobs[at], widths, *tops), failed
+        inside = np.arange(scores.top_ids.shape[1]) < widths[:, None]  # the other alternatives are padding
+        tops = scores.top_ids[at][inside], scores.top_logprobs[at][inside]
+        return TokenLogprobs(table.uid[slots], drawn, tokens[at], scores.logprobs[at], widths, *tops), failed

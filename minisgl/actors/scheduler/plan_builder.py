@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisgl.actors.scheduler.logprobs import ExpectedLogprobs, LogprobOutputs
+from minisgl.actors.messages import TokenLogprobs
+from minisgl.actors.scheduler.logprobs import ExpectedLogprobs
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.sampling_extras import NOTHING, Extra, extra_bytes, extra_of, grammar_of
 from minisgl.actors.scheduler.slot_table import SlotTable
@@ -33,7 +34,7 @@ class ResultRows:
     wasted: int  # rows computed for requests that had ended
     failed: dict[int, int]  # slots without a token, and why: FAILED or NOT_A_NUMBER
     vectors: list[tuple[int, F32]]  # (slot, pooled vector)
-    logprobs: LogprobOutputs | None
+    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from minisgl.actors.scheduler.interface import Add, Counters, Event, Flush, Output, SchedulerLimits, StepOutputs
+from minisgl.actors.messages import Tokens
+from minisgl.actors.scheduler.interface import Add, Counters, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.plan_builder import NO_SLOTS, InFlight, PlanBuilder
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
@@ -140,7 +141,7 @@ class StepMachine:
             return
         table.append(slots, tokens)
         finish = self._finish_reasons(slots, tokens)
-        out.outputs.append(StepOutputs(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
+        out.outputs.append(Tokens(table.uid[slots], np.ones(len(slots), np.uint8), tokens.astype(np.int32), finish))
         for slot in slots[finish != 0].tolist():
             self._release(slot)
 
@@ -162,7 +163,7 @@ class StepMachine:
         elif self.waiting.remove(uid) is None:
             return False
         no_token = np.zeros(1, np.uint8)
-        out.outputs.append(StepOutputs(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
+        out.outputs.append(Tokens(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
         return True
 
     def _fail(self, slot: int, why: int, out: Output) -> None:

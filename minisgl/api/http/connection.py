@@ -73,11 +73,7 @@ class Connection(web.RequestHandler):
                     body.feed_eof()  # aiohttp reads and drops the rest of an abandoned body; here it has ended
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         if isinstance(exc, ConnectionError):
             raise exc  # the client has left, and aiohttp ends the connection

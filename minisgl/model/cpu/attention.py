@@ -19,6 +19,7 @@ from minisgl.model.common.activations import Product, plain
 from minisgl.model.common.functional import rms_norm, softcap_, softmax
 from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.rope import rotate_
+from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import StepBatch
 
 GATHER_BYTES = 6 << 20  # keys and values of decode rows that are gathered together: small enough to stay in the CPU's caches
@@ -62,21 +63,18 @@ class TorchAttention:
     repeat the keys instead.
     """
 
-    def __init__(
-        self, spec: ModelSpec, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
-    ) -> None:
-        """num_heads, num_kv_heads: of this rank."""
+    def __init__(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         self._page_size = page_size
-        self._kv_heads, self._group, self._dim = num_kv_heads, num_heads // num_kv_heads, spec.head_dim
+        self._kv_heads, self._group, self._dim = shard.num_kv_heads, shard.num_heads // shard.num_kv_heads, spec.head_dim
         self._scale, self._softcap = spec.scale, spec.attn_softcap
         self._by_hand = spec.sinks or self._softcap > 0  # scaled_dot_product_attention has neither
         self._windows = [spec.window(layer) for layer in range(spec.num_layers)]
-        token = 2 * num_kv_heads * spec.head_dim
+        token = 2 * shard.num_kv_heads * spec.head_dim
         self._token_bytes = token * dtype.itemsize
         # Zero pages of the operating system: they take no memory until written.
         raw = np.zeros(spec.num_layers * num_pages * page_size * self._token_bytes, np.uint8)
         cache = torch.from_numpy(raw).view(dtype)
-        self._by_token = cache.view(spec.num_layers, num_pages * page_size, 2, num_kv_heads, spec.head_dim)
+        self._by_token = cache.view(spec.num_layers, num_pages * page_size, 2, shard.num_kv_heads, spec.head_dim)
         self._by_page = cache.view(spec.num_layers, num_pages, page_size * token)
         self._workspace = torch.empty(0, dtype=dtype)
         self._dtype = dtype
@@ -155,9 +153,8 @@ class TorchAttention:
         return _Chunk(start, end, rest, None if alone else mine, mask)
 
     def _decode_group(self, start: int, lens: I32, pages: I32, n_pages: int, window: int) -> _DecodeGroup:
-        first = (
-            np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)
-        )  # first token that is seen
+        # The first token that each row sees.
+        first = np.maximum(lens - window, 0)[:, None] if window else np.zeros((len(lens), 1), np.int64)
         page = first // self._page_size + np.arange(n_pages)
         position = (page[:, :, None] * self._page_size + np.arange(self._page_size)).reshape(len(lens), -1)
         unseen = (position < first) | (position >= lens[:, None])

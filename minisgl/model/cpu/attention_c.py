@@ -8,6 +8,7 @@ import torch
 from minisgl.config import ModelSpec
 from minisgl.model.common.activations import Product, plain
 from minisgl.model.common.interfaces import QKNorm, Rotation
+from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
 from minisgl.model.cpu.packing import LANES
@@ -26,13 +27,10 @@ def can_attend(spec: ModelSpec, page_size: int) -> bool:
 class KernelAttention:
     """See `AttentionBackend`.  The cache is in half precision; its layout is in csrc/attention.c."""
 
-    def __init__(
-        self, spec: ModelSpec, run: Kernels, *, num_pages: int, page_size: int, num_heads: int, num_kv_heads: int
-    ) -> None:
-        """num_heads, num_kv_heads: of this rank."""
+    def __init__(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int, run: Kernels) -> None:
         self._run = run
-        self._width = num_heads * spec.head_dim
-        layer_bytes = num_pages * page_size * 2 * num_kv_heads * spec.head_dim * KV_DTYPE.itemsize
+        self._width = shard.num_heads * spec.head_dim
+        layer_bytes = num_pages * page_size * 2 * shard.num_kv_heads * spec.head_dim * KV_DTYPE.itemsize
         # Zero pages of the operating system: they take no memory until written.
         self._cache = np.zeros(spec.num_layers * layer_bytes, np.uint8)
         base = self._cache.ctypes.data
@@ -42,8 +40,8 @@ class KernelAttention:
                 scale=spec.scale,
                 softcap=spec.attn_softcap,
                 page_size=page_size,
-                heads=num_heads,
-                kv_heads=num_kv_heads,
+                heads=shard.num_heads,
+                kv_heads=shard.num_kv_heads,
                 dim=spec.head_dim,
                 window=spec.window(i),
             )

@@ -15,7 +15,6 @@ from minisgl.model.cpu.kernels import Kernels
 from minisgl.model.cpu.layers import CpuLayers
 from minisgl.model.cpu.quantized_layers import QuantizedLayers
 
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = {
     "int8": "8 bits",
     "q4": "4 bits, the table of tokens and the head in 8",
@@ -40,7 +39,7 @@ class CpuArithmetic:
 
         Where they cannot be built, "auto" is float32, which is faster in torch, and a kind is computed in torch.
         """
-        kind, dtype = engine.quantization, _DTYPES[engine.dtype]
+        kind, dtype = engine.quantization, getattr(torch, "float32" if engine.dtype == "auto" else engine.dtype)
         plain = f"weights in {str(dtype).removeprefix('torch.')}, torch"
         if not engine.eight_bits:
             return cls(dtype, dtype, CpuLayers(dtype), None, plain, threads)
@@ -65,8 +64,6 @@ class CpuArithmetic:
 
     def attention(self, spec: ModelSpec, shard: Shard, num_pages: int, page_size: int) -> TorchAttention | KernelAttention:
         """Attention over a new cache of `num_pages` pages."""
-        sizes = {"num_pages": num_pages, "page_size": page_size}
-        sizes |= {"num_heads": shard.num_heads, "num_kv_heads": shard.num_kv_heads}
         if self.run is None:
-            return TorchAttention(spec, dtype=self.kv_dtype, **sizes)
-        return KernelAttention(spec, self.run, **sizes)
+            return TorchAttention(spec, shard, num_pages, page_size, self.kv_dtype)
+        return KernelAttention(spec, shard, num_pages, page_size, self.run)

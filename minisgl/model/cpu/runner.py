@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from minisgl.arrays import I32, I64
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.model.common.finished import Finished
 from minisgl.model.common.grammar import Grammars, unpack
 from minisgl.model.common.host import available_bytes, threads_per_rank
 from minisgl.model.common.interfaces import Build
@@ -29,21 +30,7 @@ from minisgl.model.cpu.sampler import sample, score
 from minisgl.plan import FAILED, StepLogprobs, StepPlan, StepResult
 
 MAX_KV_TOKENS = 262_144  # a CPU is too slow to use more
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A launched step, which on a CPU has finished when `launch` returns."""
-
-    _result: StepResult
-
-    def done(self) -> bool:
-        """Whether `result` returns without waiting.  Never blocks."""
-        return True
-
-    def result(self) -> StepResult:
-        """The step's tokens and times."""
-        return self._result
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class Runner:
@@ -96,7 +83,7 @@ class Runner:
         page_size = self._config.engine.page_size
         self._attention = self._arithmetic.attention(self._config.model, self._shard, num_pages, page_size)
 
-    def launch(self, plan: StepPlan) -> Pending:
+    def launch(self, plan: StepPlan) -> Finished:
         """Run one step.  Plans come in order, each exactly once, and the same ones on every rank."""
         if self._attention is None:
             raise RuntimeError("launch before allocate")
@@ -107,7 +94,7 @@ class Runner:
         if len(plan.grammars):
             self._grammars.join(plan)
         if len(batch.ids) == 0:  # new slots and page grants alone
-            return Pending(StepResult(plan.step, np.zeros(0, np.int32)))
+            return Finished(StepResult(plan.step, np.zeros(0, np.int32)))
         with torch.inference_mode():
             self._attention.plan(batch)
             ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
@@ -124,34 +111,26 @@ class Runner:
             scores = self._score(logits, batch, drawn) if self._parallel.rank == 0 else None
         self._state.advance(batch, drawn)
         pooled = None if vectors is None else vectors.numpy()
-        return Pending(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
+        return Finished(StepResult(plan.step, tokens, (time.perf_counter_ns() - start) // 1000, scores=scores, vectors=pooled))
 
     def _draw(self, logits: torch.Tensor, batch: StepBatch) -> I32:
         """A token or a reason why there is none for each row, after biases, penalties and grammars."""
-        slots = batch.sample_slots
-        if self._state.extras and len(rows := np.flatnonzero(self._state.adjusted[slots])):
+        state, slots = self._state, batch.sample_slots
+        if state.extras and len(rows := np.flatnonzero(state.adjusted[slots])):
             adjusted = self._adjustments.apply(logits[torch.from_numpy(rows)], slots[rows], batch.sampling.positions[rows])
             logits = logits.float().index_copy(0, torch.from_numpy(rows), adjusted)
-        if self._grammars and len(rows := self._grammars.rows(slots)):
-            return self._draw_masked(logits, batch, rows)
+        masked = self._grammars.rows(slots) if self._grammars else _NO_ROWS
+        if len(masked):
+            masks, failed = self._grammars.masks(slots[masked])
+            at, allowed = torch.from_numpy(masked), torch.from_numpy(unpack(masks, logits.shape[1]))
+            logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
         tokens = sample(logits, batch.sampling)
-        self._count(slots, tokens)
-        return tokens
-
-    def _draw_masked(self, logits: torch.Tensor, batch: StepBatch, rows: I64) -> I32:
-        """`_draw` where some `rows` have a grammar."""
-        slots, failed = batch.sample_slots, np.zeros(len(batch.sample_slots), np.bool_)
-        masks, failed[rows] = self._grammars.masks(slots[rows])
-        at, allowed = torch.from_numpy(rows), torch.from_numpy(unpack(masks, logits.shape[1]))
-        logits = logits.float().index_copy(0, at, restrict(logits[at], allowed))
-        tokens = sample(logits, batch.sampling)
-        self._count(slots, tokens)
-        self._grammars.advance(slots[rows], np.maximum(tokens[rows], 0))
-        return np.where(failed & (tokens >= 0), np.int32(FAILED), tokens)
-
-    def _count(self, slots: I64, tokens: I32) -> None:
-        if self._state.extras and len(counted := np.flatnonzero(self._state.counted[slots])):
+        if state.extras and len(counted := np.flatnonzero(state.counted[slots])):
             self._adjustments.count(slots[counted], tokens[counted])
+        if len(masked):
+            self._grammars.advance(slots[masked], np.maximum(tokens[masked], 0))
+            tokens[masked[failed & (tokens[masked] >= 0)]] = FAILED
+        return tokens
 
     def _score(self, logits: torch.Tensor, batch: StepBatch, tokens: I32) -> StepLogprobs | None:
         """The requested log probabilities of sampled tokens and of tokens of prompts."""

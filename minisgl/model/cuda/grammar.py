@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,6 @@ from minisgl.model.kernels.uploads import upload
 from minisgl.plan import StepPlan
 
 
-class Event(Protocol):
-    """The part of torch.cuda.Event that is used."""
-
-    def synchronize(self) -> Any: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Drawn:
     """Tokens of a step that matchers have not read yet."""
@@ -33,7 +27,7 @@ class _Drawn:
     matchers: list[Any]
     rows: npt.NDArray[np.int64]
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
-    end: Event
+    end: torch.cuda.Event
 
 
 class GrammarRows:
@@ -82,7 +76,7 @@ class GrammarRows:
         self.failed = rows[failed] if failed.any() else None
         return True
 
-    def end(self, tokens: torch.Tensor, end: Event) -> None:
+    def end(self, tokens: torch.Tensor, end: torch.cuda.Event) -> None:
         """The step was launched: its tokens will be in `tokens`, on the host, when `end` has passed."""
         if self._now is not None:
             self._unread.append(_Drawn(self._step, *self._now, tokens, end))

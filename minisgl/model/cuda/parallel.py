@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -35,25 +35,6 @@ def use_one_shot(nbytes: int, size: int, limit: int = ONE_SHOT_BYTES) -> bool:
     return 1 < size <= _MAX_RANKS and 0 < nbytes <= limit and nbytes % _VECTOR == 0
 
 
-class Symmetric(Protocol):
-    """A buffer on every rank that all ranks can address.  Set up in three stages, each called on all ranks or on none."""
-
-    def allocate(self) -> None:
-        """Allocate this rank's buffer."""
-
-    def connect(self) -> None:
-        """Map the buffers of all ranks."""
-
-    def try_out(self) -> None:
-        """Check a sum whose result is known."""
-
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        """Sum over the ranks, in place, of a tensor that `use_one_shot` allows."""
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Contiguous [...] of any size -> [size, ...]."""
-
-
 class CudaParallel(Parallel):
     """One rank on its own GPU."""
 
@@ -62,7 +43,7 @@ class CudaParallel(Parallel):
         rank: int,
         size: int,
         group: dist.ProcessGroup,
-        symmetric: Symmetric | None,
+        symmetric: SymmetricMemory | None,
         *,
         one_shot_bytes: int = ONE_SHOT_BYTES,
         say: Callable[[str], None] = to_stderr,
@@ -74,7 +55,7 @@ class CudaParallel(Parallel):
         """
         super().__init__(rank, size, group=group)
         self._limit = one_shot_bytes
-        self._symmetric: Symmetric | None = None
+        self._symmetric: SymmetricMemory | None = None
         if symmetric is not None:
             reason = self._set_up(symmetric)
             if reason is None:
@@ -109,7 +90,7 @@ class CudaParallel(Parallel):
         self._symmetric = None
         super().close()
 
-    def _set_up(self, symmetric: Symmetric) -> str | None:
+    def _set_up(self, symmetric: SymmetricMemory) -> str | None:
         """None if every rank can use it.  Otherwise no rank does: this rank's reason, or "" if another rank has one."""
         for stage in (symmetric.allocate, symmetric.connect, symmetric.try_out):
             reason = ""
@@ -132,7 +113,7 @@ class SharedGpuParallel(CudaParallel):
     All collectives go through symmetric memory, so that they can be captured; the group (gloo's) only sets it up.
     """
 
-    def _set_up(self, symmetric: Symmetric) -> str | None:
+    def _set_up(self, symmetric: SymmetricMemory) -> str | None:
         """Raises RuntimeError on all ranks if symmetric memory cannot be had."""
         reason = super()._set_up(symmetric)
         if reason is not None:
@@ -149,7 +130,9 @@ class SharedGpuParallel(CudaParallel):
 
 
 class SymmetricMemory:
-    """torch's symmetric memory, without multicast.
+    """torch's symmetric memory, without multicast: a buffer on every rank that all ranks can address.
+
+    It is set up in three stages, `allocate`, `connect` and `try_out`, each called on all ranks or on none.
 
     One buffer serves all calls.  A call writes this rank's buffer, exchanges signals, reads the others' buffers, and exchanges
     signals again.  So when a call has finished on this rank, its peers have read this rank's buffer, and the next call on the
@@ -170,7 +153,10 @@ class SymmetricMemory:
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(self) -> None:
-        """Raises RuntimeError without peer access, AttributeError in a torch without symmetric memory."""
+        """Allocate this rank's buffer.
+
+        Raises RuntimeError without peer access, AttributeError in a torch without symmetric memory.
+        """
         where = self._device if dist.get_backend(self._group) == "nccl" else "cpu"
         devices = torch.empty(self._size, dtype=torch.int64, device=where)
         all_gather_single(devices, torch.tensor([self._device.index], device=where), group=self._group)
@@ -187,7 +173,10 @@ class SymmetricMemory:
         self._mine = _SymmetricMemory.empty_strided_p2p((self._nbytes,), (1,), torch.uint8, self._device)
 
     def connect(self) -> None:
-        """Raises the errors of torch or the driver.  If only some ranks fail, the others wait for the store's timeout."""
+        """Map the buffers of all ranks.
+
+        Raises the errors of torch or the driver.  If only some ranks fail, the others wait for the store's timeout.
+        """
         from torch._C._distributed_c10d import _SymmetricMemory
 
         # The ranks pass file descriptors through sockets with guessable names in $TMPDIR, so that is a private directory.
@@ -195,7 +184,7 @@ class SymmetricMemory:
             self._handle = _SymmetricMemory.rendezvous(self._mine, self._group.group_name)
 
     def try_out(self) -> None:
-        """Finds peer access that the driver reports and the host's IOMMU breaks, before it corrupts an answer.
+        """Check a sum whose result is known, to find peer access that the driver reports and the host's IOMMU breaks.
 
         Raises RuntimeError for a wrong sum.  If a peer cannot be signalled, the kernel traps after a minute: the process loses
         its GPU, and the start ends with an error instead of a hang.
@@ -209,7 +198,7 @@ class SymmetricMemory:
             raise RuntimeError("the GPUs' memory reads back wrong from each other")
 
     def all_reduce_(self, x: torch.Tensor) -> None:
-        """See Symmetric."""
+        """Sum over the ranks, in place, of a tensor that `use_one_shot` allows."""
         mine = self._mine.view(x.dtype)[: x.numel()].view(x.shape)
         mine.copy_(x)
         fits = x.is_contiguous() and x.data_ptr() % _VECTOR == 0
@@ -219,7 +208,7 @@ class SymmetricMemory:
             x.copy_(out)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """See Symmetric.  A tensor larger than the buffer goes in pieces."""
+        """Contiguous [...] of any size -> [size, ...].  A tensor larger than the buffer goes in pieces."""
         flat = x.view(-1)
         out = x.new_empty(self._size, len(flat))
         step = self._nbytes // x.itemsize

@@ -26,8 +26,8 @@ from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.weights import OpenWeights
 from minisgl.model.cuda.attention.base import AttentionSpec
-from minisgl.model.cuda.attention.choose import check_float8, choose, find, kv_dtype_of
-from minisgl.model.cuda.attention.kv_cache import KVCache, page_bytes
+from minisgl.model.cuda.attention.choose import check_float8, choose, find
+from minisgl.model.cuda.attention.kv_cache import FP8, KVCache, page_bytes
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.graphs import Graphs
 from minisgl.model.cuda.layers import CudaLayers
@@ -39,7 +39,6 @@ from minisgl.model.kernels.logprobs import DeviceLogprobs
 from minisgl.model.kernels.sampling import Extras
 from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PAUSE_MS = 20.0  # a device that waited longer had no work, which is not counted as idle
 
 
@@ -92,11 +91,11 @@ class CudaRunner:
         self._device = torch.device("cuda", rank)
         torch.cuda.set_device(self._device)
         watch()
-        self._dtype = _DTYPES[spec.dtype if engine.dtype == "auto" else engine.dtype]
+        self._dtype = getattr(torch, config.dtype)
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
         properties = torch.cuda.get_device_properties(self._device)
-        kv_dtype = kv_dtype_of(engine.kv_cache_dtype, self._dtype)
+        kv_dtype = FP8 if engine.kv_cache_dtype == "fp8" else self._dtype
         self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
         widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
         check_float8(engine, self._dtype, self._heads.capability, widths, experts=spec.num_experts)

@@ -9,9 +9,9 @@ Everything here is tensors and kernels; streams, events and the graphs themselve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.paged import PagedAttention
 from minisgl.model.cuda.device_state import DeviceState
 from minisgl.model.cuda.grammar import GrammarRows
+from minisgl.model.cuda.graphs import Graphs
 from minisgl.model.cuda.step_inputs import NOTHING, Sizes, StepInputs
 from minisgl.model.kernels.apply_plan import decode_inputs, mixed_inputs
 from minisgl.model.kernels.decode_attention import splits_for
@@ -52,18 +53,6 @@ PLAIN, EXTRAS, COUNTED = 0, 1, 2  # nothing special; biases or log probabilities
 GRAMMAR_ROWS = 4  # added where a row has a grammar
 
 
-class Replays(Protocol):
-    """minisgl.model.cuda.graphs.Graphs, or a stand-in that just runs the step."""
-
-    def __contains__(self, key: Hashable) -> bool: ...
-
-    def replay(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Run `step` as the graph of `key`."""
-
-    def capture(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Record `step` and leave the slots as they were."""
-
-
 class Steps:
     """Runs plans in order.
 
@@ -72,20 +61,13 @@ class Steps:
     """
 
     _attention: PagedAttention  # this and the rest: see `use`
-    _graphs: Replays
+    _graphs: Graphs
     _decode_graphs: bool
     _graph_tokens: list[int]
     _padding: StepInputs
 
     def __init__(
-        self,
-        config: Config,
-        model: Model,
-        grammars: Grammars,
-        heads: AttentionSpec,
-        *,
-        processors: int,
-        device: torch.device,
+        self, config: Config, model: Model, grammars: Grammars, heads: AttentionSpec, *, processors: int, device: torch.device
     ) -> None:
         engine, vocab = config.engine, config.model.vocab_size
         self._model, self._heads, self._processors, self._device = model, heads, processors, device
@@ -107,7 +89,7 @@ class Steps:
         self._resent = True  # the decode rows have changed since they were last sent
         self.grammar_rows = GrammarRows(grammars, engine.max_running + 1, vocab, engine.lag, device)
 
-    def use(self, attention: PagedAttention, graphs: Replays, *, decode_graphs: bool, short_graphs: bool) -> None:
+    def use(self, attention: PagedAttention, graphs: Graphs, *, decode_graphs: bool, short_graphs: bool) -> None:
         """Run on this cache from now on; `decode_graphs`, `short_graphs`: which kinds of steps may be graphs."""
         self._attention, self._graphs = attention, graphs
         self._decode_graphs = decode_graphs
@@ -266,9 +248,11 @@ class Steps:
         self._attention.plan(kv_index, *self._attention_rows(plan, batch, inputs))
         rows = inputs.sample_rows.long()
         if len(batch.targets):
-            rows = torch.cat((rows, upload(batch.score_rows, self._device).long()))
+            rows = torch.cat((rows, self._send(batch.score_rows)))
         if Pooling.needed(plan):
-            logits = self._pooled_logits(plan, batch, ids, positions, rows)
+            x, delta = self._model.states(ids, positions, self._attention)
+            self.vectors = self._pooling.take(plan, batch, lambda at: self._model.final(x, delta, self._send(at)))
+            logits = self._model.logits(x, delta, rows)
         else:
             logits = self._model(ids, positions, rows, self._attention)
         if sizes.samples:
@@ -295,17 +279,9 @@ class Steps:
         i = inputs
         return mixed_inputs(i.ids, i.positions, i.kv_index, i.row_slots, i.row_lens, self.state)
 
-    def _pooled_logits(
-        self, plan: StepPlan, batch: StepBatch, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits of `rows`; takes `vectors` from the same hidden states."""
-        x, delta = self._model.states(ids, positions, self._attention)
-
-        def final(rows: npt.NDArray[Any]) -> torch.Tensor:
-            return self._model.final(x, delta, upload(rows, self._device).long())
-
-        self.vectors = self._pooling.take(plan, batch, final)
-        return self._model.logits(x, delta, rows)
+    def _send(self, rows: npt.NDArray[Any]) -> torch.Tensor:
+        """Indices of rows as i64 on the device."""
+        return upload(rows, self._device).long()
 
     # ---------------- sampling and log probabilities
     @property

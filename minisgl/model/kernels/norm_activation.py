@@ -82,12 +82,7 @@ def _add_rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor,
-    delta: Product | None,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    quantize: bool = False,
+    x: torch.Tensor, delta: Product | None, weight: torch.Tensor, eps: float, *, quantize: bool = False
 ) -> torch.Tensor | Quantized:
     """x [T, C] += delta in place, if there is one; returns RMSNorm(x) [T, C], or with `quantize` in float8.
 
@@ -228,10 +223,6 @@ def quantize_rows(x: torch.Tensor) -> Quantized:
     rows, width = x.shape
     out = empty_quantized(rows, width, x.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows[(rows,)](x, out.values, out.scales, width, BLOCK=block, num_warps=_warps(block), **launch_options(x))
+    warps = min(16, max(4, block // 1024))
+    _quantize_rows[(rows,)](x, out.values, out.scales, width, BLOCK=block, num_warps=warps, **launch_options(x))
     return out
-
-
-def _warps(block: int) -> int:
-    """For a program that holds a whole row."""
-    return min(16, max(4, block // 1024))

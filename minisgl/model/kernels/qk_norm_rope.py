@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from minisgl.model.common.activations import Product
+from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.kernels.activations import operand
 from minisgl.model.kernels.norm_activation import sum_parts
 from minisgl.model.kernels.pdl import begin, launch_options
@@ -94,38 +95,34 @@ def _stored(value, target):
 
 def prepare_heads(
     product: Product,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
+    rotation: Rotation | None,
+    qk_norm: QKNorm | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     kv_index: torch.Tensor,
     *,
     dtype: torch.dtype,
-    eps: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Normalise (if there are weights) and rotate queries and keys, write keys and values to the cache -> queries [T, H, D].
+    """Normalise (if there are norms) and rotate queries and keys, write keys and values to the cache -> queries [T, H, D].
 
-    product [T, (H + 2K) D] in any form; cos and sin f32 [T, R/2], which turn the first R
-    dimensions, or None, where nothing turns; q_weight and k_weight [D]; keys and values of one layer, views
-    [pages, K, page_size, D] with D contiguous, of `dtype` or float8_e4m3fn (then value / scale is stored); kv_index i64[T]:
-    page * page_size + offset.
+    product [T, (H + 2K) D] in any form; rotation: cos and sin f32 [T, R/2] (see `rope_tables`), which turn the first R
+    dimensions, or None, where nothing turns; keys and values of one layer, views [pages, K, page_size, D] with D contiguous, of
+    `dtype` or float8_e4m3fn (then value / scale is stored); kv_index i64[T]: page * page_size + offset.
     """
     qkv, by_row, by_column, parts, scaled = operand(product)
     tokens, (_, kv_heads, page_size, dim) = qkv.shape[-2], keys.shape
     heads = qkv.shape[-1] // dim - 2 * kv_heads
     q_out = torch.empty(tokens, heads, dim, dtype=dtype, device=qkv.device)
     block = 8 if tokens <= 64 else 16
+    cos, sin = rotation or (qkv, qkv)
+    q_weight, k_weight, eps = (qkv, qkv, 0.0) if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps)
     _prepare_heads[(tokens, triton.cdiv(heads + 2 * kv_heads, block))](
-        qkv, qkv if cos is None else cos, qkv if sin is None else sin, qkv if q_weight is None else q_weight,
-        qkv if k_weight is None else k_weight, q_out, keys, values, kv_index, by_row, by_column, eps, 1.0 / k_scale,
-        1.0 / v_scale, tokens, keys.stride(0), keys.stride(1), keys.stride(2),
-        HEADS=heads, KV=kv_heads, DIM=dim, ROTARY=0 if cos is None else 2 * cos.shape[1], HALF=triton.next_power_of_2(dim // 2),
-        BLOCK=block, PAGE=page_size, NORM=q_weight is not None, PARTS=parts, SCALED=scaled,
-        num_warps=4, **launch_options(qkv),
+        qkv, cos, sin, q_weight, k_weight, q_out, keys, values, kv_index, by_row, by_column, eps, 1.0 / k_scale, 1.0 / v_scale,
+        tokens, keys.stride(0), keys.stride(1), keys.stride(2),
+        HEADS=heads, KV=kv_heads, DIM=dim, ROTARY=2 * cos.shape[1] if rotation else 0, HALF=triton.next_power_of_2(dim // 2),
+        BLOCK=block, PAGE=page_size, NORM=qk_norm is not None, PARTS=parts, SCALED=scaled, num_warps=4, **launch_options(qkv),
     )  # fmt: skip
     return q_out
 
@@ -146,14 +143,7 @@ def rope_tables(positions: torch.Tensor, freqs: torch.Tensor, amplitude: float =
     cos = torch.empty(len(positions), half, dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
     _rope_tables[(len(positions),)](
-        positions,
-        freqs,
-        cos,
-        sin,
-        amplitude,
-        HALF=half,
-        PAD=triton.next_power_of_2(half),
-        num_warps=1,
+        positions, freqs, cos, sin, amplitude, HALF=half, PAD=triton.next_power_of_2(half), num_warps=1,
         **launch_options(positions),
     )  # fmt: skip
     return cos, sin

@@ -157,13 +157,7 @@ def settings(
 
 
 def gemv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    block_n: int = 4,
-    block_k: int = 1024,
-    warps: int = 4,
-    gated: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, *, block_n: int = 4, block_k: int = 1024, warps: int = 4, gated: bool = False
 ) -> torch.Tensor:
     """x [1, K] @ weight [N, K].T -> [1, N], in x's dtype.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.cuda.attention.base import AttentionSpec, Backend
-from minisgl.model.cuda.attention.kv_cache import FP8
+
+_CLASSES = {"triton": "TritonAttention", "flashinfer": "FlashInferAttention", "torch": "TorchReference"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +52,8 @@ def choose(name: str, heads: AttentionSpec, compile_flashinfer: Callable[[], Non
 
 def find(name: str) -> type[Backend]:
     """The class of a backend.  Importing FlashInfer takes a second, so only its backend does it, when it is constructed."""
-    if name == "triton":
-        from minisgl.model.cuda.attention.triton import TritonAttention
-
-        return TritonAttention
-    if name == "flashinfer":
-        from minisgl.model.cuda.attention.flashinfer import FlashInferAttention
-
-        return FlashInferAttention
-    from minisgl.model.cuda.attention.torch import TorchReference
-
-    return TorchReference
-
-
-def kv_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of --kv-cache-dtype `name`; "auto" is the model's own."""
-    return FP8 if name == "fp8" else dtype
+    found: type[Backend] = getattr(importlib.import_module(f"minisgl.model.cuda.attention.{name}"), _CLASSES[name])
+    return found
 
 
 def check_float8(

@@ -39,19 +39,8 @@ class PagedAttention:
     def __call__(
         self, layer: int, qkv: Product, rotation: Rotation | None, qk_norm: QKNorm | None, *, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        cos, sin = rotation or (None, None)
-        q = prepare_heads(
-            qkv,
-            cos,
-            sin,
-            None if qk_norm is None else qk_norm.q,
-            None if qk_norm is None else qk_norm.k,
-            self.cache.keys(layer),
-            self.cache.values(layer),
-            self._kv_index,
-            dtype=self.heads.dtype,
-            eps=0.0 if qk_norm is None else qk_norm.eps,
-        )
+        keys, values = self.cache.keys(layer), self.cache.values(layer)
+        q = prepare_heads(qkv, rotation, qk_norm, keys, values, self._kv_index, dtype=self.heads.dtype)
         parts = []
         if self._n_chunk_tokens:
             parts.append(self._chunks.prefill(q[: self._n_chunk_tokens], layer, sinks))

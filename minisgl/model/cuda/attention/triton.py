@@ -39,14 +39,8 @@ class TritonAttention:
 
     def prefill(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._tiles is not None
-        return prefill_attention(
-            q,
-            self._cache.keys(layer),
-            self._cache.values(layer),
-            self._page_table,
-            self._tiles,
-            **self._rules(layer, sinks),
-        )
+        keys, values = self._cache.keys(layer), self._cache.values(layer)
+        return prefill_attention(q, keys, values, self._page_table, self._tiles, **self._rules(layer, sinks))
 
     def plan_decode(self, rows: DecodeRows) -> None:
         self._rows, h, last = rows, self._heads, self._made[-1] if self._made else None
@@ -58,15 +52,9 @@ class TritonAttention:
     def decode(self, q: torch.Tensor, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
         assert self._rows is not None
         assert self._workspace is not None
+        keys, values, rows = self._cache.keys(layer), self._cache.values(layer), self._rows
         return decode_attention(
-            q,
-            self._cache.keys(layer),
-            self._cache.values(layer),
-            self._page_table,
-            self._rows.slots,
-            self._rows.kv_lens,
-            self._workspace,
-            **self._rules(layer, sinks),
+            q, keys, values, self._page_table, rows.slots, rows.kv_lens, self._workspace, **self._rules(layer, sinks)
         )
 
     def _rules(self, layer: int, sinks: torch.Tensor | None) -> dict[str, Any]:
