@@ -19,6 +19,9 @@ from minisgl.errors import UserError
 from minisgl.reasoning import STYLES
 
 
+AUTO_ITL = -1.0  # itl_target_ms that follows the measured time of decodes
+
+
 # ---------------- what a checkpoint says
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -208,7 +211,12 @@ class EngineConfig:
         "prefix", "who starts first: prefix (longest cached prefix), or arrival", "KIND", choices=("prefix", "arrival")
     )
     itl_target_ms: float = setting(
-        0.0, "keep the time between a request's tokens near this by smaller prefill chunks; 0: off", "MS", 0.0, 60_000.0
+        0.0,
+        "keep the time between a request's tokens near this by smaller prefill chunks; 0: off; -1, the server's default: "
+        "below twice that without prompts, as measured",
+        "MS",
+        AUTO_ITL,
+        60_000.0,
     )
     threads: int = setting(0, "CPU threads over all ranks; 0: as many as this process may use", "N", 0, 4096)
     attention_backend: str = setting(

@@ -74,7 +74,7 @@ class FairQueue:
         return options.priority, options.client, rows, call_rows
 
     def burden(self, request: Request) -> tuple[int, int, int, float, int]:
-        """Larger is retracted first: unimportant, of a client and then of a call that holds many rows, late in the fair order."""
+        """The largest is retracted first: unimportant, of a client and a call that hold many rows, late in the fair order."""
         options = request.options
         rows, call_rows = self.rows[options.client], self.call_rows[options.client, options.call]
         return -options.priority, rows, call_rows, request.finish, request.order

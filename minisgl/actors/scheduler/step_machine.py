@@ -137,7 +137,7 @@ class StepMachine:
         counters.launch_us += result.launch_us
         counters.warmups += result.warmups
         counters.wasted_rows += rows.wasted
-        if result.busy_us and self.limits.itl_target:  # nothing else needs the cost model
+        if result.busy_us and self.limits.itl_target != 0:  # nothing else needs the cost model
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         if rows.logprobs is not None:
             out.logprobs.append(rows.logprobs)
@@ -256,6 +256,8 @@ class StepMachine:
         self.inflight.append(inflight)
         self.counters.steps += 1
         self.counters.prefill_tokens += len(out.plan.ids)
+        if len(decode):
+            self.costs.spend(len(out.plan.ids))
         self.counters.decode_tokens += len(decode)
         for slot, flags, _ in builder.chunks:
             full = int(self.table.planned[slot]) // self.limits.page_size
@@ -303,12 +305,13 @@ class StepMachine:
         self.counters.retractions += 1
 
     def _prefill_budget(self, decode_rows: int, context: int) -> int:
-        """Prompt tokens that this step may compute next to its decodes; at least a page, so that prompts make progress."""
-        budget = self.limits.step_tokens - decode_rows
-        target = self.limits.itl_target
-        if target and decode_rows and self.costs.known:
-            budget = min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
-        return budget
+        """Prompt tokens that this step may compute next to its decodes, so that these keep to the target."""
+        budget, target = self.limits.step_tokens - decode_rows, self.limits.itl_target
+        if target == 0 or not decode_rows:
+            return budget
+        if target is None:
+            return min(budget, self.costs.prefill_beside(decode_rows, context, self.limits.prompt_seconds))
+        return min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
         """Plan the next chunk of a slot's prompt, as large as budget and pages allow.  Returns its number of tokens.
@@ -383,8 +386,8 @@ class StepMachine:
 
     def _has_room_for(self, request: Request, match: Match, first: list[Request]) -> bool:
         """Whether a request finds a slot and pages next to those in `first`."""
-        pages = self._has_pages_for(request, match, sum(r.missing_pages + 1 for r in first))
-        return pages and self.table.free_slots > len(first)
+        has_pages = self._has_pages_for(request, match, sum(r.missing_pages + 1 for r in first))
+        return has_pages and self.table.free_slots > len(first)
 
     def _prefill(self, first: list[Request], budget: int, builder: PlanBuilder, out: Output) -> None:
         """Compute prompts in the fair order, admitted and waiting ones alike, while budget, slots and pages last.
@@ -477,8 +480,8 @@ class StepMachine:
         table, size = self.table, self.limits.page_size
         request.missing_pages = -(-(len(request.ids) + 1) // size) - match.num_pages
         promised = sum(-(-int(table.length[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
-        watermark = len(self.running)  # a page for the next boundary of each running row
-        return request.missing_pages + promised + watermark + others <= self.pool.free + self.cache.evictable - match.unreferenced
+        others += len(self.running)  # a page for the next boundary of each running row
+        return request.missing_pages + promised + others <= self.pool.free + self.cache.evictable - match.unreferenced
 
     def _count_overtaken(self, started: Request) -> None:
         """Note in the requests at the front of the queue that one behind them has started first."""
