@@ -18,7 +18,6 @@ from typing import Any
 from minisgl.errors import UserError
 from minisgl.reasoning import STYLES
 
-
 AUTO_ITL = -1.0  # itl_target_ms that follows the measured time of decodes
 
 

@@ -65,7 +65,7 @@ class RequestOptions:
     `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
     none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
 
-    `client` and `call`: whose request it is, as opaque numbers; clients share the engine equally, and calls of a client its share.
+    `client` and `call`: whose request it is, as opaque numbers.  Clients share the engine equally, calls of a client its share.
 
     `pooling`: the answer is a vector instead of text, the mean or the last of the prompt's final hidden states.  Such a
     request draws one token, which is dropped.

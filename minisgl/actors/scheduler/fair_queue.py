@@ -61,11 +61,13 @@ class FairQueue:
 
     def hold(self, request: Request, n: int) -> None:
         """A request gets a slot (`n` = 1) or gives it back (-1)."""
-        client, call = request.options.client, (request.options.client, request.options.call)
-        for rows, key in ((self.rows, client), (self.call_rows, call)):
-            rows[key] += n  # type: ignore[index]
-            if not rows[key]:  # type: ignore[index]
-                del rows[key]  # type: ignore[arg-type]
+        options = request.options
+        self.rows[options.client] += n
+        self.call_rows[options.client, options.call] += n
+        if not self.call_rows[options.client, options.call]:
+            del self.call_rows[options.client, options.call]
+            if not self.rows[options.client]:
+                del self.rows[options.client]
 
     def claim(self, request: Request) -> tuple[int, int, int, int]:
         """Requests with equal claims get the same answer of `yields`."""

@@ -347,7 +347,7 @@ class StepMachine:
         """
         first: list[Request] = []
         look, self._newcomers = self._newcomers, []
-        verdicts: dict[tuple[int, int, int], bool] = {}  # by claim: whether to look again in the next step
+        verdicts: dict[tuple[int, int, int, int], bool] = {}  # by claim: whether to look again in the next step
         for request in look:
             if request.uid not in self.waiting:
                 continue
