@@ -64,9 +64,8 @@ def simulate(
             uid, request = coming.popleft()
             ids = request.ids()
             limit = len(ids) + request.output
-            fleet[route.route(uid, ids)].submit(
-                Request(uid, ids, limit, uid, params, RequestOptions(call=uid)), request.arrival
-            )
+            options = RequestOptions(call=uid)
+            fleet[route.route(uid, ids)].submit(Request(uid, ids, limit, uid, params, options), request.arrival)
         elif due.wake == np.inf:
             break
         else:
