@@ -16,6 +16,9 @@ from typing import Any
 
 from minisgl.errors import UserError
 from minisgl.reasoning import STYLES
+from minisgl.sampling_params import MAX_PRIORITY
+
+AUTO_ITL = -1.0  # itl_target_ms that follows the measured time of decodes
 
 
 # ---------------- what a checkpoint says
@@ -195,7 +198,12 @@ class EngineConfig:
         "prefix", "who starts first: prefix (longest cached prefix), or arrival", "KIND", choices=("prefix", "arrival")
     )
     itl_target_ms: float = setting(
-        0.0, "keep the time between a request's tokens near this by smaller prefill chunks; 0: off", "MS", 0.0, 60_000.0
+        0.0,
+        "keep the time between a request's tokens near this by smaller prefill chunks; 0: off; -1, the server's default: "
+        "below twice that without prompts, as measured",
+        "MS",
+        AUTO_ITL,
+        60_000.0,
     )
     threads: int = setting(0, "CPU threads over all ranks; 0: as many as this process may use", "N", 0, 4096)
     attention_backend: str = setting(
@@ -280,6 +288,8 @@ class ServerConfig:
     drain_seconds: float = setting(2.0, "grace for running requests at the end", "S")
     max_body_bytes: int = 8 << 20
     max_open_requests: int = setting(4096, "more are answered 429", "N")
+    max_choices: int = setting(512, "answers that one request may ask for: n times its prompts", "N", 1, 1 << 20)
+    max_priority: int = setting(0, "highest priority that requests may ask for; higher ones are refused", "N", 0, MAX_PRIORITY)
     max_queue: int = setting(2048, "waiting requests; more are answered 429", "N")  # 0: no bound
     max_queued_tokens: int = setting(2_000_000, "prompt tokens of waiting requests; more are answered 429", "N")  # 0: no bound
     # "" switches a parser off.

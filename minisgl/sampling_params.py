@@ -65,6 +65,8 @@ class RequestOptions:
     `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
     none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
 
+    `client` and `call`: whose request it is, as opaque numbers.  Clients share the engine equally, calls of a client its share.
+
     `pooling`: the answer is a vector instead of text, the mean or the last of the prompt's final hidden states.  Such a
     request draws one token, which is dropped.
     Raises `InvalidParam` naming the field when a value cannot be used.
@@ -74,6 +76,8 @@ class RequestOptions:
     timeout: float = 0.0
     cache_salt: str = ""
     pooling: str = ""
+    client: int = 0
+    call: int = 0
 
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)

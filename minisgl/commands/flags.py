@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig, engine_config, flag, settings_of
+from minisgl.config import AUTO_ITL, Config, EngineConfig, ModelSpec, ServerConfig, engine_config, flag, settings_of
 from minisgl.errors import UserError
 
 MIN_KEY_CHARS = 16
@@ -66,4 +66,6 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
     for name, guessed in zip(("tool_call_parser", "reasoning_parser"), styles, strict=True):
         server[name] = {"auto": guessed, "none": ""}.get(given[name], given[name])
     server |= {"served_names": tuple(args.served_names or (model.name,)), "api_keys": read_keys(args.api_keys)}
+    if given["itl_target_ms"] is None:
+        given = given | {"itl_target_ms": AUTO_ITL}
     return Config(model, engine_config(given), ServerConfig(**server))

@@ -13,7 +13,7 @@ import numpy as np
 from minisgl.actors.scheduler.interface import SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.arrays import I64
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import RequestOptions, SamplingParams
 from minisgl.simulation.gpu import CostModel
 from minisgl.simulation.replica import Log, Replica
 from minisgl.simulation.router import PrefixRouter, RoundRobin
@@ -64,7 +64,8 @@ def simulate(
             uid, request = coming.popleft()
             ids = request.ids()
             limit = len(ids) + request.output
-            fleet[route.route(uid, ids)].submit(Request(uid, ids, limit, uid, params), request.arrival)
+            options = RequestOptions(call=uid)
+            fleet[route.route(uid, ids)].submit(Request(uid, ids, limit, uid, params, options), request.arrival)
         elif due.wake == np.inf:
             break
         else:

@@ -76,3 +76,55 @@ def test_a_day_of_equal_steps_does_not_wind_the_fit_up() -> None:
     assert costs.seconds(0, 32, 32_000) == pytest.approx(planted(0, 32, 32_000), rel=0.1)
     feed(costs, 60, seed=3)
     assert costs.seconds(256, 32, 32_000) == pytest.approx(planted(256, 32, 32_000), rel=0.2)
+
+
+def test_a_chunk_is_at_most_twice_as_long_as_any_before_so_the_first_is_no_surprise() -> None:
+    costs = StepCosts()
+    assert costs.prefill_beside(1, 100, 0.0) == costs.prefill_within(0.01, 1, 100) == 64
+    for i in range(100):
+        costs.observe(features(0, 1, 100 + i), planted(0, 1, 100 + i))
+    for _ in range(4):  # a step of a second has room for thousands of these
+        before = costs.longest
+        assert costs.prefill_within(1.0, 1, 200) == 2 * before
+        costs.observe(features(2 * before, 1, 200), planted(2 * before, 1, 200))
+    assert costs.longest == 32 << 4
+
+
+def test_prompts_get_their_share_of_the_time_beside_decodes_and_pay_for_what_they_took_too_much() -> None:
+    for slow in (1, 200):  # tokens of 60 us, of which a share holds many, and of 12 ms, of which it holds none
+        costs = StepCosts()
+        rng = np.random.default_rng(0)
+        for _ in range(400):
+            n = int(rng.integers(0, 2) * rng.integers(1, 400))
+            costs.observe(features(n, 8, 800), C[0] + 8 * C[2] + slow * C[1] * n)
+        alone, prompts, steps = costs.seconds(0, 8, 800), 0.0, []
+        for _ in range(300):
+            n = costs.prefill_beside(8, 800, 0.0)
+            costs.spend(n)
+            prompts += slow * C[1] * n
+            steps.append(n)
+        assert prompts == pytest.approx(0.75 * 300 * alone, rel=0.15)
+        assert all(n == 0 or n >= 8 for n in steps)
+        if slow == 1:
+            assert min(steps) > 8, "without need a step had no prompt"
+        else:
+            assert sorted(steps)[150] == 0, "half of the steps are as if nobody else were there"
+
+
+def test_prompts_get_the_least_time_that_is_set() -> None:
+    costs = StepCosts()
+    feed(costs, 400)
+    assert costs.prefill_beside(8, 800, 0.02) == pytest.approx(0.02 / C[1], rel=0.1)
+
+
+def test_a_fit_without_sense_never_stops_prompts() -> None:
+    costs = StepCosts()
+    for _ in range(100):
+        costs.observe(features(10, 0, 0), 1.0)
+        costs.observe(features(0, 8, 800), 0.0)
+    total = 0
+    for _ in range(5000):
+        n = costs.prefill_beside(8, 800, 0.0)
+        costs.spend(n)
+        total += n
+    assert total > 0

@@ -64,27 +64,36 @@ def test_the_queue_agrees_with_a_sorted_list(steps: list[tuple[int, int, int, in
         assert all((u in queue) == any(m[2] == u for m in model) for u in range(10))
 
 
-def test_looking_at_the_front_does_not_walk_the_queue() -> None:
+def test_looking_at_the_front_adding_and_removing_compare_few_requests() -> None:
+    compared = 0
+
+    class Counting(float):
+        def __lt__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return float.__lt__(self, other)  # type: ignore[operator]
+
+        __hash__ = float.__hash__
+
     queue = WaitQueue()
     for uid in range(5000):
-        queue.add(request(uid, uid % 3))
-    seen = 0
-    walk = queue._walk
-
-    def counting():
-        nonlocal seen
-        for r in walk():
-            seen += 1
-            yield r
-
-    queue._walk = counting
-    queue.front(16)
-    assert seen <= 16
+        r = request(uid)
+        r.finish = Counting(uid * 7919 % 5000)
+        queue.add(r)
+    for call in (lambda: queue.front(16), lambda: queue.remove(4321), lambda: queue.add(request(5001))):
+        compared = 0
+        call()
+        assert compared <= 20
 
 
-def test_lanes_without_requests_are_forgotten() -> None:
+def test_the_fair_order_stands_between_priority_and_arrival() -> None:
     queue = WaitQueue()
-    for uid in range(300):
-        queue.add(request(uid, uid % 201 - 100))
-        queue.remove(uid)
-    assert not queue._lanes
+    for uid, (priority, finish) in enumerate(((0, 90.0), (0, 30.0), (-1, 1.0), (0, 30.0), (1, 500.0))):
+        r = request(uid, priority)
+        r.finish = finish
+        queue.add(r)
+    assert uids(queue) == [4, 1, 3, 0, 2]
+    r = request(9)
+    r.finish = 1000.0
+    queue.add(r, front=True)
+    assert uids(queue) == [4, 9, 1, 3, 0, 2]

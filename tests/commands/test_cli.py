@@ -13,7 +13,7 @@ import pytest
 
 from minisgl.commands.flags import config_from
 from minisgl.commands.serve import parser
-from minisgl.config import EngineConfig, ServerConfig, Setting, engine_config, flag, settings_of
+from minisgl.config import AUTO_ITL, EngineConfig, ServerConfig, Setting, engine_config, flag, settings_of
 from minisgl.errors import InvalidParam, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.sampling_params import SamplingParams
@@ -145,6 +145,15 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(setting: str, value: str) -> None:
 def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(setting: str, value: object) -> None:
     with pytest.raises(UserError, match=flag(setting)):
         EngineConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("flags", "target"), [([], AUTO_ITL), (["--itl-target-ms", "0"], 0.0), (["--itl-target-ms", "50"], 50.0)]
+)
+def test_the_server_bounds_the_time_between_tokens_by_itself_unless_told_otherwise(flags: list[str], target: float) -> None:
+    config = config_from(parser().parse_args(["--device", "cpu", *flags]), resolve(None))
+    assert config.engine.itl_target_ms == target
+    assert engine_config({}).itl_target_ms == 0.0, "offline nobody waits for the next token"
 
 
 @pytest.mark.parametrize(("value", "lag"), [("1", 1), ("0", 2), ("", 2)])

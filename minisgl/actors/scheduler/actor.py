@@ -26,6 +26,7 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
+GPU_PROMPT_SECONDS = 0.012  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
 
 
 class SchedulerActor(Actor):
@@ -67,7 +68,8 @@ class SchedulerActor(Actor):
             vocab_size=self.config.model.vocab_size,
             eos_ids=self.config.model.eos_ids,
             cache=CACHES[engine.cache],
-            itl_target=engine.itl_target_ms / 1000,
+            itl_target=None if engine.itl_target_ms < 0 else engine.itl_target_ms / 1000,
+            prompt_seconds=GPU_PROMPT_SECONDS if engine.device == "cuda" else 0.0,
             order=engine.order,
             grammar_waits_for_token=engine.device == "cuda",
         )

@@ -16,9 +16,10 @@ class SchedulerLimits:
     """The sizes that bound the machine.  `step_tokens` must exceed `slots`, or decodes could starve prefills.
 
     `cache`: the class of the cache, RadixCache or a subclass with another eviction policy.
-    `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.
-    `order`: "prefix" starts the requests with the longest cached prefix first (among equal priorities near the front),
-    "arrival" does not look.
+    `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.  None:
+    prompts get three quarters of the time that the decodes beside them take, and at least `prompt_seconds` a step.
+    `order`: "prefix" starts the requests with the longest cached prefix first (among equal priorities of a client near the
+    front), "arrival" does not look.
     `wait_for_shared_prefix`: a prompt waits for pages of its beginning that another request is computing.
     `grammar_waits_for_token`: a row with a grammar decodes only when none of its tokens is in flight, for workers that learn
     tokens after they have launched the next step.
@@ -33,7 +34,8 @@ class SchedulerLimits:
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     cache: type[RadixCache] = RadixCache
-    itl_target: float = 0.0
+    itl_target: float | None = 0.0
+    prompt_seconds: float = 0.0
     order: str = "prefix"
     wait_for_shared_prefix: bool = True
     grammar_waits_for_token: bool = False

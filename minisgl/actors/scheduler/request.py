@@ -24,8 +24,9 @@ class Request:
     options: RequestOptions = DEFAULT_OPTIONS
     arrived: float = 0.0  # seconds on the machine's clock
     order: int = 0  # order of arrival
+    finish: float = 0.0  # when a fair server would have computed its prompt, in virtual time (fair_queue.py)
     missing_pages: int = 0  # pages needed at the last attempt: skip this request while fewer than this are free
-    overtaken_by: int = 0  # requests of a higher rank in the queue that started first
+    overtaken_by: int = 0  # requests whose turn came later and that started first
     resumed: bool = False  # has run before
     borrows: bool = False  # reads pages that another request has computed
     retried: bool = False  # had no finite logits while it did
@@ -36,9 +37,9 @@ class Request:
         self.n_prompt = self.n_prompt or len(self.ids)
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller is more important: by priority, then by arrival."""
-        return -self.options.priority, self.order
+    def turn(self) -> tuple[int, float, int]:
+        """Smaller is served first: by priority, then in the fair order."""
+        return -self.options.priority, self.finish, self.order
 
     @property
     def scores_prompt(self) -> bool:

@@ -15,6 +15,8 @@ from minisgl.arrays import F64
 
 _FORGET = 0.995
 _MIN_SAMPLES = 16
+_SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
+_LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
 _DAMPING = 1e-4  # of the scale of one sample: how much evidence it takes to move a coefficient
 _SCALE = np.array([1.0, 1e-2, 1e-1, 1e-5])  # brings the features to the same size
 
@@ -30,6 +32,8 @@ class StepCosts:
 
     def __init__(self) -> None:
         self.samples = 0
+        self.longest = 32  # prompt tokens of a step observed so far
+        self._credit = 0.0  # seconds that prompts may still take
         self._w: F64 = np.zeros(4)
         self._a: F64 = np.zeros((4, 4))  # sum of x x^T, forgetting
         self._b: F64 = np.zeros(4)  # sum of x seconds
@@ -41,6 +45,7 @@ class StepCosts:
         that it underestimates that much, such as the first long chunk after many decodes.
         """
         self.samples += 1
+        self.longest = max(self.longest, int(x[1] / _SCALE[1]))
         expected = float(self._w @ x)
         if self.samples > _MIN_SAMPLES:
             seconds = min(seconds, 10 * max(expected, 1e-6))
@@ -57,12 +62,33 @@ class StepCosts:
         """The expected time of a step."""
         return float(self._w @ features(prefill_tokens, decode_rows, context))
 
+    @property
+    def per_token(self) -> float:
+        """The expected time of a prompt token; not above 0 where nothing is known of it."""
+        return float(self._w[1] * _SCALE[1]) if self.known else 0.0
+
     def prefill_within(self, seconds: float, decode_rows: int, context: int) -> int:
-        """How many prefill tokens a step with these decodes can take in `seconds`; may be negative."""
-        per_token = float(self._w[1] * _SCALE[1])
-        if per_token <= 0:
-            return 1 << 30
-        return int((seconds - self.seconds(0, decode_rows, context)) / per_token)
+        """How many prefill tokens a step with these decodes can take in `seconds`; may be negative.
+
+        Never more than twice what has been observed: a fit says nothing of steps that are unlike all before.
+        """
+        if self.per_token <= 0:
+            return 2 * self.longest
+        return min(2 * self.longest, int((seconds - self.seconds(0, decode_rows, context)) / self.per_token))
+
+    def prefill_beside(self, decode_rows: int, context: int, least: float) -> int:
+        """How many prefill tokens a step with these decodes may take so that prompts get _SHARE of the time of the decodes.
+
+        And `least` seconds.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
+        """
+        self._credit = min(self._credit, 0.0) + max(least, 1e-3, _SHARE * self.seconds(0, decode_rows, context))
+        if self.per_token <= 0:
+            return 2 * self.longest
+        return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
+
+    def spend(self, prefill_tokens: int) -> None:
+        """A step beside decodes is planned with so many prefill tokens."""
+        self._credit -= prefill_tokens * max(0.0, self.per_token)
 
 
 class PrefillRate:

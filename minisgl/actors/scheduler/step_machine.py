@@ -9,9 +9,10 @@ the scheduler process, in seeded simulation and under virtual time.
 One call, in order:
 
     results    tokens are appended, and requests that have finished leave (`_take_result`, `_release`)
+    way        rows of those who hold much are retracted for those who hold little and find no room (`_make_way`)
     decodes    every running request gets its next token (`_plan_decode`)
-    chunks     admitted prompts get their next piece (`_cut_chunk`)
-    admission  waiting requests join, within the same token budget (`_admit`)
+    prompts    within the rest of the token budget, in the fair order, admitted prompts get their next piece (`_cut_chunk`) and
+               waiting requests join (`_prefill`)
     publish    the plan is fixed (`_publish`); `SchedulerActor._flush` sends it before earlier results are known
 """
 
@@ -25,6 +26,7 @@ from dataclasses import asdict
 import numpy as np
 
 from minisgl.actors.messages import Tokens
+from minisgl.actors.scheduler.fair_queue import FairQueue
 from minisgl.actors.scheduler.interface import Add, Counters, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.plan_builder import NO_SLOTS, InFlight, PlanBuilder
 from minisgl.actors.scheduler.request import Request
@@ -40,6 +42,7 @@ from minisgl.sampling_params import MAX_EOS_IDS, Finish
 WINDOW = 16  # waiting requests that one step may try in vain
 MAX_FOLLOWERS = 64  # waiting requests that one step may find to need pages that another request is computing
 MAX_OVERTAKEN = 256  # a request that this many later ones have overtaken is not overtaken again
+MAX_FIRST = 16  # waiting requests for which one step makes way
 
 
 class StepMachine:
@@ -52,6 +55,7 @@ class StepMachine:
         max_pages = -(-limits.max_context // limits.page_size)
         self.table = SlotTable(limits.slots, max_pages, limits.num_pages, limits.page_size, self.cache.root)
         self.waiting = WaitQueue()
+        self.fair = FairQueue()
         self.running: dict[int, tuple[int, Request]] = {}  # uid -> (slot, request)
         self.inflight: deque[InFlight] = deque()
         self.counters = Counters()
@@ -60,7 +64,8 @@ class StepMachine:
         self._prefilling: list[int] = []  # slots with prompt left to prefill, in order of admission
         self._decoding: I32 = NO_SLOTS  # slots that decode, in order of admission
         self._last_decode: I32 | None = None  # decode rows of the previous plan, None before the first
-        self._arrivals = 0
+        self._arrivals = self._seen = 0  # requests that have come, and those of them that had a chance to start
+        self._newcomers: list[Request] = []  # those whose claim to be started first has not been judged
         self._deadlines: list[tuple[float, int]] = []  # (when, uid); entries of ended requests are skipped
         known_eos = [t for t in limits.eos_ids if t < limits.vocab_size]
         self._eos_ids = tuple(known_eos[:MAX_EOS_IDS])
@@ -107,12 +112,18 @@ class StepMachine:
     def _arrive(self, request: Request, now: float) -> None:
         self._arrivals += 1
         request.order, request.arrived = self._arrivals, now
-        self.waiting.add(request)
+        self._wait(request)
+        self._newcomers.append(request)
         if request.options.timeout:
             heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
         if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):  # most belong to ended requests
             self._deadlines = [d for d in self._deadlines if d[1] in self.running or d[1] in self.waiting]
             heapq.heapify(self._deadlines)
+
+    def _wait(self, request: Request, front: bool = False) -> None:
+        """A request joins the queue; what the cache has of its prompt costs nothing."""
+        self.fair.enter(request, len(request.ids) - self._match(request).num_pages * self.limits.page_size)
+        self.waiting.add(request, front)
 
     def _request(self, slot: int) -> Request:
         return self.running[int(self.table.uid[slot])][1]
@@ -127,7 +138,7 @@ class StepMachine:
         counters.launch_us += result.launch_us
         counters.warmups += result.warmups
         counters.wasted_rows += rows.wasted
-        if result.busy_us and self.limits.itl_target:  # nothing else needs the cost model
+        if result.busy_us and self.limits.itl_target != 0:  # nothing else needs the cost model
             self.costs.observe(sent.cost, result.busy_us * 1e-6)
         if rows.logprobs is not None:
             out.logprobs.append(rows.logprobs)
@@ -160,7 +171,9 @@ class StepMachine:
         """End a request before its time.  False if it has ended already."""
         if uid in self.running:
             self._release(self.running[uid][0])
-        elif self.waiting.remove(uid) is None:
+        elif (waiting := self.waiting.remove(uid)) is not None:
+            self.fair.leave(waiting)
+        else:
             return False
         no_token = np.zeros(1, np.uint8)
         out.outputs.append(Tokens(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
@@ -192,11 +205,13 @@ class StepMachine:
         self.pool.release(table.row(slot, shared, int(table.n_pages[slot])))
         drew = int(table.length[slot]) > len(self._request(slot).ids)
         self.cache.release(table.handle[slot], sound=full > 0 and drew)
+        _, request = self.running.pop(int(table.uid[slot]))
         if slot in self._prefilling:
             self._prefilling.remove(slot)
+            self.fair.leave(request)
         else:
             self._decoding = self._decoding[self._decoding != slot]
-        del self.running[int(table.uid[slot])]
+        self.fair.hold(request, -1)
         table.give(slot)
 
     def _publish_prefix(self, slot: int, full: int, remap: bool) -> int:
@@ -222,15 +237,12 @@ class StepMachine:
 
     # ---------------- the next plan
     def _plan(self, out: Output) -> None:
-        """Decodes first, then chunks of admitted prompts, then new requests, all within one token budget."""
+        """Decodes first, then prompts, all within one token budget."""
+        first = self._make_way()
         builder = PlanBuilder(self.table, self._eos_ids)
         decode = self._plan_decode()
         context = int(self.table.planned[decode].sum())
-        budget = self._prefill_budget(len(decode), context)
-        for slot in list(self._prefilling):
-            if budget > 0:
-                budget -= self._cut_chunk(slot, budget, builder)
-        self._admit(budget, builder, out)
+        self._prefill(first, self._prefill_budget(len(decode), context), builder, out)
         if builder.chunks or len(decode):
             self._publish(builder, decode, context, out)
         elif self._prefilling and not self.inflight and len(self.running) > 1:
@@ -245,12 +257,15 @@ class StepMachine:
         self.inflight.append(inflight)
         self.counters.steps += 1
         self.counters.prefill_tokens += len(out.plan.ids)
+        if len(decode):
+            self.costs.spend(len(out.plan.ids))
         self.counters.decode_tokens += len(decode)
         for slot, flags, _ in builder.chunks:
             full = int(self.table.planned[slot]) // self.limits.page_size
             if full > self.table.n_shared[slot]:
                 self._publish_prefix(slot, full, remap=True)
             if flags & DRAW:
+                self.fair.leave(self._request(slot))
                 self._prefilling.remove(slot)
                 self._decoding = np.append(self._decoding, np.int32(slot))
 
@@ -278,32 +293,33 @@ class StepMachine:
             self.pool.release(self.cache.evict(missing))
         return self.pool.free >= n
 
-    def _retract(self, victim: tuple[int, Request] | None = None) -> None:
-        """Preempt a running request, the least important, youngest one unless it is given: send it back to the queue.
+    def _retract(self, victim: tuple[int, Request] | None = None, front: bool = True) -> None:
+        """Preempt a running request, the one that is the largest burden unless it is given: send it back to the queue.
 
-        It resumes with the same text and the same random draws: its tokens so far become its prompt.
+        It resumes with the same text and the same random draws: its tokens so far become its prompt.  `front`: before others.
         """
-        slot, request = victim or max(self.running.values(), key=lambda r: r[1].rank)
+        slot, request = victim or max(self.running.values(), key=lambda r: self.fair.burden(r[1]))
         ids = request.ids if slot in self._prefilling else self.table.ids(slot)
         self._release(slot)
         request.ids, request.missing_pages, request.resumed = ids, 0, True
-        self.waiting.add(request, front=True)
+        self._wait(request, front)
         self.counters.retractions += 1
 
     def _prefill_budget(self, decode_rows: int, context: int) -> int:
-        """Prompt tokens that this step may compute next to its decodes; at least a page, so that prompts make progress."""
-        budget = self.limits.step_tokens - decode_rows
-        target = self.limits.itl_target
-        if target and decode_rows and self.costs.known:
-            budget = min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
-        return budget
+        """Prompt tokens that this step may compute next to its decodes, so that these keep to the target."""
+        budget, target = self.limits.step_tokens - decode_rows, self.limits.itl_target
+        if target == 0 or not decode_rows:
+            return budget
+        if target is None:
+            return min(budget, self.costs.prefill_beside(decode_rows, context, self.limits.prompt_seconds))
+        return min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
         """Plan the next chunk of a slot's prompt, as large as budget and pages allow.  Returns its number of tokens.
 
         Chunked prefill: a prompt is not computed in one go.  Each step has a budget of `step_tokens`.  Decodes take theirs
-        first and prompts share the rest, in order of admission, so a long prompt spreads over several steps, in the same steps
-        as the decodes of other requests, and delays none of their tokens by more than a step of that budget.  A chunk also ends
+        first and prompts share the rest, in the fair order, so a long prompt spreads over several steps, in the same steps as
+        the decodes of other requests, and delays none of their tokens by more than a step of that budget.  A chunk also ends
         where pages run out, or the room of the result for log probabilities and vectors.
 
         A chunk attends to the KV of the chunks before it.  Pages are granted chunk by chunk, and full ones can be shared before
@@ -320,11 +336,62 @@ class StepMachine:
         table.grant_prefill(slot, start, request.ids[start : start + n], self.pool.alloc(missing))
         table.planned[slot] = start + n
         builder.chunk(slot, request, start, n)
+        self.fair.serve(n)
         return n
 
     # ---------------- admission
-    def _admit(self, budget: int, builder: PlanBuilder, out: Output) -> None:
-        """Start waiting requests while slots, budget and pages last, looking past a few that do not fit.
+    def _make_way(self) -> list[Request]:
+        """The newcomers that start before all others in this step: their client, or call, holds little where others hold much.
+
+        For them rows of others are retracted until there is a slot, and pages for them.  A newcomer that finds room takes its
+        turn; only if that has not come within a step, because of requests that stand before it and do not fit, it is judged.
+        """
+        first: list[Request] = []
+        look, self._newcomers = self._newcomers, []
+        verdicts: dict[tuple[int, int, int, int], bool] = {}  # by claim: whether to look again in the next step
+        for request in look:
+            if request.uid not in self.waiting:
+                continue
+            claim = self.fair.claim(request)
+            if len(first) == MAX_FIRST or verdicts.get(claim):
+                self._newcomers.append(request)
+                continue
+            if claim in verdicts:
+                continue
+            match = self._match(request)
+            room = self._has_room_for(request, match, first)
+            if (room and request.order > self._seen) or self._is_being_computed(request, match):
+                verdicts[claim] = True
+                self._newcomers.append(request)
+                continue
+            verdicts[claim], victim = False, self._victim(request)
+            if victim is None:
+                continue
+            while not room and victim is not None:
+                self._retract(victim, front=False)
+                room, victim = self._has_room_for(request, self._match(request), first), self._victim(request)
+            if room:
+                self.fair.hold(request, 1)  # this changes the claims of those that come with it
+                first.append(request)
+        for request in first:
+            self.fair.hold(request, -1)
+        self._seen = self._arrivals
+        return first
+
+    def _victim(self, request: Request) -> tuple[int, Request] | None:
+        """The running request that makes room for a waiting one; None if nobody has to."""
+        if request.missing_pages * (len(self.fair.rows) + 1) > self.limits.num_pages:
+            return None  # more than the share of a client
+        rows = (r for r in self.running.values() if self.fair.yields(r[1], request))
+        return max(rows, key=lambda r: self.fair.burden(r[1]), default=None)
+
+    def _has_room_for(self, request: Request, match: Match, first: list[Request]) -> bool:
+        """Whether a request finds a slot and pages next to those in `first`."""
+        has_pages = self._has_pages_for(request, match, sum(r.missing_pages + 1 for r in first))
+        return has_pages and self.table.free_slots > len(first)
+
+    def _prefill(self, first: list[Request], budget: int, builder: PlanBuilder, out: Output) -> None:
+        """Compute prompts in the fair order, admitted and waiting ones alike, while budget, slots and pages last.
 
         Continuous batching: there is no batch that starts and ends together.  A request joins here, in any step with room for
         it, and its rows run next to those of requests that are already decoding.  It leaves in `_release` as soon as the result
@@ -334,38 +401,53 @@ class StepMachine:
         skipped: set[int] = set()  # do not fit into this step
         followers: set[int] = set()  # wait for pages that another request is computing; they block no other
         found: dict[int, int] = {}  # uid -> cached pages; the cache does not change before the plan is published
-        while budget > 0 and self.table.free_slots and len(skipped) < WINDOW and len(followers) < MAX_FOLLOWERS:
-            request = self._next_candidate(skipped, followers, found)
-            if request is None:
-                return
-            slot = None
-            if request.missing_pages <= self.pool.free + self.cache.evictable:
-                match = self._match(request)
-                if self._is_being_computed(request, match):
-                    followers.add(request.uid)
-                    continue
-                slot = self._try_admit(request, match, builder, out)
-            if slot is not None:
-                self._count_overtaken(request)
-                budget -= self._cut_chunk(slot, budget, builder)
-            elif request.overtaken_by < MAX_OVERTAKEN:
-                skipped.add(request.uid)
+        ready = [(self._request(slot).turn, slot) for slot in self._prefilling]
+        for request in first:
+            slot = self._try_admit(request, self._match(request), builder, out)
+            if slot is None:
+                self._newcomers.append(request)  # the decodes needed its pages
             else:
-                return  # overtaken often enough: the requests behind it wait until it fits
+                ready.append((request.turn, slot))
+        heapq.heapify(ready)
+        blocked = False
+        while budget > 0:
+            candidate = None if blocked else self._next_candidate(skipped, followers, found)
+            if candidate is None or (ready and ready[0][0] < candidate.turn and not candidate.resumed):
+                if not ready:
+                    return
+                budget -= self._cut_chunk(heapq.heappop(ready)[1], budget, builder)
+                continue
+            slot = None
+            if candidate.missing_pages <= self.pool.free + self.cache.evictable:
+                match = self._match(candidate)
+                if self._is_being_computed(candidate, match):
+                    followers.add(candidate.uid)
+                    continue
+                slot = self._try_admit(candidate, match, builder, out)
+            if slot is not None:
+                self._count_overtaken(candidate)
+                heapq.heappush(ready, (candidate.turn, slot))
+            elif candidate.overtaken_by < MAX_OVERTAKEN:
+                skipped.add(candidate.uid)
+            else:
+                blocked = True  # overtaken often enough: the requests behind it wait until it fits
 
     def _next_candidate(self, skipped: set[int], followers: set[int], found: dict[int, int]) -> Request | None:
         """The next request to try: the front of the queue, or the longest cached prefix among its equals near the front."""
+        if not self.table.free_slots or len(skipped) >= WINDOW or len(followers) >= MAX_FOLLOWERS:
+            return None
         window = [r for r in self.waiting.front(WINDOW + len(followers)) if r.uid not in skipped and r.uid not in followers]
         if not window:
             return None
         first = window[0]
         if self.limits.order == "arrival" or first.overtaken_by >= MAX_OVERTAKEN or first.resumed or len(window) == 1:
             return first
-        equals = [r for r in window if r.options.priority == first.options.priority]
+        mine = first.options.priority, first.options.client
+        equals = [r for r in window if (r.options.priority, r.options.client) == mine]
         for request in equals:
             if request.uid not in found:
                 found[request.uid] = self._match(request).num_pages
-        return max(equals, key=lambda r: (found[r.uid], -r.order))
+        return max(equals, key=lambda r: (found[r.uid], -r.finish, -r.order))
 
     def _match(self, request: Request) -> Match:
         """The cached prefix of a request; empty if it must compute its whole prompt."""
@@ -379,6 +461,7 @@ class StepMachine:
         reason = self.cache.why_missed(request.ids, match)
         handle, cached = self.cache.acquire(match)
         self.waiting.remove(request.uid)
+        self.fair.hold(request, 1)
         slot = self.table.take(request, handle, cached)
         self.running[request.uid] = (slot, request)
         request.borrows = len(cached) > 0
@@ -393,18 +476,18 @@ class StepMachine:
             out.started.append((request.uid, hits))
         return slot
 
-    def _has_pages_for(self, request: Request, match: Match) -> bool:
-        """Whether the rest of a prompt finds pages, next to those that running requests will need for theirs."""
+    def _has_pages_for(self, request: Request, match: Match, others: int = 0) -> bool:
+        """Whether the rest of a prompt finds pages, next to `others` and those that running requests will need for theirs."""
         table, size = self.table, self.limits.page_size
         request.missing_pages = -(-(len(request.ids) + 1) // size) - match.num_pages
         promised = sum(-(-int(table.length[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
-        watermark = len(self.running)  # a page for the next boundary of each running row
-        return request.missing_pages + promised + watermark <= self.pool.free + self.cache.evictable - match.unreferenced
+        others += len(self.running)  # a page for the next boundary of each running row
+        return request.missing_pages + promised + others <= self.pool.free + self.cache.evictable - match.unreferenced
 
     def _count_overtaken(self, started: Request) -> None:
-        """Note in the requests at the front of the queue that a less important or younger one has started first."""
+        """Note in the requests at the front of the queue that one behind them has started first."""
         for other in self.waiting.front(WINDOW):
-            if other.rank < started.rank:
+            if other.turn < started.turn or (other.resumed and not started.resumed):
                 other.overtaken_by += 1
 
     def _is_being_computed(self, request: Request, match: Match) -> bool:

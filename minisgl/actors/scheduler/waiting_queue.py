@@ -1,57 +1,51 @@
 """The waiting queue: requests that have not started, or were retracted.  Pure data structure; runs in the scheduler process.
 
-Order: higher priority first; among equals, retracted requests first, then by arrival.  No operation walks the queue, so its
-length appears in no cost.
+Order: higher priority first; among equals, retracted requests first, then in the fair order (fair_queue.py).  One sorted list:
+adding and removing bisects, and no operation walks the queue, so its length appears in no cost but that of moving memory.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import islice
+from bisect import bisect_left, insort
 
 from minisgl.actors.scheduler.request import Request
 
+Key = tuple[int, float, int]
+
 
 class WaitQueue:
-    """Add, remove and look at the front, each in constant time (for a bounded number of distinct priorities)."""
+    """Add, remove and look at the front, each in logarithmic time."""
 
     def __init__(self) -> None:
         self.tokens = 0  # prompt tokens of all waiting requests
-        self._lanes: dict[int, OrderedDict[int, Request]] = {}  # priority -> uid -> request
-        self._where: dict[int, int] = {}  # uid -> priority
+        self._sorted: list[tuple[Key, Request]] = []
+        self._keys: dict[int, Key] = {}  # uid -> key
+        self._added = 0
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._keys)
 
     def __contains__(self, uid: int) -> bool:
-        return uid in self._where
+        return uid in self._keys
 
     def add(self, request: Request, front: bool = False) -> None:
-        """Append to the lane of its priority; `front`: put it before all others in this lane."""
-        priority = request.options.priority
-        self._lanes.setdefault(priority, OrderedDict())[request.uid] = request
-        if front:
-            self._lanes[priority].move_to_end(request.uid, last=False)
-        self._where[request.uid] = priority
+        """Put a request in its place; `front`: before all others of its priority."""
+        self._added += 1
+        priority = -request.options.priority
+        key = (priority, -1.0, -self._added) if front else (priority, request.finish, self._added)
+        self._keys[request.uid] = key
+        insort(self._sorted, (key, request))
         self.tokens += len(request.ids)
 
     def remove(self, uid: int) -> Request | None:
         """Take a request out; None if it is not in the queue."""
-        priority = self._where.pop(uid, None)
-        if priority is None:
+        key = self._keys.pop(uid, None)
+        if key is None:
             return None
-        lane = self._lanes[priority]
-        request = lane.pop(uid)
+        _, request = self._sorted.pop(bisect_left(self._sorted, (key,)))
         self.tokens -= len(request.ids)
-        if not lane:
-            del self._lanes[priority]
         return request
 
     def front(self, n: int) -> list[Request]:
         """The first `n` requests, in order."""
-        return list(islice(self._walk(), n))
-
-    def _walk(self) -> Iterator[Request]:
-        for priority in sorted(self._lanes, reverse=True):
-            yield from self._lanes[priority].values()
+        return [request for _, request in self._sorted[:n]]

@@ -19,6 +19,7 @@ import zmq
 from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
 from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.wire import BadMessage, decode, encode
+from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.requests.fields import parse_json
@@ -42,7 +43,7 @@ class BatchServer:
 
     def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine) -> None:
         self.address = address(run_dir, "batch")
-        self._engine = engine
+        self._callers = Callers(engine)
         self._clients: dict[bytes, _Client] = {}
         self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -94,7 +95,7 @@ class BatchServer:
         try:
             if m.url not in BATCHED:
                 raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
-            status, body = 200, await ENDPOINTS[m.url].ask(self._engine, parse_json(m.body))
+            status, body = 200, await ENDPOINTS[m.url].ask(self._callers.call(identity.hex(), batch=True), parse_json(m.body))
         except RequestError as e:
             status, body = e.status, e.body()
             if e.retry_after is not None:

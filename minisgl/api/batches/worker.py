@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from minisgl.api.batches.store import Log, Store, new_file_id
+from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 WINDOW = 128
-PRIORITY = -1  # the default in a batch
 MAX_LINES = 50_000
 _MAX_ERRORS = 100  # reported for one file
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
@@ -36,7 +36,7 @@ class Batches:
     start."""
 
     def __init__(self, store: Store, engine: Engine) -> None:
-        self.store, self._engine = store, engine
+        self.store, self._engine, self._callers = store, engine, Callers(engine)
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -167,7 +167,7 @@ class Batches:
                 await asyncio.sleep(_WAIT_SECONDS)
                 continue
             try:
-                return 200, await ENDPOINTS[url].ask(self._engine, {"priority": PRIORITY, **body})
+                return 200, await ENDPOINTS[url].ask(self._callers.call("batches", batch=True), body)
             except RequestError as e:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)

@@ -15,11 +15,12 @@ from aiohttp.typedefs import Handler, Middleware
 
 from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches
+from minisgl.api.caller import Callers
 from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
-from minisgl.api.http.auth import authenticate
+from minisgl.api.http.auth import authenticate, key_of
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import json_handler, read_json, stream, timing_header
 from minisgl.api.http.errors import errors, name_response
@@ -85,6 +86,7 @@ class _Routes:
     def __init__(self, engine: Metered, batch_socket: str | None) -> None:
         self._engine = engine
         self._config = engine.config
+        self._callers = Callers(engine)
         self._batch_socket = batch_socket
 
     def add_to(self, router: web.UrlDispatcher) -> None:
@@ -110,9 +112,10 @@ class _Routes:
         endpoint = ENDPOINTS[request.path]
         parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
         headers = ignored_header(self._config, parsed.ignored)
+        engine = self._callers.call(key_of(request) if self._config.server.api_keys else request.remote or "")
         if parsed.stream and endpoint.stream is not None:
-            return await stream(request, await endpoint.stream(self._engine, parsed), headers)
-        answer = await endpoint.answer(self._engine, parsed)
+            return await stream(request, await endpoint.stream(engine, parsed), headers)
+        answer = await endpoint.answer(engine, parsed)
         return web.json_response(answer, headers={**headers, **timing_header(answer)})
 
     async def no_response(self, request: web.Request) -> web.Response:

@@ -24,7 +24,7 @@ def authenticate(keys: tuple[str, ...]) -> Middleware:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         if resource is None or resource.canonical not in OPEN:
-            given = _digest(_key_of(request))
+            given = _digest(key_of(request))
             matches = [hmac.compare_digest(given, digest) for digest in digests]  # all of them, so the time reveals nothing
             if True not in matches:
                 text = "A valid API key is needed: send it as Authorization: Bearer KEY."
@@ -34,7 +34,8 @@ def authenticate(keys: tuple[str, ...]) -> Middleware:
     return check
 
 
-def _key_of(request: web.Request) -> str:
+def key_of(request: web.Request) -> str:
+    """The API key that a request brings, valid or not; "" if there is none."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
 

@@ -37,12 +37,14 @@ async def begin(engine: Engine, request: GenerationRequest, events: Events) -> S
 
 
 def _check_size(engine: Engine, request: GenerationRequest) -> None:
-    """Refuse more prompts than the server ever admits: its answer "try again" would never come true.  Raises InvalidParam."""
-    limit = engine.config.server.max_open_requests
-    if len(request.prompts) > limit:
-        raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
-    if (choices := len(request.prompts) * request.n) > limit:
-        raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
+    """Refuse more answers than one call may ask for, and more than the server ever admits.  Raises InvalidParam."""
+    server, prompts = engine.config.server, len(request.prompts)
+    limit = min(server.max_open_requests, server.max_choices)
+    if prompts > limit:
+        raise InvalidParam("prompt", f"prompt holds {prompts} prompts; this server admits {limit} at a time (--max-choices).")
+    if (choices := prompts * request.n) > limit:
+        text = f"n times the prompts in prompt ({request.n} x {prompts}) asks for {choices} answers"
+        raise InvalidParam("n", f"{text}; this server admits {limit} at a time (--max-choices): send several requests.")
 
 
 async def _check_grammar(request: GenerationRequest) -> None:

@@ -89,7 +89,7 @@ SAMPLING = (
     fields.integer("min_tokens", "No end before so many tokens.", 0),
 )
 OPTIONS = (
-    fields.integer("priority", "Higher is served first.", -limits.MAX_PRIORITY, limits.MAX_PRIORITY),
+    fields.integer("priority", "Higher is served first; at most --max-priority.", -limits.MAX_PRIORITY, limits.MAX_PRIORITY),
     fields.number("timeout", "Seconds until the request is given up; 0: never.", 0, limits.MAX_TIMEOUT),
     fields.string("cache_salt", "Cached prefixes are shared with the same salt only."),
 )

@@ -1,0 +1,84 @@
+"""Says to the engine whose requests they are: the engine as one call of the API sees it.
+
+A client is known to the engine by a number that nobody can turn into its key or address, a call by one that counts up.  The
+scheduler shares the engine among clients, and the share of a client among its calls (actors/scheduler/fair_queue.py).  Runs in
+the api process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from minisgl.api.engine import ChatPrompt, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt
+from minisgl.errors import InvalidParam
+from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
+
+BATCH_PRIORITY = -1  # of batches, at most: they stay behind all clients that wait for an answer
+
+
+class Callers:
+    """Numbers the calls of all clients of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._secret = secrets.token_bytes(16)
+        self._calls = itertools.count(1)
+
+    def call(self, who: str, batch: bool = False) -> Engine:
+        """The engine for the next call of `who`, a key or an address.  `batch`: nobody waits for the answer."""
+        digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
+        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch)
+
+
+class _Caller:
+    """An Engine that marks the requests of one call, and otherwise behaves as the one it wraps."""
+
+    def __init__(self, engine: Engine, client: int, call: int, batch: bool) -> None:
+        self._engine, self._client, self._call, self._batch = engine, client, call, batch
+        self.config = engine.config
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return self._engine.stats
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        return self._engine.tokenizer_info
+
+    @property
+    def state(self) -> str:
+        return self._engine.state
+
+    @property
+    def open_requests(self) -> int:
+        return self._engine.open_requests
+
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
+        priority, most = options.priority, self.config.server.max_priority
+        if self._batch:
+            priority = min(priority, BATCH_PRIORITY)
+        elif priority > most:
+            text = (
+                f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
+            )
+            raise InvalidParam("priority", text)
+        marked = replace(options, priority=priority, client=self._client, call=self._call)
+        return self._engine.open(prompt, params, on_chunk, marked)
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
+        return self._engine.tokenize(prompt, on_ids)
+
+    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
+        return self._engine.detokenize(ids, skip_special, on_text)
+
+    def close(self, uid: int) -> None:
+        self._engine.close(uid)
+
+    def flush_cache(self) -> None:
+        self._engine.flush_cache()
