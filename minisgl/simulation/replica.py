@@ -70,6 +70,7 @@ class Replica:
         self._results: deque[tuple[float, StepResult]] = deque()
         self._scheduler_free = 0.0
         self._gpu_free = 0.0
+        self._due = math.inf  # when the machine makes a plan that it holds back
         self._again = False  # the last call made a plan and another may be due
         self._decode: I32 = np.zeros(0, np.int32)
         self._served: I64 = np.zeros(limits.slots, np.int64)  # step of a slot's last token
@@ -84,8 +85,8 @@ class Replica:
         """When the scheduler next has something to do; infinity if no arrival or result is on its way."""
         if self._again:
             return self._scheduler_free
-        due = [events[0][0] for events in (self._arrivals, self._results) if events]
-        return max(self._scheduler_free, min(due, default=math.inf))
+        due = [self._due, *(events[0][0] for events in (self._arrivals, self._results) if events)]
+        return max(self._scheduler_free, min(due))
 
     def call(self) -> list[tuple[list[int], list[int]]]:
         """One call of `StepMachine.step`, at `wake`.  Returns what `Log.enter` returns for the step's outputs."""
@@ -96,6 +97,7 @@ class Replica:
         while self._arrivals and self._arrivals[0][0] <= now:
             inbox.append(Add(self._arrivals.popleft()[1]))
         out = self.machine.step(inbox, now)
+        self._due = now + out.again_in if out.again_in else math.inf
         self._scheduler_free = now + self._latency
         for uid, cached in out.started:
             self._log.cached[uid] = cached

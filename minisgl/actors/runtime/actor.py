@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -47,6 +48,7 @@ class Actor:
     for is refused then: the class does not exist.
     """
 
+    wake_at = math.inf  # when, by the clock of the context, `idle` wants to be called even if no mail arrives
     _table: ClassVar[dict[type, str]] = {Stop: "stop"}  # message type -> name of its handler
 
     def __init_subclass__(cls) -> None:
@@ -82,7 +84,7 @@ class Actor:
         """Runs once, in the actor's own process, before the first message."""
 
     def idle(self) -> bool:
-        """Runs whenever the mailbox is empty.  True: I did some work, call again.  False: block until mail arrives."""
+        """Runs whenever the mailbox is empty.  True: I did some work, call again.  False: block until mail, or `wake_at`."""
         return False
 
     def stopping(self) -> None:

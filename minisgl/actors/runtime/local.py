@@ -8,6 +8,7 @@ doorbell ends in quiescence with requests open, which a test can see, instead of
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -84,7 +85,14 @@ class LocalSystem:
                 return True
             self._asleep.add(choice)
         # An actor may have sent a message before it went to sleep.
-        return any(lane and dst in self.actors for (_, dst), lane in self._lanes.items())
+        if any(lane and dst in self.actors for (_, dst), lane in self._lanes.items()):
+            return True
+        due, name = min(((actor.wake_at, name) for name, actor in self.actors.items()), default=(math.inf, ""))
+        if due == math.inf:
+            return False
+        self.clock = max(self.clock, due)
+        self._asleep.discard(name)
+        return True
 
     def run(self, max_events: int = 1_000_000) -> int:
         """Until nothing can happen; returns the number of events.  Raises RuntimeError if that takes too many."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -103,7 +104,9 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
     actor.started()
     busy, settled = True, False
     while ctx.running:
-        got_mail = bool(ctx.inbox.poll(0 if busy else None if settled else SETTLE_MS))
+        limit = 0 if busy else math.inf if settled else SETTLE_MS
+        limit = min(limit, max(0.0, actor.wake_at - ctx.now()) * 1000)
+        got_mail = bool(ctx.inbox.poll(None if limit == math.inf else int(limit)))  # within a millisecond it looks all the time
         if got_mail:
             for _ in range(BURST):
                 if not ctx.running or (msg := ctx.recv()) is None:

@@ -9,6 +9,7 @@ Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, Engine
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -175,6 +176,7 @@ class SchedulerActor(Actor):
             output = self.machine.step(inbox, now)
             self._send(output, now)
             self._unsent = output.plan
+            self.wake_at = now + output.again_in if output.again_in else math.inf
             if self._may_capture and len(self._armed) == self.config.engine.tp:
                 self._may_capture = False  # if the machine is busy, a worker sends MayCapture again after the next plan
                 if self.machine.idle:

@@ -76,9 +76,11 @@ class Output:
 
     `outputs` and `logprobs` are for the detokenizer.  `started`: (uid, cached prompt tokens) of the requests admitted for the
     first time.  `vectors`: (uid, pooled vector); these requests end with their vector and have no row in `outputs`.
+    `again_in`: seconds after which a plan that is held back is due, 0 if the machine waits for events only.
     """
 
     plan: StepPlan | None = None
+    again_in: float = 0.0
     outputs: list[Tokens] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)

@@ -9,6 +9,8 @@ for hours, its coefficient stays as it was, and nothing grows.  Four numbers and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from minisgl.arrays import F64
@@ -17,6 +19,7 @@ _FORGET = 0.995
 _MIN_SAMPLES = 16
 _SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
 _LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
+_MARGIN, _LATE = 0.1, 1.5e-3  # how wrong the time of a step may be, as a share and in seconds
 _DAMPING = 1e-4  # of the scale of one sample: how much evidence it takes to move a coefficient
 _SCALE = np.array([1.0, 1e-2, 1e-1, 1e-5])  # brings the features to the same size
 
@@ -61,6 +64,16 @@ class StepCosts:
     def seconds(self, prefill_tokens: int, decode_rows: int, context: int) -> float:
         """The expected time of a step."""
         return float(self._w @ features(prefill_tokens, decode_rows, context))
+
+    def slack(self, running: Iterable[F64], now: float, since: float) -> float:
+        """Seconds from `now` for which the workers have enough to do, by the fit, with a margin for what it does not know.
+
+        `running`: the features of the steps in flight, whose first one began at `since`.  0 where nothing is known.
+        """
+        if not self.known:
+            return 0.0
+        expected = sum(float(self._w @ x) for x in running)
+        return max(0.0, since + (1 - _MARGIN) * expected - _LATE - now)
 
     @property
     def per_token(self) -> float:

@@ -60,6 +60,7 @@ class StepMachine:
         self.inflight: deque[InFlight] = deque()
         self.counters = Counters()
         self.costs = StepCosts()
+        self._since = 0.0  # when the first step in flight began
         self.prefill_rate = PrefillRate()
         self._prefilling: list[int] = []  # slots with prompt left to prefill, in order of admission
         self._decoding: I32 = NO_SLOTS  # slots that decode, in order of admission
@@ -78,6 +79,7 @@ class StepMachine:
         out = Output()
         for event in inbox:
             if isinstance(event, StepResult):
+                self._since = now
                 self._take_result(event, out)
             elif isinstance(event, Add):
                 self._arrive(event.request, now)
@@ -99,8 +101,16 @@ class StepMachine:
         #
         # Workers run plans in order.  So the slot and the pages of an ended request may have a new owner at once, whose writes
         # come after the wasted ones; and a page may be shared as soon as the plan that fills it is published.
+        #
+        # Just in time: a request that arrives after a plan is published has to wait for the next one.  So a plan is held back
+        # as long as the workers are sure to be busy, by the cost model, and newcomers wait for one step instead of two.
         if len(self.inflight) < self.limits.max_steps_in_flight:
-            self._plan(out)
+            if self.inflight:
+                out.again_in = self.costs.slack((f.cost for f in self.inflight), now, self._since)
+            else:
+                self._since = now
+            if not out.again_in:
+                self._plan(out)
             self.prefill_rate.observe(now, self.counters.prefill_tokens + self.counters.cached_tokens, len(self.waiting) > 0)
         return out
 
