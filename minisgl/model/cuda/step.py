@@ -40,8 +40,8 @@ from minisgl.model.kernels.uploads import Uploads, upload
 from minisgl.plan import DRAW, PREFILL, SCORED_TOKENS, StepPlan
 
 # Tokens of the steps with prompt chunks that are captured as graphs, where launches take longer than kernels
-# (`launch_bound_tokens`): a prompt of 2,048 tokens of 0.6B took 17 to 25 ms, of which its kernels need 4.3.  Above that, padding
-# costs more than launches: 560 tokens of 14B take 45 ms as 1,024.
+# (`launch_bound_tokens`): a prompt of 2,048 tokens of 0.6B took 17 to 25 ms, of which its kernels need 4.3.  Above that,
+# padding costs more than launches: 560 tokens of 14B take 45 ms as 1,024.
 SHORT_STEPS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096)
 LAUNCH_SECONDS = 0.5e-3  # of the kernels of one layer, one by one
 FLOPS = 600e12  # of a GPU, in products of many rows
