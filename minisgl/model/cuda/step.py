@@ -39,10 +39,10 @@ from minisgl.model.kernels.sampling import sample
 from minisgl.model.kernels.uploads import Uploads, upload
 from minisgl.plan import DRAW, PREFILL, SCORED_TOKENS, StepPlan
 
-# Tokens of the steps with prompt chunks that are captured as graphs; those above MANY_TOKENS where launches take longer than
-# kernels (`launch_bound_tokens`): a prompt of 2,048 tokens of 0.6B took 17 to 25 ms, of which its kernels need 4.3.
-SHORT_STEPS = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
-MANY_TOKENS = 1024
+# Tokens of the steps with prompt chunks that are captured as graphs, where launches take longer than kernels
+# (`launch_bound_tokens`): a prompt of 2,048 tokens of 0.6B took 17 to 25 ms, of which its kernels need 4.3.  Above that,
+# padding costs more than launches: 560 tokens of 14B take 45 ms as 1,024.
+SHORT_STEPS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096)
 LAUNCH_SECONDS = 0.5e-3  # of the kernels of one layer, one by one
 FLOPS = 600e12  # of a GPU, in products of many rows
 SHORT_CONTEXT = 4096  # tokens of any of their rows: one program walks over a row's context, which a long one would stall
@@ -93,8 +93,7 @@ class Steps:
         """Run on this cache from now on; `decode_graphs`, `short_graphs`: which kinds of steps may be graphs."""
         self._attention, self._graphs = attention, graphs
         self._decode_graphs = decode_graphs
-        most = max(MANY_TOKENS, self._launch_bound_tokens)
-        self._graph_tokens = [tokens for tokens in SHORT_STEPS if tokens <= most] if short_graphs else []
+        self._graph_tokens = [tokens for tokens in SHORT_STEPS if tokens <= self._launch_bound_tokens] if short_graphs else []
         spare, spare_page = self.state.spare, attention.cache.num_pages
         self.state.spare_page(spare_page)
         self._padding = StepInputs(
