@@ -1,63 +1,94 @@
 """The fair order: who is served next, and who makes room when slots or pages are short.  Pure; runs in the scheduler process.
 
 Weighted fair queueing (Demers, Keshav and Shenker 1989; Parekh and Gallager 1993) over prompt tokens.  A *client* is an API
-key or an address; a *call* is one of its HTTP requests, with a row for each of its prompts times `n`.  Clients have equal
-weights, and the calls of a client share its weight, so a call is a flow of weight 1 / calls of its client.  A request gets its
-`finish` once, when it comes: the virtual time at which an ideally fair server would have computed its prompt.  Serving in the
-order of `finish` puts short prompts before long ones, and nobody waits for ever: virtual time goes on with every token, so
-whoever comes later has a later start.
+key or an address; a *call* is one of its HTTP requests, with a row for each of its prompts times `n`.  A call is a flow.  A
+client's shortest call has weight 1, as if it were alone, and the k-th 1 / k.  A request gets its `finish` once, when it comes:
+the virtual time at which an ideally fair server, which works on all flows at once in proportion to their weights, would have
+computed its prompt.  Serving in the order of `finish` puts short prompts before long ones, and
+nobody waits for ever: virtual time goes on with every token, and who comes later starts later.
 
-Every operation takes constant time; the sorted queue of waiting requests is waiting_queue.py.
+Every operation takes logarithmic time or less; the sorted queue of waiting requests is waiting_queue.py.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from dataclasses import dataclass
 
 from minisgl.actors.scheduler.request import Request
 
+Call = tuple[int, int]  # (client, call)
+
 
 @dataclass(slots=True)
 class _Flow:
-    """One call with prompts to compute."""
+    """A call that the ideal server works on."""
 
+    rivals: int  # calls of its client that were no longer when it came, itself included; its weight is 1 / rivals
     finish: float  # of its last request
-    requests: int = 0
+    tokens: int = 0  # of all its requests
 
 
 class FairQueue:
-    """Virtual time, and how many rows every client and every call holds."""
+    """The virtual time of the ideal server, and how many rows every client and every call holds in ours."""
 
     def __init__(self) -> None:
-        self.time = 0.0  # in tokens: it goes on by one when every client with prompts to compute has got one
+        self.time = 0.0  # in tokens of a flow of weight 1
+        self.weight = 0.0  # of all flows
         self.rows: Counter[int] = Counter()  # client -> running requests
-        self.call_rows: Counter[tuple[int, int]] = Counter()  # (client, call) -> running requests
-        self._flows: dict[int, dict[int, _Flow]] = {}  # client -> call -> prompts that wait or are being computed
+        self.call_rows: Counter[Call] = Counter()  # running requests
+        self._flows: dict[Call, _Flow] = {}
+        self._ends: list[tuple[float, Call]] = []  # a heap of the flows by `finish`, or by an earlier value of it
+        self._sizes: Counter[tuple[int, int]] = Counter()  # (client, bits of the number of tokens) -> flows
 
     def enter(self, request: Request, tokens: int) -> None:
-        """A request waits, with so many tokens to compute.  One that has run before starts anew, before its call's others."""
-        options = request.options
-        calls = self._flows.setdefault(options.client, {})
-        flow = calls.setdefault(options.call, _Flow(self.time))
-        start = self.time if request.resumed else max(self.time, flow.finish)
-        request.finish = start + tokens * len(calls)
+        """A request has so many tokens to compute.  One that has run before does not queue behind the others of its call."""
+        key = client, _ = request.options.client, request.options.call
+        flow = self._flows.get(key)
+        if flow is None:
+            rivals = 1 + sum(self._sizes[client, size] for size in range(1 + tokens.bit_length()))
+            flow = self._flows[key] = _Flow(rivals, self.time)
+            self.weight += 1 / rivals
+            heapq.heappush(self._ends, (self.time + tokens * rivals, key))
+        else:
+            self._count(client, flow, -1)
+        flow.tokens += tokens
+        self._count(client, flow, 1)
+        request.finish = (self.time if request.resumed else flow.finish) + tokens * flow.rivals
         flow.finish = max(flow.finish, request.finish)
-        flow.requests += 1
 
-    def leave(self, request: Request) -> None:
-        """The prompt of a request has been computed, or the request is gone."""
-        options = request.options
-        calls = self._flows[options.client]
-        calls[options.call].requests -= 1
-        if not calls[options.call].requests:
-            del calls[options.call]
-            if not calls:
-                del self._flows[options.client]
+    def _count(self, client: int, flow: _Flow, n: int) -> None:
+        key = client, flow.tokens.bit_length()
+        self._sizes[key] += n
+        if not self._sizes[key]:
+            del self._sizes[key]
 
-    def serve(self, tokens: int) -> None:
-        """So many prompt tokens are planned."""
-        self.time += tokens / max(1, len(self._flows))
+    def serve(self, tokens: float) -> None:
+        """So many prompt tokens are planned, or could have been: virtual time goes on, and flows end."""
+        while self._ends:
+            end, key = self._ends[0]
+            until = (end - self.time) * self.weight
+            if until > tokens:
+                self.time += tokens / self.weight
+                return
+            tokens, self.time = tokens - until, end
+            flow = self._flows[key]
+            if flow.finish > end:
+                heapq.heapreplace(self._ends, (flow.finish, key))
+            else:
+                heapq.heappop(self._ends)
+                del self._flows[key]
+                self._count(key[0], flow, -1)
+                self.weight -= 1 / flow.rivals
+
+    def rest(self) -> None:
+        """No prompt is left: the ideal server has computed them, too, where the cache has helped less than it might."""
+        if self._flows:
+            self._flows.clear()
+            self._ends.clear()
+            self._sizes.clear()
+            self.weight = 0.0
 
     def hold(self, request: Request, n: int) -> None:
         """A request gets a slot (`n` = 1) or gives it back (-1)."""

@@ -17,7 +17,11 @@ from minisgl.arrays import F64
 
 _FORGET = 0.995
 _MIN_SAMPLES = 16
+_STEP = 0.1  # seconds: a step with decodes that takes longer is felt by those who read
 _SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
+_LEAST_SHARE = 0.1  # where that would take a step beyond _STEP
+_ROWS_SHARE = 0.7  # of _STEP, that rows may take before no more of them start
+_LEAST_ROWS = 16  # that run at the same time, even if a step takes longer than _STEP: fewer do not use the machine
 _LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
 _MARGIN, _LATE = 0.1, 1.5e-3  # how wrong the time of a step may be, as a share and in seconds
 _DAMPING = 1e-4  # of the scale of one sample: how much evidence it takes to move a coefficient
@@ -94,10 +98,19 @@ class StepCosts:
 
         And `least` seconds.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
         """
-        self._credit = min(self._credit, 0.0) + max(least, 1e-3, _SHARE * self.seconds(0, decode_rows, context))
+        decodes = self.seconds(0, decode_rows, context)
+        share = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
+        self._credit = min(self._credit, 0.0) + max(least, 1e-3, share)
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
+
+    def rows_within_step(self, rows: int, context: int) -> int:
+        """How many rows may decode so that they leave room for prompts within _STEP, given `rows` and their context."""
+        per_row = float(self._w[2] * _SCALE[2]) + float(self._w[3] * _SCALE[3]) * context / max(1, rows)
+        if not self.known or per_row <= 0:
+            return 1 << 30
+        return max(_LEAST_ROWS, int((_ROWS_SHARE * _STEP - self.seconds(0, 0, 0)) / per_row))
 
     def spend(self, prefill_tokens: int) -> None:
         """A step beside decodes is planned with so many prefill tokens."""

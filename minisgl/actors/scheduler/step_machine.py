@@ -181,9 +181,7 @@ class StepMachine:
         """End a request before its time.  False if it has ended already."""
         if uid in self.running:
             self._release(self.running[uid][0])
-        elif (waiting := self.waiting.remove(uid)) is not None:
-            self.fair.leave(waiting)
-        else:
+        elif self.waiting.remove(uid) is None:
             return False
         no_token = np.zeros(1, np.uint8)
         out.outputs.append(Tokens(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
@@ -218,7 +216,6 @@ class StepMachine:
         _, request = self.running.pop(int(table.uid[slot]))
         if slot in self._prefilling:
             self._prefilling.remove(slot)
-            self.fair.leave(request)
         else:
             self._decoding = self._decoding[self._decoding != slot]
         self.fair.hold(request, -1)
@@ -248,11 +245,16 @@ class StepMachine:
     # ---------------- the next plan
     def _plan(self, out: Output) -> None:
         """Decodes first, then prompts, all within one token budget."""
+        if not self._prefilling and not len(self.waiting):
+            self.fair.rest()
         first = self._make_way()
         builder = PlanBuilder(self.table, self._eos_ids)
         decode = self._plan_decode()
         context = int(self.table.planned[decode].sum())
-        self._prefill(first, self._prefill_budget(len(decode), context), builder, out)
+        most = self.limits.slots
+        if self.limits.itl_target is None:
+            most = min(most, self.costs.rows_within_step(len(decode), context))
+        self._prefill(first, self._prefill_budget(len(decode), context), most, builder, out)
         if builder.chunks or len(decode):
             self._publish(builder, decode, context, out)
         elif self._prefilling and not self.inflight and len(self.running) > 1:
@@ -275,7 +277,6 @@ class StepMachine:
             if full > self.table.n_shared[slot]:
                 self._publish_prefix(slot, full, remap=True)
             if flags & DRAW:
-                self.fair.leave(self._request(slot))
                 self._prefilling.remove(slot)
                 self._decoding = np.append(self._decoding, np.int32(slot))
 
@@ -400,8 +401,10 @@ class StepMachine:
         has_pages = self._has_pages_for(request, match, sum(r.missing_pages + 1 for r in first))
         return has_pages and self.table.free_slots > len(first)
 
-    def _prefill(self, first: list[Request], budget: int, builder: PlanBuilder, out: Output) -> None:
+    def _prefill(self, first: list[Request], budget: int, most: int, builder: PlanBuilder, out: Output) -> None:
         """Compute prompts in the fair order, admitted and waiting ones alike, while budget, slots and pages last.
+
+        `most`: requests that run at the same time before calls that have a row get no more of them.
 
         Continuous batching: there is no batch that starts and ends together.  A request joins here, in any step with room for
         it, and its rows run next to those of requests that are already decoding.  It leaves in `_release` as soon as the result
@@ -424,10 +427,13 @@ class StepMachine:
             candidate = None if blocked else self._next_candidate(skipped, followers, found)
             if candidate is None or (ready and ready[0][0] < candidate.turn and not candidate.resumed):
                 if not ready:
-                    return
+                    break
                 budget -= self._cut_chunk(heapq.heappop(ready)[1], budget, builder)
                 continue
-            slot = None
+            slot, call = None, (candidate.options.client, candidate.options.call)
+            if len(self.running) >= most and self.fair.call_rows[call]:
+                skipped.add(candidate.uid)
+                continue
             if candidate.missing_pages <= self.pool.free + self.cache.evictable:
                 match = self._match(candidate)
                 if self._is_being_computed(candidate, match):
@@ -441,6 +447,7 @@ class StepMachine:
                 skipped.add(candidate.uid)
             else:
                 blocked = True  # overtaken often enough: the requests behind it wait until it fits
+        self.fair.serve(max(0, budget))  # nobody could use the rest
 
     def _next_candidate(self, skipped: set[int], followers: set[int], found: dict[int, int]) -> Request | None:
         """The next request to try: the front of the queue, or the longest cached prefix among its equals near the front."""
@@ -472,6 +479,8 @@ class StepMachine:
         handle, cached = self.cache.acquire(match)
         self.waiting.remove(request.uid)
         self.fair.hold(request, 1)
+        if request.finish < self.fair.time:  # it has waited for a slot or pages, not for its turn: that comes now
+            self.fair.enter(request, len(request.ids) - len(cached) * self.limits.page_size)
         slot = self.table.take(request, handle, cached)
         self.running[request.uid] = (slot, request)
         request.borrows = len(cached) > 0
