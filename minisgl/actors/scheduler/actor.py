@@ -27,7 +27,8 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
-GPU_PROMPT_SECONDS = 0.012  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
+GPU_PROMPT_SECONDS = 0.008  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
+PROMPT_BURST = 0.03  # seconds of a step for prompts, where the steps before it had none
 
 
 class SchedulerActor(Actor):
@@ -71,6 +72,7 @@ class SchedulerActor(Actor):
             cache=CACHES[engine.cache],
             itl_target=None if engine.itl_target_ms < 0 else engine.itl_target_ms / 1000,
             prompt_seconds=GPU_PROMPT_SECONDS if engine.device == "cuda" else 0.0,
+            prompt_burst=PROMPT_BURST,
             order=engine.order,
             grammar_waits_for_token=engine.device == "cuda",
         )

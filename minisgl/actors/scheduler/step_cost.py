@@ -93,14 +93,16 @@ class StepCosts:
             return 2 * self.longest
         return min(2 * self.longest, int((seconds - self.seconds(0, decode_rows, context)) / self.per_token))
 
-    def prefill_beside(self, decode_rows: int, context: int, least: float) -> int:
+    def prefill_beside(self, decode_rows: int, context: int, least: float, burst: float) -> int:
         """How many prefill tokens a step with these decodes may take so that prompts get _SHARE of the time of the decodes.
 
-        And `least` seconds.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
+        And `least` seconds.  What steps without prompts leave over is kept, up to `burst` seconds, so that a short prompt now and
+        then is computed in one go.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
         """
         decodes = self.seconds(0, decode_rows, context)
         share = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
-        self._credit = min(self._credit, 0.0) + max(least, 1e-3, share)
+        share = max(least, 1e-3, share)
+        self._credit = min(self._credit + share, max(burst, share))
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
