@@ -28,7 +28,7 @@ from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
 GPU_PROMPT_SECONDS = 0.008  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
-PROMPT_BURST = 0.03  # seconds of a step for prompts, where the steps before it had none
+PROMPT_BURST = 0.06  # seconds of a step for prompts, where the steps before it had none
 
 
 class SchedulerActor(Actor):

@@ -96,8 +96,8 @@ class StepCosts:
     def prefill_beside(self, decode_rows: int, context: int, least: float, burst: float) -> int:
         """How many prefill tokens a step with these decodes may take so that prompts get _SHARE of the time of the decodes.
 
-        And `least` seconds.  What steps without prompts leave over is kept, up to `burst` seconds, so that a short prompt now and
-        then is computed in one go.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
+        And `least` seconds.  What steps without prompts leave over is kept, up to `burst` seconds, so that now and then a short
+        prompt is computed in one go.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
         """
         decodes = self.seconds(0, decode_rows, context)
         share = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
