@@ -86,8 +86,8 @@ class StepCosts:
         And `least` seconds.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
         """
         decodes = self.seconds(0, decode_rows, context)
-        share = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
-        self._credit = min(self._credit, 0.0) + max(least, 1e-3, share)
+        room = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
+        self._credit = min(self._credit, 0.0) + max(least, 1e-3, room)
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
