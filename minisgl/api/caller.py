@@ -64,9 +64,7 @@ class _Caller:
         if self._batch:
             priority = min(priority, BATCH_PRIORITY)
         elif priority > most:
-            text = (
-                f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
-            )
+            text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
         marked = replace(options, priority=priority, client=self._client, call=self._call)
         return self._engine.open(prompt, params, on_chunk, marked)

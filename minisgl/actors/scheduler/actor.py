@@ -35,7 +35,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
-from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
+from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.no_cache import CACHES
@@ -43,7 +43,6 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
-GPU_PROMPT_SECONDS = 0.012  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
 
 
 class SchedulerActor(Actor):
