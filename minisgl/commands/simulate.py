@@ -8,7 +8,7 @@ import json
 import math
 import time
 
-from minisgl.actors.scheduler.interface import SchedulerLimits
+from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, SchedulerLimits
 from minisgl.cache.no_cache import CACHES
 from minisgl.cache.radix import RadixCache
 from minisgl.errors import UserError
@@ -31,7 +31,7 @@ _NUMBERS: tuple[tuple[str, str, str, int | float, float, float, str], ...] = (
     ("engine", "--step-tokens", "TOKENS", 8192, 2, 1 << 20, "budget of a step (%(default)s)"),
     ("engine", "--max-context", "TOKENS", 0, 0, 1 << 31, "0: as the longest request needs"),
     ("engine", "--lag", "N", 2, 1, 8, "plans in flight (%(default)s)"),
-    ("engine", "--itl-target-ms", "MS", 0.0, 0, 60_000, "0: off"),
+    ("engine", "--itl-target-ms", "MS", 0.0, -1, 60_000, "0: off; -1: as the server does"),
     ("fleet", "--replicas", "N", 1, 1, 1024, "engines behind one router (%(default)s)"),
 )
 
@@ -110,7 +110,8 @@ def run(argv: list[str]) -> int:
         max_steps_in_flight=args.lag,
         vocab_size=FIRST_PROMPT_TOKEN,
         cache=_cache_class(args.cache),
-        itl_target=args.itl_target_ms / 1000,
+        itl_target=None if args.itl_target_ms < 0 else args.itl_target_ms / 1000,
+        prompt_seconds=GPU_PROMPT_SECONDS,
         order=args.order,
     )
     results: dict[str, Summary] = {}

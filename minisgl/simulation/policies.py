@@ -21,7 +21,7 @@ POLICIES: dict[str, Policy] = {
     "cache=none": partial(replace, cache=NoCache),
     "share=off": partial(replace, wait_for_shared_prefix=False),
     "itl-target=0": partial(replace, itl_target=0.0),
-    "itl-target=auto": partial(replace, itl_target=None, prompt_seconds=0.008, prompt_burst=0.06),
+    "itl-target=auto": partial(replace, itl_target=None),
     "itl-target=30ms": partial(replace, itl_target=0.030),
     "step-tokens/4": lambda limits: replace(limits, step_tokens=max(limits.slots + 1, limits.step_tokens // 4)),
     "step-tokens*2": lambda limits: replace(limits, step_tokens=2 * limits.step_tokens),

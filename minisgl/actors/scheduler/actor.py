@@ -19,7 +19,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
-from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
+from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.no_cache import CACHES
@@ -27,8 +27,9 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
-GPU_PROMPT_SECONDS = 0.008  # of every step, for prompts: with less, chunks are too short for a GPU's full speed
-PROMPT_BURST = 0.06  # seconds of a step for prompts, where the steps before it had none
+<<<<<<< HEAD
+=======
+>>>>>>> fair
 
 
 class SchedulerActor(Actor):
@@ -72,7 +73,6 @@ class SchedulerActor(Actor):
             cache=CACHES[engine.cache],
             itl_target=None if engine.itl_target_ms < 0 else engine.itl_target_ms / 1000,
             prompt_seconds=GPU_PROMPT_SECONDS if engine.device == "cuda" else 0.0,
-            prompt_burst=PROMPT_BURST,
             order=engine.order,
             grammar_waits_for_token=engine.device == "cuda",
         )

@@ -10,6 +10,8 @@ from minisgl.arrays import F32
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import StepPlan, StepResult
 
+GPU_PROMPT_SECONDS = 0.008  # `prompt_seconds` on a GPU: with less, chunks are too short for its full speed
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -17,8 +19,7 @@ class SchedulerLimits:
 
     `cache`: the class of the cache, RadixCache or a subclass with another eviction policy.
     `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.  None:
-    prompts get three quarters of the time that the decodes beside them take, at least `prompt_seconds` a step, and up to
-    `prompt_burst` seconds where the steps before had none.
+    prompts get three quarters of the time that the decodes beside them take, at least `prompt_seconds` a step.
     `order`: "prefix" starts the requests with the longest cached prefix first (among equal priorities of a client near the
     front), "arrival" does not look.
     `wait_for_shared_prefix`: a prompt waits for pages of its beginning that another request is computing.
@@ -37,7 +38,6 @@ class SchedulerLimits:
     cache: type[RadixCache] = RadixCache
     itl_target: float | None = 0.0
     prompt_seconds: float = 0.0
-    prompt_burst: float = 0.0
     order: str = "prefix"
     wait_for_shared_prefix: bool = True
     grammar_waits_for_token: bool = False

@@ -23,6 +23,7 @@ _LEAST_SHARE = 0.1  # where that would take a step beyond _STEP
 _ROWS_SHARE = 0.7  # of _STEP, that rows may take before no more of them start
 _LEAST_ROWS = 16  # that run at the same time, even if a step takes longer than _STEP: fewer do not use the machine
 _LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
+_BURST = 0.06  # seconds of a step for prompts, where the steps before it had none
 _MARGIN, _LATE = 0.1, 1.5e-3  # how wrong the time of a step may be, as a share and in seconds
 _DAMPING = 1e-4  # of the scale of one sample: how much evidence it takes to move a coefficient
 _SCALE = np.array([1.0, 1e-2, 1e-1, 1e-5])  # brings the features to the same size
@@ -93,16 +94,15 @@ class StepCosts:
             return 2 * self.longest
         return min(2 * self.longest, int((seconds - self.seconds(0, decode_rows, context)) / self.per_token))
 
-    def prefill_beside(self, decode_rows: int, context: int, least: float, burst: float) -> int:
+    def prefill_beside(self, decode_rows: int, context: int, least: float) -> int:
         """How many prefill tokens a step with these decodes may take so that prompts get _SHARE of the time of the decodes.
 
-        And `least` seconds.  What steps without prompts leave over is kept, up to `burst` seconds, so that now and then a short
+        And `least` seconds.  What steps without prompts leave over is kept, up to _BURST seconds, so that now and then a short
         prompt is computed in one go.  Few tokens are not worth a chunk; where that takes too long, the next steps are without.
         """
         decodes = self.seconds(0, decode_rows, context)
-        share = min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes))
-        share = max(least, 1e-3, share)
-        self._credit = min(self._credit + share, max(burst, share))
+        room = max(least, 1e-3, min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes)))
+        self._credit = min(self._credit + room, max(_BURST, room))
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
