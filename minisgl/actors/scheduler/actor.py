@@ -27,9 +27,6 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
-<<<<<<< HEAD
-=======
->>>>>>> fair
 
 
 class SchedulerActor(Actor):

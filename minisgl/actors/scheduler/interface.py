@@ -19,7 +19,7 @@ class SchedulerLimits:
 
     `cache`: the class of the cache, RadixCache or a subclass with another eviction policy.
     `itl_target` in seconds, 0 for none: prefill chunks shrink so that a step with decodes is expected to take no longer.  None:
-    prompts get three quarters of the time that the decodes beside them take, at least `prompt_seconds` a step.
+    prompts get three quarters of the time that the decodes beside them take, and at least `prompt_seconds` a step.
     `order`: "prefix" starts the requests with the longest cached prefix first (among equal priorities of a client near the
     front), "arrival" does not look.
     `wait_for_shared_prefix`: a prompt waits for pages of its beginning that another request is computing.
