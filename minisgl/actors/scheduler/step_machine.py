@@ -322,9 +322,7 @@ class StepMachine:
         if target == 0 or not decode_rows:
             return budget
         if target is None:
-            return min(
-                budget, self.costs.prefill_beside(decode_rows, context, self.limits.prompt_seconds, self.limits.prompt_burst)
-            )
+            return min(budget, self.costs.prefill_beside(decode_rows, context, self.limits.prompt_seconds))
         return min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
