@@ -106,6 +106,10 @@ class SamplingParams:
     is set.
 
     `grammar`, made by a function of minisgl.grammar, constrains the answer; it outranks `min_tokens` and every bias.
+
+    `reasoning` and `tools`: how thoughts (reasoning.STYLES) and tool calls (parsers.tool_calls.FORMATS) are written that are
+    told from the answer: stop strings count outside of them, and their marks have a text.  `thinking`: the prompt ends inside
+    a thought.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
@@ -127,6 +131,9 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     grammar: str = ""
+    reasoning: str = ""
+    thinking: bool = False
+    tools: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))

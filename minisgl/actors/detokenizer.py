@@ -18,10 +18,10 @@ import numpy as np
 
 from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.api.parsers.outline import Outline, Part, marks
 from minisgl.config import Config
 from minisgl.model.text.detokenize import DecodeState, StopMatcher
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
-from minisgl.reasoning import ThoughtCounter
 from minisgl.sampling_params import Finish, SamplingParams
 
 
@@ -52,13 +52,12 @@ class _Stream:
     offsets: list[int] = field(default_factory=list)  # where the prompt's tokens begin, under `echo`
     n_scored: int = 0  # tokens of the prompt whose log probabilities have been sent
     scores: deque[_Score] = field(default_factory=deque)  # of tokens that come with the next Tokens
-    thought: ThoughtCounter | None = None  # while it is open
+    outline: Outline | None = None  # of its thoughts and tool calls, while they matter
+    counting: bool = False  # the tokens of its thoughts have not been told
 
     def push(self, token: int) -> str:
         text = self.decode.push(token)
         self.chars += len(text)
-        if self.thought is not None:
-            self.thought.feed(text)
         return text
 
     def advance(self, tokens: list[int], finish: int) -> tuple[str, int]:
@@ -66,18 +65,30 @@ class _Stream:
 
         The last token of a request that ends with STOP is the EOS or stop token: it counts, but it has no text.
         """
-        text = "".join(map(self.push, tokens[:-1] if finish == Finish.STOP else tokens))
-        if finish:
-            text += self.decode.flush()
-        prefix, self.prefix = self.prefix, ""
+        pieces = [self.push(token) for token in (tokens[:-1] if finish == Finish.STOP else tokens)]
+        rest = self.decode.flush() if finish else ""
+        parts = self._parts(pieces, rest, finish) if self.outline is not None else [(True, "".join(pieces) + rest)]
+        out, self.prefix = self.prefix, ""
         if self.n_free > 0:
             self.n_free -= len(tokens)
-            return prefix + text, finish
-        text, matched = self.stops.feed(text)
+            return out + "".join(text for _, text in parts), finish
+        matched = False
+        for counts, text in parts:
+            # A stop string does not go on behind a part in which it does not count.
+            shown, matched = self.stops.feed(text) if counts else self.stops.flush()
+            out += shown if counts or matched else shown + text
+            if matched:
+                break
         if finish and not matched:
             rest, matched = self.stops.flush()
-            text += rest
-        return prefix + text, Finish.STOP if matched else finish
+            out += rest
+        return out, Finish.STOP if matched else finish
+
+    def _parts(self, pieces: list[str], rest: str, finish: int) -> list[Part]:
+        """The parts of the answer that new tokens complete, and whether stop strings count in each."""
+        assert self.outline is not None
+        parts = [part for piece in pieces for part in self.outline.feed(piece)]
+        return parts + self.outline.end(rest) if finish else parts
 
 
 class DetokenizerActor(Actor):
@@ -97,13 +108,15 @@ class DetokenizerActor(Actor):
     @on(Track)
     def track(self, m: Track) -> None:
         p = m.params
-        stream = _Stream(self._tokenizer.stream(p.skip_special_tokens), StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
+        decode = self._tokenizer.stream(p.skip_special_tokens, marks(p.reasoning, p.tools))
+        stream = _Stream(decode, StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
         self._streams[m.uid] = stream
         self.ctx.send("api", Started(m.uid, m.queued))
         if p.echo:
             self._echo(m, stream)
-        elif style := self.config.server.reasoning_parser:
-            stream.thought = ThoughtCounter(style)
+        elif p.reasoning or (p.stop and p.tools):
+            stream.outline = Outline(p.reasoning, p.thinking, p.tools if p.stop else "")
+            stream.counting = p.reasoning != ""
 
     def _echo(self, m: Track, stream: _Stream) -> None:
         """Begin the text with the prompt."""
@@ -166,10 +179,13 @@ class DetokenizerActor(Actor):
         text, end = stream.advance(new, finish)
         if end and not finish:
             self.ctx.send("scheduler", Cancel(uid))
-        if stream.thought is not None and (end or stream.thought.done):
-            if n := stream.thought.count():
-                self.ctx.send("api", ThoughtEnded(uid, n))
-            stream.thought = None
+        if stream.outline is not None:
+            if stream.counting and (end or stream.outline.thought_over):
+                stream.counting = False
+                if n := stream.outline.thought_tokens:
+                    self.ctx.send("api", ThoughtEnded(uid, n))
+            if stream.outline.over:
+                stream.outline = None
         return (uid, new, end, stream.n_cached, text)
 
     def _send_logprobs(self, report: _Report) -> None:

@@ -111,10 +111,14 @@ class Tokenize:
 
 @message
 class Tokenized:
-    """tokenizer -> api: the next record of the prompt ring holds the `n` ids of this request."""
+    """tokenizer -> api: the next record of the prompt ring holds the `n` ids of this request.
+
+    `thinking`: it is a conversation that ends inside a thought of the model.
+    """
 
     uid: int
     n: int
+    thinking: bool = False
 
 
 @message

@@ -19,8 +19,10 @@ from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
+from minisgl.reasoning import begins_inside
 
 _FAR_TOO_LONG = 4  # times the context; shorter prompts fit the prompt ring, and api refuses them if necessary
+_END = 64  # tokens at the end of a prompt, more than a tag and the white space behind it have
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class TokenizerActor(Actor):
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
+        self._backlog: deque[tuple[int, I32, bool]] = deque()  # (uid, ids, thinking): encoded, waiting for room
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
@@ -62,13 +64,18 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids))
+        self._backlog.append((m.uid, ids, m.chat is not None and self._thinking(ids)))
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
         if m.chat is not None:
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
+
+    def _thinking(self, ids: I32) -> bool:
+        """Whether the answer to a conversation begins inside a thought."""
+        style = self.config.server.reasoning_parser
+        return style != "" and begins_inside(style, self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False))
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:
@@ -88,13 +95,13 @@ class TokenizerActor(Actor):
         """Publish the prompts that fit, in order.  While one waits, the ring's flag makes api send Wake after it has read."""
         worked = False
         while self._backlog:
-            uid, ids = self._backlog[0]
+            uid, ids, thinking = self._backlog[0]
             raw = ids.astype("<i4", copy=False).tobytes()
             if not self._ring.has_room(len(raw)):
                 break
             self._ring.publish(raw)
             self._backlog.popleft()
-            self.ctx.send("api", Tokenized(uid, len(ids)))
+            self.ctx.send("api", Tokenized(uid, len(ids), thinking))
             worked = True
         self._ring.starve(bool(self._backlog))
         return worked

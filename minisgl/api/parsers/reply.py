@@ -10,8 +10,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minisgl.api.parsers.thoughts import Span, ThoughtReader
 from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
-from minisgl.reasoning import ThoughtReader
 from minisgl.sampling_params import Finish
 
 Kind = Literal["thought", "text", "call"]
@@ -66,16 +66,19 @@ class Reply:
 
     def __init__(self, form: Form) -> None:
         self.items: list[Item] = []
-        self._thoughts = ThoughtReader(form.reasoning) if form.reasoning else None
+        self._reasoning = form.reasoning
+        self._thoughts: ThoughtReader | None = None
         self._format = FORMATS[form.tools] if form.tools else None
         self._calls = CallReader(self._format, form.names, parallel=form.parallel) if self._format else None
 
-    def feed(self, text: str, *, end: bool = False) -> list[Growth]:
-        """The growth that more text brings.  `end`: no more text follows."""
-        thought, answer = self._thoughts.feed(text) if self._thoughts else ("", text)
-        out = self._grow(thought, answer)
+    def feed(self, text: str, *, end: bool = False, thinking: bool | None = None) -> list[Growth]:
+        """The growth that more text brings.  `end`: no more text follows.  `thinking`: as in Chunk; the first call counts."""
+        if self._reasoning and self._thoughts is None:
+            self._thoughts = ThoughtReader(self._reasoning, thinking)
+        spans = self._thoughts.feed(text) if self._thoughts else [Span("text", text)]
         if end and self._thoughts:
-            out += self._grow(*self._thoughts.end())
+            spans += self._thoughts.end()
+        out = [growth for span in spans for growth in self._grow(span)]
         if end and self._calls:
             out += map(self._add, self._calls.end())
         return out
@@ -97,17 +100,18 @@ class Reply:
         message: dict[str, Any] = {"role": "assistant", "content": self._joined("text"), "refusal": None}
         if calls:
             message["content"] = message["content"] or None
-        if self._thoughts:
+        if self._reasoning:
             message |= dict.fromkeys(("reasoning_content", "reasoning"), self._joined("thought") or None)
         return message | ({"tool_calls": calls} if calls else {})
 
     def _joined(self, kind: Kind) -> str:
         return "".join(item.text for item in self.items if item.kind == kind)
 
-    def _grow(self, thought: str, answer: str) -> list[Growth]:
-        out = [self._append(self.item("thought"), thought)] if thought else []
-        pieces = self._calls.feed(answer) if self._calls else [Said(answer)] if answer else []
-        return [*out, *map(self._add, pieces)]
+    def _grow(self, span: Span) -> list[Growth]:
+        if span.kind == "thought":
+            return [self._append(self.item("thought"), span.text)]
+        pieces = self._calls.feed(span.text) if self._calls else [Said(span.text)] if span.text else []
+        return [self._add(piece) for piece in pieces]
 
     def _add(self, piece: Piece) -> Growth:
         if not isinstance(piece, Called):

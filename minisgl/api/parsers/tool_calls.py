@@ -62,8 +62,8 @@ class ToolFormat:
     opening and the object of the call, `between` the text between one call and the next object; both also match every
     beginning of such a text, and their group `name` is the name of a call that has it before its object.  `closing` ends a
     call.  `arguments`: the key of the arguments, as templates teach it.  A list of calls stands in `brackets`, its calls
-    are separated by `separator`.  `special`: the opening is a special token.  `id_length`: hexadecimal digits in the id of a
-    call, which has the prefix `id_prefix`.
+    are separated by `separator`.  `special`: further marks that may be special tokens.  `id_length`: hexadecimal digits in the
+    id of a call, which has the prefix `id_prefix`.
     """
 
     opening: str
@@ -74,9 +74,14 @@ class ToolFormat:
     arguments: str = "arguments"
     separator: str = "\n"
     brackets: tuple[str, str] = ("", "")
-    special: bool = True
+    special: tuple[str, ...] = ()
     id_prefix: str = "call_"
     id_length: int = 24
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What may be a special token."""
+        return (self.opening, self.closing, *self.special)
 
 
 _SPACES = f"[{SPACE}]*"
@@ -87,7 +92,6 @@ FORMATS: Mapping[str, ToolFormat] = {
         before=re.compile(_SPACES),
         between=re.compile(_SPACES + _begins("</tool_call>")),
         closing="</tool_call>",
-        special=False,
     ),
     "llama3": ToolFormat(
         opening="<|python_tag|>",
@@ -104,6 +108,7 @@ FORMATS: Mapping[str, ToolFormat] = {
         bare="[{",
         separator=", ",
         brackets=("[", "]"),
+        special=("[ARGS]", "[CALL_ID]"),
         id_prefix="",
         id_length=9,  # as its templates demand
     ),

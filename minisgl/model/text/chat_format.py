@@ -6,7 +6,6 @@ Runs in the root process, and in the tokenizer processes.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,11 +38,7 @@ def guess(templates: Mapping[str, str]) -> tuple[str, str]:
     calls = next((style for mark, style in _TOOL_CALLS if mark in every), "") if "tools" in every else ""
     if "</think>" not in every and "<think>" not in every:
         return calls, ""
-    default = templates.get("default", every)
-    # The text after the last mention of add_generation_prompt is the beginning of an answer.
-    prompt = default.rpartition("add_generation_prompt")[2] if "add_generation_prompt" in default else ""
-    opened = re.search(r"<think>(?!.*</think>)", prompt, re.DOTALL)
-    return calls, "deepseek_r1" if opened else "qwen3"
+    return calls, "qwen3"
 
 
 def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
