@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
-from minisgl.reasoning import STYLES
+from minisgl.reasoning import CALL_STYLES, STYLES
 
 
 # ---------------- what a checkpoint says
@@ -299,7 +299,7 @@ class ServerConfig:
     tool_call_parser: str = setting(
         "",
         "how the model writes calls of tools; auto: as its chat template shows",
-        options={"choices": ("auto", "none", "hermes", "llama3", "mistral"), "default": "auto"},
+        options={"choices": ("auto", "none", *CALL_STYLES), "default": "auto"},
     )
     reasoning_parser: str = setting(
         "",

@@ -8,25 +8,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+HARMONY = "harmony"
+
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The tags around a thought.  `assumed`: an answer begins inside a thought unless its prompt has just closed one."""
+    """The tags around a thought.  `assumed`: an answer begins inside a thought unless its prompt has just closed one.
+
+    `others`: further marks of the style, which may be special tokens like the tags.
+    """
 
     open: str
     close: str
     assumed: bool = False
+    others: tuple[str, ...] = ()
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The tags, which may be special tokens."""
-        return self.open, self.close
+        """All that may be a special token."""
+        return self.open, self.close, *self.others
 
 
 STYLES: Mapping[str, Style] = {
     "qwen3": Style("<think>", "</think>"),
     "deepseek_r1": Style("<think>", "</think>", assumed=True),
+    "mistral": Style("[THINK]", "[/THINK]"),
+    "command": Style("<|START_THINKING|>", "<|END_THINKING|>"),
+    "kimi_vl": Style("◁think▷", "◁/think▷"),
+    "seed": Style("<seed:think>", "</seed:think>"),
+    HARMONY: Style(
+        "<|channel|>analysis<|message|>",
+        "<|end|>",
+        others=("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|return|>"),
+    ),
 }
+# The ways of writing tool calls, which minisgl.api.parsers.call_formats describes.
+CALL_STYLES = (
+    *("hermes", "llama3", "mistral", "deepseek", "kimi", "granite", "jamba", "nemotron", "command", "internlm", "longcat"),
+    HARMONY,
+)
 
 
 def begins_inside(style: str, prompt: str) -> bool:

@@ -179,7 +179,7 @@ def test_an_answer_that_must_call_is_bound_and_read_back(style: str) -> None:
         assert admits(request.params.grammar, text) is good
         if good:
             reply = Reply(request.form)
-            reply.feed(text, end=True)
+            reply.feed(text, Finish.STOP)
             message = reply.message()
             assert message["content"] is None
             got = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]

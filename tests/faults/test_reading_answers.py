@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,3 +104,54 @@ def test_a_completion_has_no_thought_to_be_spared(hybrid: Server) -> None:
     assert hybrid.post("/v1/completions", body)["choices"][0]["text"] == "hm."
     native = {"text": "<think>\n", "sampling_params": {"temperature": 0, "max_new_tokens": 20, "stop": "so"}}
     assert hybrid.post("/generate", native)["text"] == "hm."
+
+
+# ---------------- forms of answers, whatever tokens their marks are
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+def asked(marks: str, begin: str) -> str:
+    """A template that mentions a form's marks and begins answers with the last message, so that each has its own script."""
+    return f"{HEAD}{{% if tools %}}{{# {marks} #}}{{% endif %}}{begin}{{{{ messages[-1].content }}}}"
+
+
+def read(message: dict[str, Any]) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls", ())]
+    return message["content"], message.get("reasoning_content"), calls
+
+
+@pytest.fixture(scope="module")
+def harmony(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    scripts = {
+        "ask": [
+            *("<|channel|>", "analysis", "<|message|>", "hm.", "so.", "<|end|>", "<|start|>"),
+            *("assistant<|channel|>final<|message|>", "Yes", ". No"),
+        ],
+        "call": ["<|channel|>commentary", " to=functions.f ", "<|constrain|>", "json<|message|>", '{"a":', ' "x."}'],
+        "json": ["<|channel|>analysis<|message|>", "hm", "<|end|><|start|>assistant", "<|channel|>final<|message|>", "{}"],
+    }
+    special = [p for script in scripts.values() for p in script if "<|" in p]
+    path = tmp_path_factory.mktemp("harmony")
+    with serve("--model", save_scripted(path / "m", asked("<|channel|>", "<|start|>assistant"), scripts, special=special)) as s:
+        yield s
+
+
+def test_the_channels_of_harmony_are_thought_answer_and_calls(harmony: Server) -> None:
+    assert read(harmony.chat("ask")["message"]) == ("Yes. No", "hm.so.", [])
+    usage = harmony.post("/v1/chat/completions", ASK | {"messages": [{"role": "user", "content": "ask"}]})["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 2
+    assert read(harmony.chat("ask", stop=".")["message"]) == ("Yes", "hm.so.", [])
+    choice = harmony.chat("call", tools=TOOLS, stop=".")
+    assert read(choice["message"]) == (None, None, [("f", {"a": "x."})])
+    assert choice["finish_reason"] == "tool_calls"
+    response = harmony.post("/v1/responses", {"input": "ask", "temperature": 0})
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
+    blocks = harmony.post(
+        "/v1/messages", {"messages": [{"role": "user", "content": "ask"}], "max_tokens": 50, "temperature": 0}
+    )
+    assert [block["type"] for block in blocks["content"]] == ["thinking", "text"]
+
+
+def test_a_form_binds_the_final_message_of_harmony(harmony: Server) -> None:
+    answer = harmony.chat("json", response_format={"type": "json_object"})
+    assert read(answer["message"]) == ("{}", "hm", [])

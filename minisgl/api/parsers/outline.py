@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from minisgl.api.parsers.thoughts import Span, Tagged, lexer, overlap
-from minisgl.api.parsers.tool_calls import FORMATS, ToolFormat
+from minisgl.api.parsers.call_formats import FORMATS, ToolFormat
+from minisgl.api.parsers.spans import Lexer, Span, overlap
+from minisgl.api.parsers.thoughts import lexer
 from minisgl.reasoning import STYLES
 
 Part = tuple[bool, str]  # whether stop strings count in it, the text
@@ -16,7 +17,7 @@ Part = tuple[bool, str]  # whether stop strings count in it, the text
 
 def marks(reasoning: str, tools: str) -> tuple[str, ...]:
     """The marks that readers look for: tokens with these names have a text, even if the tokenizer calls them special."""
-    return (STYLES[reasoning].marks if reasoning else ()) + (FORMATS[tools].marks if tools else ())
+    return tuple(filter(None, (STYLES[reasoning].marks if reasoning else ()) + (FORMATS[tools].marks if tools else ())))
 
 
 class Outline:
@@ -32,7 +33,7 @@ class Outline:
     def __init__(self, reasoning: str = "", thinking: bool = False, tools: str = "") -> None:
         """`reasoning`, `tools`: how thoughts and calls are written, "" for none.  `thinking`: it begins inside a thought."""
         self.thought_tokens = 0
-        self._lexer: Tagged | None = lexer(reasoning, thinking) if reasoning else None
+        self._lexer: Lexer | None = lexer(reasoning, thinking) if reasoning else None
         self._calls = _Calls(FORMATS[tools]) if tools else None
         self._at = self._size = 0  # characters that are in spans; characters in all
         self._starts: deque[int] = deque()  # where tokens begin that are in no span so far
@@ -75,7 +76,7 @@ class Outline:
 
     def _parts(self, spans: list[Span]) -> list[Part]:
         out: list[Part] = []
-        for kind, text in spans:
+        for kind, text, _ in spans:
             if kind != "text" or self._calls is None:
                 out.append((kind == "text", text))
             else:

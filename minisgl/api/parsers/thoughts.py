@@ -1,23 +1,14 @@
 """Tells the thoughts of a model from its answer while the text grows.  Pure.
 
-A lexer cuts the text into spans that join to it again.  The api process makes items of them (`ThoughtReader`); the detokenizer
-process counts tokens with them and looks for stop strings in some of them (outline.py).  So both always mean the same thought.
+A lexer cuts the text into spans.  The api process makes items of them (`ThoughtReader`); the detokenizer process counts tokens
+with them and looks for stop strings in some of them (outline.py).  So both always mean the same thought.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
-from minisgl.reasoning import STYLES
-
-Kind = Literal["mark", "thought", "text"]
-
-
-class Span(NamedTuple):
-    """A piece of an answer, all of one kind.  A mark is for nobody's eyes."""
-
-    kind: Kind
-    text: str
+from minisgl.api.parsers.harmony import Harmony
+from minisgl.api.parsers.spans import Kind, Lexer, Span, overlap
+from minisgl.reasoning import HARMONY, STYLES
 
 
 class Tagged:
@@ -83,25 +74,27 @@ class Tagged:
             self.held = self.held[n:]
 
 
-def lexer(style: str, inside: bool) -> Tagged:
+def lexer(style: str, inside: bool) -> Lexer:
     """The lexer for a style of thoughts."""
-    return Tagged(style, inside)
+    return Harmony(inside) if style == HARMONY else Tagged(style, inside)
 
 
 class ThoughtReader:
-    """Splits one answer into thought and text.  The white space around a thought belongs to neither.
+    """Splits one answer into thoughts, text and calls; gives neither empty spans nor marks, but for those that begin a call.
 
+    The line breaks around a thought belong to neither side; a further message of one kind begins on a new line.
     `inside`: whether the prompt ends inside a thought; None: as the style assumes.
     """
 
     def __init__(self, style: str, inside: bool | None = None) -> None:
         self._lexer = lexer(style, STYLES[style].assumed if inside is None else inside)
-        self._thought = self._lexer.thinking  # there is or was one
+        self._marked = self._lexer.thinking  # there is or was a thought, or another message
         self._breaks = ""  # line breaks at the end of the thought so far
-        self._thinking = self._answering = False  # it has begun
+        self._begun = False  # the present thought or text
+        self._told: set[Kind] = set()  # kinds of which there has been something
 
     def feed(self, text: str) -> list[Span]:
-        """The thought and the text that more text completes."""
+        """The spans that more text completes."""
         return self._trimmed(self._lexer.feed(text))
 
     def end(self) -> list[Span]:
@@ -110,27 +103,23 @@ class ThoughtReader:
 
     def _trimmed(self, spans: list[Span]) -> list[Span]:
         out = []
-        for kind, raw in spans:
-            if kind == "mark":
-                self._thought = True
-            elif text := self._trim_thought(raw) if kind == "thought" else self._trim_answer(raw):
-                out.append(Span(kind, text))
+        for span in spans:
+            if span.kind == "mark":
+                self._marked, self._begun, self._breaks = True, False, ""
+            if span.kind == "call" or span.name:
+                out.append(span)
+            elif span.kind != "mark" and (text := self._trim(span.kind, span.text)):
+                out.append(Span(span.kind, text))
         return out
 
-    def _trim_thought(self, text: str) -> str:
-        text = self._breaks + text if self._thinking else text.lstrip()
-        thought = text.rstrip("\n")
-        self._breaks = text[len(thought) :]
-        self._thinking = bool(text)
-        return thought
-
-    def _trim_answer(self, text: str) -> str:
-        if not self._answering and self._thought:
-            text = text.lstrip("\n")
-        self._answering = self._answering or bool(text)
+    def _trim(self, kind: Kind, text: str) -> str:
+        if not self._begun:
+            text = text.lstrip() if kind == "thought" else text.lstrip("\n") if self._marked else text
+            self._begun = bool(text)
+            text = "\n" + text if text and kind in self._told else text
+            self._told |= {kind} if text else set()
+        if kind == "thought":
+            text = self._breaks + text
+            self._breaks = text[len(text.rstrip("\n")) :] if self._begun else ""
+            text = text[: len(text) - len(self._breaks)]
         return text
-
-
-def overlap(text: str, tag: str) -> int:
-    """The number of characters at the end of a text that may be the beginning of a tag."""
-    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

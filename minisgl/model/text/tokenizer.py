@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -112,15 +112,21 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strips_space else text
 
     def stream(self, skip_special: bool, marks: Iterable[str] = ()) -> DecodeState:
-        """An empty DecodeState for the tokens that continue a text.  Special tokens in `marks` have one in any case.
+        """An empty DecodeState for the tokens that continue a text.  Special tokens that hold one of `marks` are always shown.
 
         Its pieces join to `decode` of the tokens, except for the space that SentencePiece drops at the very beginning of a
         text: a continuation needs it.
         """
-        skip = self.special_ids - set(map(self._backend.token_to_id, marks)) if skip_special else frozenset()
+        skip = self.special_without(tuple(marks)) if skip_special else frozenset()
         if self._table is None:
             return WindowStream(lambda ids: self._decode_slowly(ids, skip))
         return ByteStream(self._table, skip)
+
+    @cache  # noqa: B019  there is one tokenizer in a process
+    def special_without(self, marks: tuple[str, ...]) -> frozenset[int]:
+        """The special tokens that hold none of `marks`."""
+        names = {i: self._backend.id_to_token(i) or "" for i in self.special_ids} if marks else {}
+        return self.special_ids - {i for i, name in names.items() if any(mark in name for mark in marks)}
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""

@@ -14,6 +14,5 @@ def vocabulary_of(spec: ModelSpec) -> Vocabulary:
     tokenizer = load_tokenizer(spec)
     eos_ids = tuple(t for t in spec.eos_ids if t < spec.vocab_size)
     pieces = [tokenizer.piece(t) for t in range(spec.vocab_size)]
-    tags = {mark.encode() for style in STYLES.values() for mark in style.marks}
-    special = frozenset(t for t in tokenizer.special_ids if t < len(pieces) and pieces[t] not in tags)
+    special = tokenizer.special_without(tuple(mark for style in STYLES.values() for mark in style.marks))
     return Vocabulary(pieces, special, eos_ids, lambda text: tokenizer.encode(text, False).tolist())
