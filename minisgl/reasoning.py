@@ -49,10 +49,19 @@ CALL_STYLES = (
 )
 
 
-def begins_inside(style: str, prompt: str) -> bool:
+def begins_inside(style: str, prompt: str, said: str = "") -> bool:
     """Whether the answer to a rendered prompt (its end is enough) begins inside a thought.
 
     Only the prompt shows it: one template opens a thought, closes an empty one or does neither, as the request demands.
+    `said`: the last words that are not the model's; behind them, a thought may have been begun for it by more than a tag.
     """
     tags, end = STYLES[style], prompt.rstrip()
-    return end.endswith(tags.open) or (tags.assumed and not end.endswith(tags.close))
+
+    def last(tag: str) -> int:
+        """Where the tag stands last in what is begun of the answer, or -1."""
+        at = end.rfind(tag)
+        ours = at >= 0 and tag not in said and said in end[:at] and said not in end[at + len(tag) :]
+        return at if end.endswith(tag) or (said and ours) else -1
+
+    opened, closed = last(tags.open), last(tags.close)
+    return opened > closed or (tags.assumed and closed < 0)

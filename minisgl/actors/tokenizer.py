@@ -22,7 +22,8 @@ from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
 from minisgl.reasoning import begins_inside
 
 _FAR_TOO_LONG = 4  # times the context; shorter prompts fit the prompt ring, and api refuses them if necessary
-_END = 64  # tokens at the end of a prompt, more than a tag and the white space behind it have
+_END = 1024  # tokens at the end of a prompt, more than what is begun of an answer usually has
+_SAID = 256  # characters of a message, enough to find it again
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +65,7 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids, m.chat is not None and self._thinking(ids)))
+        self._backlog.append((m.uid, ids, m.chat is not None and self._thinking(ids, m.chat)))
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
@@ -72,10 +73,13 @@ class TokenizerActor(Actor):
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
 
-    def _thinking(self, ids: I32) -> bool:
-        """Whether the answer to a conversation begins inside a thought."""
-        style = self.config.server.reasoning_parser
-        return style != "" and begins_inside(style, self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False))
+    def _thinking(self, ids: I32, chat: bytes) -> bool:
+        """Whether the answer to a conversation, which has been encoded, begins inside a thought."""
+        if not (style := self.config.server.reasoning_parser):
+            return False
+        others = [m.get("content") for m in json.loads(chat)["messages"] if m["role"] != "assistant"]
+        said = others[-1].strip()[-_SAID:] if others and isinstance(others[-1], str) else ""
+        return begins_inside(style, self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False), said)
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted import Server, save_scripted, serve
+
+from minisgl.api.parsers.call_formats import FORMATS
+from minisgl.api.parsers.outline import Outline
+from minisgl.api.parsers.reply import Form, Reply
+from minisgl.model.text import chat_format
+from minisgl.model.text.chat_format import guess
+from minisgl.reasoning import CALL_STYLES, STYLES, begins_inside
+from minisgl.sampling_params import Finish
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 50, "temperature": 0}
@@ -155,3 +165,178 @@ def test_the_channels_of_harmony_are_thought_answer_and_calls(harmony: Server) -
 def test_a_form_binds_the_final_message_of_harmony(harmony: Server) -> None:
     answer = harmony.chat("json", response_format={"type": "json_object"})
     assert read(answer["message"]) == ("{}", "hm", [])
+
+
+# ---------------- the readers alone: every form, whole and in pieces
+THINK, HM = "<think>\nhm.\n</think>\n\n", "hm."
+F, G = ("f", '{"a": 1}'), ("g", "{}")
+F_OBJECT, G_OBJECT = '{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": {}}'
+F_LLAMA, G_LLAMA = F_OBJECT.replace("arguments", "parameters"), G_OBJECT.replace("arguments", "parameters")
+ANALYSIS = "<|channel|>analysis<|message|>hm.<|end|><|start|>assistant"
+D = [f"<\uff5ctool\u2581{n}\uff5c>" for n in ("calls\u2581begin", "call\u2581begin", "sep", "call\u2581end", "calls\u2581end")]
+V3 = '{0}{1}function{2}f\n```json\n{{"a": 1}}\n```{3}\n{1}function{2}g\n```json\n{{}}\n```{3}{4}'.format(*D)
+V31 = '{0}{1}f{2}{{"a": 1}}{3}{1}g{2}{{}}{3}{4}'.format(*D)
+KIMI = "".join(f"<|tool_call_begin|>functions.{n}:0<|tool_call_argument_begin|>{a}<|tool_call_end|>" for n, a in (F, G))
+COMMAND = '[\n  {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}},\n  {"tool_name": "g", "parameters": {}}\n]'
+
+Answer = tuple[str, str, list[tuple[str, str]]]  # content, thought, calls
+READ: list[tuple[str, str, str, Answer]] = [  # style of thoughts, of calls, the text, what is read
+    ("qwen3", "hermes", f"{THINK}Yes.", ("Yes.", HM, [])),
+    ("qwen3", "hermes", f"{THINK}<tool_call>\n{F_OBJECT}\n</tool_call>\n<tool_call>{G_OBJECT}</tool_call>", ("", HM, [F, G])),
+    ("qwen3", "", "</think>\n\nYes.", ("Yes.", "", [])),
+    ("mistral", "mistral", f"[THINK]hm.[/THINK]Yes.[TOOL_CALLS]f[CALL_ID]x1[ARGS]{F[1]}", ("Yes.", HM, [F])),
+    ("", "mistral", f"[TOOL_CALLS]f[ARGS]{F[1]}[TOOL_CALLS]g[CALL_ID]abc[ARGS]{{}}", ("", "", [F, G])),
+    ("", "mistral", f"[TOOL_CALLS] [{F_OBJECT}, {G_OBJECT}]", ("", "", [F, G])),
+    ("", "llama3", f"{F_LLAMA}, {G_LLAMA}", ("", "", [F, G])),
+    ("", "llama3", f"{F_LLAMA}; {G_LLAMA}", ("", "", [F, G])),
+    ("", "llama3", f"{F_LLAMA}\n{G_LLAMA}", ("", "", [F, G])),
+    ("", "llama3", '{"name": "Bob", "parameters": {}}', ('{"name": "Bob", "parameters": {}}', "", [])),
+    ("qwen3", "deepseek", f"{THINK}Yes.{V3}", ("Yes.", HM, [F, G])),
+    ("", "deepseek", V31, ("", "", [F, G])),
+    ("", "kimi", f"Yes.<|tool_calls_section_begin|>{KIMI}<|tool_calls_section_end|>", ("Yes.", "", [F, G])),
+    ("", "granite", f"<|tool_call|>[{F_OBJECT}, {G_OBJECT}]", ("", "", [F, G])),
+    ("", "jamba", f"<tool_calls>[{F_OBJECT}, {G_OBJECT}]</tool_calls>", ("", "", [F, G])),
+    ("", "nemotron", f"<TOOLCALL>[{F_OBJECT}, {G_OBJECT}]</TOOLCALL>", ("", "", [F, G])),
+    ("", "longcat", f"<longcat_tool_call>{F_OBJECT}</longcat_tool_call>", ("", "", [F])),
+    ("", "internlm", f"Yes.<|action_start|><|plugin|>\n{F_LLAMA}<|action_end|>\n", ("Yes.", "", [F])),
+    (*("command",) * 2, f"<|START_THINKING|>hm.<|END_THINKING|><|START_ACTION|>{COMMAND}<|END_ACTION|>", ("", HM, [F, G])),
+    *(
+        ("harmony", "harmony", *case)
+        for case in (
+            (f"{ANALYSIS}<|channel|>final<|message|>Yes.<|return|>", ("Yes.", HM, [])),
+            ("<|channel|>final<|message|>Yes.", ("Yes.", "", [])),
+            ("Yes.", ("Yes.", "", [])),
+            (f"{ANALYSIS}<|channel|>commentary to=functions.f <|constrain|>json<|message|>{F[1]}<|call|>", ("", HM, [F])),
+            (f"{ANALYSIS} to=functions.f<|channel|>commentary json<|message|>{F[1]}", ("", HM, [F])),
+            (f"{ANALYSIS}<|channel|>commentary to=functions.g<|message|>", ("", HM, [G])),
+            (f"{ANALYSIS}<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant{ANALYSIS}", ("Wait.", "hm.\nhm.", [])),
+            ("<|channel|>analysis to=python<|message|>1+1<|call|>", ("", "1+1", [])),
+            ("<|channel|>analysis<|message|>hm", ("", "hm", [])),
+            ("<|channel|>anal", ("", "", [])),
+        )
+    ),
+    # Brackets too few and too many.
+    *(
+        ("", "hermes", f"<tool_call>{said}", ("", "", [F]))
+        for said in (
+            '\n{"name": "f", "arguments": {"a": 1}}}\n</tool_call>',
+            '\n{"name": "f", "arguments": {"a": 1}\n</tool_call>\n',
+            '{"name": "f", "arguments": {"a": 1</tool_call>',
+            '{"name": "f", "arguments": {"a": 1}}]}</tool_call>',
+            '[{"name": "f", "arguments": {"a": 1}]</tool_call>',
+            '{{"name": "f", "arguments": {"a": 1}}}</tool_call>',
+            '{"name": "f", "arguments": {"a": 1}}</tool_call></tool_call>',
+            '{"name": "f", "arguments": {"a": 1}</tool_call>}',
+            '{"name": "f", "arguments": {"a": 1}',
+            '{"name": "f", "arguments": {"a": 1',
+        )
+    ),
+    ("", "hermes", f"<tool_call>{F_OBJECT[:-1]}<tool_call>{G_OBJECT[:-1]}</tool_call>", ("", "", [F, G])),
+    ("", "hermes", f"<tool_call>{F_OBJECT[:-2]}<tool_call>{G_OBJECT}}}</tool_call> Yes.", (" Yes.", "", [F, G])),
+    ("", "hermes", '<tool_call>{"name": "g"</tool_call>', ("", "", [G])),
+    ("", "mistral", f"[TOOL_CALLS]f[ARGS]{F[1][:-1]}[TOOL_CALLS]g[ARGS]{{}}}}", ("", "", [F, G])),
+    ("", "llama3", f"{F_LLAMA}}}; {G_LLAMA[:-1]}", ("", "", [F, G])),
+    ("harmony", "harmony", f"<|channel|>commentary to=functions.f<|message|>{F[1][:-1]}<|call|>", ("", "", [F])),
+]  # fmt: skip
+
+
+def scripted(reasoning: str, tools: str, pieces: list[str], finish: Finish = Finish.STOP) -> Answer:
+    """(content, thought, calls) of an answer in pieces; a growth at a time they add up to the message."""
+    reply = Reply(Form(reasoning, tools, ("f", "g")))
+    grown: dict[str, str] = {"text": "", "thought": ""}
+    for i, piece in enumerate(pieces):
+        for item, text in reply.feed(piece, finish if i == len(pieces) - 1 else Finish.NONE, thinking=False):
+            if item.kind != "call":
+                grown[item.kind] += text
+    message = reply.message()
+    assert grown == {"text": message["content"] or "", "thought": message.get("reasoning") or ""}
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", ())]
+    return message["content"] or "", message.get("reasoning") or "", calls
+
+
+def told(reasoning: str, tools: str, pieces: list[str]) -> tuple[str, int]:
+    """(the text in which stop strings count, tokens of the thoughts), a piece being a token; nothing may be lost."""
+    outline = Outline(reasoning, False, tools)
+    parts = [part for piece in pieces for part in outline.feed(piece)] + outline.end("")
+    assert "".join(text for _, text in parts) == "".join(pieces)
+    return "".join(text for counts, text in parts if counts), outline.thought_tokens
+
+
+@pytest.mark.parametrize(("reasoning", "tools", "text", "answer"), READ)
+def test_every_form_is_read(reasoning: str, tools: str, text: str, answer: Answer) -> None:
+    assert scripted(reasoning, tools, [text]) == answer
+    assert scripted(reasoning, tools, list(text)) == answer
+    if not answer[2]:
+        assert told(reasoning, tools, list(text))[0].strip() in (answer[0], "")
+    assert (told(reasoning, tools, list(text))[1] > 0) is bool(answer[1])
+
+
+PIECES = sorted({text[a:b] for *_, text, _ in READ for a, b in ((0, 9), (3, 40), (0, len(text)), (-12, None))})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(READ), st.lists(st.sampled_from(PIECES), max_size=3), st.lists(st.integers(0, 400), max_size=12))
+def test_the_pieces_of_a_stream_say_what_the_whole_says(case: Any, more: list[str], cuts: list[int]) -> None:
+    reasoning, tools, text, _ = case
+    text += "".join(more)
+    at = sorted({min(cut, len(text)) for cut in cuts})
+    pieces = [text[a:b] for a, b in zip([0, *at], [*at, len(text)], strict=True)]
+    for finish in (Finish.STOP, Finish.LENGTH):
+        assert scripted(reasoning, tools, pieces, finish) == scripted(reasoning, tools, [text], finish)
+    assert told(reasoning, tools, pieces)[0] == told(reasoning, tools, [text])[0]
+
+
+def test_a_call_that_max_tokens_cuts_off_is_not_completed() -> None:
+    assert scripted("", "hermes", ['<tool_call>{"name": "f", "arguments": {"a": 1'], Finish.LENGTH) == (
+        "",
+        "",
+        [("f", '{"a": 1')],
+    )
+
+
+def test_the_flags_name_every_form() -> None:
+    assert set(CALL_STYLES) == set(FORMATS)
+    assert {style for _, style in chat_format._TOOL_CALLS} <= {"", *FORMATS}
+    assert {style for _, style in chat_format._THOUGHTS} <= set(STYLES)
+
+
+@pytest.mark.parametrize(
+    ("source", "styles"),
+    [
+        ("tools <|channel|>analysis", ("harmony", "harmony")),
+        ('tools {"name": function name, "parameters": dictionary of argument name and its value}', ("llama3", "")),
+        ('tools {\\"name\\": function name, \\"parameters\\": dictionary}', ("llama3", "")),
+        (f"tools {D[0]} </think>", ("deepseek", "qwen3")),
+        ("tools [TOOL_CALLS] [THINK]", ("mistral", "mistral")),
+        ("tools <|START_ACTION|> <|START_THINKING|>", ("command", "command")),
+        ("tools <|tool_calls_section_begin|>", ("kimi", "")),
+        ("tools <|tool_call|>", ("granite", "")),
+        ('tools {"name": <function-name>, "arguments": <args-json-object>}', ("", "")),
+        ('{"name": n, "parameters": p}', ("", "")),
+    ],
+)
+def test_a_template_shows_the_form_of_its_model(source: str, styles: tuple[str, str]) -> None:
+    assert guess({"default": source}) == styles
+
+
+@pytest.mark.parametrize(
+    ("style", "prompt", "said", "inside"),
+    [
+        ("qwen3", "hi<|im_end|>assistant\n<think>\n", "hi", True),
+        ("qwen3", "hi<|im_end|>assistant\n<think>", "hi", True),
+        ("qwen3", "hi<|im_end|>assistant\n<think>\n\n</think>\n\n", "hi", False),
+        ("qwen3", "hi<|im_end|>assistant\n", "hi", False),
+        ("qwen3", "hi<|im_end|>assistant\n</think>", "hi", False),
+        ("qwen3", "what is <think>?<|im_end|>assistant\n", "what is <think>?", False),
+        ("qwen3", "<think>x</think>hi<|im_end|>assistant\n<think>\nFirst,", "hi", True),
+        ("qwen3", "say <think> hi<|im_end|>assistant\n", "hi", False),
+        ("deepseek_r1", "hi<|Assistant|>", "hi", True),
+        ("deepseek_r1", "hi<|Assistant|></think>", "hi", False),
+        ("deepseek_r1", "hi<|Assistant|><think>\n\n</think>\n\nSo", "hi", False),
+        ("mistral", "hi[/INST][THINK]", "hi", True),
+        ("harmony", "hi<|end|><|start|>assistant", "hi", False),
+        ("harmony", "hi<|end|><|start|>assistant<|channel|>analysis<|message|>", "hi", True),
+    ],
+)  # fmt: skip
+def test_the_prompt_shows_where_its_answer_begins(style: str, prompt: str, said: str, *, inside: bool) -> None:
+    assert begins_inside(style, prompt, said) is inside

@@ -59,6 +59,7 @@ class CallReader:
         self._began = False  # there has been text or a call
         self._first = True  # there has been no call since the opening
         self._between = ""  # the text since the opening or the previous call
+        self._closed = False  # a call has been closed just before
         self._unmarked = False  # the answer begins like a call, without an opening
         self._scan = ObjectScan()
         self._ahead = ""  # characters in the object, outside of strings, that may become a mark
@@ -115,7 +116,7 @@ class CallReader:
             if core == opening:
                 self._first, self._between, self._unmarked, self._state = True, "", False, self._gap
                 return
-            if self._calls and core == self._closing:  # it closes nothing
+            if self._calls and (core == self._closing or (self._closed and core in ("}", "]"))):  # it closes nothing
                 self._held = ""
                 return
             marks = self._marks if self._calls else (opening,)
@@ -123,7 +124,7 @@ class CallReader:
                 return
             n = len(self._held) - len(core) + 1  # its white space and one character are text
             out.append(Said(self._held[:n]))
-            self._began, self._held = True, self._held[n:]
+            self._began, self._closed, self._held = True, False, self._held[n:]
 
     def _gap(self, c: str, out: list[Piece]) -> None:
         """Between an opening or a call and the next object."""
@@ -135,7 +136,7 @@ class CallReader:
         self._held += c
         self._between += c
         if self._closing and not self._first and self._between.endswith(self._closing) and self._match():
-            self._held, self._state = "", self._text
+            self._held, self._closed, self._state = "", True, self._text
         elif len(self._between) > MAX_BETWEEN or not self._match():
             self._give_up(out)
 

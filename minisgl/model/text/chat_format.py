@@ -6,6 +6,7 @@ Runs in the root process, and in the tokenizer processes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,8 @@ _TOOL_CALLS = (
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3"),
-    ('{"name": function name, "parameters"', "llama3"),  # Llama 3.2 teaches the form without a mark
 )
+_BARE = re.compile('"name": [^{}]*"parameters":')  # Llama 3.2 teaches the object of a call without a mark
 # The same for reasoning.STYLES.
 _THOUGHTS = (
     ("<|channel|>", HARMONY),
@@ -56,7 +57,9 @@ def styles_of(spec: ModelSpec, chat_template: str = "") -> tuple[str, str]:
 def guess(templates: Mapping[str, str]) -> tuple[str, str]:
     """The same for templates by name."""
     every = "\n".join(templates.values())
-    calls = next((style for mark, style in _TOOL_CALLS if mark in every), "") if "tools" in every else ""
+    calls = next((style for mark, style in _TOOL_CALLS if mark in every), None) if "tools" in every else ""
+    if calls is None:
+        calls = "llama3" if _BARE.search(every.replace("\\", "")) else ""
     return calls, next((style for mark, style in _THOUGHTS if mark in every), "")
 
 
