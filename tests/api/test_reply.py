@@ -25,6 +25,7 @@ from minisgl.api.gateway import _thinking
 from minisgl.api.parsers.outline import Outline
 from minisgl.api.parsers.reply import Form, Reply
 from minisgl.api.parsers.thoughts import ThoughtReader
+from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests.openai import parse_chat, parse_completion
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
@@ -191,6 +192,27 @@ def test_an_answer_that_must_call_is_bound_and_read_back(style: str) -> None:
             )
     assert required.params.skip_special_tokens
     assert required.params.tools == style
+
+
+@pytest.mark.parametrize("style", FORMATS)
+def test_a_demanded_call_is_read_in_every_form(style: str) -> None:
+    written, reasoning = FORMATS[style], "harmony" if style == "harmony" else ""
+    request = chat(style, reasoning, tools=[WEATHER, ADD], tool_choice="required")
+    calls = [("get_weather", '{"city": "Ulm"}'), ("add", "{}")]
+    objects = [f'{{"name": "{name}", "{written.arguments}": {arguments}}}' for name, arguments in calls]
+    if written.closing:
+        objects = [f"{written.opening}\n{call}\n{written.closing}" for call in objects]
+    text = written.separator.join(objects).join(written.brackets)
+    bound = request.params.grammar
+    if reasoning:
+        text = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{text}"
+        bound = _thinking(request.params, False).grammar
+    grammar.check(bound, "tools")
+    assert admits(bound, text)
+    reply = Reply(request.form)
+    reply.feed(text, Finish.STOP, thinking=False)
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in reply.message()["tool_calls"]] == calls
+    assert reply.message()["content"] is None
 
 
 @pytest.mark.parametrize("style", ["", "qwen3"])

@@ -167,6 +167,33 @@ def test_a_form_binds_the_final_message_of_harmony(harmony: Server) -> None:
     assert read(answer["message"]) == ("{}", "hm", [])
 
 
+@pytest.fixture(scope="module", params=["qwen", "mistral"])
+def marked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Models whose tokenizers call all marks special, and that say a special token which is none."""
+    forms = {
+        "qwen": ("<think>", "</think>", ["<tool_call>", '{"name": "f", ', '"arguments": {"a": "x."}', "</tool_call>"]),
+        "mistral": ("[THINK]", "[/THINK]", ["[TOOL_CALLS]", "f", "[CALL_ID]", "x9", "[ARGS]", '{"a": "x."}']),
+    }
+    opening, closing, call = forms[request.param]
+    scripts = {"call": [opening, "hm.", closing, "Yes", "<|odd|>", *call], "ask": ["So", "<|im_start|>", " it is."]}
+    special = [opening, closing, *call[:1], "</tool_call>", "[CALL_ID]", "[ARGS]", "<|odd|>"]
+    path = tmp_path_factory.mktemp("marked")
+    template = asked(f"{opening}{call[0]}", "<|im_start|>assistant\n")
+    with serve("--model", save_scripted(path / "m", template, scripts, special=special)) as server:
+        yield server
+
+
+def test_marks_that_are_special_tokens_reach_the_reader_and_no_others(marked: Server) -> None:
+    assert read(marked.chat("call", tools=TOOLS)["message"]) == ("Yes", "hm.", [("f", {"a": "x."})])
+    assert read(marked.chat("call", tools=TOOLS, stop=[".", "}"])["message"]) == ("Yes", "hm.", [("f", {"a": "x."})])
+    assert read(marked.chat("ask", tools=TOOLS)["message"]) == ("So it is.", None, [])
+    message = marked.chat("call", response_format={"type": "json_object"}, max_tokens=8)["message"]
+    assert message["reasoning_content"] == "hm."
+    assert message["content"].startswith("{")
+    body = {"prompt": "call", "temperature": 0, "max_tokens": 9}
+    assert "hm.Yes" in marked.post("/v1/completions", body)["choices"][0]["text"]
+
+
 # ---------------- the readers alone: every form, whole and in pieces
 THINK, HM = "<think>\nhm.\n</think>\n\n", "hm."
 F, G = ("f", '{"a": 1}'), ("g", "{}")
