@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minisgl.errors import InvalidParam
+from minisgl.reasoning import CALL_STYLES, STYLES
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -145,6 +146,10 @@ class SamplingParams:
         if not isinstance(self.grammar, str):
             raise InvalidParam("grammar", "grammar must be a string, as minisgl.grammar makes it.", "invalid_type")
         _check_text("grammar", self.grammar)
+        for name, known in (("reasoning", STYLES), ("tools", CALL_STYLES)):
+            style = getattr(self, name)
+            if style != "" and (not isinstance(style, str) or style not in known):
+                raise InvalidParam(name, f"{name} must be one of {', '.join(known)}, or empty.")
 
     def _check_numbers(self) -> None:
         for name, (low, high) in _RANGES.items():

@@ -46,7 +46,7 @@ class TokenizerActor(Actor):
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._backlog: deque[tuple[int, I32, bool]] = deque()  # (uid, ids, thinking): encoded, waiting for room
+        self._backlog: deque[tuple[int, I32, bool | None]] = deque()  # (uid, ids, thinking): encoded, waiting for room
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
@@ -65,7 +65,7 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids, m.chat is not None and self._thinking(ids, m.chat)))
+        self._backlog.append((m.uid, ids, self._thinking(ids, m.chat, m.reasoning) if m.chat and m.reasoning else None))
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
@@ -73,10 +73,8 @@ class TokenizerActor(Actor):
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
 
-    def _thinking(self, ids: I32, chat: bytes) -> bool:
+    def _thinking(self, ids: I32, chat: bytes, style: str) -> bool:
         """Whether the answer to a conversation, which has been encoded, begins inside a thought."""
-        if not (style := self.config.server.reasoning_parser):
-            return False
         others = [m.get("content") for m in json.loads(chat)["messages"] if m["role"] != "assistant"]
         said = others[-1].strip()[-_SAID:] if others and isinstance(others[-1], str) else ""
         return begins_inside(style, self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False), said)

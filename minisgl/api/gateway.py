@@ -124,7 +124,7 @@ class Gateway(Actor):
                 del self._ledger[entry.uid]
                 raise
             return entry.uid
-        self._tokenizers.send(entry.uid, prompt, entry.source)
+        self._tokenizers.send(entry.uid, prompt, entry.source, params.reasoning)
         self._ledger[entry.uid] = entry
         return entry.uid
 
@@ -223,7 +223,7 @@ class Gateway(Actor):
         if (on_ids := self._questions.pop(m.uid, None)) is not None:
             on_ids(tuple(ids.tolist()))
         elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
-            if entry.params.reasoning:
+            if m.thinking is not None:
                 entry.params = _thinking(entry.params, m.thinking)
             try:
                 self._start(entry, ids)

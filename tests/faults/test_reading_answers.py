@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Server, save_scripted, serve
 
+from minisgl import LLM
 from minisgl.api.parsers.call_formats import FORMATS
 from minisgl.api.parsers.outline import Outline
 from minisgl.api.parsers.reply import Form, Reply
+from minisgl.errors import InvalidParam
 from minisgl.model.text import chat_format
 from minisgl.model.text.chat_format import guess
 from minisgl.reasoning import CALL_STYLES, STYLES, begins_inside
-from minisgl.sampling_params import Finish
+from minisgl.sampling_params import Finish, SamplingParams
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 50, "temperature": 0}
@@ -319,6 +323,22 @@ def test_a_call_that_max_tokens_cuts_off_is_not_completed() -> None:
         "",
         [("f", '{"a": 1')],
     )
+
+
+@pytest.mark.parametrize("name", ["reasoning", "tools"])
+@pytest.mark.parametrize("value", ["nonsense", None, 5, ["qwen3"]])
+def test_an_unknown_form_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidParam, match=f"^{name} must be one of .*harmony"):
+        SamplingParams(**{name: value})
+
+
+def test_a_conversation_offline_is_read_by_its_own_prompt(tmp_path: Path) -> None:
+    path = save_scripted(tmp_path / "m", template("<think>\n", "", False), {"<think>\n": ["a.", "</think>\n", "b.", "c"]})
+    params = SamplingParams(temperature=0, max_tokens=20, stop=("a", "."), reasoning="qwen3")
+    with LLM(path, processes=False, kv_tokens=1024) as llm:
+        [answer] = llm.chat([ASK["messages"]], params)
+        [text] = llm.generate(["<think>\n"], replace(params, thinking=True))
+    assert answer.text == text.text == "a.</think>\nb"
 
 
 def test_the_flags_name_every_form() -> None:
