@@ -1,7 +1,7 @@
 """Turns sampled tokens into text: whole characters only, and nothing of a stop string.  One detokenizer process per run.
 
 Owns      for every running request: the incomplete character and the possible beginning of a stop string at the end of its
-          text, log probabilities of tokens that have not come yet, and the length of its thought if the model writes one.
+          text, log probabilities of tokens that have not come yet, and where its thoughts and tool calls are if they are told apart.
 Receives  Track, TokenLogprobs, Tokens (scheduler).
 Sends     Started (api), one per Track; Text (api), one per Tokens; Logprobs (api), for requests with log probabilities;
           ThoughtEnded (api), one per thought; Cancel (scheduler), when a stop string was found.
@@ -18,7 +18,7 @@ import numpy as np
 
 from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
-from minisgl.api.parsers.outline import Outline, Part, marks
+from minisgl.api.parsers.outline import Outline, marks
 from minisgl.config import Config
 from minisgl.model.text.detokenize import DecodeState, StopMatcher
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
@@ -65,30 +65,36 @@ class _Stream:
 
         The last token of a request that ends with STOP is the EOS or stop token: it counts, but it has no text.
         """
-        pieces = [self.push(token) for token in (tokens[:-1] if finish == Finish.STOP else tokens)]
-        rest = self.decode.flush() if finish else ""
-        parts = self._parts(pieces, rest, finish) if self.outline is not None else [(True, "".join(pieces) + rest)]
-        out, self.prefix = self.prefix, ""
-        if self.n_free > 0:
+        new = tokens[:-1] if finish == Finish.STOP else tokens
+        prefix, self.prefix = self.prefix, ""
+        free = self.n_free > 0
+        if free:
             self.n_free -= len(tokens)
-            return out + "".join(text for _, text in parts), finish
-        matched = False
-        for counts, text in parts:
-            # A stop string does not go on behind a part in which it does not count.
-            shown, matched = self.stops.feed(text) if counts else self.stops.flush()
-            out += shown if counts or matched else shown + text
-            if matched:
-                break
+        if self.outline is not None:
+            text, matched = self._outlined(self.outline, new, finish, free)
+        else:
+            text = "".join(map(self.push, new))
+            if finish:
+                text += self.decode.flush()
+            text, matched = (text, False) if free else self.stops.feed(text)
         if finish and not matched:
             rest, matched = self.stops.flush()
-            out += rest
-        return out, Finish.STOP if matched else finish
+            text += rest
+        return prefix + text, Finish.STOP if matched else finish
 
-    def _parts(self, pieces: list[str], rest: str, finish: int) -> list[Part]:
-        """The parts of the answer that new tokens complete, and whether stop strings count in each."""
-        assert self.outline is not None
-        parts = [part for piece in pieces for part in self.outline.feed(piece)]
-        return parts + self.outline.end(rest) if finish else parts
+    def _outlined(self, outline: Outline, new: list[int], finish: int, free: bool) -> tuple[str, bool]:
+        """(text to send, whether a stop string was found) where they do not count everywhere, and nowhere if `free`."""
+        parts = [part for token in new for part in outline.feed(self.push(token))]
+        if finish:
+            parts += outline.end(self.decode.flush())
+        out, matched = "", False
+        for counts, text in parts:
+            # A stop string does not go on behind a part in which it does not count.
+            shown, matched = self.stops.feed(text) if counts and not free else self.stops.flush()
+            out += shown if matched or (counts and not free) else shown + text
+            if matched:
+                break
+        return out, matched
 
 
 class DetokenizerActor(Actor):
