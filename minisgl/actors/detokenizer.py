@@ -1,7 +1,8 @@
 """Turns sampled tokens into text: whole characters only, and nothing of a stop string.  One detokenizer process per run.
 
 Owns      for every running request: the incomplete character and the possible beginning of a stop string at the end of its
-          text, log probabilities of tokens that have not come yet, and where its thoughts and tool calls are if they are told apart.
+          text, log probabilities of tokens that have not come yet, and where its thoughts and tool calls are, if they are told
+          apart.
 Receives  Track, TokenLogprobs, Tokens (scheduler).
 Sends     Started (api), one per Track; Text (api), one per Tokens; Logprobs (api), for requests with log probabilities;
           ThoughtEnded (api), one per thought; Cancel (scheduler), when a stop string was found.
