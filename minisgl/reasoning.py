@@ -49,11 +49,12 @@ CALL_STYLES = (
 )
 
 
-def begins_inside(style: str, prompt: str, said: str = "") -> bool:
+def begins_inside(style: str, prompt: str, said: str = "", *, continued: bool = False) -> bool:
     """Whether the answer to a rendered prompt (its end is enough) begins inside a thought.
 
     Only the prompt shows it: one template opens a thought, closes an empty one or does neither, as the request demands.
     `said`: the last words that are not the model's; behind them, a thought may have been begun for it by more than a tag.
+    `continued`: the prompt ends inside an answer, of which nothing is assumed.
     """
     tags, end = STYLES[style], prompt.rstrip()
 
@@ -64,4 +65,4 @@ def begins_inside(style: str, prompt: str, said: str = "") -> bool:
         return at if end.endswith(tag) or (said and ours) else -1
 
     opened, closed = last(tags.open), last(tags.close)
-    return opened > closed or (tags.assumed and closed < 0)
+    return opened > closed or (tags.assumed and not continued and closed < 0)

@@ -75,9 +75,12 @@ class TokenizerActor(Actor):
 
     def _thinking(self, ids: I32, chat: bytes, style: str) -> bool:
         """Whether the answer to a conversation, which has been encoded, begins inside a thought."""
-        others = [m.get("content") for m in json.loads(chat)["messages"] if m["role"] != "assistant"]
+        request = json.loads(chat)
+        others = [m.get("content") for m in request["messages"] if m["role"] != "assistant"]
         said = others[-1].strip()[-_SAID:] if others and isinstance(others[-1], str) else ""
-        return begins_inside(style, self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False), said)
+        continued = bool((request.get("kwargs") or {}).get("continue_final_message"))
+        end = self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False)
+        return begins_inside(style, end, said, continued=continued)
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:

@@ -55,7 +55,7 @@ class Tokenizers:
             if isinstance(prompt, TextPrompt):
                 self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
             else:
-                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, reasoning))
+                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, reasoning=reasoning))
         except UnicodeEncodeError as e:
             raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
         self._reading[uid] = to, size

@@ -392,3 +392,10 @@ def test_a_template_shows_the_form_of_its_model(source: str, styles: tuple[str, 
 )  # fmt: skip
 def test_the_prompt_shows_where_its_answer_begins(style: str, prompt: str, said: str, *, inside: bool) -> None:
     assert begins_inside(style, prompt, said) is inside
+
+
+@pytest.mark.parametrize("style", ["qwen3", "deepseek_r1"])
+def test_an_answer_that_is_continued_is_inside_the_thought_that_it_has_begun(style: str) -> None:
+    head = "hi<|im_end|>assistant\n"
+    for begun, inside in (("Sure,", False), ("<think>\nFirst,", True), ("<think>\nFirst,\n</think>\n\nSure,", False)):
+        assert begins_inside(style, head + begun, "hi", continued=True) is inside
