@@ -146,7 +146,7 @@ def harmony(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     }
     special = [p for script in scripts.values() for p in script if "<|" in p]
     path = tmp_path_factory.mktemp("harmony")
-    with serve("--model", save_scripted(path / "m", asked("<|channel|>", "<|start|>assistant"), scripts, special=special)) as s:
+    with serve("--model", save_scripted(path / "m", asked("<|message|>", "<|start|>assistant"), scripts, special=special)) as s:
         yield s
 
 
@@ -353,9 +353,10 @@ def test_the_flags_name_every_form() -> None:
 @pytest.mark.parametrize(
     ("source", "styles"),
     [
-        ("tools <|channel|>analysis", ("harmony", "harmony")),
+        ("tools <|start|>{{ role }}<|message|>", ("harmony", "harmony")),
         ('tools {"name": function name, "parameters": dictionary of argument name and its value}', ("llama3", "")),
         ('tools {\\"name\\": function name, \\"parameters\\": dictionary}', ("llama3", "")),
+        ("tools '{\"name\": \"' + tool_call.name + '\", ' }}{{ '\"parameters\": ' }}", ("llama3", "")),
         (f"tools {D[0]} </think>", ("deepseek", "qwen3")),
         ("tools [TOOL_CALLS] [THINK]", ("mistral", "mistral")),
         ("tools <|START_ACTION|> <|START_THINKING|>", ("command", "command")),

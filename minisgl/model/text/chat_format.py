@@ -18,7 +18,7 @@ from minisgl.reasoning import HARMONY
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "  # without the embedded model
 # A mark in a template -> the row of minisgl.api.parsers.call_formats for its format; the first mark that is found decides.
 _TOOL_CALLS = (
-    ("<|channel|>", HARMONY),
+    ("<|message|>", HARMONY),
     ("<function=", ""),  # the XML of Qwen3-Coder, which also stands inside <tool_call>
     ("<arg_key>", ""),  # that of GLM-4.5
     ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "deepseek"),
@@ -33,10 +33,10 @@ _TOOL_CALLS = (
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3"),
 )
-_BARE = re.compile('"name": [^{}]*"parameters":')  # Llama 3.2 teaches the object of a call without a mark
+_BARE = re.compile('"name":.{,100}"parameters":', re.DOTALL)  # Llama 3.2 teaches the object of a call without a mark
 # The same for reasoning.STYLES.
 _THOUGHTS = (
-    ("<|channel|>", HARMONY),
+    ("<|message|>", HARMONY),
     ("<|START_THINKING|>", "command"),
     ("\u25c1think\u25b7", "kimi_vl"),
     ("<seed:think>", "seed"),
