@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minisgl.errors import UserError
-from minisgl.reasoning import STYLES
+from minisgl.reasoning import CALL_STYLES, STYLES
 from minisgl.sampling_params import MAX_PRIORITY
 
 AUTO_ITL = -1.0  # itl_target_ms that follows the measured time of decodes
@@ -296,7 +296,7 @@ class ServerConfig:
     tool_call_parser: str = setting(
         "",
         "how the model writes calls of tools; auto: as its chat template shows",
-        options={"choices": ("auto", "none", "hermes", "llama3", "mistral"), "default": "auto"},
+        options={"choices": ("auto", "none", *CALL_STYLES), "default": "auto"},
     )
     reasoning_parser: str = setting(
         "",

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.errors import InvalidParam, RequestError
+from minisgl.reasoning import HARMONY, STYLES
 
 MAX_GRAMMAR_CHARS = 1 << 17
 # White space as json.dumps writes it.  With free white space, a model may write nothing else until max_tokens.
@@ -64,10 +65,17 @@ def lark(text: str) -> str:
     return _dump({"grammars": [{"lark_grammar": text}]})
 
 
-def after_thought(grammar: str, *, begun: bool) -> str:
-    """`grammar`, after a thought that ends with </think>.  `begun`: the prompt has opened the thought; else it is optional."""
-    start = "start: thought gap @answer" if begun else 'start: ("<think>" thought gap)? @answer'
-    text = start + "\nthought[lazy]: /(?s:.*)<\\/think>/\ngap: /\\n{0,2}/"
+def after_thought(grammar: str, style: str, *, begun: bool) -> str:
+    """`grammar`, after a thought of a style (reasoning.STYLES).  `begun`: the prompt has opened it; else it is optional."""
+    tags = STYLES[style]
+    if style == HARMONY:  # thoughts are messages, as the answer is
+        final = r"<\|channel\|>final( ?<\|constrain\|>\w+)?<\|message\|>"
+        return _dump(
+            {"grammars": [{"lark_grammar": f"start: head @answer\nhead[lazy]: /(?s:.*){final}/"}, *_named(grammar, "answer")]}
+        )
+    start = "start: thought gap @answer" if begun else f"start: ({json.dumps(tags.open)} thought gap)? @answer"
+    end = re.escape(tags.close).replace("/", r"\/")
+    text = f"{start}\nthought[lazy]: /(?s:.*){end}/\ngap: /\\n{{0,2}}/"
     return _dump({"grammars": [{"lark_grammar": text}, *_named(grammar, "answer")]})
 
 

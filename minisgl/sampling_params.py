@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minisgl.errors import InvalidParam
+from minisgl.reasoning import CALL_STYLES, STYLES
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -108,6 +109,10 @@ class SamplingParams:
     is set.
 
     `grammar`, made by a function of minisgl.grammar, constrains the answer; it outranks `min_tokens` and every bias.
+
+    `reasoning` and `tools`: how thoughts (reasoning.STYLES) and tool calls (parsers.tool_calls.FORMATS) are written that are
+    told from the answer: stop strings count outside of them, and their marks have a text.  `thinking`: the prompt ends inside
+    a thought.
     Raises `InvalidParam` naming the field when a value cannot be used.
     """
 
@@ -129,6 +134,9 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     grammar: str = ""
+    reasoning: str = ""
+    thinking: bool = False
+    tools: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
@@ -138,6 +146,10 @@ class SamplingParams:
         self._check_stops()
         self._check_logit_bias()
         _check_text("grammar", self.grammar, "a string, as minisgl.grammar makes it")
+        for name, known in (("reasoning", STYLES), ("tools", CALL_STYLES)):
+            style = getattr(self, name)
+            if style != "" and (not isinstance(style, str) or style not in known):
+                raise InvalidParam(name, f"{name} must be one of {', '.join(known)}, or empty.")
 
     def _check_numbers(self) -> None:
         for name, (low, high) in _RANGES.items():

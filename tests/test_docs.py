@@ -54,9 +54,9 @@ def observed_edges() -> set[tuple[str, str, str]]:
     gateway._silent.clear()
     system.run()
     seen: list[object] = []
-    greedy = SamplingParams(max_tokens=60)
+    greedy, thinks = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, reasoning="deepseek_r1")
     gateway.open(TextPrompt("Once upon a time"), greedy, seen.append)
-    gateway.open(ChatPrompt(b'{"messages": [{"role": "user", "content": "Hi"}], "kwargs": {}}'), greedy, seen.append)
+    gateway.open(ChatPrompt(b'{"messages": [{"role": "user", "content": "Hi"}], "kwargs": {}}'), thinks, seen.append)
     gateway.open(ChatPrompt(b'{"messages": 5, "kwargs": {}}'), greedy, seen.append)
     gateway.open(TextPrompt("x"), SamplingParams(max_tokens=60, stop=tuple("aeiou nrst")), seen.append)
     gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(max_tokens=6, logprobs=2, echo=True), seen.append)

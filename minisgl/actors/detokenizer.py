@@ -1,7 +1,8 @@
 """Turns sampled tokens into text: whole characters only, and nothing of a stop string.  One detokenizer process per run.
 
 Owns      for every running request: the incomplete character and the possible beginning of a stop string at the end of its
-          text, log probabilities of tokens that have not come yet, and the length of its thought if the model writes one.
+          text, log probabilities of tokens that have not come yet, and where its thoughts and tool calls are, if they are told
+          apart.
 Receives  Track, TokenLogprobs, Tokens (scheduler).
 Sends     Started (api), one per Track; Text (api), one per Tokens; Logprobs (api), for requests with log probabilities;
           ThoughtEnded (api), one per thought; Cancel (scheduler), when a stop string was found.
@@ -18,10 +19,10 @@ import numpy as np
 
 from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.api.parsers.outline import Outline, marks
 from minisgl.config import Config
 from minisgl.model.text.detokenize import DecodeState, StopMatcher
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
-from minisgl.reasoning import ThoughtCounter
 from minisgl.sampling_params import Finish, SamplingParams
 
 
@@ -52,13 +53,12 @@ class _Stream:
     offsets: list[int] = field(default_factory=list)  # where the prompt's tokens begin, under `echo`
     n_scored: int = 0  # tokens of the prompt whose log probabilities have been sent
     scores: deque[_Score] = field(default_factory=deque)  # of tokens that come with the next Tokens
-    thought: ThoughtCounter | None = None  # while it is open
+    outline: Outline | None = None  # of its thoughts and tool calls, while they matter
+    counting: bool = False  # the tokens of its thoughts have not been told
 
     def push(self, token: int) -> str:
         text = self.decode.push(token)
         self.chars += len(text)
-        if self.thought is not None:
-            self.thought.feed(text)
         return text
 
     def advance(self, tokens: list[int], finish: int) -> tuple[str, int]:
@@ -66,18 +66,36 @@ class _Stream:
 
         The last token of a request that ends with STOP is the EOS or stop token: it counts, but it has no text.
         """
-        text = "".join(map(self.push, tokens[:-1] if finish == Finish.STOP else tokens))
-        if finish:
-            text += self.decode.flush()
+        new = tokens[:-1] if finish == Finish.STOP else tokens
         prefix, self.prefix = self.prefix, ""
-        if self.n_free > 0:
+        free = self.n_free > 0
+        if free:
             self.n_free -= len(tokens)
-            return prefix + text, finish
-        text, matched = self.stops.feed(text)
+        if self.outline is not None:
+            text, matched = self._outlined(self.outline, new, finish, free)
+        else:
+            text = "".join(map(self.push, new))
+            if finish:
+                text += self.decode.flush()
+            text, matched = (text, False) if free else self.stops.feed(text)
         if finish and not matched:
             rest, matched = self.stops.flush()
             text += rest
         return prefix + text, Finish.STOP if matched else finish
+
+    def _outlined(self, outline: Outline, new: list[int], finish: int, free: bool) -> tuple[str, bool]:
+        """(text to send, whether a stop string was found) where they do not count everywhere, and nowhere if `free`."""
+        parts = [part for token in new for part in outline.feed(self.push(token))]
+        if finish:
+            parts += outline.end(self.decode.flush())
+        out, matched = "", False
+        for counts, text in parts:
+            # A stop string does not go on behind a part in which it does not count.
+            shown, matched = self.stops.feed(text) if counts and not free else self.stops.flush()
+            out += shown if matched or (counts and not free) else shown + text
+            if matched:
+                break
+        return out, matched
 
 
 class DetokenizerActor(Actor):
@@ -97,13 +115,15 @@ class DetokenizerActor(Actor):
     @on(Track)
     def track(self, m: Track) -> None:
         p = m.params
-        stream = _Stream(self._tokenizer.stream(p.skip_special_tokens), StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
+        decode = self._tokenizer.stream(p.skip_special_tokens, marks(p.reasoning, p.tools))
+        stream = _Stream(decode, StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
         self._streams[m.uid] = stream
         self.ctx.send("api", Started(m.uid, m.queued))
         if p.echo:
             self._echo(m, stream)
-        elif style := self.config.server.reasoning_parser:
-            stream.thought = ThoughtCounter(style)
+        elif p.reasoning or (p.stop and p.tools):
+            stream.outline = Outline(p.reasoning, p.thinking, p.tools if p.stop else "")
+            stream.counting = p.reasoning != ""
 
     def _echo(self, m: Track, stream: _Stream) -> None:
         """Begin the text with the prompt."""
@@ -166,10 +186,13 @@ class DetokenizerActor(Actor):
         text, end = stream.advance(new, finish)
         if end and not finish:
             self.ctx.send("scheduler", Cancel(uid))
-        if stream.thought is not None and (end or stream.thought.done):
-            if n := stream.thought.count():
-                self.ctx.send("api", ThoughtEnded(uid, n))
-            stream.thought = None
+        if stream.outline is not None:
+            if stream.counting and (end or stream.outline.thought_over):
+                stream.counting = False
+                if n := stream.outline.thought_tokens:
+                    self.ctx.send("api", ThoughtEnded(uid, n))
+            if stream.outline.over:
+                stream.outline = None
         return (uid, new, end, stream.n_cached, text)
 
     def _send_logprobs(self, report: _Report) -> None:

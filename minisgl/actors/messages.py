@@ -100,21 +100,26 @@ class Tokenize:
     """api -> tokenizer: encode a prompt.  Exactly one of `text` and `chat` is set.
 
     `chat` is the JSON of {"messages": [...], "kwargs": {...}}: user data stays opaque bytes on the wire.  The ids come
-    back through the prompt ring, in the order of the `Tokenized` messages.
+    back through the prompt ring, in the order of the `Tokenized` messages.  `reasoning`: the style of thoughts to look for.
     """
 
     uid: int
     text: str | None
     chat: bytes | None
     add_special: bool
+    reasoning: str = ""
 
 
 @message
 class Tokenized:
-    """tokenizer -> api: the next record of the prompt ring holds the `n` ids of this request."""
+    """tokenizer -> api: the next record of the prompt ring holds the `n` ids of this request.
+
+    `thinking`: whether the conversation ends inside a thought of the model; None: that was not asked.
+    """
 
     uid: int
     n: int
+    thinking: bool | None = None
 
 
 @message

@@ -19,8 +19,11 @@ from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError, context_overflow
 from minisgl.model.text.tokenizer import Tokenizer, load_tokenizer
+from minisgl.reasoning import begins_inside
 
 _FAR_TOO_LONG = 4  # times the context; shorter prompts fit the prompt ring, and api refuses them if necessary
+_END = 1024  # tokens at the end of a prompt, more than what is begun of an answer usually has
+_SAID = 256  # characters of a message, enough to find it again
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +36,7 @@ class TokenizerActor(Actor):
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._backlog: deque[tuple[int, I32]] = deque()  # (uid, ids): encoded, waiting for room
+        self._backlog: deque[tuple[int, I32, bool | None]] = deque()  # (uid, ids, thinking): encoded, waiting for room
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
@@ -52,13 +55,22 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids))
+        self._backlog.append((m.uid, ids, self._thinking(ids, m.chat, m.reasoning) if m.chat and m.reasoning else None))
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:
         if m.chat is not None:
             return self._tokenizer.encode_chat(m.chat)
         return self._tokenizer.encode(m.text or "", m.add_special)
+
+    def _thinking(self, ids: I32, chat: bytes, style: str) -> bool:
+        """Whether the answer to a conversation, which has been encoded, begins inside a thought."""
+        request = json.loads(chat)
+        others = [m.get("content") for m in request["messages"] if m["role"] != "assistant"]
+        said = others[-1].strip()[-_SAID:] if others and isinstance(others[-1], str) else ""
+        continued = bool((request.get("kwargs") or {}).get("continue_final_message"))
+        end = self._tokenizer.decode(ids[-_END:].tolist(), skip_special=False)
+        return begins_inside(style, end, said, continued=continued)
 
     @on(Detokenize)
     def detokenize(self, m: Detokenize) -> None:
@@ -78,13 +90,13 @@ class TokenizerActor(Actor):
         """Publish the prompts that fit, in order.  While one waits, the ring's flag makes api send Wake after it has read."""
         worked = False
         while self._backlog:
-            uid, ids = self._backlog[0]
+            uid, ids, thinking = self._backlog[0]
             raw = ids.astype("<i4", copy=False).tobytes()
             if not self._ring.has_room(len(raw)):
                 break
             self._ring.publish(raw)
             self._backlog.popleft()
-            self.ctx.send("api", Tokenized(uid, len(ids)))
+            self.ctx.send("api", Tokenized(uid, len(ids), thinking))
             worked = True
         self._ring.starve(bool(self._backlog))
         return worked

@@ -65,7 +65,8 @@ class Chunk(NamedTuple):
     `token_ids`, preceded with `echo` by those of the prompt; empty unless requested.  `vector`: f32[hidden size] if requested.
 
     `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt.
-    `thought_tokens`: tokens of the thought (see reasoning.py), once it has ended.
+    `thought_tokens`: tokens of the thoughts (see parsers/outline.py), once they have ended.  `thinking`: the answer begins
+    inside a thought, as its prompt shows; None: nobody has looked.
     """
 
     text: str
@@ -77,6 +78,7 @@ class Chunk(NamedTuple):
     vector: npt.NDArray[np.float32] | None = None
     queued: float = 0.0
     thought_tokens: int = 0
+    thinking: bool | None = None
 
 
 OnChunk = Callable[[Chunk | RequestError], None]

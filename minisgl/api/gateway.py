@@ -18,7 +18,7 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
-from minisgl.grammar import too_complex
+from minisgl.grammar import after_thought, too_complex
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 _UNFINISHED = Finish.NONE  # looked up once: the lookup of an enumeration's member costs more than the rest of a row
@@ -104,7 +104,7 @@ class Gateway(Actor):
                 del self._ledger[entry.uid]
                 raise
             return entry.uid
-        self._tokenizers.send(entry.uid, prompt, entry.source)
+        self._tokenizers.send(entry.uid, prompt, entry.source, params.reasoning)
         self._ledger[entry.uid] = entry
         return entry.uid
 
@@ -203,6 +203,8 @@ class Gateway(Actor):
         if (on_ids := self._questions.pop(m.uid, None)) is not None:
             on_ids(tuple(ids.tolist()))
         elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
+            if m.thinking is not None:
+                entry.params = _thinking(entry.params, m.thinking)
             try:
                 self._start(entry, ids)
             except RequestError as e:
@@ -256,7 +258,9 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            chunk = Chunk(text, new, end, len(entry.ids), cached, logprobs, None, entry.queued, entry.thought_tokens)
+            counts = len(entry.ids), cached
+            thoughts = entry.thought_tokens, entry.params.thinking
+            chunk = Chunk(text, new, end, *counts, logprobs, None, entry.queued, *thoughts)
             entry.on_chunk(chunk)
 
     @on(msg.Logprobs)
@@ -358,6 +362,12 @@ class Gateway(Actor):
 def _finite(logprob: float) -> float:
     """A log probability that JSON can write."""
     return max(logprob, IMPOSSIBLE)
+
+
+def _thinking(params: SamplingParams, thinking: bool) -> SamplingParams:
+    """The parameters of a request whose prompt has been rendered: a grammar binds the answer behind the thought."""
+    bound = after_thought(params.grammar, params.reasoning, begun=thinking) if params.grammar else ""
+    return replace(params, thinking=thinking, grammar=bound)
 
 
 def _source(prompt: Prompt, options: RequestOptions) -> str:

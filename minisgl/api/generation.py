@@ -58,7 +58,7 @@ class Result:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    reasoning_tokens: int = 0  # completion tokens that belong to the thought (see reasoning.py), known when it has ended
+    reasoning_tokens: int = 0  # completion tokens that belong to the thought (see parsers/outline.py), known when it has ended
     last: int = -1  # the latest token
 
     def add(self, chunk: Chunk) -> None:

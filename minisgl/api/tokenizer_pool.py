@@ -38,8 +38,10 @@ class Tokenizers:
         """Characters that each tokenizer is reading."""
         return [t.load for t in self._all]
 
-    def send(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str) -> None:
+    def send(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str, reasoning: str = "") -> None:
         """Have a prompt tokenized; `take` or `drop` must follow.  `source`: the request field that holds the prompt.
+
+        `reasoning`: the style of thoughts to look for at the end of a conversation.
 
         Raises RequestError if the prompt is far too long, or not valid text.
         """
@@ -53,7 +55,7 @@ class Tokenizers:
             if isinstance(prompt, TextPrompt):
                 self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
             else:
-                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False))
+                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, reasoning=reasoning))
         except UnicodeEncodeError as e:
             raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
         self._reading[uid] = to, size

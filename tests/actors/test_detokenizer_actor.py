@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -98,11 +97,6 @@ class Setup:
             (u, t.tolist(), f, s)
             for u, t, f, s in zip(text.uids.tolist(), tokens, text.finish.tolist(), text.texts, strict=True)
         ]
-
-    def think(self, style: str) -> None:
-        """From now on it is a model that does so."""
-        config = self.actor.config
-        self.actor.config = dataclasses.replace(config, server=dataclasses.replace(config.server, reasoning_parser=style))
 
     def say(self, uid: int, ids: list[int], finish: Finish) -> list[tuple[int, int, int]]:
         """Feed an answer token by token; returns the thoughts that end: (uid, tokens, after how many tokens of the answer)."""
@@ -345,9 +339,8 @@ def test_the_actor_handles_what_the_protocol_sends_it() -> None:
 
 # ---------------- thoughts
 def test_a_thought_that_ends_is_counted_in_tokens_and_told_once_before_the_text_that_ends_it(world: Setup) -> None:
-    world.think("qwen3")
     for uid in (1, 2):
-        world.track(uid)
+        world.track(uid, reasoning="qwen3")
     before, thought, after = (world.ids(text) for text in ("<think>", "\nh\u20ac <b>\n", "</think>"))
     assert min(map(len, (before, thought, after))) > 1, "the tags are several tokens here"
     said = before + thought + after
@@ -356,15 +349,61 @@ def test_a_thought_that_ends_is_counted_in_tokens_and_told_once_before_the_text_
 
 
 def test_a_thought_that_is_not_closed_ends_with_its_request(world: Setup) -> None:
-    world.think("deepseek_r1")
     for uid in (1, 2, 3):
-        world.track(uid, *(["stop"] if uid == 3 else []))
+        world.track(uid, *(["stop"] if uid == 3 else []), reasoning="qwen3", thinking=True)
     ids = world.ids("so h\u20ac </thi")
     assert world.say(1, ids, LENGTH) == [(1, len(ids), len(ids))]
     assert world.say(2, [*ids, 0], STOP) == [(2, len(ids), len(ids) + 1)]  # the end token is no thought
     cut = world.ids("ab stop")
-    assert world.say(3, cut, GO) == [(3, len(cut), len(cut))]
-    assert world.cancelled() == [3]
+    assert world.say(3, cut, LENGTH) == [(3, len(cut), len(cut))], "a stop string in a thought stops nothing"
+    assert world.cancelled() == []
+
+
+# ---------------- where stop strings count
+def heard(world: Setup, text: str, *stop: str, cuts: Any = (), **params: Any) -> tuple[str, Finish]:
+    """What api is told of an answer with stop strings, and its end; the text comes in tokens of the small tokenizer."""
+    world.track(1, *stop, **params)
+    out, end, ids = "", GO, world.ids(text)
+    for i, token in enumerate(ids):
+        for _, _, finish, more in world.step((1, [token], LENGTH if i == len(ids) - 1 else GO)):
+            out, end = out + more, Finish(finish)
+        if end is STOP:
+            world.step((1, [], ABORT))
+            break
+    assert world.actor._streams == {}
+    return out, end
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": "x.y"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "params", "told", "end"),
+    [
+        ("a. b", ["."], {}, "a", STOP),
+        ("<think>a. b</think>c. d", ["."], {"reasoning": "qwen3"}, "<think>a. b</think>c", STOP),
+        ("a. b</think>c. d", ["."], {"reasoning": "qwen3", "thinking": True}, "a. b</think>c", STOP),
+        ("a. b</think>c. d", ["."], {"reasoning": "qwen3"}, "a", STOP),
+        ("<think>a</think>b", ["think"], {"reasoning": "qwen3"}, "<think>a</think>b", LENGTH),
+        ("<thin>", ["<th"], {"reasoning": "qwen3"}, "", STOP),
+        ("<think>a.", ["."], {"reasoning": "qwen3"}, "<think>a.", LENGTH),
+        (f"So: {CALL} b. c", ["."], {"tools": "hermes"}, f"So: {CALL} b", STOP),
+        (f"So: {CALL}", ["}", "</tool_call>", "\n", "x"], {"tools": "hermes"}, f"So: {CALL}", LENGTH),
+        (f"a.{CALL}", ["."], {"tools": "hermes"}, "a", STOP),
+        (f"a{CALL}", ["a<"], {"tools": "hermes"}, f"a{CALL}", LENGTH),
+        (CALL, ["."], {}, CALL[: CALL.index(".")], STOP),
+        ('{"name": "f", "parameters": {"a": "."}}', ["."], {"tools": "llama3"}, None, LENGTH),
+        ("a {.}", ["."], {"tools": "llama3"}, "a {", STOP),
+        ("[TOOL_CALLS]f[ARGS]{'.'}", ["."], {"tools": "mistral"}, None, LENGTH),
+        (f"<think>.</think>{CALL}.", ["."], {"tools": "hermes", "reasoning": "qwen3"}, f"<think>.</think>{CALL}", STOP),
+        ("<tool_c.", ["."], {"tools": "hermes"}, "<tool_c", STOP),
+        ("ab.", [".", "b"], {"tools": "hermes", "min_tokens": 2}, "ab", STOP),
+    ],
+)
+def test_stop_strings_count_in_what_the_user_is_told(
+    world: Setup, *, text: str, stop: list[str], params: Any, told: str | None, end: Finish
+) -> None:
+    assert heard(world, text, *stop, **params) == (text if told is None else told, end)
 
 
 def test_a_model_without_thoughts_has_none_counted(world: Setup) -> None:

@@ -21,18 +21,22 @@ from test_server import FakeEngine, Server, ask, check_error, client, events
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk
+from minisgl.api.gateway import _thinking
+from minisgl.api.parsers.outline import Outline
 from minisgl.api.parsers.reply import Form, Reply
+from minisgl.api.parsers.thoughts import ThoughtReader
+from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests.openai import parse_chat, parse_completion
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
 from minisgl.model.text.chat_format import guess
-from minisgl.reasoning import CLOSE, OPEN, ThoughtCounter, ThoughtReader
 from minisgl.sampling_params import Finish, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+OPEN, CLOSE = "<think>", "</think>"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 
 
@@ -176,7 +180,7 @@ def test_an_answer_that_must_call_is_bound_and_read_back(style: str) -> None:
         assert admits(request.params.grammar, text) is good
         if good:
             reply = Reply(request.form)
-            reply.feed(text, end=True)
+            reply.feed(text, Finish.STOP)
             message = reply.message()
             assert message["content"] is None
             got = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]
@@ -186,13 +190,36 @@ def test_an_answer_that_must_call_is_bound_and_read_back(style: str) -> None:
             assert all(
                 re.fullmatch(r"[a-z0-9]{9}" if style == "mistral" else r"call_\w{24}", c["id"]) for c in message["tool_calls"]
             )
-    assert required.params.skip_special_tokens is (style == "hermes")
+    assert required.params.skip_special_tokens
+    assert required.params.tools == style
+
+
+@pytest.mark.parametrize("style", FORMATS)
+def test_a_demanded_call_is_read_in_every_form(style: str) -> None:
+    written, reasoning = FORMATS[style], "harmony" if style == "harmony" else ""
+    request = chat(style, reasoning, tools=[WEATHER, ADD], tool_choice="required")
+    calls = [("get_weather", '{"city": "Ulm"}'), ("add", "{}")]
+    objects = [f'{{"name": "{name}", "{written.arguments}": {arguments}}}' for name, arguments in calls]
+    if written.closing:
+        objects = [f"{written.opening}\n{call}\n{written.closing}" for call in objects]
+    text = written.separator.join(objects).join(written.brackets)
+    bound = request.params.grammar
+    if reasoning:
+        text = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{text}"
+        bound = _thinking(request.params, False).grammar
+    grammar.check(bound, "tools")
+    assert admits(bound, text)
+    reply = Reply(request.form)
+    reply.feed(text, Finish.STOP, thinking=False)
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in reply.message()["tool_calls"]] == calls
+    assert reply.message()["content"] is None
 
 
 @pytest.mark.parametrize("style", ["", "qwen3"])
 def test_an_answer_with_a_form_may_be_a_call_instead(style: str) -> None:
     for form in ({"guided_json": SCHEMA}, {"choice": ["x"]}):
-        text = chat("hermes", style, tools=[WEATHER, ADD], **form).params.grammar
+        params = chat("hermes", style, tools=[WEATHER, ADD], **form).params
+        text = _thinking(params, False).grammar if style else params.grammar
         grammar.check(text, "response_format")
         assert admits(text, CALL)
         assert admits(text, '{"n": 5}' if "guided_json" in form else "x")
@@ -239,8 +266,8 @@ def test_thoughts_are_told_from_answers_whatever_the_split(style: str, text: str
         splits.append([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)])
     for pieces in splits:
         reader = ThoughtReader(style)
-        told = [reader.feed(p) for p in pieces] + [reader.end()]
-        assert ("".join(t for t, _ in told), "".join(a for _, a in told)) == (thought, answer), pieces
+        told = [span for p in pieces for span in reader.feed(p)] + reader.end()
+        assert tuple("".join(s.text for s in told if s.kind == k) for k in ("thought", "text")) == (thought, answer), pieces
 
 
 def inside(style: str, pieces: list[str]) -> tuple[int, str]:
@@ -265,21 +292,24 @@ TAGGED = st.lists(st.sampled_from([OPEN, CLOSE, "<", "<thi", "</th", "nk>", "a b
 def test_the_tokens_of_a_thought_are_those_that_begin_between_its_tags(style: str, text: str, cuts: list[int]) -> None:
     cuts = sorted(min(cut, len(text)) for cut in cuts)  # tokens without a text of their own are among them
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    counter, reader = ThoughtCounter(style), ThoughtReader(style)
-    for piece in pieces:
-        if not counter.done:
-            counter.feed(piece)
+    outline, reader = Outline(style, style == "deepseek_r1"), ThoughtReader(style)
+    parts = [part for piece in pieces for part in outline.feed(piece)]
+    assert outline._lexer is not None
+    if outline._lexer._stage == "inside":
+        assert len(set(outline._starts)) <= len(CLOSE) > len(outline._lexer.held), "no more is kept than may become a tag"
+    parts += outline.end("")
     tokens, thought = inside(style, pieces)
-    assert counter.count() == tokens
-    if counter._tags.stage == "inside":
-        assert len(counter._starts) <= len(CLOSE) > len(counter._tags.held), "no more is kept than may become a tag"
-    told = "".join(reader.feed(piece)[0] for piece in pieces) + reader.end()[0]
-    assert told.strip() == thought.strip(), "the reader of the text means the same thought"
+    assert outline.thought_tokens == tokens
+    assert "".join(part for _, part in parts) == text, "nothing is lost"
+    told = [span for piece in pieces for span in reader.feed(piece)] + reader.end()
+    assert "".join(s.text for s in told if s.kind == "thought").strip() == thought.strip(), "the reader means the same thought"
+    answer = "".join(part for counts, part in parts if counts)
+    assert "".join(s.text for s in told if s.kind == "text").strip() == answer.strip()
 
 
 def test_a_model_that_thinks_may_think_before_it_is_bound() -> None:
-    opened = chat("", "deepseek_r1", regex="[0-9]+").params.grammar
-    free = chat("", "qwen3", regex="[0-9]+").params.grammar
+    opened = _thinking(chat("", "qwen3", regex="[0-9]+").params, True).grammar
+    free = _thinking(chat("", "deepseek_r1", regex="[0-9]+").params, False).grammar
     assert admits(opened, "hm <b> 1\n</think>\n\n42")
     assert not admits(opened, "42")
     assert admits(free, "<think>hm</think>\n42")
@@ -297,7 +327,7 @@ def test_templates_show_how_a_model_writes() -> None:
     off = "{% if off %}<think>\n\n</think>\n\n{% endif %}"
     qwen3 = f"{{% set t = c.split('</think>') %}}{{% if add_generation_prompt %}}a{off}{{% endif %}}"
     assert guess({"default": qwen3}) == ("", "qwen3")
-    assert guess({"default": "</think>{% if add_generation_prompt %}<think>\n{% endif %}"}) == ("", "deepseek_r1")
+    assert guess({"default": "</think>{% if add_generation_prompt %}<think>\n{% endif %}"}) == ("", "qwen3")
 
 
 # ---------------- over HTTP

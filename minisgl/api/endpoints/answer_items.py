@@ -82,7 +82,7 @@ class ItemAnswer(ABC):
     def _grow(self, chunk: Chunk) -> list[Event]:
         end, out = bool(chunk.finish), list[Event]()
         self._logprobs.extend(chunk.logprobs)
-        for item, text in self.reply.feed(chunk.text, end=end):
+        for item, text in self.reply.feed(chunk.text, chunk.finish, thinking=chunk.thinking):
             self._enter(item, out)
             if text:
                 self._add_text(item, text, out)

@@ -119,7 +119,7 @@ class OpenAIAnswer:
         body: dict[str, Any] = {"text": chunk.text}
         if self._replies:
             reply = self._replies[index]
-            reply.feed(chunk.text, end=True)
+            reply.feed(chunk.text, chunk.finish, thinking=chunk.thinking)
             body, reason = {"message": reply.message()}, reply.reason(chunk.finish)
         elif self._chat:
             body = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
@@ -180,7 +180,7 @@ class OpenAIAnswer:
     def _items(self, index: int, chunk: Chunk) -> bytes:
         """One event for each growth of an item; the log probabilities go with the first."""
         head, logprobs, out = self._heads[index], chunk.logprobs, b""
-        for item, text in self._replies[index].feed(chunk.text, end=bool(chunk.finish)):
+        for item, text in self._replies[index].feed(chunk.text, chunk.finish, thinking=chunk.thinking):
             unclosed = _dump(delta(item, text))[:-1]  # `_end_event` has the brace
             out += head + b',"delta":' + unclosed + self._end_event(logprobs, None)
             logprobs = ()

@@ -10,8 +10,10 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minisgl.api.parsers.spans import Span
+from minisgl.api.parsers.thoughts import ThoughtReader
 from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
-from minisgl.reasoning import ThoughtReader
+from minisgl.reasoning import HARMONY
 from minisgl.sampling_params import Finish
 
 Kind = Literal["thought", "text", "call"]
@@ -58,6 +60,13 @@ class Item:
         return "".join(self.texts)
 
 
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Text of a thought."""
+
+    text: str
+
+
 Growth = tuple[Item, str]  # an item and its new text; "" only where a call begins
 
 
@@ -66,19 +75,24 @@ class Reply:
 
     def __init__(self, form: Form) -> None:
         self.items: list[Item] = []
-        self._thoughts = ThoughtReader(form.reasoning) if form.reasoning else None
+        self._reasoning = form.reasoning
+        self._style = HARMONY if form.tools == HARMONY else form.reasoning
+        self._thoughts: ThoughtReader | None = None
+        self._calling = False  # in a call that the lexer has found
         self._format = FORMATS[form.tools] if form.tools else None
         self._calls = CallReader(self._format, form.names, parallel=form.parallel) if self._format else None
 
-    def feed(self, text: str, *, end: bool = False) -> list[Growth]:
-        """The growth that more text brings.  `end`: no more text follows."""
-        thought, answer = self._thoughts.feed(text) if self._thoughts else ("", text)
-        out = self._grow(thought, answer)
-        if end and self._thoughts:
-            out += self._grow(*self._thoughts.end())
-        if end and self._calls:
-            out += map(self._add, self._calls.end())
-        return out
+    def feed(self, text: str, finish: Finish = Finish.NONE, *, thinking: bool | None = None) -> list[Growth]:
+        """The growth that more text brings.  `finish`, `thinking`: as in Chunk; of `thinking` the first counts."""
+        if self._style and self._thoughts is None:
+            self._thoughts = ThoughtReader(self._style, thinking)
+        spans = self._thoughts.feed(text) if self._thoughts else [Span("text", text)]
+        if finish and self._thoughts:
+            spans += self._thoughts.end()
+        pieces = [piece for span in spans for piece in self._pieces(span)]
+        if finish and self._calls:
+            pieces += self._calls.end(complete=finish is Finish.STOP)
+        return [self._add(piece) for piece in pieces]
 
     def item(self, kind: Kind) -> Item:
         """The latest item if it has this kind, otherwise a new one."""
@@ -97,19 +111,35 @@ class Reply:
         message: dict[str, Any] = {"role": "assistant", "content": self._joined("text"), "refusal": None}
         if calls:
             message["content"] = message["content"] or None
-        if self._thoughts:
+        if self._reasoning:
             message |= dict.fromkeys(("reasoning_content", "reasoning"), self._joined("thought") or None)
         return message | ({"tool_calls": calls} if calls else {})
 
     def _joined(self, kind: Kind) -> str:
         return "".join(item.text for item in self.items if item.kind == kind)
 
-    def _grow(self, thought: str, answer: str) -> list[Growth]:
-        out = [self._append(self.item("thought"), thought)] if thought else []
-        pieces = self._calls.feed(answer) if self._calls else [Said(answer)] if answer else []
-        return [*out, *map(self._add, pieces)]
+    def _pieces(self, span: Span) -> list[Piece | Thought]:
+        kind, text, name = span
+        out: list[Piece | Thought] = []
+        if self._calling and self._calls and kind != "call":
+            out += self._calls.end(complete=True)
+            self._calling = False
+        if kind == "thought" and self._reasoning:
+            out.append(Thought(text))
+        elif self._calls is None:
+            out += [Said(text)] if text and kind != "mark" else []
+        elif kind == "mark":
+            out += self._calls.begin(name)
+            self._calling = True
+        elif kind == "call":  # only arguments are expected there
+            out += [piece for piece in self._calls.feed(text) if not isinstance(piece, Said)]
+        else:
+            out += self._calls.feed(text)
+        return out
 
-    def _add(self, piece: Piece) -> Growth:
+    def _add(self, piece: Piece | Thought) -> Growth:
+        if isinstance(piece, Thought):
+            return self._append(self.item("thought"), piece.text)
         if not isinstance(piece, Called):
             return self._append(self.items[-1] if isinstance(piece, Argued) else self.item("text"), piece.text)
         assert self._format is not None

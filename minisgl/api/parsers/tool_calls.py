@@ -1,25 +1,22 @@
-"""Reads tool calls out of the text of a model while it grows.  Pure; runs in the api process.
-
-Each way of writing calls is a row of FORMATS:
-
-    hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, several in sequence             Hermes, Qwen2.5, Qwen3
-    llama3   {"name": ..., "parameters": {...}} as the complete answer, several separated by ;         Llama 3.1 and later
-    mistral  [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or name[ARGS]{...} in newer models Mistral
+"""Reads tool calls out of the text of a model while it grows; call_formats.py tells how they are written.  Pure.
 
 The reader advances one character at a time and never looks at where a piece of text ends.  So the pieces that it gives for
 any split of a text join to what it gives for the undivided text: a stream cannot differ from an answer in one piece.  Text
-that turns out not to be a call is passed on as text.
+that turns out not to be a call is passed on as text.  Slips of a model are forgiven where what it meant is plain: a bracket too
+few or too many, a mark that closes nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from minisgl.api.parsers.call_formats import FORMATS, SPACE, ToolFormat
 from minisgl.api.parsers.json_scan import ObjectScan
 
-SPACE = " \n\t\r"
+__all__ = ["FORMATS", "Argued", "CallReader", "Called", "Piece", "Said"]
+
 MAX_BETWEEN = 256  # characters between an opening and its object
 
 
@@ -49,80 +46,23 @@ class Argued:
 Piece = Said | Called | Argued
 
 
-def _begins(text: str) -> str:
-    """A regular expression for every beginning of `text`, the empty and the complete one included."""
-    return "".join(f"(?:{re.escape(c)}" for c in text) + ")?" * len(text)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """One way of writing calls.
-
-    `opening` comes before the first call; an answer may begin with `bare` instead.  `before` matches the text between an
-    opening and the object of the call, `between` the text between one call and the next object; both also match every
-    beginning of such a text, and their group `name` is the name of a call that has it before its object.  `closing` ends a
-    call.  `arguments`: the key of the arguments, as templates teach it.  A list of calls stands in `brackets`, its calls
-    are separated by `separator`.  `special`: the opening is a special token.  `id_length`: hexadecimal digits in the id of a
-    call, which has the prefix `id_prefix`.
-    """
-
-    opening: str
-    before: re.Pattern[str]
-    between: re.Pattern[str]
-    closing: str = ""
-    bare: str = ""
-    arguments: str = "arguments"
-    separator: str = "\n"
-    brackets: tuple[str, str] = ("", "")
-    special: bool = True
-    id_prefix: str = "call_"
-    id_length: int = 24
-
-
-_SPACES = f"[{SPACE}]*"
-_MISTRAL = rf"{_SPACES}(?:\[?{_SPACES}|(?P<name>[\w.-]+)\[ARGS\]|[\w.-]+{_begins('[ARGS]')})"
-FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": ToolFormat(
-        opening="<tool_call>",
-        before=re.compile(_SPACES),
-        between=re.compile(_SPACES + _begins("</tool_call>")),
-        closing="</tool_call>",
-        special=False,
-    ),
-    "llama3": ToolFormat(
-        opening="<|python_tag|>",
-        before=re.compile(f"[{SPACE};]*"),
-        between=re.compile(f"[{SPACE};]*" + _begins("<|python_tag|>")),
-        bare="{",
-        arguments="parameters",
-        separator="; ",
-    ),
-    "mistral": ToolFormat(
-        opening="[TOOL_CALLS]",
-        before=re.compile(_MISTRAL),
-        between=re.compile(rf"[{SPACE},\]]*(?:{_begins('[TOOL_CALLS]')}|\[TOOL_CALLS\]{_MISTRAL})"),
-        bare="[{",
-        separator=", ",
-        brackets=("[", "]"),
-        id_prefix="",
-        id_length=9,  # as its templates demand
-    ),
-}
-
-
 class CallReader:
     """Reads one answer.  `names`: the tools of the request.  `parallel=False` drops every call after the first."""
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str] = (), *, parallel: bool = True) -> None:
         self._format, self._names, self._parallel = tool_format, names, parallel
-        self._opening, self._bare = tool_format.opening, tool_format.bare
+        self._opening, self._closing, self._bare = tool_format.opening, tool_format.closing, tool_format.bare
+        self._marks = tuple(filter(None, (self._closing, self._opening)))
         self._calls = 0
         self._state: Callable[[str, list[Piece]], None] = self._text
         self._held = ""  # characters not yet known to be text: white space, the beginning of an opening, an unnamed call
         self._began = False  # there has been text or a call
         self._first = True  # there has been no call since the opening
         self._between = ""  # the text since the opening or the previous call
+        self._closed = False  # a call has been closed just before
+        self._unmarked = False  # the answer begins like a call, without an opening
         self._scan = ObjectScan()
+        self._ahead = ""  # characters in the object, outside of strings, that may become a mark
         self._announced = False  # the current object has proved to be a call
 
     def feed(self, text: str) -> list[Piece]:
@@ -132,13 +72,26 @@ class CallReader:
             self._state(c, out)
         return self._select(out)
 
-    def end(self) -> list[Piece]:
-        """The rest, when no more text comes."""
+    def begin(self, name: str) -> list[Piece]:
+        """A call of this function begins, by a mark that the reader need not find; its arguments are fed next, then `end`."""
+        self._scan, self._announced, self._held, self._state = ObjectScan(name), True, "", self._object
+        self._began = self._unmarked = True
+        self._calls += 1
+        return self._select([Called(self._calls - 1, name)])
+
+    def end(self, *, complete: bool = False) -> list[Piece]:
+        """The rest, when no more text comes.  `complete`: the model has ended its answer itself, so brackets can be closed."""
+        out: list[Piece] = []
+        if complete and self._state == self._object:
+            self._ahead = "" if self._announced else self._ahead
+            self._tell(self._scan.mend(), out)
         behind = self._state == self._gap and not self._first  # only separators can be held there
         blank = self._calls > 0 and not self._held.strip(SPACE)
-        rest = "" if self._announced or behind or blank else self._held
-        self._held = ""
-        return self._select([Said(rest)])
+        rest = "" if self._announced or behind or blank else self._held + self._ahead
+        self._held = self._ahead = ""
+        if self._announced:
+            self._between, self._first, self._announced, self._state = "", False, False, self._gap
+        return self._select([*out, Said(rest)])
 
     def _select(self, pieces: list[Piece]) -> list[Piece]:
         return _merged([p for p in pieces if self._parallel or isinstance(p, Said) or p.index == 0])
@@ -156,39 +109,66 @@ class CallReader:
             core = self._held.lstrip(SPACE)
             start = "" if self._began else "".join(core.split())
             if start and start == bare:
-                self._first, self._between, self._state = True, bare[:-1], self._gap
+                self._first, self._between, self._unmarked, self._state = True, bare[:-1], True, self._gap
                 self._held = self._held[:-1]
                 self._gap(c, out)
                 return
             if core == opening:
-                self._first, self._between, self._state = True, "", self._gap
+                self._first, self._between, self._unmarked, self._state = True, "", False, self._gap
                 return
-            if not core or opening.startswith(core) or (start and bare.startswith(start)):
+            if self._calls and (core == self._closing or (self._closed and core in ("}", "]"))):  # it closes nothing
+                self._held = ""
+                return
+            marks = self._marks if self._calls else (opening,)
+            if not core or any(mark.startswith(core) for mark in marks) or (start and bare.startswith(start)):
                 return
             n = len(self._held) - len(core) + 1  # its white space and one character are text
             out.append(Said(self._held[:n]))
-            self._began, self._held = True, self._held[n:]
+            self._began, self._closed, self._held = True, False, self._held[n:]
 
     def _gap(self, c: str, out: list[Piece]) -> None:
         """Between an opening or a call and the next object."""
         if c == "{" and (match := self._match()):
-            self._scan, self._state = ObjectScan(match.groupdict().get("name") or ""), self._object
+            name = next(filter(None, match.groups()), "").removeprefix("functions.")
+            self._scan, self._state = ObjectScan(name), self._object
             self._object(c, out)
             return
         self._held += c
         self._between += c
-        closing = self._format.closing
-        if closing and not self._first and self._between.lstrip(SPACE) == closing:
-            self._held, self._state = "", self._text
+        if self._closing and not self._first and self._between.endswith(self._closing) and self._match():
+            self._held, self._closed, self._state = "", True, self._text
         elif len(self._between) > MAX_BETWEEN or not self._match():
             self._give_up(out)
 
     def _object(self, c: str, out: list[Piece]) -> None:
-        scan = self._scan
+        """In the object of a call, which a mark ends even if brackets are open."""
+        ahead = "" if self._scan.in_string else self._ahead + c
+        if ahead in self._marks:
+            self._ahead = ""
+            self._tell(self._scan.mend(), out)
+        elif ahead and any(mark.startswith(ahead) for mark in self._marks):
+            self._ahead = ahead
+            return
+        elif len(ahead) > 1:  # only c can begin a mark now
+            ahead, self._ahead = self._ahead, ""
+            for early in ahead:
+                (self._take if self._state == self._object else self._state)(early, out)
+            ahead = c
+        else:
+            self._take(c, out)
+            return
+        for again in ahead:
+            self._state(again, out)
+
+    def _take(self, c: str, out: list[Piece]) -> None:
         self._held += c
-        argued = scan.feed(c)
+        self._tell(self._scan.feed(c), out)
+
+    def _tell(self, argued: str, out: list[Piece]) -> None:
+        """Give what the scan has found out: the name, arguments, the end of the object."""
+        scan = self._scan
         if scan.named and not self._announced:
-            if self._bare == "{" and scan.name not in self._names:  # JSON for the user, not a call
+            if self._unmarked and scan.name not in self._names:  # JSON for the user, not a call
                 scan.failed = True
             else:
                 self._announced = self._began = True
@@ -198,17 +178,20 @@ class CallReader:
             out.append(Argued(self._calls - 1, argued))
         if self._announced and (scan.done or scan.failed):  # pieces that went out cannot be taken back
             self._held, self._between, self._first, self._announced, self._state = "", "", False, False, self._gap
+            for c in scan.unread:
+                self._state(c, out)
         elif scan.done or scan.failed:
             self._give_up(out)
 
     def _give_up(self, out: list[Piece]) -> None:
-        """Pass the first held character on as text and read the others again: they may still open a call."""
+        """Read the held characters again, as text: they may still open a call.  After an opening the first one is text."""
         text, self._held, self._state = self._held, "", self._text
-        if not self._first:  # white space and separators behind a call
-            text = text.lstrip(SPACE)
-        out.append(Said(text[:1]))
-        self._began = True
-        for c in text[1:]:
+        if self._first:
+            out.append(Said(text[:1]))
+            self._began, text = True, text[1:]
+        else:  # white space behind a call, and brackets that close nothing
+            text = text.lstrip(SPACE + "}]")
+        for c in text:
             self._state(c, out)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import PLAIN, Form
-from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests import fields, sampling, structured_output, tools
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
 from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
@@ -20,7 +19,6 @@ from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
-from minisgl.reasoning import STYLES
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # in one completion request
@@ -142,17 +140,12 @@ def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
     unheeded = _apply_effort(values, reasoning_style)
     offered = tools.read(values, config.server.tool_call_parser)
     bound = _chat_constraint(constraint(values), offered)
-    text = bound.grammar
-    if text and reasoning_style:  # the model may think before its answer is constrained
-        text = grammar.after_thought(text, begun=STYLES[reasoning_style])
-    params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=text)
-    if offered.style and FORMATS[offered.style].special:  # without it the parser would not see where a call begins
-        params = replace(params, skip_special_tokens=False)
+    params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=bound.grammar)
     return ChatRequest(
         model=model,
         prompts=(chat_prompt(values, offered.given),),
         n=sampling.choices(values),
-        params=params,
+        params=replace(params, reasoning=reasoning_style, tools=offered.style),
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,

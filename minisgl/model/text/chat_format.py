@@ -13,15 +13,36 @@ from typing import Any
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import read_json
+from minisgl.reasoning import HARMONY
 
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "  # without the embedded model
-# A mark in a template -> the reader of minisgl.api.parsers.tool_calls for its format; the first mark that is found decides.
+# A mark in a template -> the row of minisgl.api.parsers.call_formats for its format; the first mark that is found decides.
 _TOOL_CALLS = (
+    ("<|message|>", HARMONY),
     ("<function=", ""),  # the XML of Qwen3-Coder, which also stands inside <tool_call>
     ("<arg_key>", ""),  # that of GLM-4.5
+    ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "deepseek"),
+    ("<|tool_calls_section_begin|>", "kimi"),
+    ("<|START_ACTION|>", "command"),
+    ("<|action_start|>", "internlm"),
+    ("<longcat_tool_call>", "longcat"),
+    ("<TOOLCALL>", "nemotron"),
+    ("<tool_calls>", "jamba"),
+    ("<|tool_call|>", "granite"),
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3"),
+)
+_BARE = re.compile('"name":.{,100}"parameters":', re.DOTALL)  # Llama 3.2 teaches the object of a call without a mark
+# The same for reasoning.STYLES.
+_THOUGHTS = (
+    ("<|message|>", HARMONY),
+    ("<|START_THINKING|>", "command"),
+    ("\u25c1think\u25b7", "kimi_vl"),
+    ("<seed:think>", "seed"),
+    ("</think>", "qwen3"),
+    ("<think>", "qwen3"),
+    ("[THINK]", "mistral"),
 )
 
 
@@ -36,14 +57,10 @@ def styles_of(spec: ModelSpec, chat_template: str = "") -> tuple[str, str]:
 def guess(templates: Mapping[str, str]) -> tuple[str, str]:
     """The same for templates by name."""
     every = "\n".join(templates.values())
-    calls = next((style for mark, style in _TOOL_CALLS if mark in every), "") if "tools" in every else ""
-    if "</think>" not in every and "<think>" not in every:
-        return calls, ""
-    default = templates.get("default", every)
-    # The text after the last mention of add_generation_prompt is the beginning of an answer.
-    prompt = default.rpartition("add_generation_prompt")[2] if "add_generation_prompt" in default else ""
-    opened = re.search(r"<think>(?!.*</think>)", prompt, re.DOTALL)
-    return calls, "deepseek_r1" if opened else "qwen3"
+    calls = next((style for mark, style in _TOOL_CALLS if mark in every), None) if "tools" in every else ""
+    if calls is None:
+        calls = "llama3" if _BARE.search(every.replace("\\", "")) else ""
+    return calls, next((style for mark, style in _THOUGHTS if mark in every), "")
 
 
 def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:

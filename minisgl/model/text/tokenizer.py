@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -105,29 +106,36 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool) -> str:
         """The text of a whole sequence; an incomplete character becomes U+FFFD, an id that does not exist has no text."""
         if self._table is None:
-            return self._decode_slowly(list(map(int, ids)), skip_special)
+            return self._decode_slowly(map(int, ids), self.special_ids if skip_special else frozenset())
         state = self.stream(skip_special)
         text = "".join([*map(state.push, map(int, ids)), state.flush()])
         return text.removeprefix(" ") if self.strips_space else text
 
-    def stream(self, skip_special: bool) -> DecodeState:
-        """An empty DecodeState for the tokens that continue a text.
+    def stream(self, skip_special: bool, marks: Iterable[str] = ()) -> DecodeState:
+        """An empty DecodeState for the tokens that continue a text.  Special tokens that hold one of `marks` are always shown.
 
         Its pieces join to `decode` of the tokens, except for the space that SentencePiece drops at the very beginning of a
         text: a continuation needs it.
         """
+        skip = self.special_without(tuple(marks)) if skip_special else frozenset()
         if self._table is None:
-            return WindowStream(lambda ids: self._decode_slowly(ids, skip_special))
-        return ByteStream(self._table, self.special_ids if skip_special else frozenset())
+            return WindowStream(lambda ids: self._decode_slowly(ids, skip))
+        return ByteStream(self._table, skip)
+
+    @cache  # noqa: B019  there is one tokenizer in a process
+    def special_without(self, marks: tuple[str, ...]) -> frozenset[int]:
+        """The special tokens that hold none of `marks`."""
+        names = {i: self._backend.id_to_token(i) or "" for i in self.special_ids} if marks else {}
+        return self.special_ids - {i for i, name in names.items() if any(mark in name for mark in marks)}
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""
         if self._table is None:
-            return self._decode_slowly([token], False).encode()
+            return self._decode_slowly([token], frozenset()).encode()
         return self._table[token] if 0 <= token < len(self._table) else b""
 
-    def _decode_slowly(self, ids: Sequence[int], skip_special: bool) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+    def _decode_slowly(self, ids: Iterable[int], skip: AbstractSet[int]) -> str:
+        return str(self._backend.decode([i for i in ids if i not in skip], skip_special_tokens=False))
 
     @property
     def strips_space(self) -> bool:
