@@ -243,7 +243,8 @@ class Writer:
             if not (value and bounded(node.get(key[9:].lower()))):
                 return
         elif key == "multipleOf":
-            said = value if divides(self.number(value, path)) else None
+            negative = any(isinstance(m := node.get(k), int | float) and m <= 0 for k in ("maximum", "exclusiveMaximum"))
+            said = value if divides(self.number(value, path)) and not negative else None  # it writes multiples without a sign
         else:
             said = value if bounded(self.number(value, path)) else None
         if said is not None:

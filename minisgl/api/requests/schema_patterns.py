@@ -59,7 +59,7 @@ def _class(text: str) -> str:
     if text == "[^]":
         return r"[\s\S]"
     head = 2 if text.startswith("[^") else 1
-    out = re.sub(r"\\c[A-Za-z]|\\u\{[^}]*\}|\\.|[\[&~-](?=.)", _in_class, text[head:-1] + "]", flags=re.DOTALL)
+    out = re.sub(r"\\c[A-Za-z]|\\u\{[^}]*\}|\\.|[\[&~-]", _in_class, text[head:-1] + "]", flags=re.DOTALL)
     return text[:head] + out
 
 
@@ -69,8 +69,8 @@ def _in_class(match: re.Match[str]) -> str:
         return r"\x08"
     if text.startswith("\\"):
         return text if text.startswith("\\u") else _escape(text)
-    after = match.string[match.end() : match.end() + 1]
-    return "\\" + text if text == "[" or (after == text and text in "&~-") else text
+    doubled = match.start() > 0 and match.string[match.start() - 1] == text  # && and its like are operations there
+    return "\\" + text if text == "[" or doubled else text
 
 
 def prefix(pattern: str) -> str | None:

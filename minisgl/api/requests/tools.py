@@ -185,8 +185,9 @@ def _bind(functions: Mapping[str, Mapping[str, Any]], style: str, parallel: bool
     for i, (at, f) in enumerate(functions.items()):
         parameters, strict = f.get("parameters") or {}, bool(f.get("strict"))
         schema, loose = portable(parameters, f"{at}.function.parameters", strict=strict, kind="object")
-        opening = f"{{{json.dumps('name')}: {json.dumps(f['name'])}, {json.dumps(written.arguments)}: "
-        rules.append(f"tool{i}: {_quote(opening)} @arguments{i} {_quote('}')}")
+        # Cut as the grammar of JSON is: where an answer may also be other JSON, both read the same pieces.
+        opening = ("{", '"name"', ": ", f'"{f["name"]}"', ", ", f'"{written.arguments}"', ": ")
+        rules.append(f"tool{i}: {' '.join(map(_quote, opening))} @arguments{i} {_quote('}')}")
         schemas.append({"name": f"arguments{i}", "json_schema": styled(schema)})
         relaxed |= dict.fromkeys(loose)
     text = json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *schemas]}, ensure_ascii=False, separators=(",", ":"))
