@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import Any, Protocol
 
 from minisgl.api.requests.schema_patterns import prefix, translate
-
-if TYPE_CHECKING:
-    from minisgl.api.requests.json_schemas import Writer
+from minisgl.api.requests.schema_references import References
 
 _SIZES = ("minProperties", "maxProperties")
 OBJECT = (
@@ -41,6 +40,18 @@ class Place:
     part: bool = False
     out: Schema = field(default_factory=dict)
     more: list[Any] = field(default_factory=list)
+
+
+class Writer(Protocol):
+    """What this module needs of json_schemas.Writer."""
+
+    references: References
+
+    def relax(self, keyword: str, path: str) -> None: ...
+    def checked(self, value: Any, kind: type | UnionType, expected: str, path: str) -> Any: ...
+    def count(self, value: Any, path: str) -> int: ...
+    def schema(self, node: Any, around: str, path: str) -> Any: ...
+    def share(self, written: Any) -> Any: ...
 
 
 # ---------------- objects

@@ -86,8 +86,8 @@ def read(values: Mapping[str, Any], style: str, *, bind: bool = False, name_char
         raise InvalidParam("tools", text, "unsupported_parameter")
     offered = {at: f for at, f in functions.items() if not only or f["name"] == only}
     bound = _bind(offered, style, parallel and not only) if must or bind else UNBOUND
-    told = tuple({"type": "function", "function": f} for f in functions.values())
-    return Tools(told, tuple(names), style, parallel, bound, must, ignored, namespaces)
+    rendered = tuple({"type": "function", "function": f} for f in functions.values())
+    return Tools(rendered, tuple(names), style, parallel, bound, must, ignored, namespaces)
 
 
 def offered_names(given: Sequence[Any]) -> dict[tuple[str, str], str]:
@@ -212,10 +212,10 @@ def results_in_words(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[
         left_out[f"messages.{_SHOWN[kind]}"] = None
         return {"type": "text", "text": f"[{_SHOWN[kind]}]"}
 
-    told = [
+    rendered = [
         {**m, "content": list(map(word, m["content"]))}
         if isinstance(m, dict) and m.get("role") in ("tool", "function") and isinstance(m.get("content"), list)
         else m
         for m in messages
     ]
-    return ({**body, "messages": told} if left_out else body), tuple(left_out)
+    return ({**body, "messages": rendered} if left_out else body), tuple(left_out)
