@@ -12,11 +12,11 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from minisgl.api.requests.fields import json_type
-from minisgl.api.requests.schema_alternatives import TYPES, exclusive, type_of
+from minisgl.api.requests.schema_alternatives import TYPES, Alternatives, type_of
 from minisgl.api.requests.schema_containers import ARRAY, OBJECT, Place, write_array, write_object
 from minisgl.api.requests.schema_limits import FORMATS, bounded, divides, exact
 from minisgl.api.requests.schema_patterns import translate
-from minisgl.api.requests.schema_references import MAX_DEPTH, MAX_SUBSCHEMAS, References, Target, TooLarge
+from minisgl.api.requests.schema_references import MAX_DEPTH, MAX_SUBSCHEMAS, References, Target, TooLarge, cycles
 from minisgl.errors import InvalidParam
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -56,6 +56,7 @@ class Writer:
     def __init__(self, root: dict[str, Any], at: str, strict: bool) -> None:
         self.relaxed: dict[str, None] = {}
         self.references = References(root)
+        self._alternatives = Alternatives(self.references)
         self._at, self._strict = at, strict
         self._names: dict[int, str] = {}  # of the definitions, by the identity of the subschema
         self._sources: dict[str, Any] = {}  # as the client wrote them
@@ -72,11 +73,7 @@ class Writer:
         while self._pending:
             self._here, target, path = self._pending.pop()
             self._written[self._here] = self.schema(target.schema, target.base, path, inside=True)
-        for name, path in self._paths.items():
-            if name in self._applied(self._written[name], ("allOf",)):
-                raise InvalidParam(self._at, f"{self._at} is no JSON schema: {path[:200]} leads to itself.")
-        for schema, name, path in self._joined:
-            self._cut(schema, name, path)
+        self._untie()
         used = set().union(*self._uses.values()) if self._uses else set()
         out: dict[str, Any] = {"$ref": f"#/$defs/{root}"} if root in used else self._written.pop(root)
         if kind and out.get("type") != kind:
@@ -205,7 +202,7 @@ class Writer:
         alone = len(place.node.keys() & _KEYWORDS) == 1 and (key != "allOf" or len(options) == 1)
         written = [self.schema(o, place.base, f"{path}/{i}", part=place.part or not alone) for i, o in enumerate(options)]
         if key == "oneOf":
-            if not exclusive(self.references, options, place.base):
+            if not self._alternatives.exclusive(options, place.base):
                 self.relax(key, path)
             if "anyOf" in place.node:
                 place.more.append({"anyOf": written})
@@ -275,34 +272,20 @@ class Writer:
             names = set(found.schema.keys() & _KEYWORDS) if isinstance(found.schema, dict) else set()
         return self.reference(target, reference if reference.startswith("#") else path)
 
-    def _cut(self, schema: dict[str, Any], name: str, path: str) -> None:
-        """Make one part of a schema with several that leads back to itself: the library cannot intersect what it is reading."""
-        if not any(self._reaches(target, name) for target in self._applied(schema, ("allOf", "anyOf"))):
-            return
-        dropped = schema.keys() - {"$ref"} if "$ref" in schema else schema.keys() & {"allOf", "anyOf"}
-        for keyword in sorted(dropped):
-            self.relax(keyword, f"{path}/{keyword}")
-            del schema[keyword]
-
-    def _applied(self, schema: Any, through: tuple[str, ...]) -> set[str]:
-        """The definitions that hold for the same value as a schema, by its references and those `through` which they stand."""
-        seen: set[str] = set()
-        pending = list(_inplace(schema, through))
-        while pending:
-            if (name := pending.pop()) not in seen:
-                seen.add(name)
-                pending += _inplace(self._written.get(name), through)
-        return seen
-
-    def _reaches(self, start: str, end: str) -> bool:
-        seen, pending = set[str](), [start]
-        while pending:
-            if (name := pending.pop()) == end:
-                return True
-            if name not in seen:
-                seen.add(name)
-                pending += self._uses.get(name, ())
-        return False
+    def _untie(self) -> None:
+        """Refuse what holds if it holds.  Where one of several parts of a schema leads back to it, only one part is kept: the
+        library cannot intersect what it is still reading."""
+        for name in cycles({name: set(_inplace(schema, ("allOf",))) for name, schema in self._written.items()}):
+            text = f"{self._at} is no JSON schema: {self._paths.get(name, '')[:200]} leads to itself."
+            raise InvalidParam(self._at, text)
+        tied = cycles(self._uses)
+        for schema, name, path in self._joined:
+            if all(tied.get(target, -1) != tied.get(name) for target in _inplace(schema, ("allOf", "anyOf"))):
+                continue
+            dropped = schema.keys() - {"$ref"} if "$ref" in schema else schema.keys() & {"allOf", "anyOf"}
+            for keyword in sorted(dropped):
+                self.relax(keyword, f"{path}/{keyword}")
+                del schema[keyword]
 
 
 def _inplace(schema: Any, through: tuple[str, ...]) -> Iterator[str]:

@@ -40,6 +40,9 @@ class _Facts:
         return _Facts(self.types & other.types, both(self.values, other.values), self.required | other.required, tags)
 
 
+_NOTHING, _NEVER = _Facts(), _Facts(frozenset())
+
+
 def type_of(value: Any) -> str:
     """The JSON type of a value; a number without a fraction is an integer."""
     if isinstance(value, float) and value.is_integer():
@@ -56,50 +59,60 @@ def _values(given: Iterable[Any]) -> Values | None:
     return frozenset(texts)
 
 
-def _facts(references: References, target: Target, depth: int) -> _Facts:
-    schema, base = target
-    if schema is False:
-        return _Facts(frozenset())
-    if not isinstance(schema, dict) or not depth:
-        return _Facts()
+class Alternatives:
+    """What is known of the subschemas of a document; each is looked at once."""
 
-    def inner(schema: Any) -> _Facts:
-        return _facts(references, Target(schema, references.inside(schema, base)), depth - 1)
+    def __init__(self, references: References) -> None:
+        self._references = references
+        self._known: dict[int, _Facts] = {}  # by the identity of the subschema; without what is too deep inside
 
-    facts = _Facts()
-    types = schema.get("type")
-    if isinstance(types, str | list):
-        names = {t for t in ([types] if isinstance(types, str) else types) if isinstance(t, str)}
-        facts = _Facts(frozenset(names | ({"integer"} if "number" in names else set())))
-    for given in ([schema["const"]] if "const" in schema else None, schema.get("enum")):
-        if isinstance(given, list):
-            facts = facts.and_(_Facts(frozenset(map(type_of, given)), _values(given)))
-    if isinstance(schema.get("required"), list):
-        facts = facts.and_(_Facts(required=frozenset(n for n in schema["required"] if isinstance(n, str))))
-    if isinstance(schema.get("properties"), dict):
-        found = {name: inner(child).values for name, child in schema["properties"].items()}
-        facts = facts.and_(_Facts(tags={name: v for name, v in found.items() if v is not None}))
-    if isinstance(schema.get("$ref"), str) and (found_target := references.find(schema["$ref"], base)) is not None:
-        facts = facts.and_(_facts(references, found_target, depth - 1))
-    if isinstance(schema.get("allOf"), list):
-        for child in schema["allOf"]:
-            facts = facts.and_(inner(child))
-    return facts
+    def exclusive(self, options: Iterable[Any], base: str) -> bool:
+        """Whether it can be seen that no value fits two of the options."""
+        facts = [self._facts(self._inside(option, base), _DEPTH) for option in options]
+        for kind in TYPES:
+            those = [f for f in facts if kind in f.types]
+            if len(those) < 2 or _apart([f.values for f in those]):
+                continue
+            shared = set(those[0].tags).intersection(*(f.tags for f in those)) if kind == "object" else set()
+            if not any(sum(n not in f.required for f in those) < 2 and _apart([f.tags[n] for f in those]) for n in shared):
+                return False
+        return True
+
+    def _inside(self, schema: Any, around: str) -> Target:
+        return Target(schema, self._references.inside(schema, around))
+
+    def _facts(self, target: Target, depth: int) -> _Facts:
+        if target.schema is False:
+            return _NEVER
+        if not isinstance(target.schema, dict) or not depth:
+            return _NOTHING
+        if (known := self._known.get(id(target.schema))) is None:
+            self._known[id(target.schema)] = _NOTHING  # as long as it is looked at
+            known = self._known[id(target.schema)] = self._look(target.schema, target.base, depth - 1)
+        return known
+
+    def _look(self, schema: dict[str, Any], base: str, depth: int) -> _Facts:
+        facts = _NOTHING
+        types = schema.get("type")
+        if isinstance(types, str | list):
+            names = {t for t in ([types] if isinstance(types, str) else types) if isinstance(t, str)}
+            facts = _Facts(frozenset(names | ({"integer"} if "number" in names else set())))
+        for given in ([schema["const"]] if "const" in schema else None, schema.get("enum")):
+            if isinstance(given, list):
+                facts = facts.and_(_Facts(frozenset(map(type_of, given)), _values(given)))
+        if isinstance(schema.get("required"), list):
+            facts = facts.and_(_Facts(required=frozenset(n for n in schema["required"] if isinstance(n, str))))
+        if isinstance(schema.get("properties"), dict):
+            found = {name: self._facts(self._inside(child, base), depth).values for name, child in schema["properties"].items()}
+            facts = facts.and_(_Facts(tags={name: v for name, v in found.items() if v is not None}))
+        if isinstance(schema.get("$ref"), str) and (found_target := self._references.find(schema["$ref"], base)) is not None:
+            facts = facts.and_(self._facts(found_target, depth))
+        if isinstance(schema.get("allOf"), list):
+            for child in schema["allOf"]:
+                facts = facts.and_(self._facts(self._inside(child, base), depth))
+        return facts
 
 
 def _apart(sets: Sequence[Values | None]) -> bool:
     known = [s for s in sets if s is not None]
     return len(known) == len(sets) and len(frozenset[str]().union(*known)) == sum(map(len, known))
-
-
-def exclusive(references: References, options: Iterable[Any], base: str) -> bool:
-    """Whether it can be seen that no value fits two of the options."""
-    facts = [_facts(references, Target(o, references.inside(o, base)), _DEPTH) for o in options]
-    for kind in TYPES:
-        those = [f for f in facts if kind in f.types]
-        if len(those) < 2 or _apart([f.values for f in those]):
-            continue
-        shared = set(those[0].tags).intersection(*(f.tags for f in those)) if kind == "object" else set()
-        if not any(sum(n not in f.required for f in those) < 2 and _apart([f.tags[n] for f in those]) for n in shared):
-            return False
-    return True

@@ -6,7 +6,7 @@ Nothing is ever fetched: a reference to another document has no target.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -117,3 +117,40 @@ class References:
     def ambiguous(self, reference: str) -> bool:
         """Whether what a $dynamicRef means depends on how it is reached."""
         return self._dynamic.get(reference.partition("#")[2], 0) > 1
+
+
+def cycles(graph: Mapping[str, Collection[str]]) -> dict[str, int]:
+    """The nodes that lead back to themselves -> a number, the same for those that lead to each other (Tarjan 1972)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    found: dict[str, int] = {}
+    stack: list[str] = []
+    for root in graph:
+        path = [(root, iter(graph[root]))] if root not in order else []
+        if path:
+            order[root] = low[root] = len(order)
+            stack.append(root)
+        while path:
+            node, rest = path[-1]
+            for target in rest:
+                if target not in order:
+                    order[target] = low[target] = len(order)
+                    stack.append(target)
+                    path.append((target, iter(graph.get(target, ()))))
+                    break
+                if low[target] >= 0:  # it is on the stack
+                    low[node] = min(low[node], order[target])
+            else:
+                path.pop()
+                if path:
+                    above = path[-1][0]
+                    low[above] = min(low[above], low[node])
+                if low[node] == order[node]:
+                    alone = stack[-1] == node and node not in graph.get(node, ())
+                    member = ""
+                    while member != node:
+                        member = stack.pop()
+                        low[member] = -1
+                        if not alone:
+                            found[member] = order[node]
+    return found
