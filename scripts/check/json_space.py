@@ -4,7 +4,8 @@
 
 A grammar may prescribe one form of white space, as json.dumps writes it, or leave the model freedom.  For every choice and
 each of three schemas, N chats are answered greedily.  One JSON line each: how many answers ended by themselves before --tokens
-tokens, how many of those are valid, how many tokens all answers have, and the longest run of white space.
+tokens, how many of those are valid, how many say nothing at all ({} or []), how many tokens all answers have, and the longest
+run of white space.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ CHOICES: dict[str, dict[str, Any]] = {  # options of the grammar library; a patt
     "one-form": ONE_FORM,
     "free": FREE,
     "spaces": {**FREE, "whitespace_pattern": " "},
-    "lines": {**FREE, "whitespace_pattern": r"\n? {1,8}|\n"},
-    "compact": {**ONE_FORM, "item_separator": ",", "key_separator": ":"},
+    "spaces-and-lines": {**FREE, "whitespace_pattern": "[ \\n]+"},
 }
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 SCHEMAS: dict[str, tuple[str, dict[str, Any]]] = {  # what is asked of a subject, and the schema
-    "array": ("List three words about {} as a JSON array of strings.", {"type": "array", "items": TEXT}),
+    "array": ("List three words about {} as a JSON array of strings.", {"type": "array", "items": TEXT, "minItems": 1}),
     "object": (
         "Describe {} as JSON with the fields name, kind, size (an integer) and uses (an array of strings).",
         {
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--choice", nargs="+", choices=CHOICES, default=list(CHOICES))
     args = parser.parse_args()
-    with LLM(args.model, max_running=16) as llm:
+    with LLM(args.model, max_running=args.prompts) as llm:
         for (name, (question, schema)), choice in ((s, c) for s in SCHEMAS.items() for c in args.choice):
             grammar = json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": CHOICES[choice]}}]})
             params = SamplingParams(temperature=0, max_tokens=args.tokens, grammar=grammar)
@@ -73,11 +73,13 @@ def main() -> None:
             answers = llm.chat(chats, params)
             ended = [a for a in answers if a.finish_reason == "stop"]
             right = sum(valid(json.loads(a.text), schema) for a in ended)
+            empty = sum(a.text in ("[]", "{}") for a in ended)
             blank = max(len(run) for a in answers for run in re.findall(r"\s+|$", a.text))
             counts = {
                 "answers": len(answers),
                 "ended": len(ended),
                 "valid": right,
+                "empty": empty,
                 "tokens": sum(len(a.token_ids) for a in answers),
             }
             print(json.dumps({"schema": name, "white space": choice, **counts, "longest white space": blank}), flush=True)
