@@ -6,6 +6,7 @@ A request becomes the body of a chat and is checked as one, so every sampling fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,7 +136,7 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
         parsed = parse_chat(config, chat)
     if parsed.bound_by == "response_format":
         parsed = replace(parsed, bound_by="text.format")
-    unknown += tuple(name for name in parsed.ignored if name.startswith(("tools.", "messages.")))
+    unknown += tuple(re.sub("^messages", "input", n) for n in parsed.ignored if n.startswith(("tools.", "messages.")))
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
     unknown += ("store",) if values.get("store") else ()
