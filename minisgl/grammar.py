@@ -15,23 +15,25 @@ from typing import Any
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_GRAMMAR_CHARS = 1 << 17
-# White space as json.dumps writes it.  With free white space, a model may write nothing else until max_tokens.
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# White space of JSON: as json.dumps writes it (calls of tools are written so), or spaces and line breaks wherever JSON has room
+# for them, as models like to have it (docs/adr/0016).
+_ONE_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_FREE = {"whitespace_flexible": True, "whitespace_pattern": "[ \\n]+", "item_separator": ",", "key_separator": ":"}
 
 
-def json_schema(schema: Mapping[str, Any]) -> str:
-    """JSON that a schema admits, in the order of its properties."""
-    return _dump({"grammars": [{"json_schema": styled(schema)}]})
+def json_schema(schema: Mapping[str, Any], *, free_space: bool = False) -> str:
+    """JSON that a schema admits, in the order of its properties.  `free_space`: white space is not that of json.dumps."""
+    return _dump({"grammars": [{"json_schema": styled(schema, free_space=free_space)}]})
 
 
-def json_object() -> str:
+def json_object(*, free_space: bool = False) -> str:
     """Any JSON object."""
-    return json_schema({"type": "object"})
+    return json_schema({"type": "object"}, free_space=free_space)
 
 
-def styled(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with the white space of answers fixed."""
-    return {**schema, "x-guidance": _STYLE}
+def styled(schema: Mapping[str, Any], *, free_space: bool = False) -> dict[str, Any]:
+    """The schema with the white space of answers."""
+    return {**schema, "x-guidance": _FREE if free_space else _ONE_FORM}
 
 
 def regex(pattern: str) -> str:

@@ -23,11 +23,12 @@ CHOICES: dict[str, dict[str, Any]] = {  # options of the grammar library; a patt
     "one-form": ONE_FORM,
     "free": FREE,
     "spaces": {**FREE, "whitespace_pattern": " "},
-    "spaces-and-lines": {**FREE, "whitespace_pattern": "[ \\n]+"},
+    "lines": {**FREE, "whitespace_pattern": "[ \\n]+"},  # what is served
 }
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 SCHEMAS: dict[str, tuple[str, dict[str, Any]]] = {  # what is asked of a subject, and the schema
-    "array": ("List three words about {} as a JSON array of strings.", {"type": "array", "items": TEXT, "minItems": 1}),
+    "any object": ("Describe {} in a few words, as a JSON object.", {"type": "object"}),
+    "array": ("List three words about {} as a JSON array of strings.", {"type": "array", "items": TEXT}),
     "object": (
         "Describe {} as JSON with the fields name, kind, size (an integer) and uses (an array of strings).",
         {
@@ -37,7 +38,6 @@ SCHEMAS: dict[str, tuple[str, dict[str, Any]]] = {  # what is asked of a subject
             "additionalProperties": False,
         },
     ),
-    "any object": ("Describe {} in a few words, as a JSON object.", {"type": "object"}),
 }
 SUBJECTS = (
     *("apples", "bread", "the sea", "Paris", "a horse", "winter", "music", "gold", "the moon", "a bicycle", "tea", "a bridge"),

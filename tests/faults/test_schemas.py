@@ -556,3 +556,19 @@ def test_an_answer_that_is_bound_exactly_or_not_at_all_has_no_such_header() -> N
             assert "X-Approximated-Schema" not in headers
 
     play(Speaker("x", tool_call_parser="hermes"), scene)
+
+
+# ---------------- white space
+def test_answers_may_break_lines_and_calls_are_written_as_templates_write_them() -> None:
+    value = {"a": ["x", "y"], "b": "z"}
+    free = obj({"a": {"type": "array", "items": TEXT}, "b": TEXT})
+    for body in ({"response_format": form(free)}, {"response_format": {"type": "json_object"}}, {"guided_json": free}):
+        text = chat(**body).params.grammar
+        for indent in (None, 1, 2, 4):
+            assert admits(text, json.dumps(value, indent=indent))
+        assert admits(text, json.dumps(value, separators=(",", ":")))
+        assert not admits(text, " {}")  # none around it
+        assert not admits(text, "{} ")
+    text, write = bound("hermes", free)
+    assert admits(text, write(value))
+    assert not admits(text, write(value).replace(", ", ",\n"))
