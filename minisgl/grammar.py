@@ -15,25 +15,39 @@ from typing import Any
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_GRAMMAR_CHARS = 1 << 17
-# White space of JSON: as json.dumps writes it (calls of tools are written so), or spaces and line breaks wherever JSON has room
-# for them, as models like to have it (docs/adr/0016).
+# White space of JSON as json.dumps writes it, and that of arrays: models begin a line for every item of an array, and close one
+# at once where they cannot (docs/adr/0016).
 _ONE_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_FREE = {"whitespace_flexible": True, "whitespace_pattern": "[ \\n]+", "item_separator": ",", "key_separator": ":"}
+_LINES = {"whitespace_flexible": True, "whitespace_pattern": "[ \\n]+", "item_separator": ",", "key_separator": ":"}
 
 
-def json_schema(schema: Mapping[str, Any], *, free_space: bool = False) -> str:
-    """JSON that a schema admits, in the order of its properties.  `free_space`: white space is not that of json.dumps."""
-    return _dump({"grammars": [{"json_schema": styled(schema, free_space=free_space)}]})
+def json_schema(schema: Mapping[str, Any]) -> str:
+    """JSON that a schema admits, in the order of its properties.  An array may have line breaks."""
+    return _dump({"grammars": [{"json_schema": styled(schema, lines=_is_array(schema))}]})
 
 
-def json_object(*, free_space: bool = False) -> str:
+def json_object() -> str:
     """Any JSON object."""
-    return json_schema({"type": "object"}, free_space=free_space)
+    return json_schema({"type": "object"})
 
 
-def styled(schema: Mapping[str, Any], *, free_space: bool = False) -> dict[str, Any]:
-    """The schema with the white space of answers."""
-    return {**schema, "x-guidance": _FREE if free_space else _ONE_FORM}
+def styled(schema: Mapping[str, Any], *, lines: bool = False) -> dict[str, Any]:
+    """The schema with the white space of answers; `lines`: with spaces and line breaks wherever JSON has room for them."""
+    return {**schema, "x-guidance": _LINES if lines else _ONE_FORM}
+
+
+def _is_array(schema: Mapping[str, Any]) -> bool:
+    """Whether all values of a schema are arrays, as far as its type says so."""
+    inner: Any = schema
+    for _ in range(8):
+        reference = inner.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/$defs/"):
+            break
+        definitions = schema.get("$defs")
+        inner = definitions.get(reference[8:]) if isinstance(definitions, dict) else None
+        if not isinstance(inner, dict):
+            return False
+    return bool(inner.get("type") == "array")
 
 
 def regex(pattern: str) -> str:

@@ -559,16 +559,23 @@ def test_an_answer_that_is_bound_exactly_or_not_at_all_has_no_such_header() -> N
 
 
 # ---------------- white space
-def test_answers_may_break_lines_and_calls_are_written_as_templates_write_them() -> None:
-    value = {"a": ["x", "y"], "b": "z"}
-    free = obj({"a": {"type": "array", "items": TEXT}, "b": TEXT})
-    for body in ({"response_format": form(free)}, {"response_format": {"type": "json_object"}}, {"guided_json": free}):
-        text = chat(**body).params.grammar
+def test_arrays_may_break_lines_and_everything_else_is_written_in_one_form() -> None:
+    inner = obj({"a": {"type": "array", "items": TEXT}, "b": TEXT})
+    array = {"type": "array", "items": inner}
+    values: Any = [{"a": ["x", "y"], "b": "z"}, {}]
+    for schema in (array, {"$ref": "#/$defs/x", "$defs": {"x": array}}, {**array, "items": {"anyOf": [inner, {"$ref": "#"}]}}):
+        text = chat(response_format=form(schema)).params.grammar
         for indent in (None, 1, 2, 4):
-            assert admits(text, json.dumps(value, indent=indent))
-        assert admits(text, json.dumps(value, separators=(",", ":")))
-        assert not admits(text, " {}")  # none around it
-        assert not admits(text, "{} ")
-    text, write = bound("hermes", free)
-    assert admits(text, write(value))
-    assert not admits(text, write(value).replace(", ", ",\n"))
+            assert admits(text, json.dumps(values, indent=indent))
+        assert not any(admits(text, said) for said in (" []", "[] ", "[\t]", '["x"]'))
+    for body in (
+        {"response_format": form(inner)},
+        {"response_format": {"type": "json_object"}},
+        {"guided_json": {"anyOf": [inner]}},
+    ):
+        text = chat(**body).params.grammar
+        assert admits(text, json.dumps(values[0]))
+        assert not admits(text, json.dumps(values[0], indent=1))
+    text, write = bound("hermes", obj({"list": array}))
+    assert admits(text, write({"list": values}))
+    assert not admits(text, write({"list": values}).replace(", ", ",\n"))

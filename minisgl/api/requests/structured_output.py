@@ -62,7 +62,7 @@ def _schema(at: str, value: Any, *, strict: bool = False, field: str = "") -> Co
         value = loads(value, broken)
     check_object(at, value)
     schema, relaxed = portable(value, field or at, strict=strict)
-    return Constraint(grammar.json_schema(schema, free_space=True), field or at, relaxed)
+    return Constraint(grammar.json_schema(schema), field or at, relaxed)
 
 
 def _text(make: Callable[[str], str]) -> Make:
@@ -87,7 +87,7 @@ def _choice(at: str, value: Any) -> Constraint:
 def _any_object(at: str, value: Any) -> Constraint:
     if value is not True:
         raise wrong_type(at, "a boolean", value)
-    return Constraint(grammar.json_object(free_space=True), at)
+    return Constraint(grammar.json_object(), at)
 
 
 def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
@@ -95,7 +95,7 @@ def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
     if not value or kind == "text":
         return ()
     if kind == "json_object":
-        return (Constraint(grammar.json_object(free_space=True), at),)
+        return (Constraint(grammar.json_object(), at),)
     if kind != "json_schema":
         raise InvalidParam(f"{at}.type", f"{at}.type must be text, json_object or json_schema.")
     inner: Any = value.get("json_schema")
