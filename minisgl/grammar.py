@@ -16,13 +16,15 @@ from minisgl.errors import InvalidParam, RequestError
 from minisgl.reasoning import HARMONY, STYLES
 
 MAX_GRAMMAR_CHARS = 1 << 17
-# White space as json.dumps writes it.  With free white space, a model may write nothing else until max_tokens.
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# White space of JSON as json.dumps writes it, and that of arrays: models begin a line for every item of an array, and close one
+# at once where they cannot (docs/adr/0016).
+_ONE_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LINES = {"whitespace_flexible": True, "whitespace_pattern": "[ \\n]+", "item_separator": ",", "key_separator": ":"}
 
 
 def json_schema(schema: Mapping[str, Any]) -> str:
-    """JSON that a schema admits, in the order of its properties."""
-    return _dump({"grammars": [{"json_schema": styled(schema)}]})
+    """JSON that a schema admits, in the order of its properties.  An array may have line breaks."""
+    return _dump({"grammars": [{"json_schema": styled(schema, lines=_is_array(schema))}]})
 
 
 def json_object() -> str:
@@ -30,9 +32,23 @@ def json_object() -> str:
     return json_schema({"type": "object"})
 
 
-def styled(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with the white space of answers fixed."""
-    return {**schema, "x-guidance": _STYLE}
+def styled(schema: Mapping[str, Any], *, lines: bool = False) -> dict[str, Any]:
+    """The schema with the white space of answers; `lines`: with spaces and line breaks wherever JSON has room for them."""
+    return {**schema, "x-guidance": _LINES if lines else _ONE_FORM}
+
+
+def _is_array(schema: Mapping[str, Any]) -> bool:
+    """Whether all values of a schema are arrays, as far as its type says so."""
+    inner: Any = schema
+    for _ in range(8):
+        reference = inner.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/$defs/"):
+            break
+        definitions = schema.get("$defs")
+        inner = definitions.get(reference[8:]) if isinstance(definitions, dict) else None
+        if not isinstance(inner, dict):
+            return False
+    return bool(inner.get("type") == "array")
 
 
 def regex(pattern: str) -> str:

@@ -117,7 +117,7 @@ def test_without_any_no_grammar_is_made(body: Any) -> None:
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"regex": "a", "choice": ["b"]}, "choice"),
         ({"tools": 5}, "tools"),
-        ({"tools": [{"type": "search"}]}, "tools[0].type"),
+        ({"tools": [{"type": 5}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),

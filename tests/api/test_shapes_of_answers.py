@@ -144,7 +144,7 @@ def test_calls_of_one_turn_stay_together() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tools": [{**FLAT, "parameters": 5}]}, "tools[0].parameters"),
         ({"tools": [5]}, "tools[0]"),
@@ -397,7 +397,7 @@ def test_tools_count_as_part_of_a_prompt_and_switches_of_thinking_reach_the_temp
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "only functions"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [{"name": "a b"}]}, "tools[0].name"),
         ({"tools": [{"name": "a", "input_schema": 5}]}, "tools[0].input_schema"),
         ({"tools": [BLOCK], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, result_of, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import ChatPrompt, Engine
 from minisgl.api.requests import fields
@@ -62,6 +62,7 @@ _NAMES = {  # fields of a chat -> their names here
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
 }
+_NAME_CHARS = 128  # of a tool
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
@@ -78,9 +79,9 @@ def parse_messages(config: Config, body: Mapping[str, Any]) -> ChatRequest:
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
     with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
-        parsed = parse_chat(config, chat)
-    bound_by = parsed.bound_by if form is None else form_field
-    return replace(parsed, bound_by=bound_by, ignored=unknown + ignored + ignored_format)
+        parsed = parse_chat(config, chat, name_chars=_NAME_CHARS)
+    bound_by = form_field if parsed.bound_by == "response_format" else parsed.bound_by
+    return replace(parsed, bound_by=bound_by, ignored=unknown + ignored + ignored_format + parsed.ignored)
 
 
 def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -149,8 +150,8 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
-            text = text_of(block.get("content") or "", f"{place}.content", ("text",))
-            out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
+            result = result_of(block.get("content") or "", f"{place}.content", ("text",))
+            out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         elif kind not in ("thinking", "redacted_thinking"):  # earlier thoughts are not part of the prompt
             texts.append(text_of([block], place, ("text",)))
     if texts or calls or not out:
@@ -164,10 +165,11 @@ def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Cha
     values, unknown = COUNT.read(body)
     chat, ignored = _chat(config, body, values)
     with renamed(_NAMES):
-        [prompt] = parse_chat(config, {name: chat[name] for name in _COUNTED if name in chat}).prompts
+        counted = parse_chat(config, {name: chat[name] for name in _COUNTED if name in chat}, name_chars=_NAME_CHARS)
+    [prompt] = counted.prompts
     if not isinstance(prompt, ChatPrompt):
         raise TypeError("a chat has a ChatPrompt")
-    return TokenizerRequest(prompt, unknown + ignored)
+    return TokenizerRequest(prompt, unknown + ignored + counted.ignored)
 
 
 async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:

@@ -44,18 +44,34 @@ def text_of(content: Any, at: str, kinds: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str) -> list[dict[str, Any]]:
-    """The field `tools` -> the tools of a chat.  Raises InvalidParam.
-
-    `kinds`: the allowed values of a tool's `type`.  `schema`: the name of a tool's field for the schema of its parameters.
-    """
+def result_of(content: Any, at: str, kinds: Sequence[str]) -> Any:
+    """A tool's result as the content of a chat's message, in which images may stand (see tools.results_in_words)."""
+    if not isinstance(content, list) or all(isinstance(part, dict) and part.get("type") in kinds for part in content):
+        return text_of(content, at, kinds)
     out = []
+    for i, part in enumerate(content):
+        check_object(f"{at}[{i}]", part)
+        text = part.get("type") in kinds
+        out.append({"type": "text", "text": check_string(f"{at}[{i}].text", part.get("text"))} if text else part)
+    return out
+
+
+def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str, at: str = "tools") -> list[dict[str, Any]]:
+    """The field `tools` -> the tools of a chat.  Tools that are no functions stay as they are.  Raises InvalidParam.
+
+    `kinds`: the values that a function's `type` may have.  `schema`: the name of its field for the schema of its parameters.
+    """
+    out: list[dict[str, Any]] = []
     for i, tool in enumerate(given):
-        check_object(f"tools[{i}]", tool)
-        if tool.get("type") not in kinds:
-            raise InvalidParam(f"tools[{i}].type", "only functions can be tools of this model.", "unsupported_value")
-        function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}
-        out.append({"type": "function", "function": {**function, "parameters": tool.get(schema)}})
+        place = f"{at}[{i}]"
+        check_object(place, tool)
+        if tool.get("type") in kinds:
+            function = {name: tool[name] for name in ("name", "description", "strict") if name in tool}
+            out.append({"type": "function", "function": {**function, "parameters": tool.get(schema)}})
+        elif tool.get("type") == "namespace" and isinstance(tool.get("tools"), list):
+            out.append({**tool, "tools": functions(tool["tools"], kinds, schema, f"{place}.tools")})
+        else:
+            out.append(tool)
     return out
 
 

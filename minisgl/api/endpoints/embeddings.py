@@ -49,6 +49,7 @@ class EmbeddingRequest:
     base64: bool
     ignored: tuple[str, ...]
     stream: bool = False  # never
+    relaxed: tuple[str, ...] = ()
 
 
 def parse_embeddings(config: Config, body: Mapping[str, Any]) -> EmbeddingRequest:

@@ -6,15 +6,17 @@ A request becomes the body of a chat and is checked as one, so every sampling fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, result_of, text_of, unused
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
 from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
+from minisgl.api.requests.tools import offered_names
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
@@ -22,7 +24,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _NOT_SHOWN = "reasoning.encrypted_content"  # there is none to include
 _NAMES = {  # fields of a chat -> their names here
     r"response_format(\.json_schema)?": "text.format",
-    r"(tools\[\d+\])\.function": r"\1",
+    r"((?:\.?tools\[\d+\])+)\.function": r"\1",
     r"max_tokens": "max_output_tokens",
     r"reasoning_effort": "reasoning.effort",
 }
@@ -62,12 +64,12 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
         text = text_of(item.get("content"), f"{at}.content", ("input_text", "output_text", "text"))
         return [{"role": item["role"], "content": text}]
     if kind == "function_call":
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        function = {name: item.get(name) for name in ("name", "arguments", "namespace")}
         calls = [{"id": item.get("call_id"), "type": "function", "function": function}]
         return [{"role": "assistant", "content": None, "tool_calls": calls}]
     if kind == "function_call_output":
-        text = text_of(item.get("output"), f"{at}.output", ("input_text", "output_text", "text"))
-        return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": text}]
+        result = result_of(item.get("output"), f"{at}.output", ("input_text", "output_text", "text"))
+        return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": result}]
     if kind == "reasoning":  # earlier thoughts are not part of the prompt
         return []
     raise InvalidParam(f"{at}.type", "items may be messages, function calls and their outputs.", "unsupported_value")
@@ -106,6 +108,10 @@ class ResponsesRequest:
     def stream(self) -> bool:
         return self.chat.stream
 
+    @property
+    def relaxed(self) -> tuple[str, ...]:
+        return self.chat.relaxed
+
 
 def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest:
     """Check the body of POST /v1/responses, for the model that is served.  Raises RequestError: 400, or 404 for the model."""
@@ -120,11 +126,17 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
         chat["response_format"] = _format(text["format"])
     chat["logprobs"] = _LOGPROBS in values.get("include", ())
     chat["reasoning_effort"] = reasoning.get("effort")
-    chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(values.get("tool_choice"))
+    chat["tools"] = functions(tools, ("function",), "parameters")
     with renamed(_NAMES):
+        names = offered_names(chat["tools"])
+        chat["tool_choice"] = _tool_choice(values.get("tool_choice"), names)
+        for message in values["input"]:
+            for call in message.get("tool_calls", ()):
+                _rename(call["function"], names)
         parsed = parse_chat(config, chat)
     if parsed.bound_by == "response_format":
         parsed = replace(parsed, bound_by="text.format")
+    unknown += tuple(re.sub("^messages", "input", n) for n in parsed.ignored if n.startswith(("tools.", "messages.")))
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
     unknown += ("store",) if values.get("store") else ()
@@ -151,13 +163,21 @@ def _format(given: Any) -> Any:
     return {"type": "json_schema", "json_schema": {k: v for k, v in given.items() if k != "type"}}
 
 
-def _tool_choice(given: Any) -> Any:
-    """`tool_choice` -> the tool_choice of a chat."""
+def _tool_choice(given: Any, names: Mapping[tuple[str, str], str]) -> Any:
+    """`tool_choice` -> the tool_choice of a chat.  `names`: see offered_names."""
     if not isinstance(given, dict):
         return given
     if given.get("type") != "function":
         raise InvalidParam("tool_choice", "tool_choice must be none, auto, required or a function.", "unsupported_value")
-    return {"type": "function", "function": {"name": given.get("name")}}
+    return {"type": "function", "function": _rename({name: given.get(name) for name in ("name", "namespace")}, names)}
+
+
+def _rename(function: dict[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    """Give a function the name under which it is offered."""
+    namespace, name = function.pop("namespace", None), function.get("name")
+    if isinstance(namespace, str) and isinstance(name, str):
+        function["name"] = names.get((namespace, name), name)
+    return function
 
 
 def not_stored(response_id: str) -> RequestError:

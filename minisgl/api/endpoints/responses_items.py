@@ -86,9 +86,14 @@ class Response(ItemAnswer):
         prefix, kind, _ = _KINDS[item.kind]
         body: Fields = {"id": f"{prefix}_{item.id}", "type": kind, "status": status}
         if item.kind == "call":
-            return {**body, "call_id": item.call_id, "name": item.name, "arguments": item.text if done else ""}
+            return {**body, "call_id": item.call_id, **self._name(item), "arguments": item.text if done else ""}
         extra: Fields = {"summary": []} if item.kind == "thought" else {"role": "assistant"}
         return {**body, **extra, "content": [self._part(item, done=True)] if done else []}
+
+    def _name(self, item: Item) -> Fields:
+        """The name of the function that is called, and its namespace if it has one."""
+        namespace, name = self.request.namespaces.get(item.name, ("", item.name))
+        return {"name": name, "namespace": namespace} if namespace else {"name": name}
 
     def _part(self, item: Item, *, done: bool) -> Fields:
         """The only part of an item's content, empty until it is done."""
@@ -117,7 +122,7 @@ class Response(ItemAnswer):
     def closed(self, item: Item) -> list[Event]:
         done: Fields = {"text": item.text}
         if item.kind == "call":
-            done = {"name": item.name, "arguments": item.text}
+            done = {"name": self._name(item)["name"], "arguments": item.text}
         elif item.kind == "text":
             done["logprobs"] = _logprobs(self._logprobs_of[item.index])
         out = [(f"{_KINDS[item.kind][2]}.done", {**_place(item), **done})]

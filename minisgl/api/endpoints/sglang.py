@@ -88,6 +88,7 @@ def parse_generate(config: Config, body: Mapping[str, Any]) -> NativeRequest:
         stream=values.get("stream", False),
         usage=Usage(),
         bound_by=bound.field,
+        relaxed=bound.relaxed,
         ignored=unknown + tuple(f"sampling_params.{name}" for name in unknown_params),
         several=isinstance(given, list) and not (name == "input_ids" and given and isinstance(given[0], int)),
         incremental=values.get("incremental", False),

@@ -22,13 +22,19 @@ from minisgl.errors import InvalidParam
 
 
 class Checked(Protocol):
-    """A checked request.  `ignored`: the names of its unknown fields.  `stream`: whether it asks for a stream."""
+    """A checked request.  `ignored`: the names of its unknown fields.  `stream`: whether it asks for a stream.
+
+    `relaxed`: the keywords of its JSON schemas that the answer may not keep to.
+    """
 
     @property
     def ignored(self) -> tuple[str, ...]: ...
 
     @property
     def stream(self) -> bool: ...
+
+    @property
+    def relaxed(self) -> tuple[str, ...]: ...
 
 
 class Answer(Events, Protocol):

@@ -51,6 +51,7 @@ class TokenizerRequest(Generic[T]):
     value: T
     ignored: tuple[str, ...]
     stream: bool = False  # never
+    relaxed: tuple[str, ...] = ()
 
 
 Prompts = tuple[list[TextPrompt | ChatPrompt], bool]  # the prompts, and whether the answer has a list for each

@@ -27,7 +27,7 @@ from minisgl.api.http.errors import errors, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.requests import generate as serving
-from minisgl.api.requests.unknown_fields import ignored_header
+from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
 from minisgl.errors import model_loading
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
@@ -112,6 +112,7 @@ class _Routes:
         endpoint = ENDPOINTS[request.path]
         parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
         headers = ignored_header(self._config, parsed.ignored)
+        headers |= approximated_header(parsed.relaxed)
         engine = self._callers.call(key_of(request) if self._config.server.api_keys else request.remote or "")
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(engine, parsed), headers)

@@ -202,6 +202,7 @@ def _page(config: Config) -> Iterator[str]:
     yield f"<h1>minisgl {html.escape(__version__)}</h1><p>{html.escape(_about(config))}</p>"
     yield "<p>Unknown fields are "
     yield "refused" if config.server.strict else "ignored, and named in the header <code>X-Ignored-Params</code>"
+    yield ". Keywords of a JSON schema that an answer may break are named in the header <code>X-Approximated-Schema</code>"
     yield ". <code>null</code> is the same as leaving a field out. For programs: <a href=openapi.json>openapi.json</a>.</p>"
     for route in ROUTES:
         yield f"<details><summary><b>{route.method}</b> <code>{html.escape(route.path)}</code> "

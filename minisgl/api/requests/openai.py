@@ -6,7 +6,7 @@ The declarations say how each field is treated (see fields.py).  Pure functions;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisgl import grammar
@@ -103,7 +103,8 @@ class GenerationRequest:
     """The part that all requests for text have in common.
 
     `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of unknown fields.
-    `bound_by`: the field that prescribes params.grammar.  `form`: how an answer is parsed.
+    `bound_by`: the field that prescribes params.grammar, `relaxed`: the keywords of its schemas that the grammar only
+    approximates.  `form`: how an answer is parsed.
     """
 
     model: str
@@ -116,11 +117,14 @@ class GenerationRequest:
     ignored: tuple[str, ...]
     bound_by: str = ""
     form: Form = PLAIN
+    relaxed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions; has exactly one prompt, a ChatPrompt."""
+    """POST /v1/chat/completions; has exactly one prompt, a ChatPrompt.  `namespaces`: see tools.Tools."""
+
+    namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +132,21 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions; choice i continues prompt i // n."""
 
 
-def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
+def parse_chat(config: Config, body: Mapping[str, Any], *, name_chars: int = tools.NAME_CHARS) -> ChatRequest:
     """Check the body of POST /v1/chat/completions, for the model that is served.
 
-    Without `max_tokens` the answer may go on to the end of the context.  Raises RequestError: 400, or 404 for the model.
+    Without `max_tokens` the answer may go on to the end of the context.  `name_chars`: how long a tool's name may be.  Raises
+    RequestError: 400, or 404 for the model.
     """
+    body, left_out = tools.results_in_words(body)
     values, unknown = CHAT.read(body)
     model = served_model(config, values)
     usage, unknown_options = _usage(values)
     reasoning_style = config.server.reasoning_parser
     unheeded = _apply_effort(values, reasoning_style)
-    offered = tools.read(values, config.server.tool_call_parser)
-    bound = _chat_constraint(constraint(values), offered)
+    bound = constraint(values)
+    offered = tools.read(values, config.server.tool_call_parser, bind=bool(bound.grammar), name_chars=name_chars)
+    bound = _chat_constraint(bound, offered)
     params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=bound.grammar)
     return ChatRequest(
         model=model,
@@ -149,9 +156,11 @@ def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
-        ignored=unknown + unknown_options + unheeded,
+        ignored=unknown + unknown_options + unheeded + left_out + offered.ignored,
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
+        relaxed=bound.relaxed,
+        namespaces=offered.namespaces,
     )
 
 
@@ -169,14 +178,15 @@ def _apply_effort(values: dict[str, Any], reasoning_style: str) -> tuple[str, ..
 
 
 def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
-    """The constraint of an answer of a prescribed form that may or must call tools."""
-    if offered.must and bound.grammar:
+    """What binds an answer that may or must call tools: a call is bound by its tool, text by `response_format`."""
+    if offered.must and bound.grammar and bound.field != "response_format":
         text = f"{bound.field} and a tool_choice that demands a call exclude each other: an answer can have one form."
         raise InvalidParam(bound.field, text)
     if offered.must:
-        return Constraint(offered.grammar, "tools")
+        return offered.bound
     if offered.given and bound.grammar:
-        return Constraint(grammar.either(bound.grammar, offered.grammar), bound.field)
+        text = grammar.either(bound.grammar, offered.bound.grammar)
+        return Constraint(text, bound.field, tuple(dict.fromkeys(bound.relaxed + offered.bound.relaxed)))
     return bound
 
 
@@ -200,6 +210,7 @@ def parse_completion(config: Config, body: Mapping[str, Any]) -> CompletionReque
         usage=usage,
         ignored=unknown + unknown_options,
         bound_by=bound.field,
+        relaxed=bound.relaxed,
     )
 
 

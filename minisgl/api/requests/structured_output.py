@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from minisgl import grammar
 from minisgl.api.requests.fields import (
-    Check,
     Field,
     Schema,
     check_object,
@@ -22,6 +21,7 @@ from minisgl.api.requests.fields import (
     missing,
     wrong_type,
 )
+from minisgl.api.requests.json_schemas import portable
 from minisgl.errors import InvalidParam, RequestError
 
 MAX_OPTIONS = 4096
@@ -29,10 +29,14 @@ MAX_OPTIONS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A grammar ("" for none), and the name of the field that prescribes it."""
+    """A grammar ("" for none), the name of the field that prescribes it, and the keywords of its schema that it relaxes."""
 
     grammar: str = ""
     field: str = ""
+    relaxed: tuple[str, ...] = ()
+
+
+Make = Callable[[str, Any], Constraint]  # (where a source stands, the source) -> what it prescribes
 
 
 def constraint(values: Mapping[str, Any]) -> Constraint:
@@ -48,8 +52,8 @@ def constraint(values: Mapping[str, Any]) -> Constraint:
 
 
 # ---------------- checks: of a grammar's source, and of the fields that hold one or more
-def _schema(at: str, value: Any) -> str:
-    """An object, or its JSON text."""
+def _schema(at: str, value: Any, *, strict: bool = False, field: str = "") -> Constraint:
+    """An object, or its JSON text.  `field`: the name of the field in which it stands, if that is another."""
     if isinstance(value, str):
 
         def broken(fault: str) -> RequestError:
@@ -57,32 +61,33 @@ def _schema(at: str, value: Any) -> str:
 
         value = loads(value, broken)
     check_object(at, value)
-    return grammar.json_schema(value)
+    schema, relaxed = portable(value, field or at, strict=strict)
+    return Constraint(grammar.json_schema(schema), field or at, relaxed)
 
 
-def _text(make: Callable[[str], str]) -> Check:
-    def check(at: str, value: Any) -> str:
+def _text(make: Callable[[str], str]) -> Make:
+    def check(at: str, value: Any) -> Constraint:
         check_string(at, value)
         try:
-            return make(value)
+            return Constraint(make(value), at)
         except InvalidParam as e:
             raise InvalidParam(at, e.message) from e
 
     return check
 
 
-def _choice(at: str, value: Any) -> str:
+def _choice(at: str, value: Any) -> Constraint:
     if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
         raise wrong_type(at, "an array of strings", value)
     if len(value) > MAX_OPTIONS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_OPTIONS} strings.")
-    return grammar.choice(value)
+    return Constraint(grammar.choice(value), at)
 
 
-def _any_object(at: str, value: Any) -> str:
+def _any_object(at: str, value: Any) -> Constraint:
     if value is not True:
         raise wrong_type(at, "a boolean", value)
-    return grammar.json_object()
+    return Constraint(grammar.json_object(), at)
 
 
 def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
@@ -95,10 +100,12 @@ def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
         raise InvalidParam(f"{at}.type", f"{at}.type must be text, json_object or json_schema.")
     inner: Any = value.get("json_schema")
     check_object(f"{at}.json_schema", inner)
-    schema = inner.get("schema")
+    schema, strict = inner.get("schema"), inner.get("strict")
     if schema is None:
         raise missing(f"{at}.json_schema.schema")
-    return (Constraint(_schema(f"{at}.json_schema.schema", schema), at),)
+    if not isinstance(strict, bool | None):
+        raise wrong_type(f"{at}.json_schema.strict", "a boolean", strict)
+    return (_schema(f"{at}.json_schema.schema", schema, strict=bool(strict), field=at),)
 
 
 class _Source(NamedTuple):
@@ -106,13 +113,13 @@ class _Source(NamedTuple):
 
     doc: str
     schema: Schema
-    make: Check  # (where it stands, the source) -> the grammar
+    make: Make
 
     def field(self, name: str) -> Field:
         """The declaration of a field with such a source; [] stands for none."""
 
         def check(at: str, value: Any) -> tuple[Constraint, ...]:
-            return () if value == [] else (Constraint(self.make(at, value), at),)
+            return () if value == [] else (self.make(at, value),)
 
         return Field(name, self.doc, self.schema, check)
 
@@ -122,7 +129,7 @@ _JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
 _REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
 _CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
 _GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.ebnf))
-_OUTPUTS: Mapping[str, Check] = {
+_OUTPUTS: Mapping[str, Make] = {
     "json": _JSON.make,
     "regex": _REGEX.make,
     "choice": _CHOICE.make,
@@ -139,7 +146,7 @@ def _structured_outputs(name: str, value: dict[str, Any]) -> tuple[Constraint, .
         at = f"{name}.{inner}"
         if inner not in _OUTPUTS:
             raise InvalidParam(at, f"{at[:80]} is not supported; use one of {', '.join(_OUTPUTS)}.", "unsupported_parameter")
-        found.append(Constraint(_OUTPUTS[inner](at, source), at))
+        found.append(_OUTPUTS[inner](at, source))
     return tuple(found)
 
 

@@ -1,27 +1,32 @@
-"""Checks `tools`, `tool_choice` and `parallel_tool_calls` of a chat request, and makes the grammar of forced tool calls.
+"""Checks `tools`, `tool_choice` and `parallel_tool_calls` of a chat request, and makes the grammar of tool calls.
 
 With `auto` the model decides whether it calls a tool.  With `required`, or with a tool's name, a grammar forces it to: the
-answer then consists of calls alone, with arguments that satisfy their schemas.  Pure functions; run in the api process.
+answer then consists of calls alone, with arguments that satisfy their schemas.  Tools that are no functions are left out and
+reported as ignored: this server runs none.  Pure functions; run in the api process.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl import grammar
 from minisgl.api.parsers.tool_calls import FORMATS
-from minisgl.api.requests.fields import Field, array, boolean, function_of, of_type, wrong_type
+from minisgl.api.requests.fields import Field, array, boolean, check_object, check_string, function_of, of_type, wrong_type
+from minisgl.api.requests.json_schemas import portable
+from minisgl.api.requests.structured_output import Constraint
 from minisgl.errors import InvalidParam
+from minisgl.grammar import styled
 
 MAX_TOOLS = 128
 MAX_CALLS = 16  # in one forced answer
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME_CHARS = 64
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 FIELDS = (
-    array("tools", "Functions that the answer may call.", {"type": "object"}, "an array of tools"),
+    array("tools", "Functions that the answer may call; others are ignored.", {"type": "object"}, "an array of tools"),
     Field(
         "tool_choice",
         "auto, none, required, or the function that must be called.",
@@ -30,55 +35,119 @@ FIELDS = (
     ),
     boolean("parallel_tool_calls", "Whether an answer may call several functions."),
 )
+# Parts of a tool's result that are no text, and what stands for them in the prompt.
+_SHOWN = {"image": "image", "image_url": "image", "input_image": "image", "document": "document", "file": "file"} | {
+    **{"input_file": "file", "input_audio": "audio", "audio": "audio", "video": "video"}
+}
+
+
+UNBOUND = Constraint()
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
     """The tools that an answer may call.
 
-    `given`: OpenAI's objects, for the template.  `style`: how the model writes calls.  `grammar`: admits calls and nothing
-    else; the answer is constrained by it if it `must` be a call.
+    `given`: OpenAI's objects, for the template.  `style`: how the model writes calls.  `bound`: admits calls and nothing else,
+    "" if no grammar is needed; the answer is constrained by it if it `must` be a call.  `ignored`: the tools that are left out.
+    `namespaces`: the name of a function that has one -> the namespace, and the function's name in it.
     """
 
     given: tuple[Mapping[str, Any], ...] = ()
     names: tuple[str, ...] = ()
     style: str = ""
     parallel: bool = True
-    grammar: str = ""
+    bound: Constraint = UNBOUND
     must: bool = False
+    ignored: tuple[str, ...] = ()
+    namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def read(values: Mapping[str, Any], style: str) -> Tools:
-    """The tools of a chat.  `style`: how the model writes calls, "" if it has no tool calls.  Raises InvalidParam."""
+def read(values: Mapping[str, Any], style: str, *, bind: bool = False, name_chars: int = NAME_CHARS) -> Tools:
+    """The tools of a chat.  `style`: how the model writes calls, "" if it has no tool calls.  Raises InvalidParam.
+
+    `bind`: a grammar is needed even if the answer need not be a call.  `name_chars`: how long a function's name may be.
+    """
     given: list[Any] = values.get("tools", [])
     parallel = values.get("parallel_tool_calls", True)
-    if len(given) > MAX_TOOLS:
+    found, ignored = _functions(given, name_chars)
+    functions, namespaces = _named(found)
+    if len(given) > MAX_TOOLS or len(functions) > MAX_TOOLS:
         raise InvalidParam("tools", f"tools may hold at most {MAX_TOOLS} tools.")
-    functions = [_function(tool, f"tools[{i}]") for i, tool in enumerate(given)]
-    names = [f["name"] for f in functions]
-    if len(set(names)) < len(names):
-        raise InvalidParam("tools", "tools holds two functions of one name.")
+    names = [f["name"] for f in functions.values()]
     must, only = _choice(values.get("tool_choice"), names)
-    if not given or must is None:
-        return Tools()
+    if not functions or must is None:
+        return Tools(ignored=ignored)
     if not style:
         text = (
             "tools cannot be used with this model: its chat template shows no form of tool calls that this server can read. "
             "Start the server with --tool-call-parser to name one."
         )
         raise InvalidParam("tools", text, "unsupported_parameter")
-    offered = [f for f in functions if not only or f["name"] == only]
-    return Tools(tuple(given), tuple(names), style, parallel, _grammar(offered, style, parallel and not only), must)
+    offered = {at: f for at, f in functions.items() if not only or f["name"] == only}
+    bound = _bind(offered, style, parallel and not only) if must or bind else UNBOUND
+    rendered = tuple({"type": "function", "function": f} for f in functions.values())
+    return Tools(rendered, tuple(names), style, parallel, bound, must, ignored, namespaces)
 
 
-def _function(tool: Any, at: str) -> Mapping[str, Any]:
+def offered_names(given: Sequence[Any]) -> dict[tuple[str, str], str]:
+    """(namespace, name in it) of a function -> the name under which it is offered.  Raises InvalidParam."""
+    return {inside: name for name, inside in _named(_functions(given, NAME_CHARS)[0])[1].items()}
+
+
+def _functions(given: Sequence[Any], name_chars: int) -> tuple[list[tuple[str, str, Mapping[str, Any]]], tuple[str, ...]]:
+    """(place, namespace and object of each function, names for the tools of other kinds)."""
+    found: list[tuple[str, str, Mapping[str, Any]]] = []
+    ignored: dict[str, None] = {}
+
+    def add(tool: Any, at: str, namespace: str) -> None:
+        check_object(at, tool)
+        kind = check_string(f"{at}.type", tool.get("type", "function"))
+        if kind == "function":
+            found.append((at, namespace, _function(tool, at, name_chars)))
+        elif kind == "namespace" and not namespace:
+            check = of_type(list, "an array of tools")
+            for i, inner in enumerate(check(f"{at}.tools", tool.get("tools"))):
+                add(inner, f"{at}.tools[{i}]", check_string(f"{at}.name", tool.get("name")))
+        else:
+            word = re.sub(r"\W", "_", kind, flags=re.ASCII)
+            ignored[f"tools.{word[:50]}"] = None
+
+    for i, tool in enumerate(given):
+        add(tool, f"tools[{i}]", "")
+    return found, tuple(ignored)
+
+
+def _function(tool: Any, at: str, name_chars: int) -> Mapping[str, Any]:
     function = function_of(tool, at)
-    name, parameters = function.get("name"), function.get("parameters")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidParam(f"{at}.function.name", f"{at}.function.name must be 1 to 64 letters, digits, underscores or dashes.")
+    name, parameters, strict = function.get("name"), function.get("parameters"), function.get("strict")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > name_chars:
+        text = f"{at}.function.name must be 1 to {name_chars} letters, digits, underscores, dots or dashes."
+        raise InvalidParam(f"{at}.function.name", text)
     if not isinstance(parameters, dict | None):
         raise wrong_type(f"{at}.function.parameters", "an object", parameters)
+    if not isinstance(strict, bool | None):
+        raise wrong_type(f"{at}.function.strict", "a boolean", strict)
     return function
+
+
+def _named(
+    found: Sequence[tuple[str, str, Mapping[str, Any]]],
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, tuple[str, str]]]:
+    """(the functions by place, each with a name of its own; the namespaces of those that have one)."""
+    counts = Counter(function["name"] for _, _, function in found)
+    functions: dict[str, Mapping[str, Any]] = {}
+    namespaces: dict[str, tuple[str, str]] = {}
+    for at, namespace, function in found:
+        own = name = function["name"]
+        if namespace:
+            if counts[own] > 1:  # alone, the name would not say which is meant
+                name = re.sub(r"[^A-Za-z0-9_.-]", "_", namespace) + "__" + own
+            namespaces[name] = (namespace, own)
+        functions[at] = {**function, "name": name}
+    if len({f["name"] for f in functions.values()}) < len(functions):
+        raise InvalidParam("tools", "tools holds two functions of one name.")
+    return functions, namespaces
 
 
 def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
@@ -102,33 +171,51 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
     return True, name
 
 
-# ---------------- forced calls
-def _grammar(functions: Sequence[Mapping[str, Any]], style: str, parallel: bool) -> str:
+# ---------------- calls
+def _bind(functions: Mapping[str, Mapping[str, Any]], style: str, parallel: bool) -> Constraint:
+    """The grammar of calls.  The schema of each function's parameters is a grammar of its own, with its own references."""
     written = FORMATS[style]
     head, tail = map(_quote, written.brackets)
     more = f"({_quote(written.separator)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
     start = " ".join(part for part in (head, "call", more, tail) if part)
     call = f"{_quote(written.opening + chr(10))} one {_quote(chr(10) + written.closing)}" if written.closing else "one"
-    one = " | ".join(f"@tool{i}" for i in range(len(functions)))
-    calls = [{"name": f"tool{i}", "json_schema": _call_schema(f, written.arguments)} for i, f in enumerate(functions)]
-    lark = f"start: {start}\ncall: {call}\none: {one}"
-    return json.dumps({"grammars": [{"lark_grammar": lark}, *calls]}, ensure_ascii=False, separators=(",", ":"))
+    one = " | ".join(f"tool{i}" for i in range(len(functions)))
+    rules = [f"start: {start}", f"call: {call}", f"one: {one}"]
+    schemas, relaxed = [], dict[str, None]()
+    for i, (at, f) in enumerate(functions.items()):
+        parameters, strict = f.get("parameters") or {}, bool(f.get("strict"))
+        schema, loose = portable(parameters, f"{at}.function.parameters", strict=strict, kind="object")
+        # Cut as the grammar of JSON is: where an answer may also be other JSON, both read the same pieces.
+        opening = ("{", '"name"', ": ", f'"{f["name"]}"', ", ", f'"{written.arguments}"', ": ")
+        rules.append(f"tool{i}: {' '.join(map(_quote, opening))} @arguments{i} {_quote('}')}")
+        schemas.append({"name": f"arguments{i}", "json_schema": styled(schema)})
+        relaxed |= dict.fromkeys(loose)
+    text = json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *schemas]}, ensure_ascii=False, separators=(",", ":"))
+    return Constraint(text, "tools", tuple(relaxed))
 
 
 def _quote(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-def _call_schema(function: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The schema of {"name": ..., key: {...}}.  Definitions move to the top level, where references look for them."""
-    parameters = dict(function.get("parameters") or {"type": "object"})
-    parameters.setdefault("type", "object")
-    moved = {name: parameters.pop(name) for name in ("$defs", "definitions") if name in parameters}
-    schema = {
-        **moved,
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, key: parameters},
-        "required": ["name", key],
-        "additionalProperties": False,
-    }
-    return grammar.styled(schema)
+# ---------------- results
+def results_in_words(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """(a chat whose tools' results are text: `[image]` stands for an image, words for what is left out of the prompt)."""
+    messages, left_out = body.get("messages"), dict[str, None]()
+    if not isinstance(messages, list):
+        return body, ()
+
+    def word(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in _SHOWN:
+            return part
+        left_out[f"messages.{_SHOWN[kind]}"] = None
+        return {"type": "text", "text": f"[{_SHOWN[kind]}]"}
+
+    rendered = [
+        {**m, "content": list(map(word, m["content"]))}
+        if isinstance(m, dict) and m.get("role") in ("tool", "function") and isinstance(m.get("content"), list)
+        else m
+        for m in messages
+    ]
+    return ({**body, "messages": rendered} if left_out else body), tuple(left_out)

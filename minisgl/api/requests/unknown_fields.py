@@ -24,3 +24,8 @@ def ignored_header(config: Config, names: Sequence[str]) -> dict[str, str]:
     check_unknown(config, names)
     plain = [n for n in names if len(n) <= 64 and n.isascii() and n.replace(".", "_").isidentifier()]
     return {"X-Ignored-Params": ",".join(plain[:_MAX_IGNORED])} if plain else {}
+
+
+def approximated_header(relaxed: Sequence[str]) -> dict[str, str]:
+    """The X-Approximated-Schema header: the keywords of JSON schemas that the answer may not keep to."""
+    return {"X-Approximated-Schema": ", ".join(relaxed)} if relaxed else {}
