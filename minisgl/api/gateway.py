@@ -180,7 +180,8 @@ class Gateway(Actor):
         n, context, requested = len(ids), self.config.max_context, entry.params.max_tokens
         if n == 0:
             raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
-        if n + (requested or 1) > context:  # even max_tokens=0 draws a token
+        drawn = 0 if requested == 0 or entry.options.pooling else requested or 1  # a token that is dropped needs no place
+        if n + drawn > context:
             parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
             raise context_overflow(entry.source, context, n + (requested or 0), parts)
         entry.ids = ids
