@@ -219,11 +219,11 @@ def test_items_become_the_messages_of_a_chat() -> None:
 
     prompt, _ = play(scene).opened[0]
     assert isinstance(prompt, ChatPrompt)
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}, "id": "c1"}
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}, "id": "c1"}
     assert json.loads(prompt.payload)["messages"] == [
         {"role": "system", "content": "d"},
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "7", "tool_call_id": "c1"},
         {"role": "assistant", "content": "b"},
     ]
@@ -391,10 +391,10 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
 
     prompt, _ = play(scene).opened[0]
     assert isinstance(prompt, ChatPrompt)
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}, "id": "t1"}
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}, "id": "t1"}
     assert json.loads(prompt.payload)["messages"] == [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "tool_calls": [call]},
+        {"role": "assistant", "content": "b", "tool_calls": [call], "reasoning_content": "hm"},
         {"role": "tool", "content": "7", "tool_call_id": "t1"},
         {"role": "user", "content": "c"},
     ]
@@ -406,7 +406,7 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
         ({"messages": None}, 400, "invalid_request_error", "messages"),
         ({"messages": []}, 400, "invalid_request_error", "messages"),
-        ({"messages": [*USER, {"role": "assistant", "content": "I"}]}, 400, "invalid_request_error", "last message"),
+        ({"messages": [*USER, {"role": "assistant", "content": ""}]}, 400, "invalid_request_error", "last message"),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "invalid_request_error", "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "text parts"),
         ({"system": 5}, 400, "invalid_request_error", "system"),

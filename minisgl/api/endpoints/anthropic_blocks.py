@@ -117,4 +117,5 @@ def _arguments(text: str) -> dict[str, Any]:
 def error_body(error: RequestError) -> Fields:
     """Anthropic's error object."""
     kind = _ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    details = {} if error.details is None else {"details": error.details}
+    return {"type": "error", "error": {"type": kind, "message": error.message, **details}}

@@ -10,20 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, text_of, unused
+from minisgl.api.endpoints.as_chat import SHARED, functions, passed, places, renamed, text_of, unused
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
-from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
+from minisgl.api.requests.openai import EXTENSIONS, HARMLESS, ChatRequest, parse_chat
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_SHOWN = "reasoning.encrypted_content"  # there is none to include
+_KEY = "reasoning_content"  # of a message of a chat
+_THOUGHT = {"role", _KEY, "at"}  # the keys of one that is a thought alone
 _NAMES = {  # fields of a chat -> their names here
     r"response_format(\.json_schema)?": "text.format",
     r"(tools\[\d+\])\.function": r"\1",
     r"max_tokens": "max_output_tokens",
+    r"messages$": "input",
     r"reasoning_effort": "reasoning.effort",
 }
 
@@ -38,22 +41,28 @@ def _check_include(name: str, value: list[Any]) -> list[str]:
 def _check_input(name: str, value: Any) -> list[dict[str, Any]]:
     """A text, or items, each of which is a message or belongs to a tool call -> the messages of a chat."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return [{"role": "user", "content": value, "at": name}]
     if not isinstance(value, list):
         raise fields.wrong_type(name, "a string or an array of items", value)
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to answer.")
     out: list[dict[str, Any]] = []
     for i, item in enumerate(value):
-        for message in _item(item, f"{name}[{i}]"):
-            if "tool_calls" in message and out and out[-1]["role"] == "assistant":  # a call belongs to the text before it
-                out[-1] = {**out[-1], "tool_calls": out[-1].get("tool_calls", []) + message["tool_calls"]}
+        at = f"{name}[{i}]"
+        for message in _item(item, at):
+            last = out[-1] if out and out[-1]["role"] == message["role"] == "assistant" else {}
+            if last.keys() == _THOUGHT:  # what follows a thought belongs to it
+                thoughts = [m[_KEY] for m in (last, message) if m.get(_KEY)]
+                out[-1] = {**message, _KEY: "\n".join(thoughts), "at": at}
+            elif last and "tool_calls" in message:  # a call belongs to the text before it
+                out[-1] = {**last, "tool_calls": last.get("tool_calls", []) + message["tool_calls"]}
             else:
-                out.append(message)
+                out.append({**message, "at": at})
     return out
 
 
 def _item(item: Any, at: str) -> list[dict[str, Any]]:
+    """The message that an item is or belongs to, if any."""
     fields.check_object(at, item)
     kind = item.get("type", "message")
     if kind == "message":
@@ -63,13 +72,15 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
         return [{"role": item["role"], "content": text}]
     if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        calls = [{"id": item.get("call_id"), "type": "function", "function": function}]
+        calls = [{"id": item.get("call_id"), "type": "function", "function": function, "at": at}]
         return [{"role": "assistant", "content": None, "tool_calls": calls}]
     if kind == "function_call_output":
         text = text_of(item.get("output"), f"{at}.output", ("input_text", "output_text", "text"))
         return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": text}]
-    if kind == "reasoning":  # earlier thoughts are not part of the prompt
-        return []
+    if kind == "reasoning":
+        content = item.get("content") or item.get("summary") or []
+        thought = text_of(content, f"{at}.content", ("reasoning_text", "summary_text", "text"))
+        return [{"role": "assistant", _KEY: thought}] if thought else []  # an encrypted one cannot be read
     raise InvalidParam(f"{at}.type", "items may be messages, function calls and their outputs.", "unsupported_value")
 
 
@@ -88,9 +99,12 @@ RESPONSE = Fields(
     refused("prompt"),
     refused("truncation", "disabled"),
     refused("context_management", []),
-    replace(fields.boolean("store", "reported as ignored if it is true"), support=Support.HARMLESS),
-    *harmless("max_tool_calls", "stream_options", "client_metadata", "prompt_cache_options"),
+    refused("moderation"),
+    *harmless("max_tool_calls", "stream_options", "client_metadata"),
+    *harmless("access_programs", "background_options", "image"),  # of what is refused itself
+    *EXTENSIONS,
     *without(HARMLESS, "store"),
+    replace(fields.boolean("store", ""), support=Support.HARMLESS),
 )
 
 
@@ -113,7 +127,7 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
     instructions, limit = values.get("instructions"), values.get("max_output_tokens")
     text, reasoning, tools = values.get("text", {}), values.get("reasoning", {}), values.get("tools", [])
     chat: dict[str, Any] = passed(body)
-    chat["messages"] = [{"role": "system", "content": instructions}] if instructions else []
+    chat["messages"] = [{"role": "system", "content": instructions, "at": "instructions"}] if instructions else []
     chat["messages"] += values["input"]
     chat["max_tokens"] = limit
     if text.get("format") is not None:
@@ -121,13 +135,12 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
     chat["logprobs"] = _LOGPROBS in values.get("include", ())
     chat["reasoning_effort"] = reasoning.get("effort")
     chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(values.get("tool_choice"))
-    with renamed(_NAMES):
+    with renamed({**places(chat["messages"], "call_id"), **_NAMES}):
         parsed = parse_chat(config, chat)
     if parsed.bound_by == "response_format":
         parsed = replace(parsed, bound_by="text.format")
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
-    unknown += ("store",) if values.get("store") else ()
     echoed = {
         "instructions": instructions,
         "max_output_tokens": limit,

@@ -22,7 +22,7 @@ from minisgl.errors import InvalidParam
 
 
 class Checked(Protocol):
-    """A checked request.  `ignored`: the names of its unknown fields.  `stream`: whether it asks for a stream."""
+    """A checked request.  `ignored`: the names of its fields without effect.  `stream`: whether it asks for a stream."""
 
     @property
     def ignored(self) -> tuple[str, ...]: ...
@@ -57,7 +57,7 @@ class Endpoint(Generic[R]):
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
         request = self.parse(engine.config, body)
-        check_unknown(engine.config, request.ignored)
+        check_unknown(engine.config, self.fields, request.ignored)
         if request.stream:
             raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
         return await self.answer(engine, request)

@@ -109,7 +109,7 @@ class _Routes:
         """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path]
         parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
-        headers = ignored_header(self._config, parsed.ignored)
+        headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(self._engine, parsed), headers)
         answer = await endpoint.answer(self._engine, parsed)

@@ -14,7 +14,7 @@ from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import PLAIN, Form
 from minisgl.api.parsers.tool_calls import FORMATS
 from minisgl.api.requests import fields, sampling, structured_output, tools
-from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
+from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
 from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
@@ -25,7 +25,8 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # in one completion request
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of reasoning
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of reasoning
+_VERBOSITIES = ("low", "medium", "high")
 _USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
 
@@ -37,8 +38,41 @@ _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 TEXTS: Schema = {"oneOf": [*TEXT_OR_TEXTS["oneOf"], _TOKENS, {"type": "array", "items": _TOKENS}]}  # see text_prompts
 HARMLESS = fields.harmless(
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     "prediction",  # makes an answer faster elsewhere, never different
+)
+# What vLLM, SGLang and llama.cpp know beyond the dialects and would change the answer, with the values that ask for nothing.
+EXTENSIONS = tuple(
+    refused(name, *neutral)
+    for name, neutral in {
+        "length_penalty": (1,),
+        "use_beam_search": (False,),
+        "prompt_logprobs": (),
+        "allowed_token_ids": ([],),
+        "logits_processors": ([],),
+        "custom_logit_processor": ("",),
+        "logprob_token_ids": ([],),
+        "repetition_detection": (),
+        "thinking_token_budget": (),
+        "stop_regex": ([], ""),
+        "lora_path": (),
+        "lora_request": (),
+        "prompt_embeds": (),
+        "input_embeds": (),
+        "image_data": ([],),
+        "session_params": (),
+        "bad_words": ([],),
+        "include_stop_str_in_output": (False,),
+        "truncate_prompt_tokens": (),
+        "kv_transfer_params": (),
+        "separate_reasoning": (True,),
+        "repeat_penalty": (1,),
+        "typical_p": (1,),
+        "mirostat": (0,),
+        "dry_multiplier": (0,),
+        "xtc_probability": (0,),
+    }.items()
 )
 _COMMON = (
     MODEL,
@@ -51,17 +85,11 @@ _COMMON = (
         "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
     ),
     *OPTIONS,
-    refused("length_penalty", 1),
-    refused("use_beam_search", False),
-    refused("bad_words", []),
-    refused("include_stop_str_in_output", False),
-    refused("prompt_logprobs"),
-    refused("truncate_prompt_tokens"),
+    *EXTENSIONS,
     *HARMLESS,
 )
 CHAT = Fields(
     fields.required(MESSAGES),
-    TEMPLATE_KWARGS,
     *sampling.length(1),
     *sampling.CHAT_LOGPROBS,
     *tools.FIELDS,
@@ -71,12 +99,11 @@ CHAT = Fields(
     refused("function_call", "none", "auto"),
     refused("modalities", ["text"], []),
     refused("audio"),
-    refused("verbosity", "medium"),
+    refused("moderation"),
+    fields.string("verbosity", "Reported as ignored unless it is medium: no model here has degrees.", *_VERBOSITIES),
     refused("web_search_options"),
-    refused("chat_template"),  # templates come with the model, never from a request
+    *RENDERING,
     refused("documents", []),
-    refused("add_generation_prompt", True),
-    refused("continue_final_message", False),
     refused("add_special_tokens", False),
     *_COMMON,
 )
@@ -104,7 +131,8 @@ class Usage:
 class GenerationRequest:
     """The part that all requests for text have in common.
 
-    `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of unknown fields.
+    `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of fields without
+    effect.
     `bound_by`: the field that prescribes params.grammar.  `form`: how an answer is parsed.
     """
 
@@ -138,7 +166,7 @@ def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
     values, unknown = CHAT.read(body)
     model = served_model(config, values)
     usage, unknown_options = _usage(values)
-    reasoning_style = config.server.reasoning_parser
+    reasoning_style = "" if values.get("continue_final_message") else config.server.reasoning_parser
     unheeded = _apply_effort(values, reasoning_style)
     offered = tools.read(values, config.server.tool_call_parser)
     bound = _chat_constraint(constraint(values), offered)
@@ -150,13 +178,13 @@ def parse_chat(config: Config, body: Mapping[str, Any]) -> ChatRequest:
         params = replace(params, skip_special_tokens=False)
     return ChatRequest(
         model=model,
-        prompts=(chat_prompt(values, offered.given),),
+        prompts=(chat_prompt(config, values, offered.given),),
         n=sampling.choices(values),
         params=params,
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
-        ignored=unknown + unknown_options + unheeded,
+        ignored=unknown + unknown_options + unheeded + _without_degrees(values),
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
     )
@@ -173,6 +201,11 @@ def _apply_effort(values: dict[str, Any], reasoning_style: str) -> tuple[str, ..
         values["chat_template_kwargs"] = {**switches, **values.get("chat_template_kwargs", {})}
         return ()
     return ("reasoning_effort",) if effort not in (None, "none") else ()
+
+
+def _without_degrees(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """`verbosity` as ignored, if it asks for anything."""
+    return ("verbosity",) if values.get("verbosity", "medium") != "medium" else ()
 
 
 def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
