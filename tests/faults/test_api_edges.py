@@ -1,9 +1,8 @@
-"""The edges of the API: the last token of the context, values at the end of their range, paths and bodies as clients write them."""
+"""The edges of the API: the last token of the context, values at the end of their range, paths as clients write them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -46,26 +46,34 @@ class Forms:
 def forms_of(render: Render, source: str) -> Forms:
     """Ask a template.  `source`: its text."""
 
-    def shows(messages: Sequence[Message], *marks: str, generate: bool = True) -> bool | None:
-        """Whether all marks are in the text; None if the template raises an error."""
+    def length(messages: Sequence[Message], *marks: str, generate: bool = True) -> int:
+        """The length of the text; -1 if the template raises an error, 0 if a mark is missing."""
         try:
             text = render(messages, generate)
         except Exception:
-            return None
-        return all(mark in text for mark in marks) and "'Mkey'" not in text  # Python's notation is nobody's
+            return -1
+        right = all(mark in text for mark in marks) and "'Mkey'" not in text  # Python's notation is nobody's
+        return len(text) if right else 0
+
+    def shows(messages: Sequence[Message], *marks: str, generate: bool = True) -> bool:
+        return length(messages, *marks, generate=generate) > 0
 
     def history(forms: Forms, arguments: str = _ARGUMENTS, **more: Any) -> list[Message]:
         call = {"id": "Mcall0001", "type": "function", "function": {"name": "Mtool", "arguments": arguments}}
         return arranged([_USER, {"role": "assistant", "content": None, "tool_calls": [call], **more}, _RESULT], forms)
 
     found = Forms(thought=None)
-    ways = (replace(found, objects=objects, empty=empty) for objects in (True, False) for empty in ("", None))
-    marks = {True: ("Mtool", "Mkey", "Mvalue"), False: ("Mtool", _ARGUMENTS)}
-    found = next((f for f in ways if shows(history(f), *marks[f.objects])), replace(found, calls=False))
+    ways: list[tuple[int, Forms]] = []
+    for objects, marks in ((True, ("Mkey", "Mvalue")), (False, (_ARGUMENTS,))):
+        if not ways:
+            both = [replace(found, objects=objects, empty=empty) for empty in ("", None)]
+            ways = [(n, f) for f in both if (n := length(history(f), *marks)) > 0]
+    # The shorter text has neither an empty turn for "" nor the word None.
+    found = min(ways, key=lambda way: way[0])[1] if ways else replace(found, calls=False)
     if found.calls:
-        found = replace(found, text=not found.objects or bool(shows(history(found, "Mtext {"), "Mtext {")))
-        together, apart = (shows(history(replace(found, apart=a), content="Msaid"), "Msaid", "Mtool") for a in (False, True))
-        found = replace(found, apart=bool(apart and not together))
+        found = replace(found, text=not found.objects or shows(history(found, "Mtext {"), "Mtext {"))
+        together, apart = (shows(history(replace(found, apart=a), content="Msaid"), "Msaid", "Mkey") for a in (False, True))
+        found = replace(found, apart=apart and not together)
     thoughts = {name: f"M{name}" for name in THOUGHTS}
     known = [
         name
@@ -75,8 +83,8 @@ def forms_of(render: Render, source: str) -> Forms:
     ]
     found = replace(found, thought=known[0] if known else "" if "</think>" in source else None)
     roles = {"system": [{"role": "system", "content": "Msystem"}, _USER], "tool": history(found)}
-    seen = {role: shows(messages, messages[0 if role == "system" else -1]["content"]) for role, messages in roles.items()}
-    silent, refused = (tuple(role for role, seen_ in seen.items() if seen_ is how) for how in (False, None))
+    seen = {role: length(messages, messages[0 if role == "system" else -1]["content"]) for role, messages in roles.items()}
+    silent, refused = (tuple(role for role, n in seen.items() if n == fault) for fault in (0, -1))
     return replace(found, silent=silent, refused=refused)
 
 
