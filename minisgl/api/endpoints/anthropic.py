@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, places, renamed, text_of, unused
+from minisgl.api.endpoints.as_chat import SHARED, counting, functions, passed, places, renamed, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
-from minisgl.api.engine import ChatPrompt, Engine
+from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without
@@ -69,11 +69,7 @@ MESSAGE = Fields(
     *HARMLESS,
 )
 _COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs", "chat_template")
-_CHECKED = {f.name for f in MESSAGE if f.name in _COUNTED or (f.support is Support.REFUSED and f.name != "compaction")}
-COUNT = Fields(
-    *(f for f in MESSAGE if f.name in _CHECKED),
-    *harmless(*(f.name for f in MESSAGE if f.name not in _CHECKED)),
-)
+COUNT = counting(MESSAGE, _COUNTED, taken=("compaction",))
 _NAMES = {  # fields of a chat -> their names here
     r"stop$": "stop_sequences",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
@@ -183,7 +179,7 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     return out
 
 
-def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
+def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Prompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
     chat, ignored = _chat(config, body, values)
@@ -191,11 +187,9 @@ def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Cha
         [prompt] = parse_chat(
             config, {name: chat[name] for name in (*_COUNTED, "continue_final_message") if name in chat}
         ).prompts
-    if not isinstance(prompt, ChatPrompt):
-        raise TypeError("a chat has a ChatPrompt")
     return TokenizerRequest(prompt, unknown + ignored)
 
 
-async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:
+async def count_tokens(engine: Engine, request: TokenizerRequest[Prompt]) -> dict[str, Any]:
     """The length of the prompt in tokens.  Raises RequestError."""
     return {"input_tokens": len(await ids_of(engine, request.value))}

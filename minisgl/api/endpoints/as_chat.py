@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.requests.fields import Field, Support, check_object, check_string, without, wrong_type
+from minisgl.api.requests.fields import Field, Fields, Support, check_object, check_string, harmless, without, wrong_type
 from minisgl.api.requests.openai import CHAT
 from minisgl.errors import InvalidParam
 
@@ -80,6 +80,14 @@ def places(messages: Sequence[Mapping[str, Any]], call_id: str) -> Names:
         r"messages\[(\d+)\]\.tool_call_id": lambda m: f"{message(m)}.{call_id}",
         r"messages\[(\d+)\]": message,
     }
+
+
+def counting(fields: Fields, counted: Sequence[str], *more: Field, taken: Sequence[str] = ()) -> Fields:
+    """The fields of an endpoint that counts the tokens of a prompt: those in `counted` as they are, `more`, and the others
+    without effect, unless they are refused.  `taken`: refused fields that are not refused here."""
+    checked = {f.name for f in fields if f.name in counted or (f.support is Support.REFUSED and f.name not in taken)}
+    others = harmless(*(f.name for f in fields if f.name not in checked))
+    return Fields(*(f for f in fields if f.name in checked), *more, *others)
 
 
 @contextmanager

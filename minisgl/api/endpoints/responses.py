@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, places, renamed, text_of, unused
+from minisgl.api.endpoints.as_chat import SHARED, counting, functions, passed, places, renamed, text_of, unused
+from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
+from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
@@ -106,6 +108,8 @@ RESPONSE = Fields(
     *without(HARMLESS, "store"),
     replace(fields.boolean("store", ""), support=Support.HARMLESS),
 )
+_COUNTED = ("model", "input", "instructions", "tools", "tool_choice", "reasoning", "chat_template_kwargs", "chat_template")
+INPUT_TOKENS = counting(RESPONSE, _COUNTED, refused("personality"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,18 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
         "parallel_tool_calls": values.get("parallel_tool_calls", True),
     }
     return ResponsesRequest(parsed, echoed, unknown)
+
+
+def parse_input_tokens(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Prompt]:
+    """Check the body of POST /v1/responses/input_tokens.  Raises RequestError: 400, or 404 for the model."""
+    _, ignored = INPUT_TOKENS.read(body)
+    request = parse_responses(config, {name: body[name] for name in _COUNTED if name in body})
+    return TokenizerRequest(request.chat.prompts[0], ignored + request.ignored)
+
+
+async def input_tokens(engine: Engine, request: TokenizerRequest[Prompt]) -> dict[str, Any]:
+    """The length of the prompt in tokens.  Raises RequestError."""
+    return {"object": "response.input_tokens", "input_tokens": len(await ids_of(engine, request.value))}
 
 
 def _format(given: Any) -> Any:

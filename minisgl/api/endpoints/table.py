@@ -85,6 +85,9 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     "/v1/responses": _generating(
         "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
     ),
+    "/v1/responses/input_tokens": Endpoint(
+        "How long a prompt would be.", responses.INPUT_TOKENS, responses.parse_input_tokens, responses.input_tokens
+    ),
     "/v1/messages": _generating("Answer, in Anthropic's shape.", anthropic.MESSAGE, anthropic.parse_messages, Message),
     "/v1/messages/count_tokens": Endpoint(
         "How long a prompt would be.", anthropic.COUNT, anthropic.parse_count, anthropic.count_tokens

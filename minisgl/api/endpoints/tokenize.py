@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
+from minisgl.api.engine import ChatPrompt, Engine, Prompt, TextPrompt, TokenPrompt
 from minisgl.api.requests import tools
 from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
@@ -91,8 +91,10 @@ async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, 
     return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
 
 
-async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+async def ids_of(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
+    if isinstance(prompt, TokenPrompt):
+        return prompt.ids
     return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
 
 
