@@ -91,7 +91,7 @@ class _Routes:
         config = self._config
         for path in ENDPOINTS:
             router.add_post(path, self.post)
-        router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
+        router.add_route("*", r"/v1/responses/{response_id:(?!input_tokens$).+}", self.no_response)
         router.add_get("/v1/models", json_handler(lambda _: serving.list_models(config)))
         router.add_get(
             "/v1/models/{name:.+}", json_handler(lambda request: serving.retrieve_model(config, request.match_info["name"]))
