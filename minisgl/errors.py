@@ -39,7 +39,6 @@ class RequestError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after  # seconds, sent as the Retry-After header
-        self.details: dict[str, Any] | None = None  # for programs; Anthropic's error body has them
 
     @property
     def kind(self) -> str:

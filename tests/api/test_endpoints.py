@@ -589,7 +589,7 @@ def test_what_any_endpoint_refuses_is_refused_in_its_shape(path: str) -> None:
         assert (got, headers["Allow"]) == (405, "POST")
         got, headers, raw = await ask(http, path + "x", {})
         assert got == 404
-        assert path in told(path, got, headers, raw)
+        assert path.rpartition("/")[2] in told(path, got, headers, raw)
         assert (await ask(http, path, ALL[path], headers={"x-request-id": "mine-1"}))[1]["x-request-id"] == "mine-1"
 
     play(scene, VectorEngine if path == "/v1/embeddings" else FakeEngine)

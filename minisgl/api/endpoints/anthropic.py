@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from minisgl.api.endpoints.anthropic_blocks import ThreadError
 from minisgl.api.endpoints.as_chat import SHARED, counting, functions, passed, places, renamed, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import Engine, Prompt
@@ -40,10 +41,7 @@ _NO_SUMMARY = "compaction is not supported by this server: it does not summarize
 
 
 def _refuse_thread(name: str, value: Any) -> Any:
-    """The SDKs send the newest message alone once a thread is taken; from these details they learn to send all of them."""
-    error = InvalidParam(name, _NO_THREAD, "unsupported_parameter")
-    error.details = {"error_code": "thread_unsupported_request", "unsupported": [name]}
-    raise error
+    raise ThreadError(name, _NO_THREAD, "unsupported_parameter")
 
 
 _SHARED = without(SHARED, "stop", "top_logprobs", "tool_choice")
