@@ -96,7 +96,8 @@ class Gateway(Actor):
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
-        self._questions: dict[int, Callable[[Any], None]] = {}  # callbacks of `tokenize` and `detokenize`, by uid
+        # Of `tokenize` and `detokenize`, by uid: the callback, and the request field that is asked about.
+        self._questions: dict[int, tuple[Callable[[Any], None], str]] = {}
         self._backlog: deque[Entry] = deque()  # tokenized requests that wait for room in the ring
         self._last_uid = 0
         self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
@@ -116,7 +117,7 @@ class Gateway(Actor):
         self._last_uid += 1
         entry = Entry(self._last_uid, params, options, on_chunk, _source(prompt, options))
         if isinstance(prompt, TokenPrompt):
-            ids = self._check_ids(prompt.ids, "prompt")
+            ids = self._check_ids(prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
             try:
                 self._start(entry, ids)
@@ -131,8 +132,9 @@ class Gateway(Actor):
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
         self._check_open()
         self._last_uid += 1
-        self._tokenizers.send(self._last_uid, prompt, _source(prompt, DEFAULT_OPTIONS))
-        self._questions[self._last_uid] = on_ids
+        source = _source(prompt, DEFAULT_OPTIONS)
+        self._tokenizers.send(self._last_uid, prompt, source)
+        self._questions[self._last_uid] = on_ids, source
         return self._last_uid
 
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
@@ -140,7 +142,7 @@ class Gateway(Actor):
         checked = self._check_ids(ids, "tokens")
         self._last_uid += 1
         self._tokenizers.send_ids(self._last_uid, checked, skip_special)
-        self._questions[self._last_uid] = on_text
+        self._questions[self._last_uid] = on_text, "tokens"
         return self._last_uid
 
     def close(self, uid: int) -> None:
@@ -221,8 +223,8 @@ class Gateway(Actor):
     @on(Tokenized)
     def tokenized(self, m: Tokenized) -> None:
         ids = self._tokenizers.take(m.uid)
-        if (on_ids := self._questions.pop(m.uid, None)) is not None:
-            on_ids(tuple(ids.tolist()))
+        if (question := self._questions.pop(m.uid, None)) is not None:
+            question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
             try:
                 self._start(entry, ids)
@@ -231,8 +233,8 @@ class Gateway(Actor):
 
     @on(Detokenized)
     def detokenized(self, m: Detokenized) -> None:
-        if (on_text := self._questions.pop(m.uid, None)) is not None:
-            on_text(m.text)
+        if (question := self._questions.pop(m.uid, None)) is not None:
+            question[0](m.text)
 
     @on(TokenizerInfo)
     def keep_tokenizer_info(self, m: TokenizerInfo) -> None:
@@ -304,10 +306,15 @@ class Gateway(Actor):
     @on(Rejected)
     def rejected(self, m: Rejected) -> None:
         self._tokenizers.drop(m.uid)
-        error = RequestError(m.text, status=m.status, param=m.param, code=m.code, retry_after=m.retry_after)
-        if (on_answer := self._questions.pop(m.uid, None)) is not None:
-            on_answer(error)
-        elif (entry := self._ledger.get(m.uid)) is not None:
+        question, entry = self._questions.pop(m.uid, None), self._ledger.get(m.uid)
+        source = question[1] if question is not None else entry.source if entry is not None else ""
+        text, param = m.text, m.param
+        if source and param in ("messages", "prompt"):  # all that the other actors know of the prompt's field
+            text, param = text.replace(f" the {param}", f" the {source}"), source
+        error = RequestError(text, status=m.status, param=param, code=m.code, retry_after=m.retry_after)
+        if question is not None:
+            question[0](error)
+        elif entry is not None:
             self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
@@ -372,7 +379,7 @@ class Gateway(Actor):
         for entry in list(self._ledger.values()):
             self._fail(entry, error)
         questions, self._questions = self._questions, {}
-        for on_answer in questions.values():
+        for on_answer, _ in questions.values():
             on_answer(error)
 
 
@@ -383,7 +390,8 @@ def _finite(logprob: float) -> float:
 
 def _source(prompt: Prompt, options: RequestOptions) -> str:
     """The request field that holds the prompt, for error messages."""
-    return "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    usual = "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    return prompt.source or usual
 
 
 def _failure(entry: Entry, end: Finish) -> RequestError | None:

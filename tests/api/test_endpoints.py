@@ -649,7 +649,7 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
         odd = ({"Authorization": "Bearer k\xe9"}, {"x-api-key": KEY[:-1]}, {"Authorization": f"Bearer {KEY.upper()}"})
         app = build_app(engine)
         routes = {r.resource.canonical for r in app.router.routes() if r.resource is not None}
-        guarded = sorted(routes - {"/health", "/ready", "/metrics"})
+        guarded = sorted(routes - {"/health", "/ready", "/ping", "/metrics"})
         assert len(guarded) > 20
         for headers in (*wrong, *odd):
             for path in ("/v1/models", "/nothing", "/health/", "//health", "/v1/models?x=/health", "/health%2f..%2fv1/models"):
@@ -659,7 +659,7 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
         for path in guarded:
             assert (await get(http, re.sub(r"{.*?}", "x", path)))[0] == 401, path
             assert (await ask(http, re.sub(r"{.*?}", "x", path), {}))[0] == 401, path
-        for path in ("/health", "/ready", "/metrics"):
+        for path in ("/health", "/ready", "/ping", "/metrics"):
             assert (await get(http, path))[0] == 200
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"}, {"x-api-key": "z" * 20}):
             assert (await get(http, "/v1/models", headers=headers))[0] == 200
@@ -802,6 +802,7 @@ OTHERWISE: dict[tuple[str, str], Any] = {  # fields that exclude each other
     ("/generate", "input_ids"): {"stream": False},
     ("/tokenize", "messages"): {"model": "oracle"},
     ("/tokenize", "chat_template_kwargs"): {"messages": USER},
+    ("/v1/embeddings", "messages"): {"model": "oracle"},
 }
 EXTRA: dict[str, Any] = {"top_logprobs": {"logprobs": True}, "top_logprobs_num": {"return_logprob": True}}
 

@@ -15,7 +15,7 @@ from minisgl.errors import InvalidParam
 SHARED = without(
     CHAT.having(Support.SUPPORTED),
     *("messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs", "response_format"),
-    *("reasoning_effort", "verbosity"),
+    *("reasoning_effort", "verbosity", "return_cached_tokens_details"),
 )
 
 

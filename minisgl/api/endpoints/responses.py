@@ -141,8 +141,8 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
     chat["tools"], chat["tool_choice"] = functions(tools, ("function",), "parameters"), _tool_choice(values.get("tool_choice"))
     with renamed({**places(chat["messages"], "call_id"), **_NAMES}):
         parsed = parse_chat(config, chat)
-    if parsed.bound_by == "response_format":
-        parsed = replace(parsed, bound_by="text.format")
+    bound_by = "text.format" if parsed.bound_by == "response_format" else parsed.bound_by
+    parsed = replace(parsed, bound_by=bound_by, prompts=tuple(replace(p, source="input") for p in parsed.prompts))
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
     echoed = {
@@ -150,7 +150,7 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
         "max_output_tokens": limit,
         "metadata": values.get("metadata") or {},
         "temperature": parsed.params.temperature,
-        "top_p": parsed.params.top_p,
+        "top_p": values.get("top_p", parsed.params.top_p),
         "text": {"format": text.get("format") or {"type": "text"}},
         "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "tools": tools,

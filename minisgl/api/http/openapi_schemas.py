@@ -66,6 +66,9 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "post /v1/batches/{batch_id}/cancel": _BATCH,
     "get /health": _STATE,
     "get /ready": _STATE,
+    "get /ping": _STATE,
+    "post /ping": _STATE,
+    "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),
 }
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}

@@ -43,36 +43,39 @@ HARMLESS = fields.harmless(
     "prediction",  # makes an answer faster elsewhere, never different
 )
 # What vLLM, SGLang and llama.cpp know beyond the dialects and would change the answer, with the values that ask for nothing.
-EXTENSIONS = tuple(
-    refused(name, *neutral)
-    for name, neutral in {
-        "length_penalty": (1,),
-        "use_beam_search": (False,),
-        "prompt_logprobs": (),
-        "allowed_token_ids": ([],),
-        "logits_processors": ([],),
-        "custom_logit_processor": ("",),
-        "logprob_token_ids": ([],),
-        "repetition_detection": (),
-        "thinking_token_budget": (),
-        "stop_regex": ([], ""),
-        "lora_path": (),
-        "lora_request": (),
-        "prompt_embeds": (),
-        "input_embeds": (),
-        "image_data": ([],),
-        "session_params": (),
-        "bad_words": ([],),
-        "include_stop_str_in_output": (False,),
-        "truncate_prompt_tokens": (),
-        "kv_transfer_params": (),
-        "separate_reasoning": (True,),
-        "repeat_penalty": (1,),
-        "typical_p": (1,),
-        "mirostat": (0,),
-        "dry_multiplier": (0,),
-        "xtc_probability": (0,),
-    }.items()
+EXTENSIONS = (
+    refused("truncate_prompt_tokens", sentence="truncate_prompt_tokens is for /v1/embeddings: a prompt to go on is never cut."),
+    refused("bad_words", [], sentence="bad_words is not supported by this server; logit_bias forbids single tokens."),
+    *(
+        refused(name, *neutral)
+        for name, neutral in {
+            "length_penalty": (1,),
+            "use_beam_search": (False,),
+            "prompt_logprobs": (),
+            "allowed_token_ids": ([],),
+            "logits_processors": ([],),
+            "custom_logit_processor": ("",),
+            "logprob_token_ids": ([],),
+            "repetition_detection": (),
+            "thinking_token_budget": (),
+            "stop_regex": ([], ""),
+            "lora_path": (),
+            "lora_request": (),
+            "prompt_embeds": (),
+            "input_embeds": (),
+            "image_data": ([],),
+            "session_params": (),
+            "include_stop_str_in_output": (False,),
+            "no_stop_trim": (False,),
+            "kv_transfer_params": (),
+            "separate_reasoning": (True,),
+            "repeat_penalty": (1,),
+            "typical_p": (1,),
+            "mirostat": (0,),
+            "dry_multiplier": (0,),
+            "xtc_probability": (0,),
+        }.items()
+    ),
 )
 _COMMON = (
     MODEL,
@@ -84,6 +87,7 @@ _COMMON = (
         "stream_options",
         "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
     ),
+    fields.boolean("return_cached_tokens_details", "sglext.cached_tokens_details, as SGLang reports the prefix cache."),
     *OPTIONS,
     *EXTENSIONS,
     *HARMLESS,
@@ -121,10 +125,14 @@ COMPLETION = Fields(
 # ---------------- requests
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The token counts that a stream reports: the totals in a `last` event, the counts `so_far` in every event."""
+    """The token counts that an answer reports in addition.
+
+    In a stream, the totals in a `last` event, and the counts `so_far` in every event.  `cached`: SGLang's details of the cache.
+    """
 
     last: bool = False
     so_far: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,23 +279,31 @@ def _usage(values: Mapping[str, Any]) -> tuple[Usage, tuple[str, ...]]:
         if not isinstance(given.get(name), bool | None):
             raise wrong_type(f"stream_options.{name}", "a boolean", given[name])
     unknown = tuple(f"stream_options.{k}" for k, v in given.items() if k not in _USAGE and v is not None)
-    return Usage(*(bool(given.get(name)) for name in _USAGE)), unknown
+    last, so_far = (bool(given.get(name)) for name in _USAGE)
+    return Usage(last, so_far, values.get("return_cached_tokens_details", False)), unknown
 
 
-def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, ...]:
-    """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam."""
+def text_prompts(name: str, value: Any, *, add_special: bool, keep: int = 0) -> tuple[Prompt, ...]:
+    """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam.
+
+    `keep`: only so many tokens from the beginning of each, 0 for all.
+    """
+
+    def ids(value: list[Any]) -> Prompt:
+        return TokenPrompt(check_token_ids(name, value)[: keep or None], name)
+
     if isinstance(value, str):
-        return (TextPrompt(value, add_special),)
+        return (TextPrompt(value, add_special, keep, name),)
     if not isinstance(value, list):
         raise wrong_type(name, "a string, an array of strings, token ids or an array of token ids", value)
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(check_token_ids(name, value)),)
+        return (ids(value),)
     if len(value) > MAX_PROMPTS:
         raise InvalidParam(name, f"{name} holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
-        return tuple(TextPrompt(p, add_special) for p in value)
+        return tuple(TextPrompt(p, add_special, keep, name) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(check_token_ids(name, p)) for p in value)
+        return tuple(map(ids, value))
     raise InvalidParam(name, f"the {name}s of one request must be all strings or all arrays of token ids.", "invalid_type")

@@ -51,17 +51,25 @@ class Tokenizer:
         self._adds_bos = self.bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     # ---------------- text -> ids
-    def encode(self, text: str, add_special: bool, field: str = "prompt") -> I32:
+    def encode(self, text: str, add_special: bool, field: str = "prompt", keep: int = 0) -> I32:
         """i32[n].  The text of a special token becomes that token; `add_special` adds the tokenizer's own (BOS).
+
+        `keep`: only so many tokens (0: all), of which the tokenizer's own are the last to go.
 
         A text that begins with BOS is not given a second one.  Raises InvalidParam naming `field` when the
         text is not Unicode or needs a token that the model does not have.
         """
+        if keep:
+            own = self._backend.num_special_tokens_to_add(is_pair=False) if add_special else 0
+            self._backend.enable_truncation(max(keep, own))
         try:
             encoding = self._backend.encode(text, add_special_tokens=add_special)
         except TypeError as e:  # the library's error for half a surrogate pair
             raise InvalidParam(field, f"{field} holds a lone surrogate (half of a character), which is not text.") from e
-        ids = np.array(encoding.ids, np.int32)
+        finally:
+            if keep:
+                self._backend.no_truncation()
+        ids = np.array(encoding.ids[: keep or None], np.int32)
         if len(ids) and ids.max() >= self.vocab_size:
             token = self._backend.id_to_token(int(ids.max()))
             raise InvalidParam(field, f"{field} holds the token {token!r}, which this model has no embedding for.")
