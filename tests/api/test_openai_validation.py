@@ -262,7 +262,7 @@ def test_unknown_and_harmless_fields_are_reported() -> None:
         ("temperature", -0.1, "invalid_value"),
         ("temperature", 2.1, "invalid_value"),
         ("temperature", 10**400, "invalid_value"),
-        ("top_p", 0, "invalid_value"),
+        ("top_p", -1, "invalid_value"),
         ("top_p", 1.5, "invalid_value"),
         ("top_k", -2, "invalid_value"),
         ("top_k", 1 << 31, "invalid_value"),
