@@ -186,6 +186,37 @@ def test_a_thought_before_a_call_is_shown_with_it() -> None:
     assert "<assistant>I look.<analysis>Hm.<call weather>{}" in text
 
 
+def test_a_thought_in_the_content_does_not_hide_a_call() -> None:
+    for content in (None, "", "I look."):
+        text = rendered("r1", USER, call('{"a": 1}', content, reasoning="Hm."), RESULT)
+        assert text == rendered("r1", USER, call('{"a": 1}', content), RESULT).replace("<assistant>I", "<assistant>\n\nI")
+
+
+# ---------------- several system messages
+@pytest.mark.parametrize(
+    "template",
+    [
+        "chatml",
+        "{% for m in messages if m.role == 'system' %}{% if loop.last %}<system>{{ m.content }}{% endif %}{% endfor %}"
+        + "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
+        + "<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}"
+        + "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+    ],
+)
+def test_no_system_message_is_lost_or_refused(template: str) -> None:
+    system = [{"role": role, "content": f"{role}'s rule"} for role in ("system", "developer")]
+    for messages in (
+        [*system, USER],
+        [USER, system[1]],
+        [system[0], USER, {"role": "assistant", "content": "x"}, system[1], USER],
+    ):
+        text = rendered(template, *messages)
+        assert all(m["content"] in text for m in messages), text
+    assert rendered("chatml", USER, *system).index("How warm?") < rendered("chatml", USER, *system).index("system's rule")
+
+
 # ---------------- what a template cannot show is said
 @pytest.mark.parametrize(
     ("template", "messages", "words"),

@@ -20,6 +20,7 @@ MAX_DEPTH = 32  # of arguments as objects
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the names that templates have for the thought of a message
 _USER: Message = {"role": "user", "content": "Mquestion"}
 _RESULT: Message = {"role": "tool", "content": "Mresult", "name": "Mtool", "tool_call_id": "Mcall0001"}
+_SCENE = (("system", "first"), ("system", "later"), ("assistant", "said"))
 _ARGUMENTS = '{"Mkey": "Mvalue"}'
 
 
@@ -30,7 +31,8 @@ class Forms:
     `calls`: it shows calls; if not, they are written into the content.  `objects`: arguments are objects, not JSON text.
     `text`: arguments may be any text.  `empty`: the content of a message that only calls.  `apart`: text and calls of a message
     need a message each.  `thought`: the name of a message's thought, "" if it stands in the content in <think> tags, None if
-    there is no place for it.  `silent`: roles whose messages are left out; `refused`: roles that raise an error.
+    there is no place for it.  `one_system`: there can be one system message, and only at the beginning.  `silent`: roles whose
+    messages are left out; `refused`: roles that raise an error.
     """
 
     calls: bool = True
@@ -39,6 +41,7 @@ class Forms:
     empty: str | None = ""
     apart: bool = False
     thought: str | None = "reasoning_content"
+    one_system: bool = False
     silent: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
@@ -82,6 +85,9 @@ def forms_of(render: Render, source: str) -> Forms:
         or shows(with_thoughts([_USER, {"role": "assistant", "content": "Msaid"}], thoughts), mark, generate=False)
     ]
     found = replace(found, thought=known[0] if known else "" if "</think>" in source else None)
+    first, later, said = ({"role": role, "content": f"M{text}"} for role, text in _SCENE)
+    scenes = ([first, later, _USER], [first, _USER, said, later, _USER])
+    found = replace(found, one_system=not all(shows(scene, "Mfirst", "Mlater") for scene in scenes))
     roles = {"system": [{"role": "system", "content": "Msystem"}, _USER], "tool": history(found)}
     seen = {role: length(messages, messages[0 if role == "system" else -1]["content"]) for role, messages in roles.items()}
     silent, refused = (tuple(role for role, n in seen.items() if n == fault) for fault in (0, -1))
@@ -94,6 +100,10 @@ def with_thoughts(messages: Sequence[Message], thoughts: Mapping[str, str]) -> l
 
 def arranged(messages: Sequence[Message], forms: Forms) -> list[Message]:
     """The messages in a template's form.  In: arguments as text, content as text or null, thoughts under any of their names."""
+    systems = [m for m in messages if m["role"] == "system"]
+    if forms.one_system and systems and (len(systems) > 1 or messages[0] is not systems[0]):
+        whole = {"role": "system", "content": "\n\n".join(m.get("content") or "" for m in systems)}
+        messages = [whole, *(m for m in messages if m["role"] != "system")]
     out: list[Message] = []
     names: dict[Any, str] = {}  # of the tools that were called, by the id of the call
     for message in messages:
@@ -124,7 +134,7 @@ def _answer(message: Message, calls: Sequence[Message], forms: Forms) -> list[Me
             said.append({**rest, "content": forms.empty, **called})
     if thought and forms.thought:
         said[-1][forms.thought] = thought  # what is said after the thought and needs it most
-    elif thought and forms.thought == "":
+    elif thought and forms.thought == "" and (said[0]["content"] or not forms.apart):  # otherwise it would hide the call
         said[0]["content"] = f"<think>\n{thought}\n</think>\n\n{said[0]['content'] or ''}"
     return said
 
