@@ -135,6 +135,14 @@ def test_cut_arguments_stand_where_the_model_wrote_them_as_it_wrote_them() -> No
     assert f"```json\n{CUT}\n```" in rendered("r1", USER, call(CUT), USER)
 
 
+def test_a_call_without_text_has_neither_an_empty_turn_nor_a_null_before_it() -> None:
+    arguments = "{% for c in m.tool_calls or [] %}<call>{{ c.function.arguments }}{% endfor %}"
+    fixed = _LOOP + "{% if m.content is not none %}<{{ m.role }}>{{ m.content }}{% endif %}" + arguments + _END
+    assert rendered(fixed, USER, call('{"a": 1}')) == '<user>How warm?<call>{"a": 1}<A>'
+    printing = _LOOP + "<{{ m.role }}>{{ m.content }}" + arguments + _END
+    assert rendered(printing, USER, call('{"a": 1}')) == '<user>How warm?<assistant><call>{"a": 1}<A>'
+
+
 def test_the_older_function_call_and_role_are_a_call_and_its_result() -> None:
     old = {"role": "assistant", "content": "Hm.", "function_call": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     text = rendered("qwen", USER, old, {"role": "function", "name": "weather", "content": "12 degrees"})
@@ -201,6 +209,8 @@ def test_a_thought_in_the_content_does_not_hide_a_call() -> None:
         + "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
         "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
         + "<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% set ns = namespace(begun=false) %}{% for m in messages %}"
+        + "{% if m.role != 'system' %}{% set ns.begun = true %}{% endif %}{% if not (ns.begun and m.role == 'system') %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
         "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}"
         + "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     ],
