@@ -215,9 +215,11 @@ SHOUT = "{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ '!' }}"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    scripts = {"\n": ["Hello", " world", " again"], "!": ["Louder"]}
+    cut = ["<tool_call>", '{"name": "f", "arguments": ', '{"city": "', "Par", 'is"}}', "</tool_call>"]
+    scripts = {"\n": ["Hello", " world", " again"], "!": ["Louder"], "?": cut}
     model = save_scripted(tmp_path_factory.mktemp("scripted"), CHATML, scripts)
-    with serve("--model", model, "--trust-request-chat-template", "--max-context", "256", "--page-size", "4") as live:
+    flags = ("--trust-request-chat-template", "--tool-call-parser", "hermes", "--max-context", "256", "--page-size", "4")
+    with serve("--model", model, *flags) as live:
         yield live
 
 
@@ -260,6 +262,24 @@ def test_a_request_brings_a_template_where_the_operator_trusts_them(server: Live
         if "chat_template" in {f.name for f in ENDPOINTS[path].fields.having(Support.SUPPORTED)} and path != EMBED:
             with pytest.raises(RequestError, match="--trust-request-chat-template"):
                 ENDPOINTS[path].parse(fake_config(), {**body, "chat_template": SHOUT})
+
+
+def test_a_call_that_was_cut_off_can_be_sent_back(server: LiveServer) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    ask = {"messages": HELLO, "tools": tools, "chat_template": CHATML + "?", "temperature": 0, "max_tokens": 4}
+    choice = server.post(CHAT, ask)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "Par'
+    told = [*HELLO, choice["message"], *HELLO]
+    assert server.post(CHAT, {**ask, "messages": told})["choices"][0]["finish_reason"] == "length"
+    prompt = server.post("/detokenize", {"tokens": server.post("/tokenize", {"messages": told})["tokens"]})["prompt"]
+    assert '{"name": "f", "arguments": {"city": "Par}' in prompt  # as text: this template knows no calls
+    flat = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    ask = {"input": HELLO, "tools": [flat], "chat_template": CHATML + "?", "temperature": 0, "max_output_tokens": 4}
+    answer = server.post("/v1/responses", ask)
+    assert answer["status"] == "incomplete"
+    assert server.post("/v1/responses", {**ask, "input": [*HELLO, *answer["output"], *HELLO]})["status"] == "incomplete"
 
 
 def test_top_p_of_zero_takes_the_likeliest_token() -> None:

@@ -210,7 +210,8 @@ def test_a_thought_in_the_content_does_not_hide_a_call() -> None:
         "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
         + "<{{ m.role }}>{{ m.content }}{% endfor %}",
         "{% set ns = namespace(begun=false) %}{% for m in messages %}"
-        + "{% if m.role != 'system' %}{% set ns.begun = true %}{% endif %}{% if not (ns.begun and m.role == 'system') %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
+        + "{% if m.role != 'system' %}{% set ns.begun = true %}{% endif %}"
+        + "{% if not (ns.begun and m.role == 'system') %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
         "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}{% endif %}"
         + "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     ],
