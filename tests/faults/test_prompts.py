@@ -333,6 +333,8 @@ def test_thoughts_and_cut_calls_come_back_through_every_dialect() -> None:
     ]
     got = chat_of("/v1/messages", {"max_tokens": 5, "messages": blocks})
     assert got == [USER, {**said, "tool_calls": call('{"city": "Köln"}')["tool_calls"]}, RESULT]
+    use["input"] = CUT
+    assert chat_of("/v1/messages", {"max_tokens": 5, "messages": blocks}) == of_chat
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
         place = f"{at}.content[{i}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {}, ensure_ascii=False)}
+            given = block.get("input") or {}  # a text if it was cut off
+            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            function = {"name": block.get("name"), "arguments": arguments}
             calls.append({"id": block.get("id"), "type": "function", "function": function, "at": place})
         elif kind == "tool_result" and role == "user":
             text = text_of(block.get("content") or "", f"{place}.content", ("text",))
