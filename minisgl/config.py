@@ -303,6 +303,7 @@ class ServerConfig:
         "how the model writes thoughts; auto: as its chat template shows",
         options={"choices": ("auto", "none", *STYLES), "default": "auto"},
     )
+    trust_request_chat_template: bool = setting(False, "let a request bring a chat_template of its own; default: refused")
     num_tokenizers: int = setting(  # a prompt goes to the tokenizer with the least to do
         1, "tokenizer processes: with more than one, short prompts do not wait for long ones", "N", 1, 64
     )

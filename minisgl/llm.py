@@ -8,15 +8,15 @@ llm.close()                                   # or use it as a context manager
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from minisgl import grammar
 from minisgl.actors import spawn
-from minisgl.api.engine import ChatPrompt, Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.engine import Chunk, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.in_process import InProcessSystem
+from minisgl.api.requests.chat_prompt import check_messages, packed
 from minisgl.api.system import System
 from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig, engine_config
 from minisgl.errors import RequestError, UserError
@@ -99,11 +99,16 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **template_kwargs: Any,
     ) -> list[Completion]:
-        """Answer conversations (lists of {"role", "content"}) through the model's chat template; one Completion each."""
-        bodies = [json.dumps({"messages": list(c), "kwargs": template_kwargs}).encode() for c in conversations]
-        return self._run([ChatPrompt(b) for b in bodies], params)
+        """Answer conversations through the model's chat template; one Completion each.
 
-    def _run(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Completion]:
+        A conversation is a list of messages as POST /v1/chat/completions takes them; the template gets it in the same form.
+        `template_kwargs`: further variables of the template (tools, enable_thinking, add_generation_prompt, ...).
+        """
+        return self._run([_conversation(c, template_kwargs) for c in conversations], params)
+
+    def _run(
+        self, prompts: Sequence[Prompt | RequestError], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Completion]:
         each = [params or SamplingParams(**self._defaults)] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(each)} SamplingParams: give one, or one for each")
@@ -113,6 +118,8 @@ class LLM:
         try:
             for prompt, p, answer in zip(prompts, each, answers, strict=True):
                 try:
+                    if isinstance(prompt, RequestError):
+                        raise prompt
                     if p.grammar:
                         grammar.check(p.grammar, "grammar")
                     uids.append(gateway.open(prompt, p, answer.on_chunk))
@@ -136,6 +143,14 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _conversation(messages: Sequence[Any], template_kwargs: dict[str, Any]) -> Prompt | RequestError:
+    """The prompt of a conversation, or what is wrong with it."""
+    try:
+        return packed(check_messages("messages", messages), template_kwargs)
+    except RequestError as e:
+        return e
 
 
 def _check_names(engine: dict[str, Any]) -> None:

@@ -94,8 +94,9 @@ class RequestOptions:
 class SamplingParams:
     """How to continue one prompt.
 
-    `max_tokens=None` generates until the end of the context; 0 is for `echo` alone.  `temperature=0` is greedy.  `top_k=0`,
-    `top_p=1` and `min_p=0` switch those filters off; filters apply in that order, to the distribution after temperature.
+    `max_tokens=None` generates until the end of the context; 0 is for `echo` alone.  `temperature=0` and `top_p=0` are greedy.
+    `top_k=0`, `top_p=1` and `min_p=0` switch those filters off; they apply in that order, to the distribution after
+    temperature.
     With an explicit `seed` the same prompt gives the same text whatever else is running: the random number of a token
     is a function of (seed, position).
 
@@ -157,8 +158,9 @@ class SamplingParams:
                 _check_number(name, value, low, high)
         if self.max_tokens == 0 and not self.echo:
             raise InvalidParam("max_tokens", f"max_tokens must be between 1 and {_MAX_INT}, got 0.")
-        if self.top_p == 0.0:
-            raise InvalidParam("top_p", "top_p must be greater than 0 (use temperature 0 for greedy decoding).")
+        if self.top_p == 0.0:  # the likeliest token alone
+            object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", 1.0)
         if self.repetition_penalty == 0.0:
             raise InvalidParam("repetition_penalty", "repetition_penalty must be greater than 0 (1 is no penalty).")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -99,14 +99,16 @@ class EngineReady:
 class Tokenize:
     """api -> tokenizer: encode a prompt.  Exactly one of `text` and `chat` is set.
 
-    `chat` is the JSON of {"messages": [...], "kwargs": {...}}: user data stays opaque bytes on the wire.  The ids come
-    back through the prompt ring, in the order of the `Tokenized` messages.  `reasoning`: the style of thoughts to look for.
+    `chat` is the JSON of {"messages": [...], "kwargs": {...}}: user data stays opaque bytes on the wire.  The ids, or the first
+    `keep` of them (0: all), come back through the prompt ring, in the order of the `Tokenized` messages.  `reasoning`: the
+    style of thoughts to look for.
     """
 
     uid: int
     text: str | None
     chat: bytes | None
     add_special: bool
+    keep: int = 0
     reasoning: str = ""
 
 

@@ -60,8 +60,8 @@ class TokenizerActor(Actor):
 
     def _encode(self, m: Tokenize) -> I32:
         if m.chat is not None:
-            return self._tokenizer.encode_chat(m.chat)
-        return self._tokenizer.encode(m.text or "", m.add_special)
+            return self._tokenizer.encode_chat(m.chat)[: m.keep or None]
+        return self._tokenizer.encode(m.text or "", m.add_special, "prompt", m.keep)
 
     def _thinking(self, ids: I32, chat: bytes, style: str) -> bool:
         """Whether the answer to a conversation, which has been encoded, begins inside a thought."""

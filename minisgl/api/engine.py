@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +20,16 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, Sam
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Text to continue; `add_special` adds the tokenizer's own special tokens (BOS), as a completion does."""
+    """Text to continue; `add_special` adds the tokenizer's own special tokens (BOS), as a completion does.
+
+    `keep`: only so many tokens from its beginning, 0 for all.  `source`, of every kind of prompt: the request field that it
+    comes from, for error messages; "": the usual one.
+    """
 
     text: str
     add_special: bool = True
+    keep: int = 0
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class ChatPrompt:
     """A conversation for the chat template: JSON bytes of {"messages": [...], "kwargs": {...}}."""
 
     payload: bytes
+    keep: int = 0
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class TokenPrompt:
     """Token ids to continue, without any change."""
 
     ids: tuple[int, ...]
+    source: str = field(default="", compare=False)
 
 
 Prompt = TextPrompt | ChatPrompt | TokenPrompt

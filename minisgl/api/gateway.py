@@ -76,7 +76,8 @@ class Gateway(Actor):
         self._requests = RingWriter(arenas.requests)
         self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
-        self._questions: dict[int, Callable[[Any], None]] = {}  # callbacks of `tokenize` and `detokenize`, by uid
+        # Of `tokenize` and `detokenize`, by uid: the callback, and the request field that is asked about.
+        self._questions: dict[int, tuple[Callable[[Any], None], str]] = {}
         self._backlog: deque[Entry] = deque()  # tokenized requests that wait for room in the ring
         self._last_uid = 0
         self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
@@ -96,7 +97,7 @@ class Gateway(Actor):
         self._last_uid += 1
         entry = Entry(self._last_uid, params, options, on_chunk, _source(prompt, options))
         if isinstance(prompt, TokenPrompt):
-            ids = self._check_ids(prompt.ids, "prompt")
+            ids = self._check_ids(prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
             try:
                 self._start(entry, ids)
@@ -111,8 +112,9 @@ class Gateway(Actor):
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
         self._check_open()
         self._last_uid += 1
-        self._tokenizers.send(self._last_uid, prompt, _source(prompt, DEFAULT_OPTIONS))
-        self._questions[self._last_uid] = on_ids
+        source = _source(prompt, DEFAULT_OPTIONS)
+        self._tokenizers.send(self._last_uid, prompt, source)
+        self._questions[self._last_uid] = on_ids, source
         return self._last_uid
 
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
@@ -120,7 +122,7 @@ class Gateway(Actor):
         checked = self._check_ids(ids, "tokens")
         self._last_uid += 1
         self._tokenizers.send_ids(self._last_uid, checked, skip_special)
-        self._questions[self._last_uid] = on_text
+        self._questions[self._last_uid] = on_text, "tokens"
         return self._last_uid
 
     def close(self, uid: int) -> None:
@@ -160,7 +162,8 @@ class Gateway(Actor):
         n, context, requested = len(ids), self.config.max_context, entry.params.max_tokens
         if n == 0:
             raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
-        if n + (requested or 1) > context:  # even max_tokens=0 draws a token
+        drawn = 0 if requested == 0 or entry.options.pooling else requested or 1  # a token that is dropped needs no place
+        if n + drawn > context:
             parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
             raise context_overflow(entry.source, context, n + (requested or 0), parts)
         entry.ids = ids
@@ -200,8 +203,8 @@ class Gateway(Actor):
     @on(msg.Tokenized)
     def tokenized(self, m: msg.Tokenized) -> None:
         ids = self._tokenizers.take(m.uid)
-        if (on_ids := self._questions.pop(m.uid, None)) is not None:
-            on_ids(tuple(ids.tolist()))
+        if (question := self._questions.pop(m.uid, None)) is not None:
+            question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
             if m.thinking is not None:
                 entry.params = _thinking(entry.params, m.thinking)
@@ -212,8 +215,8 @@ class Gateway(Actor):
 
     @on(msg.Detokenized)
     def detokenized(self, m: msg.Detokenized) -> None:
-        if (on_text := self._questions.pop(m.uid, None)) is not None:
-            on_text(m.text)
+        if (question := self._questions.pop(m.uid, None)) is not None:
+            question[0](m.text)
 
     @on(msg.TokenizerInfo)
     def keep_tokenizer_info(self, m: msg.TokenizerInfo) -> None:
@@ -287,10 +290,15 @@ class Gateway(Actor):
     @on(msg.Rejected)
     def rejected(self, m: msg.Rejected) -> None:
         self._tokenizers.drop(m.uid)
-        error = RequestError(m.text, status=m.status, param=m.param, code=m.code, retry_after=m.retry_after)
-        if (on_answer := self._questions.pop(m.uid, None)) is not None:
-            on_answer(error)
-        elif (entry := self._ledger.get(m.uid)) is not None:
+        question, entry = self._questions.pop(m.uid, None), self._ledger.get(m.uid)
+        source = question[1] if question is not None else entry.source if entry is not None else ""
+        text, param = m.text, m.param
+        if source and param in ("messages", "prompt"):  # all that the other actors know of the prompt's field
+            text, param = text.replace(f" the {param}", f" the {source}"), source
+        error = RequestError(text, status=m.status, param=param, code=m.code, retry_after=m.retry_after)
+        if question is not None:
+            question[0](error)
+        elif entry is not None:
             self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
@@ -355,7 +363,7 @@ class Gateway(Actor):
         for entry in list(self._ledger.values()):
             self._fail(entry, error)
         questions, self._questions = self._questions, {}
-        for on_answer in questions.values():
+        for on_answer, _ in questions.values():
             on_answer(error)
 
 
@@ -372,7 +380,8 @@ def _thinking(params: SamplingParams, thinking: bool) -> SamplingParams:
 
 def _source(prompt: Prompt, options: RequestOptions) -> str:
     """The request field that holds the prompt, for error messages."""
-    return "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    usual = "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    return prompt.source or usual
 
 
 def _failure(entry: Entry, end: Finish) -> RequestError | None:

@@ -46,16 +46,16 @@ class Tokenizers:
         Raises RequestError if the prompt is far too long, or not valid text.
         """
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
-        if size > _CHARS_PER_TOKEN * self._max_context + 4096:
+        if not prompt.keep and size > _CHARS_PER_TOKEN * self._max_context + 4096:
             raise context_overflow(
                 source, self._max_context, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {source}"
             )
         to = self._idlest()
         try:
             if isinstance(prompt, TextPrompt):
-                self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special))
+                self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special, prompt.keep))
             else:
-                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, reasoning=reasoning))
+                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, prompt.keep, reasoning=reasoning))
         except UnicodeEncodeError as e:
             raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
         self._reading[uid] = to, size

@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/acceptance/run.py [CLIENT ...]
 
-For each client: a virtual environment of its own under ~/.cache/minisgl-acceptance (made once), the client from PyPI in it,
-then use_<client>.py of this directory there, with the server's address in MINISGL_URL.  One line per client: its version, what
+For each client: a virtual environment of its own under ~/.cache/minisgl-acceptance (made once), the client from PyPI in it (or
+from npm, in a folder that MINISGL_NODE_MODULES names), then use_<client>.py of this directory there, with the server's address
+in MINISGL_URL.  One line per client: its version, what
 was seen, or the end of its output where it failed.  Exit code 1 if one failed.  Needs the network,
 so it is not part of the tests.
 """
@@ -29,17 +30,25 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minis
 CLIENTS: dict[str, tuple[str, ...]] = {  # what is installed; the first names the version
     "curl": (),
     "openai": ("openai",),
+    "anthropic": ("anthropic",),
     "langchain": ("langchain-openai",),
     "llm": ("llm",),
     "litellm": ("litellm",),
     "lm_eval": ("lm_eval[api]", "transformers"),
     "guidellm": ("guidellm",),
+    "vllm_embeddings": (),
+    "anthropic_js": ("npm:@anthropic-ai/sdk",),
+    "codex": ("npm:@openai/codex",),
     "schemathesis": ("schemathesis",),
 }
 
 
 FLAGS: dict[str, tuple[str, ...]] = {
     "openai": ("--tool-call-parser", "hermes"),  # the embedded model's template knows no tools; a grammar makes it call
+    "anthropic": ("--tool-call-parser", "hermes"),
+    "anthropic_js": ("--tool-call-parser", "hermes"),
+    "codex": ("--tool-call-parser", "hermes"),
+    "vllm_embeddings": ("--max-context", "512"),  # a prompt that fills it is computed several times
     "schemathesis": ("--max-context", "192"),  # thousands of answers, of any length
 }
 
@@ -49,6 +58,13 @@ def python_of(client: str) -> str:
     if not CLIENTS[client]:
         return sys.executable
     home = CACHE / client
+    if CLIENTS[client][0].startswith("npm:"):
+        if not (home / "installed").exists():
+            home.mkdir(parents=True, exist_ok=True)
+            names = [name.removeprefix("npm:") for name in CLIENTS[client]]
+            subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home), *names], check=True)
+            (home / "installed").touch()
+        return sys.executable
     python = home / "bin" / "python"
     if not (home / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
@@ -61,6 +77,9 @@ def version_of(client: str, python: str) -> str:
     if not CLIENTS[client]:
         return ""
     name = CLIENTS[client][0].split("[")[0]
+    if name.startswith("npm:"):
+        package = CACHE / client / "node_modules" / name.removeprefix("npm:") / "package.json"
+        return str(json.loads(package.read_text())["version"])
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -119,6 +138,7 @@ def run(client: str, url: str, tokenizer: Path) -> tuple[bool, str]:
         env |= {
             "MINISGL_URL": url,
             "MINISGL_TOKENIZER": str(tokenizer),
+            "MINISGL_NODE_MODULES": str(CACHE / client / "node_modules"),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -110,7 +110,8 @@ class Neighbour:
         times: list[float] = []
         stream = asyncio.create_task(read_stream(self._session, times))
         memory = asyncio.create_task(self._watch())
-        end, firsts = time.monotonic() + seconds, []
+        end = time.monotonic() + seconds
+        firsts: list[float] = []
         try:
             while time.monotonic() < end or len(firsts) < questions:
                 firsts.append(await first_token(self._session))

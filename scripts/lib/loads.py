@@ -20,7 +20,7 @@ import aiohttp
 
 VOCAB = 49_000  # token ids of the embedded model that are plain text
 LINE = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "PROMPT"}})
-Post = Callable[..., Awaitable[int]]
+Post = Callable[..., Awaitable[Any]]
 
 
 def _ids(n: int) -> list[int]:

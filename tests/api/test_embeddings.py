@@ -265,7 +265,7 @@ def test_vectors_survive_the_ring_and_a_result_without_them_is_refused() -> None
 
 def test_a_prompt_that_does_not_fit_is_refused_under_the_name_of_its_field() -> None:
     w = World(None, fake_config(tp=1))
-    for ids in ((), tuple([1] * 64)):
+    for ids in ((), tuple([1] * 65)):
         with pytest.raises(RequestError) as caught:
             w.gateway.open(TokenPrompt(ids), SamplingParams(max_tokens=1), lambda _: None, RequestOptions(pooling="mean"))
         assert caught.value.param == "input"
@@ -317,7 +317,8 @@ def test_the_sdk_gets_unit_vectors_in_both_encodings_and_of_fewer_dimensions() -
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "invalid_value"),
         ({"input": "a", "pooling": "cls"}, "pooling", "invalid_value"),
         ({"input": "a", "normalize": 1}, "normalize", "invalid_type"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "unsupported_parameter"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "invalid_value"),
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "input", "missing_required_parameter"),
         ({"input": ["a"] * 9}, "input", "invalid_value"),
         ({"input": "a", "model": "text-embedding-3-small"}, "model", "model_not_found"),
     ],

@@ -195,8 +195,10 @@ def test_a_declaration_alone_makes_a_field_supported_harmless_or_refused() -> No
     )
     assert fields.read({"size": 3, "note": [1], "twice": False, "colour": 1, "x": None}) == (
         {"size": 3, "note": [1], "twice": False},
-        ("colour", "x"),
+        ("colour", "x", "note"),
     )
+    for nothing in (None, False, "", [], {}):
+        assert fields.read({"size": 3, "note": nothing})[1] == ()
     for body, param, message in (
         ({}, "size", "size is required."),
         ({"size": None}, "size", "size is required."),
@@ -240,9 +242,9 @@ def test_completions_refuse_what_they_cannot_do() -> None:
     assert (error.status, error.param, error.code) == (400, "suffix", "unsupported_parameter")
 
 
-def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
+def test_unknown_and_harmless_fields_are_reported() -> None:
     request = chat(user="u", metadata={"a": [1]}, store=True, frobnicate=1, stream=True, stream_options={"colour": True})
-    assert request.ignored == ("frobnicate", "stream_options.colour")
+    assert request.ignored == ("frobnicate", "user", "metadata", "store", "stream_options.colour")
 
 
 # ---------------- wrong types and ranges
@@ -260,7 +262,7 @@ def test_unknown_fields_are_reported_and_harmless_ones_are_not() -> None:
         ("temperature", -0.1, "invalid_value"),
         ("temperature", 2.1, "invalid_value"),
         ("temperature", 10**400, "invalid_value"),
-        ("top_p", 0, "invalid_value"),
+        ("top_p", -1, "invalid_value"),
         ("top_p", 1.5, "invalid_value"),
         ("top_k", -2, "invalid_value"),
         ("top_k", 1 << 31, "invalid_value"),
@@ -368,8 +370,7 @@ def test_tool_calls_of_an_assistant_reach_the_template() -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "42"},
     ]
     got = rendered(chat(messages=messages))["messages"]
-    want = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
-    assert got[1] == {"role": "assistant", "content": "", "tool_calls": [want]}
+    assert got[1] == {"role": "assistant", "content": None, "tool_calls": [call]}
     assert got[2] == {"role": "tool", "content": "42", "tool_call_id": "c1"}
 
 
@@ -403,12 +404,7 @@ def tool_call(arguments: object) -> list[dict[str, Any]]:
         ([{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls", "invalid_type"),
         ([{"role": "assistant", "tool_calls": [{}] * 129}], "messages[0].tool_calls", "invalid_value"),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function", "invalid_type"),
-        (tool_call("[1]"), "messages[0].tool_calls[0].function.arguments", "invalid_value"),
-        (tool_call("{"), "messages[0].tool_calls[0].function.arguments", "invalid_value"),
-        (tool_call('{"x": NaN}'), "messages[0].tool_calls[0].function.arguments", "invalid_value"),
-        (tool_call('{"x": "\\ud800"}'), "messages[0].tool_calls[0].function.arguments", "invalid_value"),
-        (tool_call('{"x":' + "[" * 500 + "]" * 500 + "}"), "messages[0].tool_calls[0].function.arguments", "invalid_value"),
-        (tool_call({}), "messages[0].tool_calls[0].function.arguments", "invalid_type"),
+        (tool_call(5), "messages[0].tool_calls[0].function.arguments", "invalid_type"),
     ],
 )
 def test_a_bad_conversation_names_the_place(messages: object, param: str, code: str) -> None:

@@ -441,7 +441,7 @@ def test_the_sdk_streams_and_parses_tools() -> None:
 
     play(engine := Speaker(TALK, 5, served_names=("m",), **STYLES), scene)
     told = json.loads(engine.opened[-1][0].payload)["messages"]
-    assert told[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "Ulm"}}
+    assert told[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Ulm"}'}
     assert told[2]["content"] == "rain"
 
 

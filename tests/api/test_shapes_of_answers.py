@@ -117,7 +117,7 @@ def test_the_sdk_parses_a_form_and_streams_calls_of_functions_through_responses(
     assert not admits(engine.opened[0][1].grammar, "Ulm")
     assert kwargs(engine)["tools"][0]["function"]["name"] == "get_weather"
     told = json.loads(engine.opened[-1][0].payload)["messages"]  # type: ignore[union-attr]
-    assert told[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": ULM}
+    assert told[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": json.dumps(ULM)}
     assert told[2]["content"] == "rain"
 
 

@@ -178,7 +178,7 @@ def test_a_model_spec_survives_json() -> None:
         ("temperature", float("nan")),
         ("temperature", 10**400),
         ("temperature", "hot"),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -1),
         ("top_k", 1 << 31),

@@ -413,7 +413,7 @@ def test_templates_render_as_transformers_renders_them(template: str, kwargs: di
 
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert ChatTemplate({"default": CHATML}, {}).render(user(parts), {}) == "<|im_start|>user\nab<|im_end|>\n"
+    assert ChatTemplate({"default": CHATML}, {}).render(user(parts), {}) == "<|im_start|>user\na\nb<|im_end|>\n"
 
 
 @pytest.mark.parametrize(

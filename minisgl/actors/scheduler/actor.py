@@ -106,7 +106,7 @@ class SchedulerActor(Actor):
     def _refusal(self, m: msg.Generate) -> msg.Rejected | None:
         """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
         machine, room = self._machine(), self._machine().limits.kv_tokens
-        if m.n_ids >= room:
+        if m.n_ids + (m.params.max_tokens != 0 and not m.options.pooling) > room:
             text = (
                 f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
                 f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "

@@ -498,7 +498,7 @@ class StepMachine:
     def _has_pages_for(self, request: Request, match: Match, others: int = 0) -> bool:
         """Whether the rest of a prompt finds pages, next to `others` and those that running requests will need for theirs."""
         table, size = self.table, self.limits.page_size
-        request.missing_pages = -(-(len(request.ids) + 1) // size) - match.num_pages
+        request.missing_pages = -(-min(len(request.ids) + 1, request.limit) // size) - match.num_pages
         promised = sum(-(-int(table.length[s]) // size) - int(table.n_pages[s]) for s in self._prefilling)
         others += len(self.running)  # a page for the next boundary of each running row
         return request.missing_pages + promised + others <= self.pool.free + self.cache.evictable - match.unreferenced

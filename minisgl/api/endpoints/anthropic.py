@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, result_of, text_of, unused
+from minisgl.api.endpoints.anthropic_blocks import ThreadError
+from minisgl.api.endpoints.as_chat import SHARED, counting, functions, passed, places, renamed, result_of, text_of, unused
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
-from minisgl.api.engine import ChatPrompt, Engine
+from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without
-from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
+from minisgl.api.requests.openai import EXTENSIONS, HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.sampling import STRINGS
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
@@ -35,6 +36,14 @@ def _check_strings(name: str, value: list[Any]) -> list[str]:
     return value
 
 
+_NO_THREAD = "thread is not supported by this server, which keeps no conversation: send the whole of it, without thread."
+_NO_SUMMARY = "compaction is not supported by this server: it does not summarize conversations."
+
+
+def _refuse_thread(name: str, value: Any) -> Any:
+    raise ThreadError(name, _NO_THREAD, "unsupported_parameter")
+
+
 _SHARED = without(SHARED, "stop", "top_logprobs", "tool_choice")
 _STRINGS = fields.of_type(list, "an array of strings", _check_strings)
 MESSAGE = Fields(
@@ -49,14 +58,16 @@ MESSAGE = Fields(
     *_SHARED,
     refused("mcp_servers", []),
     refused("container"),
-    *harmless("cache_control", "context_management", "inference_geo", "speed"),
+    refused("compaction", sentence=_NO_SUMMARY),
+    Field("thread", _NO_THREAD, {}, _refuse_thread, support=Support.REFUSED),
+    *harmless("cache_control", "context_management", "inference_geo", "speed", "diagnostics"),
+    *harmless("fallbacks", "fallback_credit_token", "billing_policy"),  # of refusals and bills, which are not made here
+    *harmless("betas", "user_profile_id", "workspace_id"),  # headers, which the SDK lists among the fields
+    *EXTENSIONS,
     *HARMLESS,
 )
-_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs")
-COUNT = Fields(
-    *(f for f in MESSAGE if f.name in _COUNTED or f.support is Support.REFUSED),
-    *harmless(*(f.name for f in MESSAGE if f.name not in _COUNTED and f.support is not Support.REFUSED)),
-)
+_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "chat_template_kwargs", "chat_template")
+COUNT = counting(MESSAGE, _COUNTED, taken=("compaction",))
 _NAMES = {  # fields of a chat -> their names here
     r"stop$": "stop_sequences",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
@@ -78,7 +89,7 @@ def parse_messages(config: Config, body: Mapping[str, Any]) -> ChatRequest:
     form, form_field, ignored_format = _format(values)
     if form is not None:
         chat["response_format"] = {"type": "json_schema", "json_schema": form}
-    with renamed({**_NAMES, r"response_format(\.json_schema)?": form_field}):
+    with renamed({**places(chat["messages"], "id"), **_NAMES, r"response_format(\.json_schema)?": form_field}):
         parsed = parse_chat(config, chat, name_chars=_NAME_CHARS)
     bound_by = form_field if parsed.bound_by == "response_format" else parsed.bound_by
     return replace(parsed, bound_by=bound_by, ignored=unknown + ignored + ignored_format + parsed.ignored)
@@ -88,6 +99,10 @@ def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) ->
     """The body of a chat with the fields that make its prompt; names of fields that are not used."""
     chat: dict[str, Any] = passed(body, _SHARED)
     chat["messages"] = _conversation(values["messages"], values.get("system"))
+    if (last := chat["messages"][-1])["role"] == "assistant":  # the answer is begun for the model
+        if "tool_calls" in last or not last["content"]:
+            raise InvalidParam("messages", "the last message must be the user's, or the beginning of an answer: a text.")
+        chat["continue_final_message"] = True
     chat["tools"] = functions(values.get("tools", ()), (None, "custom"), "input_schema")
     choice = values.get("tool_choice") or {"type": "auto"}
     if choice.get("type") == "tool":
@@ -125,11 +140,10 @@ def _format(values: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str, tupl
 
 def _conversation(given: list[Any], system: Any) -> list[dict[str, Any]]:
     """`messages` and `system` -> the messages of a chat."""
-    out = [] if system in (None, "", []) else [{"role": "system", "content": text_of(system, "system", ("text",))}]
+    text = "" if system is None else text_of(system, "system", ("text",))
+    out: list[dict[str, Any]] = [{"role": "system", "content": text, "at": "system"}] if text else []
     for i, message in enumerate(given):
         out += _message(message, f"messages[{i}]")
-    if out[-1]["role"] == "assistant":
-        raise InvalidParam("messages", "the last message must be the user's: an answer cannot be begun for the model here.")
     return out
 
 
@@ -139,39 +153,44 @@ def _message(message: Any, at: str) -> list[dict[str, Any]]:
     if role not in ("user", "assistant", "system"):
         raise InvalidParam(f"{at}.role", f"{at}.role must be user or assistant.")
     if not isinstance(content, list):
-        return [{"role": role, "content": text_of(content, f"{at}.content", ())}]
+        return [{"role": role, "content": text_of(content, f"{at}.content", ()), "at": at}]
     out: list[dict[str, Any]] = []
-    texts: list[Any] = []
+    texts: list[str] = []
+    thoughts: list[str] = []
     calls = []
     for i, block in enumerate(content):
         place = f"{at}.content[{i}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
+            given = block.get("input") or {}  # a text if it was cut off
+            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            function = {"name": block.get("name"), "arguments": arguments}
+            calls.append({"id": block.get("id"), "type": "function", "function": function, "at": place})
         elif kind == "tool_result" and role == "user":
             result = result_of(block.get("content") or "", f"{place}.content", ("text",))
-            out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
-        elif kind not in ("thinking", "redacted_thinking"):  # earlier thoughts are not part of the prompt
+            out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result, "at": place})
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(fields.check_string(f"{place}.thinking", block.get("thinking")))
+        elif kind != "redacted_thinking" or role != "assistant":  # a redacted thought cannot be read
             texts.append(text_of([block], place, ("text",)))
     if texts or calls or not out:
-        answer: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
-        out.append({**answer, "tool_calls": calls} if calls else answer)
+        answer: dict[str, Any] = {"role": role, "content": "\n".join(texts) if texts or not calls else None, "at": at}
+        answer |= {"tool_calls": calls} if calls else {}
+        out.append(answer | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {}))
     return out
 
 
-def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[ChatPrompt]:
+def parse_count(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Prompt]:
     """Check the body of POST /v1/messages/count_tokens.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = COUNT.read(body)
     chat, ignored = _chat(config, body, values)
-    with renamed(_NAMES):
-        counted = parse_chat(config, {name: chat[name] for name in _COUNTED if name in chat}, name_chars=_NAME_CHARS)
+    with renamed({**places(chat["messages"], "id"), **_NAMES}):
+        read = {name: chat[name] for name in (*_COUNTED, "continue_final_message") if name in chat}
+        counted = parse_chat(config, read, name_chars=_NAME_CHARS)
     [prompt] = counted.prompts
-    if not isinstance(prompt, ChatPrompt):
-        raise TypeError("a chat has a ChatPrompt")
     return TokenizerRequest(prompt, unknown + ignored + counted.ignored)
 
 
-async def count_tokens(engine: Engine, request: TokenizerRequest[ChatPrompt]) -> dict[str, Any]:
+async def count_tokens(engine: Engine, request: TokenizerRequest[Prompt]) -> dict[str, Any]:
     """The length of the prompt in tokens.  Raises RequestError."""
     return {"input_tokens": len(await ids_of(engine, request.value))}

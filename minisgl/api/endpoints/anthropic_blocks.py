@@ -14,7 +14,7 @@ from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.config import Config
-from minisgl.errors import RequestError
+from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish
 
 _ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -114,7 +114,14 @@ def _arguments(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+class ThreadError(InvalidParam):
+    """A request has a `thread`.  From the details the SDKs learn to send all of a conversation instead of its newest part."""
+
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}  # noqa: RUF012
+
+
 def error_body(error: RequestError) -> Fields:
     """Anthropic's error object."""
     kind = _ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    details = {"details": error.details} if isinstance(error, ThreadError) else {}
+    return {"type": "error", "error": {"type": kind, "message": error.message, **details}}

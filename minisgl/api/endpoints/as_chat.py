@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minisgl.api.requests.fields import Field, Support, check_object, check_string, without, wrong_type
+from minisgl.api.requests.fields import Field, Fields, Support, check_object, check_string, harmless, without, wrong_type
 from minisgl.api.requests.openai import CHAT
 from minisgl.errors import InvalidParam
 
@@ -15,7 +15,7 @@ from minisgl.errors import InvalidParam
 SHARED = without(
     CHAT.having(Support.SUPPORTED),
     *("messages", "max_tokens", "max_completion_tokens", "n", "best_of", "stream_options", "logprobs", "response_format"),
-    "reasoning_effort",
+    *("reasoning_effort", "verbosity", "return_cached_tokens_details"),
 )
 
 
@@ -75,9 +75,41 @@ def functions(given: Sequence[Any], kinds: Sequence[str | None], schema: str, at
     return out
 
 
+Names = Mapping[str, str | Callable[[re.Match[str]], str]]
+
+
+def places(messages: Sequence[Mapping[str, Any]], call_id: str) -> Names:
+    """The names of the messages of a chat where they come from: each, and each of its calls, has its place in `at`.
+
+    `call_id`: the name that the id of a call has there.  For `renamed`.
+    """
+
+    def call(match: re.Match[str]) -> str:
+        return str(messages[int(match[1])]["tool_calls"][int(match[2])]["at"])
+
+    def message(match: re.Match[str]) -> str:
+        return str(messages[int(match[1])]["at"])
+
+    return {
+        r"messages\[(\d+)\]\.tool_calls\[(\d+)\]\.id": lambda m: f"{call(m)}.{call_id}",
+        r"messages\[(\d+)\]\.tool_calls\[(\d+)\](\.function)?": call,
+        r"messages\[(\d+)\]\.tool_call_id": lambda m: f"{message(m)}.{call_id}",
+        r"messages\[(\d+)\]": message,
+    }
+
+
+def counting(fields: Fields, counted: Sequence[str], *more: Field, taken: Sequence[str] = ()) -> Fields:
+    """The fields of an endpoint that counts the tokens of a prompt: those in `counted` as they are, `more`, and the others
+    without effect, unless they are refused.  `taken`: refused fields that are not refused here."""
+    checked = {f.name for f in fields if f.name in counted or (f.support is Support.REFUSED and f.name not in taken)}
+    others = harmless(*(f.name for f in fields if f.name not in checked))
+    return Fields(*(f for f in fields if f.name in checked), *more, *others)
+
+
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Renames the fields of a chat in its errors.  `names`: regular expression for the beginning of a name -> replacement."""
+def renamed(names: Names) -> Iterator[None]:
+    """Renames the fields of a chat in its errors.  `names`: regular expression for the beginning of a name -> replacement; the
+    first that matches counts."""
     try:
         yield
     except InvalidParam as e:

@@ -11,7 +11,8 @@ import numpy as np
 
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.generation import complete
-from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, refused, required, string
+from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
+from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, integer, string
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
 from minisgl.api.requests.sampling import OPTIONS, options
 from minisgl.arrays import F32
@@ -21,15 +22,18 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 EMBEDDINGS = Fields(
     MODEL,
-    required(anything("input", "A text, token ids, or an array of either.", TEXTS)),
+    anything("input", "A text, token ids, or an array of either.", TEXTS),
+    MESSAGES,
+    *RENDERING,
     string("encoding_format", "How vectors are written.", "float", "base64"),
     anything("dimensions", "Only so many of the vector's numbers.", {"type": "integer", "minimum": 1}),
     string("pooling", "The last token's state, or the mean over all tokens.", "last", "mean"),
     boolean("normalize", "Vectors have length one (default)."),
     ADD_SPECIAL_TOKENS,
     *OPTIONS,
-    refused("truncate_prompt_tokens"),
+    integer("truncate_prompt_tokens", "Only so many tokens from the beginning of each; -1: as many as the context has.", -1),
     *HARMLESS,
+    either=("input", "messages"),
 )
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0)
 
@@ -57,7 +61,7 @@ def parse_embeddings(config: Config, body: Mapping[str, Any]) -> EmbeddingReques
     values, unknown = EMBEDDINGS.read(body)
     width = config.model.hidden_size
     model = served_model(config, values)
-    prompts = text_prompts("input", values["input"], add_special=values.get("add_special_tokens", True))
+    prompts = _prompts(config, values)
     if len(prompts) > (limit := config.server.max_open_requests):
         raise InvalidParam("input", f"input holds {len(prompts)} inputs; this server admits {limit} at a time.")
     return EmbeddingRequest(
@@ -69,6 +73,18 @@ def parse_embeddings(config: Config, body: Mapping[str, Any]) -> EmbeddingReques
         base64=values.get("encoding_format") == "base64",
         ignored=unknown,
     )
+
+
+def _prompts(config: Config, values: Mapping[str, Any]) -> tuple[Prompt, ...]:
+    """`input`, or the conversation in `messages`, which ends with its last message unless `add_generation_prompt` is true."""
+    name, context = "truncate_prompt_tokens", config.max_context
+    keep = values.get(name, 0)
+    if name in values and (keep == 0 or keep > context):
+        raise InvalidParam(name, f"{name} must be between 1 and {context}, the tokens of the context, or -1 for all of them.")
+    keep = context if keep < 0 else keep
+    if "messages" in values:
+        return (replace(chat_prompt(config, {"add_generation_prompt": False, **values}), keep=keep),)
+    return text_prompts("input", values["input"], add_special=values.get("add_special_tokens", True), keep=keep)
 
 
 async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:

@@ -102,15 +102,16 @@ class OpenAIAnswer:
         self._heads = [b'%s{"index":%d' % (self._common, i) for i in range(choices)]
         self._text = b',"delta":{"content":' if self._chat else b',"text":'
         self._logprobs = (b"}" if self._chat else b"") + b',"logprobs":'
-        self._so_far = request.usage.so_far
-        self._set_end(b'}],"usage":null}\n\n' if request.usage.last else b"}]}\n\n")
+        self._so_far, self._details = request.usage.so_far, request.usage.cached
+        self._no_usage = b',"usage":null' if request.usage.last else b""
+        self._set_end(self._no_usage)
 
     # ---------------- the answer in one piece
     def complete(self, chunks: Sequence[Chunk], timings: Timings) -> dict[str, Any]:
         for result, chunk in zip(self._results, chunks, strict=True):
             result.add(chunk)
         choices = [self._choice(i, chunk) for i, chunk in enumerate(chunks)]
-        return {**self._fields, "choices": choices, **self._counts(timings)}
+        return {**self._fields, "choices": choices, **self._cached(), **self._counts(timings)}
 
     def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
         reason, logprobs = chunk.finish.reason, None
@@ -133,6 +134,12 @@ class OpenAIAnswer:
             counts["completion_tokens_details"] = {"reasoning_tokens": sum(r.reasoning_tokens for r in results)}
         return {"usage": counts, "timings": timings.render(results, n)}
 
+    def _cached(self) -> dict[str, Any]:
+        """SGLang's details of the prefix cache: those of the first choice, as there."""
+        if not self.request.usage.cached:
+            return {}
+        return {"sglext": {"cached_tokens_details": {"device": self._results[0].cached_tokens, "host": 0}}}
+
     def _render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         requested = self.request.params.logprobs or 0
         return chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, requested)
@@ -148,8 +155,9 @@ class OpenAIAnswer:
         """The events of a chunk of choice `index`, none if all of its text is held back."""
         head, result = self._heads[index], self._results[index]
         result.add(chunk)
-        if self._so_far:
-            self._set_end(b'}],"usage":%s}\n\n' % _dump(usage([result])))
+        if self._so_far or self._details:
+            counts = b',"usage":' + _dump(usage([result])) if self._so_far else self._no_usage
+            self._set_end(counts, last=self._details and bool(chunk.finish) and index == 0)
         if not chunk.finish:
             return self._items(index, chunk) if self._replies else self._text_event(head, chunk, None)
         if not self._chat:
@@ -168,9 +176,14 @@ class OpenAIAnswer:
     def failed(self, error: RequestError) -> bytes:
         return sse(error.body()) + DONE
 
-    def _set_end(self, end: bytes) -> None:
-        self._end = end
-        self._go_on = self._logprobs + b'null,"finish_reason":null' + end
+    def _set_end(self, counts: bytes, last: bool = False) -> None:
+        """The end of events from now on.
+
+        `last`: when the choice ends, its last event tells of the cache; some clients look for a choice in every event.
+        """
+        self._end = b"}]" + counts + b"}\n\n"
+        self._final = b"}]," + _dump(self._cached())[1:-1] + counts + b"}\n\n" if last else self._end
+        self._go_on = self._logprobs + b'null,"finish_reason":null' + self._end
 
     def _text_event(self, head: bytes, chunk: Chunk, reason: str | None) -> bytes:
         if not chunk.text and not chunk.logprobs and reason is None:
@@ -193,7 +206,8 @@ class OpenAIAnswer:
         if not logprobs and reason is None:
             return self._go_on
         rendered = self._render_logprobs(logprobs) if logprobs else None
-        return b"".join((self._logprobs, _dump(rendered), b',"finish_reason":', _dump(reason), self._end))
+        end = self._end if reason is None else self._final
+        return b"".join((self._logprobs, _dump(rendered), b',"finish_reason":', _dump(reason), end))
 
 
 def _dump(value: Any) -> bytes:

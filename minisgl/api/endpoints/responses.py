@@ -11,21 +11,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.api.endpoints.as_chat import SHARED, functions, passed, renamed, result_of, text_of, unused
+from minisgl.api.endpoints.as_chat import (
+    SHARED,
+    counting,
+    functions,
+    passed,
+    places,
+    renamed,
+    result_of,
+    text_of,
+    unused,
+)
+from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
+from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
 from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
 from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
-from minisgl.api.requests.openai import HARMLESS, ChatRequest, parse_chat
+from minisgl.api.requests.openai import EXTENSIONS, HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.tools import offered_names
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_SHOWN = "reasoning.encrypted_content"  # there is none to include
+_KEY = "reasoning_content"  # of a message of a chat
+_THOUGHT = {"role", _KEY, "at"}  # the keys of one that is a thought alone
 _NAMES = {  # fields of a chat -> their names here
     r"response_format(\.json_schema)?": "text.format",
     r"((?:\.?tools\[\d+\])+)\.function": r"\1",
     r"max_tokens": "max_output_tokens",
+    r"messages$": "input",
     r"reasoning_effort": "reasoning.effort",
 }
 
@@ -40,22 +55,28 @@ def _check_include(name: str, value: list[Any]) -> list[str]:
 def _check_input(name: str, value: Any) -> list[dict[str, Any]]:
     """A text, or items, each of which is a message or belongs to a tool call -> the messages of a chat."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return [{"role": "user", "content": value, "at": name}]
     if not isinstance(value, list):
         raise fields.wrong_type(name, "a string or an array of items", value)
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to answer.")
     out: list[dict[str, Any]] = []
     for i, item in enumerate(value):
-        for message in _item(item, f"{name}[{i}]"):
-            if "tool_calls" in message and out and out[-1]["role"] == "assistant":  # a call belongs to the text before it
-                out[-1] = {**out[-1], "tool_calls": out[-1].get("tool_calls", []) + message["tool_calls"]}
+        at = f"{name}[{i}]"
+        for message in _item(item, at):
+            last = out[-1] if out and out[-1]["role"] == message["role"] == "assistant" else {}
+            if last.keys() == _THOUGHT:  # what follows a thought belongs to it
+                thoughts = [m[_KEY] for m in (last, message) if m.get(_KEY)]
+                out[-1] = {**message, _KEY: "\n".join(thoughts), "at": at}
+            elif last and "tool_calls" in message:  # a call belongs to the text before it
+                out[-1] = {**last, "tool_calls": last.get("tool_calls", []) + message["tool_calls"]}
             else:
-                out.append(message)
+                out.append({**message, "at": at})
     return out
 
 
 def _item(item: Any, at: str) -> list[dict[str, Any]]:
+    """The message that an item is or belongs to, if any."""
     fields.check_object(at, item)
     kind = item.get("type", "message")
     if kind == "message":
@@ -65,13 +86,15 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
         return [{"role": item["role"], "content": text}]
     if kind == "function_call":
         function = {name: item.get(name) for name in ("name", "arguments", "namespace")}
-        calls = [{"id": item.get("call_id"), "type": "function", "function": function}]
+        calls = [{"id": item.get("call_id"), "type": "function", "function": function, "at": at}]
         return [{"role": "assistant", "content": None, "tool_calls": calls}]
     if kind == "function_call_output":
         result = result_of(item.get("output"), f"{at}.output", ("input_text", "output_text", "text"))
         return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": result}]
-    if kind == "reasoning":  # earlier thoughts are not part of the prompt
-        return []
+    if kind == "reasoning":
+        content = item.get("content") or item.get("summary") or []
+        thought = text_of(content, f"{at}.content", ("reasoning_text", "summary_text", "text"))
+        return [{"role": "assistant", _KEY: thought}] if thought else []  # an encrypted one cannot be read
     raise InvalidParam(f"{at}.type", "items may be messages, function calls and their outputs.", "unsupported_value")
 
 
@@ -90,10 +113,15 @@ RESPONSE = Fields(
     refused("prompt"),
     refused("truncation", "disabled"),
     refused("context_management", []),
-    replace(fields.boolean("store", "reported as ignored if it is true"), support=Support.HARMLESS),
-    *harmless("max_tool_calls", "stream_options", "client_metadata", "prompt_cache_options"),
+    refused("moderation"),
+    *harmless("max_tool_calls", "stream_options", "client_metadata"),
+    *harmless("access_programs", "background_options", "image"),  # of what is refused itself
+    *EXTENSIONS,
     *without(HARMLESS, "store"),
+    replace(fields.boolean("store", ""), support=Support.HARMLESS),
 )
+_COUNTED = ("model", "input", "instructions", "tools", "tool_choice", "reasoning", "chat_template_kwargs", "chat_template")
+INPUT_TOKENS = counting(RESPONSE, _COUNTED, refused("personality"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +147,7 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
     instructions, limit = values.get("instructions"), values.get("max_output_tokens")
     text, reasoning, tools = values.get("text", {}), values.get("reasoning", {}), values.get("tools", [])
     chat: dict[str, Any] = passed(body)
-    chat["messages"] = [{"role": "system", "content": instructions}] if instructions else []
+    chat["messages"] = [{"role": "system", "content": instructions, "at": "instructions"}] if instructions else []
     chat["messages"] += values["input"]
     chat["max_tokens"] = limit
     if text.get("format") is not None:
@@ -127,25 +155,24 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
     chat["logprobs"] = _LOGPROBS in values.get("include", ())
     chat["reasoning_effort"] = reasoning.get("effort")
     chat["tools"] = functions(tools, ("function",), "parameters")
-    with renamed(_NAMES):
+    with renamed({**places(chat["messages"], "call_id"), **_NAMES}):
         names = offered_names(chat["tools"])
         chat["tool_choice"] = _tool_choice(values.get("tool_choice"), names)
-        for message in values["input"]:
+        for message in chat["messages"]:
             for call in message.get("tool_calls", ()):
                 _rename(call["function"], names)
         parsed = parse_chat(config, chat)
-    if parsed.bound_by == "response_format":
-        parsed = replace(parsed, bound_by="text.format")
+    bound_by = "text.format" if parsed.bound_by == "response_format" else parsed.bound_by
+    parsed = replace(parsed, bound_by=bound_by, prompts=tuple(replace(p, source="input") for p in parsed.prompts))
     unknown += tuple(re.sub("^messages", "input", n) for n in parsed.ignored if n.startswith(("tools.", "messages.")))
     unknown += unused(values, "text", "format") + unused(values, "reasoning", "effort")
     unknown += ("reasoning.effort",) if "reasoning_effort" in parsed.ignored else ()
-    unknown += ("store",) if values.get("store") else ()
     echoed = {
         "instructions": instructions,
         "max_output_tokens": limit,
         "metadata": values.get("metadata") or {},
         "temperature": parsed.params.temperature,
-        "top_p": parsed.params.top_p,
+        "top_p": values.get("top_p", parsed.params.top_p),
         "text": {"format": text.get("format") or {"type": "text"}},
         "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "tools": tools,
@@ -153,6 +180,18 @@ def parse_responses(config: Config, body: Mapping[str, Any]) -> ResponsesRequest
         "parallel_tool_calls": values.get("parallel_tool_calls", True),
     }
     return ResponsesRequest(parsed, echoed, unknown)
+
+
+def parse_input_tokens(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[Prompt]:
+    """Check the body of POST /v1/responses/input_tokens.  Raises RequestError: 400, or 404 for the model."""
+    _, ignored = INPUT_TOKENS.read(body)
+    request = parse_responses(config, {name: body[name] for name in _COUNTED if name in body})
+    return TokenizerRequest(request.chat.prompts[0], ignored + request.ignored)
+
+
+async def input_tokens(engine: Engine, request: TokenizerRequest[Prompt]) -> dict[str, Any]:
+    """The length of the prompt in tokens.  Raises RequestError."""
+    return {"object": "response.input_tokens", "input_tokens": len(await ids_of(engine, request.value))}
 
 
 def _format(given: Any) -> Any:

@@ -22,7 +22,7 @@ from minisgl.errors import InvalidParam
 
 
 class Checked(Protocol):
-    """A checked request.  `ignored`: the names of its unknown fields.  `stream`: whether it asks for a stream.
+    """A checked request.  `ignored`: the names of its fields without effect.  `stream`: whether it asks for a stream.
 
     `relaxed`: the keywords of its JSON schemas that the answer may not keep to.
     """
@@ -63,7 +63,7 @@ class Endpoint(Generic[R]):
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
         request = self.parse(engine.config, body)
-        check_unknown(engine.config, request.ignored)
+        check_unknown(engine.config, self.fields, request.ignored)
         if request.stream:
             raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
         return await self.answer(engine, request)
@@ -90,6 +90,9 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     "/v1/completions": _generating("Continue texts.", COMPLETION, parse_completion, OpenAIAnswer),
     "/v1/responses": _generating(
         "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
+    ),
+    "/v1/responses/input_tokens": Endpoint(
+        "How long a prompt would be.", responses.INPUT_TOKENS, responses.parse_input_tokens, responses.input_tokens
     ),
     "/v1/messages": _generating("Answer, in Anthropic's shape.", anthropic.MESSAGE, anthropic.parse_messages, Message),
     "/v1/messages/count_tokens": Endpoint(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
-from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
+from minisgl.api.engine import ChatPrompt, Engine, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.requests import tools
+from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
@@ -31,7 +32,8 @@ TOKENIZE = Fields(
     MODEL,
     Field("prompt", "A text, or several.", TEXT_OR_TEXTS, _check_texts),
     MESSAGES,
-    TEMPLATE_KWARGS,
+    *RENDERING,
+    tools.FIELDS[0],
     ADD_SPECIAL_TOKENS,
     *HARMLESS,
     either=("prompt", "messages"),
@@ -62,7 +64,8 @@ def parse_tokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[
     values, unknown = TOKENIZE.read(body)
     served_model(config, values)
     if "messages" in values:
-        return TokenizerRequest(([chat_prompt(values)], False), unknown)
+        offered = tools.read(values, config.server.tool_call_parser)
+        return TokenizerRequest(([chat_prompt(config, values, offered.given)], False), unknown)
     given, add_special = values["prompt"], values.get("add_special_tokens", True)
     several = isinstance(given, list)
     return TokenizerRequest(([TextPrompt(t, add_special) for t in (given if several else [given])], several), unknown)
@@ -89,8 +92,10 @@ async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, 
     return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
 
 
-async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
+async def ids_of(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
+    if isinstance(prompt, TokenPrompt):
+        return prompt.ids
     return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
 
 

@@ -23,12 +23,13 @@ from minisgl.api.http import openapi
 from minisgl.api.http.auth import authenticate, key_of
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import json_handler, read_json, stream, timing_header
-from minisgl.api.http.errors import errors, name_response
+from minisgl.api.http.errors import errors, for_anthropic, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
 from minisgl.errors import model_loading
+from minisgl.version import __version__
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
 # refused, so aiohttp must not inflate them first.
@@ -45,6 +46,7 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     server = engine.config.server
     guards = [authenticate(server.api_keys)] if server.api_keys else []
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
+    app._router = _Paths()  # the constructor's argument for it is deprecated
     app[TURN] = Turn()
     app.on_response_prepare.append(name_response)
     if store is not None:
@@ -80,6 +82,16 @@ def _count(engine: Metered) -> Middleware:
     return count
 
 
+class _Paths(web.UrlDispatcher):
+    """Routes that are also found with a slash at the end, as some clients join their base URL and a path."""
+
+    async def resolve(self, request: web.Request) -> web.UrlMappingMatchInfo:
+        found = await super().resolve(request)
+        if found.http_exception is None or not request.path.endswith("/") or request.path == "/":
+            return found
+        return await super().resolve(request.clone(rel_url=request.rel_url.with_path(request.path.rstrip("/") or "/")))
+
+
 class _Routes:
     """The handlers.  The middleware renders the RequestErrors that they raise."""
 
@@ -93,25 +105,26 @@ class _Routes:
         config = self._config
         for path in ENDPOINTS:
             router.add_post(path, self.post)
-        router.add_route("*", "/v1/responses/{response_id:.+}", self.no_response)
-        router.add_get("/v1/models", json_handler(lambda _: serving.list_models(config)))
-        router.add_get(
-            "/v1/models/{name:.+}", json_handler(lambda request: serving.retrieve_model(config, request.match_info["name"]))
-        )
+        router.add_route("*", r"/v1/responses/{response_id:(?!input_tokens$).+}", self.no_response)
+        router.add_get("/v1/models", json_handler(lambda request: serving.list_models(config, for_anthropic(request))))
+        router.add_get("/v1/models/{name:.*[^/]}", json_handler(self.model))
         router.add_get("/tokenizer_info", json_handler(self.tokenizer_info))
         router.add_get("/server_info", json_handler(self.server_info))
         router.add_post("/flush_cache", json_handler(self.flush_cache))
         router.add_get("/openapi.json", json_handler(lambda _: openapi.document(config)))
         router.add_get("/docs", self.docs)
-        router.add_get("/health", self.state("starting", "ready", "draining"))
+        router.add_get("/version", json_handler(lambda _: {"version": __version__}))
+        router.add_get("/health", alive := self.state("starting", "ready", "draining"))
+        router.add_get("/ping", alive)
+        router.add_post("/ping", alive)
         router.add_get("/ready", self.state("ready"))
         router.add_get("/metrics", self.metrics)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Any of the endpoints with a JSON body."""
-        endpoint = ENDPOINTS[request.path]
+        endpoint = ENDPOINTS[request.path.rstrip("/")]
         parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
-        headers = ignored_header(self._config, parsed.ignored)
+        headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
         engine = self._callers.call(key_of(request) if self._config.server.api_keys else request.remote or "")
         if parsed.stream and endpoint.stream is not None:
@@ -121,6 +134,9 @@ class _Routes:
 
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])
+
+    def model(self, request: web.Request) -> Any:
+        return serving.retrieve_model(self._config, request.match_info["name"], for_anthropic(request))
 
     def tokenizer_info(self, _: web.Request) -> Any:
         if not self._engine.tokenizer_info:

@@ -10,7 +10,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from minisgl.errors import RequestError
 
-OPEN = frozenset({"/health", "/ready", "/metrics"})  # routes that need no key
+OPEN = frozenset({"/health", "/ready", "/ping", "/metrics"})  # routes that need no key
 
 
 def authenticate(keys: tuple[str, ...]) -> Middleware:
@@ -23,7 +23,7 @@ def authenticate(keys: tuple[str, ...]) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
-        if resource is None or resource.canonical not in OPEN:
+        if resource is None or resource.canonical not in OPEN or request.path.endswith("/"):
             given = _digest(key_of(request))
             matches = [hmac.compare_digest(given, digest) for digest in digests]  # all of them, so the time reveals nothing
             if True not in matches:

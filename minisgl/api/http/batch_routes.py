@@ -132,7 +132,7 @@ class FileRoutes:
         source = store.load("files", values["input_file_id"], "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
-        headers = ignored_header(self._config, unknown)
+        headers = ignored_header(self._config, BATCH, unknown)
         batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
         self._batches.create(batch)
         return web.json_response(batch, headers=headers)

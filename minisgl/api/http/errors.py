@@ -50,12 +50,18 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
 
 
+def for_anthropic(request: web.Request) -> bool:
+    """Whether the answer has Anthropic's shape: on their paths, and where both have one for a client that says its version."""
+    path, version = request.path, "anthropic-version" in request.headers
+    return path.startswith("/v1/messages") or (version and path.startswith("/v1/models"))
+
+
 def error_response(error: RequestError, request: web.Request) -> web.Response:
-    """The JSON answer for a RequestError, with Retry-After where a retry makes sense; in Anthropic's format on their paths."""
+    """The JSON answer for a RequestError, with Retry-After where a retry makes sense, in the format that the client knows."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = error_body(error) if request.path.startswith("/v1/messages") else error.body()
+    body = error_body(error) if for_anthropic(request) else error.body()
     response = web.json_response(body, status=error.status, headers=headers)
     if error.code == NOT_HTTP:
         response.force_close()  # the end of its body, where another request might begin, is unknown

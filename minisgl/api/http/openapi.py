@@ -64,6 +64,9 @@ ROUTES = (
     Route("get", "/v1/batches/{batch_id}", "How far a batch is.", refusals=(404,)),
     Route("post", "/v1/batches/{batch_id}/cancel", "Stop a batch; what is answered stays.", refusals=(404, 409)),
     Route("get", "/health", "200 while the process can become or be useful, 503 when the engine is dead.", refusals=(503,)),
+    Route("get", "/ping", "The same as /health.", refusals=(503,)),
+    Route("post", "/ping", "The same as /health.", refusals=(503,)),
+    Route("get", "/version", "The version of this server."),
     Route("get", "/ready", "200 when requests are served, 503 otherwise.", refusals=(503,)),
     Route("get", "/metrics", "Prometheus text.", gives=("text/plain",)),
     Route("get", "/server_info", "What runs here, and the scheduler's statistics."),
@@ -113,7 +116,7 @@ def _operation(route: Route, config: Config) -> dict[str, Any]:
         "responses": {"200": _answer(route)},
     }
     shape = "MessageError" if route.path.startswith("/v1/messages") else "Error"
-    states = route.path in ("/health", "/ready")  # their 503 is an answer
+    states = route.path in ("/health", "/ready", "/ping")  # their 503 is an answer
     for status in sorted({*_ALWAYS, *route.refusals, *((401,) if config.server.api_keys else ())}):
         schema = {"$ref": f"#/components/schemas/{shape}"} if status != 503 or not states else ANSWERS[f"get {route.path}"]
         out["responses"][str(status)] = {"description": _REFUSALS[status], "content": {"application/json": {"schema": schema}}}

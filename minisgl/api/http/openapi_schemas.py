@@ -40,6 +40,7 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
         status={"enum": ["completed", "incomplete"]},
         output={"type": "array", "minItems": 1, "items": _has(id=_STRING, type=_STRING, status=_STRING)},
     ),
+    "post /v1/responses/input_tokens": _has(object={"const": "response.input_tokens"}, input_tokens=_COUNT),
     "post /v1/messages": _has(
         "usage",
         id=_STRING,
@@ -65,6 +66,9 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "post /v1/batches/{batch_id}/cancel": _BATCH,
     "get /health": _STATE,
     "get /ready": _STATE,
+    "get /ping": _STATE,
+    "post /ping": _STATE,
+    "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),
 }
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}

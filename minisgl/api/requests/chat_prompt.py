@@ -1,7 +1,7 @@
 """Checks the `messages` of a chat request and packs them for the tokenizer process, which renders the chat template.
 
-Only the fields that chat templates read are passed on, with bounded depth, so a client cannot smuggle others into a template.
-Pure functions; run in the api process.
+Only the fields that chat templates read are passed on, so a client cannot smuggle others into a template; in which form they
+reach it is up to the template (minisgl.model.text.conversation).  Pure functions; run in the api process, and in that of LLM.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 from minisgl.api.engine import ChatPrompt
 from minisgl.api.requests import fields
 from minisgl.api.requests.fields import Check, Field, Schema
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.config import Config
+from minisgl.errors import InvalidParam
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_KWARGS = 32
-MAX_DEPTH = 32  # of tool-call arguments
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")  # passed on unchanged
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SAME = {"developer": "system", "function": "tool"}  # roles with two names
+_STRINGS = ("name", "tool_call_id")  # passed on unchanged
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names that clients and servers have for a thought
+_CONTINUE, _ANSWER = "continue_final_message", "add_generation_prompt"
 # Names that a request cannot set: the server's own for a template, and those with a meaning to transformers.
 _RESERVED = {"messages", "conversation", "chat_template", "tools", "documents", "add_generation_prompt"} | {
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -29,16 +32,30 @@ _RESERVED = {"messages", "conversation", "chat_template", "tools", "documents", 
 }
 
 
-def chat_prompt(values: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
-    """The values of `messages` and `chat_template_kwargs` of a request, and its tools -> a prompt."""
-    kwargs = values.get("chat_template_kwargs", {})
-    payload = {"messages": values["messages"], "kwargs": {**kwargs, "tools": list(tools)} if tools else kwargs}
+def chat_prompt(config: Config, values: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+    """The values of `messages` and of the fields in RENDERING of a request, and its tools -> a prompt.  Raises InvalidParam."""
+    kwargs = dict(values.get("chat_template_kwargs", {}))
+    kwargs |= {name: values[name] for name in (_CONTINUE, _ANSWER) if name in values}
+    if kwargs.get(_CONTINUE) and kwargs.get(_ANSWER):
+        raise InvalidParam(_CONTINUE, f"{_CONTINUE} and {_ANSWER} exclude each other.")
+    template = values.get("chat_template", "")
+    if template and not config.server.trust_request_chat_template:
+        text = "chat_template is taken from requests only by a server that was started with --trust-request-chat-template."
+        raise InvalidParam("chat_template", text, "unsupported_parameter")
+    return packed(values["messages"], {**kwargs, "tools": list(tools)} if tools else kwargs, template)
+
+
+def packed(messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], template: str = "") -> ChatPrompt:
+    """The prompt of checked messages.  `kwargs`: variables of the template; `template`: one to use instead of the model's."""
+    payload = {"messages": messages, "kwargs": kwargs} | ({"template": template} if template else {})
     return ChatPrompt(json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _check_messages(at: str, value: list[Any]) -> list[dict[str, Any]]:
-    """Text parts are joined by newlines, `developer` becomes `system`, and the arguments of tool calls become objects: the
-    form that chat templates expect."""
+def check_messages(at: str, value: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of a conversation, checked: text parts are joined by newlines, a role has one name, arguments are text.
+
+    Raises InvalidParam naming the part that is wrong, as a part of `at`.
+    """
     if not 1 <= len(value) <= MAX_MESSAGES:
         raise InvalidParam(at, f"{at} must hold 1 to {MAX_MESSAGES} messages, not {len(value)}.")
     return [_message(m, f"{at}[{i}]") for i, m in enumerate(value)]
@@ -49,14 +66,21 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     role = _required(message, "role", at)
     if role not in _ROLES:
         raise InvalidParam(f"{at}.role", f"{at}.role must be one of {', '.join(_ROLES)}.")
-    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = _tool_calls(message.get("tool_calls"), f"{at}.tool_calls") if role == "assistant" else []
-    content = message.get("content")
+    out: dict[str, Any] = {"role": _SAME.get(role, role)}
+    content, answers = message.get("content"), role == "assistant"
+    calls = _calls(message, at) if answers else []
+    thoughts = (
+        [fields.check_string(f"{at}.{name}", message[name]) for name in _THOUGHTS if message.get(name)] if answers else []
+    )
+    if content is None and answers:
+        content = message.get("refusal") or ("" if thoughts and not calls else None)
     if content is None and not calls:
         raise fields.missing(f"{at}.content")
-    out["content"] = "" if content is None else _text(content, f"{at}.content")  # many templates concatenate it
+    out["content"] = None if content is None else _text(content, f"{at}.content")
     if calls:
         out["tool_calls"] = calls
+    if thoughts:
+        out["reasoning_content"] = thoughts[0]
     for name in _STRINGS:
         value = message.get(name)
         if value is not None:
@@ -74,51 +98,38 @@ def _text(content: Any, at: str) -> str:
     texts = []
     for i, part in enumerate(content):
         fields.check_object(f"{at}[{i}]", part)
-        if _required(part, "type", f"{at}[{i}]") != "text":
+        kind = _required(part, "type", f"{at}[{i}]")
+        if kind not in ("text", "refusal"):
             raise InvalidParam(f"{at}[{i}].type", "only text parts are supported by this model.", "unsupported_value")
-        texts.append(_required(part, "text", f"{at}[{i}]"))
+        texts.append(_required(part, kind, f"{at}[{i}]"))
     return "\n".join(texts)
 
 
-def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    if calls is None:
-        return []
+def _calls(message: Mapping[str, Any], at: str) -> list[dict[str, Any]]:
+    """`tool_calls`, and the older `function_call`."""
+    calls, place = message.get("tool_calls") or [], f"{at}.tool_calls"
     if not isinstance(calls, list):
-        raise fields.wrong_type(at, "an array", calls)
+        raise fields.wrong_type(place, "an array", calls)
     if len(calls) > MAX_TOOL_CALLS:
-        raise InvalidParam(at, f"{at} may hold at most {MAX_TOOL_CALLS} calls.")
-    return [_tool_call(call, f"{at}[{i}]") for i, call in enumerate(calls)]
+        raise InvalidParam(place, f"{place} may hold at most {MAX_TOOL_CALLS} calls.")
+    old = message.get("function_call")
+    out = [] if old is None else [_call(old, f"{at}.function_call")]
+    return out + [_tool_call(call, f"{place}[{i}]") for i, call in enumerate(calls)]
 
 
 def _tool_call(call: Any, at: str) -> dict[str, Any]:
-    function = fields.function_of(call, at)
-    name = _required(function, "name", f"{at}.function")
-    out: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": _arguments(function, f"{at}.function")}}
-    if call.get("id") is not None:
-        out["id"] = fields.check_string(f"{at}.id", call["id"])
-    return out
+    out = _call(fields.function_of(call, at), f"{at}.function")
+    return out if call.get("id") is None else {**out, "id": fields.check_string(f"{at}.id", call["id"])}
 
 
-def _arguments(function: dict[str, Any], at: str) -> Any:
-    param = f"{at}.arguments"
-
-    def broken(fault: str) -> RequestError:
-        return InvalidParam(param, f"{param} must be the JSON text of an object: {fault}.")
-
-    text = _required(function, "arguments", at)
-    value = fields.loads(text, broken) if text else {}
-    if not isinstance(value, dict):
-        raise broken(f"it is {fields.json_type(value)}")
-    if not _shallow(value, MAX_DEPTH):
-        raise broken("it is nested too deeply")
-    return value
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(_shallow(v, depth - 1) for v in inner)
+def _call(function: Any, at: str) -> dict[str, Any]:
+    """Arguments may be any text: those of an answer that was cut off are no JSON."""
+    fields.check_object(at, function)
+    name, arguments = _required(function, "name", at), function.get("arguments")
+    if isinstance(arguments, dict | list):  # as offline conversations have them
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    arguments = "" if arguments is None else fields.check_string(f"{at}.arguments", arguments)
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _check_template_kwargs(at: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def _check_template_kwargs(at: str, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _required(values: dict[str, Any], name: str, at: str) -> str:
+def _required(values: Mapping[str, Any], name: str, at: str) -> str:
     if values.get(name) is None:
         raise fields.missing(f"{at}.{name}")
     value: str = fields.check_string(f"{at}.{name}", values[name])
@@ -151,5 +162,10 @@ def messages(check: Check, content: Schema, *roles: str) -> Field:
     return Field("messages", "The conversation, oldest first.", schema, fields.of_type(list, "an array of messages", check))
 
 
-MESSAGES = messages(_check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
-TEMPLATE_KWARGS = fields.json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs)
+MESSAGES = messages(check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
+RENDERING = (
+    fields.json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs),
+    fields.boolean(_CONTINUE, "The answer goes on with the last message, which is not closed."),
+    fields.boolean(_ANSWER, "The prompt ends where the template has the assistant begin (default)."),
+    fields.string("chat_template", "A Jinja template instead of the model's own; needs --trust-request-chat-template."),
+)

@@ -33,7 +33,7 @@ class Support(enum.Enum):
     """How an endpoint treats a field.  Fields without a declaration are unknown (see unknown_fields.py)."""
 
     SUPPORTED = enum.auto()  # becomes part of the prompt or of the parameters
-    HARMLESS = enum.auto()  # cannot change the answer (bookkeeping, cache hints): accepted and ignored
+    HARMLESS = enum.auto()  # cannot change the answer (bookkeeping, cache hints): accepted, and reported as ignored
     REFUSED = enum.auto()  # would change the answer: only its neutral values are accepted
 
 
@@ -67,26 +67,32 @@ class Fields:
     def __iter__(self) -> Iterator[Field]:
         return iter(self._fields.values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
     def having(self, support: Support) -> tuple[Field, ...]:
         """The fields with that support, in the order of their declarations."""
         return tuple(field for field in self if field.support is support)
 
     def read(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """(the checked values of the fields that a body has, the names of unknown fields).  Raises InvalidParam."""
+        """(the checked values of the fields that a body has, the names of those that are ignored: unknown, or harmless and
+        not empty).  Raises InvalidParam."""
         for name in self.required:
             if body.get(name) is None:
                 raise missing(name)
         if self.either and sum(body.get(name) is not None for name in self.either) != 1:
             raise InvalidParam(self.either[0], f"give either {' or '.join(self.either)}.", "missing_required_parameter")
         values: dict[str, Any] = {}
-        unknown = []
+        unknown, harmless = [], []
         for name, value in body.items():
             field = self._fields.get(name)
             if field is None:
                 unknown.append(name)
             elif value is not None:
                 values[name] = field.check(name, value)
-        return values, tuple(unknown)
+                if value and field.support is Support.HARMLESS:
+                    harmless.append(name)
+        return values, (*unknown, *harmless)
 
 
 def without(fields: Iterable[Field], *names: str) -> tuple[Field, ...]:

@@ -66,18 +66,32 @@ def _next_seed(seed: int, i: int) -> int:
 
 
 # ---------------- about the server
-def list_models(config: Config) -> dict[str, Any]:
-    """GET /v1/models."""
-    return {"object": "list", "data": [_model(config, name) for name in served_names(config)]}
+def list_models(config: Config, anthropic: bool = False) -> dict[str, Any]:
+    """GET /v1/models, for a client of OpenAI's API or of Anthropic's.  There is only one page."""
+    names = served_names(config)
+    models = [_model(config, name, anthropic) for name in names]
+    if anthropic:
+        return {"data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return {"object": "list", "data": models}
 
 
-def retrieve_model(config: Config, name: str) -> dict[str, Any]:
+def retrieve_model(config: Config, name: str, anthropic: bool = False) -> dict[str, Any]:
     """GET /v1/models/{name}.  Raises RequestError (404)."""
     check_model(config, name)
-    return _model(config, name)
+    return _model(config, name, anthropic)
 
 
-def _model(config: Config, name: str) -> dict[str, Any]:
+def _model(config: Config, name: str, anthropic: bool) -> dict[str, Any]:
+    if anthropic:
+        return {
+            "type": "model",
+            "id": name,
+            "display_name": name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED)),
+            "lifecycle": "active",
+            "max_input_tokens": config.max_context,
+            "max_tokens": config.max_context,
+        }
     return {
         "id": name,
         "object": "model",

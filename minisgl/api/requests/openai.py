@@ -13,7 +13,7 @@ from minisgl import grammar
 from minisgl.api.engine import Prompt, TextPrompt, TokenPrompt
 from minisgl.api.parsers.reply import PLAIN, Form
 from minisgl.api.requests import fields, sampling, structured_output, tools
-from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
+from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Fields, Schema, refused, wrong_type
 from minisgl.api.requests.sampling import OPTIONS, check_token_ids
 from minisgl.api.requests.structured_output import Constraint, constraint
@@ -23,7 +23,8 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MAX_PROMPTS = 1024  # in one completion request
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when the request does not say
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # of reasoning
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of reasoning
+_VERBOSITIES = ("low", "medium", "high")
 _USAGE = ("include_usage", "continuous_usage_stats")  # of stream_options
 
 
@@ -35,8 +36,44 @@ _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 TEXTS: Schema = {"oneOf": [*TEXT_OR_TEXTS["oneOf"], _TOKENS, {"type": "array", "items": _TOKENS}]}  # see text_prompts
 HARMLESS = fields.harmless(
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     "prediction",  # makes an answer faster elsewhere, never different
+)
+# What vLLM, SGLang and llama.cpp know beyond the dialects and would change the answer, with the values that ask for nothing.
+EXTENSIONS = (
+    refused("truncate_prompt_tokens", sentence="truncate_prompt_tokens is for /v1/embeddings: a prompt to go on is never cut."),
+    refused("bad_words", [], sentence="bad_words is not supported by this server; logit_bias forbids single tokens."),
+    *(
+        refused(name, *neutral)
+        for name, neutral in {
+            "length_penalty": (1,),
+            "use_beam_search": (False,),
+            "prompt_logprobs": (),
+            "allowed_token_ids": ([],),
+            "logits_processors": ([],),
+            "custom_logit_processor": ("",),
+            "logprob_token_ids": ([],),
+            "repetition_detection": (),
+            "thinking_token_budget": (),
+            "stop_regex": ([], ""),
+            "lora_path": (),
+            "lora_request": (),
+            "prompt_embeds": (),
+            "input_embeds": (),
+            "image_data": ([],),
+            "session_params": (),
+            "include_stop_str_in_output": (False,),
+            "no_stop_trim": (False,),
+            "kv_transfer_params": (),
+            "separate_reasoning": (True,),
+            "repeat_penalty": (1,),
+            "typical_p": (1,),
+            "mirostat": (0,),
+            "dry_multiplier": (0,),
+            "xtc_probability": (0,),
+        }.items()
+    ),
 )
 _COMMON = (
     MODEL,
@@ -48,18 +85,13 @@ _COMMON = (
         "stream_options",
         "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
     ),
+    fields.boolean("return_cached_tokens_details", "sglext.cached_tokens_details, as SGLang reports the prefix cache."),
     *OPTIONS,
-    refused("length_penalty", 1),
-    refused("use_beam_search", False),
-    refused("bad_words", []),
-    refused("include_stop_str_in_output", False),
-    refused("prompt_logprobs"),
-    refused("truncate_prompt_tokens"),
+    *EXTENSIONS,
     *HARMLESS,
 )
 CHAT = Fields(
     fields.required(MESSAGES),
-    TEMPLATE_KWARGS,
     *sampling.length(1),
     *sampling.CHAT_LOGPROBS,
     *tools.FIELDS,
@@ -69,12 +101,11 @@ CHAT = Fields(
     refused("function_call", "none", "auto"),
     refused("modalities", ["text"], []),
     refused("audio"),
-    refused("verbosity", "medium"),
+    refused("moderation"),
+    fields.string("verbosity", "Reported as ignored unless it is medium: no model here has degrees.", *_VERBOSITIES),
     refused("web_search_options"),
-    refused("chat_template"),  # templates come with the model, never from a request
+    *RENDERING,
     refused("documents", []),
-    refused("add_generation_prompt", True),
-    refused("continue_final_message", False),
     refused("add_special_tokens", False),
     *_COMMON,
 )
@@ -92,18 +123,22 @@ COMPLETION = Fields(
 # ---------------- requests
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The token counts that a stream reports: the totals in a `last` event, the counts `so_far` in every event."""
+    """The token counts that an answer reports in addition.
+
+    In a stream, the totals in a `last` event, and the counts `so_far` in every event.  `cached`: SGLang's details of the cache.
+    """
 
     last: bool = False
     so_far: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """The part that all requests for text have in common.
 
-    `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of unknown fields.
-    `bound_by`: the field that prescribes params.grammar, `relaxed`: the keywords of its schemas that the grammar only
+    `model`: the served name to report.  `n`: the number of answers to each prompt.  `ignored`: names of fields without
+    effect.  `bound_by`: the field that prescribes params.grammar, `relaxed`: the keywords of its schemas that the grammar only
     approximates.  `form`: how an answer is parsed.
     """
 
@@ -150,13 +185,13 @@ def parse_chat(config: Config, body: Mapping[str, Any], *, name_chars: int = too
     params = sampling.params(values, None, config, logprobs=sampling.chat_logprobs(values), grammar=bound.grammar)
     return ChatRequest(
         model=model,
-        prompts=(chat_prompt(values, offered.given),),
+        prompts=(chat_prompt(config, values, offered.given),),
         n=sampling.choices(values),
         params=replace(params, reasoning=reasoning_style, tools=offered.style),
         options=sampling.options(values),
         stream=values.get("stream", False),
         usage=usage,
-        ignored=unknown + unknown_options + unheeded + left_out + offered.ignored,
+        ignored=unknown + unknown_options + unheeded + left_out + offered.ignored + _without_degrees(values),
         bound_by=bound.field,
         form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
         relaxed=bound.relaxed,
@@ -175,6 +210,11 @@ def _apply_effort(values: dict[str, Any], reasoning_style: str) -> tuple[str, ..
         values["chat_template_kwargs"] = {**switches, **values.get("chat_template_kwargs", {})}
         return ()
     return ("reasoning_effort",) if effort not in (None, "none") else ()
+
+
+def _without_degrees(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """`verbosity` as ignored, if it asks for anything."""
+    return ("verbosity",) if values.get("verbosity", "medium") != "medium" else ()
 
 
 def _chat_constraint(bound: Constraint, offered: tools.Tools) -> Constraint:
@@ -242,23 +282,31 @@ def _usage(values: Mapping[str, Any]) -> tuple[Usage, tuple[str, ...]]:
         if not isinstance(given.get(name), bool | None):
             raise wrong_type(f"stream_options.{name}", "a boolean", given[name])
     unknown = tuple(f"stream_options.{k}" for k, v in given.items() if k not in _USAGE and v is not None)
-    return Usage(*(bool(given.get(name)) for name in _USAGE)), unknown
+    last, so_far = (bool(given.get(name)) for name in _USAGE)
+    return Usage(last, so_far, values.get("return_cached_tokens_details", False)), unknown
 
 
-def text_prompts(name: str, value: Any, *, add_special: bool) -> tuple[Prompt, ...]:
-    """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam."""
+def text_prompts(name: str, value: Any, *, add_special: bool, keep: int = 0) -> tuple[Prompt, ...]:
+    """The prompts in the field `name`: a string, token ids, or a list of either.  Raises InvalidParam.
+
+    `keep`: only so many tokens from the beginning of each, 0 for all.
+    """
+
+    def ids(value: list[Any]) -> Prompt:
+        return TokenPrompt(check_token_ids(name, value)[: keep or None], name)
+
     if isinstance(value, str):
-        return (TextPrompt(value, add_special),)
+        return (TextPrompt(value, add_special, keep, name),)
     if not isinstance(value, list):
         raise wrong_type(name, "a string, an array of strings, token ids or an array of token ids", value)
     if not value:
         raise InvalidParam(name, f"{name} is empty: there is nothing to continue.")
     if isinstance(value[0], int):
-        return (TokenPrompt(check_token_ids(name, value)),)
+        return (ids(value),)
     if len(value) > MAX_PROMPTS:
         raise InvalidParam(name, f"{name} holds {len(value)} prompts; one request may have {MAX_PROMPTS}.")
     if all(isinstance(p, str) for p in value):
-        return tuple(TextPrompt(p, add_special) for p in value)
+        return tuple(TextPrompt(p, add_special, keep, name) for p in value)
     if all(isinstance(p, list) for p in value):
-        return tuple(TokenPrompt(check_token_ids(name, p)) for p in value)
+        return tuple(map(ids, value))
     raise InvalidParam(name, f"the {name}s of one request must be all strings or all arrays of token ids.", "invalid_type")

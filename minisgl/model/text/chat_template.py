@@ -1,7 +1,8 @@
 """Renders chat templates: Jinja programs of a checkpoint that turn a conversation into the text the model was trained on.
 
-A template comes from the checkpoint, never from a request.  The sandbox keeps it away from Python, not from the CPU: one line
-can loop for hours or allocate gigabytes, and the messages come from strangers.  Hence the limits on time, memory and output.
+A template comes from the checkpoint, or, where the operator trusts them, from a request.  The sandbox keeps it away from
+Python, not from the CPU: one line can loop for hours or allocate gigabytes, and the messages come from strangers.  Hence the
+limits on time, memory and output.
 Runs in the tokenizer process.
 """
 
@@ -11,8 +12,9 @@ import json
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -23,6 +25,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from minisgl.errors import InvalidParam, RequestError
+from minisgl.model.text.conversation import Forms, Message, arranged, forms_of
 
 MAX_SECONDS = 2.0
 MAX_CHARS = 16 << 20
@@ -68,6 +71,8 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], specials: Mapping[str, str]) -> None:
         self._specials = dict(specials)
+        self._sources = dict(sources)
+        self._forms: dict[str, Forms] = {}  # of the templates that have been asked
         self.source = sources.get("default")
         self._templates: dict[str, jinja2.Template | str] = {}  # compiled, or the reason of the failure
         env = _environment()
@@ -94,19 +99,49 @@ class ChatTemplate:
         generate = kwargs.get("add_generation_prompt", not proceed)
         if proceed and generate:
             raise InvalidParam("messages", "continue_final_message and add_generation_prompt exclude each other.")
-        name = "tool_use" if kwargs.get("tools") and "tool_use" in self._templates else "default"
+        with_tools = bool(kwargs.get("tools")) or any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
+        name = "tool_use" if with_tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name, f"it has none named {name}")
         if isinstance(template, str):
             raise _refused(f"cannot be used: {template}")
+        forms, roles = self._ask(name, template), {m["role"] for m in messages}
+        for role in forms.silent:
+            if role in roles:
+                raise _refused(f"leaves out messages with the role {role}: say it in a message with the role user")
         # Templates expect tools and documents to be defined.
-        variables = {"tools": None, "documents": None, **self._specials, **kwargs}
-        variables |= {"add_generation_prompt": generate, "messages": messages}
+        variables = {"tools": None, "documents": None, **self._specials, **kwargs, "add_generation_prompt": generate}
         try:
             with _bounded():
-                text = _render(template, variables)
+                text = self._try(template, variables, messages, forms)
         except (Exception, _LimitExceeded) as e:  # any error is caused by these messages
-            raise _refused(f"cannot render these messages: {_reason(e)}") from e
+            raise _refused(f"cannot render these messages: {_reason(e)}{_hint(messages, forms)}") from e
         return _cut_after(text, messages[-1]) if proceed else text
+
+    def _ask(self, name: str, template: jinja2.Template) -> Forms:
+        """The forms that a template wants its messages in; found out once."""
+        if name not in self._forms:
+            tools = [{"type": "function", "function": {"name": "Mtool", "parameters": {"type": "object", "properties": {}}}}]
+            variables = {"tools": tools if name == "tool_use" else None, "documents": None, **self._specials}
+
+            def render(messages: Sequence[Message], generate: bool) -> str:
+                return _render(template, {**variables, "add_generation_prompt": generate, "messages": messages})
+
+            try:
+                with _bounded():
+                    self._forms[name] = forms_of(render, self._sources[name])
+            except _LimitExceeded:
+                self._forms[name] = Forms()
+        return self._forms[name]
+
+    def _try(self, template: jinja2.Template, variables: Mapping[str, Any], messages: list[Message], forms: Forms) -> str:
+        """The text; where a message with text, a thought and calls is too much for the template, it becomes two."""
+        try:
+            return _render(template, {**variables, "messages": arranged(messages, forms)})
+        except Exception:
+            divided = arranged(messages, replace(forms, apart=True))
+            if forms.apart or len(divided) == len(messages):
+                raise
+            return _render(template, {**variables, "messages": divided})
 
 
 def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
@@ -127,6 +162,15 @@ def _reason(error: BaseException) -> str:
 
 def _refused(why: str) -> RequestError:
     return RequestError(f"The chat template of this model {why}.", param="messages", code="chat_template_error")
+
+
+def _hint(messages: Sequence[Message], forms: Forms) -> str:
+    """What may help a client whose messages a template refuses: the roles that it never takes, or the order of the roles."""
+    never = [role for role in forms.refused if any(m["role"] == role for m in messages)]
+    if never:
+        return f" (it takes no messages with the role {' or '.join(never)}: say it in a message with the role user)"
+    order = [m["role"] for m in messages]
+    return f" (the roles here: {', '.join(order[:12])}{', ...' if len(order) > 12 else ''})"
 
 
 def _cut_after(text: str, message: Mapping[str, Any]) -> str:
@@ -150,7 +194,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
             raise InvalidParam("messages", f'messages[{i}] must be an object with a "role".')
         content = message.get("content")
         if isinstance(content, list):
-            out.append({**message, "content": "".join(_part_text(i, part) for part in content)})
+            out.append({**message, "content": "\n".join(_part_text(i, part) for part in content)})
         elif content is None or isinstance(content, str):
             out.append(message)
         else:

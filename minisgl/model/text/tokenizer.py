@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import cache, cached_property
 from typing import Any
@@ -24,6 +24,8 @@ from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_bytes
 
+_KEPT = 8  # templates of requests, compiled
+
 
 class Tokenizer:
     """The tokenizer of one model.  `vocab_size` is the model's: ids at or above it have no embedding and are refused.
@@ -31,10 +33,18 @@ class Tokenizer:
     `special_ids` are tokens that are no text; `skip_special` leaves them out.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, spec: ModelSpec, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        spec: ModelSpec,
+        template: ChatTemplate | None,
+        specials: Mapping[str, str] | None = None,
+    ) -> None:
         self.vocab_size, self.bos_id, self.eos_ids = spec.vocab_size, spec.bos_id, spec.eos_ids
         self._backend = backend
         self._template = template
+        self._specials = specials or {}  # special tokens by name, for templates of requests
+        self._given: dict[str, ChatTemplate] = {}  # the latest of them
         backend.no_truncation()  # a tokenizer.json may carry the settings of its training
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -42,17 +52,25 @@ class Tokenizer:
         self._adds_bos = self.bos_id is not None and backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     # ---------------- text -> ids
-    def encode(self, text: str, add_special: bool, field: str = "prompt") -> I32:
+    def encode(self, text: str, add_special: bool, field: str = "prompt", keep: int = 0) -> I32:
         """i32[n].  The text of a special token becomes that token; `add_special` adds the tokenizer's own (BOS).
+
+        `keep`: only so many tokens (0: all), of which the tokenizer's own are the last to go.
 
         A text that begins with BOS is not given a second one.  Raises InvalidParam naming `field` when the
         text is not Unicode or needs a token that the model does not have.
         """
+        if keep:
+            own = self._backend.num_special_tokens_to_add(is_pair=False) if add_special else 0
+            self._backend.enable_truncation(max(keep, own))
         try:
             encoding = self._backend.encode(text, add_special_tokens=add_special)
         except TypeError as e:  # the library's error for half a surrogate pair
             raise InvalidParam(field, f"{field} holds a lone surrogate (half of a character), which is not text.") from e
-        ids = np.array(encoding.ids, np.int32)
+        finally:
+            if keep:
+                self._backend.no_truncation()
+        ids = np.array(encoding.ids[: keep or None], np.int32)
         if len(ids) and ids.max() >= self.vocab_size:
             token = self._backend.id_to_token(int(ids.max()))
             raise InvalidParam(field, f"{field} holds the token {token!r}, which this model has no embedding for.")
@@ -64,12 +82,6 @@ class Tokenizer:
         A tokenizer that begins texts with BOS begins a conversation with exactly one, whether or not the template writes it.
         Raises RequestError 400 when the payload is no conversation, when there is no template, or when it refuses the messages.
         """
-        if self._template is None:
-            raise RequestError(
-                "This model has no chat template: use /v1/completions with a prompt instead.",
-                param="messages",
-                code="no_chat_template",
-            )
         try:
             request = json.loads(payload)
         except (ValueError, RecursionError) as e:
@@ -77,12 +89,29 @@ class Tokenizer:
         kwargs = request.get("kwargs") if isinstance(request, dict) else None
         if not isinstance(request, dict) or not isinstance(kwargs, dict | None):
             raise InvalidParam("messages", 'a conversation is {"messages": [...], "kwargs": {...}}.')
-        text = self._template.render(request.get("messages"), kwargs or {})
+        text = self._template_for(request.get("template")).render(request.get("messages"), kwargs or {})
         ids = self.encode(text, add_special=False, field="messages")
         if not self._adds_bos:
             return ids
         begun = next((i for i, token in enumerate(ids.tolist()) if token != self.bos_id), len(ids))
         return ids[begun - 1 :] if begun else np.array([self.bos_id, *ids.tolist()], np.int32)
+
+    def _template_for(self, given: str | None) -> ChatTemplate:
+        """The template of a request, or the model's own.  Raises RequestError 400 if there is none."""
+        if given:
+            if given not in self._given:
+                self._given = dict([*self._given.items()][1 - _KEPT :])
+                self._given[given] = ChatTemplate({"default": given}, self._specials)
+            if (fault := self._given[given].fault()) is not None:
+                raise InvalidParam("chat_template", f"chat_template cannot be used: {fault}.")
+            return self._given[given]
+        if self._template is None:
+            raise RequestError(
+                "This model has no chat template: use /v1/completions with a prompt instead.",
+                param="messages",
+                code="no_chat_template",
+            )
+        return self._template
 
     def describe(self) -> dict[str, Any]:
         """The special tokens and the template's source, for clients that count or encode tokens themselves."""
@@ -167,7 +196,7 @@ def load_tokenizer(spec: ModelSpec, chat_template: str = "") -> Tokenizer:
     template = ChatTemplate(templates, specials) if templates else None
     if chat_template and template is not None and (fault := template.fault()) is not None:
         raise UserError(f"--chat-template {chat_template}: cannot be used: {fault}")
-    return Tokenizer(backend, spec, template)
+    return Tokenizer(backend, spec, template, specials)
 
 
 def _from_gguf(spec: ModelSpec) -> _Loaded:
