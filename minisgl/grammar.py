@@ -24,7 +24,7 @@ _LINES = {"whitespace_flexible": True, "whitespace_pattern": "[ \\n]+", "item_se
 
 def json_schema(schema: Mapping[str, Any]) -> str:
     """JSON that a schema admits, in the order of its properties.  An array may have line breaks."""
-    return _dump({"grammars": [{"json_schema": styled(schema, lines=_is_array(schema))}]})
+    return _dump({"grammars": [{"json_schema": styled(schema, lines=schema.get("type") == "array")}]})
 
 
 def json_object() -> str:
@@ -35,20 +35,6 @@ def json_object() -> str:
 def styled(schema: Mapping[str, Any], *, lines: bool = False) -> dict[str, Any]:
     """The schema with the white space of answers; `lines`: with spaces and line breaks wherever JSON has room for them."""
     return {**schema, "x-guidance": _LINES if lines else _ONE_FORM}
-
-
-def _is_array(schema: Mapping[str, Any]) -> bool:
-    """Whether all values of a schema are arrays, as far as its type says so."""
-    inner: Any = schema
-    for _ in range(8):
-        reference = inner.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#/$defs/"):
-            break
-        definitions = schema.get("$defs")
-        inner = definitions.get(reference[8:]) if isinstance(definitions, dict) else None
-        if not isinstance(inner, dict):
-            return False
-    return bool(inner.get("type") == "array")
 
 
 def regex(pattern: str) -> str:
@@ -111,9 +97,8 @@ def check(grammar: str, field: str) -> None:
     import llguidance
 
     if len(grammar) > MAX_GRAMMAR_CHARS:
-        raise InvalidParam(
-            field, f"{field} makes a grammar of {len(grammar)} characters; at most {MAX_GRAMMAR_CHARS} are allowed."
-        )
+        text = f"{field} makes a grammar of {len(grammar)} characters; at most {MAX_GRAMMAR_CHARS} are allowed."
+        raise InvalidParam(field, text)
     fault = llguidance.LLMatcher.validate_grammar(grammar)
     if fault and not fault.startswith("WARNING"):
         raise InvalidParam(field, f"{field} cannot be used: {_sentence(fault)}")

@@ -76,6 +76,9 @@ class Writer:
         self._untie()
         used = set().union(*self._uses.values()) if self._uses else set()
         out: dict[str, Any] = {"$ref": f"#/$defs/{root}"} if root in used else self._written.pop(root)
+        source = self._sources[out["$ref"].rpartition("/")[2]] if "$ref" in out else {}
+        if not kind and "type" not in out and isinstance(source, dict) and source.get("type") == "array":
+            out = {"type": "array", **out}  # arrays are written with white space of their own
         if kind and out.get("type") != kind:
             given = self.references.root.schema.get("type")
             if given is not None and given != kind and not (isinstance(given, list) and kind in given):
