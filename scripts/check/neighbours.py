@@ -38,7 +38,8 @@ from scripts.lib.live_server import live_server
 from scripts.lib.loads import LOADS
 from scripts.lib.reference import provenance
 
-WAIT = 120.0  # seconds after which a question counts as not answered
+WAIT = 60.0  # seconds after which a question counts as not answered
+QUESTIONS = 5
 STORY = "Write a very long story about a dragon and a river."
 _numbers = itertools.count(1)
 
@@ -105,19 +106,17 @@ class Neighbour:
         self._session = session
         self._pids = {"api": api, "worker": worker_of(api)}
 
-    async def live(self, seconds: float, questions: int = 5) -> dict[str, Any]:
-        """Read the stream and ask for so many seconds, and at least so many questions."""
+    async def live(self, seconds: float) -> dict[str, Any]:
+        """Read the stream and ask for so many seconds, and at least QUESTIONS unless they take more than WAIT together."""
         times: list[float] = []
         stream = asyncio.create_task(read_stream(self._session, times))
         memory = asyncio.create_task(self._watch())
         end = time.monotonic() + seconds
         firsts: list[float] = []
         try:
-            while time.monotonic() < end or len(firsts) < questions:
+            while time.monotonic() < end or (len(firsts) < QUESTIONS and sum(firsts) < WAIT):
                 firsts.append(await first_token(self._session))
                 await asyncio.sleep(0.2)
-                if firsts[-1] == WAIT:
-                    break
         finally:
             stream.cancel()
             memory.cancel()
@@ -207,6 +206,7 @@ def main() -> int:
     args = parser.parse_args(sys.argv[1:at])
     if unknown := [name for name in args.loads if name not in LOADS]:
         parser.error(f"no load is called {unknown[0]!r}; there are {', '.join(LOADS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
     with tempfile.TemporaryDirectory() as data, live_server("--device", "cpu", "--data-dir", data, *sys.argv[at + 1 :]) as url:
         return 0 if asyncio.run(measure(url, args.loads, args.seconds, args.same)) else 1
 

@@ -91,7 +91,7 @@ def test_a_chunk_is_at_most_twice_as_long_as_any_before_so_the_first_is_no_surpr
 
 
 def test_prompts_get_their_share_of_the_time_beside_decodes_and_pay_for_what_they_took_too_much() -> None:
-    for slow in (1, 200):  # tokens of 60 us, of which a share holds many, and of 12 ms, of which it holds none
+    for slow in (1, 50):  # tokens of 60 us, of which a share holds many, and of 3 ms, of which it holds one
         costs = StepCosts()
         rng = np.random.default_rng(0)
         for _ in range(400):
@@ -109,6 +109,13 @@ def test_prompts_get_their_share_of_the_time_beside_decodes_and_pay_for_what_the
             assert min(steps) > 8, "without need a step had no prompt"
         else:
             assert sorted(steps)[150] == 0, "half of the steps are as if nobody else were there"
+
+
+def test_a_chunk_of_any_length_is_paid_for_after_eight_steps() -> None:
+    costs = StepCosts()
+    feed(costs, 400)
+    costs.spend(100_000)
+    assert 7 <= [costs.prefill_beside(8, 800, 0.0) > 0 for _ in range(9)].index(True) <= 8
 
 
 def test_prompts_get_the_least_time_that_is_set() -> None:

@@ -20,6 +20,7 @@ _MIN_SAMPLES = 16
 _STEP = 0.1  # seconds: a step with decodes that takes longer is felt by those who read
 _SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
 _LEAST_SHARE = 0.1  # where that would take a step beyond _STEP
+_PAUSE = 8  # steps without prompts after a chunk that took more than its share, at most: the fit may be wrong
 _ROWS_SHARE = 0.7  # of _STEP, that rows may take before no more of them start
 _LEAST_ROWS = 16  # that run at the same time, even if a step takes longer than _STEP: fewer do not use the machine
 _LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
@@ -102,7 +103,7 @@ class StepCosts:
         """
         decodes = self.seconds(0, decode_rows, context)
         room = max(least, 1e-3, min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes)))
-        self._credit = min(self._credit + room, max(_BURST, room))
+        self._credit = min(max(self._credit, -_PAUSE * room) + room, max(_BURST, room))
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0
