@@ -57,8 +57,8 @@ def read_vocabulary(fields: Metadata) -> GGUFVocabulary:
         raise UserError(f"{fields.source}: {_PREFIX}tokens has {twice!r:.80} twice.")
     found = {part: _fim(fields, part, ids) for part in _FIM}
     by_name = [ids[name] for name in _ENDS.split() if name in ids]
-    for i in (*by_name, *(i for named, i in found.values() if named and i is not None)):
-        types[i] = CONTROL
+    for token in (*by_name, *(i for named, i in found.values() if named and i is not None)):
+        types[token] = CONTROL
     for name in _TEXT:
         if name in ids:
             types[ids[name]] = USER_DEFINED
