@@ -59,10 +59,13 @@ def add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     kinds[type(value)](key, value)
 
 
-def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind=None) -> str:
-    """Convert a small model of transformers to a GGUF file, as llama.cpp does; matrices quantised as `kind` where they fit."""
+def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind=None, split=0) -> str:
+    """Convert a small model of transformers to a GGUF file, as llama.cpp does; matrices quantised as `kind` where they fit.
+
+    `split`: the most tensors of one file, where there are several.
+    """
     c = model.config
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=split)
     sizes = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,

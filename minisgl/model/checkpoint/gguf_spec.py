@@ -18,8 +18,8 @@ _F32, _F16 = 0, 1  # ggml types
 
 
 def served_name(path: str) -> str:
-    """The file's name without its extension and its quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
-    stem = os.path.basename(path).removesuffix(".gguf")
+    """The file's name without extension, part and quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", os.path.basename(path).removesuffix(".gguf"))
     return _QUANT_SUFFIX.sub("", stem) or stem
 
 
@@ -35,7 +35,6 @@ def spec_from_gguf(path: str) -> ModelSpec:
         )
     fields.refuse(f"{arch}.expert_count", (0,), "mixtures of experts are")
     fields.refuse(f"{arch}.attention.sliding_window", (0,), "sliding-window attention is")
-    fields.refuse("split.count", (0, 1), "models split over several GGUF files are")
 
     hidden = fields.size(f"{arch}.embedding_length")
     heads = fields.size(f"{arch}.attention.head_count")
