@@ -8,7 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     magic "GGUF" | version u32 | n_tensors u64 | n_kv u64 | n_kv x (key str, type u32, value)
     | n_tensors x (name str, n_dims u32, n_dims x u64, ggml type u32, offset u64) | padding to the alignment | tensor data
 
-Every count is compared with the bytes that are left, and with a bound, before it is used: a damaged file fails at once, by name.
+Every count is compared with the bytes that are left and a bound before it is used: a damaged file fails at once, by name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.metadata import shown
 
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -100,9 +101,7 @@ class _Cursor:
             start = at + 8
             at = start + unpack(buf, at)[0]
             if at > end or at - begin > most:
-                raise Malformed(
-                    f"a string at byte {start} does not fit in the file, or is one of more than {MAX_TEXT >> 20} MiB"
-                )
+                raise Malformed(f"a string at byte {start} does not fit in the file, or in {MAX_TEXT >> 20} MiB of text")
             out.append(buf[start:at].decode("utf-8", "replace"))
         self.at = at
         self._spend(at - begin - 8 * n)
@@ -136,7 +135,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Parse everything but the tensor data.  Raises UserError naming the file when it is damaged, missing or no GGUF file."""
+        """Parse everything but the tensor data.  Raises UserError naming the file when it is damaged or no GGUF file."""
         self.path = path
         buf, self.fields, self.tensors = _open(path, 0)
         self._bufs = [buf]
@@ -150,7 +149,7 @@ class GGUFFile:
         expected = self.fields.get("split.tensors.count", len(self.tensors))
         if len(self._bufs) > 1 and expected != len(self.tensors):
             raise UserError(
-                f"--model {path}: split.tensors.count is {expected!r:.80}, its parts have {len(self.tensors)} tensors."
+                f"--model {path}: split.tensors.count is {shown(expected)}, its parts have {len(self.tensors)} tensors."
             )
 
     def data(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
@@ -203,7 +202,7 @@ def _other_parts(path: str, fields: dict[str, Any]) -> list[str]:
     """The files behind the first of a split model, all of which exist.  Names and keys are those of llama.cpp's gguf-split."""
     count, number = fields.get("split.count", 0), fields.get("split.no", 0)
     if not all(type(n) is int and 0 <= n <= MAX_PARTS for n in (count, number)):
-        raise UserError(f"--model {path}: split.count is {count!r:.80} and split.no {number!r:.80}, not numbers of files.")
+        raise UserError(f"--model {path}: split.count is {shown(count)} and split.no {shown(number)}, not numbers of files.")
     if count <= 1:
         return []
     here = f"-{number + 1:05}-of-{count:05}.gguf"
@@ -242,7 +241,7 @@ def _parse(buf: mmap.mmap, part: int) -> tuple[dict[str, Any], dict[str, TensorI
             raise Malformed(f"key {key[:64]!r}: {e}") from e
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise Malformed(f"general.alignment is {alignment!r}, not a power of two")
+        raise Malformed(f"general.alignment is {shown(alignment)}, not a power of two")
     raw = [(c.string(), *_tensor_header(c)) for _ in range(n_tensors)]
     base = -(-c.at // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}

@@ -34,6 +34,13 @@ _MOST = {  # the last part of a key -> the largest size that is believed: work a
     **dict.fromkeys(("max_position_embeddings", "context_length"), MAX_CONTEXT),
     "vocab_size": 1 << 24,
 }
+_ROPE = "factor attention_factor attn_factor mscale mscale_all_dim beta_fast beta_slow low_freq_factor high_freq_factor "
+_RANGES = {  # the last part of a key -> the numbers that are believed: with others cosines and scores are no numbers
+    **dict.fromkeys(f"{_ROPE} short_factor long_factor".split(), (1e-4, 1e6)),
+    **dict.fromkeys(("rope_theta", "freq_base", "rope_local_base_freq"), (1.001, 1e18)),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), (1e-4, 1e8)),
+    "original_max_position_embeddings": (2.0, float(MAX_CONTEXT)),
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -62,7 +69,11 @@ class Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number; UserError if it is absent (and has no default) or something else."""
-        return float(self._checked(key, default, (int, float), math.inf, "a positive number"))
+        value = self._checked(key, default, (int, float), math.inf, "a positive number")
+        least, most = _RANGES.get(key.rpartition(".")[2], (0.0, math.inf))
+        if self.get(key) is not None and not least <= value <= most:
+            raise UserError(f"{self.source}: {key} is {shown(value)}, and numbers from {least:g} to {most:g} are possible.")
+        return float(value)
 
     def _checked(self, key: str, default: float | None, types: tuple[type, ...], end: float, what: str) -> Any:
         value = self.get(key)
@@ -147,9 +158,9 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
     kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
         return None
-    if kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
-        raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
+        raise UserError(f"{source}: rope scaling of type {shown(kind)} is not supported (known: {known}).")
     fields = Metadata(f"{source} (rope scaling)", scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
     if kind == "dynamic":  # the length of a text is compared with max_position_embeddings
@@ -163,7 +174,7 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
             amplitude = _yarn_amplitude(factor, fields)
         else:
             values |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
-            amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            amplitude = math.sqrt(1 + math.log(factor) / math.log(max(original, 2.0))) if factor > 1 else 1.0
         values |= {"factor": factor, "original_max_position_embeddings": original}
         values["attention_factor"] = fields.number("attention_factor", amplitude)
     return RopeScaling(kind, **values)
@@ -184,6 +195,15 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
     rotated = spec.rotary_dim or spec.head_dim
     if rotated % 2 or rotated > spec.head_dim:
         raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} cannot be rotated in pairs.")
+    if spec.max_context > MAX_CONTEXT:
+        raise UserError(
+            f"{source}: its rope scaling makes the context {spec.max_context} tokens; up to {MAX_CONTEXT} are served."
+        )
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic" and rotated <= 2:
+        raise UserError(f"{source}: dynamic rope scaling needs heads of more than two dimensions.")
+    if scaling is not None and scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError(f"{source}: high_freq_factor is {scaling.high_freq_factor}, and should be above low_freq_factor.")
     if spec.rope_scaling is not None and spec.rope_scaling.rope_type == "longrope":
         for name in ("short_factor", "long_factor"):
             if (n := len(getattr(spec.rope_scaling, name))) != rotated // 2:

@@ -15,6 +15,7 @@ from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, GGUFVocabulary, read_vocabulary
 from minisgl.model.checkpoint.metadata import Metadata, shown
 from minisgl.model.text.gguf_splits import SPLITS, Splits
+from minisgl.model.text.guard import one_sentence
 from minisgl.model.text.sentencepiece import SPACE, SentencePiece, usable
 from minisgl.model.text.token_bytes import BYTE_ALPHABET
 
@@ -28,15 +29,11 @@ def build(values: Mapping[str, Any], source: str) -> Tokenizer:
     vocabulary = read_vocabulary(fields)
     if not vocabulary.tokens:
         raise UserError(f"--model {source}: tokenizer.ggml.tokens is missing: there is no tokenizer.")
-    try:
+    with one_sentence(f"--model {source}: its tokenizer cannot be built"):  # the library checks merges against the vocabulary
         if kind == "gpt2":
             return _byte_level(fields, vocabulary)
         if kind == "llama":
             return cast(Tokenizer, _sentencepiece(fields, vocabulary))
-    except UserError:
-        raise
-    except Exception as e:  # the library checks the merges against the vocabulary
-        raise UserError(f"--model {source}: its tokenizer cannot be built: {e}.") from e
     raise UserError(f"--model {source}: tokenizer.ggml.model {shown(kind)} is not supported (known: gpt2, llama).")
 
 
