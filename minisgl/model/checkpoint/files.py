@@ -14,6 +14,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 MAX_TEXT = 8 << 20  # bytes of a file of settings
+MAX_HEADER = 32 << 20  # bytes of the names and shapes in a *.safetensors file
 _MAX_BYTES = {INDEX: 64 << 20, "tokenizer.json": 64 << 20}  # they grow with the model
 
 
@@ -112,11 +113,15 @@ def _open(path: str) -> Any:
 
     opener: Callable[..., Any] = safe_open
     try:
+        with open(path, "rb") as f:  # a header of JSON behind its length
+            header = int.from_bytes(f.read(8), "little")
+        if header > MAX_HEADER:
+            raise UserError(f"--model: {path} is damaged: its header would have {header} bytes. Download it again.")
         return opener(path, framework="pt")
     except FileNotFoundError as e:
         raise UserError(f"--model: {path} is named by the index but missing. Is the download complete?") from e
     except (SafetensorError, OSError) as e:
-        raise UserError(f"--model: {path} is truncated or damaged ({e}). Download it again.") from e
+        raise UserError(f"--model: {path} is truncated or damaged ({reason(e)}). Download it again.") from e
 
 
 # ---------------- complaints about tensors, of every format
