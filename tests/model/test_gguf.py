@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from functools import partial
 
@@ -52,10 +54,18 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind=None) -> str:
-    """Convert a small model of transformers to a GGUF file, as llama.cpp does; matrices quantised as `kind` where they fit."""
+def add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds[type(value)](key, value)
+
+
+def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind=None, split=0) -> str:
+    """Convert a small model of transformers to a GGUF file, as llama.cpp does; matrices quantised as `kind` where they fit.
+
+    `split`: the most tensors of one file, where there are several.
+    """
     c = model.config
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=split)
     sizes = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,
@@ -67,7 +77,7 @@ def write_gguf(path, model, *, arch="llama", divisors=None, overrides=None, kind
         "attention.value_length": c.head_dim,
     }
     for key, value in {**sizes, **(overrides or {})}.items():
-        writer.add_uint32(f"{arch}.{key}", value)
+        add(writer, f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c.rms_norm_eps)
     writer.add_float32(f"{arch}.rope.freq_base", c.rope_parameters["rope_theta"])
     if c.rope_parameters["rope_type"] == "yarn":
@@ -156,7 +166,8 @@ def test_the_embedded_file_is_parsed_at_once():
     assert len(file.fields) == 33
     assert len(file.tensors) == 272
     assert len(file.fields["tokenizer.ggml.tokens"]) == 49152
-    assert (spec.name, spec.vocab_size, spec.num_kv_heads, spec.eos_ids) == ("SmolLM2-135M-Instruct", 49152, 3, (2,))
+    assert (spec.name, spec.vocab_size, spec.num_kv_heads) == ("SmolLM2-135M-Instruct", 49152, 3)
+    assert spec.eos_ids == (2, 0, 4)  # <|im_end|>, <|endoftext|>, <reponame>
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(None, "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")])
@@ -220,6 +231,77 @@ def test_frequency_divisors_give_the_rotation_of_the_original(tmp_path):
     assert torch.allclose(frequencies(original)[0], model.model.rotary_emb.inv_freq)
     assert torch.allclose(frequencies(spec)[0], frequencies(original)[0])
     open_weights(spec, torch.float32)
+
+
+def yarn(factor: float, original: int) -> list[float]:
+    """What each frequency of a head of 16 is divided by: ggml_rope_yarn_corr_dims and rope_yarn of ggml, by the letter."""
+    start, end = (16 * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(10000.0)) for turns in (32, 1))
+    low, high = max(0, math.floor(start)), min(15, math.ceil(end))
+    mixes = [1 - min(1, max(0, (i - low) / max(0.001, high - low))) for i in range(8)]
+    return [1 / ((1 - mix) / factor + mix) for mix in mixes]
+
+
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "divided_by", "amplitude"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0, 1.0),
+        ({"rope.scale_linear": 4.0}, 4.0, 1.0),
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, 2.0, 1.0),
+        ({"rope.scaling.factor": 0.0, "rope.scale_linear": 4.0}, 1.0, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.scaling.attn_factor": 1.25}, 8.0, 1.25),
+        ({"rope.scaling.type": "linear"}, 1.0, 1.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0, 1.0),
+        ({"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.5}, 1.0, 1.5),
+        ({"rope.scaling.type": "yarn"}, 1.0, 1.0),
+        (YARN, yarn(4.0, 64), 1 + 0.1 * math.log(4)),
+        ({**YARN, "rope.scaling.attn_factor": 0.5}, yarn(4.0, 64), 0.5 + 0.05 * math.log(4)),
+        ({"rope.scaling.type": "yarn", "rope.scale_linear": 0.5}, yarn(0.5, 256), 1.0),
+    ],
+)
+@pytest.mark.parametrize("divisors", [None, np.array([1, 1, 1, 2, 3, 4, 8, 8], np.float32)])
+def test_rope_scaling_is_what_llama_cpp_makes_of_the_keys(keys, divided_by, amplitude, divisors, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", save_llama(tmp_path / "hf"), overrides=keys, divisors=divisors)
+    if divisors is not None and keys.get("rope.scaling.type") == "yarn":
+        with pytest.raises(UserError, match=r"llama\.rope\.scaling\.type is 'yarn' beside a tensor rope_freqs\.weight"):
+            resolve(path)
+        return
+    found, factor = frequencies(resolve(path))
+    plain = 10000.0 ** -(torch.arange(0, 16, 2).float() / 16)
+    expected = plain / torch.tensor(divided_by) / (1.0 if divisors is None else torch.from_numpy(divisors))
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert factor == pytest.approx(amplitude)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "harmless"),
+    [
+        ("attention.scale", 0.3, 0.25),
+        ("attention.clamp_kqv", 8.0, 0.0),
+        ("attention.causal", False, True),
+        ("attn_logit_softcapping", 50.0, 0.0),
+        ("final_logit_softcapping", 30.0, 0.0),
+        ("logit_scale", 0.0625, 1.0),
+        ("embedding_scale", 12.0, 1.0),
+        ("residual_scale", 0.22, 1.0),
+        ("rope.scaling.yarn_ext_factor", 0.5, 1.0),
+        ("rope.scaling.yarn_beta_fast", 16.0, 32.0),
+        ("rope.scaling.yarn_beta_slow", 2.0, 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1, 0.0),
+        ("rope.scaling.attn_factor", 0.0, 1.0),
+        ("rope.scaling.factor", -1.0, 1.0),
+        ("rope.scaling.type", "longrope", "none"),
+        ("expert_used_count", 2, 0),
+        ("nextn_predict_layers", 1, 0),
+    ],
+)
+def test_what_llama_cpp_computes_for_other_architectures_is_refused_by_its_key(key, value, harmless, tmp_path):
+    model = save_llama(tmp_path / "hf")
+    resolve(write_gguf(tmp_path / "m.gguf", model, overrides={key: harmless}))
+    with pytest.raises(UserError, match=rf"m\.gguf: llama\.{re.escape(key)} is {value!r:.3}"):
+        resolve(write_gguf(tmp_path / "m.gguf", model, overrides={key: value}))
 
 
 @pytest.mark.parametrize(

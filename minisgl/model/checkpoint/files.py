@@ -13,16 +13,47 @@ from minisgl.errors import UserError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+MAX_TEXT = 8 << 20  # bytes of a file of settings
+MAX_HEADER = 32 << 20  # bytes of the names and shapes in a *.safetensors file
+_MAX_BYTES = {INDEX: 64 << 20, "tokenizer.json": 64 << 20}  # they grow with the model
+
+
+def reason(error: BaseException) -> str:
+    """What a library says, in one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_size(file: str) -> None:
+    """Raises UserError for a file of settings that is too large to be one, or that is no file."""
+    most = _MAX_BYTES.get(os.path.basename(file), MAX_TEXT)
+    try:
+        size = os.path.getsize(file)
+    except OSError as e:
+        raise UserError(f"{file}: cannot read it: {e.strerror}.") from e
+    if size > most:
+        raise UserError(f"{file}: has {size} bytes; more than {most >> 20} MiB are not read.")
+
+
+def read_text(*path: str) -> str:
+    """A file of UTF-8 text.  Raises UserError naming the file when it is something else or too large."""
+    file = os.path.join(*path)
+    check_size(file)
+    try:
+        with open(file, encoding="utf-8") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"{file}: cannot read it: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
+
+
 def read_json(*path: str, optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file; `optional`: {} where there is no such file.  Raises UserError naming the file."""
     file = os.path.join(*path)
     if optional and not os.path.isfile(file):
         return {}
     try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as e:
-        raise UserError(f"{file}: cannot read it: {e.strerror}.") from e
+        value = json.loads(read_text(file))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not valid JSON ({e}).") from e
     if not isinstance(value, dict):
@@ -82,11 +113,15 @@ def _open(path: str) -> Any:
 
     opener: Callable[..., Any] = safe_open
     try:
+        with open(path, "rb") as f:  # a header of JSON behind its length
+            header = int.from_bytes(f.read(8), "little")
+        if header > MAX_HEADER:
+            raise UserError(f"--model: {path} is damaged: its header would have {header} bytes. Download it again.")
         return opener(path, framework="pt")
     except FileNotFoundError as e:
         raise UserError(f"--model: {path} is named by the index but missing. Is the download complete?") from e
     except (SafetensorError, OSError) as e:
-        raise UserError(f"--model: {path} is truncated or damaged ({e}). Download it again.") from e
+        raise UserError(f"--model: {path} is truncated or damaged ({reason(e)}). Download it again.") from e
 
 
 # ---------------- complaints about tensors, of every format
@@ -101,7 +136,7 @@ def missing(path: str, name: str) -> UserError:
 
 
 def unexpected(path: str, names: Iterable[str]) -> UserError:
-    names = sorted(names)
+    names = [name[:80] for name in sorted(names)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return UserError(
         f"--model {path}: the checkpoint holds tensors that this architecture has no place for: {', '.join(names[:3])}{more}."

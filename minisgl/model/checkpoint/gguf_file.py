@@ -8,7 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     magic "GGUF" | version u32 | n_tensors u64 | n_kv u64 | n_kv x (key str, type u32, value)
     | n_tensors x (name str, n_dims u32, n_dims x u64, ggml type u32, offset u64) | padding to the alignment | tensor data
 
-Every count is compared with the bytes that are left before it is used, so a damaged file fails at once, by name.
+Every count is compared with the bytes that are left and a bound before it is used: a damaged file fails at once, by name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.metadata import shown
 
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -31,6 +32,10 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MIN_KV_BYTES = 8 + 4 + 1  # an empty key and a one-byte value
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 MAX_DIMS = 4
+# Far more than any model has.  Values in Python take many times their bytes in the file.
+MAX_KEYS = MAX_TENSORS = 1 << 16
+MAX_VALUES, MAX_TEXT = 1 << 21, 1 << 26  # elements of all arrays, bytes of all strings
+MAX_PARTS = 65_535  # a u16
 
 
 class Malformed(ValueError):
@@ -39,12 +44,13 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: `shape` in numpy's order (slowest first), `kind` its ggml type, `offset` and `nbytes` within the file."""
+    """One tensor: `shape` in numpy's order (slowest first), `kind` its ggml type, `offset` and `nbytes` within file `part`."""
 
     shape: tuple[int, ...]
     kind: int
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class _Cursor:
@@ -53,6 +59,7 @@ class _Cursor:
     def __init__(self, buf: mmap.mmap) -> None:
         self.buf = buf
         self.at = 0
+        self.values_left, self.text_left = MAX_VALUES, MAX_TEXT
 
     def left(self) -> int:
         return len(self.buf) - self.at
@@ -73,29 +80,41 @@ class _Cursor:
 
     def string(self) -> str:
         start = self.take(self.u64())
+        self._spend(self.at - start)
         return self.buf[start : self.at].decode("utf-8", "replace")
+
+    def _spend(self, text: int) -> None:
+        self.text_left -= text
+        if self.text_left < 0:
+            raise Malformed(f"more than {MAX_TEXT >> 20} MiB of text before byte {self.at}")
 
     def strings(self, n: int) -> list[str]:
         """The hot loop: a vocabulary and its merges are 100k strings."""
         buf, at, end, unpack = self.buf, self.at, len(self.buf), _U64.unpack_from
         if n > self.left() // 8:
             raise Malformed(f"an array of {n} strings at byte {at} does not fit in the file")
+        begin, most = at, self.text_left + 8 * n
         out = []
         for _ in range(n):
             if at + 8 > end:
                 raise Malformed(f"it ends within an array of strings at byte {at}")
             start = at + 8
             at = start + unpack(buf, at)[0]
-            if at > end:
-                raise Malformed(f"a string at byte {start} does not fit in the file")
+            if at > end or at - begin > most:
+                raise Malformed(f"a string at byte {start} does not fit in the file, or in {MAX_TEXT >> 20} MiB of text")
             out.append(buf[start:at].decode("utf-8", "replace"))
         self.at = at
+        self._spend(at - begin - 8 * n)
         return out
 
     def value(self, kind: int) -> Any:
         if kind != _ARRAY:
             return self.values(kind, 1)[0]
-        return self.values(self.u32(), self.u64())
+        kind, n = self.u32(), self.u64()
+        self.values_left -= n
+        if self.values_left < 0:
+            raise Malformed(f"arrays of more than {MAX_VALUES} elements together, before byte {self.at}")
+        return self.values(kind, n)
 
     def values(self, kind: int, n: int) -> list[Any]:
         """`n` values of one type, which is no array."""
@@ -110,26 +129,33 @@ class _Cursor:
 
 
 class GGUFFile:
-    """An open file: `fields` maps keys to scalars and lists, `tensors` names to `TensorInfo`."""
+    """An open file: `fields` maps keys to scalars and lists, `tensors` names to `TensorInfo`.
+
+    A model may be split over files called name-00001-of-00003.gguf and so on.  The first has the keys and is the one to name.
+    """
 
     def __init__(self, path: str) -> None:
         """Parse everything but the tensor data.  Raises UserError naming the file when it is damaged or no GGUF file."""
         self.path = path
-        try:
-            with open(path, "rb") as f:
-                if os.fstat(f.fileno()).st_size == 0:
-                    raise UserError(f"--model {path}: not a GGUF file: it is empty.")
-                self._buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            self.fields, self.tensors = _parse(self._buf)
-        except OSError as e:
-            raise UserError(f"--model {path}: cannot read it: {e.strerror}") from e
-        except Malformed as e:
-            raise UserError(f"--model {path}: not a usable GGUF file: {e}. If it was downloaded, download it again.") from e
+        buf, self.fields, self.tensors = _open(path, 0)
+        self._bufs = [buf]
+        for part, file in enumerate(_other_parts(path, self.fields), 1):
+            buf, fields, tensors = _open(file, part)
+            place = (fields.get("split.no"), fields.get("split.count"))
+            if place != (part, self.fields["split.count"]) or not self.tensors.keys().isdisjoint(tensors):
+                raise UserError(f"--model {file}: not part {part + 1} of {path}: split.no, split.count or a tensor do not fit.")
+            self._bufs.append(buf)
+            self.tensors |= tensors
+        expected = self.fields.get("split.tensors.count", len(self.tensors))
+        if len(self._bufs) > 1 and expected != len(self.tensors):
+            raise UserError(
+                f"--model {path}: split.tensors.count is {shown(expected)}, its parts have {len(self.tensors)} tensors."
+            )
 
     def data(self, name: str, rows: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, u8[rows, bytes per row]: a read-only view of the file.  A vector is one row."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._buf, np.uint8, info.nbytes, info.offset).reshape(math.prod(info.shape[:-1]), -1)
+        raw = np.frombuffer(self._bufs[info.part], np.uint8, info.nbytes, info.offset).reshape(math.prod(info.shape[:-1]), -1)
         return raw if rows is None else raw[rows[0] : rows[1]]
 
     def dequantize(
@@ -158,7 +184,40 @@ class GGUFFile:
         return out.reshape(info.shape if rows is None and cols is None else out.shape)
 
 
-def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _open(path: str, part: int) -> tuple[mmap.mmap, dict[str, Any], dict[str, TensorInfo]]:
+    """Map and parse one file."""
+    try:
+        with open(path, "rb") as f:
+            if os.fstat(f.fileno()).st_size == 0:
+                raise UserError(f"--model {path}: not a GGUF file: it is empty.")
+            buf = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return buf, *_parse(buf, part)
+    except OSError as e:
+        raise UserError(f"--model {path}: cannot read it: {e.strerror}") from e
+    except Malformed as e:
+        raise UserError(f"--model {path}: not a usable GGUF file: {e}. If it was downloaded, download it again.") from e
+
+
+def _other_parts(path: str, fields: dict[str, Any]) -> list[str]:
+    """The files behind the first of a split model, all of which exist.  Names and keys are those of llama.cpp's gguf-split."""
+    count, number = fields.get("split.count", 0), fields.get("split.no", 0)
+    if not all(type(n) is int and 0 <= n <= MAX_PARTS for n in (count, number)):
+        raise UserError(f"--model {path}: split.count is {shown(count)} and split.no {shown(number)}, not numbers of files.")
+    if count <= 1:
+        return []
+    here = f"-{number + 1:05}-of-{count:05}.gguf"
+    if not path.endswith(here):
+        raise UserError(f"--model {path}: split.count is {count}, and the name of this part should end in {here}.")
+    names = [f"{path.removesuffix(here)}-{n + 1:05}-of-{count:05}.gguf" for n in range(count)]
+    if number:
+        raise UserError(f"--model {path}: part {number + 1} of {count}. Name the first part: --model {names[0]}")
+    absent = next((n for n, name in enumerate(names) if not os.path.isfile(name)), 0)
+    if absent:
+        raise UserError(f"--model {path}: part {absent + 1} of {count} is missing: {names[absent]}. Is the download complete?")
+    return names[1:]
+
+
+def _parse(buf: mmap.mmap, part: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     c = _Cursor(buf)
     if buf[:4] != b"GGUF":
         raise Malformed(f"it begins with {bytes(buf[:4])!r} instead of b'GGUF'")
@@ -169,18 +228,24 @@ def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     n_tensors, n_fields = c.u64(), c.u64()
     if n_tensors * _MIN_TENSOR_BYTES + n_fields * _MIN_KV_BYTES > c.left():
         raise Malformed(f"its {n_fields} keys and {n_tensors} tensors cannot fit in {len(buf)} bytes")
+    if n_fields > MAX_KEYS or n_tensors > MAX_TENSORS:
+        raise Malformed(f"it has {n_fields} keys and {n_tensors} tensors; up to {MAX_KEYS} and {MAX_TENSORS} are read")
     fields: dict[str, Any] = {}
     for _ in range(n_fields):
         key = c.string()
         if key in fields:
             raise Malformed(f"key {key[:64]!r} appears twice")
-        fields[key] = c.value(c.u32())
+        try:
+            fields[key] = c.value(c.u32())
+        except Malformed as e:
+            raise Malformed(f"key {key[:64]!r}: {e}") from e
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise Malformed(f"general.alignment is {alignment!r}, not a power of two")
+        raise Malformed(f"general.alignment is {shown(alignment)}, not a power of two")
     raw = [(c.string(), *_tensor_header(c)) for _ in range(n_tensors)]
     base = -(-c.at // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
+    stored = 0
     for name, shape, kind, offset in raw:
         if name in tensors:
             raise Malformed(f"tensor {name[:64]!r} appears twice")
@@ -190,7 +255,10 @@ def _parse(buf: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
             raise Malformed(
                 f"tensor {name[:64]!r} should end at byte {end}, the file has {len(buf)}: it is truncated or damaged"
             )
-        tensors[name] = TensorInfo(shape, kind, base + offset, nbytes)
+        stored += nbytes
+        if stored > len(buf):
+            raise Malformed(f"tensor {name[:64]!r} and those before it take {stored} bytes, the file has {len(buf)}")
+        tensors[name] = TensorInfo(shape, kind, base + offset, nbytes, part)
     return fields, tensors
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import re
 
-from minisgl.config import ModelSpec, RopeScaling
+from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.gguf_file import GGUFFile
-from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, Metadata, check, rope_scaling, sampling_defaults
+from minisgl.model.checkpoint.gguf_rope import refuse_others, rope_scaling_of
+from minisgl.model.checkpoint.gguf_vocabulary import read_vocabulary
+from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, Metadata, check, sampling_defaults, shown
 from minisgl.model.common.registry import GGUF_ARCHS, HF_ARCHS
 
 _QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|T?Q\d_\w+|MXFP4\w*|BF16|F16|FP16|F32|FP32)$", re.IGNORECASE)
-_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _F32, _F16 = 0, 1  # ggml types
 
 
 def served_name(path: str) -> str:
-    """The file's name without its extension and its quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
-    stem = os.path.basename(path).removesuffix(".gguf")
+    """The file's name without extension, part and quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", os.path.basename(path).removesuffix(".gguf"))
     return _QUANT_SUFFIX.sub("", stem) or stem
 
 
@@ -27,12 +28,13 @@ def spec_from_gguf(path: str) -> ModelSpec:
     file = GGUFFile(path)
     fields = Metadata(path, file.fields)
     arch = fields.get("general.architecture")
-    if arch not in GGUF_ARCHS:
+    if not isinstance(arch, str) or arch not in GGUF_ARCHS:
         known = ", ".join(GGUF_ARCHS)
-        raise UserError(f"--model {path}: architecture {arch!r:.80} is not supported. Supported in GGUF files: {known}.")
+        raise UserError(
+            f"--model {path}: general.architecture {shown(arch)} is not supported. Supported in GGUF files: {known}."
+        )
     fields.refuse(f"{arch}.expert_count", (0,), "mixtures of experts are")
     fields.refuse(f"{arch}.attention.sliding_window", (0,), "sliding-window attention is")
-    fields.refuse("split.count", (0, 1), "models split over several GGUF files are")
 
     hidden = fields.size(f"{arch}.embedding_length")
     heads = fields.size(f"{arch}.attention.head_count")
@@ -40,6 +42,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
     head_dim = fields.size(f"{arch}.attention.key_length", hidden // heads)
     fields.refuse(f"{arch}.attention.value_length", (head_dim,), "values of another size than the keys are")
     fields.refuse(f"{arch}.rope.dimension_count", (head_dim,), f"rotating only a part of a head of {head_dim} dimensions is")
+    refuse_others(fields, arch, head_dim)
     for tensor in ("token_embd.weight", f"blk.{layers - 1}.attn_q.weight"):
         if tensor not in file.tensors:
             raise UserError(f"--model {path}: tensor {tensor} is missing.")
@@ -47,6 +50,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden:
         raise UserError(f"--model {path}: token_embd.weight has shape {embedding.shape}, expected (vocabulary, {hidden}).")
 
+    vocabulary = read_vocabulary(fields)
     spec = ModelSpec(
         name=served_name(path),
         path=path,
@@ -63,10 +67,10 @@ def spec_from_gguf(path: str) -> ModelSpec:
         max_context=fields.size(f"{arch}.context_length"),
         rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0),
-        rope_scaling=_scaling(file, fields, arch, head_dim),
+        rope_scaling=rope_scaling_of(file, fields, arch, head_dim),
         tie_embeddings="output.weight" not in file.tensors,
-        bos_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
-        eos_ids=tuple(dict.fromkeys(i for key in _EOS_KEYS for i in fields.token_ids(key))),
+        bos_id=vocabulary.bos,
+        eos_ids=vocabulary.ends,
         generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
         qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,  # also in files of the llama architecture
@@ -82,27 +86,3 @@ def _dtype(file: GGUFFile) -> str:
     """
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if kinds == {_F32} else "float16" if kinds <= {_F32, _F16} else "bfloat16"
-
-
-def _scaling(file: GGUFFile, fields: Metadata, arch: str, head_dim: int) -> RopeScaling | None:
-    """Llama 3.1's scaling is a tensor of divisors, one per frequency; linear scaling and YaRN are keys."""
-    prefix = f"{arch}.rope.scaling."
-    kind = fields.get(prefix + "type")
-    fields.refuse(prefix + "attn_factor", (1.0,), "another scale of the rotations than the scaling's own is")
-    named = None
-    if kind not in (None, "none"):
-        factor = fields.number(f"{arch}.rope.scale_linear", 0.0) or fields.number(prefix + "factor")  # the first: its old name
-        values = {"rope_type": kind, "factor": factor}
-        values |= {f"beta_{end}": fields.get(f"{prefix}yarn_beta_{end}") for end in ("fast", "slow")}
-        values["original_max_position_embeddings"] = fields.get(prefix + "original_context_length")
-        named = rope_scaling(fields.source, values, fields.size(f"{arch}.context_length"))
-    if "rope_freqs.weight" not in file.tensors:
-        return named
-    if named or file.tensors["rope_freqs.weight"].shape != (head_dim // 2,) or file.tensors["rope_freqs.weight"].kind != _F32:
-        raise UserError(
-            f"--model {file.path}: rope_freqs.weight should be {head_dim // 2} float32 values and the only scaling."
-        )
-    divisors = file.dequantize("rope_freqs.weight").tolist()
-    if not all(1e-6 < d < 1e6 for d in divisors):
-        raise UserError(f"--model {file.path}: rope_freqs.weight holds values that are no frequency divisors.")
-    return RopeScaling("divisors", divisors=tuple(divisors))

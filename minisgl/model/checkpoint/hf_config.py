@@ -28,7 +28,7 @@ def spec_from_directory(path: str, name: str | None = None, *, weights: bool = T
     config = Metadata(source, read_json(source))
     archs = config.get("architectures")
     arch = archs[0] if isinstance(archs, list) and archs else None
-    if arch not in HF_ARCHS:
+    if not isinstance(arch, str) or arch not in HF_ARCHS:
         code = "Python code in the checkpoint (auto_map), which is never run" if config.get("auto_map") else "not supported"
         raise UserError(f"{source}: architecture {arch!r:.80} is {code}. Supported: {', '.join(HF_ARCHS)}.")
     if weights:
@@ -128,7 +128,7 @@ def _check_weights(path: str) -> None:
     absent = [os.path.basename(f) for f in files if not os.path.isfile(f)]
     if absent:
         raise UserError(
-            f"--model {path}: {len(absent)} of the {len(files)} files that its index names are missing ({absent[0]}). "
+            f"--model {path}: {len(absent)} of the {len(files)} files that its index names are missing ({absent[0]:.80}). "
             "Is the download complete?"
         )
     if files:

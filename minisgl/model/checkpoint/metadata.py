@@ -6,6 +6,7 @@ A checkpoint is user input: every value is checked where it is read, and a bad o
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from minisgl.config import ModelSpec, RopeScaling, SamplingDefaults
 from minisgl.errors import UserError
 
 MAX_SIZE = 1 << 31
+MAX_CONTEXT = 1 << 28  # tokens
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # the numbers that a kind of scaling must have
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -20,6 +22,32 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # the numbers that a kind of scali
     "yarn": (),
     "longrope": (),
 }
+
+
+_MOST = {  # the last part of a key -> the largest size that is believed: work and memory grow with it before weights are read
+    **dict.fromkeys(("num_hidden_layers", "block_count"), 1024),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_count", "head_count_kv"), 1 << 12),
+    **dict.fromkeys(("head_dim", "key_length"), 1 << 12),
+    **dict.fromkeys(("hidden_size", "embedding_length"), 1 << 18),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "feed_forward_length"), 1 << 22),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 12),
+    **dict.fromkeys(("max_position_embeddings", "context_length"), MAX_CONTEXT),
+    "vocab_size": 1 << 24,
+}
+_ROPE = "factor attention_factor attn_factor mscale mscale_all_dim beta_fast beta_slow low_freq_factor high_freq_factor "
+_RANGES = {  # the last part of a key -> the numbers that are believed: with others cosines and scores are no numbers
+    **dict.fromkeys(f"{_ROPE} short_factor long_factor".split(), (1e-4, 1e6)),
+    **dict.fromkeys(("rope_theta", "freq_base", "rope_local_base_freq"), (1.001, 1e18)),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), (1e-4, 1e8)),
+    "original_max_position_embeddings": (2.0, float(MAX_CONTEXT)),
+}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: Any) -> str:
+    """A value for a message, in at most 80 characters; that of a long list is never written out."""
+    return _SHORT.repr(value)[:80]
 
 
 class Metadata:
@@ -34,12 +62,18 @@ class Metadata:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer; UserError if it is absent (and has no default) or something else."""
-        value: int = self._checked(key, default, (int,), MAX_SIZE, "a positive integer")
+        most = _MOST.get(key.rpartition(".")[2], MAX_SIZE - 1)
+        what = "a positive integer" + (f" up to {most}" if most < MAX_SIZE - 1 else "")
+        value: int = self._checked(key, default, (int,), most + 1, what)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number; UserError if it is absent (and has no default) or something else."""
-        return float(self._checked(key, default, (int, float), math.inf, "a positive number"))
+        value = self._checked(key, default, (int, float), math.inf, "a positive number")
+        least, most = _RANGES.get(key.rpartition(".")[2], (0.0, math.inf))
+        if self.get(key) is not None and not least <= value <= most:
+            raise UserError(f"{self.source}: {key} is {shown(value)}, and numbers from {least:g} to {most:g} are possible.")
+        return float(value)
 
     def _checked(self, key: str, default: float | None, types: tuple[type, ...], end: float, what: str) -> Any:
         value = self.get(key)
@@ -48,21 +82,28 @@ class Metadata:
                 raise UserError(f"{self.source}: {key} is missing.")
             return default
         if type(value) not in types or not 0 < value < end:
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not {what}.")
+            raise UserError(f"{self.source}: {key} is {shown(value)}, which is not {what}.")
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of positive finite numbers; UserError if it is absent or something else."""
         value = self.get(key)
         if not isinstance(value, list):
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a list of numbers.")
+            raise UserError(f"{self.source}: {key} is {shown(value)}, which is not a list of numbers.")
         return tuple(Metadata(self.source, {key: v}).number(key) for v in value)
+
+    def strings(self, key: str) -> list[str]:
+        """A list of strings; [] if absent, UserError if it is something else."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(s, str) for s in value)):
+            raise UserError(f"{self.source}: {key} is {shown(value)}, which is not a list of strings.")
+        return value or []
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false; UserError if it is something else."""
         value = self.get(key)
         if not isinstance(value, bool | None):
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is neither true nor false.")
+            raise UserError(f"{self.source}: {key} is {shown(value)}, which is neither true nor false.")
         return default if value is None else value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
@@ -70,14 +111,14 @@ class Metadata:
         value = self.get(key)
         ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
         if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_SIZE for i in ids):
-            raise UserError(f"{self.source}: {key} is {value!r:.80}, which is not a token id or a list of them.")
+            raise UserError(f"{self.source}: {key} is {shown(value)}, which is not a token id or a list of them.")
         return ids
 
     def refuse(self, key: str, harmless: tuple[Any, ...], why: str) -> None:
         """UserError if `key` is set to anything but the `harmless` values: going on would give wrong answers silently."""
         value = self.get(key)
         if value is not None and value not in harmless:
-            raise UserError(f"{self.source}: {key} is {value!r:.80}: {why} not supported.")
+            raise UserError(f"{self.source}: {key} is {shown(value)}: {why} not supported.")
 
 
 # What generation_config.json and GGUF files call the parameters -> the fields of SamplingParams.
@@ -103,7 +144,7 @@ def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = 
             continue
         possible = type(value) in (int, float) and 0 <= value <= _LARGEST.get(name, 100.0)
         if not possible or (name == "top_k" and value != int(value)) or (name in _NOT_ZERO and value == 0):
-            raise UserError(f"{fields.source}: {prefix}{key} is {value!r:.80}, which is no {name}.")
+            raise UserError(f"{fields.source}: {prefix}{key} is {shown(value)}, which is no {name}.")
         found[name] = int(value) if name == "top_k" else float(value)
     return SamplingDefaults(**found)
 
@@ -117,9 +158,9 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
     kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
         return None
-    if kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
-        raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
+        raise UserError(f"{source}: rope scaling of type {shown(kind)} is not supported (known: {known}).")
     fields = Metadata(f"{source} (rope scaling)", scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
     if kind == "dynamic":  # the length of a text is compared with max_position_embeddings
@@ -133,7 +174,7 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
             amplitude = _yarn_amplitude(factor, fields)
         else:
             values |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
-            amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            amplitude = math.sqrt(1 + math.log(factor) / math.log(max(original, 2.0))) if factor > 1 else 1.0
         values |= {"factor": factor, "original_max_position_embeddings": original}
         values["attention_factor"] = fields.number("attention_factor", amplitude)
     return RopeScaling(kind, **values)
@@ -154,6 +195,15 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
     rotated = spec.rotary_dim or spec.head_dim
     if rotated % 2 or rotated > spec.head_dim:
         raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} cannot be rotated in pairs.")
+    if spec.max_context > MAX_CONTEXT:
+        raise UserError(
+            f"{source}: its rope scaling makes the context {spec.max_context} tokens; up to {MAX_CONTEXT} are served."
+        )
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic" and rotated <= 2:
+        raise UserError(f"{source}: dynamic rope scaling needs heads of more than two dimensions.")
+    if scaling is not None and scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError(f"{source}: high_freq_factor is {scaling.high_freq_factor}, and should be above low_freq_factor.")
     if spec.rope_scaling is not None and spec.rope_scaling.rope_type == "longrope":
         for name in ("short_factor", "long_factor"):
             if (n := len(getattr(spec.rope_scaling, name))) != rotated // 2:

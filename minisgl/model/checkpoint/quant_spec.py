@@ -20,7 +20,7 @@ def weight_format(source: str, config: Any) -> WeightFormat | None:
     fields = Metadata(f"{source} (quantization_config)", config)
     method = fields.get("quant_method")
     makers = {"fp8": _fp8, "fbgemm_fp8": _fp8, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
-    if method not in makers:
+    if not isinstance(method, str) or method not in makers:
         raise UserError(f"{source}: quantised by {method!r:.80}, which cannot be read. Known: {_KNOWN}.")
     return makers[method](fields)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.files import read_json
+from minisgl.model.checkpoint.files import read_json, read_text
+from minisgl.model.checkpoint.metadata import Metadata
 from minisgl.reasoning import HARMONY
 
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "  # without the embedded model
@@ -73,7 +73,7 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
     if in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
-        return gguf_templates(GGUFFile(spec.path).fields)
+        return gguf_templates(Metadata(spec.path, GGUFFile(spec.path).fields))
     if spec.path:
         return _directory_templates(spec.path)
     return {"default": _PLAIN} if spec.format == "fake" else {}
@@ -86,19 +86,16 @@ def in_gguf(spec: ModelSpec) -> bool:
 
 def _read_template(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-    except OSError as e:
-        raise UserError(f"--chat-template {path}: cannot read it: {e.strerror}.") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--chat-template {path}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
+        return read_text(path)
+    except UserError as e:
+        raise UserError(f"--chat-template {e}") from e
 
 
-def gguf_templates(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The sources of the chat templates in the metadata of a GGUF file, by name."""
+def gguf_templates(fields: Metadata) -> dict[str, str]:
+    """The sources of the chat templates in the metadata of a GGUF file, by name.  Raises UserError if damaged."""
     key = "tokenizer.chat_template"
-    keys = {"default": key} | {name: f"{key}.{name}" for name in fields.get("tokenizer.chat_templates") or ()}
-    return {name: fields[key] for name, key in keys.items() if isinstance(fields.get(key), str)}
+    keys = {"default": key} | {name: f"{key}.{name}" for name in fields.strings("tokenizer.chat_templates")}
+    return {name: source for name, key in keys.items() if isinstance(source := fields.get(key), str)}
 
 
 def _directory_templates(path: str) -> dict[str, str]:
@@ -109,9 +106,8 @@ def _directory_templates(path: str) -> dict[str, str]:
         named = [{"name": "default", "template": value}] if isinstance(value, str) else value
         for t in named if isinstance(named, list) else ():
             if isinstance(t, dict) and isinstance(t.get("template"), str):
-                sources[str(t["name"])] = t["template"]
+                sources[str(t.get("name", "default"))] = t["template"]
     jinja = os.path.join(path, "chat_template.jinja")
     if os.path.isfile(jinja):
-        with open(jinja, encoding="utf-8") as f:
-            sources["default"] = f.read()
+        sources["default"] = read_text(jinja)
     return sources

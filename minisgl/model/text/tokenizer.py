@@ -18,10 +18,12 @@ import tokenizers
 from minisgl.arrays import I32
 from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
-from minisgl.model.checkpoint.files import read_json
+from minisgl.model.checkpoint.files import check_size, read_json, reason
+from minisgl.model.checkpoint.metadata import Metadata
 from minisgl.model.text.chat_format import chat_templates, gguf_templates, in_gguf
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
+from minisgl.model.text.guard import check_tokenizer, one_sentence
 from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_bytes
 
 _KEPT = 8  # templates of requests, compiled
@@ -209,7 +211,7 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
     specials = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    return backend, specials, gguf_templates(fields)
+    return backend, specials, gguf_templates(Metadata(spec.path, fields))
 
 
 def _one_token_per_byte(spec: ModelSpec) -> _Loaded:
@@ -232,11 +234,13 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
     templates = chat_templates(spec)
     path = os.path.join(spec.path, "tokenizer.json")
     if not os.path.isfile(path):
-        return _with_transformers(spec.path), specials, templates
-    try:
-        return tokenizers.Tokenizer.from_file(path), specials, templates
-    except Exception as e:  # the library raises plain Exceptions
-        raise UserError(f"{path}: cannot be used as a tokenizer: {e}.") from e
+        backend = _with_transformers(spec.path)
+    else:
+        check_size(path)
+        with one_sentence(f"{path}: cannot be used as a tokenizer"):
+            backend = tokenizers.Tokenizer.from_file(path)
+    check_tokenizer(backend, path)
+    return backend, specials, templates
 
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
@@ -249,5 +253,5 @@ def _with_transformers(path: str) -> tokenizers.Tokenizer:
         if isinstance(backend, tokenizers.Tokenizer):
             return backend
     except Exception as e:
-        why = f"transformers says: {e}"
+        why = f"transformers says: {reason(e)}"
     raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
