@@ -28,13 +28,9 @@ class SafetensorsWeights:
         self._dtype, self._lazy = dtype, lazy
         self._files = SafetensorsFiles(spec.path)
         self._format = spec.weight_format
-        self._prefix = spec.weight_prefix
-        ignore = r".*rotary_emb\.inv_freq" + (r"|(.*\.)?lm_head\.weight" if spec.tie_embeddings else "")
-        ignore += f"|(?!{re.escape(spec.weight_prefix)}).*" if spec.weight_prefix else ""
-        self._ignore = re.compile(ignore + (_OTHER_SCALES if self._format else ""))
+        self._ignore = re.compile(r".*rotary_emb\.inv_freq" + (_OTHER_SCALES if self._format else ""))
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        name = self._prefix + name
         layer = layer_of(self._files, name, self._format) if name.endswith(".weight") else None
         if layer is not None:
             check_shape(self._files.path, name, layer.shape, shape)
