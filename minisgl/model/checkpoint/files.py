@@ -97,25 +97,26 @@ class SafetensorsFiles:
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """A lazy slice, and `name` counts as used.  Raises UserError naming a tensor that is missing or not of that shape."""
         if name not in self._stored:
-            raise self._missing(name)
+            key = self.key_of(name)
+            raise UserError(f"--model {self.path}: the checkpoint lacks the tensor {name}; see {key} in config.json.")
         self._used.add(name)
         lazy = self._lazy(name)
         if shape is not None:
             check_shape(self.path, name, tuple(lazy.get_shape()), shape)
         return lazy
 
-    def _missing(self, name: str) -> UserError:
-        """All files are there, so config.json describes another model: names the key that calls for the tensor."""
+    def key_of(self, name: str) -> str:
+        """The key of config.json that decides whether there is a tensor `name`; `architectures` if no other does."""
         layer = re.match(r"model\.layers\.\d+\.", name)
-        absent = layer and not any(n.startswith(layer[0]) for n in self._stored)
-        key = "num_hidden_layers" if absent else next((key for part, key in _CALL.items() if part in name), "architectures")
-        return UserError(f"--model {self.path}: the checkpoint lacks the tensor {name}, and config.json ({key}) calls for it.")
+        if layer and {n for n in self._stored if n.startswith(layer[0])} <= (set() if name not in self else set(self.unused())):
+            return "num_hidden_layers"
+        return next((key for part, key in _KEYS.items() if part in name), "architectures")
 
     def unused(self) -> list[str]:
         return [n for n in self if n not in self._used]
 
 
-_CALL = {  # part of a tensor's name -> the key of config.json that decides whether there is one
+_KEYS = {  # part of a tensor's name -> the key of config.json that decides whether there is one
     "lm_head.": "tie_word_embeddings",
     ".bias": "attention_bias",
     ".experts.": "num_experts",
@@ -137,19 +138,30 @@ def _open(path: str) -> Any:
 
 
 # ---------------- complaints about tensors, of every format
+_SIZES = {  # part of a tensor's name -> the keys of config.json that it depends on
+    "attn": "hidden_size, num_attention_heads, num_key_value_heads, head_dim",
+    "expert": "hidden_size, moe_intermediate_size, intermediate_size, num_experts",
+    "mlp": "hidden_size, intermediate_size, num_experts",
+    "": "hidden_size, vocab_size",
+}
+
+
 def check_shape(path: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises UserError naming the tensor and both shapes."""
     if found != expected:
-        raise UserError(f"--model {path}: {name} has shape {found}, the model's sizes make it {expected}.")
+        sizes = next(keys for part, keys in _SIZES.items() if part in name)
+        raise UserError(f"--model {path}: {name} has shape {found}, the model's sizes make it {expected} ({sizes}).")
 
 
 def missing(path: str, name: str) -> UserError:
     return UserError(f"--model {path}: the checkpoint lacks the tensor {name}. Is the download complete?")
 
 
-def unexpected(path: str, names: Iterable[str]) -> UserError:
+def unexpected(path: str, names: Iterable[str], key: str = "") -> UserError:
+    """`key`: of config.json, which decides whether there are such tensors."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return UserError(
-        f"--model {path}: the checkpoint holds tensors that this architecture has no place for: {', '.join(names[:3])}{more}."
+        f"--model {path}: the checkpoint holds tensors that this architecture has no place for: "
+        f"{', '.join(names[:3])}{more}{f' (see {key} in config.json)' if key else ''}."
     )

@@ -26,7 +26,7 @@ def text_part(config: Metadata, arch: Arch) -> Metadata:
         values = mapping(config, "text_config")
         if values.get("model_type", arch.text) != arch.text:
             raise UserError(
-                f"{config.source}: text_config is of type {values.get('model_type')!r:.80}; {arch.text} is supported."
+                f"{config.source}: text_config is of type {values.get('model_type')!r:.80}; {arch.text} is supported (model_type)."
             )
     sizes = dict(arch.sizes) | ({"head_dim": arch.head_dim} if arch.head_dim else {})
     given = {key: value for key, value in values.items() if value is not None or key not in sizes or not arch.text}

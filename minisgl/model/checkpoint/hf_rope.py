@@ -17,7 +17,7 @@ def positions(config: Metadata, arch: Arch, head_dim: int) -> dict[str, Any]:
     """The fields of ModelSpec for the context and the rotary positions.  Raises UserError naming the key that is at fault."""
     context = config.size("max_position_embeddings")
     parameters = _parameters(config, arch)
-    scaling = rope_scaling(config.source, _stretched(config, arch, parameters.values), context)
+    scaling = rope_scaling(parameters.source, _stretched(config, arch, parameters.values), context)
     return {
         "max_context": reach(scaling, context),
         "rope_theta": parameters.number("rope_theta", config.number("rope_theta", arch.rope_theta)),
@@ -34,7 +34,7 @@ def _parameters(config: Metadata, arch: Arch) -> Metadata:
     whose layers with a window rotate differently has them by the type of layer.
     """
     given, older = mapping(config, "rope_parameters"), mapping(config, "rope_scaling")
-    source = f"{config.source} (rope_parameters)"
+    source = f"{config.source} ({'rope_scaling' if older else 'rope_parameters'})"
     typed = {key for key in given if key in LAYER_TYPES}
     if not arch.local_rope_theta:
         if typed or any(key in LAYER_TYPES for key in older):
@@ -45,7 +45,10 @@ def _parameters(config: Metadata, arch: Arch) -> Metadata:
         beside = ", ".join(sorted(given.keys() - typed))
         raise UserError(f"{source}: {beside:.80} should be in full_attention or sliding_attention in this architecture.")
     parameters = Metadata(source, mapping(Metadata(source, given), "full_attention") | older)
-    parameters.refuse("truncate", (True,), "in this architecture it is")
+    if parameters.values.get("truncate", True) is not True:
+        raise UserError(
+            f"{source}: truncate is {parameters.get('truncate')!r:.80}, which is not supported in this architecture."
+        )
     return parameters
 
 

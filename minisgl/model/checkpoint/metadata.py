@@ -119,8 +119,8 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
         return None
     if kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
-        raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (known: {known}).")
-    fields = Metadata(f"{source} (rope scaling)", scaling)
+        raise UserError(f"{source}: rope scaling of type {kind!r:.80} is not supported (rope_type; known: {known}).")
+    fields = Metadata(source, scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
     if kind == "llama3":
         values["original_max_position_embeddings"] = fields.number("original_max_position_embeddings", float(max_context))

@@ -60,7 +60,7 @@ class SafetensorsWeights:
     def finish(self) -> None:
         left = [n for n in self._files.unused() if not self._ignore.fullmatch(n) and not self._is_zero_bias(n)]
         if left:
-            raise unexpected(self._files.path, left)
+            raise unexpected(self._files.path, left, self._files.key_of(min(left)))
 
     def _is_zero_bias(self, name: str) -> bool:
         """AutoGPTQ gave every layer a bias, of zeros where the model has none."""
