@@ -25,9 +25,8 @@ def text_part(config: Metadata, arch: Arch) -> Metadata:
     if arch.text:
         values = mapping(config, "text_config")
         if values.get("model_type", arch.text) != arch.text:
-            raise UserError(
-                f"{config.source}: text_config is of type {values.get('model_type')!r:.80}; {arch.text} is supported (model_type)."
-            )
+            kind = values["model_type"]
+            raise UserError(f"{config.source}: text_config is of type {kind!r:.80}; {arch.text} is supported (model_type).")
     sizes = dict(arch.sizes) | ({"head_dim": arch.head_dim} if arch.head_dim else {})
     given = {key: value for key, value in values.items() if value is not None or key not in sizes or not arch.text}
     return Metadata(f"{config.source} (text_config)" if arch.text else config.source, sizes | given)
@@ -43,7 +42,9 @@ def refuse_other_models(config: Metadata) -> None:
 
 def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[int, ...]:
     """ModelSpec.windows.  A window as wide as the `context` is none, unless layers with a window rotate differently."""
-    width, on = arch.window, not arch.switched or config.flag("use_sliding_window")
+    types = _layer_types(config, layers) if arch.sliding not in ("", "all") else None
+    on = not arch.switched or config.flag("use_sliding_window") or (arch.sliding == "nope" and types is not None)
+    width = arch.window
     if "sliding_window" in config.values and (on or arch.local_rope_theta):
         width = 0 if config.get("sliding_window") is None else config.size("sliding_window")
     if arch.local_rope_theta and not width:
@@ -56,22 +57,31 @@ def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[in
         if narrow and config.get("use_sliding_window") is None:
             config.refuse("sliding_window", (), why)
         return ()
-    sliding = _sliding_layers(config, arch, layers) if narrow and on else ()
+    if not narrow or not on:
+        return ()
+    sliding = (
+        _sliding_layers(config, arch, layers) if types is None else {i for i in range(layers) if types[i] == LAYER_TYPES[0]}
+    )
     return tuple(width if i in sliding else 0 for i in range(layers)) if sliding else ()
 
 
+def _layer_types(config: Metadata, layers: int) -> list[str] | None:
+    """`layer_types`, None where there is no such key."""
+    types: list[str] | None = config.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
+        raise UserError(
+            f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(LAYER_TYPES)} for each of "
+            f"the {layers} layers (other kinds of attention are not supported)."
+        )
+    return types
+
+
 def _sliding_layers(config: Metadata, arch: Arch, layers: int) -> set[int]:
-    """The layers with a window: those of `layer_types`, else by the rule of the architecture; see Arch.sliding."""
-    types = config.get("layer_types")
+    """The layers with a window by the rule of the architecture; see Arch.sliding."""
     if arch.sliding == "all":
         config.refuse("layer_types", (["sliding_attention"] * layers,), "windows in some layers of this architecture only are")
-    elif types is not None:
-        if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
-            raise UserError(
-                f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(LAYER_TYPES)} for each of "
-                f"the {layers} layers (other kinds of attention are not supported)."
-            )
-        return {i for i in range(layers) if types[i] == "sliding_attention"}
     period = config.size("sliding_window_pattern", arch.period)
     if period != arch.period and not arch.local_rope_theta:
         raise UserError(f"{config.source}: sliding_window_pattern is {period}, and this architecture has no such setting.")
