@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.hf_defaults import default_sizes
 from minisgl.model.checkpoint.hf_rope import LAYER_TYPES, mapping
 from minisgl.model.checkpoint.metadata import Metadata
 from minisgl.model.common.registry import HF_ARCHS, Arch
@@ -27,7 +28,7 @@ def text_part(config: Metadata, arch: Arch) -> Metadata:
         if values.get("model_type", arch.text) != arch.text:
             kind = values["model_type"]
             raise UserError(f"{config.source}: text_config is of type {kind!r:.80}; {arch.text} is supported (model_type).")
-    sizes = dict(arch.sizes) | ({"head_dim": arch.head_dim} if arch.head_dim else {})
+    sizes = default_sizes(arch)
     given = {key: value for key, value in values.items() if value is not None or key not in sizes or not arch.text}
     return Metadata(f"{config.source} (text_config)" if arch.text else config.source, sizes | given)
 

@@ -48,36 +48,12 @@ class Arch:
     attn_softcap: float | None = None  # None: the key is not read; 0: no cap
     logit_softcap: float | None = None
     text: str = ""
-    sizes: tuple[tuple[str, int], ...] = ()
     experts: str = ""  # "" for none; "mixtral", "qwen" or "gpt-oss": the names of their sizes in config.json
     sinks: bool = False
 
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "vocab_size",
-)
-
-
-def _sizes(*values: int, **more: int) -> tuple[tuple[str, int], ...]:
-    """What config.json's `_SIZES` and `more` are where it omits them; 0: one that depends on the others."""
-    return (*((key, size) for key, size in zip(_SIZES, values, strict=True) if size), *more.items())
-
-
-_MISTRAL = Arch(model_type="mistral", sliding="all", window=4096, sizes=_sizes(4096, 14_336, 32, 32, 8, 131_072, 32_000))
-_QWEN2 = Arch(
-    model_type="qwen2",
-    qkv_bias=True,
-    sliding="late",
-    switched=True,
-    window=4096,
-    sizes=_sizes(4096, 22_016, 32, 32, 32, 32_768, 151_936),
-)
+_MISTRAL = Arch(model_type="mistral", sliding="all", window=4096)
+_QWEN2 = Arch(model_type="qwen2", qkv_bias=True, sliding="late", switched=True, window=4096)
 _GEMMA2 = Arch(
     "gemma.Gemma",
     model_type="gemma2",
@@ -91,7 +67,6 @@ _GEMMA2 = Arch(
     query_pre_attn_scalar=256,
     attn_softcap=50.0,
     logit_softcap=30.0,
-    sizes=_sizes(2304, 9216, 26, 8, 4, 8192, 256_000),
 )
 _GEMMA3 = replace(
     _GEMMA2,
@@ -102,12 +77,11 @@ _GEMMA3 = replace(
     local_rope_theta=10_000.0,
     attn_softcap=None,
     logit_softcap=0.0,
-    sizes=_sizes(2304, 9216, 26, 8, 4, 131_072, 262_208),
 )
 
 # By `architectures[0]` of config.json.
 HF_ARCHS = {
-    "LlamaForCausalLM": Arch(attention_bias=False, sizes=_sizes(4096, 11_008, 32, 32, 0, 2048, 32_000)),
+    "LlamaForCausalLM": Arch(attention_bias=False),
     "MistralForCausalLM": _MISTRAL,
     "Mistral3ForConditionalGeneration": replace(_MISTRAL, model_type="mistral3", text="mistral"),  # Mistral Small 3.1 and 3.2
     "MinistralForCausalLM": replace(_MISTRAL, model_type="ministral", sliding="period"),
@@ -122,16 +96,9 @@ HF_ARCHS = {
         switched=True,
         window=4096,
         experts="qwen",
-        sizes=_sizes(2048, 6144, 24, 32, 4, 32_768, 151_936),
     ),
-    "MixtralForCausalLM": replace(
-        _MISTRAL,
-        model="moe.Mixtral",
-        model_type="mixtral",
-        window=0,
-        rms_norm_eps=1e-5,
-        rope_theta=1e6,
-        experts="mixtral",
+    "MixtralForCausalLM": Arch(
+        "moe.Mixtral", model_type="mixtral", sliding="all", rms_norm_eps=1e-5, rope_theta=1e6, experts="mixtral"
     ),
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
@@ -150,16 +117,8 @@ HF_ARCHS = {
         rope=(("rope_type", "yarn"), ("factor", 32.0), ("truncate", False), ("original_max_position_embeddings", 4096)),
         sinks=True,
         experts="gpt-oss",
-        sizes=_sizes(2880, 2880, 36, 64, 8, 131_072, 201_088),
     ),
-    "Phi3ForCausalLM": Arch(
-        "phi3.Phi3",
-        model_type="phi3",
-        sliding="all",
-        rms_norm_eps=1e-5,
-        partial_rotary=True,
-        sizes=_sizes(3072, 8192, 32, 32, 0, 4096, 32_064, original_max_position_embeddings=4096),
-    ),
+    "Phi3ForCausalLM": Arch("phi3.Phi3", model_type="phi3", sliding="all", rms_norm_eps=1e-5, partial_rotary=True),
     "SmolLM3ForCausalLM": Arch(
         "smollm3.SmolLM3",
         model_type="smollm3",
@@ -169,7 +128,6 @@ HF_ARCHS = {
         nope_period=4,
         rope_theta=2e6,
         tied=True,
-        sizes=_sizes(2048, 11_008, 36, 16, 4, 32_768, 128_256),
     ),
 }
 # `general.architecture` of a GGUF file -> the same model's Hugging Face class
