@@ -259,3 +259,33 @@ def test_a_config_with_unusual_settings_is_equal_to_transformers_or_refused_by_n
         keys = {rng.choice(read), rng.choice(list(SETTINGS))}
         compare(tmp_path, config, {key: rng.choice(SETTINGS[key]) for key in keys}, monkeypatch)
     assert compare(tmp_path, config, {}, monkeypatch) == "same"
+
+
+# Found by longer runs of the same.
+@pytest.mark.parametrize(
+    ("name", "changes", "outcome"),
+    [
+        ("mixtral", {"hidden_act": "gelu_new"}, "refused"),
+        ("mixtral", {"hidden_act": "swish"}, "same"),
+        ("mistral", {"layer_types": [_S, _F, _S]}, "refused"),
+        ("mistral", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "refused"),
+        ("llama", {"sliding_window": 8, "use_sliding_window": False}, "same"),
+        ("llama", {"attn_logit_softcapping": 2.0}, "refused"),
+        ("gemma3", {"attn_logit_softcapping": 2.0}, "refused"),
+        ("ministral", {"sliding_window_pattern": 2, "layer_types": ABSENT}, "refused"),
+        ("gpt-oss", {"rope_parameters": ABSENT}, "same"),
+        ("gpt-oss", {"attention_bias": ABSENT}, "same"),
+        ("qwen3", {"head_dim": ABSENT}, "same"),
+        ("smollm3", {"use_sliding_window": False, "layer_types": [_S, _F, _S], "sliding_window": 9}, "same"),
+        ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": _YARN}, "same"),
+        ("llama", {"rope_scaling": {**_YARN, "beta_fast": 0}}, "same"),
+        ("gemma3", {"rope_scaling": {**_YARN, "truncate": False}}, "refused"),
+        ("gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "refused"),
+        ("phi4-mini", {"original_max_position_embeddings": 128}, "same"),
+    ],
+)
+def test_settings_that_transformers_reads_in_its_own_way(
+    name: str, changes: dict[str, Any], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_architecture(tmp_path, name)
+    assert compare(tmp_path, json.loads((tmp_path / "config.json").read_text()), changes, monkeypatch) == outcome

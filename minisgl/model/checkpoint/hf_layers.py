@@ -115,7 +115,8 @@ def activation(config: Metadata, arch: Arch) -> str:
         config.refuse("swiglu_alpha", (1.702,), "another slope of the activation is")
         return arch.activation
     key = "hidden_activation" if arch.activation == "gelu_tanh" else "hidden_act"
-    config.refuse(key, tuple(_ACTIVATIONS), f"activations other than {', '.join(_ACTIVATIONS)} are")
+    known = [name for name, kind in _ACTIVATIONS.items() if kind == "silu" or not arch.experts]
+    config.refuse(key, tuple(known), f"activations other than {', '.join(known)} are")
     return _ACTIVATIONS.get(config.get(key), arch.activation)
 
 

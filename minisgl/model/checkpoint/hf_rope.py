@@ -67,13 +67,13 @@ def _local_theta(config: Metadata, arch: Arch) -> float:
 def _rotated(config: Metadata, arch: Arch, parameters: Metadata, head_dim: int) -> int:
     """ModelSpec.rotary_dim."""
     part = parameters.number(_PART, config.number(_PART, 1.0))
-    rotated = int(head_dim * part)
+    rotated, source = int(head_dim * part), parameters.source if parameters.get(_PART) is not None else config.source
     if part != 1 and (rotated % 2 or not 0 < rotated <= head_dim):
         raise UserError(
-            f"{config.source}: {_PART} is {part}: {rotated} dimensions of a head of {head_dim} cannot be rotated in pairs."
+            f"{source}: {_PART} is {part}: {rotated} dimensions of a head of {head_dim} cannot be rotated in pairs."
         )
     if part != 1 and not arch.partial_rotary:
-        raise UserError(f"{config.source}: {_PART} is {part}: rotating a part of a head in this architecture is not supported.")
+        raise UserError(f"{source}: {_PART} is {part}: rotating a part of a head in this architecture is not supported.")
     return rotated if part != 1 else 0
 
 
