@@ -142,6 +142,7 @@ _SIZES = {  # part of a tensor's name -> the keys of config.json that it depends
     "attn": "hidden_size, num_attention_heads, num_key_value_heads, head_dim",
     "expert": "hidden_size, moe_intermediate_size, intermediate_size, num_experts",
     "mlp": "hidden_size, intermediate_size, num_experts",
+    "ffn": "hidden_size, intermediate_size",
     "": "hidden_size, vocab_size",
 }
 
