@@ -44,7 +44,7 @@ def save_llama(
     rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
     sizes = _sizes(heads, kv_heads) | {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
     sizes["vocab_size"] = vocab
-    return _save(path, LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=tied, rope_parameters=rope))
+    return save_random(path, LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=tied, rope_parameters=rope))
 
 
 def save_qwen3(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = False) -> Any:
@@ -56,7 +56,7 @@ def save_qwen3(path: Any, *, heads: int = 6, kv_heads: int = 3, tied: bool = Fal
 
     rope = {"rope_type": "default", "rope_theta": 1e6}
     config = Qwen3Config(**_sizes(heads, kv_heads), rms_norm_eps=0.1, tie_word_embeddings=tied, rope_parameters=rope)
-    return _save(path, Qwen3ForCausalLM, config)
+    return save_random(path, Qwen3ForCausalLM, config)
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -131,7 +131,7 @@ def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
         settings = {"text_config": settings, "vision_config": vision, "image_token_index": 2, "eos_token_id": [2, 0]}
         task = "ConditionalGeneration"
     config = getattr(transformers, f"{prefix}Config")(**settings, **how)
-    return _save(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config)
+    return save_random(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config)
 
 
 def save_qwen2(path: Any) -> Any:
@@ -139,7 +139,7 @@ def save_qwen2(path: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**{**_sizes(6, 3), "head_dim": 8}, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-    return _save(path, Qwen2ForCausalLM, config)
+    return save_random(path, Qwen2ForCausalLM, config)
 
 
 def save_byte_tokenizer(path: Any) -> None:
@@ -164,7 +164,8 @@ def _sizes(heads: int, kv_heads: int) -> dict[str, Any]:
     }
 
 
-def _save(path: Any, cls: Any, config: Any) -> Any:
+def save_random(path: Any, cls: Any, config: Any) -> Any:
+    """Write a random model of the class `cls` of transformers to `path` and return it (float32, eval)."""
     import torch
 
     torch.manual_seed(0)

@@ -131,10 +131,11 @@ class DetokenizerActor(Actor):
         for token in m.prompt.tolist():
             stream.offsets.append(stream.chars)
             pieces.append(stream.push(token))
-        stream.prefix = "".join(pieces)
-        if self._tokenizer.strips_space and stream.prefix.startswith(" "):
-            stream.prefix, stream.chars = stream.prefix[1:], stream.chars - 1
-            stream.offsets = [max(0, at - 1) for at in stream.offsets]
+        first = next((i for i, piece in enumerate(pieces) if piece), 0)
+        dropped = len(pieces[first]) - len(opening := self._tokenizer.opening(int(m.prompt[first]), pieces[first]))
+        stream.prefix = "".join([opening, *pieces[first + 1 :]])
+        stream.chars -= dropped
+        stream.offsets = [max(0, at - dropped) for at in stream.offsets]
         if m.params.logprobs is not None:
             stream.n_scored = 1
             self._send_logprobs([(m.uid, 0, _Score(int(m.prompt[0]), float("nan"), [], []))])

@@ -141,7 +141,7 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"sliding_window": 128}, "sliding_window is 128"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "head_dim is missing"),
+        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": None}, "head_dim is missing"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
         ({"architectures": ["MinistralForCausalLM"], "sliding_window": 8, "layer_types": ["chunked"] * 2}, "layer_types is"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),

@@ -5,11 +5,16 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from minisgl.errors import UserError
 
+# What programs put before the names of a model's tensors: torch.compile, DistributedDataParallel, PEFT; and the text part of a
+# model that also takes images.
+_WRAPPED = re.compile(r"(?:(?:^|(?<=\.))_orig_mod\.)|(?:^(?:module\.)+)|(?:^base_model\.model\.)")
+_TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -73,39 +78,82 @@ def weight_files(path: str) -> list[str]:
     return [os.path.join(path, n) for n in sorted(set(names.values()))]
 
 
+def plain_name(stored: str) -> tuple[str, bool]:
+    """The name of a tensor as a text model's own checkpoint has it, and whether `stored` says that it is of the text part."""
+    name, before = stored, ""
+    while name != before:
+        name, before = _WRAPPED.sub("", name), name
+    text = _TEXT.match(name)
+    name = name[text.end() :] if text else name.removeprefix("model.")
+    return (name if name.startswith("lm_head.") else f"model.{name}"), text is not None
+
+
 class SafetensorsFiles:
-    """All tensors of a directory's *.safetensors files by name; remembers which were used."""
+    """All tensors of a directory's *.safetensors files by their plain names; remembers which were used.
+
+    Where some names have the prefix of a text part, the others but the LM head's are of no concern here.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._used: set[str] = set()
-        self._file_of: dict[str, Any] = {}  # tensor name -> open file
+        self._stored: dict[str, tuple[Any, str]] = {}  # plain name -> open file, name in it
+        beside, text = set(), False
         for file in weight_files(path):
             opened = _open(file)
-            self._file_of.update(dict.fromkeys(opened.keys(), opened))
+            for stored in map(str, opened.keys()):
+                name, is_text = plain_name(stored)
+                if name in self._stored:
+                    raise UserError(f"--model {path}: {stored} and {self._stored[name][1]} are two names of one tensor.")
+                self._stored[name] = opened, stored
+                text |= is_text
+                if not is_text and not name.startswith("lm_head."):
+                    beside.add(name)
+        self._beside = beside if text else set()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return (name for name in self._stored if name not in self._beside)
+
+    def _lazy(self, name: str) -> Any:
+        file, stored = self._stored[name]
+        return file.get_slice(stored)
 
     def dtype(self, name: str) -> str:
         """The dtype by its name in safetensors: "BF16", "F8_E4M3", ..."""
-        return str(self._file_of[name].get_slice(name).get_dtype())
+        return str(self._lazy(name).get_dtype())
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """A lazy slice, and `name` counts as used.  Raises UserError naming a tensor that is missing or not of that shape."""
-        if name not in self._file_of:
-            raise missing(self.path, name)
+        if name not in self._stored:
+            key = self.key_of(name)
+            raise UserError(f"--model {self.path}: the checkpoint lacks the tensor {name}; see {key} in config.json.")
         self._used.add(name)
-        lazy = self._file_of[name].get_slice(name)
+        lazy = self._lazy(name)
         if shape is not None:
             check_shape(self.path, name, tuple(lazy.get_shape()), shape)
         return lazy
 
+    def key_of(self, name: str) -> str:
+        """The key of config.json that decides whether there is a tensor `name`; `architectures` if no other does."""
+        layer = re.match(r"model\.layers\.\d+\.", name)
+        if layer and {n for n in self._stored if n.startswith(layer[0])} <= (set() if name not in self else set(self.unused())):
+            return "num_hidden_layers"
+        return next((key for part, key in _KEYS.items() if part in name), "architectures")
+
     def unused(self) -> list[str]:
-        return [n for n in self._file_of if n not in self._used]
+        return [n for n in self if n not in self._used]
+
+
+_KEYS = {  # part of a tensor's name -> the key of config.json that decides whether there is one
+    "lm_head.": "tie_word_embeddings",
+    ".bias": "attention_bias",
+    ".experts.": "num_experts",
+    "_scale": "quantization_config",
+    "zeros": "quantization_config",
+}
 
 
 def _open(path: str) -> Any:
@@ -125,19 +173,31 @@ def _open(path: str) -> Any:
 
 
 # ---------------- complaints about tensors, of every format
+_SIZES = {  # part of a tensor's name -> the keys of config.json that it depends on
+    "attn": "hidden_size, num_attention_heads, num_key_value_heads, head_dim",
+    "expert": "hidden_size, moe_intermediate_size, intermediate_size, num_experts",
+    "mlp": "hidden_size, intermediate_size, num_experts",
+    "ffn": "hidden_size, intermediate_size",
+    "": "hidden_size, vocab_size",
+}
+
+
 def check_shape(path: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises UserError naming the tensor and both shapes."""
     if found != expected:
-        raise UserError(f"--model {path}: {name} has shape {found}, the model's sizes make it {expected}.")
+        sizes = next(keys for part, keys in _SIZES.items() if part in name)
+        raise UserError(f"--model {path}: {name} has shape {found}, the model's sizes make it {expected} ({sizes}).")
 
 
 def missing(path: str, name: str) -> UserError:
     return UserError(f"--model {path}: the checkpoint lacks the tensor {name}. Is the download complete?")
 
 
-def unexpected(path: str, names: Iterable[str]) -> UserError:
+def unexpected(path: str, names: Iterable[str], key: str = "") -> UserError:
+    """`key`: of config.json, which decides whether there are such tensors."""
     names = [name[:80] for name in sorted(names)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return UserError(
-        f"--model {path}: the checkpoint holds tensors that this architecture has no place for: {', '.join(names[:3])}{more}."
+        f"--model {path}: the checkpoint holds tensors that this architecture has no place for: "
+        f"{', '.join(names[:3])}{more}{f' (see {key} in config.json)' if key else ''}."
     )

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import INDEX, read_json, weight_files
-from minisgl.model.checkpoint.hf_layers import activation, attention, experts, positions, text_part
+from minisgl.model.checkpoint.hf_layers import (
+    activation,
+    attention,
+    experts,
+    nope_layers,
+    refuse_other_models,
+    text_part,
+    windows,
+)
+from minisgl.model.checkpoint.hf_rope import positions
 from minisgl.model.checkpoint.metadata import HF_SAMPLING, Metadata, check, sampling_defaults
 from minisgl.model.checkpoint.quant_spec import weight_format
 from minisgl.model.common.registry import HF_ARCHS, Arch
 
 DTYPES = ("float32", "float16", "bfloat16")
+_HEAD = re.compile(r'lm_head\.(weight|qweight|weight_packed)"')
+_PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
 def spec_from_directory(path: str, name: str | None = None, *, weights: bool = True) -> ModelSpec:
@@ -40,10 +52,11 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     """`outer`: the full config.json; the keys of the decoder may be an object inside it."""
     arch = HF_ARCHS[architecture]
     config = text_part(outer, arch)
-    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
+    refuse_other_models(config)
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers")
-    head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else arch.head_dim)
+    head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else None)
+    rope = positions(config, arch, head_dim)
     return ModelSpec(
         name=name or os.path.basename(os.path.normpath(path)),
         path=path,
@@ -60,7 +73,9 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
         activation=activation(config, arch),
         **_generation(path, outer, config),
         **_storage(path, outer, config, arch),
-        **positions(config, arch, layers, head_dim),
+        **rope,
+        nope_layers=nope_layers(config, arch, layers),
+        windows=windows(config, arch, layers, rope["max_context"]),
         **attention(config, arch),
         **experts(config, arch, layers),
     )
@@ -89,7 +104,7 @@ def _storage(path: str, outer: Metadata, config: Metadata, arch: Arch) -> dict[s
     mxfp4 = arch.sinks and isinstance(declared, dict) and declared.get("quant_method") == "mxfp4"
     return {
         "dtype": _dtype(config if config.get("dtype") or config.get("torch_dtype") else outer),
-        "tie_embeddings": not _has_head(path) if arch.text else config.flag("tie_word_embeddings", arch.tied),
+        "tie_embeddings": outer.flag("tie_word_embeddings", arch.tied or bool(arch.text)) and not _has_head(path),
         "weight_format": None if mxfp4 else weight_format(outer.source, quantization),
         "expert_format": "mxfp4" if mxfp4 else "",
         "weight_prefix": "language_model." if arch.text else "",
@@ -97,13 +112,13 @@ def _storage(path: str, outer: Metadata, config: Metadata, arch: Arch) -> dict[s
 
 
 def _has_head(path: str) -> bool:
-    """Whether a checkpoint with images has an lm_head; its two configurations may disagree about that."""
+    """Whether a checkpoint has an lm_head.  It is used whatever the configuration says, which is wrong where they differ."""
     index = os.path.join(path, INDEX)
     if os.path.isfile(index):
-        return any(str(name).endswith("lm_head.weight") for name in read_json(index).get("weight_map") or ())
-    for file in weight_files(path):
+        return any(_HEAD.search(f'{name}"') for name in read_json(index).get("weight_map") or ())
+    for file in filter(os.path.isfile, weight_files(path)):
         with open(file, "rb") as f:  # a header of JSON behind its length, 8 bytes
-            if b'lm_head.weight"' in f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)):
+            if _HEAD.search(f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)).decode(errors="replace")):
                 return True
     return False
 
@@ -132,6 +147,11 @@ def _check_weights(path: str) -> None:
             "Is the download complete?"
         )
     if files:
+        parts = [match for match in map(_PART.search, files) if match]
+        if parts and len(parts) < (total := int(parts[0][2])):
+            raise UserError(
+                f"--model {path}: {total - len(parts)} of its {total} weight files are missing. Is the download complete?"
+            )
         return
     pickles = sorted(f for ext in ("*.bin", "*.pt", "*.pth") for f in glob.glob(ext, root_dir=path))
     if pickles:

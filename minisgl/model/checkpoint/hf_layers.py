@@ -1,4 +1,4 @@
-"""Reads the layers of a model from its config.json: rotary positions, sliding windows, experts.  No torch.
+"""Reads the layers of a model from its config.json: sliding windows, activations, experts.  No torch.
 
 An absent key has the default of the registry's entry, which is that of transformers' configuration class.  Every function
 raises UserError naming the key for a setting that cannot be served faithfully.
@@ -8,116 +8,90 @@ from __future__ import annotations
 
 from typing import Any
 
-from minisgl.config import RopeScaling
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.metadata import Metadata, rope_scaling
-from minisgl.model.common.registry import Arch
+from minisgl.model.checkpoint.hf_defaults import default_sizes
+from minisgl.model.checkpoint.hf_rope import LAYER_TYPES, mapping
+from minisgl.model.checkpoint.metadata import Metadata
+from minisgl.model.common.registry import HF_ARCHS, Arch
 
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_LAYER_TYPES = ("sliding_attention", "full_attention")
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")  # one formula, several names
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(_TANH, "gelu_tanh")}
+_MODEL_TYPES = {arch.model_type for arch in HF_ARCHS.values()}
 
 
 def text_part(config: Metadata, arch: Arch) -> Metadata:
     """The keys of config.json that describe the decoder, with defaults for the sizes that may be left out."""
+    config.refuse("model_type", tuple({config.get("model_type")} - _MODEL_TYPES | {arch.model_type}), "another architecture is")
     values = config.values
     if arch.text:
-        values = _mapping(config, "text_config")
-        if values.get("model_type") != arch.text:
-            raise UserError(
-                f"{config.source}: text_config is of type {values.get('model_type')!r:.80}; {arch.text} is supported."
-            )
-    sizes = dict(arch.sizes)
-    given = {key: value for key, value in values.items() if value is not None or key not in sizes}
+        values = mapping(config, "text_config")
+        if values.get("model_type", arch.text) != arch.text:
+            kind = values["model_type"]
+            raise UserError(f"{config.source}: text_config is of type {kind!r:.80}; {arch.text} is supported (model_type).")
+    sizes = default_sizes(arch)
+    given = {key: value for key, value in values.items() if value is not None or key not in sizes or not arch.text}
     return Metadata(f"{config.source} (text_config)" if arch.text else config.source, sizes | given)
 
 
-def positions(config: Metadata, arch: Arch, layers: int, head_dim: int) -> dict[str, Any]:
-    """The fields of ModelSpec for the context and the rotary positions.
-
-    They are in `rope_parameters` (transformers 5: all in one place, or by type of layer), or in `rope_theta` and
-    `rope_scaling`.
-    """
-    context = config.size("max_position_embeddings")
-    source = f"{config.source} (rope_parameters)"
-    by_type = Metadata(source, _mapping(config, "rope_parameters"))
-    flat = {key: value for key, value in by_type.values.items() if key not in _LAYER_TYPES}
-    parameters = Metadata(source, _mapping(by_type, "full_attention") or flat)
-    local = Metadata(source, _mapping(by_type, "sliding_attention"))
-    if local.values and local.values.get("rope_type", "default") != "default":
-        raise UserError(f"{config.source}: scaled rotary positions in layers with a window are not supported.")
-    local_theta = local.number("rope_theta", config.number("rope_local_base_freq", arch.local_rope_theta))
-    stretched = _stretched(config, arch, dict(parameters.values or _mapping(config, "rope_scaling")))
-    scaling = rope_scaling(config.source, stretched, context)
-    part = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    reached = reach(scaling, context)
-    return {
-        "max_context": reached,
-        "rope_theta": parameters.number("rope_theta", config.number("rope_theta", arch.rope_theta)),
-        "rope_scaling": scaling,
-        "local_rope_theta": local_theta if arch.local_rope_theta else 0.0,
-        "rotary_dim": int(head_dim * part) if part < 1 else 0,
-        "nope_layers": nope_layers(config, arch, layers),
-        "windows": windows(config, arch, layers, reached),
-    }
-
-
-def _stretched(config: Metadata, arch: Arch, scaling: dict[str, Any]) -> dict[str, Any]:
-    """The rope scaling of a config.json with what Phi-3's checkpoints write otherwise."""
-    original = "original_max_position_embeddings"
-    if config.get(original) is not None and scaling:  # outside of the scaling, and there it rules
-        scaling[original] = config.size(original)
-    if arch.model == "phi3.Phi3" and scaling.get("rope_type", scaling.get("type")) == "yarn":
-        scaling["rope_type"] = "longrope"  # the name of its first checkpoints
-    return scaling
-
-
-def reach(scaling: RopeScaling | None, context: int) -> int:
-    """The longest context of a model with rope scaling, in tokens.
-
-    Users switch on YaRN and dynamic scaling by hand, and max_position_embeddings is still the context of the training.  The
-    other kinds come with the checkpoint, whose max_position_embeddings includes them.
-    """
-    if scaling is not None and scaling.rope_type == "yarn":
-        return max(context, int(scaling.factor * scaling.original_max_position_embeddings))
-    return int(scaling.factor * context) if scaling is not None and scaling.rope_type == "dynamic" else context
+def refuse_other_models(config: Metadata) -> None:
+    """Raises UserError naming a key that makes another model of any architecture."""
+    config.refuse("mlp_bias", (False,), "biases in the MLP layers are")
+    config.refuse("is_causal", (True,), "attention to later tokens is")
+    config.refuse("use_bidirectional_attention", (False,), "attention to later tokens is")
+    config.refuse("per_layer_config", ({},), "layers with settings of their own are")
 
 
 def windows(config: Metadata, arch: Arch, layers: int, context: int) -> tuple[int, ...]:
     """ModelSpec.windows.  A window as wide as the `context` is none, unless layers with a window rotate differently."""
-    if not arch.sliding:
-        config.refuse("sliding_window", (), "sliding-window attention in this architecture is")
-        config.refuse("use_sliding_window", (False,), "sliding-window attention in this architecture is")
-        return ()
-    config.refuse("use_bidirectional_attention", (False,), "attention to later tokens is")
-    width = config.size("sliding_window") if config.get("sliding_window") else 0
-    if "sliding_window" not in config.values:
-        width = arch.window
+    types = _layer_types(config, layers) if arch.sliding not in ("", "all") else None
+    on = not arch.switched or config.flag("use_sliding_window") or (arch.sliding == "nope" and types is not None)
+    width = arch.window
+    if "sliding_window" in config.values and (on or arch.local_rope_theta):
+        width = 0 if config.get("sliding_window") is None else config.size("sliding_window")
     if arch.local_rope_theta and not width:
         raise UserError(f"{config.source}: sliding_window is null, and this architecture needs one.")
     narrow = 0 < width < context or arch.local_rope_theta > 0
-    if not narrow or (arch.switched and not config.flag("use_sliding_window")):
+    if not arch.sliding:
+        why = "sliding-window attention in this architecture is"
+        config.refuse("use_sliding_window", (False,), why)
+        config.refuse("layer_types", (["full_attention"] * layers,), why)
+        if narrow and config.get("use_sliding_window") is None:
+            config.refuse("sliding_window", (), why)
         return ()
-    sliding = _sliding_layers(config, arch, layers)
+    if not narrow or not on:
+        return ()
+    sliding = (
+        _sliding_layers(config, arch, layers) if types is None else {i for i in range(layers) if types[i] == LAYER_TYPES[0]}
+    )
     return tuple(width if i in sliding else 0 for i in range(layers)) if sliding else ()
 
 
+def _layer_types(config: Metadata, layers: int) -> list[str] | None:
+    """`layer_types`, None where there is no such key."""
+    types: list[str] | None = config.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
+        raise UserError(
+            f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(LAYER_TYPES)} for each of "
+            f"the {layers} layers (other kinds of attention are not supported)."
+        )
+    return types
+
+
 def _sliding_layers(config: Metadata, arch: Arch, layers: int) -> set[int]:
-    """The layers with a window: those of `layer_types`, else by the rule of the architecture; see Arch.sliding."""
-    types = None if arch.sliding == "all" else config.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list) or len(types) < layers or any(kind not in _LAYER_TYPES for kind in types):
-            raise UserError(
-                f"{config.source}: layer_types is {types!r:.120}; it should name one of {', '.join(_LAYER_TYPES)} for each of "
-                f"the {layers} layers (other kinds of attention are not supported)."
-            )
-        return {i for i in range(layers) if types[i] == "sliding_attention"}
+    """The layers with a window by the rule of the architecture; see Arch.sliding."""
+    if arch.sliding == "all":
+        config.refuse("layer_types", (["sliding_attention"] * layers,), "windows in some layers of this architecture only are")
+    period = config.size("sliding_window_pattern", arch.period)
+    if period != arch.period and not arch.local_rope_theta:
+        raise UserError(f"{config.source}: sliding_window_pattern is {period}, and this architecture has no such setting.")
     match arch.sliding:
         case "late":
             first = 0 if config.get("max_window_layers") == 0 else config.size("max_window_layers", 28)
             return set(range(first, layers))
         case "nope":
             return set(nope_layers(config, arch, layers))
-    period = config.size("sliding_window_pattern", arch.period)
     return {i for i in range(layers) if period == 1 or (i + 1) % period}
 
 
@@ -141,27 +115,31 @@ def activation(config: Metadata, arch: Arch) -> str:
         config.refuse("swiglu_alpha", (1.702,), "another slope of the activation is")
         return arch.activation
     key = "hidden_activation" if arch.activation == "gelu_tanh" else "hidden_act"
-    config.refuse(key, tuple(_ACTIVATIONS), f"activations other than {', '.join(_ACTIVATIONS)} are")
+    known = [name for name, kind in _ACTIVATIONS.items() if kind == "silu" or not arch.experts]
+    config.refuse(key, tuple(known), f"activations other than {', '.join(known)} are")
     return _ACTIVATIONS.get(config.get(key), arch.activation)
 
 
 def attention(config: Metadata, arch: Arch) -> dict[str, Any]:
     """The fields of ModelSpec for queries, keys, values and scores."""
-    bias = config.flag("attention_bias")
+    bias = arch.attention_bias is not None and config.flag("attention_bias", arch.attention_bias)
     scalar = arch.query_pre_attn_scalar and config.number("query_pre_attn_scalar", arch.query_pre_attn_scalar)
     return {
         "qk_norm": arch.qk_norm,
         "qkv_bias": arch.qkv_bias or bias,
         "o_bias": bias,
         "attn_scale": scalar**-0.5 if scalar else 0.0,
-        "attn_softcap": optional(config, "attn_logit_softcapping", arch.attn_softcap),
-        "logit_softcap": optional(config, "final_logit_softcapping", arch.logit_softcap),
+        "attn_softcap": _softcap(config, "attn_logit_softcapping", arch.attn_softcap),
+        "logit_softcap": _softcap(config, "final_logit_softcapping", arch.logit_softcap),
         "sinks": arch.sinks,
     }
 
 
-def optional(config: Metadata, key: str, default: float) -> float:
-    """A positive number, or 0.0 where it is null; `default` where there is no such key."""
+def _softcap(config: Metadata, key: str, default: float | None) -> float:
+    """A positive number, or 0.0 where it is null; `default` where there is no such key, None if the architecture has none."""
+    if default is None:
+        config.refuse(key, (), "a soft cap in this architecture is")
+        return 0.0
     return config.number(key, 0.0) if key in config.values else default
 
 
@@ -172,7 +150,7 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
     if arch.experts != "qwen":
         number, per_token = (8, 2) if arch.experts == "mixtral" else (128, 4)
         return {
-            "num_experts": config.size("num_local_experts", number),
+            "num_experts": config.size("num_local_experts", config.size("num_experts", number)),
             "experts_per_token": config.size("num_experts_per_tok", per_token),
             "expert_size": config.size("intermediate_size"),
             "norm_topk": True,
@@ -187,10 +165,3 @@ def experts(config: Metadata, arch: Arch, layers: int) -> dict[str, Any]:
         "norm_topk": config.flag("norm_topk_prob"),
         "dense_layers": tuple(i for i in range(layers) if i in dense or (i + 1) % step),
     }
-
-
-def _mapping(config: Metadata, key: str) -> dict[str, Any]:
-    value = config.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{config.source}: {key} should be an object, is {value!r:.80}.")
-    return value or {}

@@ -18,7 +18,7 @@ MAX_CONTEXT = 1 << 28  # tokens
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # the numbers that a kind of scaling must have
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
     "longrope": (),
 }
@@ -160,17 +160,20 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
         return None
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         known = ", ".join(["default", *_ROPE_FIELDS])
-        raise UserError(f"{source}: rope scaling of type {shown(kind)} is not supported (known: {known}).")
+        raise UserError(f"{source}: rope scaling of type {shown(kind)} is not supported (rope_type; known: {known}).")
     fields = Metadata(f"{source} (rope scaling)", scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
-    if kind == "dynamic":  # the length of a text is compared with max_position_embeddings
+    if kind == "llama3":
+        values["original_max_position_embeddings"] = fields.number("original_max_position_embeddings", float(max_context))
+    elif kind == "dynamic":  # the length of a text is compared with max_position_embeddings
         values["original_max_position_embeddings"] = max_context
     elif kind in ("yarn", "longrope"):
         original = fields.number("original_max_position_embeddings", float(max_context))
-        factor = fields.number("factor", max_context / original)
+        factor = fields.number("factor", max_context / original if kind == "longrope" or "factor" in scaling else None)
         if kind == "yarn":
-            values |= {"beta_fast": fields.number("beta_fast", 32.0), "beta_slow": fields.number("beta_slow", 1.0)}
-            values["truncate"] = scaling.get("truncate") is not False
+            betas = {"beta_fast": 32.0, "beta_slow": 1.0}  # also where they are 0
+            values |= {key: fields.number(key) if fields.get(key) else default for key, default in betas.items()}
+            values["truncate"] = bool(scaling.get("truncate", True))
             amplitude = _yarn_amplitude(factor, fields)
         else:
             values |= {name: fields.numbers(name) for name in ("short_factor", "long_factor")}
@@ -194,7 +197,7 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
         raise UserError(f"{source}: {spec.num_heads} attention heads cannot be shared by {spec.num_kv_heads} KV heads.")
     rotated = spec.rotary_dim or spec.head_dim
     if rotated % 2 or rotated > spec.head_dim:
-        raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} cannot be rotated in pairs.")
+        raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} (head_dim) cannot be rotated in pairs.")
     if spec.max_context > MAX_CONTEXT:
         raise UserError(
             f"{source}: its rope scaling makes the context {spec.max_context} tokens; up to {MAX_CONTEXT} are served."
@@ -212,5 +215,6 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
         raise UserError(f"{source}: {spec.experts_per_token} experts of each token, and there are {spec.num_experts}.")
     bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]
     if bad:
-        raise UserError(f"{source}: special token {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
+        key = "bos_token_id" if bad[0] == spec.bos_id else "eos_token_id"
+        raise UserError(f"{source}: special token {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens ({key}).")
     return spec

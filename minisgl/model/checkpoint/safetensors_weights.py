@@ -28,13 +28,9 @@ class SafetensorsWeights:
         self._dtype, self._lazy = dtype, lazy
         self._files = SafetensorsFiles(spec.path)
         self._format = spec.weight_format
-        self._prefix = spec.weight_prefix
-        ignore = r".*rotary_emb\.inv_freq" + (r"|(.*\.)?lm_head\.weight" if spec.tie_embeddings else "")
-        ignore += f"|(?!{re.escape(spec.weight_prefix)}).*" if spec.weight_prefix else ""
-        self._ignore = re.compile(ignore + (_OTHER_SCALES if self._format else ""))
+        self._ignore = re.compile(r".*rotary_emb\.inv_freq" + (_OTHER_SCALES if self._format else ""))
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        name = self._prefix + name
         layer = layer_of(self._files, name, self._format) if name.endswith(".weight") else None
         if layer is not None:
             check_shape(self._files.path, name, layer.shape, shape)
@@ -64,7 +60,7 @@ class SafetensorsWeights:
     def finish(self) -> None:
         left = [n for n in self._files.unused() if not self._ignore.fullmatch(n) and not self._is_zero_bias(n)]
         if left:
-            raise unexpected(self._files.path, left)
+            raise unexpected(self._files.path, left, self._files.key_of(min(left)))
 
     def _is_zero_bias(self, name: str) -> bool:
         """AutoGPTQ gave every layer a bias, of zeros where the model has none."""

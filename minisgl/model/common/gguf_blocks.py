@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from minisgl.model.common import shard
 from minisgl.model.common.weights import StoredWeight, Weight
 
-GROUP = 32  # inputs that share a scale
+GROUP = shard.GROUP  # inputs that share a scale
 Q4_0, Q4_1, Q8_0 = 2, 3, 8  # ggml's numbers of the block types
 BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # ggml's numbers of plain types

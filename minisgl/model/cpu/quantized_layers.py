@@ -111,7 +111,7 @@ class QuantizedLayers(CpuLayers):
         if self._kind != "int8" and set(stored) == {4}:
             return 4
         # The table of tokens is often the head, too, where 4 bits cost most: it stays at 8 unless it is stored in 4.
-        return 4 if self._kind == "q4" and weights[0].shape[1] % GROUP == 0 and not stored[0] else 8
+        return 4 if self._kind == "q4" and not stored[0] else 8
 
 
 def _row_factors(weight: Weight, bits: int) -> torch.Tensor:

@@ -59,11 +59,12 @@ class WindowStream:
 
     __slots__ = ("_decode", "_ids", "_read", "_shown")
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """before: tokens that the text continues, which may decide on a space between."""
         self._decode = decode
-        self._ids: list[int] = []  # context, then tokens without shown text
-        self._read = 0  # the number of context tokens
-        self._shown = ""  # the text of the context
+        self._ids = list(before)  # context, then tokens without shown text
+        self._read = len(self._ids)  # the number of context tokens
+        self._shown = decode(self._ids) if before else ""  # the text of the context
 
     def push(self, token: int) -> str:
         self._ids.append(token)

@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
-_SPACE = "\u2581"  # SentencePiece writes a space as this
+SPACE = "\u2581"  # SentencePiece writes a space as this
 _SENTENCEPIECE = [
-    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
     {"type": "Strip", "content": " ", "start": 1, "stop": 0},  # not in every tokenizer
@@ -20,17 +20,25 @@ _SENTENCEPIECE = [
 def token_bytes(backend: tokenizers.Tokenizer) -> list[bytes] | None:
     """The bytes of every token by id; None for a tokenizer whose tokens have no bytes of their own."""
     decoders = decoders_of(backend)
-    byte_level = [d["type"] for d in decoders] == ["ByteLevel"]
-    if not byte_level and decoders not in (_SENTENCEPIECE, _SENTENCEPIECE[:-1]):
+    kinds = [d["type"] for d in decoders]
+    byte_level = kinds == ["ByteLevel"]
+    if byte_level:
+        to_bytes = _byte_level_bytes
+    elif kinds in (["Metaspace"], ["ByteFallback", "Metaspace"]) and decoders[-1]["replacement"] == SPACE:
+        to_bytes = _sentencepiece_bytes if len(kinds) > 1 else _metaspace_bytes
+    elif decoders in (_SENTENCEPIECE, _SENTENCEPIECE[:-1]):
+        to_bytes = _sentencepiece_bytes
+    else:
         return None
-    to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     vocab = backend.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, i in vocab.items():
         table[i] = to_bytes(token)
-    if byte_level:
-        for i, added in backend.get_added_tokens_decoder().items():
+    for i, added in backend.get_added_tokens_decoder().items():
+        if byte_level:
             table[i] = added.content.encode()  # added tokens are text, not the byte alphabet
+        else:
+            table[i] = to_bytes(backend.id_to_token(i) or "")  # as the normaliser writes it, if it is applied to the token
     return table
 
 
@@ -57,6 +65,10 @@ def _byte_level_bytes(token: str) -> bytes:
         return token.encode()
 
 
+def _metaspace_bytes(token: str) -> bytes:
+    return token.replace(SPACE, " ").encode()
+
+
 def _sentencepiece_bytes(token: str) -> bytes:
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace(_SPACE, " ").encode()
+    return bytes.fromhex(byte[1]) if byte else _metaspace_bytes(token)

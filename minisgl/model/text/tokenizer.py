@@ -5,6 +5,8 @@ Built on the `tokenizers` library; `transformers` is imported only for a checkpo
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,11 +22,12 @@ from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.checkpoint.files import check_size, read_json, reason
 from minisgl.model.checkpoint.metadata import Metadata
+from minisgl.model.text.added_tokens import complete
 from minisgl.model.text.chat_format import chat_templates, gguf_templates, in_gguf
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 from minisgl.model.text.guard import check_tokenizer, one_sentence
-from minisgl.model.text.token_bytes import BYTE_ALPHABET, decoders_of, token_bytes
+from minisgl.model.text.token_bytes import BYTE_ALPHABET, SPACE, decoders_of, token_bytes
 
 _KEPT = 8  # templates of requests, compiled
 
@@ -138,9 +141,12 @@ class Tokenizer:
         """The text of a whole sequence; an incomplete character becomes U+FFFD, an id that does not exist has no text."""
         if self._table is None:
             return self._decode_slowly(map(int, ids), self.special_ids if skip_special else frozenset())
-        state = self.stream(skip_special)
-        text = "".join([*map(state.push, map(int, ids)), state.flush()])
-        return text.removeprefix(" ") if self.strips_space else text
+        state, ids = self.stream(skip_special), list(map(int, ids))
+        pieces = [*map(state.push, ids), state.flush()]
+        first = next((i for i, piece in enumerate(pieces[:-1]) if piece), None)
+        if first is not None:
+            pieces[first] = self.opening(ids[first], pieces[first])
+        return "".join(pieces)
 
     def stream(self, skip_special: bool, marks: Iterable[str] = ()) -> DecodeState:
         """An empty DecodeState for the tokens that continue a text.  Special tokens that hold one of `marks` are always shown.
@@ -150,7 +156,8 @@ class Tokenizer:
         """
         skip = self.special_without(tuple(marks)) if skip_special else frozenset()
         if self._table is None:
-            return WindowStream(lambda ids: self._decode_slowly(ids, skip))
+            before = self._backend.encode("a", add_special_tokens=False).ids[:1]
+            return WindowStream(lambda ids: self._decode_slowly(ids, skip), before)
         return ByteStream(self._table, skip)
 
     @cache  # noqa: B019  there is one tokenizer in a process
@@ -158,6 +165,13 @@ class Tokenizer:
         """The special tokens that hold none of `marks`."""
         names = {i: self._backend.id_to_token(i) or "" for i in self.special_ids} if marks else {}
         return self.special_ids - {i for i, name in names.items() if any(mark in name for mark in marks)}
+
+    def opening(self, token: int, piece: str) -> str:
+        """The first piece of `stream` with text, that of `token`, as it is at the very beginning of a text: without a space."""
+        if self._drops == "Metaspace":
+            text = self._backend.id_to_token(token) or ""
+            return text.replace(SPACE, "") if SPACE in text else piece
+        return piece.removeprefix(" ") if self._drops == "Strip" else piece
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps less than a character; of a special token its name; b"" for an unknown id."""
@@ -168,10 +182,16 @@ class Tokenizer:
     def _decode_slowly(self, ids: Iterable[int], skip: AbstractSet[int]) -> str:
         return str(self._backend.decode([i for i in ids if i not in skip], skip_special_tokens=False))
 
-    @property
-    def strips_space(self) -> bool:
-        """Whether the space at the very beginning of a text is dropped."""
-        return bool(decoders_of(self._backend)[-1]["type"] == "Strip")
+    @cached_property
+    def _drops(self) -> str:
+        """The kind of decoder that drops spaces at the very beginning of a text; "" for none."""
+        if self._table is None:
+            one = self._backend.encode("a", add_special_tokens=False).ids[:1]
+            text = self._decode_slowly(one, frozenset())
+            return "Strip" if self._decode_slowly(one * 2, frozenset()) == f"{text} {text}" else ""
+        last = decoders_of(self._backend)[-1]
+        kept = last["type"] == "Metaspace" and last["prepend_scheme"] == "never"
+        return last["type"] if last["type"] in ("Strip", "Metaspace") and not kept else ""
 
     @cached_property
     def _table(self) -> list[bytes] | None:
@@ -179,6 +199,7 @@ class Tokenizer:
 
 
 # ---------------- loading
+_OLDER = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 _Loaded = tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]  # backend, special tokens and chat templates by name
 
 
@@ -239,19 +260,24 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
         check_size(path)
         with one_sentence(f"{path}: cannot be used as a tokenizer"):
             backend = tokenizers.Tokenizer.from_file(path)
+        complete(backend, spec.path, spec.vocab_size)
     check_tokenizer(backend, path)
     return backend, specials, templates
 
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
     """The last resort: slow to import, but able to convert older formats."""
-    why = "transformers found no tokenizer there that the tokenizers library can run"
+    why = "none of the older files that transformers can convert"
     try:
-        from transformers import AutoTokenizer
+        if any(glob.glob(pattern, root_dir=path) for pattern in _OLDER):
+            from transformers import AutoTokenizer
 
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).backend_tokenizer
-        if isinstance(backend, tokenizers.Tokenizer):
-            return backend
+            backend = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).backend_tokenizer
+            if isinstance(backend, tokenizers.Tokenizer) and backend.encode("a", add_special_tokens=False).ids:
+                return backend
+            why = "transformers found no tokenizer there that the tokenizers library can run"
     except Exception as e:
         why = f"transformers says: {reason(e)}"
+        if glob.glob("*.model", root_dir=path) and importlib.util.find_spec("sentencepiece") is None:
+            why = "to convert a SentencePiece model, the package sentencepiece has to be installed"
     raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
