@@ -118,6 +118,12 @@ class Engine(Protocol):
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
         """Make the text of token ids; returns a uid.  `on_text` is called once, later.  Raises as `open` does."""
 
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        """Try a grammar out within limits of time and memory; returns a uid.  `field` is the request field that prescribes it.
+
+        `on_grammar` is called once, later, with the text to serve or the InvalidParam that refuses it.  Raises as `open` does.
+        """
+
     def close(self, uid: int) -> None:
         """Cancel the request if it is still open; its callback is not called again.  Idempotent."""
 

@@ -3,9 +3,10 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
-          TokenizerInfo, Rejected (tokenizer); Started, Text, Logprobs, ThoughtEnded (detokenizer); ActorDied (supervisor, in
-          process).
-Sends     Tokenize, Detokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
+          TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs, ThoughtEnded
+          (detokenizer); ActorDied (supervisor, in process).
+Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel (scheduler); Stop (all but the
+          workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -26,12 +27,14 @@ import numpy as np
 from minisgl.actors.messages import (
     ActorDied,
     Cancel,
+    CheckGrammar,
     Detokenized,
     Embedded,
     EngineReady,
     Failed,
     FlushCache,
     Generate,
+    GrammarChecked,
     Hello,
     Logprobs,
     Rejected,
@@ -143,6 +146,19 @@ class Gateway(Actor):
         self._questions[self._last_uid] = on_text
         return self._last_uid
 
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        self._check_open()
+        self._last_uid += 1
+        self._ask_checker(CheckGrammar(self._last_uid, grammar, field))
+        self._questions[self._last_uid] = on_grammar
+        return self._last_uid
+
+    def _ask_checker(self, m: CheckGrammar) -> None:
+        try:
+            self.ctx.send("checker", m)
+        except UnicodeEncodeError as e:
+            raise InvalidParam(m.field, f"{m.field} holds half of a surrogate pair, which is not text.") from e
+
     def close(self, uid: int) -> None:
         self._questions.pop(uid, None)
         entry = self._ledger.pop(uid, None)
@@ -232,6 +248,11 @@ class Gateway(Actor):
     def detokenized(self, m: Detokenized) -> None:
         if (on_text := self._questions.pop(m.uid, None)) is not None:
             on_text(m.text)
+
+    @on(GrammarChecked)
+    def grammar_checked(self, m: GrammarChecked) -> None:
+        if (on_grammar := self._questions.pop(m.uid, None)) is not None:
+            on_grammar(m.grammar)
 
     @on(TokenizerInfo)
     def keep_tokenizer_info(self, m: TokenizerInfo) -> None:

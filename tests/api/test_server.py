@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_openai_validation import FIELDS, JSON
 
 import minisgl
-from minisgl import __version__
+from minisgl import __version__, grammar
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
@@ -29,7 +29,7 @@ from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config, ServerConfig
-from minisgl.errors import RequestError
+from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, MAX_SEED, Finish, RequestOptions, SamplingParams
 
 USER = [{"role": "user", "content": "hi"}]
@@ -115,6 +115,16 @@ class FakeEngine:
 
     def detokenize(self, ids: Any, skip_special: bool, take: Callable[[Any], None]) -> int:
         asyncio.get_running_loop().call_soon(take, "".join(map(chr, ids)))
+        return -1
+
+    def check_grammar(self, text: str, field: str, take: Callable[[Any], None]) -> int:
+        """Without a vocabulary."""
+        try:
+            answer: Any = grammar.resolved(text)
+            grammar.check(answer, field)
+        except RequestError as e:
+            answer = InvalidParam(field, e.message, e.code or "")
+        asyncio.get_running_loop().call_soon(take, answer)
         return -1
 
     def go_on(self, after: int) -> None:

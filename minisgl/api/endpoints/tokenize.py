@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from minisgl.api.engine import ChatPrompt, Engine, TextPrompt
 from minisgl.api.requests.chat_prompt import MESSAGES, TEMPLATE_KWARGS, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
+from minisgl.api.requests.generate import ask
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import InvalidParam
 
 T = TypeVar("T")
 
@@ -85,22 +85,9 @@ def parse_detokenize(config: Config, body: Mapping[str, Any]) -> TokenizerReques
 async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, ...], bool]]) -> dict[str, Any]:
     """The answer to POST /detokenize.  Raises RequestError."""
     ids, skip_special = request.value
-    return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
+    return {"prompt": await ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
 
 
 async def ids_of(engine: Engine, prompt: TextPrompt | ChatPrompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
-    return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
-
-
-async def _ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
-    """One answer of the tokenizer process.  Raises RequestError."""
-    future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
-    uid = start(lambda answer: None if future.done() else future.set_result(answer))
-    try:
-        answer = await future
-    finally:
-        engine.close(uid)
-    if isinstance(answer, RequestError):
-        raise answer
-    return answer
+    return await ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))

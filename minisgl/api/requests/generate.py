@@ -7,32 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
 from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
 from minisgl.api.requests.openai import GenerationRequest, check_model, served_names
 from minisgl.config import Config
-from minisgl.errors import InvalidParam
+from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import MAX_SEED, SamplingParams
 from minisgl.version import __version__
 
+T = TypeVar("T")
 _STARTED = int(time.time())  # reported as the creation time of the models
 
 
 async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
     """The answers to all choices, one chunk for each.  Raises RequestError; cancelling the caller cancels the request."""
     _check_size(engine, request)
-    await _check_grammar(request)
+    request = await _with_grammar(engine, request)
     return await complete(engine, *_choices(request), request.options)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
     """Begin a streamed answer.  Raises RequestError."""
     _check_size(engine, request)
-    await _check_grammar(request)
+    request = await _with_grammar(engine, request)
     return StreamedAnswer(Generation(engine, *_choices(request), request.options), events)
 
 
@@ -45,10 +46,25 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
         raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
 
 
-async def _check_grammar(request: GenerationRequest) -> None:
-    """Check the grammar in a thread, because a large one would block the event loop.  Raises InvalidParam."""
-    if request.params.grammar:
-        await asyncio.to_thread(grammar.check, request.params.grammar, request.bound_by)
+async def _with_grammar(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    """The request with its grammar as it is served, once it has been tried out.  Raises InvalidParam."""
+    if not (text := request.params.grammar):
+        return request
+    checked: str = await ask(engine, lambda on_grammar: engine.check_grammar(text, request.bound_by, on_grammar))
+    return request if checked == text else replace(request, params=replace(request.params, grammar=checked))
+
+
+async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
+    """One answer of the engine to a question that is no generation; `start` asks it.  Raises RequestError."""
+    future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
+    uid = start(lambda answer: None if future.done() else future.set_result(answer))
+    try:
+        answer = await future
+    finally:
+        engine.close(uid)
+    if isinstance(answer, RequestError):
+        raise answer
+    return answer
 
 
 def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:

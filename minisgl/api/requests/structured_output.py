@@ -36,7 +36,7 @@ class Constraint:
 
 
 def constraint(values: Mapping[str, Any]) -> Constraint:
-    """The constraint among the values of a body.  The grammar itself is checked later, off the event loop (grammar.check).
+    """The constraint among the values of a body.  The grammar itself is tried out later, in the checker process.
 
     Raises InvalidParam naming the field.
     """
@@ -51,6 +51,7 @@ def constraint(values: Mapping[str, Any]) -> Constraint:
 def _schema(at: str, value: Any) -> str:
     """An object, or its JSON text."""
     if isinstance(value, str):
+        grammar.check_size(at, len(value))
 
         def broken(fault: str) -> RequestError:
             return InvalidParam(at, f"{at} must be a JSON schema: {fault}.")
@@ -63,6 +64,7 @@ def _schema(at: str, value: Any) -> str:
 def _text(make: Callable[[str], str]) -> Check:
     def check(at: str, value: Any) -> str:
         check_string(at, value)
+        grammar.check_size(at, len(value))
         try:
             return make(value)
         except InvalidParam as e:
@@ -76,6 +78,7 @@ def _choice(at: str, value: Any) -> str:
         raise wrong_type(at, "an array of strings", value)
     if len(value) > MAX_OPTIONS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_OPTIONS} strings.")
+    grammar.check_size(at, sum(map(len, value)))
     return grammar.choice(value)
 
 
@@ -121,7 +124,7 @@ _STRING: Schema = {"type": "string"}
 _JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
 _REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
 _CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
-_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.ebnf))
+_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.unread))
 _OUTPUTS: Mapping[str, Check] = {
     "json": _JSON.make,
     "regex": _REGEX.make,
