@@ -178,12 +178,12 @@ def try_masks(tokenizer: LLTokenizer, text: str, field: str) -> None:
     if matcher.is_error():
         raise grammars.unusable(field, matcher.get_error())
     for _ in range(MASKS):
-        allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        if matcher.stop_reason() == "LexerTooComplex":
-            raise grammars.too_large(field, "the limits on its states and expressions allow")
-        if matcher.is_stopped():
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        if matcher.is_stopped() or not matcher.consume_token(int(allowed[-1])):
             break
-        matcher.consume_token(int(np.flatnonzero(np.unpackbits(allowed, bitorder="little"))[-1]))
+    # Whether the items of the parser become too many depends on the answer; what its lexer cannot do, it never can.
+    if matcher.is_error() and " items" not in matcher.get_error():
+        raise grammars.too_large(field, "the limits on its states and expressions allow")
     signal.setitimer(signal.ITIMER_PROF, 0)
     if _memory()[1] - before > MAX_BYTES:
         raise grammars.too_large(field, _LIMIT)
