@@ -84,10 +84,18 @@ OnIds = Callable[[tuple[int, ...] | RequestError], None]
 OnText = Callable[[str | RequestError], None]
 
 
+class Kept:
+    """Counts what waits in this process of all answers: tokens with their log probabilities, in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class Engine(Protocol):
     """The ledger of open requests, as its callers see it."""
 
     config: Config
+    kept: Kept
 
     @property
     def stats(self) -> dict[str, int]:

@@ -51,7 +51,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.runtime.status import Board
-from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
 from minisgl.config import Config
@@ -89,6 +89,7 @@ class Gateway(Actor):
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
         self.config = config
+        self.kept = Kept()
         self.num_pages = 0
         self.failure: str | None = None  # why the engine has failed, as a sentence for the operator
         self.died: ActorDied | None = None

@@ -23,7 +23,7 @@ import minisgl
 from minisgl import __version__, grammar
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
+from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
@@ -50,6 +50,7 @@ class FakeEngine:
     def __init__(self, **server: Any) -> None:
         names = ("oracle", "org/alias")
         self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
+        self.kept = Kept()
         self.state = "ready"
         self.refuse: RequestError | Exception | None = None
         self.admit = 0

@@ -8,7 +8,6 @@ that falls silent are cancelled.  Runs in the api process, on its event loop.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
 from minisgl.api.engine import Engine
+from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.fields import parse_json
 from minisgl.errors import RequestError, internal_error
 
@@ -102,7 +102,7 @@ class BatchServer:
         except Exception:
             log.exception("a batch request failed")
             status, body = 500, internal_error().body()
-        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", json.dumps(body).encode()))
+        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", b"".join(json_pieces(body))))
         # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.
         self._drain()
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from minisgl.api.rendering import json_pieces
 from minisgl.errors import RequestError, UserError
 
 _ID = re.compile(r"(?:file|batch)[-_][0-9a-f]{32}")
@@ -220,7 +221,7 @@ class Log:
 
     def append(self, value: dict[str, Any]) -> None:
         """Raises OSError when the disk is full, and RequestError when the directory is."""
-        line = json.dumps(value).encode() + b"\n"
+        line = b"".join(json_pieces(value)) + b"\n"
         if self._store is not None:
             self._store.take(len(line))
         self._file.write(line)

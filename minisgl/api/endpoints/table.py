@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -37,8 +37,11 @@ class Answer(Events, Protocol):
     @property
     def request(self) -> GenerationRequest: ...
 
-    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Any:
-        """The body of the answer, from one chunk for each choice."""
+    async def complete(self, chunks: list[Chunk], timings: Timings) -> Any:
+        """The body of the answer, from one chunk for each choice.
+
+        It is rendered a little at a time (see rendering.py): what is large in it is `Rendered`.
+        """
 
 
 R = TypeVar("R", bound=Checked)
@@ -70,7 +73,7 @@ def _generating(
 
     async def answer(engine: Engine, request: R) -> Any:
         answer = make(engine.config, request)
-        return answer.complete(*await generate.generate(engine, answer.request))
+        return await generate.generate(engine, answer.request, answer.complete)
 
     async def stream(engine: Engine, request: R) -> StreamedAnswer:
         answer = make(engine.config, request)

@@ -21,7 +21,7 @@ from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
 from minisgl.api.http.auth import authenticate
 from minisgl.api.http.batch_routes import FileRoutes
-from minisgl.api.http.body import json_handler, read_json, stream, timing_header
+from minisgl.api.http.body import json_handler, read_json, respond, stream, timing_header
 from minisgl.api.http.errors import errors, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
@@ -113,7 +113,7 @@ class _Routes:
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(self._engine, parsed), headers)
         answer = await endpoint.answer(self._engine, parsed)
-        return web.json_response(answer, headers={**headers, **timing_header(answer)})
+        return await respond(request, answer, {**headers, **timing_header(answer)})
 
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])

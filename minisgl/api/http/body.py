@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler
 
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.stream_writer import StreamWriter
+from minisgl.api.rendering import holds_rendered, joined, json_pieces
 from minisgl.api.requests.fields import parse_json
 from minisgl.errors import RequestError
 
@@ -35,6 +36,21 @@ async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
         raise RequestError(text, status=408, code="request_timeout") from None
     except web.HTTPRequestEntityTooLarge:
         raise body_too_large(limit) from None
+
+
+async def respond(request: web.Request, answer: Any, headers: Mapping[str, str]) -> web.StreamResponse:
+    """Answer with a JSON value.  One that is rendered already is sent in pieces, as fast as the client reads them."""
+    if not holds_rendered(answer):
+        return web.json_response(answer, headers=headers)
+    pieces = json_pieces(answer)
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8", **headers})
+    response.content_length = sum(map(len, pieces))
+    with contextlib.suppress(ConnectionResetError):  # the client has left
+        await response.prepare(request)
+        for piece in joined(pieces):
+            await response.write(piece)
+        await response.write_eof()
+    return response
 
 
 def json_handler(make: Callable[[web.Request], Any]) -> Handler:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
+from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, answered
 from minisgl.api.requests.openai import GenerationRequest, check_model, served_names
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
@@ -20,14 +20,18 @@ from minisgl.sampling_params import MAX_SEED, SamplingParams
 from minisgl.version import __version__
 
 T = TypeVar("T")
+MAX_ENTRIES = 400_000  # tokens of all answers to a request, each with its log probability and those of its alternatives
 _STARTED = int(time.time())  # reported as the creation time of the models
 
 
-async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
-    """The answers to all choices, one chunk for each.  Raises RequestError; cancelling the caller cancels the request."""
+async def generate(engine: Engine, request: GenerationRequest, render: Callable[[list[Chunk], Timings], Awaitable[T]]) -> T:
+    """The answers to all choices, one chunk for each, as `render` makes them.
+
+    Raises RequestError; cancelling the caller cancels the request.
+    """
     _check_size(engine, request)
     request = await _with_grammar(engine, request)
-    return await complete(engine, *_choices(request), request.options)
+    return await answered(engine, *_choices(request), request.options, render)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
@@ -44,6 +48,21 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
         raise InvalidParam("prompt", f"prompt holds {len(request.prompts)} prompts; this server admits {limit} at a time.")
     if (choices := len(request.prompts) * request.n) > limit:
         raise InvalidParam("n", f"n asks for {choices} answers in all; this server admits {limit} requests at a time.")
+    _check_entries(request, choices)
+
+
+def _check_entries(request: GenerationRequest, choices: int) -> None:
+    """Refuse an answer that could only be kept and rendered at the cost of everybody else.  Raises InvalidParam."""
+    p = request.params
+    each = 1 if p.logprobs is None else 1 + p.logprobs
+    if p.max_tokens is None or (total := choices * p.max_tokens * each) <= MAX_ENTRIES:
+        return
+    names = "n, max_tokens and the number of log probabilities" if p.logprobs is not None else "n and max_tokens"
+    text = (
+        f"{names} ask for {total} tokens and alternatives in all ({choices} answers of {p.max_tokens} tokens"
+        f"{f' with {each} log probabilities each' if p.logprobs is not None else ''}); one request may have {MAX_ENTRIES}."
+    )
+    raise InvalidParam("n" if choices > 1 else "max_tokens", text)
 
 
 async def _with_grammar(engine: Engine, request: GenerationRequest) -> GenerationRequest:
