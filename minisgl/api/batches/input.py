@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.requests.fields import parse_json
+from minisgl.config import Config
 from minisgl.errors import RequestError
 
 MAX_LINES = 50_000
@@ -64,6 +66,12 @@ def body_at(source: int, place: Place) -> dict[str, Any]:
     offset, length = place
     body: dict[str, Any] = parse_json(os.pread(source, length, offset))["body"]
     return body
+
+
+def checked_at(path: Path, place: Place, url: str, config: Config, defaults: dict[str, Any]) -> Any:
+    """The checked request at a place of a file.  Runs in the reader process.  Raises RequestError."""
+    with open(path, "rb") as source:
+        return ENDPOINTS[url].checked(config, {**defaults, **body_at(source.fileno(), place)})
 
 
 def _parse_line(line: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:

@@ -20,8 +20,10 @@ from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
 from minisgl.api.engine import Engine
+from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.fields import parse_json
+from minisgl.config import Config
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -43,6 +45,7 @@ class BatchServer:
     def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine) -> None:
         self.address = address(run_dir, "batch")
         self._engine = engine
+        self._reader = Reader()
         self._clients: dict[bytes, _Client] = {}
         self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -58,6 +61,7 @@ class BatchServer:
         for identity in list(self._clients):
             self._forget(identity)
         self._sock.close()
+        self._reader.close()
 
     # ---------------- in
     def _drain(self) -> None:
@@ -94,7 +98,12 @@ class BatchServer:
         try:
             if m.url not in BATCHED:
                 raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
-            status, body = 200, await ENDPOINTS[m.url].ask(self._engine, parse_json(m.body))
+            endpoint = ENDPOINTS[m.url]
+            if len(m.body) <= SMALL:
+                request = endpoint.checked(self._engine.config, parse_json(m.body))
+            else:
+                request = await self._reader.run(_checked, m.url, self._engine.config, m.body)
+            status, body = 200, await endpoint.answer(self._engine, request)
         except RequestError as e:
             status, body = e.status, e.body()
             if e.retry_after is not None:
@@ -120,3 +129,8 @@ class BatchServer:
             client.timer.cancel()
             for task in client.tasks:
                 task.cancel()
+
+
+def _checked(url: str, config: Config, raw: bytes) -> Any:
+    """Check the body of a request.  Runs in the reader process.  Raises RequestError."""
+    return ENDPOINTS[url].checked(config, parse_json(raw))

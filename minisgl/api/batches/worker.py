@@ -15,10 +15,11 @@ import uuid
 from contextlib import ExitStack
 from typing import Any
 
-from minisgl.api.batches.input import MAX_ERRORS, TOO_LONG, Place, body_at, problem, read_requests
+from minisgl.api.batches.input import MAX_ERRORS, TOO_LONG, Place, body_at, checked_at, problem, read_requests
 from minisgl.api.batches.store import FULL, Log, Store, new_file_id
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
+from minisgl.api.reader import SMALL, Reader
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -27,6 +28,7 @@ PRIORITY = -1  # the default in a batch
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 _FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
 _WAIT_SECONDS = 0.2  # between two checks of an engine that is not ready
+_LARGE_FILE = 1 << 20  # bytes; it is checked in another process
 _DISK_SECONDS = 5.0  # between two trials of a batch that the disk has no room for
 
 
@@ -37,6 +39,7 @@ class Batches:
     def __init__(self, store: Store, engine: Engine) -> None:
         self.store, self._engine = store, engine
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
+        self._reader = Reader()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._current: asyncio.Task[None] | None = None
@@ -53,6 +56,7 @@ class Batches:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        self._reader.close()
 
     # ---------------- for clients
     def create(self, batch: dict[str, Any]) -> None:
@@ -144,7 +148,8 @@ class Batches:
     async def _work(self, batch: dict[str, Any]) -> None:
         """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
         path = self.store.content(batch["input_file_id"])
-        requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
+        read = self._reader.run if path.stat().st_size > _LARGE_FILE else asyncio.to_thread
+        requests, problems = await read(read_requests, path, batch["endpoint"])
         refused = [p for p in problems if p["code"] == TOO_LONG]
         if len(problems) > len(refused) or not requests:
             return self._fail(batch, problems)
@@ -172,8 +177,7 @@ class Batches:
 
         async def work() -> None:
             for custom_id, place in queue:  # which all workers share
-                body = await asyncio.to_thread(body_at, source, place)
-                status, answer = await self._ask(batch["endpoint"], body)
+                status, answer = await self._ask(batch, source, place)
                 response = {"status_code": status, "request_id": f"batch-{uuid.uuid4().hex}", "body": answer}
                 line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
                 (output if status == 200 else errors).append(line)
@@ -187,14 +191,21 @@ class Batches:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def _ask(self, batch: dict[str, Any], source: int, place: Place) -> tuple[int, dict[str, Any]]:
         """(status, body) of the answer.  The request waits while the server is full or not ready."""
+        endpoint, config = ENDPOINTS[batch["endpoint"]], self._engine.config
+        defaults = {"priority": PRIORITY}
         while True:
             if self._engine.state != "ready":
                 await asyncio.sleep(_WAIT_SECONDS)
                 continue
             try:
-                return 200, await ENDPOINTS[url].ask(self._engine, {"priority": PRIORITY, **body})
+                if place[1] <= SMALL:
+                    body = await asyncio.to_thread(body_at, source, place)
+                    return 200, await endpoint.ask(self._engine, {**defaults, **body})
+                path = self.store.content(batch["input_file_id"])
+                request = await self._reader.run(checked_at, path, place, batch["endpoint"], config, defaults)
+                return 200, await endpoint.answer(self._engine, request)
             except RequestError as e:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)

@@ -59,11 +59,15 @@ class Endpoint(Generic[R]):
 
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
-        request = self.parse(engine.config, body)
-        check_unknown(engine.config, request.ignored)
+        return await self.answer(engine, self.checked(engine.config, body))
+
+    def checked(self, config: Config, body: Mapping[str, Any]) -> R:
+        """The request of such a body.  Raises RequestError."""
+        request = self.parse(config, body)
+        check_unknown(config, request.ignored)
         if request.stream:
             raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
-        return await self.answer(engine, request)
+        return request
 
 
 def _generating(
