@@ -338,4 +338,4 @@ def _merge(chunks: list[Chunk]) -> Chunk:
 def _size(chunk: Chunk) -> int:
     """Bytes of a chunk that waits, about."""
     known = sum(map(entries, chunk.logprobs))
-    return _TOKEN_BYTES * len(chunk.token_ids) + len(chunk.text) + _ENTRY_BYTES * known + 128
+    return _TOKEN_BYTES * len(chunk.token_ids or ()) + len(chunk.text) + _ENTRY_BYTES * known + 128

@@ -27,6 +27,7 @@ from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLo
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
+from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import InvalidParam, RequestError
@@ -973,7 +974,7 @@ def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
         answer = await ENDPOINTS[CHAT].ask(engine, GOOD)
         assert answer["choices"][0]["message"]["content"] == TEXT
         answer = await ENDPOINTS[COMPLETION].ask(engine, {"prompt": [[1], [2]]})
-        assert [c["index"] for c in answer["choices"]] == [0, 1]
+        assert [json.loads(b"".join(json_pieces(c)))["index"] for c in answer["choices"]] == [0, 1]
         with pytest.raises(RequestError) as caught:
             await ENDPOINTS[CHAT].ask(engine, {**GOOD, "stream": True})
         assert caught.value.param == "stream"
