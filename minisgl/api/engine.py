@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
@@ -37,7 +38,7 @@ class ChatPrompt:
 class TokenPrompt:
     """Token ids to continue, without any change."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | I32
 
 
 Prompt = TextPrompt | ChatPrompt | TokenPrompt

@@ -184,12 +184,17 @@ class Gateway(Actor):
             if ids and max(ids) >= vocab:
                 raise InvalidParam(name, f"{name} holds the token id {max(ids)}; this model's end at {vocab - 1}.")
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> I32:
+    def _check_ids(self, ids: Sequence[int] | I32, field: str) -> I32:
+        """The ids as an array.  Raises InvalidParam for one that the model does not have."""
         vocab = self.config.model.vocab_size
-        bad = next((t for t in ids if not 0 <= t < vocab), None)
-        if bad is not None:
+        try:
+            values = np.asarray(ids, np.int64)
+        except OverflowError:
+            raise InvalidParam(field, f"{field} holds a number that is not a token id.") from None
+        if len(values) and not 0 <= values.min() <= values.max() < vocab:
+            bad = values[(values < 0) | (values >= vocab)][0]
             raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
-        return np.array(ids, np.int32)
+        return values.astype(np.int32)
 
     # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:

@@ -21,7 +21,7 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, Sam
 log = logging.getLogger("minisgl.api")
 NewChunks = list[tuple[int, Chunk]]  # (index of the prompt, its merged chunks)
 _MERGED = 64  # chunks of a prompt that become one while they wait
-MAX_KEPT_BYTES = 96 << 20  # of all answers that wait in this process until they are complete, or until their clients read on
+MAX_KEPT_BYTES = 72 << 20  # of all answers that wait in this process until they are complete, or until their clients read on
 _TOKEN_BYTES, _ENTRY_BYTES = 64, 160  # of a token that waits, and of a log probability
 
 

@@ -25,9 +25,9 @@ from minisgl.errors import RequestError
 from minisgl.lifeline import die_with_parent
 
 SMALL = 1 << 16  # bytes that are read on the event loop, in a millisecond or two
-ROOM = 24 << 20  # bytes of larger bodies that are in memory at a time; the others wait before they are received
+ROOM = 16 << 20  # bytes of larger bodies that are in memory at a time; the others wait before they are received
 WAIT_SECONDS = 30.0  # for that room
-MAX_SECONDS = 20.0  # of one core, for a job
+MAX_SECONDS = 10.0  # of one core, for a job
 MAX_BYTES = 1 << 30  # of address space, for a job
 
 T = TypeVar("T")

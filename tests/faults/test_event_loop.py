@@ -24,7 +24,7 @@ from minisgl.api.endpoints.responses import parse_responses
 from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
-from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Generation, Timings
 from minisgl.api.reader import SMALL, Reader
@@ -239,6 +239,22 @@ def test_requests_for_more_than_can_be_rendered_are_refused_by_their_fields(path
     asyncio.run(main())
 
 
+def test_a_native_stream_does_not_repeat_ever_more_log_probabilities() -> None:
+    body = {
+        "text": "x",
+        "stream": True,
+        "return_logprob": True,
+        "top_logprobs_num": 20,
+        "sampling_params": {"max_new_tokens": 900},
+    }
+    config = FakeEngine().config
+    with pytest.raises(InvalidParam, match="incremental: true") as e:
+        parse_generate(config, body)
+    assert e.value.param == "incremental"
+    assert parse_generate(config, {**body, "incremental": True}).stream
+    assert parse_generate(config, {**body, "stream": False})
+
+
 def test_vectors_are_rendered_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Vectors(FakeEngine):
         def _piece(self, uid: int, at: int) -> None:
@@ -286,6 +302,18 @@ def test_a_large_body_is_read_in_another_process_and_answered_alike(monkeypatch:
 
     play(scene, max_body_bytes=1 << 20)
     assert max(parsed) <= SMALL
+
+
+def test_what_comes_back_from_the_reader_is_small() -> None:
+    """Arrays, not objects; and a prompt that is too long stays there."""
+    config = FakeEngine().config
+    n = config.max_context
+    request = compact(config, parse_completion(config, {"prompt": [[1] * n] * 3, **{f"f{i}": 0 for i in range(5000)}}))
+    assert [type(p.ids) for p in request.prompts] == [np.ndarray] * 3
+    assert len(request.ignored) <= 100
+    with pytest.raises(InvalidParam, match="maximum context length"):
+        compact(config, parse_completion(config, {"prompt": [1] * (n + 1)}))
+    assert compact(config, parse_chat(config, {"messages": USER})) == parse_chat(config, {"messages": USER})
 
 
 def die(*_: Any) -> None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.requests.fields import parse_json
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -71,7 +71,7 @@ def body_at(source: int, place: Place) -> dict[str, Any]:
 def checked_at(path: Path, place: Place, url: str, config: Config, defaults: dict[str, Any]) -> Any:
     """The checked request at a place of a file.  Runs in the reader process.  Raises RequestError."""
     with open(path, "rb") as source:
-        return ENDPOINTS[url].checked(config, {**defaults, **body_at(source.fileno(), place)})
+        return compact(config, ENDPOINTS[url].checked(config, {**defaults, **body_at(source.fileno(), place)}))
 
 
 def _parse_line(line: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ import zmq
 from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
 from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.wire import BadMessage, decode, encode
-from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
+from minisgl.api.endpoints.table import BATCHED, ENDPOINTS, compact
 from minisgl.api.engine import Engine
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import json_pieces
@@ -133,4 +133,4 @@ class BatchServer:
 
 def _checked(url: str, config: Config, raw: bytes) -> Any:
     """Check the body of a request.  Runs in the reader process.  Raises RequestError."""
-    return ENDPOINTS[url].checked(config, parse_json(raw))
+    return compact(config, ENDPOINTS[url].checked(config, parse_json(raw)))

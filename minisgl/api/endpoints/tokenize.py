@@ -18,7 +18,7 @@ from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
 T = TypeVar("T")
-MAX_TIMES_CONTEXT = 4  # tokens of one request, in contexts
+MAX_TIMES_CONTEXT = 4  # the texts of one request together, in contexts
 
 
 def _check_texts(name: str, value: Any) -> Any:
@@ -87,7 +87,7 @@ def parse_detokenize(config: Config, body: Mapping[str, Any]) -> TokenizerReques
     """Check a body.  Special tokens have a text unless `skip_special_tokens` is true.  Raises RequestError."""
     values, unknown = DETOKENIZE.read(body)
     served_model(config, values)
-    limit = MAX_TIMES_CONTEXT * config.max_context
+    limit = config.max_context
     if (n := len(values["tokens"])) > limit:
         raise InvalidParam("tokens", f"tokens holds {n} ids; one request may have {limit}.")
     return TokenizerRequest((check_token_ids("tokens", values["tokens"]), values.get("skip_special_tokens", False)), unknown)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
-from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.stream_writer import StreamWriter
 from minisgl.api.reader import SMALL, Reader
@@ -21,7 +20,6 @@ from minisgl.config import Config
 from minisgl.errors import RequestError
 
 _BODY_SECONDS = 30.0  # limit for the arrival of a body
-_MAX_IGNORED = 100  # names of unknown fields that come back from the reader
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -66,8 +64,7 @@ async def read_checked(request: web.Request, config: Config, reader: Reader) -> 
 
 def checked(path: str, config: Config, raw: bytes) -> Any:
     """Check a body of one of the ENDPOINTS.  Runs in the reader process.  Raises RequestError."""
-    request = ENDPOINTS[path].parse(config, parse_json(raw))
-    return replace(request, ignored=request.ignored[:_MAX_IGNORED])
+    return compact(config, ENDPOINTS[path].parse(config, parse_json(raw)))
 
 
 async def respond(request: web.Request, answer: Any, headers: Mapping[str, str]) -> web.StreamResponse:
