@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import World, fake_config
+from processes import alive, eventually
 from scripted import Server, serve
 from test_grammar import _plan
 
@@ -414,3 +417,27 @@ def test_many_bombs_at_once_are_refused_and_the_processes_stay_small(server: Ser
         "text"
     ]
     assert text.startswith("x")
+
+
+def test_nothing_is_left_when_the_root_is_killed_in_the_middle_of_it(server: Server) -> None:
+    """The last test of this server: trials of grammars are running, and large bodies are being read."""
+    slow = {"prompt": "x", "guided_regex": "((a{500}){50}){50}"}
+    large = {"prompt": "x", "user": [[]] * 800_000}
+    for body in (slow, large, slow, large):
+        threading.Thread(target=_try, args=(server, body), daemon=True).start()
+    eventually(lambda: "reader" in actors(server.process.pid), 60)
+    family = descendants(server.process.pid)
+    assert len(family) >= 8
+    os.kill(server.process.pid, signal.SIGKILL)
+    eventually(lambda: not [pid for pid in family if alive(pid)], 30)
+
+
+def _try(server: Server, body: Any) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        server.raw("POST", "/v1/completions", body)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one."""
+    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [d for c in children for d in descendants(c)]
