@@ -40,7 +40,7 @@ class Pending(Protocol):
 class GrammarsLike(Protocol):
     """Compiles grammars beside the steps; `ticket` is a number of the caller."""
 
-    def prepare(self, ticket: int, text: str) -> None: ...
+    def compile_ahead(self, ticket: int, text: str) -> None: ...
 
     def preparing(self) -> bool:
         """Whether `prepared` will return more tickets."""
@@ -156,7 +156,7 @@ class WorkerActor(Actor):
         if (grammars := self._runner.grammars) is None:
             self.ctx.send("scheduler", GrammarPrepared(m.uid, self.rank))
         else:
-            grammars.prepare(m.uid, m.grammar)
+            grammars.compile_ahead(m.uid, m.grammar)
             self._compiling = grammars
 
     def _report_grammars(self) -> None:

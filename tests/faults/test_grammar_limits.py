@@ -296,8 +296,8 @@ def test_a_grammar_is_compiled_beside_the_steps() -> None:
 
     g._compile = slow  # type: ignore[method-assign]
     text = grammar.regex("[ab]+")
-    g.prepare(1, text)
-    g.prepare(2, text)
+    g.compile_ahead(1, text)
+    g.compile_ahead(2, text)
     assert g.prepared() == []
     assert g.preparing()
     release.set()
@@ -328,7 +328,7 @@ class Slow:
         self.asked: list[int] = []
         self.ready: list[int] = []
 
-    def prepare(self, ticket: int, text: str) -> None:
+    def compile_ahead(self, ticket: int, text: str) -> None:
         self.asked.append(ticket)
 
     def preparing(self) -> bool:

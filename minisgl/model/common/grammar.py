@@ -3,7 +3,7 @@
 Every rank has its own matchers, fed with the same tokens, so all ranks sample alike and no mask is ever sent.  The library
 (llguidance) computes a mask in tens of microseconds, from a lexer that grows with what it meets.  Answers that follow the same
 grammar share their lexer, which makes it fast, and its exhaustion common: an answer whose lexer fails gets one of its own, and
-fails alone.  A grammar is compiled in a thread beside the steps (`prepare`); the scheduler admits its request then.  No torch.
+fails alone.  A grammar is compiled in a thread beside the steps (`compile_ahead`); the scheduler admits its request then.  No torch.
 Runs in the workers.
 """
 
@@ -120,7 +120,7 @@ class Grammars:
             return True
 
     # ---------------- ahead of the steps
-    def prepare(self, ticket: int, text: str) -> None:
+    def compile_ahead(self, ticket: int, text: str) -> None:
         """Compile a grammar in a thread; `prepared` returns the ticket then."""
         waiting = self._asked.setdefault(text, [])
         waiting.append(ticket)
