@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -342,6 +343,25 @@ def test_a_job_that_ends_the_reader_is_refused_and_the_next_is_served() -> None:
         assert not alive(second)
         with pytest.raises(RequestError):
             await r.run(len, b"")
+
+    asyncio.run(main())
+
+
+def evil() -> Any:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("true",)
+
+    return Evil()
+
+
+def test_an_answer_of_the_reader_is_data_and_nothing_else() -> None:
+    async def main() -> None:
+        r = Reader()
+        with pytest.raises(pickle.UnpicklingError, match="no part of an answer"):
+            await r.run(evil)
+        assert await r.run(len, b"abc") == 3
+        r.close()
 
     asyncio.run(main())
 

@@ -3,8 +3,8 @@
 Every rank has its own matchers, fed with the same tokens, so all ranks sample alike and no mask is ever sent.  The library
 (llguidance) computes a mask in tens of microseconds, from a lexer that grows with what it meets.  Answers that follow the same
 grammar share their lexer, which makes it fast, and its exhaustion common: an answer whose lexer fails gets one of its own, and
-fails alone.  A grammar is compiled in a thread beside the steps (`compile_ahead`); the scheduler admits its request then.  No torch.
-Runs in the workers.
+fails alone.  A grammar is compiled in a thread beside the steps (`compile_ahead`); the scheduler admits its request then.  No
+torch.  Runs in the workers.
 """
 
 from __future__ import annotations
