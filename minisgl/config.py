@@ -310,6 +310,7 @@ class ServerConfig:
     strict: bool = setting(False, "refuse unknown fields of a request; default: report them")
     any_model_name: bool = setting(False, "serve requests for whatever model they name")
     data_dir: str = setting("", "keep /v1/files and /v1/batches here; default: off", "DIR")
+    data_dir_gb: float = setting(10.0, "GiB that uploads and results may take in --data-dir", "GB", 1, 100_000)
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )

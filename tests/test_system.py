@@ -131,7 +131,7 @@ def test_unknown_settings_are_named() -> None:
         LLM(tp=10)
 
 
-@pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "detokenizer"])
+@pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "checker", "detokenizer"])
 def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
     system = System(Config(resolve("fake"), EngineConfig(**ENGINE)))
     system.wait_ready()
@@ -199,7 +199,9 @@ def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.
     server = ServerProcess(tmp_path, "--tp", "2", "--num-tokenizers", "2")
     children = server.children()
     named = {name for name in children if name.startswith("minisgl::")}
-    assert named == {f"minisgl::{n}" for n in ("tokenizer", "tokenizer1", "detokenizer", "scheduler", "worker0", "worker1")}
+    assert named == {
+        f"minisgl::{n}" for n in ("tokenizer", "tokenizer1", "checker", "detokenizer", "scheduler", "worker0", "worker1")
+    }
     assert Path(f"/proc/{server.proc.pid}/cmdline").read_bytes().startswith(b"minisgl::api")
     assert len(list(tmp_path.iterdir())) == 1
     os.killpg(server.proc.pid, number)  # the terminal signals the whole group

@@ -149,8 +149,41 @@ class TokenizerInfo:
 
 
 @message
+class CheckGrammar:
+    """api -> checker: try a grammar out.  `field`: the request field that prescribes it, for the error message."""
+
+    uid: int
+    grammar: str
+    field: str
+
+
+@message
+class GrammarChecked:
+    """checker -> api: the grammar fits the limits; its text, converted where it came in another form."""
+
+    uid: int
+    grammar: str
+
+
+@message
+class PrepareGrammar:
+    """scheduler -> every worker: compile a grammar beside the steps, for request `uid` that waits for it."""
+
+    uid: int
+    grammar: str
+
+
+@message
+class GrammarPrepared:
+    """worker -> scheduler: the grammar of request `uid` is compiled on this rank."""
+
+    uid: int
+    rank: int
+
+
+@message
 class Rejected:
-    """tokenizer or scheduler -> api: the request cannot be served; the fault is its own, not the engine's."""
+    """tokenizer, checker or scheduler -> api: the request cannot be served; the fault is its own, not the engine's."""
 
     uid: int
     status: int

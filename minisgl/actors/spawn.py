@@ -32,6 +32,16 @@ def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0)
     return TokenizerActor(ctx, config, RingWriter(arenas.prompts[index]))
 
 
+def make_checker(ctx: Context, config: Config) -> Actor:
+    """Runs in the checker process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it forks: a child has only the thread that forked it
+    from minisgl.actors.checker import CheckerActor
+    from minisgl.model.common.grammar import tokenizer_of
+    from minisgl.model.text.vocabulary import vocabulary_of
+
+    return CheckerActor(ctx, lambda: tokenizer_of(vocabulary_of(config.model)))
+
+
 def make_detokenizer(ctx: Context, config: Config) -> Actor:
     """Runs in the detokenizer process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

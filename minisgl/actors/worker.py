@@ -1,8 +1,9 @@
 """Runs the model: feeds the plans of the scheduler to a runner, and posts the results.  One worker process per rank.
 
 Owns      the rank's shard of the model, its KV cache, and the resident state of every slot (inside the runner).
-Receives  Capacity (scheduler, once), Wake (scheduler); plans through the plan ring, STOP among them.
-Sends     WorkerLoaded, WorkerArmed, MayCapture, Wake (scheduler); rank 0 publishes results through the token ring.
+Receives  Capacity (scheduler, once), PrepareGrammar, Wake (scheduler); plans through the plan ring, STOP among them.
+Sends     WorkerLoaded, WorkerArmed, GrammarPrepared, MayCapture, Wake (scheduler); rank 0 publishes results through the token
+          ring.
 
 A worker knows slots and pages, never requests.
 """
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from minisgl.actors.messages import Capacity, MayCapture, Wake, WorkerArmed, WorkerLoaded
+from minisgl.actors.messages import Capacity, GrammarPrepared, MayCapture, PrepareGrammar, Wake, WorkerArmed, WorkerLoaded
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
@@ -36,8 +37,24 @@ class Pending(Protocol):
         """What the step sampled.  Only after `done`."""
 
 
+class GrammarsLike(Protocol):
+    """Compiles grammars beside the steps; `ticket` is a number of the caller."""
+
+    def compile_ahead(self, ticket: int, text: str) -> None: ...
+
+    def preparing(self) -> bool:
+        """Whether `prepared` will return more tickets."""
+
+    def prepared(self) -> list[int]:
+        """The tickets of the grammars compiled since the last call.  Never blocks."""
+
+
 class RunnerLike(Protocol):
     """What a worker needs of the model side: a Runner of minisgl.model.cpu or .cuda, or the fake runner."""
+
+    @property
+    def grammars(self) -> GrammarsLike | None:
+        """The grammars of its slots."""
 
     def max_pages(self) -> int:
         """How many KV pages would fit."""
@@ -118,6 +135,7 @@ class WorkerActor(Actor):
         self.board = Board(arenas.board, ctx.name)
         self._make_runner = make_runner
         self._running: deque[Pending] = deque()
+        self._compiling: GrammarsLike | None = None  # while it compiles some
         self._idle_capture: IdleCapture | None = None  # once there is a KV cache
         self._ranks = arenas.plans.readers
         self._stopped = False
@@ -133,6 +151,22 @@ class WorkerActor(Actor):
         self._idle_capture = IdleCapture(self.ctx, self._runner, self.rank, self._ranks)
         self.ctx.send("scheduler", WorkerArmed(self.rank))
 
+    @on(PrepareGrammar)
+    def prepare_grammar(self, m: PrepareGrammar) -> None:
+        if (grammars := self._runner.grammars) is None:
+            self.ctx.send("scheduler", GrammarPrepared(m.uid, self.rank))
+        else:
+            grammars.compile_ahead(m.uid, m.grammar)
+            self._compiling = grammars
+
+    def _report_grammars(self) -> None:
+        """Tell the scheduler which grammars have been compiled."""
+        if (grammars := self._compiling) is not None:
+            for uid in grammars.prepared():
+                self.ctx.send("scheduler", GrammarPrepared(uid, self.rank))
+            if not grammars.preparing():
+                self._compiling = None
+
     @on(Wake)
     def wake(self, m: Wake) -> None:
         """A bell: `idle` runs next, which is the point of it."""
@@ -140,11 +174,12 @@ class WorkerActor(Actor):
     def idle(self) -> bool:
         """Post a finished step, take and launch a plan.  False only with no step in flight and the "ring me" flag up."""
         posted = self._post()
+        self._report_grammars()
         plan = self._take()
         if plan is not None:
             self._launch(plan)
-        elif self._running and not posted:
-            time.sleep(_BREATHE_SECONDS)  # a step is in flight: poll, do not park
+        elif (self._running or self._compiling is not None) and not posted:
+            time.sleep(_BREATHE_SECONDS)  # a step is in flight, or a grammar: poll, do not park
         elif not posted and not (self._idle_capture and self._idle_capture.use_pause()):
             self.plans.park(True)  # the flag stays up until there is work (see process.run)
             return self.plans.pending()  # one more look with the flag up

@@ -75,6 +75,9 @@ class _Caller:
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
         return self._engine.detokenize(ids, skip_special, on_text)
 
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        return self._engine.check_grammar(grammar, field, on_grammar)
+
     def close(self, uid: int) -> None:
         self._engine.close(uid)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
@@ -45,7 +46,7 @@ class ChatPrompt:
 class TokenPrompt:
     """Token ids to continue, without any change."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | I32
     source: str = field(default="", compare=False)
 
 
@@ -95,10 +96,18 @@ OnIds = Callable[[tuple[int, ...] | RequestError], None]
 OnText = Callable[[str | RequestError], None]
 
 
+class Kept:
+    """Counts what waits in this process of all answers: tokens with their log probabilities, in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class Engine(Protocol):
     """The ledger of open requests, as its callers see it."""
 
     config: Config
+    kept: Kept
 
     @property
     def stats(self) -> dict[str, int]:
@@ -128,6 +137,12 @@ class Engine(Protocol):
 
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
         """Make the text of token ids; returns a uid.  `on_text` is called once, later.  Raises as `open` does."""
+
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        """Try a grammar out within limits of time and memory; returns a uid.  `field` is the request field that prescribes it.
+
+        `on_grammar` is called once, later, with the text to serve or the InvalidParam that refuses it.  Raises as `open` does.
+        """
 
     def close(self, uid: int) -> None:
         """Cancel the request if it is still open; its callback is not called again.  Idempotent."""

@@ -3,9 +3,10 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
-          TokenizerInfo, Rejected (tokenizer); Started, Text, Logprobs, ThoughtEnded (detokenizer); ActorDied (supervisor, in
-          process).
-Sends     Tokenize, Detokenize, Wake (tokenizer); Generate, Cancel (scheduler); Stop (all but the workers).
+          TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs, ThoughtEnded
+          (detokenizer); ActorDied (supervisor, in process).
+Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel (scheduler); Stop (all but the
+          workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -28,7 +29,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.runtime.status import Board
-from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
 from minisgl.config import Config
@@ -66,6 +67,7 @@ class Gateway(Actor):
     def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
         super().__init__(ctx)
         self.config = config
+        self.kept = Kept()
         self.num_pages = 0
         self.failure: str | None = None  # why the engine has failed, as a sentence for the operator
         self.died: msg.ActorDied | None = None
@@ -125,6 +127,19 @@ class Gateway(Actor):
         self._questions[self._last_uid] = on_text, "tokens"
         return self._last_uid
 
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        self._check_open()
+        self._last_uid += 1
+        self._ask_checker(msg.CheckGrammar(self._last_uid, grammar, field))
+        self._questions[self._last_uid] = on_grammar, field
+        return self._last_uid
+
+    def _ask_checker(self, m: msg.CheckGrammar) -> None:
+        try:
+            self.ctx.send("checker", m)
+        except UnicodeEncodeError as e:
+            raise InvalidParam(m.field, f"{m.field} holds half of a surrogate pair, which is not text.") from e
+
     def close(self, uid: int) -> None:
         self._questions.pop(uid, None)
         entry = self._ledger.pop(uid, None)
@@ -149,12 +164,17 @@ class Gateway(Actor):
             if ids and max(ids) >= vocab:
                 raise InvalidParam(name, f"{name} holds the token id {max(ids)}; this model's end at {vocab - 1}.")
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> I32:
+    def _check_ids(self, ids: Sequence[int] | I32, field: str) -> I32:
+        """The ids as an array.  Raises InvalidParam for one that the model does not have."""
         vocab = self.config.model.vocab_size
-        bad = next((t for t in ids if not 0 <= t < vocab), None)
-        if bad is not None:
+        try:
+            values = np.asarray(ids, np.int64)
+        except OverflowError:
+            raise InvalidParam(field, f"{field} holds a number that is not a token id.") from None
+        if len(values) and not 0 <= values.min() <= values.max() < vocab:
+            bad = values[(values < 0) | (values >= vocab)][0]
             raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
-        return np.array(ids, np.int32)
+        return values.astype(np.int32)
 
     # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:
@@ -217,6 +237,11 @@ class Gateway(Actor):
     def detokenized(self, m: msg.Detokenized) -> None:
         if (question := self._questions.pop(m.uid, None)) is not None:
             question[0](m.text)
+
+    @on(msg.GrammarChecked)
+    def grammar_checked(self, m: msg.GrammarChecked) -> None:
+        if (question := self._questions.pop(m.uid, None)) is not None:
+            question[0](m.grammar)
 
     @on(msg.TokenizerInfo)
     def keep_tokenizer_info(self, m: msg.TokenizerInfo) -> None:

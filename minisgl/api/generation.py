@@ -9,17 +9,20 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from minisgl.api.engine import Chunk, Engine, Prompt
+from minisgl.api.rendering import Turns, entries
 from minisgl.errors import RequestError, internal_error
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 log = logging.getLogger("minisgl.api")
 NewChunks = list[tuple[int, Chunk]]  # (index of the prompt, its merged chunks)
+_MERGED = 64  # chunks of a prompt that become one while they wait
+MAX_KEPT_BYTES = 72 << 20  # of all answers that wait in this process until they are complete, or until their clients read on
+_TOKEN_BYTES, _ENTRY_BYTES = 64, 160  # of a token that waits, and of a log probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,18 @@ class Result:
             self.last = chunk.token_ids[-1]
 
 
+class _Waiting(NamedTuple):
+    """Chunks of one prompt that nobody has taken: the `new` ones, and before them every _MERGED in one."""
+
+    merged: list[Chunk]
+    new: list[Chunk]
+
+
 class Generation:
     """Several prompts that are continued at the same time, from `engine.open` to `close`, which must be called.
 
-    Chunks wait here until they are taken: at most the completions of one request, so bounded by its `max_tokens`.
+    Chunks wait here until they are taken: at most the completions of one request, so bounded by its `max_tokens`.  What waits
+    in all generations together is bounded by MAX_KEPT_BYTES: the one that goes beyond it fails.
     `params`: for all prompts, or one for each.  Raises RequestError if one of them is refused.
     """
 
@@ -87,7 +98,9 @@ class Generation:
     ) -> None:
         self.unfinished = len(prompts)  # prompts whose last chunk has not been taken
         self._engine = engine
-        self._chunks: NewChunks = []
+        self._chunks: dict[int, _Waiting] = {}  # by the index of the prompt
+        self._kept = 0  # bytes of these
+        self._overflown = False
         self._error: RequestError | None = None
         self._wake: Callable[[], object] | None = None
         self._growing = len(prompts)  # prompts whose last chunk has not arrived
@@ -107,6 +120,11 @@ class Generation:
         self._wake = None
         for uid in self._uids:
             self._engine.close(uid)
+        self._keep(-self._kept)
+
+    def _keep(self, size: int) -> None:
+        self._kept += size
+        self._engine.kept.bytes += size
 
     def _on_chunk(self, index: int, item: Chunk | RequestError) -> None:
         if isinstance(item, RequestError):
@@ -115,7 +133,7 @@ class Generation:
             # A request is aborted when its client has left, so nothing listens; a listener that remains gets an error.
             self._error = RequestError("The request was aborted.", status=500, code="aborted")
         else:
-            self._chunks.append((index, item))
+            self._add(index, item)
             if not self._first:
                 self._first, self._queued = time.monotonic(), item.queued
             if item.finish:
@@ -124,6 +142,24 @@ class Generation:
         if self._wake is not None:
             wake, self._wake = self._wake, None
             wake()
+
+    def _add(self, index: int, chunk: Chunk) -> None:
+        if self._overflown:
+            return
+        self._keep(_size(chunk))
+        if self._engine.kept.bytes > MAX_KEPT_BYTES:
+            text = "The server keeps more unfinished answers than it has memory for; ask for fewer log probabilities or tokens."
+            self._error = self._error or RequestError(text, status=503, code="server_overloaded", retry_after=5)
+            self._overflown = True
+            self._chunks.clear()
+            self._keep(-self._kept)
+            return
+        if (waiting := self._chunks.get(index)) is None:
+            self._chunks[index] = waiting = _Waiting([], [])
+        waiting.new.append(chunk)
+        if len(waiting.new) == _MERGED:
+            waiting.merged.append(_merge(waiting.new))
+            waiting.new.clear()
 
     @property
     def timings(self) -> Timings:
@@ -139,12 +175,21 @@ class Generation:
         else:
             self._wake = wake
 
-    async def take(self, *, until_end: bool = False) -> NewChunks:
-        """Wait for chunks and take them, see `take_now`.
+    async def take(self) -> NewChunks:
+        """Wait for chunks and take them, see `take_now`."""
+        await self._arrival(until_end=False)
+        return self.take_now()
 
-        `until_end`: wait for the last chunk of every prompt, or for a failure, which is raised at once.  The task does not
-        wake up in between.
+    async def end(self) -> None:
+        """Wait for the last chunk of every prompt, or for a failure, which is raised at once.
+
+        The task does not wake up in between.
         """
+        await self._arrival(until_end=True)
+        if self._error is not None:
+            raise self._error
+
+    async def _arrival(self, *, until_end: bool) -> None:
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:
@@ -155,25 +200,31 @@ class Generation:
 
         look()
         await arrived
-        if until_end and self._error is not None:
-            raise self._error
-        return self.take_now()
 
     def take_now(self) -> NewChunks:
         """The chunks since the last call, merged into one per prompt.  The error of a request is raised after the chunks
         that came before it."""
-        chunks, self._chunks = self._chunks, []
-        if not chunks and self._error is not None:
+        waiting, self._chunks = self._chunks, {}
+        if not waiting and self._error is not None:
             raise self._error
-        if len(chunks) > 1:
-            by_index: dict[int, list[Chunk]] = {}
-            for index, chunk in chunks:
-                by_index.setdefault(index, []).append(chunk)
-            chunks = [(index, _merge(parts)) for index, parts in by_index.items()]
+        self._keep(-self._kept)
+        chunks = [(index, _merge(parts.merged + parts.new)) for index, parts in waiting.items()]
         for _, chunk in chunks:
             if chunk.finish:
                 self.unfinished -= 1
         return chunks
+
+    async def take_one_by_one(self) -> list[Chunk]:
+        """The complete answers in the order of their prompts, merged over several turns.  They stay counted until `close`."""
+        waiting, self._chunks, turns, out = self._chunks, {}, Turns(), []
+        for index in sorted(waiting):
+            parts = waiting.pop(index)
+            out.append(_merge(parts.merged + parts.new))
+            await turns.spend(20 + len(out[-1].token_ids) // 8)
+        return out
+
+
+T = TypeVar("T")
 
 
 async def complete(
@@ -186,10 +237,28 @@ async def complete(
 
     Raises RequestError, and closes the others, if one of them fails; cancelling the caller closes all of them.
     """
+
+    async def both(chunks: list[Chunk], timings: Timings) -> tuple[list[Chunk], Timings]:
+        return chunks, timings
+
+    return await answered(engine, prompts, params, options, both)
+
+
+async def answered(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams],
+    options: RequestOptions,
+    render: Callable[[list[Chunk], Timings], Awaitable[T]],
+) -> T:
+    """Continue several prompts to their ends, and `render` them, while they are still counted among what waits.
+
+    Raises RequestError, and closes the others, if one of them fails; cancelling the caller closes all of them.
+    """
     generation = Generation(engine, prompts, params, options)
     try:
-        chunks = sorted(await generation.take(until_end=True), key=itemgetter(0))
-        return [chunk for _, chunk in chunks], generation.timings
+        await generation.end()
+        return await render(await generation.take_one_by_one(), generation.timings)
     finally:
         generation.close()
 
@@ -264,3 +333,9 @@ def _merge(chunks: list[Chunk]) -> Chunk:
     ids = tuple(t for c in chunks for t in c.token_ids)
     logprobs = tuple(p for c in chunks for p in c.logprobs)
     return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
+
+
+def _size(chunk: Chunk) -> int:
+    """Bytes of a chunk that waits, about."""
+    known = sum(map(entries, chunk.logprobs))
+    return _TOKEN_BYTES * len(chunk.token_ids or ()) + len(chunk.text) + _ENTRY_BYTES * known + 128

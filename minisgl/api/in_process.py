@@ -32,6 +32,7 @@ class InProcessSystem:
         for i, name in enumerate(tokenizer_names(config.server.num_tokenizers)):
             start(name, lambda ctx, i=i: spawn.make_tokenizer(ctx, config, arenas, i))  # type: ignore[misc]
         start("detokenizer", lambda ctx: spawn.make_detokenizer(ctx, config))
+        start("checker", lambda ctx: spawn.make_checker(ctx, config))
         start("scheduler", lambda ctx: spawn.make_scheduler(ctx, config, arenas))
         start("worker0", lambda ctx: make_worker(ctx, config, arenas, 0, ""))
         for name in set(self.actors.actors) - {"api"}:

@@ -52,6 +52,7 @@ class System:
         for i, name in enumerate(tokenizer_names(self.config.server.num_tokenizers)):
             start(name, spawn.make_tokenizer, self.config, arenas, i)
         start("detokenizer", spawn.make_detokenizer, self.config)
+        start("checker", spawn.make_checker, self.config)
 
     # ---------------- driving
     def fds(self) -> list[int]:

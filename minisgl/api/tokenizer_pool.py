@@ -14,7 +14,7 @@ from minisgl.api.engine import ChatPrompt, TextPrompt
 from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
 
-_CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
+CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
 
 
 @dataclass(slots=True, eq=False)
@@ -46,9 +46,9 @@ class Tokenizers:
         Raises RequestError if the prompt is far too long, or not valid text.
         """
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.payload)
-        if not prompt.keep and size > _CHARS_PER_TOKEN * self._max_context + 4096:
+        if not prompt.keep and size > CHARS_PER_TOKEN * self._max_context + 4096:
             raise context_overflow(
-                source, self._max_context, f"more than {size // _CHARS_PER_TOKEN}", f"{size} characters in the {source}"
+                source, self._max_context, f"more than {size // CHARS_PER_TOKEN}", f"{size} characters in the {source}"
             )
         to = self._idlest()
         try:

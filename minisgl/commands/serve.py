@@ -101,7 +101,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
-        store = Store(self.config.server.data_dir) if self.config.server.data_dir else None
+        kept = self.config.server
+        store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
         stored = self.config.model.weight_format
         how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         if self.config.model.format == "fake":

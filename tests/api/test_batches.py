@@ -15,9 +15,11 @@ import pytest
 from aiohttp import web
 from test_server import CHAT, OVERLOADED, TEXT, USER, FakeEngine, ask, check_error
 
+from minisgl.api.batches import input as reading
 from minisgl.api.batches import worker as module
+from minisgl.api.batches.input import read_requests
 from minisgl.api.batches.store import Log, Store
-from minisgl.api.batches.worker import Batches, new_batch, read_requests
+from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
 from minisgl.errors import UserError
 
@@ -212,13 +214,13 @@ def test_a_log_that_is_torn_at_any_byte_keeps_every_line_before_the_tear(tmp_pat
         path.write_bytes(complete[:size])
         torn = Log(path)
         kept = list(torn.recover())
-        assert kept == lines[: complete[:size].count(b"\n")]
+        assert kept == [line["custom_id"] for line in lines[: complete[:size].count(b"\n")]]
         torn.append({"custom_id": "next"})
         torn.close()
-        assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*kept, {"custom_id": "next"}]
+        assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*lines[: len(kept)], {"custom_id": "next"}]
 
 
-def test_a_full_disk_stops_a_batch_which_the_next_start_finishes(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_pauses_a_batch_which_the_next_start_finishes(tmp_path: Path, monkeypatch: Any) -> None:
     made: dict[str, str] = {}
     append = Log.append
 
@@ -233,9 +235,12 @@ def test_a_full_disk_stops_a_batch_which_the_next_start_finishes(tmp_path: Path,
         async with server.sdk() as sdk:
             made["id"] = (await submit(sdk, b"".join(request_line(f"q{i}") for i in range(20)))).id
             await server.until(made["id"], "in_progress")
-            while made["id"] in server.batches._live:  # noqa: ASYNC110
+            while not server.batches.get(made["id"])["errors"]:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-            assert (await sdk.batches.retrieve(made["id"])).status == "in_progress"
+            waiting = await sdk.batches.retrieve(made["id"])
+            assert (waiting.status, waiting.errors.data[0].code) == ("in_progress", "disk_full")
+            with pytest.raises(openai.ConflictError):
+                await sdk.files.delete(waiting.input_file_id)
             assert not engine.live
             assert (await ask(server, CHAT, {"messages": USER}))[0] == 200, "the server goes on"  # type: ignore[arg-type]
 
@@ -350,11 +355,11 @@ def test_what_is_wrong_with_the_lines_of_a_file_is_told_line_by_line(tmp_path: P
     serve(tmp_path, scene)
     many = tmp_path / "many"
     many.write_bytes(b"".join(request_line(str(i)) for i in range(20)))
-    limit, module.MAX_LINES = module.MAX_LINES, 10
+    limit, reading.MAX_LINES = reading.MAX_LINES, 10
     try:
         assert read_requests(many, CHAT)[1][0]["code"] == "too_many_requests"
     finally:
-        module.MAX_LINES = limit
+        reading.MAX_LINES = limit
 
 
 def test_what_is_wrong_with_a_request_for_files_or_batches_is_said(tmp_path: Path, monkeypatch: Any) -> None:

@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from test_openai_validation import FIELDS, JSON
 
 import minisgl
-from minisgl import __version__
+from minisgl import __version__, grammar
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.engine import Chunk, OnChunk, Prompt, TextPrompt, TokenLogprob
+from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
+from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config, ServerConfig
-from minisgl.errors import RequestError
+from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, MAX_SEED, Finish, RequestOptions, SamplingParams
 
 USER = [{"role": "user", "content": "hi"}]
@@ -50,6 +51,7 @@ class FakeEngine:
     def __init__(self, **server: Any) -> None:
         names = ("oracle", "org/alias")
         self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
+        self.kept = Kept()
         self.state = "ready"
         self.refuse: RequestError | Exception | None = None
         self.admit = 0
@@ -115,6 +117,16 @@ class FakeEngine:
 
     def detokenize(self, ids: Any, skip_special: bool, take: Callable[[Any], None]) -> int:
         asyncio.get_running_loop().call_soon(take, "".join(map(chr, ids)))
+        return -1
+
+    def check_grammar(self, text: str, field: str, take: Callable[[Any], None]) -> int:
+        """Without a vocabulary."""
+        try:
+            answer: Any = grammar.resolved(text)
+            grammar.check(answer, field)
+        except RequestError as e:
+            answer = InvalidParam(field, e.message, e.code or "")
+        asyncio.get_running_loop().call_soon(take, answer)
         return -1
 
     def go_on(self, after: int) -> None:
@@ -962,7 +974,7 @@ def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
         answer = await ENDPOINTS[CHAT].ask(engine, GOOD)
         assert answer["choices"][0]["message"]["content"] == TEXT
         answer = await ENDPOINTS[COMPLETION].ask(engine, {"prompt": [[1], [2]]})
-        assert [c["index"] for c in answer["choices"]] == [0, 1]
+        assert [json.loads(b"".join(json_pieces(c)))["index"] for c in answer["choices"]] == [0, 1]
         with pytest.raises(RequestError) as caught:
             await ENDPOINTS[CHAT].ask(engine, {**GOOD, "stream": True})
         assert caught.value.param == "stream"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from dataclasses import replace
@@ -259,7 +260,7 @@ def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> No
         return Response(config, ResponsesRequest(request, {}, ()))
 
     *_, (_, last) = events = play_in(make_response())
-    body = make_response().complete([one], timings)
+    body = asyncio.run(make_response().complete([one], timings))
     done = [data["item"] for kind, data in events if kind == "response.output_item.done"]
     assert stable(last["response"]) == stable(body)
     assert stable(done) == stable(body["output"])
@@ -267,7 +268,7 @@ def test_the_events_of_any_split_of_any_text_add_up_to_the_body(seed: int) -> No
     def make_message() -> Message:
         return Message(config, request)
 
-    content = make_message().complete([one], timings)["content"]
+    content = asyncio.run(make_message().complete([one], timings))["content"]
     grown = [""] * len(content)
     for kind, data in play_in(make_message()):
         if kind == "content_block_delta":

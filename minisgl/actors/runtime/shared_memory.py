@@ -40,7 +40,7 @@ def tokenizer_names(n: int) -> tuple[str, ...]:
 
 def actor_names(tp: int, tokenizers: int = 1) -> tuple[str, ...]:
     """The processes of a run besides api, in the order in which they are started."""
-    return (*tokenizer_names(tokenizers), "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
+    return (*tokenizer_names(tokenizers), "checker", "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
 
 
 def create_arenas(config: Config) -> tuple[Arenas, list[int]]:

@@ -55,7 +55,7 @@ def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _quiet_spawn() -> Iterator[None]:
+def quiet_spawn() -> Iterator[None]:
     """Keep two things of this process from a child that is being spawned.
 
     SIGINT is ignored around the spawn (and that survives exec), so ^C during a child's imports prints no traceback.  And
@@ -89,7 +89,7 @@ class Supervisor:
 
     def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
         """Start an actor process.  `make` must be a module-level function."""
-        with _quiet_spawn():
+        with quiet_spawn():
             proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
             proc.start()
         self._procs[name] = proc

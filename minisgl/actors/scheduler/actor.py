@@ -1,10 +1,10 @@
 """The scheduler actor runs the step machine: it feeds it messages and results, and publishes its plans to the workers.
 
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
-Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, MayCapture, Wake (workers); Stop (api); results
-          through the token ring.
-Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, Wake (workers); plans
-          through the plan ring.
+Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, GrammarPrepared, MayCapture, Wake (workers); Stop
+          (api); results through the token ring.
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
+          (workers); plans through the plan ring.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class SchedulerActor(Actor):
         self.board = Board(arenas.board, ctx.name)
         self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
+        self._compiling: dict[int, tuple[Request, set[int]]] = {}  # by uid: who waits for a grammar, of which ranks
         self._unsent: StepPlan | None = None  # a plan that does not fit into the ring yet
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
         self._armed: set[int] = set()
@@ -101,7 +102,25 @@ class SchedulerActor(Actor):
             self.ctx.send("api", refusal)
             return
         limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
-        self._inbox.append(Add(Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)))
+        request = Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)
+        if not m.params.grammar:
+            self._inbox.append(Add(request))
+            return
+        ranks = range(self.config.engine.tp)
+        self._compiling[m.uid] = request, set(ranks)
+        for rank in ranks:
+            self.ctx.send(f"worker{rank}", msg.PrepareGrammar(m.uid, m.params.grammar))
+
+    @on(msg.GrammarPrepared)
+    def grammar_prepared(self, m: msg.GrammarPrepared) -> None:
+        """A request may run when its grammar is compiled on every rank: no step waits for that."""
+        if (waiting := self._compiling.get(m.uid)) is None:  # its client has left
+            return
+        request, ranks = waiting
+        ranks.discard(m.rank)
+        if not ranks:
+            del self._compiling[m.uid]
+            self._inbox.append(Add(request))
 
     def _refusal(self, m: msg.Generate) -> msg.Rejected | None:
         """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
@@ -125,7 +144,7 @@ class SchedulerActor(Actor):
         Tokens are the bound that matters: they determine how long a new request would wait.  An empty queue takes any request.
         """
         machine, server = self._machine(), self.config.server
-        adds = [e.request for e in self._inbox if isinstance(e, Add)]
+        adds = [e.request for e in self._inbox if isinstance(e, Add)] + [request for request, _ in self._compiling.values()]
         waiting = len(machine.waiting) + max(0, len(adds) - machine.table.free_slots)
         tokens = machine.waiting.tokens + sum(len(r.ids) for r in adds)
         full = server.max_queue and waiting >= server.max_queue
@@ -137,6 +156,7 @@ class SchedulerActor(Actor):
 
     @on(msg.Cancel)
     def cancel(self, m: msg.Cancel) -> None:
+        self._compiling.pop(m.uid, None)
         self._inbox.append(Drop(m.uid))
 
     @on(msg.FlushCache)

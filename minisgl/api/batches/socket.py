@@ -8,7 +8,6 @@ that falls silent are cancelled.  Runs in the api process, on its event loop.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
 from dataclasses import dataclass, field
@@ -20,9 +19,12 @@ from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchRes
 from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.caller import Callers
-from minisgl.api.endpoints.table import BATCHED, ENDPOINTS
+from minisgl.api.endpoints.table import BATCHED, ENDPOINTS, compact
 from minisgl.api.engine import Engine
+from minisgl.api.reader import SMALL, Reader
+from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.fields import parse_json
+from minisgl.config import Config
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -43,7 +45,8 @@ class BatchServer:
 
     def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine) -> None:
         self.address = address(run_dir, "batch")
-        self._callers = Callers(engine)
+        self._engine, self._callers = engine, Callers(engine)
+        self._reader = Reader()
         self._clients: dict[bytes, _Client] = {}
         self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -59,6 +62,7 @@ class BatchServer:
         for identity in list(self._clients):
             self._forget(identity)
         self._sock.close()
+        self._reader.close()
 
     # ---------------- in
     def _drain(self) -> None:
@@ -95,7 +99,12 @@ class BatchServer:
         try:
             if m.url not in BATCHED:
                 raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
-            status, body = 200, await ENDPOINTS[m.url].ask(self._callers.call(identity.hex(), batch=True), parse_json(m.body))
+            endpoint = ENDPOINTS[m.url]
+            if len(m.body) <= SMALL:
+                request = endpoint.checked(self._engine.config, parse_json(m.body))
+            else:
+                request = await self._reader.run(_checked, m.url, self._engine.config, m.body)
+            status, body = 200, await endpoint.answer(self._callers.call(identity.hex(), batch=True), request)
         except RequestError as e:
             status, body = e.status, e.body()
             if e.retry_after is not None:
@@ -103,7 +112,7 @@ class BatchServer:
         except Exception:
             log.exception("a batch request failed")
             status, body = 500, internal_error().body()
-        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", json.dumps(body).encode()))
+        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", b"".join(json_pieces(body))))
         # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.
         self._drain()
 
@@ -121,3 +130,8 @@ class BatchServer:
             client.timer.cancel()
             for task in client.tasks:
                 task.cancel()
+
+
+def _checked(url: str, config: Config, raw: bytes) -> Any:
+    """Check the body of a request.  Runs in the reader process.  Raises RequestError."""
+    return compact(config, ENDPOINTS[url].checked(config, parse_json(raw)))

@@ -7,6 +7,7 @@
     batches/ID.errors   the other answers, in the same form
 
 After any interruption a reader finds a complete object or none, and a log whose last line may be torn; that line is dropped.
+What all of them may take is bounded (--data-dir-gb), and so is their number, which is what a list costs.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from minisgl.api.rendering import json_pieces
 from minisgl.errors import RequestError, UserError
 
 _ID = re.compile(r"(?:file|batch)[-_][0-9a-f]{32}")
 _SYNC_LINES = 128
+_OBJECT_BYTES = 4096  # counted for an object, which has a block of the disk
+MAX_OBJECTS = 20_000  # files, and batches
 _SYNC_SECONDS = 1.0
+_CUSTOM_ID = b'"custom_id": '
+
+
+FULL = "data_dir_full"
 
 
 class Store:
     """The data directory, which one server uses at a time.  Raises UserError if it cannot be used."""
 
-    def __init__(self, directory: str) -> None:
-        self.root = Path(directory)
+    def __init__(self, directory: str, max_bytes: int = 10 << 30) -> None:
+        self.root, self.max_bytes = Path(directory), max_bytes
         try:
             for name in ("files", "batches"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -46,14 +54,61 @@ class Store:
         for room in ("files", "batches"):
             for part in (self.root / room).glob("*.part"):  # left by a server that died
                 part.unlink()
+        self.used = 0  # bytes
+        self._lists: dict[str, dict[str, str]] = {}  # by room: the purpose of each object by its id, the oldest first
+        for room in ("files", "batches"):
+            self._lists[room] = {v["id"]: v.get("purpose", "") for v in reversed(self.all(room))}
+            if room == "files":
+                self._drop_orphans()
+            sizes = (p.stat().st_size for p in (self.root / room).iterdir() if p.suffix != ".json")
+            self.used += sum(sizes) + _OBJECT_BYTES * len(self._lists[room])
+
+    def _drop_orphans(self) -> None:
+        """Remove content whose object was not written before a crash, but for answers that a batch will make a file."""
+        due = {b[key] for b in self.all("batches") for key in ("output_file_id", "error_file_id")}
+        for path in (self.root / "files").iterdir():
+            if path.suffix != ".json" and path.name not in self._lists["files"] and path.name not in due:
+                path.unlink()
+
+    def take(self, n: int) -> None:
+        """Count `n` bytes that are about to be written.  Raises RequestError (413) if they do not fit."""
+        if self.used + n > self.max_bytes:
+            gigabytes = f"{self.max_bytes / (1 << 30):g}"
+            text = (
+                f"The server's data directory is full ({gigabytes} GiB, --data-dir-gb): delete files that are no longer needed."
+            )
+            raise RequestError(text, status=413, code=FULL)
+        self.used += n
+
+    def give(self, n: int) -> None:
+        """Count bytes that are not there any more."""
+        self.used -= n
 
     def close(self) -> None:
         """Release the directory.  Idempotent."""
         self._lock.close()
 
     # ---------------- objects
-    def save(self, room: str, value: dict[str, Any]) -> None:
-        """Write an object.  After a crash either the former version is there or this one."""
+    def save(self, room: str, value: dict[str, Any], *, always: bool = False) -> None:
+        """Write an object.  After a crash either the former version is there or this one.
+
+        Raises OSError when the disk is full, and RequestError when the directory is, unless it is written `always`.
+        """
+        new = value["id"] not in self._lists[room]
+        if new and not always:
+            if len(self._lists[room]) >= MAX_OBJECTS:
+                text = f"The server keeps {MAX_OBJECTS} {room}, its limit: delete files that are no longer needed."
+                raise RequestError(text, status=413, code=FULL)
+            self.take(_OBJECT_BYTES)
+        try:
+            self._write(room, value)
+        except BaseException:
+            self.give(_OBJECT_BYTES if new and not always else 0)
+            raise
+        self.used += _OBJECT_BYTES if new and always else 0
+        self._lists[room][value["id"]] = value.get("purpose", "")
+
+    def _write(self, room: str, value: dict[str, Any]) -> None:
         path = self.root / room / f"{value['id']}.json"
         part = path.with_suffix(".json.part")
         with open(part, "w", encoding="utf-8") as f:
@@ -79,6 +134,10 @@ class Store:
         values = [json.loads(path.read_bytes()) for path in (self.root / room).glob("*.json")]
         return sorted(values, key=lambda v: (v["created_at"], v["id"]), reverse=True)
 
+    def names(self, room: str, purpose: str | None = None) -> list[str]:
+        """The ids of all objects, or of those with a purpose, the newest first.  Reads nothing from the disk."""
+        return [name for name, p in reversed(self._lists[room].items()) if purpose in (None, p)]
+
     # ---------------- files
     def content(self, name: str) -> Path:
         """The path of a file's content.  `name`: the id of an object that was loaded or made here."""
@@ -90,7 +149,7 @@ class Store:
 
     def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
         """Make complete content a file; returns its object.  With a `name`, its id, the call may be repeated after a crash."""
-        name = name or new_file_id()
+        answers, name = bool(name), name or new_file_id()
         if part.exists():
             with open(part, "rb") as f:
                 os.fsync(f.fileno())
@@ -104,17 +163,25 @@ class Store:
             "purpose": purpose,
             "status": "processed",
         }
-        self.save("files", value)
+        try:
+            self.save("files", value, always=answers)
+        except BaseException:
+            if not answers:
+                self.content(name).unlink(missing_ok=True)
+            raise
         return value
 
     def delete(self, name: str) -> None:
         """Remove a file.  Its object goes first: without it there is no file."""
+        size = self.content(name).stat().st_size
         (self.root / "files" / f"{name}.json").unlink()
+        del self._lists["files"][name]
+        self.give(_OBJECT_BYTES + size)
         self.content(name).unlink(missing_ok=True)
 
     def log(self, batch: str, kind: str) -> Log:
         """The log of a batch.  `kind`: "output" or "errors"."""
-        return Log(self.log_path(batch, kind))
+        return Log(self.log_path(batch, kind), self)
 
     def log_path(self, batch: str, kind: str) -> Path:
         """The path of that log."""
@@ -136,13 +203,13 @@ def new_file_id() -> str:
 class Log:
     """An append-only file of JSON lines.  Every line reaches the kernel at once, and the disk as part of a group."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, store: Store | None = None) -> None:
+        self.path, self._store = path, store
         self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115  closed by `close`
         self._unsynced, self._synced = 0, time.monotonic()
 
-    def recover(self) -> Iterator[dict[str, Any]]:
-        """Read all lines.  A torn last line is cut off."""
+    def recover(self) -> Iterator[str]:
+        """Read the custom_id of every line.  A torn last line is cut off."""
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -150,11 +217,14 @@ class Log:
                 self._file.truncate(end)
                 return
             end += len(line)
-            yield json.loads(line)
+            yield _custom_id(line)
 
     def append(self, value: dict[str, Any]) -> None:
-        """Raises OSError when the disk is full."""
-        self._file.write(json.dumps(value).encode() + b"\n")
+        """Raises OSError when the disk is full, and RequestError when the directory is."""
+        line = b"".join(json_pieces(value)) + b"\n"
+        if self._store is not None:
+            self._store.take(len(line))
+        self._file.write(line)
         self._file.flush()
         self._unsynced += 1
         if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -168,5 +238,15 @@ class Log:
     def close(self) -> None:
         """Sync and close.  Idempotent."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+
+
+def _custom_id(line: bytes) -> str:
+    """The custom_id of a line, which stands before the answer: that may be megabytes."""
+    if (at := line.find(_CUSTOM_ID, 0, 200)) < 0:
+        return str(json.loads(line)["custom_id"])
+    value, _ = json.JSONDecoder().raw_decode(line[at + len(_CUSTOM_ID) : at + (1 << 16)].decode("utf-8", "replace"))
+    return str(value)

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 import uuid
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
-from minisgl.api.batches.store import Log, Store, new_file_id
+from minisgl.api.batches.input import MAX_ERRORS, TOO_LONG, Place, body_at, checked_at, problem, read_requests
+from minisgl.api.batches.store import FULL, Log, Store, new_file_id
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
+from minisgl.api.reader import SMALL, Reader
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 WINDOW = 128
-MAX_LINES = 50_000
-_MAX_ERRORS = 100  # reported for one file
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 _FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
 _WAIT_SECONDS = 0.2  # between two checks of an engine that is not ready
+_LARGE_FILE = 1 << 20  # bytes; it is checked in another process
+_DISK_SECONDS = 5.0  # between two trials of a batch that the disk has no room for
 
 
 class Batches:
@@ -38,9 +39,11 @@ class Batches:
     def __init__(self, store: Store, engine: Engine) -> None:
         self.store, self._engine, self._callers = store, engine, Callers(engine)
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
+        self._reader = Reader()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._current: asyncio.Task[None] | None = None
+        self._paused: set[str] = set()  # batches that wait for room on the disk
         self._current_id = ""
 
     def start(self) -> None:
@@ -53,6 +56,7 @@ class Batches:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        self._reader.close()
 
     # ---------------- for clients
     def create(self, batch: dict[str, Any]) -> None:
@@ -79,6 +83,7 @@ class Batches:
             text = f"Batch {name} cannot be cancelled: it is {batch['status']}."
             raise RequestError(text, status=409, param="batch_id", code="invalid_status")
         self._set(batch, "cancelling")
+        self._paused.discard(name)
         if self._current is not None and self._current_id == name:
             self._current.cancel()
         else:
@@ -90,8 +95,7 @@ class Batches:
         while True:
             await self._news.wait()
             self._news.clear()
-            while self._live:
-                batch = next(iter(self._live.values()))
+            while (batch := next((b for b in self._live.values() if b["id"] not in self._paused), None)) is not None:
                 self._current_id = batch["id"]
                 self._current = asyncio.get_running_loop().create_task(self._serve(batch))
                 try:
@@ -102,16 +106,34 @@ class Batches:
                         await asyncio.wait([self._current])
                 self._current_id = ""
                 if not self._current.cancelled() and (error := self._current.exception()) is not None:
-                    log.error("batch %s failed", batch["id"], exc_info=error)
-                    if isinstance(error, OSError):  # the disk, perhaps full: the batch waits for the next start
-                        self._live.pop(batch["id"], None)
-                        continue
-                    self._fail(batch, [_problem("internal_error", "The server failed while it worked on this batch.", None)])
+                    self._suffer(batch, error)
+
+    def _suffer(self, batch: dict[str, Any], error: BaseException) -> None:
+        """A batch could not go on.  Where the disk is full it waits, and the others go on; otherwise it has failed."""
+        try:
+            if isinstance(error, RequestError):  # the directory is full
+                batch["errors"] = _listed([problem(error.code or "", error.message, None)])
+                self._finish(batch)
+            elif not isinstance(error, OSError):
+                log.error("batch %s failed", batch["id"], exc_info=error)
+                self._fail(batch, [problem("internal_error", "The server failed while it worked on this batch.", None)])
+            else:
+                raise error
+        except (OSError, RequestError) as e:
+            log.error("batch %s waits: %s", batch["id"], e)
+            text = f"The server's disk cannot be written to ({_reason(e)}); the batch goes on when it can."
+            batch["errors"] = _listed([problem("disk_full", text, None)])
+            self._paused.add(batch["id"])
+            asyncio.get_running_loop().call_later(_DISK_SECONDS, self._resume, batch["id"])
+
+    def _resume(self, name: str) -> None:
+        self._paused.discard(name)
+        self._news.set()
 
     def _set(self, batch: dict[str, Any], status: str) -> None:
-        batch["status"] = status
-        batch[f"{status}_at"] = int(time.time())
-        self.store.save("batches", batch)
+        changed = {**batch, "status": status, f"{status}_at": int(time.time())}
+        self.store.save("batches", changed)
+        batch.update(changed)
 
     async def _serve(self, batch: dict[str, Any]) -> None:
         if batch["status"] not in ("cancelling", "finalizing"):
@@ -126,27 +148,36 @@ class Batches:
     async def _work(self, batch: dict[str, Any]) -> None:
         """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
         path = self.store.content(batch["input_file_id"])
-        requests, problems = await asyncio.to_thread(read_requests, path, batch["endpoint"])
-        if problems:
+        read = self._reader.run if path.stat().st_size > _LARGE_FILE else asyncio.to_thread
+        requests, problems = await read(read_requests, path, batch["endpoint"])
+        refused = [p for p in problems if p["code"] == TOO_LONG]
+        if len(problems) > len(refused) or not requests:
             return self._fail(batch, problems)
+        errors_at_end = _listed(refused) if refused else None
+        batch["errors"] = batch["errors"] or errors_at_end  # why it waited stays until it has gone on
         if batch["status"] == "validating":
-            batch["request_counts"]["total"] = len(requests)
+            batch["request_counts"]["total"] = len(requests) + len(refused)
             self._set(batch, "in_progress")
-        output, errors = (self.store.log(batch["id"], kind) for kind in ("output", "errors"))
-        try:
+        with ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb"))  # noqa: ASYNC230  read in threads
+            output, errors = (self.store.log(batch["id"], kind) for kind in ("output", "errors"))
+            stack.callback(errors.close)
+            stack.callback(output.close)
             done = await asyncio.to_thread(_recover, batch, output, errors)
-            await self._answer(batch, [(name, body) for name, body in requests.items() if name not in done], output, errors)
-        finally:
-            output.close()
-            errors.close()
+            batch["request_counts"]["failed"] += len(refused)
+            todo = [(name, place) for name, place in requests.items() if name not in done]
+            await self._answer(batch, todo, source.fileno(), output, errors)
+        batch["errors"] = errors_at_end
 
-    async def _answer(self, batch: dict[str, Any], todo: list[tuple[str, dict[str, Any]]], output: Log, errors: Log) -> None:
+    async def _answer(
+        self, batch: dict[str, Any], todo: list[tuple[str, Place]], source: int, output: Log, errors: Log
+    ) -> None:
         queue = iter(todo)
         window = max(1, min(WINDOW, self._engine.config.server.max_open_requests // 2))
 
         async def work() -> None:
-            for custom_id, body in queue:  # which all workers share
-                status, answer = await self._ask(batch["endpoint"], body)
+            for custom_id, place in queue:  # which all workers share
+                status, answer = await self._ask(batch, source, place)
                 response = {"status_code": status, "request_id": f"batch-{uuid.uuid4().hex}", "body": answer}
                 line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
                 (output if status == 200 else errors).append(line)
@@ -160,14 +191,21 @@ class Batches:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def _ask(self, batch: dict[str, Any], source: int, place: Place) -> tuple[int, dict[str, Any]]:
         """(status, body) of the answer.  The request waits while the server is full or not ready."""
+        endpoint, config = ENDPOINTS[batch["endpoint"]], self._engine.config
         while True:
             if self._engine.state != "ready":
                 await asyncio.sleep(_WAIT_SECONDS)
                 continue
             try:
-                return 200, await ENDPOINTS[url].ask(self._callers.call("batches", batch=True), body)
+                engine = self._callers.call("batches", batch=True)
+                if place[1] <= SMALL:
+                    body = await asyncio.to_thread(body_at, source, place)
+                    return 200, await endpoint.ask(engine, body)
+                path = self.store.content(batch["input_file_id"])
+                request = await self._reader.run(checked_at, path, place, batch["endpoint"], config)
+                return 200, await endpoint.answer(engine, request)
             except RequestError as e:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)
@@ -178,13 +216,14 @@ class Batches:
                 return 500, internal_error().body()
 
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
-        batch["errors"] = {"object": "list", "data": problems}
+        batch["errors"] = _listed(problems[:MAX_ERRORS])
         self._set(batch, "failed")
         self._live.pop(batch["id"], None)
 
     def _finish(self, batch: dict[str, Any]) -> None:
         """Make the logs files.  Their ids are on disk first, so that the next start can finish after a crash in between."""
         cancelled = batch["status"] == "cancelling"
+        full = any(p["code"] == FULL for p in (batch["errors"] or {"data": ()})["data"])
         parts = [(kind, key, self.store.log_path(batch["id"], kind)) for kind, key in _FILES]
         for _, key, part in parts:
             if part.exists() and part.stat().st_size and batch[key] is None:
@@ -194,7 +233,7 @@ class Batches:
             if batch[key] is not None:
                 self.store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
             part.unlink(missing_ok=True)
-        self._set(batch, "cancelled" if cancelled else "completed")
+        self._set(batch, "cancelled" if cancelled else "failed" if full else "completed")
         self._live.pop(batch["id"], None)
 
 
@@ -221,55 +260,15 @@ def _recover(batch: dict[str, Any], output: Log, errors: Log) -> set[str]:
     counts = batch["request_counts"]
     done: set[str] = set()
     for kind, file in (("completed", output), ("failed", errors)):
-        ids = {line["custom_id"] for line in file.recover()}
+        ids = set(file.recover())
         counts[kind] = len(ids)
         done |= ids
     return done
 
 
-# ---------------- input
-def read_requests(path: Path, endpoint: str) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """({custom_id: body}, problems of the file).  Runs in a thread."""
-    requests: dict[str, dict[str, Any]] = {}
-    problems: list[dict[str, Any]] = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                custom_id, body = _parse_line(line, endpoint)
-                if custom_id in requests:
-                    raise ValueError("custom_id", f"custom_id {custom_id[:80]!r} occurs twice.")
-                requests[custom_id] = body
-            except ValueError as e:
-                problems.append(_problem("invalid_request", e.args[-1], number, e.args[0]))
-            if len(requests) > MAX_LINES:
-                problems.append(_problem("too_many_requests", f"The file has more than {MAX_LINES} requests.", number))
-            if len(problems) >= _MAX_ERRORS or len(requests) > MAX_LINES:
-                break
-    if not requests and not problems:
-        problems.append(_problem("empty_file", "There is no request in the file.", None))
-    return requests, problems
+def _listed(problems: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "data": problems[:MAX_ERRORS]}
 
 
-def _parse_line(line: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
-    """Raises ValueError(field, sentence)."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(None, "The line is not JSON.") from None
-    if not isinstance(value, dict):
-        raise ValueError(None, "The line is not a JSON object.")
-    if not isinstance(value.get("custom_id"), str) or not value["custom_id"]:
-        raise ValueError("custom_id", "custom_id must be a string.")
-    if value.get("method", "POST") != "POST":
-        raise ValueError("method", "method must be POST.")
-    if value.get("url") != endpoint:
-        raise ValueError("url", f"url must be that of the batch, {endpoint}.")
-    if not isinstance(value.get("body"), dict):
-        raise ValueError("body", "body must be an object.")
-    return value["custom_id"], value["body"]
-
-
-def _problem(code: str, text: str, line: int | None, param: str | None = None) -> dict[str, Any]:
-    return {"code": code, "message": text, "line": line, "param": param}
+def _reason(e: Exception) -> str:
+    return (e.strerror if isinstance(e, OSError) else None) or str(e)

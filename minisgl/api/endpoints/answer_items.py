@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Item, Reply
+from minisgl.api.rendering import Turns, holds_rendered, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import sse
 from minisgl.errors import RequestError
@@ -37,6 +39,8 @@ class ItemAnswer(ABC):
         self.timings: Fields | None = None
         self.reply = Reply(request.form)
         self._open: Item | None = None
+        self._streams = True  # events are wanted
+        self.logprobs_of: defaultdict[int, list[TokenLogprob]] = defaultdict(list)  # of an answer in one piece, by item
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back
 
     # ---------------- the dialect
@@ -64,12 +68,19 @@ class ItemAnswer(ABC):
     def failed(self, error: RequestError) -> bytes: ...
 
     # ---------------- the answer in one piece
-    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Fields:
+    async def complete(self, chunks: list[Chunk], timings: Timings) -> Fields:
         [chunk] = chunks
         self.result.add(chunk)
-        self._grow(chunk)
+        turns, self._streams = Turns(), False
+        for part in parts_of(chunk):
+            self._grow(part)
+            await turns.spend(len(part.text))
         self.timings = timings.render([self.result])
+        await self.prepare(turns)
         return self.body()
+
+    async def prepare(self, turns: Turns) -> None:  # noqa: B027  not every dialect has log probabilities
+        """Render what is large in the body."""
 
     # ---------------- the stream
     def start(self) -> bytes:
@@ -95,13 +106,18 @@ class ItemAnswer(ABC):
     def _enter(self, item: Item, out: list[Event]) -> None:
         """Close the former item and open this one, unless it is open already."""
         if item is not self._open:
-            out += self.closed(self._open) if self._open else []
-            out += self.opened(item)
+            if self._streams:
+                out += self.closed(self._open) if self._open else []
+                out += self.opened(item)
             self._open = item
 
     def _add_text(self, item: Item, text: str, out: list[Event]) -> None:
         logprobs, self._logprobs = self._logprobs, []
-        out.append(self.grown(item, text, logprobs if item.kind == "text" else ()))
+        kept = logprobs if item.kind == "text" else []
+        if self._streams:
+            out.append(self.grown(item, text, kept))
+        else:
+            self.logprobs_of[item.index].extend(kept)
 
     def end(self, timings: Timings) -> bytes:
         self.timings = timings.render([self.result])
@@ -109,4 +125,10 @@ class ItemAnswer(ABC):
 
     def render(self, events: Sequence[Event]) -> bytes:
         """The bytes of events, each with its type as its name."""
-        return b"".join([sse({"type": kind, **fields}, kind) for kind, fields in events])
+        return b"".join([_event(kind, {"type": kind, **fields}) for kind, fields in events])
+
+
+def _event(kind: str, fields: Fields) -> bytes:
+    if not holds_rendered(fields):
+        return sse(fields, kind)
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), b"".join(json_pieces(fields)))

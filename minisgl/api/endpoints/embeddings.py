@@ -11,6 +11,7 @@ import numpy as np
 
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.generation import complete
+from minisgl.api.rendering import Rendered, Turns, json_pieces
 from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, integer, string
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
@@ -91,8 +92,11 @@ async def embed(engine: Engine, request: EmbeddingRequest) -> dict[str, Any]:
     """The answer.  Raises RequestError.  Cancelling the caller cancels the prompts that are not computed yet."""
     chunks, _ = await complete(engine, request.prompts, _ONE_TOKEN, request.options)
     tokens = sum(chunk.prompt_tokens for chunk in chunks)
-    data = [{"object": "embedding", "index": i, "embedding": _render(request, c.vector)} for i, c in enumerate(chunks)]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    usage, turns, data = {"prompt_tokens": tokens, "total_tokens": tokens}, Turns(), []
+    for i, chunk in enumerate(chunks):
+        one = {"object": "embedding", "index": i, "embedding": _render(request, chunk.vector)}
+        data.append(Rendered(json_pieces(one)) if len(chunks) > 1 else one)
+        await turns.spend(50 + request.dimensions // 2)
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
 

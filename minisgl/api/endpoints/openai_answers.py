@@ -15,6 +15,7 @@ from typing import Any
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Result, Timings
 from minisgl.api.parsers.reply import Reply, delta
+from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
 from minisgl.api.sse import sse
 from minisgl.config import Config
@@ -107,20 +108,27 @@ class OpenAIAnswer:
         self._set_end(self._no_usage)
 
     # ---------------- the answer in one piece
-    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> dict[str, Any]:
-        for result, chunk in zip(self._results, chunks, strict=True):
+    async def complete(self, chunks: list[Chunk], timings: Timings) -> dict[str, Any]:
+        turns, choices = Turns(), []
+        for i, (result, chunk) in enumerate(zip(self._results, chunks, strict=True)):
             result.add(chunk)
-        choices = [self._choice(i, chunk) for i, chunk in enumerate(chunks)]
+            choices.append(await self._choice(i, chunk, turns))
+            if len(chunks) > 1:  # nothing of a former choice is kept but its bytes
+                chunks[i] = chunk._replace(logprobs=())
+                choices[-1] = Rendered(json_pieces(choices[-1]))
+                await turns.spend(20 + len(chunk.text) // 256)
         return {**self._fields, "choices": choices, **self._cached(), **self._counts(timings)}
 
-    def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    async def _choice(self, index: int, chunk: Chunk, turns: Turns) -> Any:
         reason, logprobs = chunk.finish.reason, None
         if self.request.params.logprobs is not None:
-            logprobs = self._render_logprobs(chunk.logprobs)
+            logprobs = await by_tokens(chunk.logprobs, self._render_logprobs, turns)
         body: dict[str, Any] = {"text": chunk.text}
         if self._replies:
             reply = self._replies[index]
-            reply.feed(chunk.text, chunk.finish, thinking=chunk.thinking)
+            for part in parts_of(chunk):
+                reply.feed(part.text, part.finish, thinking=chunk.thinking)
+                await turns.spend(len(part.text))
             body, reason = {"message": reply.message()}, reply.reason(chunk.finish)
         elif self._chat:
             body = {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}

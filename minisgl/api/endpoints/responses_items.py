@@ -5,15 +5,18 @@ Runs in the api process.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.endpoints.openai_answers import chat_logprobs
 from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.engine import TokenLogprob
 from minisgl.api.parsers.reply import Item
+from minisgl.api.rendering import Rendered, Turns, by_tokens
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
@@ -35,7 +38,7 @@ class Response(ItemAnswer):
         self._echoed = request.echoed
         self._created = int(time.time())
         self._number = 0  # of the next event
-        self._logprobs_of: defaultdict[int, list[TokenLogprob]] = defaultdict(list)  # by the index of the item
+        self._rendered: defaultdict[int, Rendered] = defaultdict(lambda: Rendered([]))  # log probabilities, by item
 
     # ---------------- the body
     @property
@@ -100,8 +103,17 @@ class Response(ItemAnswer):
         text = item.text if done else ""
         if item.kind == "thought":
             return {"type": "reasoning_text", "text": text}
-        logprobs = _logprobs(self._logprobs_of[item.index] if done else ())
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs_of(item) if done else []}
+
+    def _logprobs_of(self, item: Item) -> Any:
+        pieces = self._rendered[item.index].pieces
+        return Rendered([b"[", *pieces, b"]"]) if pieces else []
+
+    async def prepare(self, turns: Turns) -> None:
+        for index, tokens in self.logprobs_of.items():
+            if tokens:
+                content = (await by_tokens(tokens, chat_logprobs, turns))["content"]
+                self._rendered[index] = Rendered(content.pieces[1:-1])
 
     # ---------------- the events
     def start(self) -> bytes:
@@ -115,8 +127,12 @@ class Response(ItemAnswer):
         return [added, ("response.content_part.added", {**_place(item), "part": self._part(item, done=False)})]
 
     def grown(self, item: Item, text: str, logprobs: Sequence[TokenLogprob]) -> Event:
-        self._logprobs_of[item.index].extend(logprobs)
-        extra = {"logprobs": _logprobs(logprobs)} if item.kind == "text" else {}
+        extra: Fields = {"logprobs": []} if item.kind == "text" else {}
+        if logprobs:
+            piece = json.dumps(chat_logprobs(logprobs)["content"])[1:-1].encode()
+            pieces = self._rendered[item.index].pieces
+            pieces += [b", ", piece] if pieces else [piece]
+            extra["logprobs"] = Rendered([b"[", piece, b"]"])
         return f"{_KINDS[item.kind][2]}.delta", {**_place(item), "delta": text, **extra}
 
     def closed(self, item: Item) -> list[Event]:
@@ -124,7 +140,7 @@ class Response(ItemAnswer):
         if item.kind == "call":
             done = {"name": self._name(item)["name"], "arguments": item.text}
         elif item.kind == "text":
-            done["logprobs"] = _logprobs(self._logprobs_of[item.index])
+            done["logprobs"] = self._logprobs_of(item)
         out = [(f"{_KINDS[item.kind][2]}.done", {**_place(item), **done})]
         if item.kind != "call":
             out.append(("response.content_part.done", {**_place(item), "part": self._part(item, done=True)}))
@@ -146,8 +162,3 @@ class Response(ItemAnswer):
 def _place(item: Item) -> Fields:
     place: Fields = {"item_id": f"{_KINDS[item.kind][0]}_{item.id}", "output_index": item.index}
     return place if item.kind == "call" else {**place, "content_index": 0}
-
-
-def _logprobs(tokens: Sequence[TokenLogprob]) -> list[Fields]:
-    logprobs: list[Fields] = chat_logprobs(tokens)["content"]
-    return logprobs

@@ -16,6 +16,7 @@ from minisgl.errors import InvalidParam
 from minisgl.sampling_params import MAX_LOGPROBS
 
 GENERATE_TOKENS = 128  # max_new_tokens where a request does not say
+MAX_REPEATED = 4000  # log probabilities in one event of a stream whose events have all of the answer so far
 
 
 def _check_prompt(name: str, value: Any) -> Any:
@@ -79,19 +80,27 @@ def parse_generate(config: Config, body: Mapping[str, Any]) -> NativeRequest:
     params, unknown_params = SAMPLING_PARAMS.read(inner)
     top, scored = _logprobs(values)
     bound = constraint(params)
+    sampled = sampling.params(params, GENERATE_TOKENS, config, logprobs=top, echo=scored, grammar=bound.grammar)
+    stream, incremental = values.get("stream", False), values.get("incremental", False)
+    entries = (sampled.max_tokens or config.max_context) * (1 + (top or 0))
+    if stream and not incremental and top is not None and entries > MAX_REPEATED:
+        text = (
+            f"every event of this stream would repeat up to {entries} log probabilities, of {MAX_REPEATED} that are allowed; "
+        )
+        raise InvalidParam("incremental", text + "use incremental: true, or fewer tokens or alternatives.")
     return NativeRequest(
         model=model,
         prompts=text_prompts(name, given, add_special=True),
         n=1,
-        params=sampling.params(params, GENERATE_TOKENS, config, logprobs=top, echo=scored, grammar=bound.grammar),
+        params=sampled,
         options=sampling.options(values),
-        stream=values.get("stream", False),
+        stream=stream,
         usage=Usage(),
         bound_by=bound.field,
         relaxed=bound.relaxed,
         ignored=unknown + tuple(f"sampling_params.{name}" for name in unknown_params),
         several=isinstance(given, list) and not (name == "input_ids" and given and isinstance(given[0], int)),
-        incremental=values.get("incremental", False),
+        incremental=incremental,
         top=top,
         scored=scored,
         rid=values.get("rid") or uuid.uuid4().hex,

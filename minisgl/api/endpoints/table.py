@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
 
 from minisgl.api.endpoints import anthropic, embeddings, responses, sglang, tokenize
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.openai_answers import OpenAIAnswer
 from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
-from minisgl.api.engine import Chunk, Engine
+from minisgl.api.engine import Chunk, Engine, TokenPrompt
 from minisgl.api.generation import Events, StreamedAnswer, Timings
 from minisgl.api.requests import generate
 from minisgl.api.requests.fields import Fields
 from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest, parse_chat, parse_completion
 from minisgl.api.requests.unknown_fields import check_unknown
 from minisgl.config import Config
-from minisgl.errors import InvalidParam
+from minisgl.errors import InvalidParam, context_overflow
 
 
 class Checked(Protocol):
@@ -43,11 +45,15 @@ class Answer(Events, Protocol):
     @property
     def request(self) -> GenerationRequest: ...
 
-    def complete(self, chunks: Sequence[Chunk], timings: Timings) -> Any:
-        """The body of the answer, from one chunk for each choice."""
+    async def complete(self, chunks: list[Chunk], timings: Timings) -> Any:
+        """The body of the answer, from one chunk for each choice.
+
+        It is rendered a little at a time (see rendering.py): what is large in it is `Rendered`.
+        """
 
 
 R = TypeVar("R", bound=Checked)
+_MAX_IGNORED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +68,15 @@ class Endpoint(Generic[R]):
 
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
-        request = self.parse(engine.config, body)
-        check_unknown(engine.config, self.fields, request.ignored)
+        return await self.answer(engine, self.checked(engine.config, body))
+
+    def checked(self, config: Config, body: Mapping[str, Any]) -> R:
+        """The request of such a body.  Raises RequestError."""
+        request = self.parse(config, body)
+        check_unknown(config, self.fields, request.ignored)
         if request.stream:
             raise InvalidParam("stream", "stream must be false here: the answer is sent in one piece.", "unsupported_value")
-        return await self.answer(engine, request)
+        return request
 
 
 def _generating(
@@ -76,7 +86,7 @@ def _generating(
 
     async def answer(engine: Engine, request: R) -> Any:
         answer = make(engine.config, request)
-        return answer.complete(*await generate.generate(engine, answer.request))
+        return await generate.generate(engine, answer.request, answer.complete)
 
     async def stream(engine: Engine, request: R) -> StreamedAnswer:
         answer = make(engine.config, request)
@@ -106,3 +116,20 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     "/detokenize": Endpoint("Token ids to text.", tokenize.DETOKENIZE, tokenize.parse_detokenize, tokenize.detokenize),
 }
 BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # for batches and the batch socket
+
+
+def compact(config: Config, request: Any) -> Any:
+    """A checked request in the form that is cheap to send to another process.
+
+    Token ids become arrays; of the names of unknown fields the first are enough.  Raises InvalidParam for more tokens than the
+    context has.
+    """
+    prompts = []
+    for prompt in getattr(request, "prompts", ()):
+        if isinstance(prompt, TokenPrompt):
+            if (n := len(prompt.ids)) > config.max_context:
+                raise context_overflow("prompt", config.max_context, n, f"{n} in the prompt, 0 in the completion")
+            prompt = TokenPrompt(np.array(prompt.ids, np.int32))  # noqa: PLW2901
+        prompts.append(prompt)
+    changed: dict[str, Any] = {"prompts": tuple(prompts)} if prompts else {}
+    return replace(request, ignored=request.ignored[:_MAX_IGNORED], **changed)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from minisgl.api.engine import ChatPrompt, Engine, Prompt, TextPrompt, TokenPrompt
+from minisgl.api.rendering import SLICE, Turns, rendered_list, rendered_numbers
 from minisgl.api.requests import tools
 from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
 from minisgl.api.requests.fields import Field, Fields, array, boolean, required, wrong_type
+from minisgl.api.requests.generate import ask
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MAX_PROMPTS, MODEL, TEXT_OR_TEXTS, served_model
 from minisgl.api.requests.sampling import check_token_ids
+from minisgl.api.tokenizer_pool import CHARS_PER_TOKEN
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError
+from minisgl.errors import InvalidParam
 
 T = TypeVar("T")
+MAX_TIMES_CONTEXT = 4  # the texts of one request together, in contexts
 
 
 def _check_texts(name: str, value: Any) -> Any:
@@ -40,7 +43,7 @@ TOKENIZE = Fields(
 )
 DETOKENIZE = Fields(
     MODEL,
-    required(array("tokens", "Token ids.", {"type": "integer"}, "an array of token ids", check_token_ids)),
+    required(array("tokens", "Token ids.", {"type": "integer"}, "an array of token ids")),
     boolean("skip_special_tokens", "Special tokens have no text."),
     *HARMLESS,
 )
@@ -74,8 +77,13 @@ def parse_tokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[
 async def tokenize(engine: Engine, request: TokenizerRequest[Prompts]) -> dict[str, Any]:
     """The answer to POST /tokenize.  Raises RequestError."""
     prompts, several = request.value
+    limit = MAX_TIMES_CONTEXT * CHARS_PER_TOKEN * engine.config.max_context
+    if (chars := sum(len(p.text if isinstance(p, TextPrompt) else p.payload) for p in prompts)) > limit:
+        raise InvalidParam("prompt", f"prompt holds {chars} characters in all; one request may have {limit}.")
     lists = [await ids_of(engine, prompt) for prompt in prompts]
-    tokens = lists if several else lists[0]
+    turns = Turns()
+    written = [await rendered_numbers(ids, turns) if len(ids) > SLICE else ids for ids in lists]
+    tokens = await rendered_list(written, turns, 20) if several else written[0]
     return {"tokens": tokens, "count": sum(map(len, lists)), "max_model_len": engine.config.max_context}
 
 
@@ -83,30 +91,20 @@ def parse_detokenize(config: Config, body: Mapping[str, Any]) -> TokenizerReques
     """Check a body.  Special tokens have a text unless `skip_special_tokens` is true.  Raises RequestError."""
     values, unknown = DETOKENIZE.read(body)
     served_model(config, values)
-    return TokenizerRequest((values["tokens"], values.get("skip_special_tokens", False)), unknown)
+    limit = config.max_context
+    if (n := len(values["tokens"])) > limit:
+        raise InvalidParam("tokens", f"tokens holds {n} ids; one request may have {limit}.")
+    return TokenizerRequest((check_token_ids("tokens", values["tokens"]), values.get("skip_special_tokens", False)), unknown)
 
 
 async def detokenize(engine: Engine, request: TokenizerRequest[tuple[tuple[int, ...], bool]]) -> dict[str, Any]:
     """The answer to POST /detokenize.  Raises RequestError."""
     ids, skip_special = request.value
-    return {"prompt": await _ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
+    return {"prompt": await ask(engine, lambda on_text: engine.detokenize(ids, skip_special, on_text))}
 
 
 async def ids_of(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     """The token ids of a prompt.  Raises RequestError."""
     if isinstance(prompt, TokenPrompt):
-        return prompt.ids
-    return await _ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))
-
-
-async def _ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
-    """One answer of the tokenizer process.  Raises RequestError."""
-    future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
-    uid = start(lambda answer: None if future.done() else future.set_result(answer))
-    try:
-        answer = await future
-    finally:
-        engine.close(uid)
-    if isinstance(answer, RequestError):
-        raise answer
-    return answer
+        return tuple(prompt.ids)
+    return await ask(engine, lambda on_ids: engine.tokenize(prompt, on_ids))

@@ -22,10 +22,11 @@ from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
 from minisgl.api.http.auth import authenticate, key_of
 from minisgl.api.http.batch_routes import FileRoutes
-from minisgl.api.http.body import json_handler, read_json, stream, timing_header
+from minisgl.api.http.body import json_handler, read_checked, respond, stream, timing_header
 from minisgl.api.http.errors import errors, for_anthropic, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
+from minisgl.api.reader import Reader
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
 from minisgl.errors import model_loading
@@ -52,7 +53,9 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     if store is not None:
         app[BATCHES] = Batches(store, metered)
         app.cleanup_ctx.append(_run_batches)
-    _Routes(metered, batch_socket).add_to(app.router)
+    routes = _Routes(metered, batch_socket)
+    routes.add_to(app.router)
+    app.on_cleanup.append(routes.close)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 
@@ -100,6 +103,10 @@ class _Routes:
         self._config = engine.config
         self._callers = Callers(engine)
         self._batch_socket = batch_socket
+        self._reader = Reader()
+
+    async def close(self, _: web.Application) -> None:
+        self._reader.close()
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         config = self._config
@@ -123,14 +130,14 @@ class _Routes:
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path.rstrip("/")]
-        parsed = endpoint.parse(self._config, await read_json(request, self._config.server.max_body_bytes))
+        parsed = await read_checked(request, self._config, self._reader)
         headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
         engine = self._callers.call(key_of(request) if self._config.server.api_keys else request.remote or "")
         if parsed.stream and endpoint.stream is not None:
             return await stream(request, await endpoint.stream(engine, parsed), headers)
         answer = await endpoint.answer(engine, parsed)
-        return web.json_response(answer, headers={**headers, **timing_header(answer)})
+        return await respond(request, answer, {**headers, **timing_header(answer)})
 
     async def no_response(self, request: web.Request) -> web.Response:
         raise responses.not_stored(request.match_info["response_id"])

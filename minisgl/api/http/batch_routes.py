@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,22 @@ from minisgl.errors import InvalidParam, RequestError
 
 MAX_FILE_BYTES = 200 << 20
 MAX_PAGE = 10_000
-_IDLE_SECONDS = 30.0  # limit between two pieces of an upload
+MAX_FIELDS, MAX_FIELD_BYTES = 16, 4096  # of the form of an upload, and of its fields beside the file
+IDLE_SECONDS, UPLOAD_SECONDS = 30.0, 1800.0  # limits between two pieces of an upload, and for all of it
+
+
+def _check_metadata(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """As OpenAI has it: the object is kept for as long as the batch."""
+    if len(value) > 16 or any(not isinstance(v, str) or len(v) > 512 or len(k) > 64 for k, v in value.items()):
+        raise InvalidParam(name, f"{name} may have at most 16 keys of 64 characters, with strings of 512 characters.")
+    return value
+
+
 BATCH = Fields(
     required(string("input_file_id", "An uploaded file of requests, one a line.")),
     required(string("endpoint", "The path that all requests of the file are for.", *BATCHED)),
     required(string("completion_window", "24h; a batch never expires here.", "24h")),
-    json_object("metadata", "Comes back with the batch."),
+    json_object("metadata", "Comes back with the batch: at most 16 strings.", _check_metadata),
     *without(HARMLESS, "metadata"),
 )
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
@@ -40,14 +53,14 @@ class FileRoutes:
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/files", self.upload)
-        router.add_get("/v1/files", json_handler(self.list_files))
+        router.add_get("/v1/files", self.list_files)
         router.add_get("/v1/files/{file_id}", json_handler(self._file))
         router.add_get("/v1/files/{file_id}/content", self.content)
         router.add_delete("/v1/files/{file_id}", self.delete)
         router.add_post("/v1/batches", self.create)
-        router.add_get("/v1/batches", json_handler(lambda r: _page(r, self._batches.all())))
+        router.add_get("/v1/batches", self.list_batches)
         router.add_get("/v1/batches/{batch_id}", json_handler(lambda r: self._batches.get(r.match_info["batch_id"])))
-        router.add_post("/v1/batches/{batch_id}/cancel", json_handler(lambda r: self._batches.cancel(r.match_info["batch_id"])))
+        router.add_post("/v1/batches/{batch_id}/cancel", json_handler(self.cancel))
 
     @property
     def _store(self) -> Store:
@@ -63,14 +76,24 @@ class FileRoutes:
     # ---------------- files
     async def upload(self, request: web.Request) -> web.Response:
         part = self._store.new_part()
+        taken: list[int] = []  # bytes counted for the part
+        adopted = False
         try:
-            filename, purpose = await self._receive(request, part)
-            return web.json_response(await asyncio.to_thread(self._store.adopt, part, filename, purpose))
+            with _disk():
+                filename, purpose = await asyncio.wait_for(self._receive(request, part, taken), UPLOAD_SECONDS)
+                value = await asyncio.to_thread(self._store.adopt, part, filename, purpose)
+            adopted = True
+            return web.json_response(value)
+        except asyncio.TimeoutError:
+            text = f"The file did not arrive: at most {IDLE_SECONDS:g} s between two pieces, {UPLOAD_SECONDS:g} s in all."
+            raise RequestError(text, status=408, code="request_timeout") from None
         finally:
+            if not adopted:
+                self._store.give(sum(taken))
             part.unlink(missing_ok=True)
 
-    async def _receive(self, request: web.Request, part: Path) -> tuple[str, str]:
-        """Write the form's file to `part`; returns (filename, purpose).  Raises RequestError."""
+    async def _receive(self, request: web.Request, part: Path, taken: list[int]) -> tuple[str, str]:
+        """Write the form's file to `part`; returns (filename, purpose).  Raises RequestError, or TimeoutError."""
         if not request.content_type.startswith("multipart/"):
             raise RequestError("A file is sent as multipart/form-data.", code="unsupported_content_type")
         check_encoding(request)
@@ -79,36 +102,47 @@ class FileRoutes:
         filename, purpose = None, None
         try:
             reader = await request.multipart()
-            while (field := await asyncio.wait_for(reader.next(), _IDLE_SECONDS)) is not None:
+            for _ in range(MAX_FIELDS):
+                if (field := await asyncio.wait_for(reader.next(), IDLE_SECONDS)) is None:
+                    break
                 if not isinstance(field, BodyPartReader):
                     raise InvalidParam("file", "the form must not hold another form.")
                 if field.name == "file":
                     filename = (field.filename or "upload")[:256]
-                    await self._copy(field, part)
-                elif field.name == "purpose":
-                    purpose = (await field.read_chunk(256)).decode("utf-8", "replace")
+                    await self._copy(field, part, taken)
+                else:
+                    text = await _short(field)
+                    purpose = text if field.name == "purpose" else purpose
+            else:
+                raise RequestError(f"The form has more than {MAX_FIELDS} fields.", code="invalid_form")
         except (ValueError, AssertionError, HttpProcessingError):
             raise RequestError("The form could not be read as multipart/form-data.", code="invalid_form") from None
-        except asyncio.TimeoutError:
-            raise RequestError("The file did not arrive.", status=408, code="request_timeout") from None
         if filename is None:
             raise InvalidParam("file", "file is required.", "missing_required_parameter")
         if purpose not in PURPOSES:
             raise InvalidParam("purpose", f"purpose must be one of {', '.join(PURPOSES)}.")
         return filename, purpose
 
-    async def _copy(self, field: BodyPartReader, part: Path) -> None:
+    async def _copy(self, field: BodyPartReader, part: Path, taken: list[int]) -> None:
         size = 0
+        self._store.give(sum(taken))  # of an earlier field of the same name
+        taken.clear()
         with open(part, "wb") as f:  # noqa: ASYNC230  to the page cache, in pieces of 64 KiB
-            while chunk := await asyncio.wait_for(field.read_chunk(1 << 16), _IDLE_SECONDS):
+            while chunk := await asyncio.wait_for(field.read_chunk(1 << 16), IDLE_SECONDS):
                 size += len(chunk)
                 if size > MAX_FILE_BYTES:
                     raise body_too_large(MAX_FILE_BYTES)
+                self._store.take(len(chunk))
+                taken.append(len(chunk))
                 f.write(chunk)
 
-    def list_files(self, request: web.Request) -> dict[str, Any]:
-        purpose = request.query.get("purpose")
-        return _page(request, [f for f in self._store.all("files") if purpose in (None, f["purpose"])])
+    async def list_files(self, request: web.Request) -> web.Response:
+        store = self._store
+        return await _page(request, store.names("files", request.query.get("purpose")), lambda n: store.load("files", n, "id"))
+
+    async def list_batches(self, request: web.Request) -> web.Response:
+        batches = self._batches
+        return await _page(request, batches.store.names("batches"), batches.get)
 
     async def content(self, request: web.Request) -> web.FileResponse:
         path = self._store.content(self._file(request)["id"])
@@ -118,7 +152,8 @@ class FileRoutes:
         name = self._file(request)["id"]
         if self._batches.uses(name):
             raise RequestError(f"File {name} is the input of a batch that runs.", status=409, param="file_id", code="in_use")
-        self._store.delete(name)
+        with _disk():
+            self._store.delete(name)
         return web.json_response({"id": name, "object": "file", "deleted": True})
 
     def _file(self, request: web.Request) -> dict[str, Any]:
@@ -134,25 +169,59 @@ class FileRoutes:
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
         headers = ignored_header(self._config, BATCH, unknown)
         batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
-        self._batches.create(batch)
+        with _disk():
+            self._batches.create(batch)
         return web.json_response(batch, headers=headers)
 
+    def cancel(self, request: web.Request) -> dict[str, Any]:
+        with _disk():
+            return self._batches.cancel(request.match_info["batch_id"])
 
-def _page(request: web.Request, values: list[dict[str, Any]]) -> dict[str, Any]:
-    """One page of a list, newest first: at most `limit` values after the one with the id `after`."""
+
+async def _short(field: BodyPartReader) -> str:
+    """The value of a field that is not the file.  Raises RequestError, or TimeoutError."""
+    value = b""
+    while chunk := await asyncio.wait_for(field.read_chunk(1 << 10), IDLE_SECONDS):
+        value += chunk
+        if len(value) > MAX_FIELD_BYTES:
+            raise RequestError(f"A field of the form is longer than {MAX_FIELD_BYTES} bytes.", code="invalid_form")
+    return value.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """What is done inside may fail because the disk is full.  Raises RequestError (507)."""
+    try:
+        yield
+    except asyncio.TimeoutError:
+        raise
+    except OSError as e:
+        text = f"The server's disk cannot be written to ({e.strerror}); try again later."
+        raise RequestError(text, status=507, code="disk_full", retry_after=30) from e
+
+
+async def _page(request: web.Request, names: list[str], load: Callable[[str], dict[str, Any]]) -> web.Response:
+    """One page of a list, newest first: at most `limit` objects after the one with the id `after`.
+
+    `names`: the ids of all.  Only the objects of the page are read, in a thread.
+    """
     limit = request.query.get("limit", "100")
     if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:6]) <= MAX_PAGE:
         raise InvalidParam("limit", f"limit must be between 1 and {MAX_PAGE}.")
-    ids = [v["id"] for v in values]
     if (after := request.query.get("after")) is not None:
-        if after not in ids:
+        if after not in names:
             raise InvalidParam("after", "after must be the id of an object of the list.")
-        values = values[ids.index(after) + 1 :]
-    page = values[: int(limit)]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(values) > len(page),
-    }
+        names = names[names.index(after) + 1 :]
+    chosen = names[: int(limit)]
+    first, last = (chosen[0], chosen[-1]) if chosen else (None, None)
+
+    def render() -> bytes:
+        """In a thread, which gives way to the event loop between two objects."""
+        objects = []
+        for name in chosen:
+            with contextlib.suppress(RequestError):  # deleted meanwhile
+                objects.append(json.dumps(load(name)).encode())
+        end = json.dumps({"first_id": first, "last_id": last, "has_more": len(names) > len(chosen)}).encode()
+        return b'{"object": "list", "data": [' + b", ".join(objects) + b"], " + end[1:]
+
+    return web.Response(body=await asyncio.to_thread(render), content_type="application/json")

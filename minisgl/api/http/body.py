@@ -10,17 +10,21 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
+from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.stream_writer import StreamWriter
+from minisgl.api.reader import SMALL, Reader
+from minisgl.api.rendering import holds_rendered, joined, json_pieces
 from minisgl.api.requests.fields import parse_json
+from minisgl.config import Config
 from minisgl.errors import RequestError
 
 _BODY_SECONDS = 30.0  # limit for the arrival of a body
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
-    """The JSON object of a body.  Raises RequestError if it is not plain JSON, larger than `limit` bytes, or too slow."""
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """The bytes of a JSON body.  Raises RequestError if it is something else, larger than `limit` bytes, or too slow."""
     if request.content_type != "application/json":
         raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
     check_encoding(request)
@@ -28,13 +32,54 @@ async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
         raise body_too_large(limit)
     try:
         if request.content.is_eof():  # it arrived with the headers
-            return parse_json(await request.read())
-        return parse_json(await asyncio.wait_for(request.read(), _BODY_SECONDS))
+            return await request.read()
+        return await asyncio.wait_for(request.read(), _BODY_SECONDS)
     except asyncio.TimeoutError:
         text = f"The request body did not arrive within {_BODY_SECONDS:.0f} seconds."
         raise RequestError(text, status=408, code="request_timeout") from None
     except web.HTTPRequestEntityTooLarge:
         raise body_too_large(limit) from None
+
+
+async def read_json(request: web.Request, limit: int) -> dict[str, Any]:
+    """The JSON object of a small body.  Raises RequestError as `read_body` does, and if it is not plain JSON."""
+    return parse_json(await read_body(request, min(limit, SMALL)))
+
+
+async def read_checked(request: web.Request, config: Config, reader: Reader) -> Any:
+    """The checked request of one of the ENDPOINTS.  A large body waits for room, and is read in another process."""
+    limit, path = config.server.max_body_bytes, request.path.rstrip("/")
+    size = request.content_length if request.content_length is not None else limit
+    if size <= SMALL:
+        return ENDPOINTS[path].parse(config, parse_json(await read_body(request, limit)))
+    if size > limit:
+        raise body_too_large(limit)
+    async with reader.room(size):
+        raw = await read_body(request, limit)
+        request._read_bytes = None  # aiohttp keeps what it has read
+        if len(raw) <= SMALL:
+            return ENDPOINTS[path].parse(config, parse_json(raw))
+        return await reader.run(checked, path, config, raw)
+
+
+def checked(path: str, config: Config, raw: bytes) -> Any:
+    """Check a body of one of the ENDPOINTS.  Runs in the reader process.  Raises RequestError."""
+    return compact(config, ENDPOINTS[path].parse(config, parse_json(raw)))
+
+
+async def respond(request: web.Request, answer: Any, headers: Mapping[str, str]) -> web.StreamResponse:
+    """Answer with a JSON value.  One that is rendered already is sent in pieces, as fast as the client reads them."""
+    if not holds_rendered(answer):
+        return web.json_response(answer, headers=headers)
+    pieces = json_pieces(answer)
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8", **headers})
+    response.content_length = sum(map(len, pieces))
+    with contextlib.suppress(ConnectionResetError):  # the client has left
+        await response.prepare(request)
+        for piece in joined(pieces):
+            await response.write(piece)
+        await response.write_eof()
+    return response
 
 
 def json_handler(make: Callable[[web.Request], Any]) -> Handler:

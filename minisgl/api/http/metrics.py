@@ -65,6 +65,8 @@ class Metered:
         self._engine = engine
         self.config: Config = engine.config
         self.tokenize, self.detokenize, self.flush_cache = engine.tokenize, engine.detokenize, engine.flush_cache
+        self.kept = engine.kept
+        self.check_grammar = engine.check_grammar
         self.metrics = Metrics()
         self._open: set[int] = set()
         self._registry = CollectorRegistry()

@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from minisgl import grammar
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, complete
+from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, answered
 from minisgl.api.requests.openai import GenerationRequest, check_model, served_names
 from minisgl.config import Config
-from minisgl.errors import InvalidParam
+from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import MAX_SEED, SamplingParams
 from minisgl.version import __version__
 
+T = TypeVar("T")
+MAX_ENTRIES = 400_000  # tokens of all answers to a request, each with its log probability and those of its alternatives
 _STARTED = int(time.time())  # reported as the creation time of the models
 
 
-async def generate(engine: Engine, request: GenerationRequest) -> tuple[list[Chunk], Timings]:
-    """The answers to all choices, one chunk for each.  Raises RequestError; cancelling the caller cancels the request."""
+async def generate(engine: Engine, request: GenerationRequest, render: Callable[[list[Chunk], Timings], Awaitable[T]]) -> T:
+    """The answers to all choices, one chunk for each, as `render` makes them.
+
+    Raises RequestError; cancelling the caller cancels the request.
+    """
     _check_size(engine, request)
-    await _check_grammar(request)
-    return await complete(engine, *_choices(request), request.options)
+    request = await _with_grammar(engine, request)
+    return await answered(engine, *_choices(request), request.options, render)
 
 
 async def begin(engine: Engine, request: GenerationRequest, events: Events) -> StreamedAnswer:
     """Begin a streamed answer.  Raises RequestError."""
     _check_size(engine, request)
-    await _check_grammar(request)
+    request = await _with_grammar(engine, request)
     return StreamedAnswer(Generation(engine, *_choices(request), request.options), events)
 
 
@@ -45,12 +50,42 @@ def _check_size(engine: Engine, request: GenerationRequest) -> None:
     if (choices := prompts * request.n) > limit:
         text = f"n times the prompts in prompt ({request.n} x {prompts}) asks for {choices} answers"
         raise InvalidParam("n", f"{text}; this server admits {limit} at a time (--max-choices): send several requests.")
+    _check_entries(request, choices)
 
 
-async def _check_grammar(request: GenerationRequest) -> None:
-    """Check the grammar in a thread, because a large one would block the event loop.  Raises InvalidParam."""
-    if request.params.grammar:
-        await asyncio.to_thread(grammar.check, request.params.grammar, request.bound_by)
+def _check_entries(request: GenerationRequest, choices: int) -> None:
+    """Refuse an answer that could only be kept and rendered at the cost of everybody else.  Raises InvalidParam."""
+    p = request.params
+    each = 1 if p.logprobs is None else 1 + p.logprobs
+    if p.max_tokens is None or (total := choices * p.max_tokens * each) <= MAX_ENTRIES:
+        return
+    names = "n, max_tokens and the number of log probabilities" if p.logprobs is not None else "n and max_tokens"
+    text = (
+        f"{names} ask for {total} tokens and alternatives in all ({choices} answers of {p.max_tokens} tokens"
+        f"{f' with {each} log probabilities each' if p.logprobs is not None else ''}); one request may have {MAX_ENTRIES}."
+    )
+    raise InvalidParam("n" if choices > 1 else "max_tokens", text)
+
+
+async def _with_grammar(engine: Engine, request: GenerationRequest) -> GenerationRequest:
+    """The request with its grammar as it is served, once it has been tried out.  Raises InvalidParam."""
+    if not (text := request.params.grammar):
+        return request
+    checked: str = await ask(engine, lambda on_grammar: engine.check_grammar(text, request.bound_by, on_grammar))
+    return request if checked == text else replace(request, params=replace(request.params, grammar=checked))
+
+
+async def ask(engine: Engine, start: Callable[[Callable[[T | RequestError], None]], int]) -> T:
+    """One answer of the engine to a question that is no generation; `start` asks it.  Raises RequestError."""
+    future: asyncio.Future[T | RequestError] = asyncio.get_running_loop().create_future()
+    uid = start(lambda answer: None if future.done() else future.set_result(answer))
+    try:
+        answer = await future
+    finally:
+        engine.close(uid)
+    if isinstance(answer, RequestError):
+        raise answer
+    return answer
 
 
 def _choices(request: GenerationRequest) -> tuple[list[Prompt], list[SamplingParams]]:

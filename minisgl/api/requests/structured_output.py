@@ -40,7 +40,7 @@ Make = Callable[[str, Any], Constraint]  # (where a source stands, the source) -
 
 
 def constraint(values: Mapping[str, Any]) -> Constraint:
-    """The constraint among the values of a body.  The grammar itself is checked later, off the event loop (grammar.check).
+    """The constraint among the values of a body.  The grammar itself is tried out later, in the checker process.
 
     Raises InvalidParam naming the field.
     """
@@ -55,6 +55,7 @@ def constraint(values: Mapping[str, Any]) -> Constraint:
 def _schema(at: str, value: Any, *, strict: bool = False, field: str = "") -> Constraint:
     """An object, or its JSON text.  `field`: the name of the field in which it stands, if that is another."""
     if isinstance(value, str):
+        grammar.check_size(at, len(value))
 
         def broken(fault: str) -> RequestError:
             return InvalidParam(at, f"{at} must be a JSON schema: {fault}.")
@@ -68,6 +69,7 @@ def _schema(at: str, value: Any, *, strict: bool = False, field: str = "") -> Co
 def _text(make: Callable[[str], str]) -> Make:
     def check(at: str, value: Any) -> Constraint:
         check_string(at, value)
+        grammar.check_size(at, len(value))
         try:
             return Constraint(make(value), at)
         except InvalidParam as e:
@@ -81,6 +83,7 @@ def _choice(at: str, value: Any) -> Constraint:
         raise wrong_type(at, "an array of strings", value)
     if len(value) > MAX_OPTIONS:
         raise InvalidParam(at, f"{at} may hold at most {MAX_OPTIONS} strings.")
+    grammar.check_size(at, sum(map(len, value)))
     return Constraint(grammar.choice(value), at)
 
 
@@ -128,7 +131,7 @@ _STRING: Schema = {"type": "string"}
 _JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
 _REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
 _CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
-_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.ebnf))
+_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.unread))
 _OUTPUTS: Mapping[str, Make] = {
     "json": _JSON.make,
     "regex": _REGEX.make,

@@ -143,6 +143,11 @@ class Runner:
         widths = self._state.logprobs[np.concatenate((batch.sample_slots[rows], batch.score_slots))]
         return score(logits[torch.from_numpy(chosen)], np.concatenate((tokens[rows], batch.targets)), widths)
 
+    @property
+    def grammars(self) -> Grammars:
+        """The grammars of its slots."""
+        return self._grammars
+
     def capture_ahead(self) -> bool:
         """There are no graphs to capture on a CPU."""
         return False

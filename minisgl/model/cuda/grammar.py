@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.model.common.grammar import Grammars
+from minisgl.model.common.grammar import Follower, Grammars
 from minisgl.model.kernels.uploads import upload
 from minisgl.plan import StepPlan
 
@@ -24,7 +24,7 @@ class _Drawn:
     """Tokens of a step that matchers have not read yet."""
 
     step: int
-    matchers: list[Any]
+    matchers: list[Follower]
     rows: npt.NDArray[np.int64]
     tokens: torch.Tensor  # i32 on the host, valid once `end` has passed
     end: torch.cuda.Event
@@ -41,7 +41,7 @@ class GrammarRows:
         self.has_grammar = self.masks = torch.zeros(0, dtype=torch.int32, device=device)
         self._unread: deque[_Drawn] = deque()
         self._step = 0
-        self._now: tuple[list[Any], npt.NDArray[np.int64]] | None = None  # rows with grammars of the step being launched
+        self._now: tuple[list[Follower], npt.NDArray[np.int64]] | None = None  # rows with grammars of the step being launched
         self.failed: npt.NDArray[np.int64] | None = None  # rows of that step whose grammar allows no token
 
     def begin(self, plan: StepPlan) -> None:

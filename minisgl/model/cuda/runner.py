@@ -190,7 +190,7 @@ class CudaRunner:
                 "another program use it? Start again, or set --kv-tokens."
             ) from e
         if self._config.model.eos_ids:
-            self._steps.grammar_rows.grammars.load_vocabulary()  # later, it would delay every request for a second or two
+            self.grammars.load_vocabulary()  # later, it would delay every request for a second or two
         b = self._backends
         self._say(f"GPU 0: {self._ledger.describe(num_pages)}; attention: {b.prefill} (prefill), {b.decode} (decode)")
 
@@ -256,6 +256,11 @@ class CudaRunner:
         if vectors is None:
             return None
         return torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True).copy_(vectors, non_blocking=True)
+
+    @property
+    def grammars(self) -> Grammars:
+        """The grammars of its slots."""
+        return self._steps.grammar_rows.grammars
 
     def capture_ahead(self) -> bool:
         """Capture one graph that is likely to be needed; called while there is nothing else to do, until it returns False.
