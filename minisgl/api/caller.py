@@ -40,7 +40,7 @@ class _Caller:
 
     def __init__(self, engine: Engine, client: int, call: int, batch: bool) -> None:
         self._engine, self._client, self._call, self._batch = engine, client, call, batch
-        self.config = engine.config
+        self.config, self.kept = engine.config, engine.kept
 
     @property
     def stats(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.runtime.shared_memory import Arenas
-from minisgl.actors.worker import WorkerActor
+from minisgl.actors.worker import GrammarsLike, WorkerActor
 from minisgl.config import Config
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.plan import DRAW, StepPlan, StepResult
@@ -38,6 +38,8 @@ class _Step:
 
 class FastRunner:
     """A RunnerLike.  `rate`: steps a second; 0: no limit."""
+
+    grammars: GrammarsLike | None = None
 
     def __init__(self, config: Config, rate: float) -> None:
         self._pages = -(-config.engine.kv_tokens // config.engine.page_size)
