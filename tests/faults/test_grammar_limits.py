@@ -76,7 +76,7 @@ FITTING = {
     "gbnf": grammar.unread(JSON_GBNF),
     "chain": grammar.unread(chain(300)),
     "either": grammar.either(grammar.unread('root ::= "a" [0-9]+'), grammar.regex("[a-z]{1,30}")),
-    "thought": grammar.after_thought(grammar.unread('root ::= "a" [0-9]+'), begun=False),
+    "thought": grammar.after_thought(grammar.unread('root ::= "a" [0-9]+'), "qwen3", begun=False),
 }
 
 
