@@ -154,9 +154,9 @@ def test_a_long_text_is_parsed_for_calls_in_parts(monkeypatch: pytest.MonkeyPatc
     )
     feed, meter = Reply.feed, Meter()
 
-    def counted(self: Reply, text: str, *, end: bool = False) -> Any:
+    def counted(self: Reply, text: str, *more: Any, **named: Any) -> Any:
         meter.note(len(text))
-        return feed(self, text, end=end)
+        return feed(self, text, *more, **named)
 
     monkeypatch.setattr(Reply, "feed", counted)
     answer = OpenAIAnswer(config, parse_chat(config, {"messages": USER, "tools": [tool]}))
@@ -292,7 +292,7 @@ def test_a_large_body_is_read_in_another_process_and_answered_alike(monkeypatch:
     async def scene(engine: FakeEngine, server: Server) -> None:
         status, headers, raw = await ask(server, CHAT, large(unheard=1))
         assert status == 200
-        assert headers["X-Ignored-Params"] == "unheard"
+        assert headers["X-Ignored-Params"] == "unheard,user"
         again = await ask(server, CHAT, {"messages": USER, "unheard": 1})
         assert loads(raw)["choices"] == loads(again[2])["choices"]
         for body, code in ((large(temperature=9), "temperature"), (large(n=0), "n")):
