@@ -302,7 +302,7 @@ MUTANTS: dict[str, tuple[type, str, Any, Callable[[], object]]] = {
         FairQueue,
         "serve",
         _no_time,
-        lambda: test_a_long_prompt_is_finished_although_short_ones_never_stop_coming(1),
+        lambda: test_virtual_time_is_that_of_a_server_that_works_on_all_at_once(),
     ),
 }
 
