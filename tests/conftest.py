@@ -33,7 +33,7 @@ VOCAB, EOS = 23, 0
 def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:
     """A spec without a model, for the fake runner."""
     return ModelSpec(
-        name="oracle",
+        name="tiny",
         path="",
         format="fake",
         architecture="Fake",

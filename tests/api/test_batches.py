@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from aiohttp import web
-from test_server import CHAT, OVERLOADED, TEXT, USER, FakeEngine, ask, check_error
+from test_server import CHAT, OVERLOADED, TEXT, USER, ScriptedEngine, ask, check_error
 
 from minisgl.api.batches import input as reading
 from minisgl.api.batches import worker as module
@@ -34,7 +34,7 @@ def request_line(custom_id: str, url: str = CHAT, **body: Any) -> bytes:
 class Stored:
     """A server with a data directory."""
 
-    def __init__(self, engine: FakeEngine, directory: Path) -> None:
+    def __init__(self, engine: ScriptedEngine, directory: Path) -> None:
         self.app = build_app(engine, store=Store(str(directory)))
         self._runner = web.AppRunner(self.app, **RUN_KWARGS)
 
@@ -69,12 +69,12 @@ class Stored:
             await asyncio.sleep(0)
 
 
-Scene = Callable[[FakeEngine, Stored], Awaitable[None]]
+Scene = Callable[[ScriptedEngine, Stored], Awaitable[None]]
 
 
-def serve(directory: Path, scene: Scene, engine: FakeEngine | None = None) -> None:
+def serve(directory: Path, scene: Scene, engine: ScriptedEngine | None = None) -> None:
     async def main() -> None:
-        used = engine or FakeEngine()
+        used = engine or ScriptedEngine()
         async with Stored(used, directory) as server:
             await scene(used, server)
         assert not used.live, "a request is left running"
@@ -97,7 +97,7 @@ def answers(raw: str) -> dict[str, Any]:
 def test_the_sdk_sends_a_batch_and_reads_its_answers_and_errors(tmp_path: Path) -> None:
     content = b"".join(request_line(f"q{i}", **({"temperature": 9} if i == 2 else {})) for i in range(5))
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             batch = await submit(sdk, content)
             assert (batch.status, batch.endpoint, batch.metadata) == ("validating", CHAT, {"a": "b"})
@@ -131,7 +131,7 @@ def test_the_sdk_sends_a_batch_and_reads_its_answers_and_errors(tmp_path: Path) 
 def test_other_endpoints_can_be_asked_too(tmp_path: Path) -> None:
     line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "hi"}}).encode()
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             batch = await submit(sdk, line, "/v1/responses")
             ended = await server.until(batch.id, *ENDED)
@@ -153,10 +153,10 @@ def test_a_batch_waits_while_the_server_is_full_and_lets_others_go_first(tmp_pat
         await sleep(0)
 
     monkeypatch.setattr(module.asyncio, "sleep", nap)
-    engine = FakeEngine()
+    engine = ScriptedEngine()
     engine.refuse = OVERLOADED
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             batch = await submit(sdk, request_line("a") + request_line("b", priority=3))
             ended = await server.until(batch.id, *ENDED)
@@ -171,7 +171,7 @@ def test_a_server_that_starts_again_goes_on_where_it_was(tmp_path: Path) -> None
     content = b"".join(request_line(f"q{i}") for i in range(module.WINDOW + 30))
     made: dict[str, str] = {}
 
-    async def first(engine: FakeEngine, server: Stored) -> None:
+    async def first(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             batch = await submit(sdk, content)
             made["id"] = batch.id
@@ -188,7 +188,7 @@ def test_a_server_that_starts_again_goes_on_where_it_was(tmp_path: Path) -> None
     stored = json.loads((tmp_path / "batches" / f"{made['id']}.json").read_text())
     assert stored["status"] == "in_progress"
 
-    async def second(engine: FakeEngine, server: Stored) -> None:
+    async def second(engine: ScriptedEngine, server: Stored) -> None:
         ended = await server.until(made["id"], *ENDED)
         total = module.WINDOW + 30
         assert ended["request_counts"] == {"total": total, "completed": total, "failed": 0}
@@ -231,7 +231,7 @@ def test_a_full_disk_pauses_a_batch_which_the_next_start_finishes(tmp_path: Path
             raise OSError(errno.ENOSPC, "No space left on device")
         append(log, value)
 
-    async def first(engine: FakeEngine, server: Stored) -> None:
+    async def first(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             made["id"] = (await submit(sdk, b"".join(request_line(f"q{i}") for i in range(20)))).id
             await server.until(made["id"], "in_progress")
@@ -250,7 +250,7 @@ def test_a_full_disk_pauses_a_batch_which_the_next_start_finishes(tmp_path: Path
     written = (tmp_path / "batches" / f"{made['id']}.output").read_bytes().count(b"\n")
     assert 0 < written < 20
 
-    async def second(engine: FakeEngine, server: Stored) -> None:
+    async def second(engine: ScriptedEngine, server: Stored) -> None:
         ended = await server.until(made["id"], *ENDED)
         assert (ended["status"], ended["request_counts"]) == ("completed", {"total": 20, "completed": 20, "failed": 0})
         assert len(engine.opened) == 20 - written
@@ -289,13 +289,13 @@ def test_a_crash_between_the_last_answer_and_the_end_is_finished_by_the_next_sta
     if dies_at:
         with monkeypatch.context() as m:
             m.setattr("minisgl.api.batches.store.os.replace", replace)
-            batches = Batches(store, FakeEngine())
+            batches = Batches(store, ScriptedEngine())
             batch["request_counts"]["completed"] = 2
             with pytest.raises(KeyboardInterrupt):
                 batches._finish(batch)
     store.close()
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         ended = await server.until(batch["id"], *ENDED)
         assert (ended["status"], ended["request_counts"]["completed"]) == ("completed", 2)
         assert not engine.opened
@@ -307,7 +307,7 @@ def test_a_crash_between_the_last_answer_and_the_end_is_finished_by_the_next_sta
 
 
 def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path) -> None:
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             engine.stall, engine.after = True, 9  # until the fifth request
             batch = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(6)))
@@ -342,7 +342,7 @@ def test_what_is_wrong_with_the_lines_of_a_file_is_told_line_by_line(tmp_path: P
         json.dumps({"custom_id": "d", "url": CHAT, "body": [1]}).encode() + b"\n",
     ]
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             ended = await server.until((await submit(sdk, b"".join(lines))).id, *ENDED)
             assert ended["status"] == "failed"
@@ -365,7 +365,7 @@ def test_what_is_wrong_with_the_lines_of_a_file_is_told_line_by_line(tmp_path: P
 def test_what_is_wrong_with_a_request_for_files_or_batches_is_said(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("minisgl.api.http.batch_routes.MAX_FILE_BYTES", 100)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             with pytest.raises(openai.BadRequestError, match="purpose"):
                 await sdk.files.create(file=b"x", purpose="nonsense")  # type: ignore[arg-type]
@@ -407,7 +407,7 @@ def test_what_is_wrong_with_a_request_for_files_or_batches_is_said(tmp_path: Pat
 
 
 def test_the_input_of_a_running_batch_is_not_deleted(tmp_path: Path) -> None:
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             engine.stall, engine.after = True, 1
             batch = await submit(sdk, request_line("a"))

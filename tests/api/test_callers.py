@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import World, fake_config
 from test_batches import Stored, request_line, submit
-from test_server import CHAT, COMPLETION, USER, FakeEngine, Server, ask, check_error, play
+from test_server import CHAT, COMPLETION, USER, ScriptedEngine, Server, ask, check_error, play
 
 from minisgl.api.caller import Callers
 from minisgl.api.engine import OnChunk, Prompt, TextPrompt, TokenPrompt
@@ -20,7 +20,7 @@ ALICE, BOB = "alice-has-a-long-key", "bob-has-a-longer-key"
 PARAMS = SamplingParams(max_tokens=1)
 
 
-class Listening(FakeEngine):
+class Listening(ScriptedEngine):
     """Keeps the options of its requests."""
 
     def __init__(self, **server: Any) -> None:

@@ -1,4 +1,4 @@
-"""Vectors of prompts: through scheduler, workers and the HTTP facade, against transformers and the oracle."""
+"""Vectors of prompts: through scheduler, workers and the HTTP facade, against transformers and the fake runner."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def cuda_model(worker: Any) -> Any:
 
 # ---------------- through the actors
 @pytest.mark.parametrize("seed", range(4))
-def test_every_interleaving_of_the_actors_gives_the_oracles_vectors(seed: int) -> None:
+def test_every_interleaving_of_the_actors_gives_the_fake_runners_vectors(seed: int) -> None:
     rng, world = random.Random(seed), World(seed, fake_config(tp=2, kv_tokens=96, lag=1 + seed % 3))
     got: dict[int, list[Any]] = {}
     want: dict[int, tuple[list[int], str]] = {}
@@ -280,13 +280,13 @@ def serve(scene: Any) -> VectorEngine:
 def test_the_sdk_gets_unit_vectors_in_both_encodings_and_of_fewer_dimensions() -> None:
     async def scene(engine: VectorEngine, http: Server) -> None:
         async with client(http) as sdk:
-            plain = await sdk.embeddings.create(model="oracle", input="a")  # base64 on the wire
-            floats = await sdk.embeddings.create(model="oracle", input=["a", "b"], encoding_format="float")
-            short = await sdk.embeddings.create(model="oracle", input=[[1, 2], [3]], dimensions=2)
-            raw = await sdk.embeddings.create(model="oracle", input=[5, 6], extra_body={"normalize": False, "pooling": "mean"})
+            plain = await sdk.embeddings.create(model="tiny", input="a")  # base64 on the wire
+            floats = await sdk.embeddings.create(model="tiny", input=["a", "b"], encoding_format="float")
+            short = await sdk.embeddings.create(model="tiny", input=[[1, 2], [3]], dimensions=2)
+            raw = await sdk.embeddings.create(model="tiny", input=[5, 6], extra_body={"normalize": False, "pooling": "mean"})
         unit = np.array([2, 3, 6]) / 7
         assert plain.data[0].embedding == pytest.approx(unit.tolist(), abs=1e-6)
-        assert (plain.usage.prompt_tokens, plain.usage.total_tokens, plain.model) == (4, 4, "oracle")
+        assert (plain.usage.prompt_tokens, plain.usage.total_tokens, plain.model) == (4, 4, "tiny")
         assert [(d.index, d.object) for d in floats.data] == [(0, "embedding"), (1, "embedding")]
         assert floats.data[1].embedding == pytest.approx(unit.tolist(), abs=1e-6)
         assert floats.usage.total_tokens == 8

@@ -20,7 +20,7 @@ from test_server import (
     OVERLOADED,
     TEXT,
     USER,
-    FakeEngine,
+    ScriptedEngine,
     Server,
     ask,
     check_error,
@@ -59,10 +59,10 @@ def typed(raw: bytes) -> list[tuple[str, dict[str, Any]]]:
 
 # ---------------- tokens
 def test_text_becomes_tokens_and_tokens_text_as_evaluation_harnesses_ask() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, _, raw = await ask(http, "/tokenize", {"prompt": "hi", "add_special_tokens": False})
         assert (status, json.loads(raw)) == (200, {"tokens": [104, 105], "count": 2, "max_model_len": 64})
-        _, _, raw = await ask(http, "/tokenize", {"prompt": ["a", "bc"], "model": "oracle", "colour": 1})
+        _, _, raw = await ask(http, "/tokenize", {"prompt": ["a", "bc"], "model": "tiny", "colour": 1})
         assert json.loads(raw)["tokens"] == [[97], [98, 99]]
         _, headers, raw = await ask(http, "/tokenize", {"messages": USER, "colour": 1})
         assert json.loads(raw)["count"] == len("a chat")
@@ -93,7 +93,7 @@ def test_text_becomes_tokens_and_tokens_text_as_evaluation_harnesses_ask() -> No
 
 # ---------------- /generate
 def test_generate_answers_in_the_native_shape_whole_and_streamed() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         sampling = {"max_new_tokens": 9, "temperature": 0, "sampling_seed": 3, "min_new_tokens": 1, "foo": 1}
         status, headers, raw = await ask(http, "/generate", {"text": "a", "sampling_params": sampling, "rid": "r1"})
         assert (status, headers["X-Ignored-Params"]) == (200, "sampling_params.foo")
@@ -129,7 +129,7 @@ def test_generate_answers_in_the_native_shape_whole_and_streamed() -> None:
 
 
 def test_generate_tells_the_log_probabilities_of_prompt_and_answer() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         asked = {"input_ids": [1], "return_logprob": True, "top_logprobs_num": 1}
         _, _, raw = await ask(http, "/generate", asked)
         meta = json.loads(raw)["meta_info"]
@@ -162,7 +162,7 @@ def test_generate_tells_the_log_probabilities_of_prompt_and_answer() -> None:
     ],
 )
 def test_what_is_wrong_with_a_native_request_is_said(body: dict[str, Any], param: str) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, headers, raw = await ask(http, "/generate", body)
         assert check_error(status, headers, raw)["param"] == param
 
@@ -174,17 +174,15 @@ RESPONSES = "/v1/responses"
 
 
 def test_the_sdk_reads_a_response() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             answer = await sdk.responses.create(
-                model="oracle", input="hi", instructions="be kind", max_output_tokens=9, temperature=0.5, metadata={"a": "b"}
+                model="tiny", input="hi", instructions="be kind", max_output_tokens=9, temperature=0.5, metadata={"a": "b"}
             )
             engine.finish = Finish.LENGTH
-            cut = await sdk.responses.create(
-                model="oracle", input="hi", include=["message.output_text.logprobs"], top_logprobs=1
-            )
+            cut = await sdk.responses.create(model="tiny", input="hi", include=["message.output_text.logprobs"], top_logprobs=1)
         assert answer.output_text == TEXT
-        assert (answer.status, answer.model, answer.temperature, answer.metadata) == ("completed", "oracle", 0.5, {"a": "b"})
+        assert (answer.status, answer.model, answer.temperature, answer.metadata) == ("completed", "tiny", 0.5, {"a": "b"})
         usage = answer.usage
         assert usage is not None
         assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (3, 4, 7)
@@ -213,7 +211,7 @@ def test_items_become_the_messages_of_a_chat() -> None:
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
     ]
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, headers, _ = await ask(http, RESPONSES, {"input": items, "store": True, "colour": 1, "reasoning": {}})
         assert (status, headers["X-Ignored-Params"]) == (200, "colour,store")
 
@@ -230,9 +228,9 @@ def test_items_become_the_messages_of_a_chat() -> None:
 
 
 def test_the_sdk_follows_the_events_of_a_response() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
-            async with sdk.responses.stream(model="oracle", input="hi") as stream:
+            async with sdk.responses.stream(model="tiny", input="hi") as stream:
                 seen = [e async for e in stream]
                 final = await stream.get_final_response()
             assert final.output_text == TEXT
@@ -256,7 +254,7 @@ def test_the_sdk_follows_the_events_of_a_response() -> None:
 
 
 def test_a_failing_stream_says_so_in_its_own_shape() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.error, engine.after = DIED, 1
         _, _, raw = await ask(http, RESPONSES, {"input": "hi", "stream": True})
         (kind, error), (last, failed) = typed(raw)[-2:]
@@ -298,7 +296,7 @@ def test_a_failing_stream_says_so_in_its_own_shape() -> None:
     ],
 )
 def test_what_is_wrong_with_a_response_request_is_said(body: dict[str, Any], param: str, code: str) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, headers, raw = await ask(http, RESPONSES, body)
         error = check_error(status, headers, raw)
         assert (error["param"], error["code"]) == (param, code)
@@ -307,7 +305,7 @@ def test_what_is_wrong_with_a_response_request_is_said(body: dict[str, Any], par
 
 
 def test_a_response_of_earlier_is_not_there_and_the_answer_says_why() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             with pytest.raises(openai.NotFoundError, match="keeps no responses") as caught:
                 await sdk.responses.retrieve("resp_1")
@@ -321,8 +319,8 @@ MESSAGES = "/v1/messages"
 
 
 def test_a_message_is_answered_in_anthropics_shape() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
-        body = {"model": "oracle", "max_tokens": 9, "messages": USER, "system": [{"type": "text", "text": "be kind"}]}
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
+        body = {"model": "tiny", "max_tokens": 9, "messages": USER, "system": [{"type": "text", "text": "be kind"}]}
         status, headers, raw = await ask(http, MESSAGES, {**body, "top_k": 5, "colour": 1, "metadata": {}})
         answer = json.loads(raw)
         assert (status, headers["X-Ignored-Params"]) == (200, "colour")
@@ -332,7 +330,7 @@ def test_a_message_is_answered_in_anthropics_shape() -> None:
         assert answer == {
             "type": "message",
             "role": "assistant",
-            "model": "oracle",
+            "model": "tiny",
             "content": [{"type": "text", "text": TEXT}],
             "stop_reason": "end_turn",
             "stop_sequence": None,
@@ -354,7 +352,7 @@ def test_a_message_is_answered_in_anthropics_shape() -> None:
         assert told[0][1]["message"]["usage"]["input_tokens"] == 1
         assert told[-2][1]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
         assert told[-2][1]["usage"]["output_tokens"] == 4
-        _, _, raw = await ask(http, f"{MESSAGES}/count_tokens", {"model": "oracle", "messages": USER})
+        _, _, raw = await ask(http, f"{MESSAGES}/count_tokens", {"model": "tiny", "messages": USER})
         assert json.loads(raw) == {"input_tokens": len("a chat")}
 
     engine = play(scene)
@@ -385,7 +383,7 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
         },
     ]
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, _, raw = await ask(http, MESSAGES, {"max_tokens": 9, "messages": messages})
         assert status == 200, raw
 
@@ -419,7 +417,7 @@ def test_blocks_become_the_messages_of_a_chat() -> None:
 def test_what_is_wrong_with_a_message_is_said_in_anthropics_shape(
     change: dict[str, Any], status: int, kind: str, word: str
 ) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         got, headers, raw = await ask(http, MESSAGES, {"max_tokens": 9, "messages": USER, **change})
         body = json.loads(raw)
         assert (got, body["type"], body["error"]["type"]) == (status, "error", kind)
@@ -430,7 +428,7 @@ def test_what_is_wrong_with_a_message_is_said_in_anthropics_shape(
 
 
 def test_an_overloaded_server_tells_anthropics_clients_when_to_come_back() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.refuse = OVERLOADED
         status, headers, raw = await ask(http, MESSAGES, {"max_tokens": 9, "messages": USER})
         assert (status, headers["Retry-After"]) == (429, "1")
@@ -454,12 +452,12 @@ BODIES = {
 
 
 def test_an_unknown_field_is_named_in_a_header_and_refused_with_strict() -> None:
-    async def lenient(engine: FakeEngine, http: Server) -> None:
+    async def lenient(engine: ScriptedEngine, http: Server) -> None:
         for path, body in BODIES.items():
             status, headers, _ = await ask(http, path, {**body, "tempreture": 1})
             assert (status, headers["X-Ignored-Params"]) == (200, "tempreture"), path
 
-    async def strict(engine: FakeEngine, http: Server) -> None:
+    async def strict(engine: ScriptedEngine, http: Server) -> None:
         for path, body in BODIES.items():
             status, _, raw = await ask(http, path, {**body, "tempreture": 1})
             assert status == 400, path
@@ -476,7 +474,7 @@ def test_an_unknown_field_is_named_in_a_header_and_refused_with_strict() -> None
 
 
 def test_any_model_name_will_do_where_the_operator_says_so() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for path, body in BODIES.items():
             assert (await ask(http, path, {**body, "model": "gpt-4o"}))[0] == 200, path
         assert (await get(http, "/v1/models/gpt-4o"))[0] == 200
@@ -484,7 +482,7 @@ def test_any_model_name_will_do_where_the_operator_says_so() -> None:
     play(scene, any_model_name=True)
 
 
-class VectorEngine(FakeEngine):
+class VectorEngine(ScriptedEngine):
     """Answers with (2, 3, 6) times the number of the request."""
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
@@ -509,7 +507,7 @@ class VectorEngine(FakeEngine):
 # ---------------- timings
 @pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSES, MESSAGES])
 def test_every_answer_says_how_long_it_took_in_its_body_and_a_header(path: str) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, headers, raw = await ask(http, path, BODIES[path])
         timings = json.loads(raw)["timings"]
         assert status == 200
@@ -533,7 +531,7 @@ def test_timings_are_of_the_generation_and_not_of_what_came_between(monkeypatch:
 
     async def main() -> None:
         nonlocal now
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         engine.stall = True
         generation = Generation(engine, [TextPrompt("a"), TextPrompt("b")], SamplingParams())
         now = 100.25
@@ -571,14 +569,14 @@ def told(path: str, status: int, headers: Any, raw: bytes) -> str:
 
 @pytest.mark.parametrize("path", ALL)
 def test_what_any_endpoint_refuses_is_refused_in_its_shape(path: str) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         cases: list[tuple[int, str, Any, dict[str, Any]]] = [
             (400, "line 1, column", b"{oops", {}),
             (400, "must be an object", b"[]", {}),
             (400, "application/json", b"{}", {"headers": {"Content-Type": "text/plain"}}),
             (400, "Compressed", b"{}", {"headers": {"Content-Type": "application/json", "Content-Encoding": "gzip"}}),
             (413, "larger than 4096", b" " * 5000, {}),
-            (404, "oracle, org/alias", {**ALL[path], "model": "nobody"}, {}),
+            (404, "tiny, org/alias", {**ALL[path], "model": "nobody"}, {}),
         ]
         for status, words, body, kw in cases:
             got, headers, raw = await ask(http, path, body, **kw)
@@ -592,7 +590,7 @@ def test_what_any_endpoint_refuses_is_refused_in_its_shape(path: str) -> None:
         assert path.rpartition("/")[2] in told(path, got, headers, raw)
         assert (await ask(http, path, ALL[path], headers={"x-request-id": "mine-1"}))[1]["x-request-id"] == "mine-1"
 
-    play(scene, VectorEngine if path == "/v1/embeddings" else FakeEngine)
+    play(scene, VectorEngine if path == "/v1/embeddings" else ScriptedEngine)
 
 
 GENERATING = [p for p in ALL if "token" not in p]
@@ -605,7 +603,7 @@ def test_what_the_engine_refuses_has_its_status_before_the_first_event(path: str
     late = RequestError("Too late.", status=504, param="timeout", code="timeout")
     long = context_overflow("prompt", 64, 99, "98 in the prompt, 1 in the completion")
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         body = {**ALL[path], **({"stream": True} if stream and path != "/v1/embeddings" else {})}
         for error in (OVERLOADED, loading, long):
             engine.refuse = error
@@ -624,7 +622,7 @@ def test_what_the_engine_refuses_has_its_status_before_the_first_event(path: str
 @pytest.mark.parametrize("path", [p for p in GENERATING if p != "/v1/embeddings"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request_and_is_counted(path: str, stream: bool) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stall, engine.after = True, 1
         async with aiohttp.ClientSession() as session:
             asking = asyncio.ensure_future(session.post(http.make_url(path), json={**ALL[path], "stream": stream}))
@@ -644,7 +642,7 @@ def test_a_client_that_leaves_ends_its_request_and_is_counted(path: str, stream:
 
 # ---------------- keys
 def test_every_route_but_the_open_ones_needs_a_key() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         wrong = ({}, {"Authorization": "Bearer "}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"})
         odd = ({"Authorization": "Bearer k\xe9"}, {"x-api-key": KEY[:-1]}, {"Authorization": f"Bearer {KEY.upper()}"})
         app = build_app(engine)
@@ -704,7 +702,7 @@ def parse_metrics(raw: bytes) -> dict[str, float]:
 
 
 def test_metrics_count_what_happened() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stats = {"running_requests": 2, "waiting_requests": 5, "total_pages": 100, "free_pages": 40, "cached_pages": 30}
         await ask(http, CHAT, {"messages": USER})
         await ask(http, COMPLETION, {"prompt": ["a", "b"], "stream": True})
@@ -741,10 +739,10 @@ def test_metrics_count_what_happened() -> None:
 
 # ---------------- the description
 def test_the_description_has_every_route_and_every_field() -> None:
-    config = FakeEngine().config
+    config = ScriptedEngine().config
     document = openapi.document(config)
     described = {(method, path) for path, item in document["paths"].items() for method in item}
-    routes = build_app(FakeEngine()).router.routes()
+    routes = build_app(ScriptedEngine()).router.routes()
     served = {
         (r.method.lower(), r.resource.canonical) for r in routes if r.resource is not None and r.method not in ("HEAD", "*")
     }
@@ -756,7 +754,7 @@ def test_the_description_has_every_route_and_every_field() -> None:
 
 
 def test_the_description_lets_every_field_be_null_that_may_be_left_out() -> None:
-    paths = openapi.document(FakeEngine().config)["paths"]
+    paths = openapi.document(ScriptedEngine().config)["paths"]
     for route in openapi.ROUTES:
         if route.fields is None:
             continue
@@ -778,11 +776,11 @@ WRONG = {"integer": "x", "number": "x", "boolean": 5, "string": 5, "array": 5, "
 @pytest.mark.parametrize("path", [r.path for r in openapi.ROUTES if r.fields and r.path != "/v1/batches"])
 def test_what_the_description_says_of_a_field_is_what_is_checked(path: str) -> None:
     """A value of another type, or just beyond a bound, is refused under the field's name."""
-    schema = openapi.document(FakeEngine().config)["paths"][path]["post"]["requestBody"]["content"]["application/json"][
+    schema = openapi.document(ScriptedEngine().config)["paths"][path]["post"]["requestBody"]["content"]["application/json"][
         "schema"
     ]
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for name, field in schema["properties"].items():
             kinds = {field["type"]} if isinstance(field.get("type"), str) else set(field.get("type", ())) - {"null"}
             wrong: list[Any] = [WRONG[kind] for kind in kinds]
@@ -800,15 +798,15 @@ def test_what_the_description_says_of_a_field_is_what_is_checked(path: str) -> N
 
 OTHERWISE: dict[tuple[str, str], Any] = {  # fields that exclude each other
     ("/generate", "input_ids"): {"stream": False},
-    ("/tokenize", "messages"): {"model": "oracle"},
+    ("/tokenize", "messages"): {"model": "tiny"},
     ("/tokenize", "chat_template_kwargs"): {"messages": USER},
-    ("/v1/embeddings", "messages"): {"model": "oracle"},
+    ("/v1/embeddings", "messages"): {"model": "tiny"},
 }
 EXTRA: dict[str, Any] = {"top_logprobs": {"logprobs": True}, "top_logprobs_num": {"return_logprob": True}}
 
 
 def test_the_page_for_people_needs_nothing_from_elsewhere() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, headers, raw = await get(http, "/docs")
         page = raw.decode()
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
@@ -822,7 +820,7 @@ def test_the_page_for_people_needs_nothing_from_elsewhere() -> None:
 
 
 def test_a_server_without_a_data_directory_says_how_to_have_files() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for path in ("/v1/files", "/v1/batches", "/v1/files/file-1", "/v1/batches/batch_1"):
             status, headers, raw = await get(http, path)
             assert (status, check_error(status, headers, raw)["code"]) == (404, "no_data_dir")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_server import FakeEngine, Server, _raw, play
+from test_server import ScriptedEngine, Server, _raw, play
 from test_tokenizer_pool import Front
 
 from minisgl.actors.messages import ActorDied, Rejected, Started, Text, ThoughtEnded
@@ -210,7 +210,7 @@ def test_every_token_is_looked_up_once_and_the_other_way_decodes_few_at_a_time()
 
 
 def test_what_arrives_in_one_turn_of_the_loop_is_written_in_one_piece() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stall, engine.after = True, 1
         reader, writer = await _raw(http, b"HTTP/1.1\r\nHost: t")
         await engine.wait_for(lambda: bool(engine.opened))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import COMPLETION, FakeEngine, Server, play
+from test_server import COMPLETION, ScriptedEngine, Server, play
 
 from minisgl.api.batches.store import Store
 
@@ -67,7 +67,7 @@ def test_what_is_not_http_gets_an_error_body_that_quotes_nothing(
 ) -> None:
     monkeypatch.setattr("minisgl.api.http.body._BODY_SECONDS", 0.05)
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         got, headers, body = await say(http, *pieces)
         assert got == status
         error = json.loads(body)["error"]
@@ -91,7 +91,7 @@ def test_a_body_that_breaks_off_in_bad_bytes_gets_one_answer_and_its_connection_
     head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\nContent-Type: %s\r\n\r\n" % kind
 
     async def main() -> None:
-        http = Server(FakeEngine(), store=Store(str(tmp_path)))
+        http = Server(ScriptedEngine(), store=Store(str(tmp_path)))
         await http.start()
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         for piece in (head, b"5\r\n--x\r\n\r\n", SECRET + b"\r\nGET /health HTTP/1.1\r\nHost: t\r\n\r\n"):
@@ -122,7 +122,7 @@ def test_a_body_that_breaks_off_in_bad_bytes_gets_one_answer_and_its_connection_
 )
 def test_whatever_bytes_come_the_connection_ends_and_the_server_goes_on(raw: bytes) -> None:
     async def main() -> None:
-        http = Server(FakeEngine(), header_seconds=0.05)
+        http = Server(ScriptedEngine(), header_seconds=0.05)
         await http.start()
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         writer.write(raw)
@@ -138,7 +138,7 @@ def test_whatever_bytes_come_the_connection_ends_and_the_server_goes_on(raw: byt
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for head in (POST + b"Content-Length: 100\r\n\r\n{", CHUNKED + b"5\r\n{"):
             _, writer = await asyncio.open_connection("127.0.0.1", http.port)
             writer.write(head)
@@ -153,7 +153,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(ca
 
 
 def test_requests_that_come_together_are_answered_in_their_order() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         get = b"GET /%s HTTP/1.1\r\nHost: t\r\n"
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         writer.write(get % b"health" + b"\r\n" + get % b"nothing" + b"\r\n" + get % b"ready" + b"Connection: close\r\n\r\n")
@@ -166,7 +166,7 @@ def test_requests_that_come_together_are_answered_in_their_order() -> None:
 
 
 def test_a_method_or_path_that_is_not_there_is_told_which_are() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         close = b" HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n"
         status, headers, body = await say(http, b"DELETE " + COMPLETION.encode() + close)
         assert (status, headers["allow"], json.loads(body)["error"]["code"]) == (405, "POST", "method_not_allowed")

@@ -28,7 +28,7 @@ from minisgl.sampling_params import (
     SamplingParams,
 )
 
-SERVED = Config(fake_spec(), server=ServerConfig(served_names=("oracle", "alias")))
+SERVED = Config(fake_spec(), server=ServerConfig(served_names=("tiny", "alias")))
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -105,7 +105,7 @@ def test_json_is_read_as_json() -> None:
 def test_a_minimal_chat_may_go_on_to_the_end_of_the_context() -> None:
     request = chat()
     assert request.params == SamplingParams()
-    assert (request.model, request.stream, request.usage, request.ignored) == ("oracle", False, Usage(), ())
+    assert (request.model, request.stream, request.usage, request.ignored) == ("tiny", False, Usage(), ())
     assert rendered(request) == {"messages": USER, "kwargs": {}}
 
 
@@ -341,14 +341,14 @@ def test_options_of_a_stream_are_booleans() -> None:
 
 # ---------------- model
 def test_any_served_name_is_accepted_and_the_first_is_reported() -> None:
-    for model in (None, "oracle", "alias"):
-        assert chat(model=model).model == "oracle"
+    for model in (None, "tiny", "alias"):
+        assert chat(model=model).model == "tiny"
 
 
 def test_an_unknown_model_is_a_404_that_lists_the_names() -> None:
     error = refusal(chat, model="gpt-4" * 100)
     assert (error.status, error.kind, error.param, error.code) == (404, "invalid_request_error", "model", "model_not_found")
-    assert "oracle, alias" in error.message
+    assert "tiny, alias" in error.message
     assert len(error.message) < 300
 
 

@@ -17,7 +17,7 @@ from conftest import fake_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from test_server import FakeEngine, Server, ask, check_error, client, events
+from test_server import ScriptedEngine, Server, ask, check_error, client, events
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk
@@ -332,7 +332,7 @@ def test_templates_show_how_a_model_writes() -> None:
 
 
 # ---------------- over HTTP
-class Speaker(FakeEngine):
+class Speaker(ScriptedEngine):
     """Says a given text in pieces of a given size, `thoughts` of them a thought."""
 
     def __init__(self, text: str, size: int = 3, thoughts: int = 0, **server: Any) -> None:
@@ -352,7 +352,7 @@ class Speaker(FakeEngine):
             asyncio.get_running_loop().call_soon(self._piece, uid, at + 1)
 
 
-def play(engine: FakeEngine, scene: Any) -> None:
+def play(engine: ScriptedEngine, scene: Any) -> None:
     async def main() -> None:
         http = Server(engine)
         await http.start()
@@ -404,14 +404,14 @@ def test_a_stream_says_what_the_answer_in_one_piece_says(size: int) -> None:
 def test_a_chat_tells_the_tokens_of_all_its_thoughts_streamed_or_not(n: int) -> None:
     async def scene(http: Server) -> None:
         async with client(http) as sdk:
-            create = functools.partial(sdk.chat.completions.create, model="oracle", messages=MESSAGES, n=n)
+            create = functools.partial(sdk.chat.completions.create, model="tiny", messages=MESSAGES, n=n)
             whole = (await create()).usage
             told = [e.usage async for e in await create(stream=True, stream_options={"include_usage": True}) if e.usage]
             assert len(told) == 1
             for usage in (whole, told[0]):
                 assert usage.completion_tokens_details.reasoning_tokens == 5 * n
                 assert usage.completion_tokens == len(engine.said) * n
-            plain = await sdk.completions.create(model="oracle", prompt="a")
+            plain = await sdk.completions.create(model="tiny", prompt="a")
             assert plain.usage.completion_tokens_details is None  # a text is not taken apart
 
     engine = Speaker(TALK, 4, thoughts=5, **STYLES)

@@ -41,7 +41,7 @@ OVERLOADED = RequestError("full", status=429, code="server_overloaded", retry_af
 DIED = RequestError("The engine failed.", status=500, code="engine_error")
 
 
-class FakeEngine:
+class ScriptedEngine:
     """Answers every prompt with PIECES, one a turn of the loop, and then follows its script.
 
     refuse: raised by `open`, once `admit` requests are open.   error: told after `after` pieces.
@@ -49,7 +49,7 @@ class FakeEngine:
     """
 
     def __init__(self, **server: Any) -> None:
-        names = ("oracle", "org/alias")
+        names = ("tiny", "org/alias")
         self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
         self.kept = Kept()
         self.state = "ready"
@@ -157,7 +157,7 @@ class FakeEngine:
 class Server:
     """The application as the product runs it, on a port of the kernel's choice."""
 
-    def __init__(self, engine: FakeEngine, header_seconds: float = 30.0, store: Store | None = None) -> None:
+    def __init__(self, engine: ScriptedEngine, header_seconds: float = 30.0, store: Store | None = None) -> None:
         self._seconds = header_seconds
         self._runner = web.AppRunner(build_app(engine, batch_socket="ipc://somewhere", store=store), **RUN_KWARGS)
         self.port = 0
@@ -181,13 +181,13 @@ class Server:
         await self._runner.cleanup()
 
 
-Scene = Callable[[FakeEngine, Server], Awaitable[None]]
+Scene = Callable[[ScriptedEngine, Server], Awaitable[None]]
 
 
-def play(scene: Scene, make: type[FakeEngine] = FakeEngine, **server: Any) -> FakeEngine:
+def play(scene: Scene, make: type[ScriptedEngine] = ScriptedEngine, **server: Any) -> ScriptedEngine:
     """Run a scene against a live server; afterwards nothing may be open, and everything closed exactly once."""
 
-    async def main() -> FakeEngine:
+    async def main() -> ScriptedEngine:
         engine = make(**server)
         http = Server(engine)
         await http.start()
@@ -242,13 +242,13 @@ def client(http: Server) -> openai.AsyncOpenAI:
 
 # ---------------- the OpenAI SDK, unmodified
 def test_the_sdk_reads_a_chat_answer() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             answer = await sdk.chat.completions.create(model="org/alias", messages=USER, max_completion_tokens=7)
         assert answer.choices[0].message.content == TEXT
         assert answer.choices[0].message.role == "assistant"
         assert answer.choices[0].finish_reason == "stop"
-        assert answer.model == "oracle"
+        assert answer.model == "tiny"
         assert answer.id.startswith("chatcmpl-")
         assert answer.system_fingerprint == f"minisgl-{__version__}"
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 4, 7)
@@ -260,10 +260,10 @@ def test_the_sdk_reads_a_chat_answer() -> None:
 
 
 def test_the_sdk_reads_a_chat_stream() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             stream = await sdk.chat.completions.create(
-                model="oracle", messages=USER, stream=True, stream_options={"include_usage": True}
+                model="tiny", messages=USER, stream=True, stream_options={"include_usage": True}
             )
             chunks = [c async for c in stream]
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == TEXT
@@ -277,11 +277,11 @@ def test_the_sdk_reads_a_chat_stream() -> None:
 
 
 def test_the_sdk_reads_completions_streamed_and_whole() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.finish = Finish.LENGTH
         async with client(http) as sdk:
-            answer = await sdk.completions.create(model="oracle", prompt=["a", "b"], stop=["x"])
-            stream = await sdk.completions.create(model="oracle", prompt=["a", "b"], stream=True)
+            answer = await sdk.completions.create(model="tiny", prompt=["a", "b"], stop=["x"])
+            stream = await sdk.completions.create(model="tiny", prompt=["a", "b"], stream=True)
             chunks = [c async for c in stream]
         assert [(c.index, c.text, c.finish_reason) for c in answer.choices] == [(0, TEXT, "length"), (1, TEXT, "length")]
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 8)
@@ -299,9 +299,9 @@ BYTES = [list(t) for t in (b"Hel", b"\xe2", b"lo", b"end")]
 
 
 def test_the_sdk_reads_the_log_probabilities_of_a_chat_streamed_and_whole() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
-            ask = {"model": "oracle", "messages": USER, "logprobs": True, "top_logprobs": 2}
+            ask = {"model": "tiny", "messages": USER, "logprobs": True, "top_logprobs": 2}
             answer = await sdk.chat.completions.create(**ask)
             plain = await sdk.chat.completions.create(**{**ask, "top_logprobs": 0})
             chunks = [c async for c in await sdk.chat.completions.create(**ask, stream=True)]
@@ -330,9 +330,9 @@ def test_the_sdk_reads_the_log_probabilities_of_a_chat_streamed_and_whole() -> N
 
 
 def test_the_sdk_reads_the_log_probabilities_of_a_completion_with_its_prompt() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
-            ask = {"model": "oracle", "prompt": "P", "logprobs": 2, "echo": True}
+            ask = {"model": "tiny", "prompt": "P", "logprobs": 2, "echo": True}
             answer = await sdk.completions.create(**ask)
             chosen = await sdk.completions.create(**{**ask, "logprobs": 0, "echo": False})
             chunks = [c async for c in await sdk.completions.create(**ask, stream=True)]
@@ -360,13 +360,13 @@ def test_the_sdk_reads_the_log_probabilities_of_a_completion_with_its_prompt() -
 
 
 def test_several_answers_to_a_prompt_have_seeds_of_their_own_and_count_the_prompt_once() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             create = sdk.chat.completions.create
-            answer = await create(model="oracle", messages=USER, n=3, seed=MAX_SEED - 1)
+            answer = await create(model="tiny", messages=USER, n=3, seed=MAX_SEED - 1)
             options = {"include_usage": True}
-            chunks = [c async for c in await create(model="oracle", messages=USER, n=2, stream=True, stream_options=options)]
-            batch = await sdk.completions.create(model="oracle", prompt=["a", "b"], n=2, best_of=2, seed=5)
+            chunks = [c async for c in await create(model="tiny", messages=USER, n=2, stream=True, stream_options=options)]
+            batch = await sdk.completions.create(model="tiny", prompt=["a", "b"], n=2, best_of=2, seed=5)
         assert [(c.index, c.message.content) for c in answer.choices] == [(i, TEXT) for i in range(3)]
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 12)
         assert answer.usage.prompt_tokens_details.cached_tokens == 2
@@ -385,7 +385,7 @@ def test_several_answers_to_a_prompt_have_seeds_of_their_own_and_count_the_promp
 
 
 def test_more_answers_than_the_server_admits_are_refused_for_good() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for path, body in ((CHAT, {"messages": USER, "n": 5}), (COMPLETION, {"prompt": ["a", "b"], "n": 3})):
             status, headers, raw = await ask(http, path, body)
             assert (status, check_error(status, headers, raw)["param"]) == (400, "n")
@@ -394,10 +394,10 @@ def test_more_answers_than_the_server_admits_are_refused_for_good() -> None:
 
 
 def test_the_sdk_lists_and_retrieves_models() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             models = (await sdk.models.list()).data
-            assert [m.id for m in models] == ["oracle", "org/alias"]
+            assert [m.id for m in models] == ["tiny", "org/alias"]
             assert (await sdk.models.retrieve("org/alias")).id == "org/alias"
             with pytest.raises(openai.NotFoundError) as caught:
                 await sdk.models.retrieve("gpt-5")
@@ -407,24 +407,24 @@ def test_the_sdk_lists_and_retrieves_models() -> None:
 
 
 def test_the_sdk_raises_the_right_classes() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async with client(http) as sdk:
             create = sdk.chat.completions.create
-            with pytest.raises(openai.NotFoundError, match="oracle, org/alias"):
+            with pytest.raises(openai.NotFoundError, match="tiny, org/alias"):
                 await create(model="gpt-5", messages=USER)
             with pytest.raises(openai.BadRequestError) as bad:
-                await create(model="oracle", messages=USER, temperature=3)
+                await create(model="tiny", messages=USER, temperature=3)
             assert (bad.value.param, bad.value.code) == ("temperature", "invalid_value")
             engine.refuse = OVERLOADED
             with pytest.raises(openai.RateLimitError) as limited:
-                await create(model="oracle", messages=USER, stream=True)
+                await create(model="tiny", messages=USER, stream=True)
             assert limited.value.response.headers["retry-after"] == "1"
             assert limited.value.request_id
             engine.refuse, engine.error, engine.after = None, DIED, 1
             with pytest.raises(openai.InternalServerError):
-                await create(model="oracle", messages=USER)
+                await create(model="tiny", messages=USER)
             with pytest.raises(openai.APIError, match=r"The engine failed\."):
-                async for _ in await create(model="oracle", messages=USER, stream=True):
+                async for _ in await create(model="tiny", messages=USER, stream=True):
                     pass
 
     play(scene)
@@ -432,7 +432,7 @@ def test_the_sdk_raises_the_right_classes() -> None:
 
 # ---------------- exact bytes
 def test_a_chat_stream_byte_by_byte() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stall, engine.after = True, 1
         request = {"json": {"messages": USER, "stream": True}}
         async with aiohttp.ClientSession() as session, session.post(http.make_url(CHAT), **request) as response:
@@ -449,7 +449,7 @@ def test_a_chat_stream_byte_by_byte() -> None:
         assert "Content-Encoding" not in headers
         first = json.loads(raw.split(b"\n\n")[0][6:])
         common = (
-            f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk","created":{first["created"]},"model":"oracle",'
+            f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk","created":{first["created"]},"model":"tiny",'
             f'"system_fingerprint":"minisgl-{__version__}","choices":[{{"index":0,"delta":'
         )
         end = ',"logprobs":null,"finish_reason":%s}]}\n\n'
@@ -467,7 +467,7 @@ def test_a_chat_stream_byte_by_byte() -> None:
 
 
 def test_every_event_of_a_stream_has_the_prescribed_fields() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for options, with_usage in ((None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)):
             chat = {"messages": USER, "stream": True, "stream_options": options}
             got = events((await ask(http, CHAT, chat))[2])
@@ -487,7 +487,7 @@ def test_every_event_of_a_stream_has_the_prescribed_fields() -> None:
 
 
 def test_a_failure_before_the_first_event_is_an_ordinary_error() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.error = DIED
         error = check_error(*await ask(http, CHAT, {"messages": USER, "stream": True}))
         assert error["code"] == "engine_error"
@@ -496,7 +496,7 @@ def test_a_failure_before_the_first_event_is_an_ordinary_error() -> None:
 
 
 def test_a_failure_after_the_first_event_is_told_in_the_stream() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.error, engine.after = DIED, 1
         status, _, raw = await ask(http, CHAT, {"messages": USER, "stream": True})
         got = events(raw)
@@ -508,7 +508,7 @@ def test_a_failure_after_the_first_event_is_told_in_the_stream() -> None:
 
 
 def test_an_abort_never_reaches_a_client_as_a_finish_reason() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.finish = Finish.ABORT
         error = check_error(*await ask(http, CHAT, {"messages": USER}))
         assert error["code"] == "aborted"
@@ -523,7 +523,7 @@ def test_an_abort_never_reaches_a_client_as_a_finish_reason() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_client_that_leaves_closes_its_requests_exactly_once(path: str, stream: bool, after: int) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stall, engine.after = True, after
         raw = json.dumps({"messages": USER, "prompt": ["a", "b"], "stream": stream}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
@@ -541,7 +541,7 @@ def test_a_client_that_leaves_closes_its_requests_exactly_once(path: str, stream
 
 
 def test_a_refusal_halfway_closes_the_prompts_before_it() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.refuse, engine.admit = OVERLOADED, 2
         status, headers, raw = await ask(http, COMPLETION, {"prompt": ["a", "b", "c"]})
         assert check_error(status, headers, raw)["code"] == "server_overloaded"
@@ -551,7 +551,7 @@ def test_a_refusal_halfway_closes_the_prompts_before_it() -> None:
 
 
 def test_more_prompts_than_the_server_admits_are_refused_for_good() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for stream in (False, True):
             status, headers, raw = await ask(http, COMPLETION, {"prompt": ["a", "b", "c"], "stream": stream})
             assert (status, check_error(status, headers, raw)["param"]) == (400, "prompt")
@@ -598,7 +598,7 @@ def test_the_error_table(  # noqa: PLR0917
     if isinstance(body, dict):
         body = {**body, "stream": stream}
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.refuse = refuse
         got, headers, raw = await ask(http, path, body)
         error = check_error(got, headers, raw)
@@ -619,7 +619,7 @@ def test_the_error_table(  # noqa: PLR0917
 
 
 def test_a_bug_after_the_first_event_is_told_without_its_text() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.error, engine.after = Chunk("secret", None, Finish.NONE, 1, 0), 1  # type: ignore[arg-type]
         raw = (await ask(http, CHAT, {**GOOD, "stream": True}))[2]
         got = events(raw)
@@ -640,7 +640,7 @@ def test_a_bug_after_the_first_event_is_told_without_its_text() -> None:
     ],
 )
 def test_bodies_that_are_not_plain_json_are_refused_by_their_headers(headers: dict[str, str]) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, got, raw = await ask(http, CHAT, json.dumps(GOOD).encode(), headers=headers)
         assert (status, check_error(status, got, raw)["param"]) == (400, None)
 
@@ -648,7 +648,7 @@ def test_bodies_that_are_not_plain_json_are_refused_by_their_headers(headers: di
 
 
 def test_a_body_without_a_length_is_measured_as_it_comes() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         async def parts() -> Any:
             for _ in range(5):
                 yield b" " * 1000
@@ -660,7 +660,7 @@ def test_a_body_without_a_length_is_measured_as_it_comes() -> None:
 
 
 def test_a_request_id_is_echoed_only_if_it_is_harmless() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for sent, echoed in (
             ("abc.DEF_1-2", True),
             ("x" * 64, True),
@@ -679,7 +679,7 @@ def test_a_request_id_is_echoed_only_if_it_is_harmless() -> None:
 
 
 def test_a_raw_request_id_with_control_characters_is_not_reflected() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for evil in (b"a\x00b", b"a\tb", b"a\x7fb", b"\xff\xfe"):
             reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
             writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\nx-request-id: " + evil + b"\r\n\r\n")
@@ -692,7 +692,7 @@ def test_a_raw_request_id_with_control_characters_is_not_reflected() -> None:
 
 
 def test_ignored_fields_are_named_in_a_header_that_they_cannot_break() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         body = {**GOOD, "frobnicate": 1, "evil\r\nX-Evil: 1": 2, "x" * 70: 3, "ü": 4, "user": "u"}
         for stream in (False, True):
             status, headers, _ = await ask(http, CHAT, {**body, "stream": stream})
@@ -705,14 +705,14 @@ def test_ignored_fields_are_named_in_a_header_that_they_cannot_break() -> None:
 
 
 def test_an_empty_bearer_token_is_nothing_to_worry_about() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         assert (await ask(http, CHAT, GOOD, headers={"Authorization": "Bearer "}))[0] == 200
 
     play(scene)
 
 
 def test_health_ready_and_info_follow_the_engine() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for state, health, ready in (("starting", 200, 503), ("ready", 200, 200), ("draining", 200, 503), ("dead", 503, 503)):
             engine.state = state
             for path, want in (("/health", health), ("/ready", ready)):
@@ -720,22 +720,22 @@ def test_health_ready_and_info_follow_the_engine() -> None:
                 assert (status, json.loads(raw)) == (want, {"status": state})
         info = json.loads((await ask(http, "/server_info", method="GET"))[2])
         assert info["batch_socket"] == "ipc://somewhere"
-        assert (info["model"], info["max_context"], info["tp"], info["page_size"]) == ("oracle", 64, 1, 16)
+        assert (info["model"], info["max_context"], info["tp"], info["page_size"]) == ("tiny", 64, 1, 16)
         assert info["version"] == __version__
 
     play(scene)
 
 
 def test_without_served_names_the_model_is_called_what_it_is() -> None:
-    assert served_names(Config(fake_spec())) == ("oracle",)
+    assert served_names(Config(fake_spec())) == ("tiny",)
 
 
 # ---------------- any body at all
 def test_any_json_in_any_field_is_answered_or_refused_and_never_a_500() -> None:
     loop = asyncio.new_event_loop()
 
-    async def begin() -> tuple[FakeEngine, Server, aiohttp.ClientSession]:
-        engine = FakeEngine()
+    async def begin() -> tuple[ScriptedEngine, Server, aiohttp.ClientSession]:
+        engine = ScriptedEngine()
         http = Server(engine)
         await http.start()
         return engine, http, aiohttp.ClientSession()
@@ -777,7 +777,7 @@ def test_any_json_in_any_field_is_answered_or_refused_and_never_a_500() -> None:
 # ---------------- stream.py and serving.py, without HTTP
 def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
     async def main(params: SamplingParams) -> list[Chunk]:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         got = []
         generation = Generation(engine, [TextPrompt("x")], params)
         while generation.unfinished:
@@ -789,7 +789,7 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
         return got
 
     assert asyncio.run(main(SamplingParams(logprobs=0)))[1].logprobs == tuple(
-        t for at in (1, 2, 3) for t in FakeEngine()._told(SamplingParams(logprobs=0), at)
+        t for at in (1, 2, 3) for t in ScriptedEngine()._told(SamplingParams(logprobs=0), at)
     )
     assert asyncio.run(main(SamplingParams())) == [
         Chunk("Hel", (0,), Finish.NONE, 3, 2),
@@ -799,7 +799,7 @@ def test_chunks_that_wait_for_a_slow_consumer_arrive_as_one() -> None:
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 def test_every_event_tells_the_usage_of_its_choice_so_far_where_that_was_asked_for(path: str) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         options = {"include_usage": True, "continuous_usage_stats": True}
         body = {"messages": USER} if path == CHAT else {"prompt": "x"}
         got = events((await ask(http, path, {**body, "n": 2, "stream": True, "stream_options": options}))[2])
@@ -829,7 +829,7 @@ async def _raw(http: Server, head: bytes) -> tuple[asyncio.StreamReader, asyncio
 def test_a_client_that_reads_late_gets_every_character_in_fewer_pieces() -> None:
     letters, size, turns = "abcdefghij", 20_000, 1200  # 24 MB: more than the kernel's buffers take
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         engine.stall, engine.after = True, 1
         reader, writer = await _raw(http, b"HTTP/1.1\r\nHost: t")
         await engine.wait_for(lambda: bool(engine.opened))
@@ -851,7 +851,7 @@ def test_a_client_that_reads_late_gets_every_character_in_fewer_pieces() -> None
 
 
 def test_an_http_1_0_client_reads_its_stream_until_the_connection_ends() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         reader, writer = await _raw(http, b"HTTP/1.0")
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
@@ -865,7 +865,7 @@ def test_an_http_1_0_client_reads_its_stream_until_the_connection_ends() -> None
 @pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nHost: t\r\n"])
 def test_whoever_does_not_finish_the_headers_of_a_request_is_shown_out(said: bytes) -> None:
     async def main() -> None:
-        http = Server(FakeEngine(), header_seconds=0.05)
+        http = Server(ScriptedEngine(), header_seconds=0.05)
         await http.start()
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         writer.write(said)
@@ -879,7 +879,7 @@ def test_whoever_does_not_finish_the_headers_of_a_request_is_shown_out(said: byt
 
 
 def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         for _ in range(2):
             for byte in b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n":
@@ -894,7 +894,7 @@ def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays()
 
 @pytest.mark.parametrize("cut", [5, 29, 30, 31, 32])
 def test_the_limit_for_headers_ends_with_the_headers_wherever_they_are_cut(cut: int) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         request = b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n"
         reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
         writer.write(request[:cut])
@@ -914,7 +914,7 @@ def test_the_limit_for_headers_ends_with_the_headers_wherever_they_are_cut(cut: 
 
 def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         engine.error, engine.after = DIED, 3
         texts: list[str] = []
 
@@ -937,7 +937,7 @@ def test_text_that_came_before_an_error_is_delivered_before_it() -> None:
 
 def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outlives_a_failure() -> None:
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         engine.stall = True  # nothing is said before go_on
         prompts = [TextPrompt(name) for name in "abc"]
         asking = asyncio.ensure_future(complete(engine, prompts, SamplingParams(logprobs=0)))
@@ -970,7 +970,7 @@ def test_answers_in_one_piece_come_in_the_order_of_their_prompts_and_none_outliv
 
 def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         answer = await ENDPOINTS[CHAT].ask(engine, GOOD)
         assert answer["choices"][0]["message"]["content"] == TEXT
         answer = await ENDPOINTS[COMPLETION].ask(engine, {"prompt": [[1], [2]]})
@@ -984,7 +984,7 @@ def test_the_batch_socket_gets_the_same_answers_and_no_streams() -> None:
 
 
 def test_flush_cache_reaches_the_engine_and_server_info_has_its_statistics() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, _, _ = await ask(http, "/flush_cache")
         assert status == 200
         assert engine.flushed

@@ -85,9 +85,9 @@ def test_the_items_of_a_streamed_response_are_those_of_a_whole_one(size: int) ->
 def test_the_sdk_parses_a_form_and_streams_calls_of_functions_through_responses() -> None:
     async def structured(http: Any) -> None:
         async with client(http) as sdk:
-            answer = await sdk.responses.parse(model="oracle", input="hi", text_format=GetWeather)
+            answer = await sdk.responses.parse(model="tiny", input="hi", text_format=GetWeather)
             assert answer.output_parsed == GetWeather(city="Ulm")
-            async with sdk.responses.stream(model="oracle", input="hi", text_format=GetWeather) as stream:
+            async with sdk.responses.stream(model="tiny", input="hi", text_format=GetWeather) as stream:
                 parsed = [e.parsed async for e in stream if e.type == "response.output_text.done"]
             assert parsed == [GetWeather(city="Ulm")]
 
@@ -100,7 +100,7 @@ def test_the_sdk_parses_a_form_and_streams_calls_of_functions_through_responses(
     async def calls(http: Any) -> None:
         tools: Any = [openai.pydantic_function_tool(GetWeather, name="get_weather")]
         async with client(http) as sdk:
-            async with sdk.responses.stream(model="oracle", input="hi", tools=tools, tool_choice="required") as stream:
+            async with sdk.responses.stream(model="tiny", input="hi", tools=tools, tool_choice="required") as stream:
                 seen = [e async for e in stream]
                 final = await stream.get_final_response()
             deltas = [e for e in seen if e.type == "response.function_call_arguments.delta"]
@@ -111,7 +111,7 @@ def test_the_sdk_parses_a_form_and_streams_calls_of_functions_through_responses(
             assert deltas[-1].snapshot == call.arguments
             again = [{"role": "user", "content": "hi"}, call.model_dump(exclude={"parsed_arguments"}, exclude_none=True)]
             again.append({"type": "function_call_output", "call_id": call.call_id, "output": "rain"})
-            await sdk.responses.create(model="oracle", input=again, tools=[FLAT])  # type: ignore[arg-type]
+            await sdk.responses.create(model="tiny", input=again, tools=[FLAT])  # type: ignore[arg-type]
 
     play(engine := Speaker(CALL, 3, tool_call_parser="hermes"), calls)
     assert admits(engine.opened[0][1].grammar, CALL)

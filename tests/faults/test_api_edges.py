@@ -13,7 +13,7 @@ import pytest
 from conftest import World, fake_config, fake_spec
 from scripted import CHATML, save_scripted, serve
 from scripted import Server as LiveServer
-from test_server import FakeEngine, Server, ask, play
+from test_server import ScriptedEngine, Server, ask, play
 from tiny_models import save_byte_tokenizer, save_llama
 
 from minisgl import LLM, SamplingParams
@@ -179,7 +179,7 @@ def test_a_harmless_field_is_reported_as_ignored_also_with_strict(path: str) -> 
 def test_a_thread_is_refused_with_the_details_that_have_the_sdks_send_the_whole_history(
     thread: dict[str, Any], stream: bool
 ) -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for path in ("/v1/messages", "/v1/messages?beta=true"):
             status, _, raw = await ask(http, path, {**LEAST["/v1/messages"], "stream": stream, "thread": thread})
             error = json.loads(raw)["error"]
@@ -347,8 +347,8 @@ def test_what_the_engine_refuses_is_named_by_the_clients_field(server: LiveServe
 
 # ---------------- paths as clients write them
 def test_paths_may_end_with_a_slash() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
-        for path in ("/v1/models", "/v1/models/oracle", "/health", "/version"):
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
+        for path in ("/v1/models", "/v1/models/tiny", "/health", "/version"):
             for slash in ("", "/", "//"):
                 assert (await ask(http, path + slash, method="GET"))[0] == 200, path + slash
         for path, body in LEAST.items():
@@ -364,14 +364,14 @@ def test_paths_may_end_with_a_slash() -> None:
 
     play(scene)
 
-    async def locked(engine: FakeEngine, http: Server) -> None:
+    async def locked(engine: ScriptedEngine, http: Server) -> None:
         assert (await ask(http, "/v1/models/", method="GET"))[0] == 401
 
     play(locked, api_keys=("k",))
 
 
 def test_a_load_balancer_can_ask_for_life_and_a_client_for_the_version() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         for method in ("GET", "POST"):
             assert (await ask(http, "/ping", method=method))[0] == 200
         assert json.loads((await ask(http, "/version", method="GET"))[2]) == {"version": __version__}
@@ -382,10 +382,10 @@ def test_a_load_balancer_can_ask_for_life_and_a_client_for_the_version() -> None
 
 
 def test_models_have_anthropics_fields_for_anthropics_clients() -> None:
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         version = {"anthropic-version": "2023-06-01"}
         page = json.loads((await ask(http, "/v1/models", method="GET", headers=version))[2])
-        assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "oracle", "org/alias")
+        assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "tiny", "org/alias")
         for model in page["data"]:
             assert (model["type"], model["display_name"], model["lifecycle"]) == ("model", model["id"], "active")
             assert datetime.fromisoformat(model["created_at"].replace("Z", "+00:00"))
@@ -436,7 +436,7 @@ def test_cached_tokens_are_told_in_every_dialect_and_form(server: LiveServer) ->
 def test_sglangs_benchmark_finds_the_cache_in_an_event_with_a_choice(path: str, options: dict[str, bool]) -> None:
     """It reads choices[0] of every event of a completion, and the details from whatever event has them."""
 
-    async def scene(engine: FakeEngine, http: Server) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
         told = {"cached_tokens_details": {"device": 2, "host": 0}}
         body = {**LEAST[path], "return_cached_tokens_details": True, "n": 2}
         assert json.loads((await ask(http, path, body))[2])["sglext"] == told

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from test_batches import ENDED, Stored, answers, request_line, serve, submit
-from test_server import CHAT, FakeEngine
+from test_server import CHAT, ScriptedEngine
 
 from minisgl.api.batches import input as reading
 from minisgl.api.batches import worker
@@ -42,7 +42,7 @@ def test_a_long_line_is_refused_by_its_number_and_the_others_are_answered(tmp_pa
     long = request_line("long", user="x" * MAX_LINE_BYTES)
     content = request_line("a") + long + request_line("b") + long + request_line("c")
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             ended = await server.until((await submit(sdk, content)).id, *ENDED)
             assert (ended["status"], ended["request_counts"]) == ("completed", {"total": 5, "completed": 3, "failed": 2})
@@ -131,7 +131,7 @@ def test_a_batch_goes_on_when_the_disk_has_room_again_and_others_do_not_wait(
     monkeypatch.setattr(Log, "append", maybe)
     monkeypatch.setattr(worker, "_DISK_SECONDS", 0.01)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             engine.stall, engine.after = True, 0
             first = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(9)))
@@ -175,7 +175,7 @@ def test_whatever_write_of_a_batch_fails_it_ends_when_the_disk_has_room(
 
     monkeypatch.setattr(Store, "_write", flaky)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             for content, status in ((request_line("a"), "completed"), (b"oops\n", "failed")):
                 for n in range(4):
@@ -189,7 +189,7 @@ def test_whatever_write_of_a_batch_fails_it_ends_when_the_disk_has_room(
 
 
 def test_a_request_that_the_full_disk_cannot_take_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             file = await sdk.files.create(file=("in.jsonl", request_line("a")), purpose="batch")
 
@@ -213,14 +213,14 @@ def test_a_request_that_the_full_disk_cannot_take_is_told_so(tmp_path: Path, mon
 class Small(Stored):
     """A server whose data directory may take 64 KiB."""
 
-    def __init__(self, engine: FakeEngine, directory: Path) -> None:
+    def __init__(self, engine: ScriptedEngine, directory: Path) -> None:
         super().__init__(engine, directory)
         self.batches.store.max_bytes = 1 << 16
 
 
 def test_uploads_and_results_are_bounded_together(tmp_path: Path) -> None:
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         async with Small(engine, tmp_path) as server, server.sdk() as sdk:
             status, body = await post(server, form(b"x" * (1 << 16)))
             assert (status, body["error"]["code"]) == (413, "data_dir_full")
@@ -250,7 +250,7 @@ def test_uploads_and_results_are_bounded_together(tmp_path: Path) -> None:
 def test_the_number_of_files_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minisgl.api.batches.store.MAX_OBJECTS", 3)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         got = [(await post(server, form(b"")))[0] for _ in range(5)]
         assert got == [200, 200, 200, 413, 413]
 
@@ -263,7 +263,7 @@ def test_a_form_whose_fields_never_end_is_not_held(tmp_path: Path, monkeypatch: 
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nxyz\r\n--b\r\n'
     purpose = b'Content-Disposition: form-data; name="purpose"\r\n\r\n'
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         for sent in (head + purpose, head + purpose + b"bat", head, head[:60], head + purpose + b"batch\r\n--b\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", server._runner.addresses[0][1])
             writer.write(
@@ -288,7 +288,7 @@ def test_nor_is_one_that_comes_in_drops(tmp_path: Path, monkeypatch: pytest.Monk
             yield b"x"
             await asyncio.sleep(0.01)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         status, body = await post(server, drops(), headers={"Content-Type": "multipart/form-data; boundary=b"})
         assert (status, body["error"]["code"]) == (408, "request_timeout")
 
@@ -301,7 +301,7 @@ def test_a_form_has_few_and_short_fields_beside_the_file(tmp_path: Path) -> None
         many.add_field(f"f{i}", "x")
     long.add_field("purpose", "b" * 100_000)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         for data in (many, long):
             status, body = await post(server, data)
             assert (status, body["error"]["code"]) == (400, "invalid_form")
@@ -320,7 +320,7 @@ def test_a_list_reads_the_objects_of_its_page_and_no_others(tmp_path: Path, monk
         read.append(name)
         return load(store, room, name, what)
 
-    async def scene(engine: FakeEngine, server: Stored) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
         async with server.sdk() as sdk:
             ids = [(await sdk.files.create(file=b"x", purpose=p)).id for p in ("batch", "user_data") * 5]  # type: ignore[arg-type]
             monkeypatch.setattr(Store, "load", counted)

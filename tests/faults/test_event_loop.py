@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from processes import alive
-from test_server import CHAT, COMPLETION, USER, FakeEngine, Server, ask, play
+from test_server import CHAT, COMPLETION, USER, ScriptedEngine, Server, ask, play
 
 from minisgl.api import generation, reader, rendering
 from minisgl.api.endpoints.openai_answers import OpenAIAnswer
@@ -103,7 +103,7 @@ DIALECTS: dict[str, Callable[[Any], tuple[Any, int]]] = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_an_answer_with_many_log_probabilities_is_rendered_in_slices(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, n = DIALECTS[dialect](FakeEngine().config)
+    answer, n = DIALECTS[dialect](ScriptedEngine().config)
     tokens = 400 if n > 1 else 3000
     meter = metered(monkeypatch)
 
@@ -118,7 +118,7 @@ def test_an_answer_with_many_log_probabilities_is_rendered_in_slices(dialect: st
     assert meter.most < 100 * (UNITS + 2 * SLICE)
     assert len(meter.by_turn) > n * tokens * 21 / (UNITS + 2 * SLICE) / 2
     small = json.loads(
-        b"".join(json_pieces(asyncio.run(DIALECTS[dialect](FakeEngine().config)[0].complete([chunk(2, 20)] * n, TIMINGS))))
+        b"".join(json_pieces(asyncio.run(DIALECTS[dialect](ScriptedEngine().config)[0].complete([chunk(2, 20)] * n, TIMINGS))))
     )
     assert small.keys() == json.loads(raw).keys() if isinstance(small, dict) else len(small) == n
 
@@ -126,7 +126,7 @@ def test_an_answer_with_many_log_probabilities_is_rendered_in_slices(dialect: st
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_slices_add_up_to_the_same_answer(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def body() -> Any:
-        answer, n = DIALECTS[dialect](FakeEngine().config)
+        answer, n = DIALECTS[dialect](ScriptedEngine().config)
         raw = b"".join(json_pieces(asyncio.run(answer.complete([chunk(40, 20, "hällo") for _ in range(n)], TIMINGS))))
         return json.loads(
             raw,
@@ -144,7 +144,7 @@ def test_slices_add_up_to_the_same_answer(dialect: str, monkeypatch: pytest.Monk
 def test_a_long_text_is_parsed_for_calls_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from minisgl.api.parsers.reply import Reply
 
-    config = FakeEngine(tool_call_parser="hermes", reasoning_parser="qwen3").config
+    config = ScriptedEngine(tool_call_parser="hermes", reasoning_parser="qwen3").config
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     text = (
         "<think>"
@@ -171,7 +171,7 @@ def test_a_long_text_is_parsed_for_calls_in_parts(monkeypatch: pytest.MonkeyPatc
 
 def test_chunks_that_wait_are_merged_as_they_come() -> None:
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         engine.stall = True
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
@@ -192,7 +192,7 @@ def test_the_one_who_fills_the_memory_fails_and_what_it_held_is_free(monkeypatch
     monkeypatch.setattr(generation, "MAX_KEPT_BYTES", 1 << 20)
 
     async def main() -> None:
-        engine = FakeEngine()
+        engine = ScriptedEngine()
         engine.stall = True
         small, large = (Generation(engine, ["p"], SamplingParams()) for _ in range(2))
         small._on_chunk(0, chunk(10, 20)._replace(finish=Finish.NONE))
@@ -227,7 +227,7 @@ def test_the_one_who_fills_the_memory_fails_and_what_it_held_is_free(monkeypatch
 )
 def test_requests_for_more_than_can_be_rendered_are_refused_by_their_fields(path: str, body: Any, param: str) -> None:
     async def main() -> None:
-        engine = FakeEngine(max_body_bytes=1 << 20)
+        engine = ScriptedEngine(max_body_bytes=1 << 20)
         endpoint = ENDPOINTS[path]
         with pytest.raises(InvalidParam) as e:
             await endpoint.answer(engine, endpoint.parse(engine.config, body))
@@ -248,7 +248,7 @@ def test_a_native_stream_does_not_repeat_ever_more_log_probabilities() -> None:
         "top_logprobs_num": 20,
         "sampling_params": {"max_new_tokens": 900},
     }
-    config = FakeEngine().config
+    config = ScriptedEngine().config
     with pytest.raises(InvalidParam, match="incremental: true") as e:
         parse_generate(config, body)
     assert e.value.param == "incremental"
@@ -257,7 +257,7 @@ def test_a_native_stream_does_not_repeat_ever_more_log_probabilities() -> None:
 
 
 def test_vectors_are_rendered_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Vectors(FakeEngine):
+    class Vectors(ScriptedEngine):
         def _piece(self, uid: int, at: int) -> None:
             self.live.pop(uid)(Chunk("", (), Finish.STOP, 3, 0, (), np.ones(4096, np.float32)))
 
@@ -289,7 +289,7 @@ def test_a_large_body_is_read_in_another_process_and_answered_alike(monkeypatch:
 
     monkeypatch.setattr("minisgl.api.requests.fields.json.loads", counted)
 
-    async def scene(engine: FakeEngine, server: Server) -> None:
+    async def scene(engine: ScriptedEngine, server: Server) -> None:
         status, headers, raw = await ask(server, CHAT, large(unheard=1))
         assert status == 200
         assert headers["X-Ignored-Params"] == "unheard,user"
@@ -307,7 +307,7 @@ def test_a_large_body_is_read_in_another_process_and_answered_alike(monkeypatch:
 
 def test_what_comes_back_from_the_reader_is_small() -> None:
     """Arrays, not objects; and a prompt that is too long stays there."""
-    config = FakeEngine().config
+    config = ScriptedEngine().config
     n = config.max_context
     request = compact(config, parse_completion(config, {"prompt": [[1] * n] * 3, **{f"f{i}": 0 for i in range(5000)}}))
     assert [type(p.ids) for p in request.prompts] == [np.ndarray] * 3

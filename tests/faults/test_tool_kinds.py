@@ -155,7 +155,7 @@ def test_functions_of_a_namespace_are_offered_and_called_with_it() -> None:
             assert (item["type"], item["namespace"], item["name"]) == ("function_call", "crm", "find")
             assert json.loads(item["arguments"]) == {"a": 1}
         async with client(http) as sdk:
-            async with sdk.responses.stream(model="oracle", input="hi", tools=[CRM]) as stream:  # type: ignore[list-item]
+            async with sdk.responses.stream(model="tiny", input="hi", tools=[CRM]) as stream:  # type: ignore[list-item]
                 seen = [e async for e in stream]
             done = [e.item for e in seen if e.type == "response.output_item.done"]
             added = [e.item for e in seen if e.type == "response.output_item.added"]
@@ -164,7 +164,7 @@ def test_functions_of_a_namespace_are_offered_and_called_with_it() -> None:
             assert isinstance(done[0], openai.types.responses.ResponseFunctionToolCall)
             again = [{"role": "user", "content": "hi"}, done[0].model_dump(exclude_none=True, exclude={"parsed_arguments"})]
             again.append({"type": "function_call_output", "call_id": done[0].call_id, "output": "none"})
-            await sdk.responses.create(model="oracle", input=again, tools=[CRM])  # type: ignore[arg-type, list-item]
+            await sdk.responses.create(model="tiny", input=again, tools=[CRM])  # type: ignore[arg-type, list-item]
 
     play(engine := Speaker(call("find", {"a": 1}), 3, tool_call_parser="hermes"), scene)
     offered = told(engine.opened[0])["kwargs"]["tools"]
