@@ -206,11 +206,27 @@ def test_a_long_prompt_takes_little_more_than_twice_as_long_beside_a_stream() ->
     assert long(True) <= 3.5 * long(False), "three quarters of the decodes' time, and chunks that are not too short"
 
 
-def test_nobody_streams_so_nobody_is_spared() -> None:
+def test_a_question_does_not_wait_for_long_steps_of_a_prompt_that_nobody_streams_beside() -> None:
     s = Server()
-    s.add(s.text(4000), 1, LOADER)
-    chunks = []
-    while not s.machine.idle or not chunks:
+    s.add(s.text(7900), 1, LOADER)
+    s.run(1.0)
+    waits = []
+    while not s.machine.idle and len(waits) < 20:
+        uid, asked = s.add(s.text(40), 1, NEIGHBOUR), s.now
+        while not s.times[uid]:
+            s.step()
+        waits.append(s.now - asked)
+        s.run(s.now + 0.3)
+    assert len(waits) > 10
+    assert max(waits) <= 0.8
+
+
+def test_without_streams_a_long_prompt_has_the_machine_for_itself() -> None:
+    s = Server()
+    s.add(s.text(300), 1, LOADER)
+    s.run(5)
+    begin, uid = s.now, s.add(s.text(4000), 1, LOADER)
+    while not s.times[uid]:
         s.step()
-        chunks += [len(s.machine.inflight[-1].slots)] if s.machine.inflight else []
-    assert s.machine.counters.steps == -(-4000 // EngineConfig().step_tokens)
+    ideal = seconds(4000, 4000 * 2000, 0, 0)
+    assert s.now - begin <= 1.4 * ideal, "steps of a fifth of a second read the context again, and have a cost of their own"

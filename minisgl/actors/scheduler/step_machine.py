@@ -319,10 +319,10 @@ class StepMachine:
     def _prefill_budget(self, decode_rows: int, context: int) -> int:
         """Prompt tokens that this step may compute next to its decodes, so that these keep to the target."""
         budget, target = self.limits.step_tokens - decode_rows, self.limits.itl_target
-        if target == 0 or not decode_rows:
-            return budget
         if target is None:
             return min(budget, self.costs.prefill_beside(decode_rows, context, self.limits.prompt_seconds))
+        if target == 0 or not decode_rows:
+            return budget
         return min(budget, max(self.limits.page_size, self.costs.prefill_within(target, decode_rows, context)))
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
