@@ -19,7 +19,6 @@ _FORGET = 0.995
 _MIN_SAMPLES = 16
 _STEP = 0.1  # seconds: a step with decodes that takes longer is felt by those who read
 _STEP_ALONE = 0.2  # seconds of a step without decodes: who comes meanwhile waits for all plans in flight
-_SLOWER = 1.02  # how fast the least time of a token is forgotten
 _SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
 _LEAST_SHARE = 0.1  # where that would take a step beyond _STEP
 _PAUSE = 8  # steps without prompts after a chunk that took more than its share, at most: the fit may be wrong
@@ -45,7 +44,7 @@ class StepCosts:
         self.samples = 0
         self.longest = 32  # prompt tokens of a step observed so far
         self._credit = 0.0  # seconds that prompts may still take
-        self._alone = 0.0  # seconds per token of steps without decodes, the least of late: overhead makes short ones slow
+        self._alone = 0.0  # seconds per token of the last long step without decodes, its overhead included
         self._w: F64 = np.zeros(4)
         self._a: F64 = np.zeros((4, 4))  # sum of x x^T, forgetting
         self._b: F64 = np.zeros(4)  # sum of x seconds
@@ -59,8 +58,8 @@ class StepCosts:
         self.samples += 1
         tokens = round(x[1] / _SCALE[1])
         self.longest = max(self.longest, tokens)
-        if tokens and not x[2]:
-            self._alone = min(seconds / tokens, _SLOWER * self._alone if self._alone else seconds)
+        if tokens and not x[2] and seconds > _STEP_ALONE / 4:
+            self._alone = seconds / tokens
         expected = float(self._w @ x)
         if self.samples > _MIN_SAMPLES:
             seconds = min(seconds, 10 * max(expected, 1e-6))
