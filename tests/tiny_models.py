@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
+def save_architecture(path: Any, name: str, *, layers: int = 3, seed: int = 0) -> Any:
     """Write a random model of `ARCHITECTURES` to `path` and return it (transformers, float32, eval).  `layers`: 3 at most."""
     import transformers
 
@@ -131,7 +131,7 @@ def save_architecture(path: Any, name: str, *, layers: int = 3) -> Any:
         settings = {"text_config": settings, "vision_config": vision, "image_token_index": 2, "eos_token_id": [2, 0]}
         task = "ConditionalGeneration"
     config = getattr(transformers, f"{prefix}Config")(**settings, **how)
-    return save_random(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config)
+    return save_random(path, getattr(transformers, f"{prefix.removesuffix('Text')}For{task}"), config, seed)
 
 
 def save_qwen2(path: Any) -> Any:
@@ -164,11 +164,11 @@ def _sizes(heads: int, kv_heads: int) -> dict[str, Any]:
     }
 
 
-def save_random(path: Any, cls: Any, config: Any) -> Any:
+def save_random(path: Any, cls: Any, config: Any, seed: int = 0) -> Any:
     """Write a random model of the class `cls` of transformers to `path` and return it (float32, eval)."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = cls(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():  # norms of one and biases of zero would hide that they are not applied

@@ -206,8 +206,8 @@ def _spec(**change: Any) -> Any:
 
 def _attention(**change: Any) -> Any:
     class Wrong(TorchAttention):
-        def __init__(self, spec: Any, **more: Any) -> None:
-            super().__init__(replace(spec, **change), **more)
+        def __init__(self, spec: Any, *args: Any, **more: Any) -> None:
+            super().__init__(replace(spec, **change), *args, **more)
 
     return lambda patch: patch.setattr("minisgl.model.cpu.backend.TorchAttention", Wrong)
 

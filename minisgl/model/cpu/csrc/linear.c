@@ -16,7 +16,7 @@
 #include "pool.h"
 #include "simd.h"
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
 #define WORDS 1
 #else
 #define WORDS 0
@@ -103,7 +103,7 @@ typedef int32_t v8 __attribute__((vector_size(32)));
 
 /* Sixteen outputs of the `rows` rows from `first`, eight at a time: their sums of up to 8 rows fit into 16 registers. */
 INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Quantised x, int64_t first, f32x16 *y) {
-    const __m256i low = _mm256_set1_epi16(bits == 4 ? 15 : 255);
+    const __m256i low = _mm256_set1_epi16(bits == 4 ? 15 : 255), middle = _mm256_set1_epi16(128);
     const int64_t stride = groups * 2 * GROUP;
     __m256 acc[2][ROWS];
     for (int r = 0; r < rows; r++) acc[0][r] = acc[1][r] = _mm256_setzero_ps();
@@ -118,7 +118,8 @@ INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Q
             for (int v = 0; v < 8; v++) {
                 __m256i b = _mm256_loadu_si256((const __m256i *)(w + 64 * (bits == 4 ? v % 4 : v) + 32 * h));
                 if (bits == 4 && v >= 4) b = _mm256_srli_epi16(b, 4);
-                const __m256i even = _mm256_and_si256(b, low), odd = _mm256_and_si256(_mm256_srli_epi16(b, 8), low);
+                __m256i even = _mm256_and_si256(b, low), odd = _mm256_and_si256(_mm256_srli_epi16(b, 8), low);
+                if (bits == 8) even = _mm256_sub_epi16(even, middle), odd = _mm256_sub_epi16(odd, middle);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
                     const float *pairs = (const float *)(rows_at + r * stride + 8 * v);
@@ -128,10 +129,13 @@ INLINE void tile(const int rows, const int bits, const uint8_t *w, int groups, Q
                 }
             }
             const __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales + h));
-            const __m256 m = bits == 4 ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales + 2 + h)) : _mm256_mul_ps(d, _mm256_set1_ps(-128.0f));
+            const __m256 m = bits == 4 ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales + 2 + h)) : _mm256_setzero_ps();
             for (int r = 0; r < rows; r++) {
                 const int64_t at = (first + r) * groups + g;
-                acc[h][r] += _mm256_cvtepi32_ps((__m256i)dot[r]) * (x.scale[at] * (1.0f / 254.0f)) * d + m * x.total[at];
+                /* Fused by hand: what the compiler fuses depends on the number of rows, and a row's result must not. */
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps((__m256i)dot[r]), _mm256_set1_ps(x.scale[at] * (1.0f / 254.0f)));
+                acc[h][r] = _mm256_fmadd_ps(product, d, acc[h][r]);
+                if (bits == 4) acc[h][r] = _mm256_fmadd_ps(m, _mm256_set1_ps(x.total[at]), acc[h][r]);
             }
         }
         w = scales + (bits == 4 ? 64 : 32);
