@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from minisgl.api.engine import ChatPrompt, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt
+from minisgl.api.engine import Engine, OnChunk, Prompt, WrappedEngine
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
@@ -35,28 +33,12 @@ class Callers:
         return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch)
 
 
-class _Caller:
-    """An Engine that marks the requests of one call, and otherwise behaves as the one it wraps."""
+class _Caller(WrappedEngine):
+    """Marks the requests of one call."""
 
     def __init__(self, engine: Engine, client: int, call: int, batch: bool) -> None:
-        self._engine, self._client, self._call, self._batch = engine, client, call, batch
-        self.config, self.kept = engine.config, engine.kept
-
-    @property
-    def stats(self) -> dict[str, int]:
-        return self._engine.stats
-
-    @property
-    def tokenizer_info(self) -> dict[str, Any]:
-        return self._engine.tokenizer_info
-
-    @property
-    def state(self) -> str:
-        return self._engine.state
-
-    @property
-    def open_requests(self) -> int:
-        return self._engine.open_requests
+        super().__init__(engine)
+        self._client, self._call, self._batch = client, call, batch
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
@@ -67,19 +49,4 @@ class _Caller:
             text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
         marked = replace(options, priority=priority, client=self._client, call=self._call)
-        return self._engine.open(prompt, params, on_chunk, marked)
-
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
-        return self._engine.tokenize(prompt, on_ids)
-
-    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
-        return self._engine.detokenize(ids, skip_special, on_text)
-
-    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
-        return self._engine.check_grammar(grammar, field, on_grammar)
-
-    def close(self, uid: int) -> None:
-        self._engine.close(uid)
-
-    def flush_cache(self) -> None:
-        self._engine.flush_cache()
+        return super().open(prompt, params, on_chunk, marked)

@@ -149,3 +149,45 @@ class Engine(Protocol):
 
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
+
+
+class WrappedEngine:
+    """An Engine that passes everything on to another one.  A subclass changes what it is there for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.config, self.kept = engine.config, engine.kept
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return self._engine.stats
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        return self._engine.tokenizer_info
+
+    @property
+    def state(self) -> str:
+        return self._engine.state
+
+    @property
+    def open_requests(self) -> int:
+        return self._engine.open_requests
+
+    def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return self._engine.open(prompt, params, on_chunk, options)
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
+        return self._engine.tokenize(prompt, on_ids)
+
+    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
+        return self._engine.detokenize(ids, skip_special, on_text)
+
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+        return self._engine.check_grammar(grammar, field, on_grammar)
+
+    def close(self, uid: int) -> None:
+        self._engine.close(uid)
+
+    def flush_cache(self) -> None:
+        self._engine.flush_cache()

@@ -41,7 +41,7 @@ class LocalSystem:
     """The deterministic runtime.  `edges` records (message, sender, receiver), for the test of the documentation."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self.clock = 0.0  # virtual seconds; a test moves it
+        self.clock = 0.0  # virtual seconds; a test, or an actor that waits for its `wake_at`, moves it
         self.actors: dict[str, Actor] = {}
         self.dead_letters: list[tuple[str, str, Any]] = []
         self.edges: set[tuple[str, str, str]] = set()
@@ -71,7 +71,7 @@ class LocalSystem:
             self.dead_letters.append((src, dst, msg))
 
     def step(self) -> bool:
-        """One event: deliver a message, or run one `idle()`.  False: nothing can happen."""
+        """One event: deliver a message, run one `idle()`, or advance the clock to a `wake_at`.  False: nothing can happen."""
         lanes = [k for k, lane in self._lanes.items() if lane and k[1] in self.actors]
         choices: list[Any] = [*lanes, *(name for name in self.actors if name not in self._asleep)]
         if self._rng:

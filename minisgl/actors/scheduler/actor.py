@@ -175,7 +175,7 @@ class SchedulerActor(Actor):
     def stop(self, m: msg.Stop) -> None:
         if self.machine is None or len(self._armed) < self.config.engine.tp:
             self.ctx.stop()  # the workers do not read the ring yet
-        self._stopping = True
+        self._stopping, self.wake_at = True, math.inf
 
     # ---------------- the step
     def idle(self) -> bool:

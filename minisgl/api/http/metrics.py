@@ -13,14 +13,12 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
-from minisgl.api.engine import Chunk, Engine, OnChunk, Prompt
-from minisgl.config import Config
+from minisgl.api.engine import Chunk, Engine, OnChunk, Prompt, WrappedEngine
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
@@ -58,35 +56,15 @@ class Metrics:
         self.ttft, self.itl, self.e2e = Histogram(_TTFT), Histogram(_ITL), Histogram(_E2E)
 
 
-class Metered:
-    """An Engine that counts the chunks that pass through it, and otherwise behaves as the one it wraps."""
+class Metered(WrappedEngine):
+    """Counts the chunks that pass through it."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.config: Config = engine.config
-        self.tokenize, self.detokenize, self.flush_cache = engine.tokenize, engine.detokenize, engine.flush_cache
-        self.kept = engine.kept
-        self.check_grammar = engine.check_grammar
+        super().__init__(engine)
         self.metrics = Metrics()
         self._open: set[int] = set()
         self._registry = CollectorRegistry()
         self._registry.register(self)
-
-    @property
-    def stats(self) -> dict[str, int]:
-        return self._engine.stats
-
-    @property
-    def tokenizer_info(self) -> dict[str, Any]:
-        return self._engine.tokenizer_info
-
-    @property
-    def state(self) -> str:
-        return self._engine.state
-
-    @property
-    def open_requests(self) -> int:
-        return self._engine.open_requests
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         metrics, began, last, uid = self.metrics, time.monotonic(), 0.0, -1
@@ -113,7 +91,7 @@ class Metered:
                     metrics.e2e.observe(now - began)
                     self._open.discard(uid)
 
-        uid = self._engine.open(prompt, params, count, options)
+        uid = super().open(prompt, params, count, options)
         self._open.add(uid)
         return uid
 
@@ -121,7 +99,7 @@ class Metered:
         if uid in self._open:
             self._open.discard(uid)
             self.metrics.finished["abort"] += 1  # the client left before the end
-        self._engine.close(uid)
+        super().close(uid)
 
     def render(self) -> bytes:
         """The body of GET /metrics: Prometheus' text format."""

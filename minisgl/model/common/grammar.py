@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 LAST_RESORT = -1e30  # the least logit of a token that the grammar allows, whatever else forbids it
-CACHE_BYTES = (
-    32 << 20
-)  # of compiled grammars that nobody follows: for the n answers to a prompt, and for schemas that come again
+CACHE_BYTES = 32 << 20  # of compiled grammars that nobody follows: schemas come again, and a prompt has n answers
 GROWN_BYTES = 64 << 20  # by which lexers may grow; then the one that grew most is compiled anew
 _NICE = 5  # of the thread that compiles
 
