@@ -286,10 +286,10 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            counts = len(entry.ids), cached
-            thoughts = entry.thought_tokens, entry.params.thinking
-            chunk = Chunk(text, new, end, *counts, logprobs, None, entry.queued, *thoughts)
-            entry.on_chunk(chunk)
+            n, params = len(entry.ids), entry.params
+            entry.on_chunk(
+                Chunk(text, new, end, n, cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
+            )
 
     @on(msg.Logprobs)
     def logprobs(self, m: msg.Logprobs) -> None:

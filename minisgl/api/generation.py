@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from minisgl.api.engine import Chunk, Engine, Prompt
 from minisgl.api.rendering import Turns, entries
@@ -65,20 +65,10 @@ class Result:
     last: int = -1  # the latest token
 
     def add(self, chunk: Chunk) -> None:
-        self.completion_tokens += len(chunk.token_ids)
-        self.prompt_tokens = chunk.prompt_tokens
-        self.cached_tokens = chunk.cached_tokens
-        self.reasoning_tokens = chunk.thought_tokens
-        self.finish = chunk.finish
-        if chunk.token_ids:
-            self.last = chunk.token_ids[-1]
-
-
-class _Waiting(NamedTuple):
-    """Chunks of one prompt that nobody has taken: the `new` ones, and before them every _MERGED in one."""
-
-    merged: list[Chunk]
-    new: list[Chunk]
+        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _ = chunk
+        self.completion_tokens += len(ids)
+        if ids:
+            self.last = ids[-1]
 
 
 class Generation:
@@ -98,8 +88,9 @@ class Generation:
     ) -> None:
         self.unfinished = len(prompts)  # prompts whose last chunk has not been taken
         self._engine = engine
-        self._chunks: dict[int, _Waiting] = {}  # by the index of the prompt
-        self._kept = 0  # bytes of these
+        self._chunks: dict[int, list[Chunk]] = {}  # that nobody has taken, by the index of the prompt
+        self._merged: dict[int, list[Chunk]] = {}  # and before those, where many wait: every _MERGED in one
+        self._kept, self._all = 0, engine.kept  # bytes of both, and of those of all generations
         self._overflown = False
         self._error: RequestError | None = None
         self._wake: Callable[[], object] | None = None
@@ -120,11 +111,12 @@ class Generation:
         self._wake = None
         for uid in self._uids:
             self._engine.close(uid)
-        self._keep(-self._kept)
+        self._forget_size()
 
-    def _keep(self, size: int) -> None:
-        self._kept += size
-        self._engine.kept.bytes += size
+    def _forget_size(self) -> None:
+        """What waits here, or waited until now, counts no longer."""
+        self._all.bytes -= self._kept
+        self._kept = 0
 
     def _on_chunk(self, index: int, item: Chunk | RequestError) -> None:
         if isinstance(item, RequestError):
@@ -146,20 +138,27 @@ class Generation:
     def _add(self, index: int, chunk: Chunk) -> None:
         if self._overflown:
             return
-        self._keep(_size(chunk))
-        if self._engine.kept.bytes > MAX_KEPT_BYTES:
+        self._kept += (size := _size(chunk))
+        self._all.bytes += size
+        if self._all.bytes > MAX_KEPT_BYTES:
             text = "The server keeps more unfinished answers than it has memory for; ask for fewer log probabilities or tokens."
             self._error = self._error or RequestError(text, status=503, code="server_overloaded", retry_after=5)
             self._overflown = True
-            self._chunks.clear()
-            self._keep(-self._kept)
+            self._chunks, self._merged = {}, {}
+            self._forget_size()
             return
-        if (waiting := self._chunks.get(index)) is None:
-            self._chunks[index] = waiting = _Waiting([], [])
-        waiting.new.append(chunk)
-        if len(waiting.new) == _MERGED:
-            waiting.merged.append(_merge(waiting.new))
-            waiting.new.clear()
+        waiting = self._chunks.get(index)
+        if waiting is None:
+            self._chunks[index] = [chunk]
+            return
+        waiting.append(chunk)
+        if len(waiting) == _MERGED:
+            self._merged.setdefault(index, []).append(_merge(waiting))
+            waiting.clear()
+
+    def _all_of(self, index: int) -> Chunk:
+        """Take what waits of one prompt."""
+        return _merge(self._merged.pop(index, []) + self._chunks.pop(index))
 
     @property
     def timings(self) -> Timings:
@@ -204,11 +203,14 @@ class Generation:
     def take_now(self) -> NewChunks:
         """The chunks since the last call, merged into one per prompt.  The error of a request is raised after the chunks
         that came before it."""
-        waiting, self._chunks = self._chunks, {}
-        if not waiting and self._error is not None:
+        if not self._chunks and self._error is not None:
             raise self._error
-        self._keep(-self._kept)
-        chunks = [(index, _merge(parts.merged + parts.new)) for index, parts in waiting.items()]
+        self._forget_size()
+        if self._merged:
+            chunks = [(index, self._all_of(index)) for index in list(self._chunks)]
+        else:
+            chunks = [(index, new[0] if len(new) == 1 else _merge(new)) for index, new in self._chunks.items()]
+            self._chunks = {}
         for _, chunk in chunks:
             if chunk.finish:
                 self.unfinished -= 1
@@ -216,10 +218,9 @@ class Generation:
 
     async def take_one_by_one(self) -> list[Chunk]:
         """The complete answers in the order of their prompts, merged over several turns.  They stay counted until `close`."""
-        waiting, self._chunks, turns, out = self._chunks, {}, Turns(), []
-        for index in sorted(waiting):
-            parts = waiting.pop(index)
-            out.append(_merge(parts.merged + parts.new))
+        turns, out = Turns(), []
+        for index in sorted(self._chunks):
+            out.append(self._all_of(index))
             await turns.spend(20 + len(out[-1].token_ids) // 8)
         return out
 
@@ -337,5 +338,5 @@ def _merge(chunks: list[Chunk]) -> Chunk:
 
 def _size(chunk: Chunk) -> int:
     """Bytes of a chunk that waits, about."""
-    known = sum(map(entries, chunk.logprobs))
-    return _TOKEN_BYTES * len(chunk.token_ids or ()) + len(chunk.text) + _ENTRY_BYTES * known + 128
+    size = _TOKEN_BYTES * len(chunk.token_ids or ()) + len(chunk.text) + 128
+    return size + _ENTRY_BYTES * sum(map(entries, chunk.logprobs)) if chunk.logprobs else size

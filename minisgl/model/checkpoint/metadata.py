@@ -164,6 +164,8 @@ def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) 
     fields = Metadata(f"{source} (rope scaling)", scaling)
     values: dict[str, Any] = {name: fields.number(name) for name in _ROPE_FIELDS[kind]}
     if kind == "llama3":
+        if (high := values["high_freq_factor"]) <= values["low_freq_factor"]:
+            raise UserError(f"{source}: high_freq_factor is {high}, and should be above low_freq_factor.")
         values["original_max_position_embeddings"] = fields.number("original_max_position_embeddings", float(max_context))
     elif kind == "dynamic":  # the length of a text is compared with max_position_embeddings
         values["original_max_position_embeddings"] = max_context
@@ -200,17 +202,15 @@ def check(source: str, spec: ModelSpec) -> ModelSpec:
         raise UserError(f"{source}: {rotated} dimensions of a head of {spec.head_dim} (head_dim) cannot be rotated in pairs.")
     if spec.max_context > MAX_CONTEXT:
         raise UserError(
-            f"{source}: its rope scaling makes the context {spec.max_context} tokens; up to {MAX_CONTEXT} are served."
+            f"{source}: its rope_scaling makes the context {spec.max_context} tokens; up to {MAX_CONTEXT} are served."
         )
     scaling = spec.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic" and rotated <= 2:
-        raise UserError(f"{source}: dynamic rope scaling needs heads of more than two dimensions.")
-    if scaling is not None and scaling.rope_type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise UserError(f"{source}: high_freq_factor is {scaling.high_freq_factor}, and should be above low_freq_factor.")
+        raise UserError(f"{source}: dynamic rope_scaling needs heads of more than two dimensions.")
     if spec.rope_scaling is not None and spec.rope_scaling.rope_type == "longrope":
         for name in ("short_factor", "long_factor"):
             if (n := len(getattr(spec.rope_scaling, name))) != rotated // 2:
-                raise UserError(f"{source}: {name} has {n} entries, {rotated} dimensions need {rotated // 2}.")
+                raise UserError(f"{source}: {name} of rope_scaling has {n} entries, {rotated} dimensions need {rotated // 2}.")
     if spec.experts_per_token > spec.num_experts:
         raise UserError(f"{source}: {spec.experts_per_token} experts of each token, and there are {spec.num_experts}.")
     bad = [i for i in (*spec.eos_ids, *([] if spec.bos_id is None else [spec.bos_id])) if i >= spec.vocab_size]
