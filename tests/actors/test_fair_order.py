@@ -279,6 +279,15 @@ def test_nothing_is_kept_of_those_who_have_gone() -> None:
             assert queue.weight == pytest.approx(0, abs=1e-9)
 
 
+def test_a_call_weighs_what_all_its_rows_ask_for() -> None:
+    """Its first row alone would be the shortest call of its client, and k such calls would weigh k."""
+    queue = FairQueue()
+    for call in range(1, 5):
+        for _ in range(32):
+            queue.enter(request(0, 1, call), 9)
+    assert queue.weight == pytest.approx(1 + 1 / 2 + 1 / 3 + 1 / 4)
+
+
 # ---------------- the test notices
 def _in_order_of_arrival(self: FairQueue, request: Request, tokens: int) -> None:
     ENTER(self, request, tokens)

@@ -12,7 +12,7 @@ import pytest
 from conftest import EOS, VOCAB, Loop, World, fake_config, fake_spec
 
 from minisgl.actors.messages import Wake
-from minisgl.actors.scheduler import step_machine as machine_module
+from minisgl.actors.scheduler import admission
 from minisgl.actors.scheduler.interface import Add, Drop, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -244,7 +244,7 @@ def test_a_head_that_does_not_fit_lets_those_behind_it_pass() -> None:
 
 def overtaken(monkeypatch: pytest.MonkeyPatch, options: RequestOptions, others: RequestOptions) -> int:
     """How many of 60 small requests start before a big one that does not fit while one after another of them runs."""
-    monkeypatch.setattr(machine_module, "MAX_OVERTAKEN", 10)
+    monkeypatch.setattr(admission, "MAX_OVERTAKEN", 10)
     loop = Loop(slots=8, num_pages=24, max_context=96, step_tokens=60)
     loop.add(prompt(5), 3)
     loop.step()
@@ -305,7 +305,7 @@ def test_looking_past_the_head_costs_a_bounded_number_of_lookups(monkeypatch: py
     monkeypatch.setattr(RadixCache, "match", counting)
     for _ in range(10):
         loop.step()
-    assert looks <= 10 * 2 * machine_module.WINDOW
+    assert looks <= 10 * 2 * admission.WINDOW
 
 
 # ---------------- decodes and prompts
@@ -459,7 +459,7 @@ def test_among_equals_the_youngest_is_retracted_and_resumes_with_the_same_text()
 
 
 def test_requests_with_a_cached_prefix_start_first_but_nobody_starves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "MAX_OVERTAKEN", 6)
+    monkeypatch.setattr(admission, "MAX_OVERTAKEN", 6)
     for order, most in (("prefix", 6), ("arrival", 0)):
         loop = Loop(slots=1, num_pages=60, order=order)
         loop.add(prompt(16), 1)

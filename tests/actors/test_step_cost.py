@@ -118,6 +118,33 @@ def test_a_chunk_of_any_length_is_paid_for_after_eight_steps() -> None:
     assert 7 <= [costs.prefill_beside(8, 800, 0.0) > 0 for _ in range(9)].index(True) <= 8
 
 
+def test_no_prompt_waits_long_for_what_a_chunk_took_too_much() -> None:
+    """Steps of 60 ms and more pause once at most."""
+    costs = StepCosts()
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        costs.observe(features(n := int(rng.integers(0, 30)), 8, 800), 0.07 + 2e-3 * n)
+    costs.spend(100_000)
+    assert [costs.prefill_beside(8, 800, 0.0) > 0 for _ in range(3)].index(True) <= 1
+
+
+def test_a_second_in_which_the_machine_was_slow_is_forgotten_after_a_few_prompts() -> None:
+    def steps(slow: int) -> list[float]:
+        """The expected time of a prompt token after each of twenty steps that follow 60, which took so many times too long."""
+        costs, found = StepCosts(), []
+        for i in range(400):
+            costs.observe(features(8 * (i % 2), 8, 800), 0.02 + 2e-3 * 8 * (i % 2))
+        for i in range(80):
+            times = slow if i < 60 else 1
+            costs.observe(features(8 * (i % 2), 8, 800), times * (0.02 + 2e-3 * 8 * (i % 2)))
+            found.append(costs.per_token)
+        return found[60:]
+
+    assert max(steps(1)) < 2.2e-3
+    assert steps(5)[0] > 2 * 2e-3, "there is something to forget"
+    assert steps(5)[-1] < 1.4 * 2e-3
+
+
 def test_prompts_get_the_least_time_that_is_set() -> None:
     costs = StepCosts()
     feed(costs, 400)

@@ -41,6 +41,7 @@ class SchedulerActor(Actor):
         self.board = Board(arenas.board, ctx.name)
         self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
+        self._added = self._added_tokens = 0  # requests in the inbox, and tokens of their prompts
         self._compiling: dict[int, tuple[Request, set[int]]] = {}  # by uid: who waits for a grammar, of which ranks
         self._unsent: StepPlan | None = None  # a plan that does not fit into the ring yet
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
@@ -104,7 +105,7 @@ class SchedulerActor(Actor):
         limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
         request = Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)
         if not m.params.grammar:
-            self._inbox.append(Add(request))
+            self._add(request)
             return
         ranks = range(self.config.engine.tp)
         self._compiling[m.uid] = request, set(ranks)
@@ -120,7 +121,12 @@ class SchedulerActor(Actor):
         ranks.discard(m.rank)
         if not ranks:
             del self._compiling[m.uid]
-            self._inbox.append(Add(request))
+            self._add(request)
+
+    def _add(self, request: Request) -> None:
+        self._inbox.append(Add(request))
+        self._added += 1
+        self._added_tokens += len(request.ids)
 
     def _refusal(self, m: msg.Generate) -> msg.Rejected | None:
         """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
@@ -144,9 +150,9 @@ class SchedulerActor(Actor):
         Tokens are the bound that matters: they determine how long a new request would wait.  An empty queue takes any request.
         """
         machine, server = self._machine(), self.config.server
-        adds = [e.request for e in self._inbox if isinstance(e, Add)] + [request for request, _ in self._compiling.values()]
-        waiting = len(machine.waiting) + max(0, len(adds) - machine.table.free_slots)
-        tokens = machine.waiting.tokens + sum(len(r.ids) for r in adds)
+        coming = self._added + len(self._compiling)
+        waiting = len(machine.waiting) + max(0, coming - machine.table.free_slots)
+        tokens = machine.waiting.tokens + self._added_tokens + sum(len(request.ids) for request, _ in self._compiling.values())
         full = server.max_queue and waiting >= server.max_queue
         heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
         if not full and not heavy:
@@ -190,6 +196,7 @@ class SchedulerActor(Actor):
             worked |= self._stop_workers()
         elif self._unsent is None:  # while a plan waits for room in the ring, everything else waits, too
             inbox, self._inbox = self._inbox, []
+            self._added = self._added_tokens = 0
             worked |= bool(inbox)
             now = self.ctx.now()
             output = self.machine.step(inbox, now)

@@ -115,7 +115,7 @@ class Admission(RunningBatch):
         if not window:
             return None
         first = window[0]
-        if self.limits.order == "arrival" or first.overtaken_by >= MAX_OVERTAKEN or first.resumed or len(window) == 1:
+        if self.limits.order == "arrival" or self._blocks(first) or first.resumed or len(window) == 1:
             return first
         mine = first.options.priority, first.options.client
         equals = [r for r in window if (r.options.priority, r.options.client) == mine]
@@ -123,6 +123,10 @@ class Admission(RunningBatch):
             if request.uid not in found:
                 found[request.uid] = self._match(request).num_pages
         return max(equals, key=lambda r: (found[r.uid], -r.finish, -r.order))
+
+    def _blocks(self, request: Request) -> bool:
+        """Overtaken often enough: the requests behind it wait until it fits."""
+        return request.overtaken_by >= MAX_OVERTAKEN
 
     def _try_admit(self, request: Request, match: Match, builder: PlanBuilder, out: Output) -> int | None:
         """Move a request from the queue to a slot, with its cached prefix.  Returns the slot, None if it does not fit now."""

@@ -25,9 +25,9 @@ Call = tuple[int, int]  # (client, call)
 class _Flow:
     """A call that the ideal server works on."""
 
-    rivals: int  # calls of its client that were no longer when it came, itself included; its weight is 1 / rivals
     finish: float  # of its last request
     tokens: int = 0  # of all its requests
+    rivals: int = 1  # calls of its client that were no longer when it last grew, itself included; its weight is 1 / rivals
 
 
 class FairQueue:
@@ -46,19 +46,21 @@ class FairQueue:
         """A request has so many tokens to compute.  One that has run before does not queue behind the others of its call."""
         key = client, _ = request.options.client, request.options.call
         flow = self._flows.get(key)
-        if flow is None:
-            rivals = 1 + sum(self._sizes[client, size] for size in range(1 + tokens.bit_length()))
-            flow = self._flows[key] = _Flow(rivals, self.time)
-            self.weight += 1 / rivals
-            heapq.heappush(self._ends, (self.time + tokens * rivals, key))
+        if fresh := flow is None:
+            flow = self._flows[key] = _Flow(self.time)
         else:
             self._count(client, flow, -1)
         flow.tokens += tokens
+        flow.rivals = 1 + sum(self._sizes[client, size] for size in range(1 + flow.tokens.bit_length()))
         self._count(client, flow, 1)
         request.finish = (self.time if request.resumed else flow.finish) + tokens * flow.rivals
         flow.finish = max(flow.finish, request.finish)
+        if fresh:
+            heapq.heappush(self._ends, (request.finish, key))
 
     def _count(self, client: int, flow: _Flow, n: int) -> None:
+        """A flow begins (`n` = 1) or ends (-1); one that grows does both."""
+        self.weight += n / flow.rivals
         key = client, flow.tokens.bit_length()
         self._sizes[key] += n
         if not self._sizes[key]:
@@ -80,7 +82,6 @@ class FairQueue:
                 heapq.heappop(self._ends)
                 del self._flows[key]
                 self._count(key[0], flow, -1)
-                self.weight -= 1 / flow.rivals
 
     def rest(self) -> None:
         """No prompt is left: the ideal server has computed them, too, where the cache has helped less than it might."""

@@ -15,14 +15,15 @@ import numpy as np
 
 from minisgl.arrays import F64
 
-_FORGET = 0.995
+_FORGET, _FORGET_FAST = 0.995, 0.5  # a step; the second after a step that took much less time than expected
 _MIN_SAMPLES = 16
 _STEP = 0.1  # seconds: a step with decodes that takes longer is felt by those who read
 _STEP_ALONE = 0.2  # seconds of a step without decodes: who comes meanwhile waits for all plans in flight
 _SHARE = 0.75  # of the time of a step's decodes, for prompts beside them
 _LEAST_SHARE = 0.1  # where that would take a step beyond _STEP
-_PAUSE = 8  # steps without prompts after a chunk that took more than its share, at most: the fit may be wrong
-_ROWS_SHARE = 0.7  # of _STEP, that rows may take before no more of them start
+_PAUSE = 8  # steps without prompts after a chunk that took more than its share, at most: the fit may be wrong;
+_PAUSE_SECONDS = 0.06  # and no more steps than take so long
+_ROWS_SHARE = 0.5  # of _STEP, that rows may take before no more of them start
 _LEAST_ROWS = 16  # that run at the same time, even if a step takes longer than _STEP: fewer do not use the machine
 _LEAST = 8  # prompt tokens of a step that has any: every chunk reads the KV of its prompt's beginning
 _BURST = 0.06  # seconds of a step for prompts, where the steps before it had none
@@ -63,8 +64,10 @@ class StepCosts:
         expected = float(self._w @ x)
         if self.samples > _MIN_SAMPLES:
             seconds = min(seconds, 10 * max(expected, 1e-6))
-        self._a = _FORGET * self._a + np.outer(x, x)
-        self._b = _FORGET * self._b + x * seconds
+        # What else runs on this machine only makes a step longer: a short one is the truth, and what contradicts it is past.
+        forget = _FORGET_FAST if tokens and seconds < 0.6 * expected else _FORGET
+        self._a = forget * self._a + np.outer(x, x)
+        self._b = forget * self._b + x * seconds
         self._w = self._w + np.linalg.solve(self._a + _DAMPING * np.eye(4), self._b - self._a @ self._w)
 
     @property
@@ -112,7 +115,8 @@ class StepCosts:
             return max(_LEAST, min(most, int(_STEP_ALONE / self._alone))) if self._alone else most
         decodes = self.seconds(0, decode_rows, context)
         room = max(least, 1e-3, min(_SHARE * decodes, max(_STEP - decodes, _LEAST_SHARE * decodes)))
-        self._credit = min(max(self._credit, -_PAUSE * room) + room, max(_BURST, room))
+        pause = min(_PAUSE, max(1.0, _PAUSE_SECONDS / max(decodes, 1e-3)))
+        self._credit = min(max(self._credit, -pause * room) + room, max(_BURST, room))
         if self.per_token <= 0:
             return 2 * self.longest
         return min(2 * self.longest, max(_LEAST, int(self._credit / self.per_token))) if self._credit > 0 else 0

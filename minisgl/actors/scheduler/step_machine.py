@@ -27,7 +27,7 @@ from dataclasses import asdict
 import numpy as np
 
 from minisgl.actors.messages import Tokens
-from minisgl.actors.scheduler.admission import MAX_OVERTAKEN, Admission
+from minisgl.actors.scheduler.admission import Admission
 from minisgl.actors.scheduler.interface import Add, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.plan_builder import NO_SLOTS, InFlight, PlanBuilder
 from minisgl.actors.scheduler.request import Request
@@ -259,10 +259,10 @@ class StepMachine(Admission):
             if slot is not None:
                 self._count_overtaken(candidate)
                 heapq.heappush(ready, (candidate.turn, slot))
-            elif candidate.overtaken_by < MAX_OVERTAKEN:
-                skipped.add(candidate.uid)
+            elif self._blocks(candidate):
+                blocked = True
             else:
-                blocked = True  # overtaken often enough: the requests behind it wait until it fits
+                skipped.add(candidate.uid)
         self.fair.serve(max(0, budget))  # nobody could use the rest
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
