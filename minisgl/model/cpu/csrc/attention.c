@@ -46,7 +46,7 @@ static void rotate(float *x, const float *cos, const float *sin, int n) {
 }
 
 /* To what half precision holds; NaN stays. */
-INLINE f32x16 saturate(f32x16 v) { return choose(v > all(65504.0f), all(65504.0f), choose(v < all(-65504.0f), all(-65504.0f), v)); }
+INLINE f32x16 saturate(f32x16 v) { return smaller(all(65504.0f), greater(all(-65504.0f), v)); }
 
 /* Rotates one token's queries in qkv, and writes its keys and values to the cache. */
 static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
@@ -71,30 +71,34 @@ static void enter_token(const Layer *l, const Step *s, float *qkv, int token) {
     }
 }
 
-/* Scores of 16 tokens: out[r] = q[r] . keys. */
-INLINE void scores(const int rows, const float *const *q, const uint16_t *keys, int dim, f32x16 *out) {
+/* Scores of 16 tokens: out[r] = q[..][r] . keys. */
+INLINE void scores(const int rows, const float (*q)[ROWS], const uint16_t *keys, int dim, float (*out)[BLOCK]) {
     for (int lane = 0; lane < LANES; lane += NATIVE) {
         f32xn acc[ROWS];
-        for (int r = 0; r < rows; r++) acc[r] = (f32xn){};
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) acc[r] = all_n(0.0f);
         for (int i = 0; i < dim; i++) {
             f32xn k = load_half_native(keys + i * LANES + lane);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) acc[r] += k * q[r][i];
+            for (int r = 0; r < rows; r++) acc[r] += k * q[i][r];
         }
-        for (int r = 0; r < rows; r++) memcpy((float *)(out + r) + lane, acc + r, sizeof *acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) store_n(out[r] + lane, acc[r]);
     }
 }
 
 /* out[r][0..NATIVE] += p[r] . values of n tokens, `dim` apart. */
 INLINE void weigh(const int rows, float (*p)[BLOCK], const uint16_t *values, int n, int dim, float (*out)[MAX_DIM]) {
     f32xn acc[ROWS];
-    for (int r = 0; r < rows; r++) memcpy(acc + r, out[r], sizeof *acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) acc[r] = load_n(out[r]);
     for (int t = 0; t < n; t++) {
         f32xn v = load_half_native(values + (int64_t)t * dim);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) acc[r] += v * p[r][t];
     }
-    for (int r = 0; r < rows; r++) memcpy(out[r], acc + r, sizeof *acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) store_n(out[r], acc[r]);
 }
 
 #define SWITCH_ROWS(CALL) \
@@ -107,7 +111,7 @@ INLINE void weigh(const int rows, float (*p)[BLOCK], const uint16_t *values, int
 static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, const float *const *q, const int *position,
                    const int *head, float *const *out) {
     const int d = l->dim;
-    float acc[ROWS][MAX_DIM], p[ROWS][BLOCK], most[ROWS], total[ROWS];
+    float acc[ROWS][MAX_DIM], p[ROWS][BLOCK], queries[MAX_DIM][ROWS], most[ROWS], total[ROWS];
     int first = 0, last = 0, start[ROWS];
     for (int r = 0; r < rows; r++) {
         start[r] = l->window && position[r] >= l->window ? position[r] - l->window + 1 : 0;
@@ -116,39 +120,45 @@ static void attend(const Layer *l, const int32_t *pages, int kv_head, int rows, 
         most[r] = l->sinks ? l->sinks[head[r]] : UNSEEN;
         total[r] = l->sinks ? 1.0f : 0.0f;
         memset(acc[r], 0, d * sizeof(float));
+        for (int i = 0; i < d; i++) queries[i][r] = q[r][i];
     }
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static const int32_t lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    i32xn lane;
+    memcpy(&lane, lanes, sizeof lane);
     for (int block = first / BLOCK * BLOCK; block <= last; block += BLOCK) {
         int end = last + 1 < block + BLOCK ? last + 1 : block + BLOCK, from = first > block ? first / LANES * LANES : block;
-        f32x16 best[ROWS];
-        for (int r = 0; r < rows; r++) best[r] = all(UNSEEN);
         for (int t = from; t < end; t += LANES) {
             const uint16_t *keys = l->cache + ((int64_t)pages[t / l->page_size] * l->kv_heads + kv_head) * 2 * l->page_size * d +
                                    t % l->page_size * d;
-            f32x16 s[ROWS];
-#define CALL(n) scores(n, q, keys, d, s)
+            float(*to)[BLOCK] = (float(*)[BLOCK])(p[0] + (t - block));
+#define CALL(n) scores(n, queries, keys, d, to)
             SWITCH_ROWS(CALL)
 #undef CALL
-            for (int r = 0; r < rows; r++) {
-                f32x16 v = s[r] * l->scale;
-                if (l->softcap > 0.0f) /* c * tanh(v / c), tanh by way of exp */
-                    v = l->softcap - 2.0f * l->softcap / (exponential(v * (2.0f / l->softcap)) + 1.0f);
-                i32x16 at = lane + t;
-                v = choose((at <= position[r]) & (at >= start[r]), v, all(UNSEEN));
-                best[r] = greater(best[r], v);
-                store(p[r] + (t - block), v);
-            }
         }
+        const int until = (end + LANES - 1) / LANES * LANES; /* scores stand up to here */
         for (int r = 0; r < rows; r++) {
-            float m = largest(best[r]);
-            m = m > most[r] ? m : most[r];
-            f32x16 sums = all(0.0f);
-            for (int t = from; t < end; t += LANES) {
-                f32x16 v = load(p[r] + (t - block));
-                v = choose(v > all(UNSEEN), exponential(v - m), all(0.0f));
-                sums += v;
-                store(p[r] + (t - block), v);
+            f32xn best = all_n(UNSEEN);
+            for (int t = from; t < until; t += NATIVE) {
+                f32xn v = load_n(p[r] + (t - block)) * l->scale;
+                if (l->softcap > 0.0f) /* c * tanh(v / c), tanh by way of exp */
+                    v = l->softcap - 2.0f * l->softcap / (exponential_n(v * (2.0f / l->softcap)) + 1.0f);
+                i32xn at = lane + t;
+                v = choose_n((at <= position[r]) & (at >= start[r]), v, all_n(UNSEEN));
+                best = choose_n(best > v, best, v);
+                store_n(p[r] + (t - block), v);
             }
+            float m = most[r];
+            for (int i = 0; i < NATIVE; i++) m = best[i] > m ? best[i] : m;
+            f32xn parts[LANES / NATIVE] = {};
+            for (int t = from; t < until; t += LANES)
+                for (int i = 0; i < LANES / NATIVE; i++) {
+                    f32xn v = load_n(p[r] + (t - block) + i * NATIVE);
+                    v = choose_n(v > all_n(UNSEEN), exponential_n(v - m), all_n(0.0f));
+                    parts[i] += v;
+                    store_n(p[r] + (t - block) + i * NATIVE, v);
+                }
+            f32x16 sums;
+            memcpy(&sums, parts, sizeof sums);
             if (m > most[r]) {
                 float factor = total[r] > 0.0f ? expf(most[r] - m) : 0.0f;
                 for (int i = 0; i < d; i += LANES) store(acc[r] + i, load(acc[r] + i) * factor);

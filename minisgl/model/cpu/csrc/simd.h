@@ -148,19 +148,22 @@ CONVERSION void store_half(void *p, f32x16 f) {
 #endif
 }
 
-/* As many lanes as a register has.  Loops that keep the sums of several rows use these: gcc keeps arrays of wider vectors in
- * memory, and so is several times slower. */
+/* As many lanes as a register has.  Inner loops use these: gcc keeps arrays of wider vectors in memory, and takes comparisons of
+ * them apart into single numbers. */
 #if defined(__AVX512F__) || !(defined(__F16C__) && defined(__AVX2__) || defined(__aarch64__))
 #define NATIVE LANES
 typedef f32x16 f32xn;
+typedef i32x16 i32xn;
 INLINE f32xn load_half_native(const uint16_t *p) { return load_half(p); }
 #elif defined(__aarch64__)
 #define NATIVE 4
 typedef float f32xn __attribute__((vector_size(16)));
+typedef int32_t i32xn __attribute__((vector_size(16)));
 INLINE f32xn load_half_native(const uint16_t *p) { return (f32xn)vcvt_f32_f16(vld1_f16((const float16_t *)p)); }
 #else
 #define NATIVE 8
 typedef float f32xn __attribute__((vector_size(32)));
+typedef int32_t i32xn __attribute__((vector_size(32)));
 INLINE f32xn load_half_native(const uint16_t *p) { return (f32xn)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 #endif
 
@@ -181,27 +184,47 @@ INLINE float largest(f32x16 v) {
     return p[0];
 }
 
-INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
-    return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
-}
-INLINE f32x16 greater(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
-INLINE f32x16 smaller(f32x16 a, f32x16 b) { return choose(a < b, a, b); }
+INLINE f32xn choose_n(i32xn mask, f32xn a, f32xn b) { return (f32xn)(((i32xn)a & mask) | ((i32xn)b & ~mask)); }
+INLINE f32xn all_n(float x) { return (f32xn){} + x; }
+INLINE f32xn load_n(const float *p) { f32xn v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_n(float *p, f32xn v) { memcpy(p, &v, sizeof v); }
+
+/* The greater of each two lanes, and the smaller.  b where one of them is NaN. */
+#define EXTREME(name, than) \
+    INLINE f32x16 name(f32x16 a, f32x16 b) { \
+        f32xn x[LANES / NATIVE], y[LANES / NATIVE]; \
+        memcpy(x, &a, sizeof a); \
+        memcpy(y, &b, sizeof b); \
+        for (int i = 0; i < LANES / NATIVE; i++) x[i] = choose_n(x[i] than y[i], x[i], y[i]); \
+        memcpy(&a, x, sizeof a); \
+        return a; \
+    }
+EXTREME(greater, >)
+EXTREME(smaller, <)
 INLINE f32x16 absolute(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
 /* To the nearest integer, for |v| < 2^22: adding 1.5 * 2^23 leaves no place for a fraction. */
 INLINE i32x16 nearest(f32x16 v) { return (i32x16)(v + 0x1.8p23f) - 0x4b400000; }
 
 /* exp(x) to 1e-7: 2^n * e^r with r within half of log 2, and the polynomial of the Cephes library for e^r. */
-INLINE f32x16 exponential(f32x16 x) {
-    x = smaller(greater(x, all(-87.0f)), all(88.0f));
-    i32x16 n = nearest(x * 1.44269504f);
-    f32x16 f = to_float(n), r = x - f * 0.693359375f + f * 2.12194440e-4f;
-    f32x16 p = all(1.9875691500e-4f);
+INLINE f32xn exponential_n(f32xn x) {
+    x = choose_n(x > all_n(-87.0f), x, all_n(-87.0f));
+    x = choose_n(x < all_n(88.0f), x, all_n(88.0f));
+    i32xn n = (i32xn)(x * 1.44269504f + 0x1.8p23f) - 0x4b400000; /* see `nearest` */
+    f32xn f = __builtin_convertvector(n, f32xn), r = x - f * 0.693359375f + f * 2.12194440e-4f;
+    f32xn p = all_n(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * (f32x16)((n + 127) << 23);
+    return p * (f32xn)((n + 127) << 23);
+}
+INLINE f32x16 exponential(f32x16 x) {
+    f32xn parts[LANES / NATIVE];
+    memcpy(parts, &x, sizeof x);
+    for (int i = 0; i < LANES / NATIVE; i++) parts[i] = exponential_n(parts[i]);
+    memcpy(&x, parts, sizeof x);
+    return x;
 }
