@@ -314,6 +314,13 @@ class ServerConfig:
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )
+    allow_origins: tuple[str, ...] = setting(  # as browsers write them; "*": all
+        (),
+        "let web pages of this origin use the API (CORS); may be repeated, '*': all; default: none",
+        "ORIGIN",
+        flag="--allow-origin",
+        options=_LIST | {"action": "append"},
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError naming the flag."""
