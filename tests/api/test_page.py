@@ -86,7 +86,7 @@ def test_the_printed_addresses_open_in_a_browser_and_answer_programs(path: str) 
         status, headers, text = await get(http, path)
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
         assert "Accept" in headers.getall("Vary")
-        for fact in ('<h1 id="model">tiny</h1>', "context 64", "KV cache 1600", "tp 1", __version__):
+        for fact in ('<h1 id="model">tiny</h1>', "context 64", "KV cache 1,600", "tp 1", __version__):
             assert fact in text
         assert (await get(http, path, method="HEAD"))[0] == 200
         for accept in ("*/*", "application/json"):
@@ -403,7 +403,7 @@ def test_refusals_are_shown_with_their_message_and_a_key_is_kept_for_the_documen
 
         await tab.go(await tab.value("document.querySelector('#docs').href"))
         assert await tab.value("document.querySelector('#key').value") == KEY
-        for path, said in ((CHAT, '"content":"Hello."'), ("/v1/models/{name}", '"id": "tiny"'), ("/tokenize", '"count": 12')):
+        for path, said in ((CHAT, '"content": "Hello."'), ("/v1/models/{name}", '"id": "tiny"'), ("/tokenize", '"count": 12')):
             form = f"form[data-path='{path}']"
             await tab.value(f"document.querySelector(\"{form}\").closest('details').open = true")
             await tab.click(f"{form} button")

@@ -9,7 +9,7 @@ from typing import Any
 _QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Germany?"}]}
 _FORMED = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
 BODIES: Mapping[str, Mapping[str, Any]] = {  # path -> a body, without the model
-    "/v1/chat/completions": {**_QUESTION, "temperature": 0.2, "max_tokens": 64, "stream": True},
+    "/v1/chat/completions": {**_QUESTION, "temperature": 0.2, "max_tokens": 64, "stream": False},
     "/v1/completions": {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8},
     "/v1/responses": {"input": "What is the capital of Italy?", "max_output_tokens": 64},
     "/v1/responses/input_tokens": {"input": "What is the capital of Italy?"},

@@ -51,7 +51,7 @@ def _hashes(text: str, kind: str) -> str:
 def about(engine: Engine, known: bool) -> dict[str, Any]:
     """What runs, and the routes.  `known`: the caller may have all of it; others get the names of the model and the routes."""
     config, names = engine.config, served_names(engine.config)
-    out = {"server": "minisgl", "model": names[0], "models": list(names), "state": engine.state}
+    out: dict[str, Any] = {"server": "minisgl", "model": names[0], "models": list(names), "state": engine.state}
     out["api_key"] = "required" if config.server.api_keys else "none"
     if known:
         runs: dict[str, Any] = {"context": config.max_context, "KV cache": _kv_tokens(engine), "tp": config.engine.tp}
@@ -66,7 +66,9 @@ def _kv_tokens(engine: Engine) -> int:
 
 def chat_values(told: dict[str, Any]) -> dict[str, str]:
     """The values of the chat page, from `about`."""
-    runs = ", ".join(f"{name} {value}" for name, value in told.get("runs", {}).items())
+    runs = " \u00b7 ".join(
+        f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in told.get("runs", {}).items()
+    )
     return {"model": html.escape(told["model"]), "runs": html.escape(runs)}
 
 
