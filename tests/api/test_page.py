@@ -22,13 +22,14 @@ from test_server import CHAT, ScriptedEngine, Server, ask, check_error, play
 from minisgl import __version__
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.engine import Chunk
+from minisgl.api.engine import Chunk, Prompt
 from minisgl.api.http import openapi
 from minisgl.api.http.docs_page import written
 from minisgl.api.http.pages import wants_page
 from minisgl.api.requests.fields import Support
 from minisgl.commands.serve import page_url
-from minisgl.sampling_params import Finish
+from minisgl.errors import context_overflow
+from minisgl.sampling_params import Finish, SamplingParams
 
 KEY = "a key of twenty characters"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
@@ -289,6 +290,12 @@ class Saying(ScriptedEngine):
     """Answers each request with the next of `answers`: pieces of text, the last of which ends it.  None: silence from there."""
 
     answers: list[tuple[str | None, ...]] = []
+    narrow = False  # whether a conversation of more than three turns is too long
+
+    def open(self, prompt: Prompt, params: SamplingParams, *more: Any) -> int:
+        if self.narrow and len(json.loads(prompt.payload)["messages"]) > 4:  # type: ignore[union-attr]
+            raise context_overflow("messages", 64, 65, "65 in the messages")
+        return super().open(prompt, params, *more)
 
     def _piece(self, uid: int, at: int) -> None:
         if uid not in self.live:
@@ -369,10 +376,12 @@ def test_someone_chats_in_a_browser_reads_the_answer_as_it_comes_and_stops_the_n
         assert messages_of(engine, 1)[2:] == [("assistant", f"Berlin.{evil}"), ("user", "Go on.")]
 
         engine.answers.append(("Fine.",))
+        engine.narrow = True
         await tab.type("#input", "And then?")
         await tab.click("#send")
         await tab.until("document.querySelectorAll('.said')[2]?.textContent === 'Fine.'")
-        assert messages_of(engine, 2)[4:] == [("assistant", "On and on"), ("user", "And then?")]
+        assert messages_of(engine, 2)[1:] == [("user", "Go on."), ("assistant", "On and on"), ("user", "And then?")]
+        assert "the oldest turns were left out" in (await tab.text(".note"))[2]
         await tab.click("#clear")
         assert await tab.text(".said") == []
 
