@@ -134,10 +134,10 @@ def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) ->
         chat["continue_final_message"] = True
     chat["tools"] = functions(values.get("tools", ()), (None, "custom"), "input_schema")
     choice = values.get("tool_choice") or {"type": "auto"}
-    if choice.get("type") == "tool":
+    if (called := choice.get("type")) == "tool":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif choice.get("type") in _CHOICES:
-        chat["tool_choice"] = _CHOICES[choice["type"]]
+    elif isinstance(called, str) and called in _CHOICES:
+        chat["tool_choice"] = _CHOICES[called]
     else:
         raise InvalidParam("tool_choice.type", "tool_choice.type must be auto, any, tool or none.")
     if choice.get("disable_parallel_tool_use"):
@@ -145,7 +145,7 @@ def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) ->
     thinking = values.get("thinking")
     if not thinking:
         return chat, ()
-    if (kind := thinking.get("type")) not in _THINKING:
+    if not isinstance(kind := thinking.get("type"), str) or kind not in _THINKING:
         raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
     if config.server.reasoning_parser:
         chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **values.get("chat_template_kwargs", {})}

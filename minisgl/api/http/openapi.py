@@ -167,10 +167,11 @@ def path_value(name: str, config: Config) -> str:
 
 
 def _answer(route: Route) -> dict[str, Any]:
-    schema = ANSWERS.get(f"{route.method} {route.path}", {"type": "object"})
+    answer = {"schema": ANSWERS.get(f"{route.method} {route.path}", {"type": "object"})}
+    shapes: dict[str, Schema] = {"application/json": answer, "text/event-stream": {}}  # events differ by dialect
     return {
         "description": "The answer.",
-        "content": {kind: {"schema": schema if kind == "application/json" else {"type": "string"}} for kind in route.gives},
+        "content": {kind: shapes.get(kind, {"schema": {"type": "string"}}) for kind in route.gives},
     }
 
 

@@ -106,8 +106,9 @@ CHAT_LOGPROBS = (
     fields.boolean("logprobs", "With log probabilities."),
     fields.integer("top_logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS),
 )
+_ALTERNATIVES = fields.integer("logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS)
 COMPLETION_LOGPROBS = replace(
-    fields.integer("logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS), check=_check_count_or_false
+    _ALTERNATIVES, schema={"oneOf": [_ALTERNATIVES.schema, {"enum": [False]}]}, check=_check_count_or_false
 )  # 0: the log probability of the chosen token alone
 
 
