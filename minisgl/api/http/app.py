@@ -181,11 +181,11 @@ class _Routes:
 
     async def start(self, request: web.Request) -> web.Response:
         """What runs: a page with a chat for browsers, JSON for programs."""
-        told = about(self._engine, self._known(request))
+        facts = about(self._engine, self._known(request))
         if wants_page(",".join(request.headers.getall("Accept", ()))):
-            response = self._chat_page.response(chat_values(told))
+            response = self._chat_page.response(chat_values(facts))
         else:
-            response = web.json_response(told)
+            response = web.json_response(facts)
         response.headers["Vary"] = "Accept"
         return response
 

@@ -64,12 +64,12 @@ def _kv_tokens(engine: Engine) -> int:
     return engine.stats.get("total_pages", 0) * engine.config.engine.page_size
 
 
-def chat_values(told: dict[str, Any]) -> dict[str, str]:
+def chat_values(facts: dict[str, Any]) -> dict[str, str]:
     """The values of the chat page, from `about`."""
     runs = " \u00b7 ".join(
-        f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in told.get("runs", {}).items()
+        f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in facts.get("runs", {}).items()
     )
-    return {"model": html.escape(told["model"]), "runs": html.escape(runs)}
+    return {"model": html.escape(facts["model"]), "runs": html.escape(runs)}
 
 
 def wants_page(accept: str) -> bool:
