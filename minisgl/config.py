@@ -274,6 +274,7 @@ class EngineConfig:
 
 
 _LIST: dict[str, Any] = {"type": str, "default": None}  # a flag whose value is not yet that of the field
+_MANY = _LIST | {"action": "append"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +284,7 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one")
     served_names: tuple[str, ...] = setting(  # accepted `model` values; the first is the one reported
-        (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_LIST | {"action": "append"}
+        (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_MANY
     )
     drain_seconds: float = setting(2.0, "grace for running requests at the end", "S")
     max_body_bytes: int = 8 << 20
@@ -313,6 +314,9 @@ class ServerConfig:
     data_dir_gb: float = setting(10.0, "GiB that uploads and results may take in --data-dir", "GB", 1, 100_000)
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
+    )
+    allow_origins: tuple[str, ...] = setting(  # as browsers send them; "*": all
+        (), "web pages that may use the API (CORS); '*': all; may be repeated", "ORIGIN", flag="--allow-origin", options=_MANY
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import openai
@@ -213,6 +215,13 @@ def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.
 def test_people_can_talk_to_the_fake_engine_and_stop_it(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     assert server.lines[0].endswith(": loading fake engine (no model: tokens are hashes of their context)\n")
+    assert server.proc.stderr is not None
+    printed = re.findall(r"http://\S+", server.lines[-1] + server.proc.stderr.readline())
+    assert printed == [f"{server.url}/v1", f"{server.url}/"]
+    for url in printed:
+        with urlopen(Request(url, headers={"Accept": "text/html,*/*;q=0.8"})) as answer:
+            assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+            assert b"KV cache" in answer.read()
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     assert [m.id for m in client.models.list()] == ["fake"]
     create = functools.partial(client.chat.completions.create, model="fake", max_tokens=20)

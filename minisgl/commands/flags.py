@@ -6,12 +6,16 @@ minisgl.config declares the fields.  Standard library only, so that `--help` is 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from minisgl.config import AUTO_ITL, Config, EngineConfig, ModelSpec, ServerConfig, engine_config, flag, settings_of
 from minisgl.errors import UserError
 
 MIN_KEY_CHARS = 16
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_-][a-z0-9._-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}  # which browsers leave out of an origin
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,35 @@ def read_keys(path: str | None) -> tuple[str, ...]:
     return keys
 
 
+def read_origins(given: Sequence[str]) -> tuple[str, ...]:
+    """The origins of --allow-origin as browsers write them; "*" stands for all.  Raises UserError for what is no origin."""
+    return tuple(dict.fromkeys(map(_origin, given)))
+
+
+def _origin(given: str) -> str:
+    origin = given.strip().lower()
+    if origin in ("*", "null"):
+        return origin
+    if found := _ORIGIN.fullmatch(origin):
+        scheme, host, port = found.groups()
+        if not port or (int(port) in range(1, 65536) and port != _PORTS.get(scheme)):
+            return origin
+    fault = "it is no origin as browsers send it: scheme://host or scheme://host:port"
+    if "," in origin or " " in origin:
+        fault = "one origin only; the flag may be repeated"
+    elif "*" in origin:
+        fault = "a * stands for all origins, and only alone"
+    elif re.fullmatch(r"[\w.-]+(:\d+)?", origin):
+        fault = f"an origin begins with its scheme, as in http://{origin}"
+    elif (
+        (found := _ORIGIN.match(origin)) and int(found[3] or 1) in range(1, 65536) and origin[found.end() :][:1] in ("", *"/?#")
+    ):
+        scheme, host, port = found.groups()
+        end = f":{port}" if port and port != _PORTS.get(scheme) else ""
+        fault = f"an origin has no path, and not its scheme's usual port: write {scheme}://{host}{end}"
+    raise UserError(f"--allow-origin {given[:200]!r}: {fault}")
+
+
 def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, str] = ("", "")) -> Config:
     """The whole Config of a server.  `styles`: the formats of tool calls and thoughts that replace the flags' "auto".
 
@@ -66,6 +99,7 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
     for name, guessed in zip(("tool_call_parser", "reasoning_parser"), styles, strict=True):
         server[name] = {"auto": guessed, "none": ""}.get(given[name], given[name])
     server |= {"served_names": tuple(args.served_names or (model.name,)), "api_keys": read_keys(args.api_keys)}
+    server["allow_origins"] = read_origins(args.allow_origins or ())
     if given["itl_target_ms"] is None:
         given = given | {"itl_target_ms": AUTO_ITL}
     return Config(model, engine_config(given), ServerConfig(**server))

@@ -74,6 +74,12 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
 
 
+def page_url(host: str, port: int) -> str:
+    """The address that a browser on this machine opens, where the server listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # "any address" is none to go to
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 class _Server:
     """One run of the server on one event loop."""
 
@@ -166,6 +172,7 @@ class _Server:
             + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
             + ")"
         )
+        self.say(f"chat and documentation in a browser: {page_url(host, port)}")
 
     @staticmethod
     def say(text: str) -> None:

@@ -647,7 +647,8 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
         odd = ({"Authorization": "Bearer k\xe9"}, {"x-api-key": KEY[:-1]}, {"Authorization": f"Bearer {KEY.upper()}"})
         app = build_app(engine)
         routes = {r.resource.canonical for r in app.router.routes() if r.resource is not None}
-        guarded = sorted(routes - {"/health", "/ready", "/ping", "/metrics"})
+        pages = {"/", "/v1", "/docs"}
+        guarded = sorted(routes - {"/health", "/ready", "/ping", "/metrics"} - pages)
         assert len(guarded) > 20
         for headers in (*wrong, *odd):
             for path in ("/v1/models", "/nothing", "/health/", "//health", "/v1/models?x=/health", "/health%2f..%2fv1/models"):
@@ -657,7 +658,7 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
         for path in guarded:
             assert (await get(http, re.sub(r"{.*?}", "x", path)))[0] == 401, path
             assert (await ask(http, re.sub(r"{.*?}", "x", path), {}))[0] == 401, path
-        for path in ("/health", "/ready", "/ping", "/metrics"):
+        for path in ("/health", "/ready", "/ping", "/metrics", *pages):
             assert (await get(http, path))[0] == 200
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"}, {"x-api-key": "z" * 20}):
             assert (await get(http, "/v1/models", headers=headers))[0] == 200

@@ -43,6 +43,7 @@ def test_every_flag_of_the_server_sets_the_field_that_declares_it(tmp_path: Path
     keys = tmp_path / "keys"
     keys.write_text("a key of twenty characters\n")
     flags = "--host ::1 --port 9 --served-model-name a --served-model-name b --drain-seconds 0.5 --max-open-requests 7"
+    flags += " --allow-origin HTTP://a --allow-origin http://b:1"
     flags += " --max-queue 6 --max-queued-tokens 5 --tool-call-parser none --num-tokenizers 3 --strict --any-model-name"
     args = parser().parse_args([*flags.split(), "--data-dir", "d", "--api-key-file", str(keys), "--device", "cpu"])
     assert config_from(args, resolve(None), ("hermes", "qwen3")).server == ServerConfig(
@@ -60,6 +61,7 @@ def test_every_flag_of_the_server_sets_the_field_that_declares_it(tmp_path: Path
         any_model_name=True,
         data_dir="d",
         api_keys=("a key of twenty characters",),
+        allow_origins=("http://a", "http://b:1"),
     )
     spec = resolve(None)
     assert config_from(parser().parse_args([]), spec).server == ServerConfig(served_names=(spec.name,))

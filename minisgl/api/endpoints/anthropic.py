@@ -15,10 +15,24 @@ from minisgl.api.endpoints.as_chat import SHARED, counting, functions, passed, p
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
-from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS, messages
-from minisgl.api.requests.fields import Field, Fields, Support, harmless, refused, required, without
+from minisgl.api.requests.chat_prompt import TEXT, messages, text_or
+from minisgl.api.requests.fields import (
+    JSON_SCHEMA,
+    STRING,
+    Field,
+    Fields,
+    Schema,
+    Support,
+    an_object,
+    harmless,
+    refused,
+    required,
+    tagged,
+    without,
+)
 from minisgl.api.requests.openai import EXTENSIONS, HARMLESS, ChatRequest, parse_chat
 from minisgl.api.requests.sampling import STRINGS
+from minisgl.api.requests.tools import PARAMETERS, tools_field
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
@@ -45,17 +59,32 @@ def _refuse_thread(name: str, value: Any) -> Any:
 
 
 _SHARED = without(SHARED, "stop", "top_logprobs", "tool_choice")
+_BLOCKS = (
+    TEXT,
+    tagged("tool_use", {"name": STRING}, id=STRING, input={"title": "object"}),
+    tagged("tool_result", tool_use_id=STRING, content={"title": "string | text[]"}),
+    tagged("thinking", {"thinking": STRING}),
+    tagged("redacted_thinking"),
+)
+_ALONE: Schema = {"title": "boolean"}
+_TOOL_CHOICES = (
+    an_object({}, type={"enum": ["auto", "any", "none"]}, disable_parallel_tool_use=_ALONE),
+    tagged("tool", {"name": STRING}, disable_parallel_tool_use=_ALONE),
+)
+_THINKS: Schema = {"enum": ["enabled", "adaptive", "disabled"]}
+_FORM = tagged("json_schema", {"schema": JSON_SCHEMA})
 _STRINGS = fields.of_type(list, "an array of strings", _check_strings)
 MESSAGE = Fields(
-    required(messages(_check_messages, TEXT_OR_PARTS, "system", "user", "assistant")),
+    required(messages(_check_messages, text_or(*_BLOCKS), "system", "user", "assistant")),
     required(fields.integer("max_tokens", "Tokens of the answer, at most.", 1)),
-    fields.anything("system", "The system message: a text, or an array of text blocks."),
+    fields.anything("system", "The system message.", text_or(TEXT)),
     Field("stop_sequences", "The answer ends before the first of these.", STRINGS, _STRINGS),
-    fields.json_object("tool_choice", "type: auto, any, none, or tool with its name."),
-    fields.json_object("thinking", "Whether the model thinks first: type is enabled or disabled; for models that do."),
-    fields.json_object("output_config", "format: {type: json_schema, schema: ...}, the form of the answer."),
-    fields.json_object("output_format", "An older name of output_config.format."),
-    *_SHARED,
+    tools_field(an_object({"name": STRING}, type={"enum": ["custom"]}, description=STRING, input_schema=PARAMETERS)),
+    fields.json_object("tool_choice", "Whether a tool is called, and which.", schema={"oneOf": list(_TOOL_CHOICES)}),
+    fields.json_object("thinking", "Whether the model thinks first; for models that do.", schema=an_object({}, type=_THINKS)),
+    fields.json_object("output_config", "format: the form of the answer.", schema=an_object({}, format=_FORM)),
+    fields.json_object("output_format", "An older name of output_config.format.", schema=_FORM),
+    *without(_SHARED, "tools"),
     refused("mcp_servers", []),
     refused("container"),
     refused("compaction", sentence=_NO_SUMMARY),
@@ -105,10 +134,10 @@ def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) ->
         chat["continue_final_message"] = True
     chat["tools"] = functions(values.get("tools", ()), (None, "custom"), "input_schema")
     choice = values.get("tool_choice") or {"type": "auto"}
-    if choice.get("type") == "tool":
+    if (called := choice.get("type")) == "tool":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif choice.get("type") in _CHOICES:
-        chat["tool_choice"] = _CHOICES[choice["type"]]
+    elif isinstance(called, str) and called in _CHOICES:
+        chat["tool_choice"] = _CHOICES[called]
     else:
         raise InvalidParam("tool_choice.type", "tool_choice.type must be auto, any, tool or none.")
     if choice.get("disable_parallel_tool_use"):
@@ -116,7 +145,7 @@ def _chat(config: Config, body: Mapping[str, Any], values: Mapping[str, Any]) ->
     thinking = values.get("thinking")
     if not thinking:
         return chat, ()
-    if (kind := thinking.get("type")) not in _THINKING:
+    if not isinstance(kind := thinking.get("type"), str) or kind not in _THINKING:
         raise InvalidParam("thinking.type", "thinking.type must be enabled, adaptive or disabled.")
     if config.server.reasoning_parser:
         chat["chat_template_kwargs"] = {"enable_thinking": _THINKING[kind], **values.get("chat_template_kwargs", {})}

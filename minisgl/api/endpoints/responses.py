@@ -25,10 +25,27 @@ from minisgl.api.endpoints.as_chat import (
 from minisgl.api.endpoints.tokenize import TokenizerRequest, ids_of
 from minisgl.api.engine import Engine, Prompt
 from minisgl.api.requests import fields
-from minisgl.api.requests.chat_prompt import TEXT_OR_PARTS
-from minisgl.api.requests.fields import Field, Fields, Support, harmless, missing, refused, required, without
-from minisgl.api.requests.openai import EXTENSIONS, HARMLESS, ChatRequest, parse_chat
-from minisgl.api.requests.tools import offered_names
+from minisgl.api.requests.chat_prompt import ROLES, text_or
+from minisgl.api.requests.fields import (
+    BOOLEAN,
+    JSON_SCHEMA,
+    LOOSE_STRING,
+    STRING,
+    Field,
+    Fields,
+    Schema,
+    Support,
+    an_object,
+    harmless,
+    missing,
+    refused,
+    required,
+    tagged,
+    without,
+)
+from minisgl.api.requests.openai import EFFORT, EXTENSIONS, HARMLESS, ChatRequest, parse_chat
+from minisgl.api.requests.structured_output import FORMS
+from minisgl.api.requests.tools import PARAMETERS, offered_names, tool_choice_field, tools_field
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
@@ -99,14 +116,25 @@ def _item(item: Any, at: str) -> list[dict[str, Any]]:
 
 
 # ---------------- declarations
+_TEXT = an_object({"type": {"enum": ["input_text", "output_text", "text"]}, "text": STRING})
+_ARGUMENTS: Schema = {"type": ["string", "object", "array"]}
+_ITEMS = (
+    an_object({"role": {"enum": list(ROLES)}, "content": text_or(_TEXT)}, type={"enum": ["message"]}),
+    tagged("function_call", {"name": STRING}, arguments=_ARGUMENTS, call_id=STRING),
+    tagged("function_call_output", {"output": text_or(an_object({"type": STRING}))}, call_id=STRING),
+    tagged("reasoning"),
+)
+_FORM: Schema = {"oneOf": [*FORMS, tagged("json_schema", {"schema": JSON_SCHEMA}, name=LOOSE_STRING, strict=BOOLEAN)]}
 RESPONSE = Fields(
-    required(Field("input", "A text, or messages, calls and their outputs.", TEXT_OR_PARTS, _check_input)),
+    required(Field("input", "A text, or messages, calls and their outputs.", text_or(*_ITEMS), _check_input)),
     fields.string("instructions", "The system message."),
     fields.integer("max_output_tokens", "Tokens of the answer, at most.", 1),
-    fields.json_object("text", "format: {type: json_schema, name: ..., schema: ...}, the form of the answer."),
+    fields.json_object("text", "format: the form of the answer.", schema=an_object({}, format=_FORM)),
     fields.array("include", f"{_LOGPROBS} asks for log probabilities.", {"type": "string"}, then=_check_include),
-    fields.json_object("reasoning", "effort: as reasoning_effort of a chat."),
-    *SHARED,
+    fields.json_object("reasoning", "effort: as reasoning_effort of a chat.", schema=an_object({}, effort=EFFORT.schema)),
+    tools_field(tagged("function", {"name": STRING}, description=STRING, parameters=PARAMETERS, strict=BOOLEAN)),
+    tool_choice_field(tagged("function", {"name": STRING}, namespace=LOOSE_STRING)),
+    *without(SHARED, "tools", "tool_choice"),
     refused("previous_response_id"),  # nothing is stored here
     refused("conversation"),
     refused("background", False),

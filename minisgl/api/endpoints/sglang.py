@@ -36,11 +36,15 @@ def _check_n(name: str, value: Any) -> Any:
     return value
 
 
+SAMPLING_PARAMS = Fields(sampling.length(0)[0], *sampling.SAMPLING, *NATIVE, Field("n", "Must be 1.", {"enum": [1]}, _check_n))
+_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+_NAMES = {name: new for new, name in _RENAMED.items()}
+_PARAMS = fields.an_object({}, **{_NAMES.get(f.name, f.name): f.schema for f in SAMPLING_PARAMS})
 GENERATE = Fields(
     openai.MODEL,
     Field("text", "A text, or several.", openai.TEXT_OR_TEXTS, _check_prompt),
-    Field("input_ids", "Token ids, or several lists of them.", {"type": "array", "items": {}}, _check_prompt),
-    fields.json_object("sampling_params", "max_new_tokens, temperature, top_p, top_k, stop, ..."),
+    Field("input_ids", "Token ids, or several lists of them.", {"oneOf": openai.TEXTS["oneOf"][2:]}, _check_prompt),
+    fields.json_object("sampling_params", "As those of a completion, under SGLang's names.", schema=_PARAMS),
     openai.STREAM,
     fields.boolean("incremental", "Events hold what is new, not all of the text so far."),
     fields.boolean("return_logprob", "With log probabilities."),
@@ -51,8 +55,6 @@ GENERATE = Fields(
     *openai.HARMLESS,
     either=("text", "input_ids"),
 )
-SAMPLING_PARAMS = Fields(sampling.length(0)[0], *sampling.SAMPLING, *NATIVE, Field("n", "Must be 1.", {}, _check_n))
-_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

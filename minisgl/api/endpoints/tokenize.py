@@ -66,8 +66,8 @@ def parse_tokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[
     """Check a body: `prompt`, a text or several, or `messages`.  Raises RequestError: 400, or 404 for the model."""
     values, unknown = TOKENIZE.read(body)
     served_model(config, values)
+    offered = tools.read(values, config.server.tool_call_parser)
     if "messages" in values:
-        offered = tools.read(values, config.server.tool_call_parser)
         return TokenizerRequest(([chat_prompt(config, values, offered.given)], False), unknown)
     given, add_special = values["prompt"], values.get("add_special_tokens", True)
     several = isinstance(given, list)

@@ -1,7 +1,7 @@
 """Builds the HTTP application: routes and middlewares.
 
-A running server describes its routes and fields at GET /docs, and for programs at GET /openapi.json (see openapi.py).  Runs in
-the api process, on the thread of its event loop, next to the gateway.
+A running server shows itself at GET / (see pages.py), and describes its routes and fields at GET /docs, and for programs at GET
+/openapi.json (see openapi.py).  Runs in the api process, on the thread of its event loop, next to the gateway.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
-from minisgl.api.http.auth import authenticate, key_of
+from minisgl.api.http.auth import authenticate, key_check, key_of
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import json_handler, read_checked, respond, stream, timing_header
+from minisgl.api.http.cors import preflights, sharing
+from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.errors import errors, for_anthropic, name_response
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
+from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.reader import Reader
 from minisgl.api.requests import generate as serving
@@ -46,10 +49,13 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     metered = engine if isinstance(engine, Metered) else Metered(engine)
     server = engine.config.server
     guards = [authenticate(server.api_keys)] if server.api_keys else []
-    app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
+    middlewares = [_count(metered), errors, preflights(server.allow_origins), *guards]
+    app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
     app[TURN] = Turn()
     app.on_response_prepare.append(name_response)
+    if server.allow_origins:
+        app.on_response_prepare.append(sharing(server.allow_origins))
     if store is not None:
         app[BATCHES] = Batches(store, metered)
         app.cleanup_ctx.append(_run_batches)
@@ -104,6 +110,8 @@ class _Routes:
         self._callers = Callers(engine)
         self._batch_socket = batch_socket
         self._reader = Reader()
+        self._known = key_check(self._config.server.api_keys)
+        self._chat_page, self._docs_page = Page("page.html"), Page("docs.html")
 
     async def close(self, _: web.Application) -> None:
         self._reader.close()
@@ -112,6 +120,8 @@ class _Routes:
         config = self._config
         for path in ENDPOINTS:
             router.add_post(path, self.post)
+        router.add_get("/", self.start)
+        router.add_get("/v1", self.start)
         router.add_route("*", r"/v1/responses/{response_id:(?!input_tokens$).+}", self.no_response)
         router.add_get("/v1/models", json_handler(lambda request: serving.list_models(config, for_anthropic(request))))
         router.add_get("/v1/models/{name:.*[^/]}", json_handler(self.model))
@@ -169,5 +179,15 @@ class _Routes:
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._engine.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def docs(self, _: web.Request) -> web.Response:
-        return web.Response(text=openapi.page(self._config), content_type="text/html", charset="utf-8")
+    async def start(self, request: web.Request) -> web.Response:
+        """What runs: a page with a chat for browsers, JSON for programs."""
+        facts = about(self._engine, self._known(request))
+        if wants_page(",".join(request.headers.getall("Accept", ()))):
+            response = self._chat_page.response(chat_values(facts))
+        else:
+            response = web.json_response(facts)
+        response.headers["Vary"] = "Accept"
+        return response
+
+    async def docs(self, request: web.Request) -> web.Response:
+        return self._docs_page.response(docs_values(self._config, self._known(request)))

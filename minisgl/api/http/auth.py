@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from minisgl.errors import RequestError
 
-OPEN = frozenset({"/health", "/ready", "/ping", "/metrics"})  # routes that need no key
+OPEN = frozenset({"/", "/v1", "/docs", "/health", "/ready", "/ping", "/metrics"})  # routes that need no key
+_OPEN_PATHS = OPEN | {"/v1/"}
 
 
 def authenticate(keys: tuple[str, ...]) -> Middleware:
@@ -18,18 +20,27 @@ def authenticate(keys: tuple[str, ...]) -> Middleware:
 
     All others get 401, unknown paths included.
     """
-    digests = [_digest(key) for key in keys]
+    valid = key_check(keys)
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
-        if resource is None or resource.canonical not in OPEN or request.path.endswith("/"):
-            given = _digest(key_of(request))
-            matches = [hmac.compare_digest(given, digest) for digest in digests]  # all of them, so the time reveals nothing
-            if True not in matches:
-                text = "A valid API key is needed: send it as Authorization: Bearer KEY."
-                raise RequestError(text, status=401, code="invalid_api_key")
+        if (resource is None or resource.canonical not in OPEN or request.path not in _OPEN_PATHS) and not valid(request):
+            text = "A valid API key is needed: send it as Authorization: Bearer KEY."
+            raise RequestError(text, status=401, code="invalid_api_key")
         return await handler(request)
+
+    return check
+
+
+def key_check(keys: tuple[str, ...]) -> Callable[[web.Request], bool]:
+    """Whether a request brings one of `keys`; without keys, every request may have everything."""
+    digests = [_digest(key) for key in keys]
+
+    def check(request: web.Request) -> bool:
+        given = _digest(key_of(request))
+        matches = [hmac.compare_digest(given, digest) for digest in digests]  # all of them, so the time reveals nothing
+        return not digests or True in matches
 
     return check
 

@@ -16,7 +16,7 @@ from minisgl.api.batches.store import Store
 from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.http.body import body_too_large, check_encoding, json_handler, read_json
-from minisgl.api.requests.fields import Fields, json_object, required, string, without
+from minisgl.api.requests.fields import Fields, Schema, json_object, required, string, without
 from minisgl.api.requests.openai import HARMLESS
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.config import Config
@@ -35,11 +35,12 @@ def _check_metadata(name: str, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+_STRINGS: Schema = {"additionalProperties": {"type": "string", "maxLength": 512}, "maxProperties": 16}
 BATCH = Fields(
     required(string("input_file_id", "An uploaded file of requests, one a line.")),
     required(string("endpoint", "The path that all requests of the file are for.", *BATCHED)),
     required(string("completion_window", "24h; a batch never expires here.", "24h")),
-    json_object("metadata", "Comes back with the batch: at most 16 strings.", _check_metadata),
+    json_object("metadata", "Comes back with the batch: at most 16 strings.", _check_metadata, _STRINGS),
     *without(HARMLESS, "metadata"),
 )
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")

@@ -1,19 +1,19 @@
-"""Describes the API at GET /openapi.json and /docs, from the declarations that requests are checked with.
+"""Describes the API at GET /openapi.json, from the declarations that requests are checked with; docs_page.py does so at /docs.
 
 Runs in the api process.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from minisgl.api.endpoints.table import ENDPOINTS
+from minisgl.api.http.auth import OPEN
 from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
+from minisgl.api.http.openapi_examples import BODIES, PATH_VALUES, UPLOAD
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
-from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, string
+from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, nullable, string
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config
 from minisgl.version import __version__
@@ -40,6 +40,7 @@ _BODY = (404, 408, 413)  # of a route with a body: an unknown model, too slow, t
 _ENGINE = (*_BODY, 429, 503, 504)  # of a route that needs the engine: too many requests, not ready, timed out
 _STREAMS = ("application/json", "text/event-stream")
 _PAGE = (string("after", "The id behind which the list begins."), integer("limit", "So many at most.", 1, MAX_PAGE))
+_START, _START_KINDS = "What runs here, and the routes; for browsers a page with a chat.", ("application/json", "text/html")
 ROUTES = (
     *(
         Route("post", path, e.summary, e.fields, (), _ENGINE, _STREAMS if e.stream else ("application/json",))
@@ -71,6 +72,8 @@ ROUTES = (
     Route("get", "/metrics", "Prometheus text.", gives=("text/plain",)),
     Route("get", "/server_info", "What runs here, and the scheduler's statistics."),
     Route("post", "/flush_cache", "Empty the prefix cache."),
+    Route("get", "/", _START, gives=_START_KINDS),
+    Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),
     Route("get", "/docs", "This description, for people.", gives=("text/html",)),
 )
@@ -83,13 +86,16 @@ def document(config: Config) -> dict[str, Any]:
         paths.setdefault(route.path, {})[route.method] = _operation(route, config)
     out: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "minisgl", "version": __version__, "description": _about(config)},
+        "info": {"title": "minisgl", "version": __version__, "description": about(config)},
         "paths": paths,
         "components": {"schemas": {"Error": ERROR, "MessageError": MESSAGE_ERROR}},
     }
     if config.server.api_keys:
-        out["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        out["security"] = [{"bearer": []}]
+        out["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        out["security"] = [{"bearer": []}, {"x-api-key": []}]
     return out
 
 
@@ -121,12 +127,23 @@ def _operation(route: Route, config: Config) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{shape}"} if status != 503 or not states else ANSWERS[f"get {route.path}"]
         out["responses"][str(status)] = {"description": _REFUSALS[status], "content": {"application/json": {"schema": schema}}}
     names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
-    parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for n in names]
+    if config.server.api_keys and route.path in OPEN:
+        out["security"] = []
+    parameters: list[dict[str, Any]] = [
+        {
+            "name": n,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", "minLength": 1},
+            "example": path_value(n, config),
+        }
+        for n in names
+    ]
     parameters += [{"name": f.name, "in": "query", "required": False, "schema": _schema(f)} for f in route.query]
     if parameters:
         out["parameters"] = parameters
     if route.fields is not None:
-        content = {"application/json": {"schema": _body(route.fields, config)}}
+        content = {"application/json": {"schema": _body(route.fields, config), "example": example(route, config)}}
         out["requestBody"] = {"required": True, "content": content}
     elif (route.method, route.path) == ("post", "/v1/files"):
         form = {
@@ -134,32 +151,32 @@ def _operation(route: Route, config: Config) -> dict[str, Any]:
             "purpose": _schema(string("purpose", "What it is for.", *PURPOSES)),
         }
         schema = {"type": "object", "properties": form, "required": list(form)}
-        out["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+        out["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema, "example": UPLOAD}}}
     return out
 
 
+def example(route: Route, config: Config) -> Schema:
+    """A small body that the route answers."""
+    named = {"model": served_names(config)[0]} if route.fields is not None and "model" in route.fields else {}
+    return {**named, **BODIES[route.path]}
+
+
+def path_value(name: str, config: Config) -> str:
+    """An example of a part of a path."""
+    return PATH_VALUES.get(name) or served_names(config)[0]
+
+
 def _answer(route: Route) -> dict[str, Any]:
-    schema = ANSWERS.get(f"{route.method} {route.path}", {"type": "object"})
+    answer = {"schema": ANSWERS.get(f"{route.method} {route.path}", {"type": "object"})}
+    shapes: dict[str, Schema] = {"application/json": answer, "text/event-stream": {}}  # events differ by dialect
     return {
         "description": "The answer.",
-        "content": {kind: {"schema": schema if kind == "application/json" else {"type": "string"}} for kind in route.gives},
+        "content": {kind: shapes.get(kind, {"schema": {"type": "string"}}) for kind in route.gives},
     }
 
 
 def _schema(field: Field) -> Schema:
     return {"description": field.doc, **field.schema}
-
-
-def _nullable(schema: Schema) -> Schema:
-    """The same, or null, which means the same as leaving the field out."""
-    out = dict(schema)
-    if "type" in out:
-        out["type"] = [out["type"], "null"]
-    if "enum" in out:
-        out["enum"] = [*out["enum"], None]
-    if "oneOf" in out:
-        out["oneOf"] = [*out["oneOf"], {"type": "null"}]
-    return out
 
 
 def _body(fields: Fields, config: Config) -> Schema:
@@ -169,7 +186,7 @@ def _body(fields: Fields, config: Config) -> Schema:
     needed = {*fields.required, *fields.either}
     schema: Schema = {
         "type": "object",
-        "properties": {name: field if name in needed else _nullable(field) for name, field in properties.items()},
+        "properties": {name: field if name in needed else nullable(field) for name, field in properties.items()},
     }
     if fields.required:
         schema["required"] = list(fields.required)
@@ -178,54 +195,6 @@ def _body(fields: Fields, config: Config) -> Schema:
     return schema
 
 
-def _about(config: Config) -> str:
+def about(config: Config) -> str:
     names = ", ".join(served_names(config))
     return f"Serves {names}; up to {config.max_context} tokens for prompt and answer."
-
-
-# ---------------- for people
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-code { font: 14px ui-monospace, monospace; background: #8881; padding: .1em .3em; border-radius: 3px }
-summary { cursor: pointer; padding: .4rem 0 } details { border-top: 1px solid #8884 }
-summary b { display: inline-block; width: 4.5rem; text-transform: uppercase; font-size: 13px; color: #06c }
-table { border-collapse: collapse; margin: .3rem 0 1rem } td { padding: .15rem .8rem .15rem 0; vertical-align: top }
-.less { color: #777 }
-@media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd } summary b { color: #6af } }
-"""
-
-
-def page(config: Config) -> str:
-    """One self-contained page of HTML."""
-    return "".join(_page(config))
-
-
-def _page(config: Config) -> Iterator[str]:
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>minisgl API</title><style>{_STYLE}</style>'
-    yield f"<h1>minisgl {html.escape(__version__)}</h1><p>{html.escape(_about(config))}</p>"
-    yield "<p>Unknown fields are "
-    yield "refused" if config.server.strict else "ignored, and named in the header <code>X-Ignored-Params</code>"
-    yield ". Keywords of a JSON schema that an answer may break are named in the header <code>X-Approximated-Schema</code>"
-    yield ". <code>null</code> is the same as leaving a field out. For programs: <a href=openapi.json>openapi.json</a>.</p>"
-    for route in ROUTES:
-        yield f"<details><summary><b>{route.method}</b> <code>{html.escape(route.path)}</code> "
-        yield f"{html.escape(route.summary)}</summary>"
-        yield from _fields(route.fields)
-        yield "</details>"
-    yield "</html>"
-
-
-def _fields(fields: Fields | None) -> Iterator[str]:
-    if fields is None:
-        yield "<p class=less>No fields.</p>"
-        return
-    yield "<table>"
-    for field in sorted(fields.having(Support.SUPPORTED), key=lambda f: (not f.required, f.name)):
-        kind = field.schema.get("type", "")
-        if "minimum" in field.schema:
-            kind += f" {field.schema['minimum']}..{field.schema.get('maximum', '')}"
-        need = " (required)" if field.required else ""
-        yield f"<tr><td><code>{field.name}</code><td class=less>{html.escape(kind)}<td>{html.escape(field.doc)}{need}"
-    yield "</table>"
-    if refused := ", ".join(sorted(field.name for field in fields.having(Support.REFUSED))):
-        yield f"<p class=less>Refused, unless they ask for nothing: {refused}.</p>"

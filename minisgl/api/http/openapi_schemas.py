@@ -68,6 +68,7 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "get /ready": _STATE,
     "get /ping": _STATE,
     "post /ping": _STATE,
+    **dict.fromkeys(("get /", "get /v1"), _has("routes", model=_STRING, state=_STRING)),
     "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from minisgl.api.engine import ChatPrompt
 from minisgl.api.requests import fields
-from minisgl.api.requests.fields import Check, Field, Schema
+from minisgl.api.requests.fields import STRING, Check, Field, Schema, an_object, list_of, tagged
 from minisgl.config import Config
 from minisgl.errors import InvalidParam
 
@@ -20,8 +20,10 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOL_CALLS = 128
 MAX_TEMPLATE_KWARGS = 32
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SAME = {"developer": "system", "function": "tool"}  # roles with two names
+OTHER_PARTS = ("image", "image_url", "input_image", "document", "file", "input_file", "input_audio", "audio", "video")  # of a
+# tool's result, where a word stands for them (tools.results_in_words)
 _STRINGS = ("name", "tool_call_id")  # passed on unchanged
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names that clients and servers have for a thought
 _CONTINUE, _ANSWER = "continue_final_message", "add_generation_prompt"
@@ -64,8 +66,8 @@ def check_messages(at: str, value: Sequence[Any]) -> list[dict[str, Any]]:
 def _message(message: Any, at: str) -> dict[str, Any]:
     fields.check_object(at, message)
     role = _required(message, "role", at)
-    if role not in _ROLES:
-        raise InvalidParam(f"{at}.role", f"{at}.role must be one of {', '.join(_ROLES)}.")
+    if role not in ROLES:
+        raise InvalidParam(f"{at}.role", f"{at}.role must be one of {', '.join(ROLES)}.")
     out: dict[str, Any] = {"role": _SAME.get(role, role)}
     content, answers = message.get("content"), role == "assistant"
     calls = _calls(message, at) if answers else []
@@ -152,7 +154,12 @@ def _required(values: Mapping[str, Any], name: str, at: str) -> str:
 
 
 # ---------------- declarations
-TEXT_OR_PARTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+def text_or(*parts: Schema) -> Schema:
+    """The schema of a content: a text, or an array of such parts."""
+    return {"oneOf": [STRING, list_of({"oneOf": list(parts)} if len(parts) > 1 else parts[0])]}
+
+
+TEXT: Schema = tagged("text", {"text": STRING})
 
 
 def messages(check: Check, content: Schema, *roles: str) -> Field:
@@ -162,9 +169,11 @@ def messages(check: Check, content: Schema, *roles: str) -> Field:
     return Field("messages", "The conversation, oldest first.", schema, fields.of_type(list, "an array of messages", check))
 
 
-MESSAGES = messages(check_messages, {"oneOf": [*TEXT_OR_PARTS["oneOf"], {"type": "null"}]}, *_ROLES)
+_PARTS = text_or(TEXT, tagged("refusal", {"refusal": STRING}), an_object({"type": {"enum": list(OTHER_PARTS)}}))
+MESSAGES = messages(check_messages, fields.nullable(_PARTS), *ROLES)
+_SWITCHES: Schema = {"additionalProperties": {"type": ["string", "number", "boolean", "null"]}}
 RENDERING = (
-    fields.json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs),
+    fields.json_object("chat_template_kwargs", "Switches of the model's chat template.", _check_template_kwargs, _SWITCHES),
     fields.boolean(_CONTINUE, "The answer goes on with the last message, which is not closed."),
     fields.boolean(_ANSWER, "The prompt ends where the template has the assistant begin (default)."),
     fields.string("chat_template", "A Jinja template instead of the model's own; needs --trust-request-chat-template."),

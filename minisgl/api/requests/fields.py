@@ -193,8 +193,8 @@ def array(name: str, doc: str, items: Schema, expected: str = "an array of strin
     return Field(name, doc, {"type": "array", "items": items}, of_type(list, expected, then))
 
 
-def json_object(name: str, doc: str, then: Check = _accept) -> Field:
-    return Field(name, doc, {"type": "object"}, of_type(dict, "an object", then))
+def json_object(name: str, doc: str, then: Check = _accept, schema: Schema | None = None) -> Field:
+    return Field(name, doc, {"type": "object", **(schema or {})}, of_type(dict, "an object", then))
 
 
 def anything(name: str, doc: str, schema: Schema | None = None) -> Field:
@@ -210,6 +210,40 @@ def refused(name: str, *neutral: Any, sentence: str = "") -> Field:
     """`sentence`: the error message, if another than the usual one."""
     text = sentence or f"{name} is not supported by this server; leave it out."
     return Field(name, text, {}, partial(_check_neutral, neutral=neutral, text=text), support=Support.REFUSED, neutral=neutral)
+
+
+# ---------------- schemas
+STRING: Schema = {"type": "string"}
+BOOLEAN: Schema = {"type": "boolean"}
+LOOSE_STRING: Schema = {"title": "string"}  # nobody looks at what it is
+JSON_SCHEMA: Schema = {"type": ["object", "string"], "title": "JSON schema"}  # or its text
+
+
+def nullable(schema: Schema) -> Schema:
+    """The same, or null, which means the same as leaving the field out."""
+    out = dict(schema)
+    if "type" in out:
+        out["type"] = [*(out["type"] if isinstance(out["type"], list) else [out["type"]]), "null"]
+    if "enum" in out:
+        out["enum"] = [*out["enum"], None]
+    if "oneOf" in out:
+        out["oneOf"] = [*out["oneOf"], {"type": "null"}]
+    return out
+
+
+def an_object(needed: Mapping[str, Schema], /, **more: Schema) -> Schema:
+    """An object with these keys, and `more` that may be left out."""
+    properties = {**needed, **{name: nullable(schema) for name, schema in more.items()}}
+    return {"type": "object", **({"required": list(needed)} if needed else {}), "properties": properties}
+
+
+def tagged(kind: str, needed: Mapping[str, Schema] | None = None, /, **more: Schema) -> Schema:
+    """An object whose `type` is `kind`."""
+    return an_object({"type": {"const": kind}, **(needed or {})}, **more)
+
+
+def list_of(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
 # ---------------- parts of a value

@@ -35,6 +35,7 @@ ADD_SPECIAL_TOKENS = fields.boolean("add_special_tokens", "The tokenizer adds it
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_TEXTS: Schema = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 TEXTS: Schema = {"oneOf": [*TEXT_OR_TEXTS["oneOf"], _TOKENS, {"type": "array", "items": _TOKENS}]}  # see text_prompts
+EFFORT = fields.string("reasoning_effort", "Whether a model that thinks does so; its template may know degrees.", *_EFFORTS)
 HARMLESS = fields.harmless(
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
@@ -84,6 +85,7 @@ _COMMON = (
     fields.json_object(
         "stream_options",
         "include_usage: a last event has the counts of tokens; continuous_usage_stats: every event has those so far.",
+        schema=fields.an_object({}, **dict.fromkeys(_USAGE, fields.BOOLEAN)),
     ),
     fields.boolean("return_cached_tokens_details", "sglext.cached_tokens_details, as SGLang reports the prefix cache."),
     *OPTIONS,
@@ -95,7 +97,7 @@ CHAT = Fields(
     *sampling.length(1),
     *sampling.CHAT_LOGPROBS,
     *tools.FIELDS,
-    fields.string("reasoning_effort", "Whether a model that thinks does so; its template may know degrees.", *_EFFORTS),
+    EFFORT,
     refused("echo", False),
     refused("functions", []),
     refused("function_call", "none", "auto"),

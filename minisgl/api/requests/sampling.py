@@ -63,6 +63,11 @@ def _check_count_or_false(name: str, value: Any) -> int | None:
 # ---------------- declarations
 STRINGS: Schema = {"type": "array", "items": {"type": "string"}, "maxItems": limits.MAX_STOP_STRINGS}
 _TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer"}, "maxItems": limits.MAX_STOP_TOKEN_IDS}
+_BIASES: Schema = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
 _STOP_IDS = fields.of_type(list, "an array of integers", _check_stop_token_ids)
 STOP = Field(
     "stop",
@@ -85,7 +90,7 @@ SAMPLING = (
     fields.number(
         "repetition_penalty", "Divides the logits of tokens of prompt and answer; 1: off.", 0, limits.MAX_REPETITION_PENALTY
     ),
-    Field("logit_bias", "Token id -> what is added to its logit, from -100 to 100.", {"type": "object"}, _check_logit_bias),
+    Field("logit_bias", "Token id -> what is added to its logit, from -100 to 100.", _BIASES, _check_logit_bias),
     fields.integer("min_tokens", "No end before so many tokens.", 0),
 )
 OPTIONS = (
@@ -101,8 +106,9 @@ CHAT_LOGPROBS = (
     fields.boolean("logprobs", "With log probabilities."),
     fields.integer("top_logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS),
 )
+_ALTERNATIVES = fields.integer("logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS)
 COMPLETION_LOGPROBS = replace(
-    fields.integer("logprobs", "Alternatives to each token.", 0, limits.MAX_LOGPROBS), check=_check_count_or_false
+    _ALTERNATIVES, schema={"oneOf": [_ALTERNATIVES.schema, {"enum": [False]}]}, check=_check_count_or_false
 )  # 0: the log probability of the chosen token alone
 
 

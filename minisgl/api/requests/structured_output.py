@@ -12,13 +12,20 @@ from typing import Any, NamedTuple
 
 from minisgl import grammar
 from minisgl.api.requests.fields import (
+    BOOLEAN,
+    JSON_SCHEMA,
+    LOOSE_STRING,
+    STRING,
     Field,
     Schema,
+    an_object,
     check_object,
     check_string,
     json_object,
+    list_of,
     loads,
     missing,
+    tagged,
     wrong_type,
 )
 from minisgl.api.requests.json_schemas import portable
@@ -111,6 +118,9 @@ def _response_format(at: str, value: dict[str, Any]) -> tuple[Constraint, ...]:
     return (_schema(f"{at}.json_schema.schema", schema, strict=bool(strict), field=at),)
 
 
+_NONE: Schema = {"type": "array", "maxItems": 0}
+
+
 class _Source(NamedTuple):
     """A kind of grammar source."""
 
@@ -127,11 +137,10 @@ class _Source(NamedTuple):
         return Field(name, self.doc, self.schema, check)
 
 
-_STRING: Schema = {"type": "string"}
-_JSON = _Source("A JSON schema that the answer follows.", {}, _schema)
-_REGEX = _Source("A regular expression that the whole answer matches.", _STRING, _text(grammar.regex))
-_CHOICE = _Source("Texts of which the answer is one.", {"type": "array", "items": _STRING}, _choice)
-_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", _STRING, _text(grammar.unread))
+_JSON = _Source("A JSON schema that the answer follows.", {"oneOf": [JSON_SCHEMA, _NONE]}, _schema)
+_REGEX = _Source("A regular expression that the whole answer matches.", STRING, _text(grammar.regex))
+_CHOICE = _Source("Texts of which the answer is one.", list_of(STRING), _choice)
+_GRAMMAR = _Source("A grammar (GBNF or Lark) that the answer follows.", STRING, _text(grammar.unread))
 _OUTPUTS: Mapping[str, Make] = {
     "json": _JSON.make,
     "regex": _REGEX.make,
@@ -156,14 +165,27 @@ def _structured_outputs(name: str, value: dict[str, Any]) -> tuple[Constraint, .
 # ---------------- declarations
 _FORMAT = "The form of the answer: text, json_object, or json_schema with a schema."
 _OUTPUT = "The form of the answer, as vLLM names it: json, regex, choice or grammar."
+_NAMED_SCHEMA = an_object({"schema": JSON_SCHEMA}, name=LOOSE_STRING, strict=BOOLEAN)
+FORMS: tuple[Schema, ...] = (an_object({}, type={"enum": ["text"]}), tagged("json_object"))  # without a schema; {} is text
+RESPONSE_FORMAT: Schema = {"oneOf": [*FORMS, tagged("json_schema", {"json_schema": _NAMED_SCHEMA})]}
+_SKIPPED = ({"enum": [None, False]}, _NONE)  # a source that is none
+_OUTPUT_SCHEMA: Schema = {
+    "properties": {
+        "json": {"oneOf": [JSON_SCHEMA, *_SKIPPED]},
+        "regex": {"oneOf": [STRING, *_SKIPPED]},
+        "choice": {"oneOf": [list_of(STRING), *_SKIPPED[:1]]},
+        "grammar": {"oneOf": [STRING, *_SKIPPED]},
+        "json_object": {"oneOf": [BOOLEAN, {"type": "null"}, _NONE]},
+    }
+}
 NATIVE = (_JSON.field("json_schema"), _REGEX.field("regex"), _GRAMMAR.field("ebnf"))
 FIELDS = (
-    json_object("response_format", _FORMAT, _response_format),
+    json_object("response_format", _FORMAT, _response_format, RESPONSE_FORMAT),
     _JSON.field("guided_json"),
     _REGEX.field("guided_regex"),
     _CHOICE.field("guided_choice"),
     _GRAMMAR.field("guided_grammar"),
     *NATIVE,
     _CHOICE.field("choice"),
-    json_object("structured_outputs", _OUTPUT, _structured_outputs),
+    json_object("structured_outputs", _OUTPUT, _structured_outputs, _OUTPUT_SCHEMA),
 )

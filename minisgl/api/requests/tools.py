@@ -15,7 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisgl.api.parsers.tool_calls import FORMATS
-from minisgl.api.requests.fields import Field, array, boolean, check_object, check_string, function_of, of_type, wrong_type
+from minisgl.api.requests.fields import (
+    BOOLEAN,
+    STRING,
+    Field,
+    Schema,
+    an_object,
+    array,
+    boolean,
+    check_object,
+    check_string,
+    function_of,
+    of_type,
+    tagged,
+    wrong_type,
+)
 from minisgl.api.requests.json_schemas import portable
 from minisgl.api.requests.structured_output import Constraint
 from minisgl.errors import InvalidParam
@@ -25,14 +39,27 @@ MAX_TOOLS = 128
 MAX_CALLS = 16  # in one forced answer
 NAME_CHARS = 64
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_CHOICES: Schema = {"enum": ["auto", "none", "required"]}
+_NAMED = tagged("function", {"function": an_object({"name": STRING})})
+
+
+def tools_field(function: Schema) -> Field:
+    """The declaration of `tools`, where a function looks like this."""
+    items = {"anyOf": [function, {**an_object({"type": STRING}), "title": "a tool of another type"}]}
+    return array("tools", "Functions that the answer may call; others are ignored.", items, "an array of tools")
+
+
+def tool_choice_field(named: Schema) -> Field:
+    """The declaration of `tool_choice`, where a function is named like this."""
+    doc = "auto, none, required, or the function that must be called."
+    return Field("tool_choice", doc, {"oneOf": [_CHOICES, named]}, of_type(str | dict, "a string or an object"))
+
+
+PARAMETERS: Schema = {"type": "object", "title": "JSON schema"}
+_FUNCTION = an_object({"name": STRING}, description=STRING, parameters=PARAMETERS, strict=BOOLEAN)
 FIELDS = (
-    array("tools", "Functions that the answer may call; others are ignored.", {"type": "object"}, "an array of tools"),
-    Field(
-        "tool_choice",
-        "auto, none, required, or the function that must be called.",
-        {},
-        of_type(str | dict, "a string or an object"),
-    ),
+    tools_field(tagged("function", {"function": _FUNCTION})),
+    tool_choice_field(_NAMED),
     boolean("parallel_tool_calls", "Whether an answer may call several functions."),
 )
 # Parts of a tool's result that are no text, and what stands for them in the prompt.
