@@ -14,7 +14,12 @@ import select
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # no generic class in Python 3.10
+    _StreamHandler = logging.StreamHandler
 
 LOGGER = logging.getLogger("minisgl")
 LOADING, LOAD, REQUEST, REFUSED = "loading", "load", "request", "refused"  # events; what starts and stops has others
@@ -38,7 +43,9 @@ def setup(log_format: str, stream: TextIO | None = None, environ: Mapping[str, s
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines(colours(stream, environ)))
     root.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    logging.captureWarnings(log_format == "json")
+    if log_format == "json":
+        logging.captureWarnings(True)
+        sys.excepthook = lambda kind, e, trace: LOGGER.critical("the process failed", exc_info=(kind, e, trace))
     return handler
 
 
@@ -59,7 +66,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Lines(logging.StreamHandler[TextIO]):
+class Lines(_StreamHandler):
     """Writes lines to a stream, but waits for nobody: a reader that has stopped reading (^S, a full pipe) holds nothing up.
 
     Lines that find no room are counted, and the number precedes the next one.
@@ -136,4 +143,4 @@ def _clock(record: logging.LogRecord) -> str:
 def _colour(event: str, level: int) -> str:
     if level >= logging.WARNING:
         return _RED if level >= logging.ERROR else _YELLOW
-    return {"ready": _BOLD, LOAD: _DIM, REQUEST: _DIM}.get(event, "")
+    return {"ready": _BOLD, LOAD: _DIM, REQUEST: _DIM, REFUSED: _YELLOW}.get(event, "")

@@ -30,6 +30,7 @@ def _undo() -> Iterator[None]:
     root.handlers = [h for h in root.handlers if not isinstance(h, logs.Lines)]
     logs.LOGGER.setLevel(logging.NOTSET)
     logging.captureWarnings(False)
+    sys.excepthook = sys.__excepthook__
 
 
 def printed(stream: io.StringIO, log_format: str = "text", environ: dict[str, str] | None = None) -> io.StringIO:
@@ -142,9 +143,20 @@ def test_what_a_library_warns_of_is_an_object_too() -> None:
     out = printed(io.StringIO(), "json")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.captureWarnings(True)
+        logging.captureWarnings(True)  # pytest has replaced what `setup` set
         warnings.warn("old", stacklevel=1)
     assert "old" in json.loads(out.getvalue())["message"]
+
+
+def test_an_exception_that_nobody_catches_is_an_object_too() -> None:
+    out = printed(io.StringIO(), "json")
+    try:
+        raise RuntimeError("a bug")
+    except RuntimeError as e:
+        sys.excepthook(RuntimeError, e, e.__traceback__)
+    line = json.loads(out.getvalue())
+    assert line["level"] == "critical"
+    assert "RuntimeError: a bug" in line["traceback"]
 
 
 def test_nothing_in_the_package_prints_past_the_log() -> None:

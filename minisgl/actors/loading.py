@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -37,6 +38,7 @@ class LoadingBar:
     def __init__(self, name: str, layers: int) -> None:
         from tqdm import tqdm
 
+        tqdm.set_lock(threading.RLock())  # its own lock is one of several processes, which a process that is killed leaves
         self._layers = layers
         self._bar: tqdm[None] = tqdm(
             total=layers, desc=f"loading {name}", unit="layer", file=sys.stderr, delay=_DELAY, leave=False, dynamic_ncols=True

@@ -140,7 +140,7 @@ def test_load_is_a_line_every_five_seconds_and_a_last_one(heard: Heard) -> None:
     loaded.clock.advance(SECONDS)
     loaded.clock.advance(2)
     metrics.generation_tokens += 7
-    stats |= {"running_requests": 0, "free_pages": 60, "cached_pages": 40}
+    stats |= {"running_requests": 0}  # of the pages the scheduler has not told yet
     end()
     end_other()
     loaded.clock.advance(1000)
@@ -150,15 +150,24 @@ def test_load_is_a_line_every_five_seconds_and_a_last_one(heard: Heard) -> None:
     assert (first["cache_hit_share"], first["kv_filled_share"], first["kv_used_share"]) == (0.5, 0.4, 0.1)
     assert (first["preemptions"], second["preemptions"]) == (2, 0)
     assert (second["prompt_tokens_per_s"], second["generated_tokens_per_s"], second["cache_hit_share"]) == (0.0, 6.0, None)
-    assert (last["running"], last["waiting"], last["idle"]) == (0, 0, True)
+    assert (last["running"], last["waiting"], last["idle"], last["load_seconds"]) == (0, 0, True, 12.0)
     assert (last["seconds"], last["generated_tokens_per_s"]) == (2.0, 3.5), "the rate is that of the time with load"
     assert heard.texts("load") == [
         "load: 1 running, 1 waiting, 100 tok/s in, 20 tok/s out, cache hits 50 %, KV cache 40 % filled, 10 % in use, "
         "2 preempted",
         "load: 1 running, 1 waiting, 0 tok/s in, 6 tok/s out, KV cache 40 % filled, 10 % in use",
-        "load: 0 running, 0 waiting, 0 tok/s in, 3.5 tok/s out, KV cache 40 % filled, 0 % in use, idle after 2.0 s",
+        "load: 0 running, 0 waiting, 0 tok/s in, 3.5 tok/s out, KV cache 40 % filled, 0 % in use, idle after 12.0 s",
     ]
     assert not loaded.clock.timers
+
+
+def test_load_that_ends_without_another_token_has_its_last_line_too(heard: Heard) -> None:
+    loaded = Loaded()
+    end = loaded.begin()
+    loaded.clock.advance(SECONDS + 1)
+    end(499)
+    loaded.clock.advance(60)
+    assert [line["idle"] for line in heard.of("load")] == [False, True]
 
 
 def test_one_short_request_is_one_line_with_its_own_rate(heard: Heard) -> None:

@@ -40,7 +40,7 @@ class Running:
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 answer.read()
                 return int(answer.status)
         except urllib.error.HTTPError as e:
@@ -66,7 +66,7 @@ def server(tmp: Path, *flags: str) -> Iterator[Running]:
             if not running.kills:
                 process.send_signal(signal.SIGINT)
             lines += process.stderr.readlines()
-            assert process.wait(20) == (70 if running.kills else 0)
+            assert process.wait(60) == (70 if running.kills else 0)
         finally:
             process.kill()
 
@@ -125,7 +125,7 @@ def test_lines_for_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--port", "99999"], ["--lag", "0"], ["--model", "./nowhere/model.gguf"]])
 def test_a_start_that_is_refused_is_an_object_too(flags: list[str]) -> None:
     command = [sys.executable, "-m", "minisgl", "--log-format", "json", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False)
     assert done.returncode == 2
     (line,) = map(json.loads, done.stderr.splitlines())
     assert (line["event"], line["level"]) == ("failed", "error")

@@ -44,13 +44,16 @@ class LoadLines:
     def __init__(self, engine: Metered, journal: Journal, later: Later) -> None:
         self._engine, self._journal, self._later = engine, journal, later
         self._timer: Timer | None = None
-        self._since, self._last = 0.0, _Counts(0, 0, 0, 0, 0, 0)
+        self._began = self._since = 0.0  # of the load, and of what the next line is about
+        self._last = _Counts(0, 0, 0, 0, 0, 0)
+        self._told_busy = False  # by the latest line
         journal.on_begin = self.wake
 
     def wake(self) -> None:
         """A request has come: begin to measure, unless that has begun."""
         if self._timer is None:
-            self._since, self._last = self._journal.now(), self._counts()
+            self._began = self._since = self._journal.now()
+            self._last = self._counts()
             self._timer = self._later(SECONDS, self._tick)
 
     def close(self) -> None:
@@ -69,27 +72,30 @@ class LoadLines:
         counts, busy = self._counts(), bool(self._engine.open_requests)
         until = self._journal.now() if busy else max(self._journal.last_end, self._since)
         done = _Counts(*(b - a for a, b in zip(self._last, counts, strict=True)))
-        if busy or any(done):
-            self._tell_load(done, max(until - self._since, 1e-3), busy)
+        if busy or self._told_busy or any(done):
+            self._tell_load(done, max(until - self._since, 1e-3), until - self._began, busy)
+        self._told_busy = busy
         if self._journal.refused:
             _tell_refused(self._journal.refused)
             self._journal.refused.clear()
         self._since, self._last = self._journal.now(), counts
 
-    def _tell_load(self, done: _Counts, seconds: float, busy: bool) -> None:
+    def _tell_load(self, done: _Counts, seconds: float, since_began: float, busy: bool) -> None:
         stats = defaultdict(int, self._engine.stats)
         pages = stats["total_pages"]
+        filled = pages - stats["free_pages"]
         fields: dict[str, Any] = {
             "running": stats["running_requests"] if busy else 0,
             "waiting": max(self._engine.open_requests - stats["running_requests"], 0) if busy else 0,
             "prompt_tokens_per_s": round(done.computed / seconds, 1),
             "generated_tokens_per_s": round(done.generated / seconds, 1),
             "cache_hit_share": round(done.found / done.looked_up, 3) if done.looked_up else None,
-            "kv_used_share": round((pages - stats["free_pages"] - stats["cached_pages"]) / pages, 3) if pages else None,
-            "kv_filled_share": round((pages - stats["free_pages"]) / pages, 3) if pages else None,
+            "kv_used_share": round(busy * (filled - stats["cached_pages"]) / pages, 3) if pages else None,
+            "kv_filled_share": round(filled / pages, 3) if pages else None,
             "preemptions": done.preemptions,
             "warmups": done.warmups,
             "seconds": round(seconds, 1),
+            "load_seconds": round(since_began, 1),
             "idle": not busy,
         }
         hits, kv = fields["cache_hit_share"], fields["kv_filled_share"]
@@ -100,7 +106,7 @@ class LoadLines:
             *([f"KV cache {100 * kv:.0f} % filled, {100 * fields['kv_used_share']:.0f} % in use"] if kv is not None else []),
             *([f"{done.preemptions} preempted"] if done.preemptions else []),
             *([f"{done.warmups} compiled meanwhile"] if done.warmups else []),
-            *([f"idle after {seconds:.1f} s"] if not busy else []),
+            *([f"idle after {since_began:.1f} s"] if not busy else []),
         ]
         say(LOAD, f"load: {', '.join(parts)}", **fields)
 
