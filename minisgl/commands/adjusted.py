@@ -93,6 +93,8 @@ def _modes(given: Mapping[str, Any], config: Config, cores: int) -> _Found:
             yield "threads", served, f"but this process may use {cores} core{'s' * (cores > 1)}: more threads slow it down"
     if "lag" in given and engine.lag != given["lag"]:
         yield "lag", engine.lag, "as MINISGL_DISABLE_OVERLAP_SCHEDULING says"
+    if given.get("quantization") == "auto" and engine.device == "cpu" and engine.dtype != "auto":
+        yield "quantization", "none", f"since {flag('dtype')} {engine.dtype} is given"
     if AUTO_ITL < given.get("itl_target_ms", 0.0) < 0:
         yield "itl_target_ms", AUTO_ITL, "any negative number being the server's own choice"
     if "order" in given and given["order"] == "prefix" and engine.cache == "none":

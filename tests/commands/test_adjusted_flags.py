@@ -54,6 +54,13 @@ def found(flags: str, kv: int = KV, cores: int = 2, model: Any = SPEC) -> dict[s
         ("--max-choices 100 --max-open-requests 7", {}, "--max-choices", 7, "open at a time"),
         ("--step-tokens 1000", {"kv": 512}, "--step-tokens", 512, "all that the KV cache holds"),
         ("--itl-target-ms -0.5", {}, "--itl-target-ms", -1, "-1 is served, any negative number"),
+        (
+            "--quantization auto --dtype bfloat16",
+            {},
+            "--quantization",
+            "none",
+            "none is served, since --dtype bfloat16",
+        ),
         ("--order prefix --cache none", {}, "--order", "arrival", "since --cache none has no cached prefixes"),
         ("--data-dir-gb 5", {}, "--data-dir-gb", None, "5: has no effect, without --data-dir nothing is kept"),
     ],
@@ -87,6 +94,8 @@ def test_a_value_that_is_not_served_as_given_is_said(flags: str, how: Any, flag:
         "--lag 2",
         "--data-dir-gb 5 --data-dir /tmp",
         "--quantization int8",
+        "--quantization auto",
+        "--dtype bfloat16",
         "--num-tokenizers 3",
     ],
 )
