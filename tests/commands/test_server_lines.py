@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from processes import REPOSITORY, minisgl_command
 
+from minisgl import BatchClient, SamplingParams
+
 BODY = {"prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True}
 
 
@@ -96,6 +98,8 @@ def test_lines_for_programs(tmp_path: Path) -> None:
     with server(tmp_path, "--log-format", "json", "--log-requests", "--kv-tokens", "10") as running:
         assert running.post("/v1/completions", BODY, **{"x-request-id": "mine"}) == 200
         assert running.post("/v1/nothing", BODY) == 404
+        with BatchClient(running.url) as client:
+            client.generate(["a"], SamplingParams(max_tokens=2, ignore_eos=True))
         running.kill("worker0")
     lines = [json.loads(line) for line in running.lines]
     assert all(set(line) >= {"time", "level", "event", "message"} for line in lines)
@@ -109,7 +113,9 @@ def test_lines_for_programs(tmp_path: Path) -> None:
     asked = {line["flag"]: (line["asked"], line["served"]) for line in lines if line["event"] == "adjusted"}
     assert asked == {"--kv-tokens": (10, 16), "--max-context": (8192, 16)}
     assert events.index("adjusted") < events.index("ready")
-    done, refused = [line for line in lines if line["event"] == "request"]
+    done, refused, info, batch = [line for line in lines if line["event"] == "request"]
+    assert info["route"] == "GET /server_info"  # which tells the client where the socket is
+    assert (batch["kind"], batch["route"], batch["completion_tokens"]) == ("socket", "POST /v1/completions", 2)
     assert (done["id"], done["route"], done["prompt_tokens"], done["completion_tokens"]) == (
         "mine",
         "POST /v1/completions",
