@@ -286,13 +286,13 @@ class ServerConfig:
     served_names: tuple[str, ...] = setting(  # accepted `model` values; the first is the one reported
         (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_MANY
     )
-    drain_seconds: float = setting(2.0, "grace for running requests at the end", "S")
+    drain_seconds: float = setting(2.0, "grace for running requests at the end", "S", 0.0, 86_400.0)
     max_body_bytes: int = 8 << 20
-    max_open_requests: int = setting(4096, "more are answered 429", "N")
+    max_open_requests: int = setting(4096, "more are answered 429", "N", 1, 1 << 31)
     max_choices: int = setting(512, "answers that one request may ask for: n times its prompts", "N", 1, 1 << 20)
     max_priority: int = setting(0, "highest priority that requests may ask for; higher ones are refused", "N", 0, MAX_PRIORITY)
-    max_queue: int = setting(2048, "waiting requests; more are answered 429", "N")  # 0: no bound
-    max_queued_tokens: int = setting(2_000_000, "prompt tokens of waiting requests; more are answered 429", "N")  # 0: no bound
+    max_queue: int = setting(2048, "waiting requests; more are answered 429; 0: no bound", "N", 0, 1 << 31)
+    max_queued_tokens: int = setting(2_000_000, "prompt tokens of waiting requests; 0: no bound", "N", 0, 1 << 40)
     # "" switches a parser off.
     tool_call_parser: str = setting(
         "",
@@ -312,6 +312,8 @@ class ServerConfig:
     any_model_name: bool = setting(False, "serve requests for whatever model they name")
     data_dir: str = setting("", "keep /v1/files and /v1/batches here; default: off", "DIR")
     data_dir_gb: float = setting(10.0, "GiB that uploads and results may take in --data-dir", "GB", 1, 100_000)
+    log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
+    log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from minisgl import logs
+from minisgl.actors.loading import show_loading
 from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.config import Config, ModelSpec
@@ -21,6 +23,12 @@ def find_model(model: str | ModelSpec | None, revision: str | None, tp: int) -> 
     spec = model if isinstance(model, ModelSpec) else resolve(model, revision)
     check_tp(spec, tp)
     return spec
+
+
+def with_logs(ctx: Context, log_format: str, make: Callable[..., Actor], *args: Any) -> Actor:
+    """`make(ctx, *args)`, in a process that prints its log in `log_format`, see minisgl.logs."""
+    logs.setup(log_format)
+    return make(ctx, *args)
 
 
 def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0) -> Actor:
@@ -70,6 +78,7 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 def make_runner(config: Config, rank: int, run_dir: str) -> Any:
     """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
     from minisgl.model.checkpoint.loader import open_weights
+    from minisgl.model.checkpoint.progress import observed
     from minisgl.model.common.grammar import Grammars
     from minisgl.model.text.vocabulary import vocabulary_of
 
@@ -78,10 +87,14 @@ def make_runner(config: Config, rank: int, run_dir: str) -> Any:
         from minisgl.model.fake_runner import FakeRunner
 
         return FakeRunner(config, grammars=grammars)
+    opened = open_weights
+    if rank == 0:
+        show = show_loading(config.model.name, config.model.num_layers, config.server.log_format)
+        opened = observed(open_weights, show)
     if config.engine.device == "cuda":
         from minisgl.model.cuda.runner import CudaRunner
 
-        return CudaRunner(config, rank, run_dir, open_weights, grammars)
+        return CudaRunner(config, rank, run_dir, opened, grammars)
     from minisgl.model.cpu.runner import Runner
 
-    return Runner(config, rank, run_dir, open_weights, grammars)
+    return Runner(config, rank, run_dir, opened, grammars)

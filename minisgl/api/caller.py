@@ -13,6 +13,7 @@ import secrets
 from dataclasses import replace
 
 from minisgl.api.engine import Engine, OnChunk, Prompt, WrappedEngine
+from minisgl.api.journal import Account
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
@@ -27,18 +28,21 @@ class Callers:
         self._secret = secrets.token_bytes(16)
         self._calls = itertools.count(1)
 
-    def call(self, who: str, batch: bool = False) -> Engine:
-        """The engine for the next call of `who`, a key or an address.  `batch`: nobody waits for the answer."""
+    def call(self, who: str, batch: bool = False, account: Account | None = None) -> Engine:
+        """The engine for the next call of `who`, a key or an address.
+
+        `batch`: nobody waits for the answer.  `account`: where its tokens are counted.
+        """
         digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
-        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch)
+        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch, account)
 
 
 class _Caller(WrappedEngine):
     """Marks the requests of one call."""
 
-    def __init__(self, engine: Engine, client: int, call: int, batch: bool) -> None:
+    def __init__(self, engine: Engine, client: int, call: int, batch: bool, account: Account | None) -> None:
         super().__init__(engine)
-        self._client, self._call, self._batch = client, call, batch
+        self._client, self._call, self._batch, self._account = client, call, batch, account
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
@@ -49,4 +53,6 @@ class _Caller(WrappedEngine):
             text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
         marked = replace(options, priority=priority, client=self._client, call=self._call)
+        if self._account is not None:
+            on_chunk = self._account.watch(prompt, on_chunk)
         return super().open(prompt, params, on_chunk, marked)

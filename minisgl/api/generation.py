@@ -288,6 +288,7 @@ class StreamedAnswer:
 
     def __init__(self, generation: Generation, events: Events) -> None:
         self.done = False  # all events have been rendered
+        self.error: RequestError | None = None  # that has ended them
         self._generation = generation
         self._events = events
         self.listen, self.close = generation.listen, generation.close
@@ -314,7 +315,7 @@ class StreamedAnswer:
         except Exception:
             log.exception("a stream failed")
             error = internal_error()
-        self.done = True
+        self.done, self.error = True, error
         return self._events.failed(error)
 
     def _render(self, chunks: NewChunks) -> bytes:

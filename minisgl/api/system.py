@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import zmq
 
 from minisgl.actors import spawn
 from minisgl.actors.messages import Stop
+from minisgl.actors.runtime.actor import Actor
 from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
 from minisgl.actors.runtime.supervisor import Supervisor, make_run_dir
@@ -45,7 +48,9 @@ class System:
             undo.pop_all()
 
     def _spawn(self, arenas: Arenas, make_worker: spawn.MakeWorker) -> None:
-        start = self.supervisor.spawn
+        def start(name: str, make: Callable[..., Actor], *args: Any) -> None:
+            self.supervisor.spawn(name, spawn.with_logs, self.config.server.log_format, make, *args)
+
         for rank in range(self.config.engine.tp):  # the workers first: they take longest to start
             start(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
         start("scheduler", spawn.make_scheduler, self.config, arenas)

@@ -89,6 +89,13 @@ def _origin(given: str) -> str:
     raise UserError(f"--allow-origin {given[:200]!r}: {fault}")
 
 
+def given_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user has set, by field of EngineConfig and ServerConfig.  A flag of the server with its default is not set."""
+    given = vars(args)
+    found = {name: given[name] for name, _, _ in settings_of(EngineConfig) if given[name] is not None}
+    return found | {n: given[n] for n, default, s in settings_of(ServerConfig) if given[n] != s.options.get("default", default)}
+
+
 def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, str] = ("", "")) -> Config:
     """The whole Config of a server.  `styles`: the formats of tool calls and thoughts that replace the flags' "auto".
 

@@ -10,20 +10,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
-import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
+from minisgl import logs
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
-from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from
+from minisgl.commands.adjusted import adjusted
+from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.version import __version__
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
+EXIT_REFUSED = 2  # as __main__ has it for a UserError
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
@@ -44,6 +50,20 @@ def run(argv: list[str]) -> int:
     """Serve until a signal.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
     start = time.monotonic()
     args = parser().parse_args(argv)
+    logs.setup(args.log_format)
+    if args.log_format == "json":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return _serve(args, start)
+    except UserError as e:
+        if args.log_format != "json":
+            raise
+        logs.say("failed", f"minisgl: {e}", logging.ERROR)
+        return EXIT_REFUSED
+
+
+def _serve(args: argparse.Namespace, start: float) -> int:
+    """Raises UserError."""
     from minisgl.model.checkpoint.resolve import resolve
     from minisgl.model.common.shard import check_tp
     from minisgl.model.text.chat_format import styles_of
@@ -52,7 +72,7 @@ def run(argv: list[str]) -> int:
         spec = resolve(args.model, args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
-        return asyncio.run(_Server(config, sock, start).main())
+        return asyncio.run(_Server(config, sock, start, given=given_of(args)).main())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -83,7 +103,16 @@ def page_url(host: str, port: int) -> str:
 class _Server:
     """One run of the server on one event loop."""
 
-    def __init__(self, config: Config, sock: socket.socket, start: float, make_worker: MakeWorker = spawn.make_worker) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sock: socket.socket,
+        start: float,
+        make_worker: MakeWorker = spawn.make_worker,
+        given: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """`start`: when the program was started.  `given`: what its user has set, see minisgl.commands.adjusted."""
+        self.given = given
         self.make_worker = make_worker
         self.config = config
         self.sock = sock
@@ -99,8 +128,10 @@ class _Server:
         from minisgl.api.batches.socket import BatchServer
         from minisgl.api.batches.store import Store
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
-        from minisgl.api.http.connection import Connection
+        from minisgl.api.http.connection import HEADER_SECONDS, Connection
+        from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
+        from minisgl.api.journal import Journal
         from minisgl.api.system import System
 
         setproctitle.setproctitle("minisgl::api")
@@ -113,18 +144,23 @@ class _Server:
         how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         if self.config.model.format == "fake":
             how = " engine (no model: tokens are hashes of their context)"
-        self.say(f"minisgl {__version__}: loading {self.config.model.name}{how}")
+        text = f"minisgl {__version__}: loading {self.config.model.name}{how}"
+        logs.say("start", text, version=__version__, model=self.config.model.name, pid=os.getpid())
         self.system = System(self.config, self.make_worker)
         try:
             engine = Metered(self.system.gateway)
-            batch = BatchServer(self.system.ctx, self.system.run_dir, engine)
-            app = build_app(engine, batch.address, store)
+            journal = Journal(kept.log_requests)
+            load = LoadLines(engine, journal, loop.call_later)
+            batch = BatchServer(self.system.ctx, self.system.run_dir, engine, journal)
+            app = build_app(engine, batch.address, store, journal)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
             server = runner.server
             if server is None:
                 raise RuntimeError("the runner has been set up")
-            listener = await loop.create_server(lambda: Connection(server), sock=self.sock, backlog=1024)
+            listener = await loop.create_server(
+                lambda: Connection(server, HEADER_SECONDS, journal), sock=self.sock, backlog=1024
+            )
             self.pump()
             await self.done.wait()
             if BATCHES in app:  # they continue with the next start
@@ -133,6 +169,7 @@ class _Server:
             batch.close()
             listener.close()
             await runner.cleanup()
+            load.close()
         finally:
             for fd in self.watched:
                 loop.remove_reader(fd)
@@ -162,21 +199,34 @@ class _Server:
         self.watched = current
 
     def announce(self) -> None:
+        from minisgl.model.common.host import usable_cores
+
         engine, gateway = self.config.engine, self.system.gateway
+        kv_tokens = gateway.num_pages * engine.page_size
+        for change in adjusted(self.given, self.config, kv_tokens, usable_cores()):
+            logs.say("adjusted", f"minisgl: {change}", logging.WARNING, **change._asdict())
         host, port = self.sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.say(
-            f"ready in {time.monotonic() - self.start:.1f} s: {url}/v1   "
-            f"(tp {engine.tp}, context {self.config.max_context}, KV cache {gateway.num_pages * engine.page_size} tokens, "
+        seconds = time.monotonic() - self.start
+        text = (
+            f"ready in {seconds:.1f} s: {url}/v1   "
+            f"(tp {engine.tp}, context {self.config.max_context}, KV cache {kv_tokens} tokens, "
             f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'}"
             + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
             + ")"
         )
-        self.say(f"chat and documentation in a browser: {page_url(host, port)}")
-
-    @staticmethod
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        logs.say(
+            "ready",
+            text,
+            url=f"{url}/v1",
+            seconds=round(seconds, 2),
+            tp=engine.tp,
+            context=self.config.max_context,
+            kv_tokens=kv_tokens,
+            sampling_defaults=self.config.sampling_defaults,
+        )
+        page = page_url(host, port)
+        logs.say("page", f"chat and documentation in a browser: {page}", url=page)
 
     # ---------------- stopping
     def stop(self) -> None:
@@ -190,7 +240,8 @@ class _Server:
     async def drain(self) -> None:
         gateway = self.system.gateway
         if gateway.open_requests:
-            self.say(f"stopping: {gateway.open_requests} open requests get {self.config.server.drain_seconds:g} s to finish")
+            n, seconds = gateway.open_requests, self.config.server.drain_seconds
+            logs.say("stopping", f"stopping: {n} open requests get {seconds:g} s to finish", open_requests=n, seconds=seconds)
         end = time.monotonic() + self.config.server.drain_seconds
         while gateway.state == "draining" and gateway.open_requests and time.monotonic() < end:  # noqa: ASYNC110  seldom, once
             await asyncio.sleep(0.05)
@@ -201,9 +252,9 @@ class _Server:
     def exit_code(self) -> int:
         gateway = self.system.gateway
         if gateway.failure is None:
-            self.say("minisgl has stopped")
+            logs.say("stopped", "minisgl has stopped")
             return 0
         if gateway.died is None:  # an actor has refused to start, and said why
             raise UserError(gateway.failure)
-        self.say(f"minisgl: {gateway.failure}; see the messages above")
+        logs.say("failed", f"minisgl: {gateway.failure}; see the messages above", logging.ERROR)
         return EXIT_DIED

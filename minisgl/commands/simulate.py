@@ -6,11 +6,13 @@ import argparse
 import importlib
 import json
 import math
+import sys
 import time
 
 from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, SchedulerLimits
 from minisgl.cache.no_cache import CACHES
 from minisgl.cache.radix import RadixCache
+from minisgl.commands.adjusted import Adjusted
 from minisgl.errors import UserError
 from minisgl.simulation import plots
 from minisgl.simulation.fleet import simulate
@@ -114,6 +116,9 @@ def run(argv: list[str]) -> int:
         prompt_seconds=GPU_PROMPT_SECONDS,
         order=args.order,
     )
+    if limits.kv_tokens != args.kv_tokens:
+        whole = Adjusted("--kv-tokens", args.kv_tokens, limits.kv_tokens, f"in whole pages of {args.page_size} tokens")
+        print(f"minisgl simulate: {whole}", file=sys.stderr)
     results: dict[str, Summary] = {}
     known: dict[SchedulerLimits, Summary] = {}  # policies that change nothing here need no run of their own
     for name in names:

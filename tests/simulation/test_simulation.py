@@ -341,6 +341,13 @@ def test_every_policy_changes_at_most_one_thing_and_something_can_be_chosen(caps
     assert [r["policy"] for r in rows] == ["cache=none", "lag=1"]
 
 
+def test_kv_tokens_that_are_no_whole_pages_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["synthetic:n=5", "--kv-tokens", "9999", "--page-size", "16"]) == 0
+    assert capsys.readouterr().err == "minisgl simulate: --kv-tokens 9999: 9984 is served, in whole pages of 16 tokens\n"
+    assert run(["synthetic:n=5", "--kv-tokens", "9984", "--page-size", "16"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_json_is_one_line_with_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["synthetic:n=20,shared=100", "--json", "--gpu", "qwen3-0.6b", "--replicas", "2"]) == 0
     row = json.loads(capsys.readouterr().out)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import math
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +138,7 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
         ctx.send(ROOT, Failed(name, str(e)))
         code = 1
     except Exception:
-        traceback.print_exc()
+        logging.getLogger("minisgl").exception("%s failed", name)
         code = 70
     finally:
         ctx.close()

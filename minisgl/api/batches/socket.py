@@ -21,6 +21,7 @@ from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS, compact
 from minisgl.api.engine import Engine
+from minisgl.api.journal import Account, Journal
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import json_pieces
 from minisgl.api.requests.fields import parse_json
@@ -43,9 +44,9 @@ class _Client:
 class BatchServer:
     """Binds the socket on construction; must be made and closed inside the running event loop."""
 
-    def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine) -> None:
+    def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine, journal: Journal | None = None) -> None:
         self.address = address(run_dir, "batch")
-        self._engine, self._callers = engine, Callers(engine)
+        self._engine, self._callers, self._journal = engine, Callers(engine), journal or Journal()
         self._reader = Reader()
         self._clients: dict[bytes, _Client] = {}
         self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
@@ -96,6 +97,15 @@ class BatchServer:
             self._send(identity, BatchRefused(f"{type(msg).__name__} is not for the batch socket"))
 
     async def _serve(self, identity: bytes, m: BatchSubmit) -> None:
+        route, request_id = m.url if m.url in BATCHED else "unknown", f"batch-{uuid.uuid4().hex}"
+        with self._journal.request(f"POST {route}", "socket", request_id) as account:
+            account.status, body = await self._answer(identity, m, account)
+        self._send(identity, BatchResult(m.custom_id, account.status, request_id, b"".join(json_pieces(body))))
+        # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.
+        self._drain()
+
+    async def _answer(self, identity: bytes, m: BatchSubmit, account: Account) -> tuple[int, Any]:
+        """(status, body) of the answer."""
         try:
             if m.url not in BATCHED:
                 raise RequestError(f"url must be one of {', '.join(BATCHED)}.", param="url", code="invalid_value")
@@ -104,17 +114,17 @@ class BatchServer:
                 request = endpoint.checked(self._engine.config, parse_json(m.body))
             else:
                 request = await self._reader.run(_checked, m.url, self._engine.config, m.body)
-            status, body = 200, await endpoint.answer(self._callers.call(identity.hex(), batch=True), request)
+            engine = self._callers.call(identity.hex(), batch=True, account=account)
+            return 200, await endpoint.answer(engine, request)
         except RequestError as e:
-            status, body = e.status, e.body()
-            if e.retry_after is not None:
-                body["error"]["retry_after"] = e.retry_after
+            error = e
         except Exception:
             log.exception("a batch request failed")
-            status, body = 500, internal_error().body()
-        self._send(identity, BatchResult(m.custom_id, status, f"batch-{uuid.uuid4().hex}", b"".join(json_pieces(body))))
-        # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.
-        self._drain()
+            error = internal_error()
+        account.error, body = error, error.body()
+        if error.retry_after is not None:
+            body["error"]["retry_after"] = error.retry_after
+        return error.status, body
 
     # ---------------- out
     def _send(self, identity: bytes, msg: Any) -> None:

@@ -20,6 +20,7 @@ from minisgl.api.batches.store import FULL, Log, Store, new_file_id
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
+from minisgl.api.journal import Account, Journal
 from minisgl.api.reader import SMALL, Reader
 from minisgl.errors import RequestError, internal_error
 
@@ -36,8 +37,9 @@ class Batches:
     """All batches of a data directory.  Call `start` once the event loop runs; `close` leaves unfinished batches for the next
     start."""
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, engine: Engine, journal: Journal | None = None) -> None:
         self.store, self._engine, self._callers = store, engine, Callers(engine)
+        self._journal = journal or Journal()
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
         self._reader = Reader()
         self._news = asyncio.Event()
@@ -177,8 +179,11 @@ class Batches:
 
         async def work() -> None:
             for custom_id, place in queue:  # which all workers share
-                status, answer = await self._ask(batch, source, place)
-                response = {"status_code": status, "request_id": f"batch-{uuid.uuid4().hex}", "body": answer}
+                request_id = f"batch-{uuid.uuid4().hex}"
+                with self._journal.request(f"POST {batch['endpoint']}", "batch", request_id) as account:
+                    account.status, answer = await self._ask(batch, source, place, account)
+                status = account.status
+                response = {"status_code": status, "request_id": request_id, "body": answer}
                 line = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
                 (output if status == 200 else errors).append(line)
                 batch["request_counts"]["completed" if status == 200 else "failed"] += 1
@@ -191,7 +196,7 @@ class Batches:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, batch: dict[str, Any], source: int, place: Place) -> tuple[int, dict[str, Any]]:
+    async def _ask(self, batch: dict[str, Any], source: int, place: Place, account: Account) -> tuple[int, dict[str, Any]]:
         """(status, body) of the answer.  The request waits while the server is full or not ready."""
         endpoint, config = ENDPOINTS[batch["endpoint"]], self._engine.config
         while True:
@@ -199,7 +204,8 @@ class Batches:
                 await asyncio.sleep(_WAIT_SECONDS)
                 continue
             try:
-                engine = self._callers.call("batches", batch=True)
+                account.try_again()
+                engine = self._callers.call("batches", batch=True, account=account)
                 if place[1] <= SMALL:
                     body = await asyncio.to_thread(body_at, source, place)
                     return 200, await endpoint.ask(engine, body)
@@ -210,10 +216,12 @@ class Batches:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)
                 elif self._engine.state == "ready":
+                    account.error = e
                     return e.status, e.body()
             except Exception:
                 log.exception("a request of a batch failed")
-                return 500, internal_error().body()
+                account.error = internal_error()
+                return 500, account.error.body()
 
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         batch["errors"] = _listed(problems[:MAX_ERRORS])

@@ -20,15 +20,16 @@ from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
-from minisgl.api.http.auth import authenticate, key_check, key_of
+from minisgl.api.http.auth import OPEN, authenticate, key_check, key_of
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import json_handler, read_checked, respond, stream, timing_header
 from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
-from minisgl.api.http.errors import errors, for_anthropic, name_response
+from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
+from minisgl.api.journal import Journal
 from minisgl.api.reader import Reader
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
@@ -41,15 +42,18 @@ RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress"
 BATCHES = web.AppKey("batches", Batches)  # only with a store
 
 
-def build_app(engine: Engine, batch_socket: str | None = None, store: Store | None = None) -> web.Application:
+def build_app(
+    engine: Engine, batch_socket: str | None = None, store: Store | None = None, journal: Journal | None = None
+) -> web.Application:
     """The application; run it with `web.AppRunner(app, **RUN_KWARGS)`.
 
     `batch_socket`: address reported to batch clients.  `store`: where files and batches are kept; closed with the application.
+    `journal`: told of every request.
     """
     metered = engine if isinstance(engine, Metered) else Metered(engine)
-    server = engine.config.server
+    server, journal = engine.config.server, journal or Journal(engine.config.server.log_requests)
     guards = [authenticate(server.api_keys)] if server.api_keys else []
-    middlewares = [_count(metered), errors, preflights(server.allow_origins), *guards]
+    middlewares = [_count(metered, journal), errors, preflights(server.allow_origins), *guards]
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
     app[TURN] = Turn()
@@ -57,7 +61,7 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     if server.allow_origins:
         app.on_response_prepare.append(sharing(server.allow_origins))
     if store is not None:
-        app[BATCHES] = Batches(store, metered)
+        app[BATCHES] = Batches(store, metered, journal)
         app.cleanup_ctx.append(_run_batches)
     routes = _Routes(metered, batch_socket)
     routes.add_to(app.router)
@@ -73,20 +77,26 @@ async def _run_batches(app: web.Application) -> AsyncIterator[None]:
     app[BATCHES].store.close()
 
 
-def _count(engine: Metered) -> Middleware:
-    """Middleware that counts answers by route and status, with 499 for clients that have left."""
+def _count(engine: Metered, journal: Journal) -> Middleware:
+    """Middleware that counts answers by route and status, with 499 for clients that have left, and keeps their accounts.
+
+    Probes and scrapes have no account in the journal: they come again and again, whether or not there is load.
+    """
+    unnoticed = Journal()
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
-        route, status = resource.canonical if resource is not None else "unknown", 499
-        method = request.method if resource is not None else "unknown"
-        try:
-            response = await handler(request)
-            status = response.status
-            return response
-        finally:
-            engine.metrics.responses[method, route, status] += 1
+        route, method = (resource.canonical, request.method) if resource is not None else ("unknown", "unknown")
+        kept = unnoticed if route in OPEN else journal
+        with kept.request(f"{method} {route}" if resource is not None else route, "http", request_id(request)) as account:
+            request[ACCOUNT] = account
+            try:
+                response = await handler(request)
+                account.status = response.status
+                return response
+            finally:
+                engine.metrics.responses[method, route, account.status] += 1
 
     return count
 
@@ -143,8 +153,11 @@ class _Routes:
         parsed = await read_checked(request, self._config, self._reader)
         headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
-        engine = self._callers.call(key_of(request) if self._config.server.api_keys else request.remote or "")
+        engine = self._callers.call(
+            key_of(request) if self._config.server.api_keys else request.remote or "", account=account_of(request)
+        )
         if parsed.stream and endpoint.stream is not None:
+            account_of(request).kind = "stream"
             return await stream(request, await endpoint.stream(engine, parsed), headers)
         answer = await endpoint.answer(engine, parsed)
         return await respond(request, answer, {**headers, **timing_header(answer)})

@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler
 
 from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.generation import StreamedAnswer
+from minisgl.api.http.errors import account_of
 from minisgl.api.http.stream_writer import StreamWriter
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import holds_rendered, joined, json_pieces
@@ -121,6 +122,8 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
             await response.write_eof()
         return response
     finally:
+        if answer.error is not None:
+            account_of(request).error = answer.error
         answer.close()
 
 

@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 from aiohttp.web_protocol import _ErrInfo
 
+from minisgl.api.journal import Journal
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -28,12 +29,12 @@ class Connection(web.RequestHandler):
     answers with OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
     """
 
-    __slots__ = ("_seconds", "_tail", "_timer")
+    __slots__ = ("_journal", "_seconds", "_tail", "_timer")
 
-    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS) -> None:
+    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS, journal: Journal | None = None) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
-        self._seconds = seconds
+        self._seconds, self._journal = seconds, journal or Journal()
         self._tail = b""  # the last bytes of headers that are not complete
         self._timer: asyncio.TimerHandle | None = None
 
@@ -48,8 +49,10 @@ class Connection(web.RequestHandler):
 
     def _too_late(self) -> None:
         text = f"The request's headers did not arrive within {self._seconds:g} seconds."
-        body = json.dumps(RequestError(text, status=408, code="request_timeout").body()).encode()
+        error = RequestError(text, status=408, code="request_timeout")
+        body = json.dumps(error.body()).encode()
         if self.transport is not None and not self.transport.is_closing():
+            self._journal.refuse("unknown", uuid.uuid4().hex, error)
             self.transport.write(
                 b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -84,8 +87,9 @@ class Connection(web.RequestHandler):
             error = internal_error()
         else:
             error = _not_http(exc, message or "")
-            log.info("%s: %s", request.remote, error.message)
-        response = web.json_response(error.body(), status=error.status, headers={"x-request-id": uuid.uuid4().hex})
+        name = uuid.uuid4().hex
+        self._journal.refuse("unknown", name, error)
+        response = web.json_response(error.body(), status=error.status, headers={"x-request-id": name})
         response.force_close()
         return response
 

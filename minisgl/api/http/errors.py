@@ -9,15 +9,18 @@ import difflib
 import logging
 import re
 import uuid
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from minisgl.api.endpoints.anthropic_blocks import error_body
+from minisgl.api.journal import Account
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ACCOUNT: Any = getattr(web, "RequestKey", lambda name, _: name)("account", Account)  # before aiohttp 3.14 keys are strings
 
 
 @web.middleware
@@ -35,19 +38,26 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:  # the client has left; aiohttp ends the connection
         raise
     except Exception:
-        response = error_response(internal_error(), request)
-        await name_response(request, response)
-        log.exception("request %s failed", response.headers["x-request-id"])
-        return response
+        log.exception("request %s failed", account_of(request).request_id)
+        return error_response(internal_error(), request)
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """`on_response_prepare`: sets x-request-id on every answer, streams included.
+    """`on_response_prepare`: sets x-request-id on every answer, streams included."""
+    account: Account | None = request.get(ACCOUNT)  # none where no middleware has run
+    response.headers.setdefault("x-request-id", account.request_id if account is not None else request_id(request))
 
-    It is the caller's own if that is harmless in a header and in a log, otherwise a new one.
-    """
+
+def request_id(request: web.Request) -> str:
+    """The caller's own id of a request if that is harmless in a header and in a log, otherwise a new one."""
     given = request.headers.get("x-request-id", "")
-    response.headers.setdefault("x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def account_of(request: web.Request) -> Account:
+    """The account of a request, which the first middleware has opened."""
+    account: Account = request[ACCOUNT]
+    return account
 
 
 def for_anthropic(request: web.Request) -> bool:
@@ -58,6 +68,7 @@ def for_anthropic(request: web.Request) -> bool:
 
 def error_response(error: RequestError, request: web.Request) -> web.Response:
     """The JSON answer for a RequestError, with Retry-After where a retry makes sense, in the format that the client knows."""
+    account_of(request).error = error
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

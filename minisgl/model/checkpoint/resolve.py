@@ -34,6 +34,9 @@ def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
     model with random weights, for measurements; "fake" is no model at all: see `fake_model`.  Only a hub id uses the network.
     Raises UserError with one sentence that names the fault and the remedy.
     """
+    if revision is not None and (model is None or model == FAKE or model.startswith(RANDOM)):
+        here = "no --model is given" if model is None else f"--model {model} is none"
+        raise UserError(f"--revision {revision}: only a hub id has revisions, and {here}.")
     if model is None:
         return spec_from_gguf(embedded_model())
     if model.startswith(RANDOM):

@@ -12,6 +12,7 @@ from pathlib import Path
 from minisgl.config import EngineConfig
 
 SPIN_COUNT = 20_000  # some tens of microseconds
+MAX_KV_TOKENS = 262_144  # of a KV cache in the memory of the host: a CPU is too slow to use more
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
 
 

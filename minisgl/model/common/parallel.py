@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from datetime import timedelta
 from typing import Literal
 
@@ -86,6 +86,4 @@ def join(
     return group
 
 
-def to_stderr(text: str) -> None:
-    """Print a line for the person who started the engine."""
-    print(f"minisgl: {text}", file=sys.stderr, flush=True)
+to_stderr = logging.getLogger("minisgl").info  # a line for the person who started the engine

@@ -14,7 +14,7 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.common.finished import Finished
 from minisgl.model.common.grammar import Grammars, unpack
-from minisgl.model.common.host import available_bytes, threads_per_rank
+from minisgl.model.common.host import MAX_KV_TOKENS, available_bytes, threads_per_rank
 from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import Parallel, to_stderr
 from minisgl.model.common.pooling import Pooling
@@ -29,7 +29,6 @@ from minisgl.model.cpu.penalties import Adjustments, restrict
 from minisgl.model.cpu.sampler import sample, score
 from minisgl.plan import FAILED, StepLogprobs, StepPlan, StepResult
 
-MAX_KV_TOKENS = 262_144  # a CPU is too slow to use more
 _NO_ROWS = np.zeros(0, np.int64)
 
 

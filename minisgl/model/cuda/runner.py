@@ -10,7 +10,6 @@ longer than their launches, is launched kernel by kernel.  See step.py for the s
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.interfaces import Build
+from minisgl.model.common.parallel import to_stderr
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.weights import OpenWeights
@@ -132,7 +132,7 @@ class CudaRunner:
     def _say(self, text: str) -> None:
         """Print a line for the user, from rank 0."""
         if self._rank == 0:
-            print(f"minisgl: {text}", file=sys.stderr, flush=True)
+            to_stderr(text)
 
     def _compile_flashinfer(self) -> None:
         """Rank 0 compiles missing modules while the others wait; all of them raise UserError if it fails."""

@@ -1,0 +1,130 @@
+"""Tells the operator how requests end: a line for each (`--log-requests`), otherwise how many were refused, and why.
+
+A line has numbers and names of closed sets, never a text of a prompt or an answer.  Runs in the api process, on the thread of
+its event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from minisgl.api.engine import Chunk, OnChunk, Prompt
+from minisgl.errors import RequestError
+from minisgl.logs import REQUEST, say
+
+LEFT = 499  # the status of a request whose client has left, as nginx has it
+_MAX_PARAM = 60  # characters of a field's name, which a client may have made up
+
+
+class Account:
+    """What is known of one request until it ends.  `status` and `error` are set by those who answer it.
+
+    Choices of one prompt count its tokens once.  Times in seconds.
+    """
+
+    def __init__(self, journal: Journal, route: str, kind: str, request_id: str) -> None:
+        self.route, self.kind, self.request_id = route, kind, request_id
+        self.status = LEFT  # until there is an answer
+        self.began = journal.now()
+        self._journal = journal
+        self.try_again()
+
+    def try_again(self) -> None:
+        """Forget what was counted: the request is answered anew."""
+        self.error: RequestError | None = None
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.finish: list[str] = []  # the different reasons, in the order of their coming
+        self.first = 0.0  # when the first token came
+        self._prompt: Prompt | None = None  # the latest
+
+    def watch(self, prompt: Prompt, on_chunk: OnChunk) -> OnChunk:
+        """`on_chunk`, with the chunks of an answer to `prompt` counted on their way where somebody wants to know."""
+        if not self._journal.each:
+            return on_chunk
+        fresh, self._prompt = prompt is not self._prompt, prompt
+
+        def count(item: Chunk | RequestError) -> None:
+            nonlocal fresh
+            if isinstance(item, RequestError):
+                self.error = self.error or item
+            else:
+                n = len(item.token_ids)
+                if not self.first and (n or item.finish):
+                    self.first = self._journal.now()
+                if fresh:
+                    fresh = False
+                    self.prompt_tokens += item.prompt_tokens
+                    self.cached_tokens += item.cached_tokens
+                self.completion_tokens += n
+                if item.finish and (reason := item.finish.reason or "") not in self.finish:
+                    self.finish.append(reason)
+            on_chunk(item)
+
+        return count
+
+
+class Journal:
+    """The accounts of all requests.  `each`: a line for every one of them."""
+
+    def __init__(self, each: bool = False, now: Callable[[], float] = time.monotonic) -> None:
+        self.each, self.now = each, now
+        self.refused: Counter[tuple[int, str]] = Counter()  # by status and code; whoever tells of them takes them out
+        self.last_end = 0.0
+        self.on_begin: Callable[[], object] = lambda: None
+
+    @contextmanager
+    def request(self, route: str, kind: str, request_id: str) -> Iterator[Account]:
+        """The account of a request that is answered inside; it ends there, however that happens."""
+        self.on_begin()
+        account = Account(self, route, kind, request_id)
+        try:
+            yield account
+        finally:
+            self._end(account)
+
+    def refuse(self, route: str, request_id: str, error: RequestError) -> None:
+        """Note a request that was refused before it could be read."""
+        with self.request(route, "http", request_id) as account:
+            account.status, account.error = error.status, error
+
+    def _end(self, account: Account) -> None:
+        self.last_end = now = self.now()
+        error, status = account.error, account.status
+        if self.each:
+            self._tell(account, now)
+        elif (error is not None or status >= 400) and status != LEFT:
+            self.refused[(error.status, error.code or error.kind) if error is not None else (status, "")] += 1
+
+    def _tell(self, account: Account, now: float) -> None:
+        error, status, generated = account.error, account.status, bool(account.first)
+        finish = "abort" if status == LEFT else "error" if error is not None else "+".join(account.finish) or None
+        code = None if error is None else error.code or error.kind
+        param = None if error is None or error.param is None else error.param[:_MAX_PARAM]
+        ttft = 1000 * (account.first - account.began) if generated else None
+        total = 1000 * (now - account.began)
+        parts = [f"{account.kind + ' ' if account.kind != 'http' else ''}{account.route} {status}"]
+        if code is not None:
+            parts[0] += f" {code}" + (f" ({param})" if param else "")
+        if ttft is not None:
+            parts += [f"{account.prompt_tokens} + {account.completion_tokens} tokens", f"{account.cached_tokens} cached"]
+            parts += [f"TTFT {ttft:.0f} ms"]
+        parts += [f"{total:.0f} ms", *([finish] if finish not in (None, "error") else [])]
+        say(
+            REQUEST,
+            f"{account.request_id} {', '.join(parts)}",
+            id=account.request_id,
+            kind=account.kind,
+            route=account.route,
+            status=status,
+            code=code,
+            param=param,
+            prompt_tokens=account.prompt_tokens if generated else None,
+            completion_tokens=account.completion_tokens if generated else None,
+            cached_tokens=account.cached_tokens if generated else None,
+            ttft_ms=None if ttft is None else round(ttft, 1),
+            total_ms=round(total, 1),
+            finish_reason=finish,
+        )
