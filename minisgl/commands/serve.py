@@ -1,4 +1,4 @@
-"""Runs `python -m minisgl [serve] ...`: the server, from its flags to its exit code.
+"""Runs `minisgl [serve] [MODEL] ...`: the server, from its flags to its exit code.
 
 Everything that can be refused is refused before a process starts: flags, model files, tensor-parallel degree, port.  Then the
 port answers 503 while the engine loads; then requests are served until a signal or the death of a process; then everything is
@@ -7,7 +7,6 @@ closed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import errno
 import os
@@ -18,7 +17,8 @@ import time
 
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
-from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from
+from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, hide_keys, model_of
+from minisgl.commands.parser import Parser
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.version import __version__
@@ -27,12 +27,14 @@ EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the server's flags."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="minisgl",
-        description="Serve a language model over an OpenAI-compatible API.  "
-        "Other commands, each with --help: chat, batch, selfcheck, prebuild, simulate.",
+        description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
+        "embedded one.  Other commands, each with --help: chat, batch, doctor, selfcheck, prebuild, simulate.",
+        epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
+        engine=True,
     )
     p.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_engine_flags(p)
@@ -44,12 +46,13 @@ def run(argv: list[str]) -> int:
     """Serve until a signal.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
     start = time.monotonic()
     args = parser().parse_args(argv)
+    hide_keys(args.given_keys)
     from minisgl.model.checkpoint.resolve import resolve
     from minisgl.model.common.shard import check_tp
     from minisgl.model.text.chat_format import styles_of
 
     with bind(args.host, args.port) as sock:
-        spec = resolve(args.model, args.revision)
+        spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
         return asyncio.run(_Server(config, sock, start).main())
