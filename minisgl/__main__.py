@@ -39,6 +39,11 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"minisgl: {e}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("minisgl"):
+            raise
+        print(f"minisgl: the package {e.name} is not installed: `minisgl doctor` says how to get it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `... | head`: the reader of our output has closed it

@@ -65,7 +65,7 @@ _read_pip() {
         [[ $file == *.metadata ]] || now="${file%%-*}${BASH_REMATCH[4]:+ (${BASH_REMATCH[4]})}"
     elif [[ $1 == "Installing collected packages: "* ]]; then
         file=${1//[^,]/}
-        now="unpacking $((${#file} + 1)) packages"
+        now="unpacking, packages: $((${#file} + 1))"
     elif [[ -n $bad || ! $1 =~ $_routine ]]; then
         [ ! -t 2 ] || printf '\r\033[K' >&2
         echo "$1" >&2
@@ -89,8 +89,8 @@ _progress() {
             continue
         elif [ -t 2 ]; then
             printf '\r\033[K%.79s' "$head: ${now:+$now, }$((SECONDS - start)) s" >&2
-        elif [ $((SECONDS - said)) -ge "$_tick" ]; then
-            said=$SECONDS
+        elif [ $((SECONDS - said)) -ge $((3 * _tick)) ] || [[ $now != "$shown" && $((SECONDS - said)) -ge $_tick ]]; then
+            said=$SECONDS shown=$now
             echo "$head: ${now:+$now, }$((SECONDS - start)) s" >&2
         fi
     done

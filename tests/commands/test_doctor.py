@@ -215,6 +215,14 @@ def test_whatever_a_check_meets_becomes_a_row(machine: Machine, capsys: pytest.C
     assert "Traceback" not in said.out + said.err
 
 
+def test_a_command_that_misses_a_package_names_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.import_module", fail(ModuleNotFoundError("No module named 'zmq'", name="zmq")))
+    assert main(["batch"]) == 2
+    assert capsys.readouterr().err == "minisgl: the package zmq is not installed: `minisgl doctor` says how to get it\n"
+
+
 def test_it_runs_where_nothing_is_installed(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from minisgl.__main__ import console; sys.exit(console())"
     env = {"HOME": str(tmp_path), "PATH": str(tmp_path)}  # no compiler either

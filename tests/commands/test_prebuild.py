@@ -480,7 +480,8 @@ def test_the_launcher_installs_flashinfer_without_its_dependencies_where_there_i
     for name in ("setup.cfg", "constraints.txt", "scripts/env.sh", "scripts/launch.sh"):
         put(tmp_path / name, (ROOT / name).read_text())
     tool(python).write_text(
-        f'#!/bin/sh\ncase "$1" in\n  -) exec {sys.executable} "$@" ;;\n  -c) case "$2" in *minisgl*) shift 3; echo minisgl "$@" >>{log} ;; esac ;;\n  *) echo "$@" >>{log} ;;\nesac\n'
+        f'#!/bin/sh\ncase "$1$2" in\n  -/*) exec {sys.executable} "$@" ;;\n'
+        f'  -c*minisgl*) shift 3; echo minisgl "$@" >>{log} ;;\n  -c*) ;;\n  *) echo "$@" >>{log} ;;\nesac\n'
     )
     smi = tool(tmp_path / "fake/nvidia-smi")
     smi.write_text(f"#!/bin/sh\n{'echo GPU 0: NVIDIA H200' if gpu else 'exit 9'}\n")

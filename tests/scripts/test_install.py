@@ -170,7 +170,7 @@ def test_an_installation_says_which_step_of_how_many_it_is_at_and_what_pip_works
         f"[2/4] torch {VERSION}",
         "[3/4] packages: alpha, ",
         "[3/4] packages: beta (1.2 GB), ",
-        "[3/4] packages: unpacking 3 packages, ",
+        "[3/4] packages: unpacking, packages: 3, ",
         "[3/4] packages: done in ",
         "[4/4] embedded model: done in ",
     ):
