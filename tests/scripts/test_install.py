@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -252,17 +252,20 @@ def test_an_index_that_takes_the_call_and_does_not_answer(checkout: Checkout, fi
         calls: list[socket.socket] = []
 
         def take() -> None:
-            calls.append(server.accept()[0])
-            calls[0].sendall(first)
+            with suppress(OSError):  # on a busy machine the time may be over before the call
+                calls.append(server.accept()[0])
+                calls[0].sendall(first)
 
         thread = threading.Thread(target=take)
         thread.start()
         env = checkout.root / "scripts/env.sh"
-        env.write_text(env.read_text().replace("\n_patience=5 ", "\n_patience=0.3 "))
+        env.write_text(env.read_text().replace("\n_patience=5 ", "\n_patience=0.5 "))
         said = checkout.launch(MINISGL_TORCH_INDEX=url).stderr
+        server.shutdown(socket.SHUT_RDWR)
         thread.join()
-        calls[0].close()
-    assert f"{url} does not answer within 0.3 s: torch comes from pip's own index (a CUDA build takes 5.3 GB, a CPU" in said
+        for call in calls:
+            call.close()
+    assert f"{url} does not answer within 0.5 s: torch comes from pip's own index (a CUDA build takes 5.3 GB, a CPU" in said
     assert checkout.calls()[0].endswith("constraints.txt torch")
 
 
