@@ -27,6 +27,7 @@ from tqdm import tqdm
 from minisgl.actors.messages import BatchResult
 from minisgl.api.batches.store import Log
 from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
+from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 
 _HEAD = b'{"id": "batch_req_'  # how every line of an output begins
@@ -58,7 +59,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="minisgl batch", description="Send a file of requests to a running server.")
+    parser = Parser(prog="minisgl batch", description="Send a file of requests to a running server.")
     parser.add_argument("input", help="requests, one JSON object per line")
     parser.add_argument("output", help="answers, appended; may hold those of an earlier run")
     parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")

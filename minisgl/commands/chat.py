@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minisgl.commands.chat_http import ChatError, Server, Usage
+from minisgl.commands.parser import Parser
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _HELP = """\
@@ -55,9 +56,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minisgl chat", description="Chat with a running server.", epilog="Type /help inside."
-    )
+    parser = Parser(prog="minisgl chat", description="Chat with a running server.", epilog="Type /help inside.")
     parser.add_argument("--url", default=DEFAULT_URL, help="the server (%(default)s)")
     parser.add_argument("--model", help="name of the model; default: the server's")
     parser.add_argument("--system", metavar="TEXT", help="system message")

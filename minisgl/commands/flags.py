@@ -6,16 +6,21 @@ minisgl.config declares the fields.  Standard library only, so that `--help` is 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from minisgl.commands.embedded import offer
 from minisgl.config import AUTO_ITL, Config, EngineConfig, ModelSpec, ServerConfig, engine_config, flag, settings_of
 from minisgl.errors import UserError
 
 MIN_KEY_CHARS = 16
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_-][a-z0-9._-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?")
 _PORTS = {"http": "80", "https": "443"}  # which browsers leave out of an origin
+KEY_VARIABLE = "MINISGL_API_KEY"
+_HIDDEN = f"--api-key-file FILE and the environment variable {KEY_VARIABLE} hide keys"
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +31,23 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_HUB_ID",
         help="a .gguf file, a directory, org/name, random:SHAPE, or fake (no model); default: SmolLM2-135M-Instruct",
     )
+    model.add_argument("model_word", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     _add_flags(parser.add_argument_group("engine"), EngineConfig, {"default": None})
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of ServerConfig that a user may set."""
-    _add_flags(parser.add_argument_group("server"), ServerConfig, {})
+    group = parser.add_argument_group("server")
+    _add_flags(group, ServerConfig, {})
+    group.add_argument(
+        "--api-key",
+        dest="given_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key, for tests; may be repeated.  Other users can see it while the server starts: {_HIDDEN}",
+    )
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type, overrides: dict[str, Any]) -> None:
@@ -46,18 +61,47 @@ def _add_flags(group: argparse._ArgumentGroup, config: type, overrides: dict[str
         group.add_argument(s.flag or flag(name), help=text, **options | overrides)
 
 
-def read_keys(path: str | None) -> tuple[str, ...]:
-    """The API keys in a file, one a line.  A key is never an argument: every user can see those.  Raises UserError."""
-    if path is None:
-        return ()
-    try:
-        with open(path, encoding="utf-8") as f:
-            keys = tuple(line.strip() for line in f if line.strip())
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--api-key-file {path}: cannot read it: {e}") from e
-    if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
-        raise UserError(f"--api-key-file {path}: it must hold keys of at least {MIN_KEY_CHARS} characters, one a line")
-    return keys
+def model_of(args: argparse.Namespace) -> str | None:
+    """The model that is named, with or without --model.  Where none is, the embedded one may have to be installed: see `offer`.
+
+    Raises UserError.
+    """
+    if args.model is not None and args.model_word not in (None, args.model):
+        raise UserError(f"two models are named, {args.model_word} and --model {args.model}: leave one out")
+    model: str | None = args.model if args.model is not None else args.model_word
+    if model is None:
+        offer()
+    return model
+
+
+def read_keys(path: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """The API keys: those of a file, one a line, those `given` by --api-key, and MINISGL_API_KEY.  Raises UserError."""
+    sources: dict[str, list[str]] = {}
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as f:
+                sources[f"--api-key-file {path}"] = [line.strip() for line in f if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--api-key-file {path}: cannot read it: {e}") from e
+    if given:
+        sources["--api-key"] = [key.strip() for key in given]
+    if key := os.environ.get(KEY_VARIABLE, "").strip():
+        sources[KEY_VARIABLE] = [key]
+    for source, keys in sources.items():
+        if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
+            lines = ", one a line" if source.startswith("--api-key-file") else "; `openssl rand -hex 16` makes one"
+            raise UserError(f"{source}: it must hold keys of at least {MIN_KEY_CHARS} characters{lines}")
+    return tuple(dict.fromkeys(key for keys in sources.values() for key in keys))
+
+
+def hide_keys(given: Sequence[str]) -> None:
+    """Take the command line, with its keys, out of the process list."""
+    if not given:
+        return
+    import setproctitle
+
+    setproctitle.setproctitle("minisgl::api")
+    print(f"minisgl: --api-key: until now other users of this machine could see it; {_HIDDEN}", file=sys.stderr, flush=True)
 
 
 def read_origins(given: Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +149,7 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
     server = {name: given[name] for name, _, _ in settings_of(ServerConfig)}
     for name, guessed in zip(("tool_call_parser", "reasoning_parser"), styles, strict=True):
         server[name] = {"auto": guessed, "none": ""}.get(given[name], given[name])
-    server |= {"served_names": tuple(args.served_names or (model.name,)), "api_keys": read_keys(args.api_keys)}
+    server |= {"served_names": tuple(args.served_names or (model.name,)), "api_keys": read_keys(args.api_keys, args.given_keys)}
     server["allow_origins"] = read_origins(args.allow_origins or ())
     if given["itl_target_ms"] is None:
         given = given | {"itl_target_ms": AUTO_ITL}

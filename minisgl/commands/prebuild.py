@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from minisgl.commands.flags import add_engine_flags
+from minisgl.commands.flags import add_engine_flags, model_of
+from minisgl.commands.parser import Parser
 from minisgl.config import engine_config
 from minisgl.errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def _parser() -> Parser:
+    p = Parser(
+        engine=True,
         prog="minisgl prebuild",
         description="Compile the FlashInfer modules that a model needs, so that its first start compiles nothing.  Works "
         "without a GPU: name the kind with --arch.  Needs nvcc, a C++ compiler and ninja; --list and --from need none of them.",
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> int:
         return 0
     archs = [fm.parse_arch(a) for a in args.arch or ()] or _visible_archs()
     engine = engine_config(vars(args))
-    spec = resolve(args.model, args.revision)
+    spec = resolve(model_of(args), args.revision)
     modules = fm.needed(spec, engine, archs, decode=args.decode)
     if not modules:
         dtype = spec.dtype if engine.dtype == "auto" else engine.dtype

@@ -1,4 +1,4 @@
-"""Runs `python -m minisgl [serve] ...`: the server, from its flags to its exit code.
+"""Runs `minisgl [serve] [MODEL] ...`: the server, from its flags to its exit code.
 
 Everything that can be refused is refused before a process starts: flags, model files, tensor-parallel degree, port.  Then the
 port answers 503 while the engine loads; then requests are served until a signal or the death of a process; then everything is
@@ -23,7 +23,8 @@ from minisgl import logs
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
 from minisgl.commands.adjusted import adjusted
-from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of
+from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of, hide_keys, model_of
+from minisgl.commands.parser import Parser
 from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.version import __version__
@@ -33,12 +34,14 @@ EXIT_REFUSED = 2  # as __main__ has it for a UserError
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the server's flags."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="minisgl",
-        description="Serve a language model over an OpenAI-compatible API.  "
-        "Other commands, each with --help: chat, batch, selfcheck, prebuild, simulate.",
+        description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
+        "embedded one.  Other commands, each with --help: chat, batch, doctor, selfcheck, prebuild, simulate.",
+        epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
+        engine=True,
     )
     p.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_engine_flags(p)
@@ -50,6 +53,7 @@ def run(argv: list[str]) -> int:
     """Serve until a signal.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
     start = time.monotonic()
     args = parser().parse_args(argv)
+    hide_keys(args.given_keys)
     logs.setup(args.log_format)
     if args.log_format == "json":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -69,7 +73,7 @@ def _serve(args: argparse.Namespace, start: float) -> int:
     from minisgl.model.text.chat_format import styles_of
 
     with bind(args.host, args.port) as sock:
-        spec = resolve(args.model, args.revision)
+        spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
         return asyncio.run(_Server(config, sock, start, given=given_of(args)).main())

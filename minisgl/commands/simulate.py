@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import sys
 import time
 
@@ -13,6 +14,7 @@ from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, SchedulerLimi
 from minisgl.cache.no_cache import CACHES
 from minisgl.cache.radix import RadixCache
 from minisgl.commands.adjusted import Adjusted
+from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 from minisgl.simulation import plots
 from minisgl.simulation.fleet import simulate
@@ -38,8 +40,8 @@ _NUMBERS: tuple[tuple[str, str, str, int | float, float, float, str], ...] = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="minisgl simulate", description=(__doc__ or "").strip())
+def _parser() -> Parser:
+    p = Parser(prog="minisgl simulate", description=(__doc__ or "").strip())
     p.add_argument("trace", metavar="TRACE", help="Mooncake .jsonl, Azure .csv, or synthetic:rate=4,input=100-1024,...")
     groups = {name: p.add_argument_group(name) for name in ("trace", "GPU", "engine", "fleet", "output")}
     for group, flag, metavar, default, _, _, text in _NUMBERS:
@@ -81,10 +83,13 @@ def _cache_class(name: str) -> type[RadixCache]:
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise UserError(f"--cache must be {', '.join(CACHES)} or MODULE:CLASS, got {name!r}")
+    sys.path.insert(0, os.getcwd())  # the `minisgl` command does not look there
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ImportError as e:
         raise UserError(f"--cache {name}: {module} cannot be imported ({e}); is it in this folder or on PYTHONPATH?") from e
+    finally:
+        sys.path.remove(os.getcwd())
     if not isinstance(found, type) or not issubclass(found, RadixCache):
         raise UserError(f"--cache {name}: {attribute} of {module} is not a subclass of RadixCache")
     return found

@@ -6,7 +6,6 @@ greedy answers of the engine.  Every job that needs torch runs in a process of i
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minisgl.commands.flags import add_engine_flags
+from minisgl.commands.flags import add_engine_flags, model_of
+from minisgl.commands.parser import Parser
 from minisgl.config import Config, engine_config
 from minisgl.errors import UserError
 from minisgl.selfcheck.compare import FLOAT8, Arrays, Yardstick, changed, columns_of, greedy, perplexity, print_table
@@ -34,13 +34,17 @@ TEXT = (
 PROMPTS = (TEXT, "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return", "2, 4, 8, 16, 32, 64, 128, 256,")
 
 
+# Runs a job where this process would find it: not in the current folder.
+_JOB = "import sys; sys.path[:] = {}; import runpy; runpy.run_module('minisgl.selfcheck.job', None, '__main__', True)"
+
+
 def run(argv: list[str]) -> int:
     """Check and print.  Returns 0 if everything is within its limit, else 1.  Raises UserError."""
     args = _parser().parse_args(argv)
     from minisgl.model.checkpoint.resolve import resolve
     from minisgl.model.common.shard import check_tp
 
-    spec = resolve(args.model, args.revision)
+    spec = resolve(model_of(args), args.revision)
     if spec.format == "fake":
         raise UserError("--model fake: there is no model to check; name a checkpoint with --model")
     config = Config(spec, engine_config(vars(args)))
@@ -48,8 +52,9 @@ def run(argv: list[str]) -> int:
     return check(config, args.tokens)
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def _parser() -> Parser:
+    p = Parser(
+        engine=True,
         prog="minisgl selfcheck",
         description="Compare this installation with transformers (float32, on the CPU, which takes 4 bytes of memory per "
         "parameter) layer by layer, and with itself: decode and prefill, cached and uncached, --tp N and one rank.  Exit code "
@@ -152,7 +157,7 @@ def _processes(kind: str, arguments: list[list[str]]) -> None:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in arguments]
         running = []
         for a, file in zip(arguments, logs, strict=True):
-            command = [sys.executable, "-m", "minisgl.selfcheck.job", str(os.getpid()), kind, *a]
+            command = [sys.executable, "-c", _JOB.format(sys.path), str(os.getpid()), kind, *a]
             running.append(stack.enter_context(subprocess.Popen(command, stderr=file)))
             stack.callback(running[-1].kill)
         codes: list[int | None] = [None]

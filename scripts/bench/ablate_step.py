@@ -246,7 +246,7 @@ def compile_share(job: tuple[str, list[int], int, int]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--points", nargs="*", default=["256x600", "140x1010", "54x1340", "1x300"], metavar="ROWSxCONTEXT")
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")

@@ -310,7 +310,9 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     measures = {"stream": measure_stream, "flood": measure_flood, "gap": measure_gap, "memory": measure_memory}
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(measures)}; default: all")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of every stream")

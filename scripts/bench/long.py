@@ -24,7 +24,7 @@ ANSWER = 65
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-14b")
     parser.add_argument("--tokens", type=int, default=131_072, help="prompt and answer together")
     parser.add_argument("--step-tokens", type=int, default=8192)

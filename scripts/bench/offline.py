@@ -235,7 +235,7 @@ def measure(name: str, args: argparse.Namespace, passes: int, with_latency: bool
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["qwen3-0.6b"])
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--latency", action="store_true")

@@ -70,7 +70,7 @@ def serve(llm: LLM, requests: list[tuple[float, list[int], int]], alone: bool = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-14b")
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0, 4.0, 8.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals")

@@ -65,7 +65,7 @@ def losses(spec: ModelSpec, kind: str, texts: list[npt.NDArray[np.int32]], threa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", default=["auto", "int8"])
     parser.add_argument("--segments", type=int, default=16)

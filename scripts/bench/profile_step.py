@@ -23,7 +23,7 @@ REPEATS = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--points", nargs="*", default=["256x600", "1x300"], metavar="ROWSxCONTEXT")
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")

@@ -87,7 +87,7 @@ def prefill_paths(bench: Bench, tokens: Sequence[int], **about: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
     parser.add_argument("--context", type=int, default=300, help="mean context of the rows (%(default)s)")

@@ -172,7 +172,7 @@ def measure(url: str, args: argparse.Namespace, about: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("trace")
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="times as fast as the trace")
     parser.add_argument("--limit", type=int, default=1000, help="the first so many requests; 0: all")

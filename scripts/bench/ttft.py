@@ -20,7 +20,7 @@ from minisgl import LLM, SamplingParams
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=15)

@@ -160,7 +160,7 @@ def time_prefill() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--time", action="store_true")
     args = parser.parse_args()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)

@@ -557,7 +557,7 @@ def soak(seconds: float) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--heads", type=int, nargs="+", metavar="DIM", help="only the shapes with heads of these sizes")
     parser.add_argument(
         "--backends",

@@ -35,7 +35,7 @@ def compare(want: list[list[int]], got: list[Completion]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])

@@ -59,7 +59,7 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompts", type=int, default=20)

@@ -198,7 +198,7 @@ async def measure(url: str, names: list[str], seconds: float, same: bool) -> boo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("loads", nargs="*", default=list(LOADS), metavar="LOAD", help=f"of {', '.join(LOADS)}")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--same", action="store_true", help="the load comes from the neighbour's address")

@@ -241,7 +241,7 @@ def check(kind: Kind, size: int, seconds: float) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", choices=["shared-gpu", "nccl"], help="default: nccl where there are two GPUs")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 2 and 3 on a shared GPU, else one per GPU")
     parser.add_argument("--deadline", type=float, default=100, help="seconds for each part and number of ranks")

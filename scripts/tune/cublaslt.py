@@ -125,7 +125,7 @@ def tune(lib: Any, n: int, k: int, rows: int, kind: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["7168x5120", "5120x5120", "34816x5120", "5120x17408"], metavar="NxK")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 96, 128, 144, 176, 208, 256])
     parser.add_argument("--kinds", nargs="+", default=["bf16", "fp8-rows", "fp8-whole"])

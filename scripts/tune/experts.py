@@ -57,7 +57,7 @@ def compile_share(job: tuple[int, int, list[int], int, int, int, int, bool]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="qwen3-30b-a3b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048, 8192])

@@ -120,7 +120,7 @@ def measures(log: Log) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=0)

@@ -305,7 +305,7 @@ def scaled_mm(x: torch.Tensor, w: torch.Tensor, scale_x: torch.Tensor, scale_w: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--linear", action="store_true")
     parser.add_argument("--library", action="store_true")

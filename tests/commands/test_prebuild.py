@@ -480,7 +480,8 @@ def test_the_launcher_installs_flashinfer_without_its_dependencies_where_there_i
     for name in ("setup.cfg", "constraints.txt", "scripts/env.sh", "scripts/launch.sh"):
         put(tmp_path / name, (ROOT / name).read_text())
     tool(python).write_text(
-        f'#!/bin/sh\ncase "$1" in\n  -) exec {sys.executable} "$@" ;;\n  -c) ;;\n  *) echo "$@" >>{log} ;;\nesac\n'
+        f'#!/bin/sh\ncase "$1$2" in\n  -/*) exec {sys.executable} "$@" ;;\n'
+        f'  -c*minisgl*) shift 3; echo minisgl "$@" >>{log} ;;\n  -c*) ;;\n  *) echo "$@" >>{log} ;;\nesac\n'
     )
     smi = tool(tmp_path / "fake/nvidia-smi")
     smi.write_text(f"#!/bin/sh\n{'echo GPU 0: NVIDIA H200' if gpu else 'exit 9'}\n")
@@ -489,8 +490,8 @@ def test_the_launcher_installs_flashinfer_without_its_dependencies_where_there_i
     for _ in range(2):  # the second start installs nothing
         subprocess.run(["bash", str(tmp_path / "scripts/launch.sh"), "--port", "1"], env=env, capture_output=True, check=True)
     calls = log.read_text().splitlines()
-    assert calls[-2:] == ["-m minisgl --port 1"] * 2
-    lean = [c for c in calls if c.endswith(f"install --quiet --no-deps -c {tmp_path}/constraints.txt flashinfer-python")]
+    assert calls[-2:] == ["minisgl --port 1"] * 2
+    lean = [c for c in calls if c.endswith(f"--no-deps -c {tmp_path}/constraints.txt flashinfer-python")]
     assert len(lean) == gpu
     wanted = (tmp_path / ".venv/requirements.txt").read_text().split()
     assert ("nvidia-ml-py" in wanted) == gpu
