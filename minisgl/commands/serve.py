@@ -74,6 +74,13 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
 
 
+def sampling_line(config: Config) -> str:
+    """The line at the start about requests that set no sampling parameters."""
+    values = ", ".join(f"{name} {value:g}" for name, value in config.sampling_defaults.items())
+    source = "--generation-config none" if config.engine.generation_config == "none" else config.model.generation.source
+    return f"sampling: {values or 'temperature 1'}" + (f" ({source})" if source else "")
+
+
 class _Server:
     """One run of the server on one event loop."""
 
@@ -159,12 +166,11 @@ class _Server:
         engine, gateway = self.config.engine, self.system.gateway
         host, port = self.sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.say(sampling_line(self.config))
         self.say(
             f"ready in {time.monotonic() - self.start:.1f} s: {url}/v1   "
             f"(tp {engine.tp}, context {self.config.max_context}, KV cache {gateway.num_pages * engine.page_size} tokens, "
-            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'}"
-            + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
-            + ")"
+            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'})"
         )
 
     @staticmethod
