@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import fake_spec
@@ -95,14 +95,31 @@ def test_on_every_route_defaults_hold_field_by_field_and_what_a_request_says_alw
     assert ask(temperature=0) == {"temperature": 0.0, "top_p": 0.9}
 
 
-def test_offline_requests_without_parameters_have_the_same_defaults() -> None:
-    seen: list[SamplingParams] = []
-    with LLM("fake", processes=False, kv_tokens=512, max_context=32) as llm:
-        opened = llm.system.gateway.open
-        llm.system.gateway.open = lambda prompt, params, *more: seen.append(params) or opened(prompt, params, *more)  # type: ignore
+class Recorder:
+    """Stands in for the engine and its gateway: keeps the parameters of every request, and answers none."""
+
+    open_requests, failure = 0, None
+
+    def __init__(self, *_: object) -> None:
+        self.gateway = self
+        self.seen: list[SamplingParams] = []
+
+    def wait_ready(self) -> None: ...
+
+    def open(self, prompt: object, params: SamplingParams, on_chunk: object) -> int:
+        self.seen.append(params)
+        return 0
+
+    def close(self, uid: int = 0) -> None: ...
+
+
+def test_offline_requests_without_parameters_have_the_same_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.llm.InProcessSystem", Recorder)
+    with LLM(processes=False) as llm:
         llm.generate(["a"])
         llm.chat([USER])
         llm.generate(["a"], SamplingParams(max_tokens=3))  # given parameters are the request's own, as in vLLM
+        seen = cast(Recorder, llm.system).seen
     assert [sampled(p) for p in seen] == [CARD, CARD, {}]
 
 
