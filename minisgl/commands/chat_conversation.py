@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import time
 from typing import Any
 
@@ -54,6 +55,7 @@ class Conversation:
                     raise
                 print()
                 if leaving:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more is no reason for a traceback at the end
                     return
                 leaving = True
                 self._terminal.note("^D or /exit leaves, and so does ^C now")
