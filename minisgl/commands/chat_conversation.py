@@ -123,7 +123,8 @@ class Conversation:
     def _answer_that_fits(self) -> _Turn:
         """Ask, with less until it fits into the context: a shorter answer, then without the oldest turns, then what is left.
 
-        Nothing is forgotten for a question that gets no answer in the end.
+        An answer is shortened to a quarter of its usual bound, not more, while there are turns to forget.  Nothing is forgotten
+        for a question that gets no answer in the end.
         """
         bound, forgotten, before = self.bound, 0, list(self.messages)
         usual = default_bound(self._context)
@@ -134,10 +135,11 @@ class Conversation:
             if turn.code != _OVERFLOW:
                 self.messages = before
                 return turn
-            if bound > usual:
-                bound = usual
+            if bound > usual // 4:
+                bound = min(usual, bound // 2)
             elif turns := self._forget():
                 forgotten += turns
+                bound = min(usual, self.bound)
             elif bound:
                 bound = 0
             else:
@@ -159,7 +161,7 @@ class Conversation:
 
     def _answer(self, bound: int, forgotten: int) -> _Turn:
         """Ask once and show the answer as it comes."""
-        turn = _Turn()
+        turn = _Turn(bound)
         body = {**self._options, **({"max_tokens": bound} if bound else {}), "messages": self._all()}
         try:
             with contextlib.closing(self._server.stream(body)) as stream:
@@ -186,10 +188,11 @@ class Conversation:
     def _cut_off(self, turn: _Turn) -> str:
         """What to say of an answer that is longer than it may be."""
         tokens = turn.usage.completion if turn.usage else 0
-        if self._context and turn.usage and turn.usage.prompt + tokens >= self._context:
+        if turn.bound != self.bound or (self._context and turn.usage and turn.usage.prompt + tokens >= self._context):
+            size = f" of {self._context} tokens" if self._context else ""
             return (
-                f"cut off: the context of {self._context} tokens is full. The next message makes room by forgetting the oldest "
-                "turns; /reset forgets all"
+                f'cut off: the context{size} is full. "go on" or another message makes room by forgetting the oldest turns; '
+                "/reset forgets all"
             )
         where = f"after {tokens} tokens" if tokens else "at the longest answer"
         more = f"/tokens {2 * max(tokens, self.bound)} (or --max-tokens) allows longer answers"
@@ -201,7 +204,8 @@ class Conversation:
 class _Turn:
     """One answer as it comes in, with its times."""
 
-    def __init__(self) -> None:
+    def __init__(self, bound: int) -> None:
+        self.bound = bound  # tokens that it may have; 0: what the context has left
         self.text = self.thought = self.finish = self.error = self.code = ""
         self.usage: Usage | None = None
         self.stopped = self.in_circles = False
