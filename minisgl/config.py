@@ -57,13 +57,17 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """The sampling parameters that a checkpoint recommends; None: no recommendation."""
+    """The sampling parameters of requests that set none; None: as SamplingParams has it.
+
+    minisgl.model.checkpoint.metadata fills it.  `source`: who recommends them, for the line at the start.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # generation_config and tokenizer together
     qk_norm: bool = False  # every query and key head is normalised over head_dim before it is rotated
-    generation: SamplingDefaults = SamplingDefaults()  # generation_config.json
+    generation: SamplingDefaults = SamplingDefaults()
     weight_format: WeightFormat | None = None  # of safetensors; None: not quantised
     qkv_bias: bool = False  # the projections to queries, keys and values add a bias
     o_bias: bool = False  # the output projection of the attention adds a bias
@@ -227,7 +231,7 @@ class EngineConfig:
     chat_template: str = setting("", "a Jinja chat template to use instead of the model's own", "FILE")
     generation_config: str = setting(
         "auto",
-        "sampling parameters of requests that do not say: auto (the model's generation_config.json), or none",
+        "sampling parameters of requests that do not say: auto (as the model recommends), or none (temperature 1)",
         "KIND",
         choices=("auto", "none"),
     )
@@ -350,7 +354,7 @@ class Config:
     @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of SamplingParams for requests that do not set them: the checkpoint's recommendation, unless switched off."""
-        found = {name: getattr(self.model.generation, name) for name in SamplingDefaults.__slots__}
+        found = {name: getattr(self.model.generation, name) for name in SamplingDefaults.__slots__ if name != "source"}
         return {k: v for k, v in found.items() if v is not None} if self.engine.generation_config == "auto" else {}
 
 
@@ -380,9 +384,8 @@ def gpu_count() -> int:
     except OSError:
         return 0
     count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def _check_gpus(gpus: int, tp: int) -> None:

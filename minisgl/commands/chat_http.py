@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,19 @@ _ANSWER_SECONDS = 600.0  # of silence after which the server counts as gone
 
 
 class ChatError(Exception):
-    """The server cannot be reached, or refuses to answer; the text is for the user."""
+    """The server cannot be reached, or refuses to answer; the text is for the user, `code` the server's word for it."""
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model of a server; `context`: tokens of a prompt with its answer, None where the server does not say."""
+
+    name: str
+    context: int | None
 
 
 @dataclass(slots=True)
@@ -27,29 +40,50 @@ class Usage:
     cached: int = 0
 
 
-class Server:
-    """The HTTP API at `url` (with or without /v1).  Raises ChatError if that is no address."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event of a stream adds: to the answer, to the thought before it, or to what is known about it.
 
-    def __init__(self, url: str) -> None:
+    `finish`: why the answer has ended, as OpenAI's API calls it.
+    """
+
+    text: str = ""
+    thought: str = ""
+    finish: str = ""
+    usage: Usage | None = None
+
+
+class Server:
+    """The HTTP API at `url` (with or without /v1 and what follows it), asked with `key` unless that is empty.
+
+    Raises ChatError for what is no address.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url
+        self._key = key
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
         except ValueError as e:
             raise ChatError(f"--url {url} is no address: {e}") from e
+        if parts.scheme not in ("http", "https"):
+            raise ChatError(f"--url {url} is no address of a server: it must begin with http:// or https://")
         self._https = parts.scheme == "https"
         self._host = parts.netloc.rpartition("@")[2]
-        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._prefix = re.sub(r"/v1(/.*)?$", "", parts.path).rstrip("/")
 
-    def model(self) -> str:
-        """The name of the model that is served.  Raises ChatError."""
+    def served(self) -> Served:
+        """The model that is served.  Raises ChatError."""
         with self._request("GET", "/v1/models") as response:
             try:
-                return str(json.loads(response.read())["data"][0]["id"])
-            except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException) as e:
+                model = json.loads(response.read())["data"][0]
+                context = model.get("max_model_len")
+                return Served(str(model["id"]), context if isinstance(context, int) and context > 0 else None)
+            except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException) as e:
                 raise ChatError(f"what answers at {self.url} is no minisgl server; name another with --url") from e
 
-    def stream(self, body: dict[str, Any]) -> Generator[str | Usage, None, None]:
-        """The pieces of an answer, then its Usage.  Raises ChatError.
+    def stream(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
+        """The pieces of an answer.  Raises ChatError.
 
         Closing the generator closes the connection, and with that ends the generation of the answer.
         """
@@ -65,6 +99,7 @@ class Server:
     @contextlib.contextmanager
     def _request(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
         """An answer with status 200.  Leaving the context closes the connection, which cancels the request."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
         try:
             connection = kind(self._host, timeout=_CONNECT_SECONDS)
@@ -75,7 +110,7 @@ class Server:
                 connection.connect()
                 connection.sock.settimeout(_ANSWER_SECONDS)
                 data = None if body is None else json.dumps(body)
-                connection.request(method, self._prefix + path, data, {"Content-Type": "application/json"})
+                connection.request(method, self._prefix + path, data, headers)
                 response = connection.getresponse()
             except (OSError, http.client.HTTPException, UnicodeError) as e:
                 raise ChatError(
@@ -84,8 +119,20 @@ class Server:
                 ) from e
             with response:
                 if response.status != 200:
-                    raise ChatError(_error_text(response))
+                    raise self._refusal(response)
                 yield response
+
+    def _refusal(self, response: http.client.HTTPResponse) -> ChatError:
+        """What to tell the user of an answer that is not 200."""
+        if response.status == 401:
+            found = "does not accept this API key" if self._key else "wants an API key"
+            return ChatError(
+                f"the server at {self.url} {found}: set MINISGL_API_KEY, or name a file that holds the key with --api-key-file"
+            )
+        try:
+            return _error(json.loads(response.read())["error"])
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException):
+            return ChatError(f"the server answered {response.status} {response.reason}")
 
 
 def _why(error: BaseException) -> str:
@@ -94,14 +141,11 @@ def _why(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _error_text(response: http.client.HTTPResponse) -> str:
-    try:
-        return str(json.loads(response.read())["error"]["message"])
-    except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
-        return f"the server answered {response.status} {response.reason}"
+def _error(error: dict[str, Any]) -> ChatError:
+    return ChatError(str(error.get("message", "the server failed")), str(error.get("code") or ""))
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[str | Usage]:
+def _events(response: http.client.HTTPResponse) -> Iterator[Piece]:
     """The server-sent events of one answer.  Raises ChatError if they end before the answer does."""
     for line in response:
         if not line.startswith(b"data:"):
@@ -111,11 +155,13 @@ def _events(response: http.client.HTTPResponse) -> Iterator[str | Usage]:
             return
         event = json.loads(data)
         if "error" in event:
-            raise ChatError(str(event["error"].get("message", "the server failed")))
+            raise _error(event["error"])
         for choice in event.get("choices") or ():
-            if text := choice.get("delta", {}).get("content"):
-                yield text
+            delta = choice.get("delta") or {}
+            thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+            yield Piece(str(delta.get("content") or ""), str(thought), str(choice.get("finish_reason") or ""))
         if usage := event.get("usage"):
             details = usage.get("prompt_tokens_details") or {}
-            yield Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), details.get("cached_tokens", 0))
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens")
+            yield Piece(usage=Usage(*(int(n or 0) for n in counts)))
     raise ChatError("the connection was closed in the middle of the answer")

@@ -104,6 +104,13 @@ def page_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
+def sampling_line(config: Config) -> str:
+    """The line at the start about requests that set no sampling parameters."""
+    values = ", ".join(f"{name} {value:g}" for name, value in config.sampling_defaults.items())
+    source = "--generation-config none" if config.engine.generation_config == "none" else config.model.generation.source
+    return f"sampling: {values or 'temperature 1'}" + (f" ({source})" if source else "")
+
+
 class _Server:
     """One run of the server on one event loop."""
 
@@ -212,12 +219,11 @@ class _Server:
         host, port = self.sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         seconds = time.monotonic() - self.start
+        logs.say("sampling", sampling_line(self.config), sampling_defaults=self.config.sampling_defaults)
         text = (
             f"ready in {seconds:.1f} s: {url}/v1   "
             f"(tp {engine.tp}, context {self.config.max_context}, KV cache {kv_tokens} tokens, "
-            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'}"
-            + "".join(f", {name} {value:g}" for name, value in self.config.sampling_defaults.items())
-            + ")"
+            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'})"
         )
         logs.say(
             "ready",

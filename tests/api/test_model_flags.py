@@ -35,14 +35,17 @@ def command(checkpoint: Path, *flags: str) -> list[str]:
 
 @contextmanager
 def serving(checkpoint: Path, *flags: str) -> Iterator[tuple[str, str]]:
-    """A server: its URL, and the line that says it is ready."""
+    """A server: its URL, and what it says until it is ready."""
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_RUNTIME_DIR": str(checkpoint.parent)}
     server = subprocess.Popen(command(checkpoint, *flags), stderr=subprocess.PIPE, text=True, env=env)
     assert server.stderr is not None
     try:
-        line = next(line for line in server.stderr if line.startswith("ready"))
+        lines = []
+        while not (lines and lines[-1].startswith("ready")):
+            lines.append(server.stderr.readline())
+            assert lines[-1], f"it ended: {lines}"
         threading.Thread(target=server.stderr.read, daemon=True).start()  # keep the pipe empty
-        yield re.findall(r"http://\S+(?=/v1)", line)[0], line
+        yield re.findall(r"http://\S+(?=/v1)", lines[-1])[0], "".join(lines)
     finally:
         server.terminate()
         assert server.wait(timeout=20) == 0
@@ -57,8 +60,9 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 def test_what_the_checkpoint_recommends_is_shown_and_used_and_a_template_file_replaces_its_own(checkpoint: Path) -> None:
     template = checkpoint.parent / "mine.jinja"
     template.write_text("{% for m in messages %}[{{ m.content }}|{{ mood }}]{% endfor %}")
-    with serving(checkpoint, "--chat-template", str(template)) as (url, line):
-        assert line.rstrip().endswith("EOS 2, 7, temperature 0.25, top_k 1)")
+    with serving(checkpoint, "--chat-template", str(template)) as (url, said):
+        assert "EOS 2, 7)" in said
+        assert "\nsampling: temperature 0.25, top_k 1 (generation_config.json)\n" in said
         info = ask(f"{url}/server_info")
         assert (info["eos_ids"], info["sampling_defaults"]) == ([2, 7], {"temperature": 0.25, "top_k": 1})
         body: dict[str, Any] = {"prompt": "abc", "max_tokens": 12, "ignore_eos": True}

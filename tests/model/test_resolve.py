@@ -81,7 +81,7 @@ def test_recommended_sampling_parameters_hold_unless_switched_off(tmp_path):
     assert Config(spec).sampling_defaults == {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
     assert SamplingParams(**Config(spec).sampling_defaults).repetition_penalty == 1.05
     assert Config(spec, EngineConfig(generation_config="none")).sampling_defaults == {}
-    assert Config(resolve(checkpoint(tmp_path / "b"))).sampling_defaults == {}
+    assert Config(resolve(checkpoint(tmp_path / "b"))).sampling_defaults == {"temperature": 0.8, "top_p": 0.95}
     greedy = resolve(checkpoint(tmp_path / "c", generation={"do_sample": False, "temperature": 0.6}))
     assert Config(greedy).sampling_defaults == {"temperature": 0.0}
     with pytest.raises(UserError, match="--generation-config must be one of auto, none, got 'x'"):

@@ -51,6 +51,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
         raise UserError(f"--model {path}: token_embd.weight has shape {embedding.shape}, expected (vocabulary, {hidden}).")
 
     vocabulary = read_vocabulary(fields)
+    names = (served_name(path), fields.get("general.basename"), fields.get("general.name"))
     spec = ModelSpec(
         name=served_name(path),
         path=path,
@@ -71,7 +72,7 @@ def spec_from_gguf(path: str) -> ModelSpec:
         tie_embeddings="output.weight" not in file.tensors,
         bos_id=vocabulary.bos,
         eos_ids=vocabulary.ends,
-        generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling."),
+        generation=sampling_defaults(fields, GGUF_SAMPLING, "general.sampling.", names),
         qk_norm=HF_ARCHS[GGUF_ARCHS[arch]].qk_norm,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,  # also in files of the llama architecture
         o_bias="blk.0.attn_output.bias" in file.tensors,

@@ -57,8 +57,9 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     layers = config.size("num_hidden_layers")
     head_dim = config.size("head_dim", hidden // heads if arch.head_dim == 0 else None)
     rope = positions(config, arch, head_dim)
+    name = name or os.path.basename(os.path.normpath(path))
     return ModelSpec(
-        name=name or os.path.basename(os.path.normpath(path)),
+        name=name,
         path=path,
         format="safetensors",
         architecture=architecture,
@@ -71,7 +72,7 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
         vocab_size=config.size("vocab_size"),
         rms_norm_eps=config.number("rms_norm_eps", arch.rms_norm_eps),
         activation=activation(config, arch),
-        **_generation(path, outer, config),
+        **_generation(path, outer, config, name),
         **_storage(path, outer, config, arch),
         **rope,
         nope_layers=nope_layers(config, arch, layers),
@@ -81,7 +82,7 @@ def _spec(path: str, name: str | None, outer: Metadata, architecture: str) -> Mo
     )
 
 
-def _generation(path: str, outer: Metadata, config: Metadata) -> dict[str, Any]:
+def _generation(path: str, outer: Metadata, config: Metadata, name: str) -> dict[str, Any]:
     """The fields of ModelSpec for special tokens and sampling.
 
     Every id that ends a text: generation_config.json first, then config.json, then the tokenizer's own EOS.
@@ -93,7 +94,7 @@ def _generation(path: str, outer: Metadata, config: Metadata) -> dict[str, Any]:
     return {
         "bos_id": next(iter(config.token_ids("bos_token_id")), None),
         "eos_ids": tuple(dict.fromkeys(eos)),
-        "generation": sampling_defaults(generation, HF_SAMPLING),
+        "generation": sampling_defaults(generation, HF_SAMPLING, model=(name,)),
     }
 
 

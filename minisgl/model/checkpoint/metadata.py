@@ -6,8 +6,10 @@ A checkpoint is user input: every value is checked where it is read, and a bad o
 from __future__ import annotations
 
 import math
+import os
+import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisgl.config import ModelSpec, RopeScaling, SamplingDefaults
@@ -127,16 +129,25 @@ HF_SAMPLING = {**_SAMPLING, "repetition_penalty": "repetition_penalty"}
 GGUF_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty", **_SAMPLING}
 _LARGEST = {"top_p": 1.0, "min_p": 1.0, "top_k": MAX_SIZE - 1}
 _NOT_ZERO = ("top_p", "repetition_penalty")
+# What the cards of models recommend whose files do not: a pattern of a name -> values.
+_CARDS = ((re.compile("smollm2", re.IGNORECASE), {"temperature": 0.2, "top_p": 0.9}),)
+# For everything else: temperature and top_p of llama.cpp.  Its top_k and min_p are left out, since clients of OpenAI's API have
+# no fields to switch them off: `temperature: 1, top_p: 1` shall be the model's own distribution.
+_UNKNOWN = {"temperature": 0.8, "top_p": 0.95}
 
 
-def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = "") -> SamplingDefaults:
+def sampling_defaults(
+    fields: Metadata, names: Mapping[str, str], prefix: str = "", model: Sequence[object] = ()
+) -> SamplingDefaults:
     """The sampling parameters that a checkpoint recommends.  Raises UserError for an impossible value.
 
     `names` maps the keys, each behind `prefix`, to fields of SamplingDefaults.  `do_sample: false` overrides all of them: it
-    recommends greedy decoding.
+    recommends greedy decoding.  Where the file says nothing about the shape of the distribution, the card of the model does
+    (known by one of the names in `model`), and otherwise one choice for all.
     """
+    source = os.path.basename(fields.source)
     if fields.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
+        return SamplingDefaults(temperature=0.0, source=source)
     found: dict[str, Any] = {}
     for key, name in names.items():
         value = fields.get(prefix + key)
@@ -146,7 +157,12 @@ def sampling_defaults(fields: Metadata, names: Mapping[str, str], prefix: str = 
         if not possible or (name == "top_k" and value != int(value)) or (name in _NOT_ZERO and value == 0):
             raise UserError(f"{fields.source}: {prefix}{key} is {shown(value)}, which is no {name}.")
         found[name] = int(value) if name == "top_k" else float(value)
-    return SamplingDefaults(**found)
+    if found.keys() <= {"repetition_penalty"}:
+        called = "\n".join(name for name in model if isinstance(name, str))
+        card = next((values for pattern, values in _CARDS if pattern.search(called)), None)
+        source = "model card" if card else "minisgl's choice; the model recommends none"
+        found = (card or _UNKNOWN) | found
+    return SamplingDefaults(**found, source=source)
 
 
 def rope_scaling(source: str, scaling: Mapping[str, Any], max_context: int = 0) -> RopeScaling | None:
