@@ -250,11 +250,21 @@ def test_pythons_literals_become_json(style: str, text: str, arguments: dict[str
 CALL = "<tool_call>\n<function=f>\n"
 READ: list[tuple[str, str, str, Calls]] = [
     ("qwen3_coder", "<tool_call>\n<function=g-2>\n</function>\n</tool_call>", "", [("g-2", {})]),
-    ("qwen3_coder", "Sure.\n<function=f>\n<parameter=whole>\n1\n</parameter>\n</function>\n</tool_call>", "Sure.", [("f", {"whole": 1})]),
+    (
+        "qwen3_coder",
+        "Sure.\n<function=f>\n<parameter=whole>\n1\n</parameter>\n</function>\n</tool_call>",
+        "Sure.",
+        [("f", {"whole": 1})],
+    ),
     ("qwen3_coder", "Use <function=x> in C.", "Use <function=x> in C.", []),
     ("qwen3_coder", '<tool_call>\n{"name": "f", "arguments": {"whole": 1}}\n</tool_call>', "", [("f", {"whole": 1})]),
     ("qwen3_coder", f"{CALL}<parameter=text>\nx\n</function>\n</tool_call>", "", [("f", {"text": "x"})]),
-    ("qwen3_coder", "<tool_call><function=f><parameter=text>x</parameter></function></tool_call> So.", " So.", [("f", {"text": "x"})]),
+    (
+        "qwen3_coder",
+        "<tool_call><function=f><parameter=text>x</parameter></function></tool_call> So.",
+        " So.",
+        [("f", {"text": "x"})],
+    ),
     ("qwen3_coder", f"{CALL}<parameter=text>\n\n\nx\n\n</parameter>\n</tool_call>", "", [("f", {"text": "\n\nx\n"})]),
     ("qwen3_coder", f"{CALL}<parameter=text>\nx", "", [("f", {"text": "x"})]),
     ("qwen3_coder", f"{CALL}<parameter=text>\nx\n</parameter>", "", [("f", {"text": "x"})]),
@@ -263,7 +273,12 @@ READ: list[tuple[str, str, str, Calls]] = [
     ("qwen3_coder", "<tool_call>\n<function=f>", "", [("f", {})]),
     ("qwen3_coder", "<tool_call>\n<func", "<tool_call>\n<func", []),
     ("qwen3_coder", "\n" * 3000 + "<tool_call>?", "\n" * 3000 + "<tool_call>?", []),
-    ("glm", "Hm.\n<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>\nx\n</arg_value>\n</tool_call>\nSo.", "Hm.\nSo.", [("f", {"text": "\nx\n"})]),
+    (
+        "glm",
+        "Hm.\n<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>\nx\n</arg_value>\n</tool_call>\nSo.",
+        "Hm.\nSo.",
+        [("f", {"text": "\nx\n"})],
+    ),
     ("glm", "<tool_call>f<arg_key>whole</arg_key><arg_value>1</arg_value></tool_call>", "", [("f", {"whole": 1})]),
     ("glm", "<tool_call>g-2</tool_call><tool_call>\ng-2\n</tool_call>", "", [("g-2", {}), ("g-2", {})]),
     ("glm", "<tool_call>f\n<arg_key>whole</arg_key>\n</tool_call>", "", [("f", {"whole": None})]),
@@ -281,8 +296,13 @@ READ: list[tuple[str, str, str, Calls]] = [
     ("pythonic", "[f(whole=1]", "", [("f", {"whole": 1})]),
     ("pythonic", '[{"name": "f", "arguments": {"whole": 1}}]', "", [("f", {"whole": 1})]),
     ("pythonic", "[[[[" * 50, "[[[[" * 50, []),
-    ("lfm2", "<|tool_call_start|>[f(text=\"<|tool_call_end|>\")]<|tool_call_end|>Ok.", "Ok.", [("f", {"text": "<|tool_call_end|>"})]),
-]  # fmt: skip
+    (
+        "lfm2",
+        '<|tool_call_start|>[f(text="<|tool_call_end|>")]<|tool_call_end|>Ok.',
+        "Ok.",
+        [("f", {"text": "<|tool_call_end|>"})],
+    ),
+]
 
 
 @pytest.mark.parametrize(("style", "text", "content", "calls"), READ)
@@ -473,7 +493,7 @@ def test_what_cannot_be_said_between_tags_is_bound_as_an_object(style: str, para
     inner = {"a": "xx"} if "required" in parameters or "anyOf" in parameters else {}
     written_as = FORMATS[style]
     text = json.dumps({"name": "f", "arguments": inner})
-    text = f"{written_as.opening}\n{text}\n{written_as.closing}" if written_as.tags else f"[{text}]"
+    text = f"{written_as.opening}\n{text}\n{written_as.closing}"
     assert admits(request.params.grammar, text)
     assert parsed(request.form, text) == ("", [("f", inner)])
 
@@ -487,7 +507,7 @@ def test_what_cannot_be_said_between_tags_is_bound_as_an_object(style: str, para
         ("tools <seed:tool_call>\n<function=x>\n<parameter=y>", "seed"),
         ('tools <minimax:tool_call>\n<invoke name="', "minimax"),
         ("tools <function=x>{json}</function>", ""),
-        ("tools put it in the format of [func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]", "pythonic"),
+        ("tools [func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]", "pythonic"),
         ("tools <|python_tag|> Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)]", "pythonic"),
         ("{% if tools %}<|tool_call_start|>[{% endif %}", "lfm2"),
         ("put it as [func_name1(a=b), func_name2(c)]", ""),

@@ -138,13 +138,11 @@ def _between_tags(opening: str, tags: Tags, also: str = "", starts: str = ">") -
 
 def _pythonic(opening: str, closing: str) -> ToolFormat:
     """A list of calls in Python's syntax, between two marks or without them."""
-    calls: Sequence[_Way] = ([_S, _Maybe("["), _S, _NAME], [_S, "[", _S])
+    calls: Sequence[_Way] = ([_S, _Maybe("["), _S, _NAME], [_S, _Maybe("["), _S])
     between: Sequence[_Way] = ([_BEHIND, _NAME], [_BEHIND], [_BEHIND, closing], [_BEHIND, "[", _S, _NAME])
     again: Sequence[_Way] = [[_BEHIND, opening, *way] for way in calls]
     return ToolFormat(
         *(opening, _pattern(*calls), _pattern(*between, *again), closing),
-        separator=", ",
-        brackets=("[", "]"),
         also="[",
         starts="(",
         python=True,

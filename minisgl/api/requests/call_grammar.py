@@ -28,30 +28,37 @@ _FREE = ({"string"}, {"string", "null"}, {"string", "boolean"}, {"string", "bool
 def bind(functions: Mapping[str, Mapping[str, Any]], style: str, parallel: bool) -> Constraint:
     """The grammar of calls.  The schema of each function's parameters is a grammar of its own, with its own references."""
     written = FORMATS[style]
-    head, tail = map(_quote, written.brackets)
-    more = f"({_quote(written.separator)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    start = " ".join(part for part in (head, "call", more, tail) if part)
+    rules: list[str] = []
+    schemas, relaxed, objects, native = [], dict[str, None](), [], []
     line = "\n" if written.tags else ""  # the line breaks next to the marks: a name may stand beside them
-    marks = (written.opening + ("" if line else "\n"), ("" if line else "\n") + written.closing)
-    call = f"{_quote(marks[0])} one {_quote(marks[1])}" if written.closing and not written.python else "one"
-    one = " | ".join(f"tool{i}" for i in range(len(functions)))
-    rules = [f"start: {start}", f"call: {call}", f"one: {one}"]
-    schemas, relaxed = [], dict[str, None]()
     for i, (at, f) in enumerate(functions.items()):
         parameters, strict = f.get("parameters") or {}, bool(f.get("strict"))
         schema, loose = portable(parameters, f"{at}.function.parameters", strict=strict, kind="object")
         # Cut as the grammar of JSON is: where an answer may also be other JSON, both read the same pieces.
-        opening = ("{", '"name"', ": ", f'"{f["name"]}"', ", ", f'"{written.arguments}"', ": ")
-        ways = [f"{' '.join(map(_quote, (line + opening[0], *opening[1:])))} @arguments{i} {_quote('}' + line)}"]
+        opening = (line + "{", '"name"', ": ", f'"{f["name"]}"', ", ", f'"{written.arguments}"', ": ")
+        rules.append(f"tool{i}: {' '.join(map(_quote, opening))} @arguments{i} {_quote('}' + line)}")
         schemas.append({"name": f"arguments{i}", "json_schema": styled(schema)})
-        if native := _native(f["name"], i, schema, written):
-            ways.append(f"native{i}")
-            rules += native[0]
-            schemas += native[1]
-        rules.append(f"tool{i}: {' | '.join(ways)}")
+        objects.append(f"tool{i}")
+        if own := _native(f["name"], i, schema, written):
+            native.append(f"native{i}")
+            rules += own[0]
+            schemas += own[1]
         relaxed |= dict.fromkeys(loose)
+    start = _several("call", written.brackets, written.separator, parallel)
+    if written.python and native:
+        start += f" | {_several('listed', ('[', ']'), ', ', parallel)}"
+        rules.append(f"listed: {' | '.join(native)}")
+    marks = (written.opening + ("" if line else "\n"), ("" if line else "\n") + written.closing)
+    call = f"{_quote(marks[0])} one {_quote(marks[1])}" if written.closing else "one"
+    one = " | ".join(objects + (native if written.tags else []))
+    rules = [f"start: {start}", f"call: {call}", f"one: {one}", *rules]
     text = json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *schemas]}, ensure_ascii=False, separators=(",", ":"))
     return Constraint(text, "tools", tuple(relaxed))
+
+
+def _several(rule: str, brackets: tuple[str, str], separator: str, parallel: bool) -> str:
+    more = f"({_quote(separator)} {rule}){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    return " ".join(part for part in (_quote(brackets[0]), rule, more, _quote(brackets[1])) if part)
 
 
 def _quote(text: str) -> str:
