@@ -161,6 +161,17 @@ class Generation:
         """Take what waits of one prompt."""
         return _merge(self._merged.pop(index, []) + self._chunks.pop(index))
 
+    def _parts_of(self, index: int) -> list[Chunk]:
+        """Take what waits of one prompt, in chunks of a bounded size."""
+        parts, part, work = [], list[Chunk](), 0
+        for chunk in self._merged.pop(index, []) + self._chunks.pop(index):
+            if part and work + _work(chunk) > UNITS:
+                parts.append(_merge(part))
+                part, work = [], 0
+            part.append(chunk)
+            work += _work(chunk)
+        return [*parts, _merge(part)] if part else parts
+
     @property
     def timings(self) -> Timings:
         """The durations until now."""
@@ -202,13 +213,15 @@ class Generation:
         await arrived
 
     def take_now(self) -> NewChunks:
-        """The chunks since the last call, merged into one per prompt.  The error of a request is raised after the chunks
-        that came before it."""
+        """The chunks since the last call, merged into as few as a turn has time for each.
+
+        The error of a request is raised after the chunks that came before it.
+        """
         if not self._chunks and self._error is not None:
             raise self._error
         self._forget_size()
         if self._merged:
-            chunks = [(index, self._all_of(index)) for index in list(self._chunks)]
+            chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
         else:
             chunks = [(index, new[0] if len(new) == 1 else _merge(new)) for index, new in self._chunks.items()]
             self._chunks = {}
@@ -370,6 +383,8 @@ class StreamedAnswer:
     def _render(self, chunks: NewChunks) -> Pieces:
         for index, chunk in chunks:
             yield from self._events.adding(index, chunk)
+            if _work(chunk) > UNITS // 2:
+                yield None
         if not self._generation.unfinished:
             yield from self._events.ending(self._generation.timings)
             self.done = True
@@ -382,6 +397,11 @@ def _merge(chunks: list[Chunk]) -> Chunk:
     ids = tuple(t for c in chunks for t in c.token_ids)
     logprobs = tuple(p for c in chunks for p in c.logprobs)
     return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
+
+
+def _work(chunk: Chunk) -> int:
+    """What it takes to render a chunk, about, in units of rendering.py."""
+    return len(chunk.text) // 2 + 4 * sum(map(entries, chunk.logprobs))
 
 
 def _size(chunk: Chunk) -> int:

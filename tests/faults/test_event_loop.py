@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -178,8 +179,7 @@ def test_chunks_that_wait_are_merged_as_they_come() -> None:
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
             g._on_chunk(0, Chunk(str(i), (i,), Finish.NONE, 3, 0))
-        waiting = g._chunks[0]
-        assert len(waiting.merged) + len(waiting.new) < 100
+        assert len(g._merged[0]) + len(g._chunks[0]) < 100
         assert engine.kept.bytes > 64_000
         [(_, merged)] = g.take_now()
         assert merged.token_ids == tuple(range(1000))
@@ -455,3 +455,33 @@ def test_events_that_wait_for_their_turn_do_not_wait_for_more(monkeypatch: pytes
         assert events[-1]["type"] in ("response.incomplete", "message_stop")
         deltas = [e["delta"] for e in events if e["type"] in ("response.output_text.delta", "content_block_delta")]
         assert "".join(d if isinstance(d, str) else d["text"] for d in deltas) == text
+
+
+@pytest.mark.parametrize("dialect", ["chat", "responses"])
+def test_what_a_slow_reader_has_let_wait_comes_turn_by_turn(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScriptedEngine().config
+    answer, _ = DIALECTS[dialect](config)
+    told = chunk(1, 20, "word ")._replace(finish=Finish.NONE)
+    meter = metered(monkeypatch)
+
+    async def main() -> list[bytes]:
+        engine = ScriptedEngine()
+        engine.stall = True
+        stream = StreamedAnswer(Generation(engine, ["p"], SamplingParams()), answer)
+        for _ in range(3000):
+            stream._generation._on_chunk(0, told)
+        stream._generation._on_chunk(0, told._replace(finish=Finish.STOP))
+        out = [await stream.first()]
+        while not stream.done:
+            meter.turn += 1
+            out.append(stream.more())
+        stream.close()
+        return out
+
+    turns = asyncio.run(main())
+    monkeypatch.undo()
+    raw = b"".join(turns)
+    text = "".join(re.findall(r'"(?:delta|content)": ?"((?:word )+)"', raw.decode()))
+    assert text == "word " * 3001
+    assert meter.most < 200 * UNITS
+    assert len(turns) > 30
