@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_reply import admits, chat
+from test_reply import Speaker, admits, ask, chat, play
 
 from minisgl import grammar
 from minisgl.api.parsers.call_formats import FORMATS
 from minisgl.api.parsers.outline import Outline
 from minisgl.api.parsers.reply import Form, Reply
+from minisgl.api.reader import SMALL
 from minisgl.api.requests.parameter_types import parameter_types
 from minisgl.model.text.chat_format import guess
 from minisgl.sampling_params import Finish
@@ -330,6 +331,26 @@ def test_parallel_calls_can_be_off() -> None:
     for style in (*TAGGED, *PYTHONIC):
         single = chat(style, tools=[F], parallel_tool_calls=False).form
         assert parsed(single, written(style, [("f", {"whole": 1}), ("f", {"whole": 2})])) == ("", [("f", {"whole": 1})])
+
+
+def test_every_dialect_gives_them_with_their_types_also_where_a_large_body_is_read_elsewhere() -> None:
+    said = between_tags("qwen3_coder", [("f", {"text": "1\n2", "whole": 3, "list": ["x"]})])
+    wanted = {"text": "1\n2", "whole": 3, "list": ["x"]}
+    user = [{"role": "user", "content": "hi"}]
+    flat, block = {"type": "function", **F["function"]}, {"name": "f", "input_schema": PARAMETERS}
+
+    async def scene(http: Any) -> None:
+        for more in ({}, {"metadata": {"x": "y"}, "unheard": "e" * SMALL}):
+            _, _, raw = await ask(http, "/v1/chat/completions", {"messages": user, "tools": [F], **more})
+            [call] = json.loads(raw)["choices"][0]["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == wanted
+            _, _, raw = await ask(http, "/v1/responses", {"input": "hi", "tools": [flat], **more})
+            [item] = json.loads(raw)["output"]
+            assert json.loads(item["arguments"]) == wanted
+        _, _, raw = await ask(http, "/v1/messages", {"messages": user, "tools": [block], "max_tokens": 99})
+        assert json.loads(raw)["content"][0]["input"] == wanted
+
+    play(Speaker(said, 5, tool_call_parser="qwen3_coder", max_body_bytes=1 << 20), scene)
 
 
 # ---------------- whatever is said
