@@ -267,6 +267,7 @@ READ: list[tuple[str, str, str, Calls]] = [
         [("f", {"text": "x"})],
     ),
     ("qwen3_coder", f"{CALL}<parameter=text>\n\n\nx\n\n</parameter>\n</tool_call>", "", [("f", {"text": "\n\nx\n"})]),
+    ("qwen3_coder", f"{CALL}<parameter=text> x </parameter></function></tool_call>", "", [("f", {"text": " x "})]),
     ("qwen3_coder", f"{CALL}<parameter=text>\nx", "", [("f", {"text": "x"})]),
     ("qwen3_coder", f"{CALL}<parameter=text>\nx\n</parameter>", "", [("f", {"text": "x"})]),
     ("qwen3_coder", f"{CALL}<parameter=whole>\n12", "", [("f", {"whole": 12})]),
