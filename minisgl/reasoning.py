@@ -45,7 +45,7 @@ STYLES: Mapping[str, Style] = {
 # The ways of writing tool calls, which minisgl.api.parsers.call_formats describes.
 CALL_STYLES = (
     *("hermes", "llama3", "mistral", "deepseek", "kimi", "granite", "jamba", "nemotron", "command", "internlm", "longcat"),
-    HARMONY,
+    *("qwen3_coder", "seed", "minimax", "glm", "pythonic", "lfm2", HARMONY),
 )
 
 

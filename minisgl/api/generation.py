@@ -9,12 +9,13 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.rendering import Turns, entries
+from minisgl.api.rendering import UNITS, Turns, entries
 from minisgl.errors import RequestError, internal_error
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
@@ -160,6 +161,17 @@ class Generation:
         """Take what waits of one prompt."""
         return _merge(self._merged.pop(index, []) + self._chunks.pop(index))
 
+    def _parts_of(self, index: int) -> list[Chunk]:
+        """Take what waits of one prompt, in chunks of a bounded size."""
+        parts, part, work = [], list[Chunk](), 0
+        for chunk in self._merged.pop(index, []) + self._chunks.pop(index):
+            if part and work + _work(chunk) > UNITS:
+                parts.append(_merge(part))
+                part, work = [], 0
+            part.append(chunk)
+            work += _work(chunk)
+        return [*parts, _merge(part)] if part else parts
+
     @property
     def timings(self) -> Timings:
         """The durations until now."""
@@ -201,13 +213,15 @@ class Generation:
         await arrived
 
     def take_now(self) -> NewChunks:
-        """The chunks since the last call, merged into one per prompt.  The error of a request is raised after the chunks
-        that came before it."""
+        """The chunks since the last call, merged into as few as a turn has time for each.
+
+        The error of a request is raised after the chunks that came before it.
+        """
         if not self._chunks and self._error is not None:
             raise self._error
         self._forget_size()
         if self._merged:
-            chunks = [(index, self._all_of(index)) for index in list(self._chunks)]
+            chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
         else:
             chunks = [(index, new[0] if len(new) == 1 else _merge(new)) for index, new in self._chunks.items()]
             self._chunks = {}
@@ -264,20 +278,41 @@ async def answered(
         generation.close()
 
 
+Pieces = Iterator[bytes | None]  # of events; None: enough work is done for one turn of the event loop
+
+
 class Events(Protocol):
     """Renders an answer as server-sent events.  Every method returns complete events, perhaps none."""
 
     def start(self) -> bytes:
         """The events before the first chunk."""
 
-    def add(self, index: int, chunk: Chunk) -> bytes:
-        """The events of a chunk of the answer with this index."""
+    def adding(self, index: int, chunk: Chunk) -> Pieces:
+        """The events of a chunk of the answer with this index, in pieces."""
 
-    def end(self, timings: Timings) -> bytes:
-        """The events after the last chunk of every answer."""
+    def ending(self, timings: Timings) -> Pieces:
+        """The events after the last chunk of every answer, in pieces."""
 
     def failed(self, error: RequestError) -> bytes:
         """The events of a failure, instead of `end`."""
+
+
+class SmallEvents(ABC):
+    """Events that do not repeat what they have said: each is rendered in one turn."""
+
+    @abstractmethod
+    def add(self, index: int, chunk: Chunk) -> bytes:
+        """The events of a chunk of the answer with this index."""
+
+    @abstractmethod
+    def end(self, timings: Timings) -> bytes:
+        """The events after the last chunk of every answer."""
+
+    def adding(self, index: int, chunk: Chunk) -> Pieces:
+        yield self.add(index, chunk)
+
+    def ending(self, timings: Timings) -> Pieces:
+        yield self.end(timings)
 
 
 class StreamedAnswer:
@@ -291,7 +326,15 @@ class StreamedAnswer:
         self.error: RequestError | None = None  # that has ended them
         self._generation = generation
         self._events = events
-        self.listen, self.close = generation.listen, generation.close
+        self._pieces: Pieces | None = None  # what is not rendered of the chunks that were taken
+        self.close = generation.close
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called once, as soon as there is more.  It must not take it before it returns."""
+        if self._pieces is None:
+            self._generation.listen(wake)
+        else:
+            wake()
 
     @property
     def timings(self) -> Timings:
@@ -300,16 +343,22 @@ class StreamedAnswer:
 
     async def first(self) -> bytes:
         """Wait for the first events.  Raises RequestError."""
-        head = self._events.start()
+        head = None
         while True:
-            piece = self._render(await self._generation.take())
+            if self._pieces is None:
+                self._pieces = self._render(await self._generation.take())
+            head = self._events.start() if head is None else head
+            piece = self._turn(self._pieces)
             if head or piece or self.done:
                 return head + piece
+            await asyncio.sleep(0)
 
     def more(self) -> bytes:
-        """The events since the last call, perhaps none: `listen` reports when there are more."""
+        """The events since the last call, as many as a turn has time for: `listen` reports when there are more."""
         try:
-            return self._render(self._generation.take_now())
+            if self._pieces is None:
+                self._pieces = self._render(self._generation.take_now())
+            return self._turn(self._pieces)
         except RequestError as e:
             error = e
         except Exception:
@@ -318,14 +367,28 @@ class StreamedAnswer:
         self.done, self.error = True, error
         return self._events.failed(error)
 
-    def _render(self, chunks: NewChunks) -> bytes:
-        out = b""
+    def _turn(self, pieces: Pieces) -> bytes:
+        """What one turn of the event loop has time for."""
+        out: list[bytes] = []
+        work = 0
+        for piece in pieces:
+            if piece is None:
+                return b"".join(out)
+            out.append(piece)
+            work += 5 + len(piece) // 100
+            if work >= UNITS:
+                return b"".join(out)
+        self._pieces = None
+        return b"".join(out)
+
+    def _render(self, chunks: NewChunks) -> Pieces:
         for index, chunk in chunks:
-            out += self._events.add(index, chunk)
+            yield from self._events.adding(index, chunk)
+            if _work(chunk) > UNITS // 2:
+                yield None
         if not self._generation.unfinished:
+            yield from self._events.ending(self._generation.timings)
             self.done = True
-            out += self._events.end(self._generation.timings)
-        return out
 
 
 def _merge(chunks: list[Chunk]) -> Chunk:
@@ -335,6 +398,11 @@ def _merge(chunks: list[Chunk]) -> Chunk:
     ids = tuple(t for c in chunks for t in c.token_ids)
     logprobs = tuple(p for c in chunks for p in c.logprobs)
     return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
+
+
+def _work(chunk: Chunk) -> int:
+    """What it takes to render a chunk, about, in units of rendering.py."""
+    return len(chunk.text) // 2 + 4 * sum(map(entries, chunk.logprobs))
 
 
 def _size(chunk: Chunk) -> int:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from processes import alive
 from test_server import CHAT, COMPLETION, USER, ScriptedEngine, Server, ask, play
 
 from minisgl.api import generation, reader, rendering
+from minisgl.api.endpoints.anthropic import parse_messages
+from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.openai_answers import OpenAIAnswer
 from minisgl.api.endpoints.responses import parse_responses
 from minisgl.api.endpoints.responses_items import Response
@@ -27,7 +30,7 @@ from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Generation, Timings
+from minisgl.api.generation import Generation, StreamedAnswer, Timings
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import SLICE, UNITS, json_pieces
 from minisgl.api.requests.generate import MAX_ENTRIES
@@ -113,7 +116,7 @@ def test_an_answer_with_many_log_probabilities_is_rendered_in_slices(dialect: st
     body = asyncio.run(main())
     monkeypatch.undo()
     raw = b"".join(json_pieces(body))
-    assert raw.count(b"a19") == n * tokens
+    assert raw.count(b'"a19"') == n * tokens
     assert len(raw) > 500_000
     assert meter.most < 100 * (UNITS + 2 * SLICE)
     assert len(meter.by_turn) > n * tokens * 21 / (UNITS + 2 * SLICE) / 2
@@ -176,8 +179,7 @@ def test_chunks_that_wait_are_merged_as_they_come() -> None:
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
             g._on_chunk(0, Chunk(str(i), (i,), Finish.NONE, 3, 0))
-        waiting = g._chunks[0]
-        assert len(waiting.merged) + len(waiting.new) < 100
+        assert len(g._merged[0]) + len(g._chunks[0]) < 100
         assert engine.kept.bytes > 64_000
         [(_, merged)] = g.take_now()
         assert merged.token_ids == tuple(range(1000))
@@ -389,3 +391,97 @@ def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
         await hold(100)
 
     asyncio.run(main())
+
+
+# ---------------- streams
+def streamed(dialect: str, pieces: list[Chunk], monkeypatch: pytest.MonkeyPatch) -> tuple[list[bytes], Meter]:
+    """(what each turn of the loop has given, a meter of the characters of JSON) for a stream of these chunks."""
+    config = ScriptedEngine(reasoning_parser="qwen3").config
+    body = {"include": ["message.output_text.logprobs"], "top_logprobs": 20} if dialect == "responses" else {"max_tokens": 9}
+    parse, make = {"responses": (parse_responses, Response), "messages": (parse_messages, Message)}[dialect]
+    said = {"input": "hi"} if dialect == "responses" else {"messages": USER}
+    answer = make(config, parse(config, {**said, **body, "stream": True}))
+    meter = metered(monkeypatch)
+
+    async def main() -> list[bytes]:
+        engine = ScriptedEngine()
+        engine.stall = True
+        stream = StreamedAnswer(Generation(engine, ["p"], SamplingParams()), answer)
+        out: list[bytes] = []
+        for i, piece in enumerate(pieces):
+            stream._generation._on_chunk(0, piece)
+            if i == 0:
+                out.append(await stream.first())
+            while stream._pieces is not None or (i and stream._generation._chunks):
+                meter.turn += 1
+                woken = []
+                stream.listen(lambda woken=woken: woken.append(1))
+                assert woken, "there is more"
+                out.append(stream.more())
+        assert stream.done
+        stream.close()
+        return out
+
+    turns = asyncio.run(main())
+    monkeypatch.undo()
+    return turns, meter
+
+
+def test_the_last_events_of_a_response_go_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    thought, text = "a thought é " * 50_000, 'an "answer" ' * 80_000
+    told = chunk(20, 20).logprobs
+    said = ["<think>", *(thought[at : at + 6000] for at in range(0, len(thought), 6000)), "</think>"]
+    pieces = [Chunk(part, (1,), Finish.NONE, 3, 2) for part in said]
+    pieces += [Chunk(text[at : at + 6000], (1,) * 20, Finish.NONE, 3, 2, told) for at in range(0, len(text), 6000)]
+    turns, meter = streamed("responses", [*pieces, Chunk("", (1,), Finish.STOP, 3, 2)], monkeypatch)
+    events = [json.loads(e.partition(b"data: ")[2]) for e in b"".join(turns).split(b"\n\n") if e]
+    last = events[-1]["response"]["output"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta") == text
+    assert last[1]["content"][0]["text"] == text
+    assert last[0]["content"][0]["text"].strip() == thought.strip()
+    assert len(last[1]["content"][0]["logprobs"]) == 160 * 20
+    assert len(b"".join(turns)) > 10_000_000
+    assert meter.most < 100 * UNITS
+    assert max(map(len, turns)) < 3 * 100 * UNITS
+
+
+def test_events_that_wait_for_their_turn_do_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "an answer " * 20_000
+    pieces = [Chunk(text[at : at + 2000], (1,), Finish.NONE, 3, 2) for at in range(0, len(text), 2000)]
+    for dialect in ("responses", "messages"):
+        turns, _ = streamed(dialect, [*pieces, Chunk("", (1,), Finish.LENGTH, 3, 2)], monkeypatch)
+        events = [json.loads(e.partition(b"data: ")[2]) for e in b"".join(turns).split(b"\n\n") if e]
+        assert events[-1]["type"] in ("response.incomplete", "message_stop")
+        deltas = [e["delta"] for e in events if e["type"] in ("response.output_text.delta", "content_block_delta")]
+        assert "".join(d if isinstance(d, str) else d["text"] for d in deltas) == text
+
+
+@pytest.mark.parametrize("dialect", ["chat", "responses"])
+def test_what_a_slow_reader_has_let_wait_comes_turn_by_turn(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScriptedEngine().config
+    answer, _ = DIALECTS[dialect](config)
+    told = chunk(1, 20, "word ")._replace(finish=Finish.NONE)
+    meter = metered(monkeypatch)
+
+    async def main() -> list[bytes]:
+        engine = ScriptedEngine()
+        engine.stall = True
+        stream = StreamedAnswer(Generation(engine, ["p"], SamplingParams()), answer)
+        for _ in range(3000):
+            stream._generation._on_chunk(0, told)
+        stream._generation._on_chunk(0, told._replace(finish=Finish.STOP))
+        out = [await stream.first()]
+        while not stream.done:
+            meter.turn += 1
+            out.append(stream.more())
+        stream.close()
+        return out
+
+    turns = asyncio.run(main())
+    monkeypatch.undo()
+    raw = b"".join(turns)
+    text = "".join(re.findall(r'"(?:delta|content)": ?"((?:word )+)"', raw.decode()))
+    assert text == "word " * 3001
+    assert meter.most < 200 * UNITS
+    assert len(turns) > 30

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,19 @@ def test_a_directory_without_a_tokenizer_is_refused_in_a_sentence(files: tuple[s
     with pytest.raises(UserError, match=r"no tokenizer\.json in it, and .*\. Add the model's tokenizer\.json\.$") as e:
         load_tokenizer(spec_of(tmp_path))
     assert "\n" not in str(e.value)
+
+
+def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "sentencepiece" else find(name, *more))
+    with pytest.raises(UserError) as e:
+        load_tokenizer(spec_of(tmp_path))
+    assert "pip install sentencepiece protobuf" in str(e.value)
+    [command] = re.findall(r'python -c "(.*)"\.', str(e.value))
+    compile(command, "command", "exec")
+    assert command.count(repr(str(tmp_path))) == 2
 
 
 def test_tokens_beyond_the_embedding_are_refused_by_name(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Result, Timings
+from minisgl.api.generation import Pieces, Result, Timings
 from minisgl.api.parsers.reply import Item, Reply
-from minisgl.api.rendering import Turns, holds_rendered, json_pieces, parts_of
+from minisgl.api.rendering import Turns, holds_rendered, joined, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import sse
 from minisgl.errors import RequestError
@@ -73,7 +73,8 @@ class ItemAnswer(ABC):
         self.result.add(chunk)
         turns, self._streams = Turns(), False
         for part in parts_of(chunk):
-            self._grow(part)
+            for _ in self._grow(part):
+                pass
             await turns.spend(len(part.text))
         self.timings = timings.render([self.result])
         await self.prepare(turns)
@@ -86,49 +87,75 @@ class ItemAnswer(ABC):
     def start(self) -> bytes:
         return b""
 
-    def add(self, index: int, chunk: Chunk) -> bytes:
+    def adding(self, index: int, chunk: Chunk) -> Pieces:
         self.result.add(chunk)
-        return self.render(self._grow(chunk))
+        yield from self._in_turns(self._grow(chunk))
 
-    def _grow(self, chunk: Chunk) -> list[Event]:
-        end, out = bool(chunk.finish), list[Event]()
+    def ending(self, timings: Timings) -> Pieces:
+        self.timings = timings.render([self.result])
+        yield from self._in_turns(self._closing(self.reply.items[-1]))
+        for event in self.ended():
+            yield from joined(self.pieces_of(event))
+
+    def add(self, index: int, chunk: Chunk) -> bytes:
+        """All events of a chunk at once."""
+        return b"".join(filter(None, self.adding(index, chunk)))
+
+    def end(self, timings: Timings) -> bytes:
+        """All events after the last chunk at once."""
+        return b"".join(filter(None, self.ending(timings)))
+
+    def _grow(self, chunk: Chunk) -> Iterator[Event | None]:
+        end = bool(chunk.finish)
         self._logprobs.extend(chunk.logprobs)
         for item, text in self.reply.feed(chunk.text, chunk.finish, thinking=chunk.thinking):
-            self._enter(item, out)
+            yield from self._enter(item)
             if text:
-                self._add_text(item, text, out)
+                yield from self._add_text(item, text)
         if end and not self.reply.items:
-            self._enter(self.reply.item("text"), out)
+            yield from self._enter(self.reply.item("text"))
         if end and self._logprobs and self.reply.items[-1].kind == "text":  # of tokens without a text
-            self._add_text(self.reply.items[-1], "", out)
-        return out
+            yield from self._add_text(self.reply.items[-1], "")
 
-    def _enter(self, item: Item, out: list[Event]) -> None:
+    def _enter(self, item: Item) -> Iterator[Event | None]:
         """Close the former item and open this one, unless it is open already."""
         if item is not self._open:
             if self._streams:
-                out += self.closed(self._open) if self._open else []
-                out += self.opened(item)
+                if self._open:
+                    yield from self._closing(self._open)
+                yield from self.opened(item)
             self._open = item
 
-    def _add_text(self, item: Item, text: str, out: list[Event]) -> None:
+    def _closing(self, item: Item) -> Iterator[Event | None]:
+        yield from self.settle(item)
+        yield from self.closed(item)
+
+    def settle(self, item: Item) -> Iterator[None]:
+        """Render what is large in the events of an item that is complete; None: that is enough for a turn."""
+        yield from ()
+
+    def _add_text(self, item: Item, text: str) -> Iterator[Event]:
         logprobs, self._logprobs = self._logprobs, []
         kept = logprobs if item.kind == "text" else []
         if self._streams:
-            out.append(self.grown(item, text, kept))
+            yield self.grown(item, text, kept)
         else:
             self.logprobs_of[item.index].extend(kept)
 
-    def end(self, timings: Timings) -> bytes:
-        self.timings = timings.render([self.result])
-        return self.render(self.closed(self.reply.items[-1]) + self.ended())
+    def _in_turns(self, events: Iterable[Event | None]) -> Pieces:
+        for event in events:
+            if event is None:
+                yield None
+            else:
+                yield from joined(self.pieces_of(event))
 
     def render(self, events: Sequence[Event]) -> bytes:
-        """The bytes of events, each with its type as its name."""
-        return b"".join([_event(kind, {"type": kind, **fields}) for kind, fields in events])
+        """The bytes of small events."""
+        return b"".join([piece for event in events for piece in self.pieces_of(event)])
 
-
-def _event(kind: str, fields: Fields) -> bytes:
-    if not holds_rendered(fields):
-        return sse(fields, kind)
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), b"".join(json_pieces(fields)))
+    def pieces_of(self, event: Event) -> list[bytes]:
+        """The bytes of an event, which has its type as its name."""
+        kind, fields = event[0], {"type": event[0], **event[1]}
+        if not holds_rendered(fields):
+            return [sse(fields, kind)]
+        return [b"event: %b\ndata: " % kind.encode(), *json_pieces(fields), b"\n\n"]

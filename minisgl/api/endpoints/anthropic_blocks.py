@@ -11,6 +11,7 @@ from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.engine import Chunk, TokenLogprob
+from minisgl.api.generation import Pieces
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.config import Config
@@ -72,14 +73,13 @@ class Message(ItemAnswer):
         return {"stop_reason": reason if finish else None, "stop_sequence": sequence if finish else None}
 
     # ---------------- the events
-    def add(self, index: int, chunk: Chunk) -> bytes:
+    def adding(self, index: int, chunk: Chunk) -> Pieces:
         """The first event counts the tokens of the prompt, so it has to wait for the first chunk."""
-        head = b""
         if not self._started:
             self._started = True
             self.result.prompt_tokens, self.result.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
-            head = self.render([("message_start", {"message": self.body()})])
-        return head + super().add(index, chunk)
+            yield self.render([("message_start", {"message": self.body()})])
+        yield from super().adding(index, chunk)
 
     def opened(self, item: Item) -> list[Event]:
         return [("content_block_start", {"index": item.index, "content_block": _block(item, "")})]

@@ -13,7 +13,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Result, Timings
+from minisgl.api.generation import Result, SmallEvents, Timings
 from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
@@ -77,7 +77,7 @@ def _text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-class OpenAIAnswer:
+class OpenAIAnswer(SmallEvents):
     """The answer to a chat or a completion; implements table.Answer.
 
     The common parts of its events are rendered once, so that an event with text costs one string escape.  Payloads are ASCII:

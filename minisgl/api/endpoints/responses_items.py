@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
@@ -21,6 +21,7 @@ from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
 
+LONG = 50_000  # characters of a text that are rendered at a time
 _KINDS = {  # prefix of the id, type of the item, stem of its events
     "thought": ("rs", "reasoning", "response.reasoning_text"),
     "text": ("msg", "message", "response.output_text"),
@@ -38,6 +39,7 @@ class Response(ItemAnswer):
         self._echoed = request.echoed
         self._created = int(time.time())
         self._number = 0  # of the next event
+        self._texts: dict[int, Rendered] = {}  # of items with a long one
         self._rendered: defaultdict[int, Rendered] = defaultdict(lambda: Rendered([]))  # log probabilities, by item
 
     # ---------------- the body
@@ -89,7 +91,7 @@ class Response(ItemAnswer):
         prefix, kind, _ = _KINDS[item.kind]
         body: Fields = {"id": f"{prefix}_{item.id}", "type": kind, "status": status}
         if item.kind == "call":
-            return {**body, "call_id": item.call_id, **self._name(item), "arguments": item.text if done else ""}
+            return {**body, "call_id": item.call_id, **self._name(item), "arguments": self._text(item) if done else ""}
         extra: Fields = {"summary": []} if item.kind == "thought" else {"role": "assistant"}
         return {**body, **extra, "content": [self._part(item, done=True)] if done else []}
 
@@ -100,7 +102,7 @@ class Response(ItemAnswer):
 
     def _part(self, item: Item, *, done: bool) -> Fields:
         """The only part of an item's content, empty until it is done."""
-        text = item.text if done else ""
+        text = self._text(item) if done else ""
         if item.kind == "thought":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs_of(item) if done else []}
@@ -116,7 +118,21 @@ class Response(ItemAnswer):
                 self._rendered[index] = Rendered(content.pieces[1:-1])
 
     # ---------------- the events
+    def _text(self, item: Item) -> str | Rendered:
+        return self._texts.get(item.index) or item.text
+
+    def settle(self, item: Item) -> Iterator[None]:
+        """Render a long text once: four events repeat it."""
+        text = item.text
+        if len(text) > LONG:
+            pieces = [b'"']
+            for at in range(0, len(text), LONG):
+                pieces.append(json.dumps(text[at : at + LONG])[1:-1].encode())
+                yield None
+            self._texts[item.index] = Rendered([*pieces, b'"'])
+
     def start(self) -> bytes:
+        self._echoed = {name: Rendered([json.dumps(value).encode()]) for name, value in self._echoed.items()}  # three times
         body = {"response": self._body("in_progress")}
         return self.render([("response.created", body), ("response.in_progress", body)])
 
@@ -136,9 +152,9 @@ class Response(ItemAnswer):
         return f"{_KINDS[item.kind][2]}.delta", {**_place(item), "delta": text, **extra}
 
     def closed(self, item: Item) -> list[Event]:
-        done: Fields = {"text": item.text}
+        done: Fields = {"text": self._text(item)}
         if item.kind == "call":
-            done = {"name": self._name(item)["name"], "arguments": item.text}
+            done = {"name": self._name(item)["name"], "arguments": self._text(item)}
         elif item.kind == "text":
             done["logprobs"] = self._logprobs_of(item)
         out = [(f"{_KINDS[item.kind][2]}.done", {**_place(item), **done})]
@@ -153,10 +169,10 @@ class Response(ItemAnswer):
         cause = {"code": error.code, "message": error.message, "param": error.param}
         return self.render([("error", cause), ("response.failed", {"response": self._body("failed", error)})])
 
-    def render(self, events: Sequence[Event]) -> bytes:
-        numbers = range(self._number, self._number + len(events))
-        self._number += len(events)
-        return super().render([(kind, {"sequence_number": n, **rest}) for n, (kind, rest) in zip(numbers, events, strict=True)])
+    def pieces_of(self, event: Event) -> list[bytes]:
+        kind, fields = event
+        self._number += 1
+        return super().pieces_of((kind, {"sequence_number": self._number - 1, **fields}))
 
 
 def _place(item: Item) -> Fields:

@@ -11,14 +11,14 @@ from typing import Any
 from minisgl.api.endpoints.openai_answers import DONE
 from minisgl.api.endpoints.sglang import NativeRequest
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Timings
+from minisgl.api.generation import SmallEvents, Timings
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, rendered_numbers
 from minisgl.api.sse import sse
 from minisgl.config import Config
 from minisgl.errors import RequestError
 
 
-class NativeAnswer:
+class NativeAnswer(SmallEvents):
     """An object, or an array of them if the request has several prompts; implements table.Answer.
 
     Every event has all of the text so far, or the new text alone with `incremental`.

@@ -6,8 +6,10 @@
     deepseek  name and arguments between the tokens of V3, R1 and V3.1, the arguments perhaps in a block of code
     kimi      functions.name:0 and arguments between the tokens of Kimi K2
     harmony   messages on a channel of gpt-oss, which harmony.py reads
+    qwen3_coder, seed, minimax, glm   texts between tags, which xml_scan.py reads: Qwen3-Coder, Seed-OSS, MiniMax M2, GLM 4.5
+    pythonic, lfm2   [f(city="Ulm"), ...], which python_scan.py reads: Llama 3.2 and 4, LFM2
 
-The others are objects, or lists of them, between two marks.
+The others are objects, or lists of them, between two marks.  An object is read in the place of a call of these kinds, too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from minisgl.api.parsers.xml_scan import Tags
 from minisgl.reasoning import HARMONY, STYLES
 
 SPACE = " \n\t\r"
@@ -84,6 +87,9 @@ class ToolFormat:
     all of them.  `arguments`: the key of the arguments, as templates teach it.  A list of calls stands in `brackets`, its calls
     are separated by `separator`.  `special`: further marks that may be special tokens.  `id_length`: hexadecimal digits in the
     id of a call, which has the prefix `id_prefix`.
+
+    `also`: what begins a call of one of the request's tools, and no other, without the opening.  Arguments between `tags`, or
+    in brackets (`python`), begin with one of the characters `starts` behind the name.
     """
 
     opening: str
@@ -97,6 +103,10 @@ class ToolFormat:
     special: tuple[str, ...] = ()
     id_prefix: str = "call_"
     id_length: int = 24
+    also: str = ""
+    starts: str = ""
+    tags: Tags | None = None
+    python: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -109,6 +119,34 @@ def _tagged(opening: str, closing: str, *also: str, arguments: str = "arguments"
     inner: _Way = [_LIST, *(part for mark in also for part in (_Maybe(mark), _S))]
     between = _pattern([_BEHIND, *inner], [_BEHIND, closing], [_BEHIND, opening, *inner])
     return ToolFormat(opening, _pattern(inner), between, closing, arguments=arguments, special=also)
+
+
+def _between_tags(opening: str, tags: Tags, also: str = "", starts: str = ">") -> ToolFormat:
+    """Arguments as text between tags, the call between two marks."""
+    name: _Way = [*([tags.head[0]] if tags.head[0] else []), _NAME, *([tags.head[1][:-1]] if tags.head[1][:-1] else [])]
+    between: Sequence[_Way] = ([_BEHIND, tags.outer], [_BEHIND, opening, _S, *name], [_BEHIND, opening, _LIST])
+    more: Sequence[_Way] = ([_BEHIND, *name],) if tags.head[0] else ()
+    special = (tags.head[0], *tags.key, *tags.value, tags.tail)
+    return ToolFormat(
+        *(opening, _pattern([_S, *name], [_LIST]), _pattern(*between, *more), tags.outer),
+        special=tuple(mark for mark in special if len(mark) > 2),
+        also=also,
+        starts=starts,
+        tags=tags,
+    )
+
+
+def _pythonic(opening: str, closing: str) -> ToolFormat:
+    """A list of calls in Python's syntax, between two marks or without them."""
+    calls: Sequence[_Way] = ([_S, _Maybe("["), _S, _NAME], [_S, _Maybe("["), _S])
+    between: Sequence[_Way] = ([_BEHIND, _NAME], [_BEHIND], [_BEHIND, closing], [_BEHIND, "[", _S, _NAME])
+    again: Sequence[_Way] = [[_BEHIND, opening, *way] for way in calls]
+    return ToolFormat(
+        *(opening, _pattern(*calls), _pattern(*between, *again), closing),
+        also="[",
+        starts="(",
+        python=True,
+    )
 
 
 _MISTRAL: Sequence[_Way] = ([_LIST], [_S, _NAME, _Maybe("[CALL_ID]"), _ID, _Maybe("[ARGS]"), _S])
@@ -166,6 +204,35 @@ FORMATS: Mapping[str, ToolFormat] = {
     "command": _tagged("<|START_ACTION|>", "<|END_ACTION|>", arguments="parameters"),
     "internlm": _tagged("<|action_start|>", "<|action_end|>", "<|plugin|>", arguments="parameters"),
     "longcat": _tagged("<longcat_tool_call>", "</longcat_tool_call>"),
+    "qwen3_coder": _between_tags(
+        "<tool_call>",
+        Tags(("<function=", ">"), ("<parameter=", ">"), ("", "</parameter>"), "</function>", "</tool_call>"),
+        also="<function=",
+    ),
+    "seed": _between_tags(
+        "<seed:tool_call>",
+        Tags(("<function=", ">"), ("<parameter=", ">"), ("", "</parameter>"), "</function>", "</seed:tool_call>", breaks=False),
+        also="<function=",
+    ),
+    "minimax": _between_tags(
+        "<minimax:tool_call>",
+        Tags(
+            *(('<invoke name="', '">'), ('<parameter name="', '">'), ("", "</parameter>"), "</invoke>", "</minimax:tool_call>"),
+            breaks=False,
+        ),
+        also='<invoke name="',
+    ),
+    "glm": _between_tags(
+        "<tool_call>",
+        Tags(
+            *(("", ""), ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>"), "", "</tool_call>"),
+            breaks=False,
+            others=(),
+        ),
+        starts="\n<",
+    ),
+    "pythonic": _pythonic("<|python_start|>", "<|python_end|>"),
+    "lfm2": _pythonic("<|tool_call_start|>", "<|tool_call_end|>"),
     # Its calls are found by harmony.py; what a grammar forces to be calls stands in the answer.
     HARMONY: ToolFormat("<|call|>", _pattern([_LIST]), _pattern([_BEHIND]), bare="{", special=STYLES[HARMONY].marks),
 }

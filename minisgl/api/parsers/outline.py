@@ -5,6 +5,7 @@ Runs in the detokenizer process, beside the readers of the api process (reply.py
 
 from __future__ import annotations
 
+import re
 from collections import deque
 
 from minisgl.api.parsers.call_formats import FORMATS, ToolFormat
@@ -12,6 +13,7 @@ from minisgl.api.parsers.spans import Lexer, Span, overlap
 from minisgl.api.parsers.thoughts import lexer
 from minisgl.reasoning import STYLES
 
+_MOST = 256  # characters of a name
 Part = tuple[bool, str]  # whether stop strings count in it, the text
 
 
@@ -84,11 +86,16 @@ class Outline:
         return out
 
 
+_LISTED = re.compile(r"\[([\w.-]+(\()?)?")  # the beginning of a list of calls in Python's syntax
+
+
 class _Calls:
     """Finds tool calls in the text behind the thought by their marks alone: from an opening to its closing, or to the end."""
 
     def __init__(self, tool_format: ToolFormat) -> None:
-        self._opening, self._closing, self._bare = tool_format.opening, tool_format.closing, tool_format.bare
+        self._bare, self._python = tool_format.bare, tool_format.python
+        openings = (tool_format.opening, "" if self._python else tool_format.also)
+        self._marks = [[mark for mark in marks if mark] for marks in (openings, (tool_format.closing,))]  # outside, inside
         self._held = ""
         self._inside = False
         self._began = False  # there has been text or a call
@@ -98,17 +105,21 @@ class _Calls:
         out: list[Part] = []
         if not self._began:
             start = "".join(self._held.split())
+            listed = _LISTED.match(start) if self._python else None
             if self._bare.startswith(start) and start != self._bare:
                 return out
-            self._began = True
-            self._inside = bool(self._bare) and start.startswith(self._bare)
-        while mark := self._closing if self._inside else self._opening:
-            n = self._held.find(mark)
-            if n < 0:
+            if listed and not listed[2] and listed.end() == len(start) < _MOST:
+                return out
+            self._began = bool(start) or not self._python
+            self._inside = bool(self._bare and start.startswith(self._bare)) or bool(listed and listed[2])
+        while marks := self._marks[self._inside]:
+            found = [(n, mark) for mark in marks if (n := self._held.find(mark)) >= 0]
+            if not found:
                 break
+            n, mark = min(found)
             self._take(n + len(mark) if self._inside else n, out)
             self._inside = not self._inside
-        self._take(len(self._held) - overlap(self._held, mark), out)
+        self._take(len(self._held) - max((overlap(self._held, mark) for mark in marks), default=0), out)
         return out
 
     def rest(self) -> list[Part]:

@@ -7,12 +7,14 @@ tools do not need this module.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minisgl.api.parsers.spans import Span
 from minisgl.api.parsers.thoughts import ThoughtReader
 from minisgl.api.parsers.tool_calls import FORMATS, Argued, Called, CallReader, Piece, Said
+from minisgl.api.parsers.xml_scan import Parameters
 from minisgl.reasoning import HARMONY
 from minisgl.sampling_params import Finish
 
@@ -24,13 +26,14 @@ class Form:
     """What the answers to a request may contain.
 
     `reasoning`: one of reasoning.STYLES, "" for no thoughts.  `tools`: one of tool_calls.FORMATS, "" for no calls.  `names`:
-    the functions that may be called, several of them in one answer if `parallel`.
+    the functions that may be called, several of them in one answer if `parallel`; `parameters`: what is known of theirs.
     """
 
     reasoning: str = ""
     tools: str = ""
     names: tuple[str, ...] = ()
     parallel: bool = True
+    parameters: Mapping[str, Parameters] = field(default_factory=dict, hash=False)
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.tools)
@@ -80,7 +83,7 @@ class Reply:
         self._thoughts: ThoughtReader | None = None
         self._calling = False  # in a call that the lexer has found
         self._format = FORMATS[form.tools] if form.tools else None
-        self._calls = CallReader(self._format, form.names, parallel=form.parallel) if self._format else None
+        self._calls = CallReader(self._format, form.names, form.parameters, parallel=form.parallel) if self._format else None
 
     def feed(self, text: str, finish: Finish = Finish.NONE, *, thinking: bool | None = None) -> list[Growth]:
         """The growth that more text brings.  `finish`, `thinking`: as in Chunk; of `thinking` the first counts."""

@@ -9,11 +9,13 @@ few or too many, a mark that closes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from minisgl.api.parsers.call_formats import FORMATS, SPACE, ToolFormat
 from minisgl.api.parsers.json_scan import ObjectScan
+from minisgl.api.parsers.python_scan import PythonScan
+from minisgl.api.parsers.xml_scan import UNKNOWN, Parameters, XmlScan
 
 __all__ = ["FORMATS", "Argued", "CallReader", "Called", "Piece", "Said"]
 
@@ -44,15 +46,28 @@ class Argued:
 
 
 Piece = Said | Called | Argued
+Scan = ObjectScan | XmlScan | PythonScan
 
 
 class CallReader:
-    """Reads one answer.  `names`: the tools of the request.  `parallel=False` drops every call after the first."""
+    """Reads one answer.  `names`: the tools of the request; `parameters`: what is known of theirs.
 
-    def __init__(self, tool_format: ToolFormat, names: Collection[str] = (), *, parallel: bool = True) -> None:
+    `parallel=False` drops every call after the first.
+    """
+
+    def __init__(
+        self,
+        tool_format: ToolFormat,
+        names: Collection[str] = (),
+        parameters: Mapping[str, Parameters] | None = None,
+        *,
+        parallel: bool = True,
+    ) -> None:
         self._format, self._names, self._parallel = tool_format, names, parallel
+        self._parameters = parameters or {}
         self._opening, self._closing, self._bare = tool_format.opening, tool_format.closing, tool_format.bare
         self._marks = tuple(filter(None, (self._closing, self._opening)))
+        self._openings = tuple(filter(None, (self._opening, tool_format.also)))
         self._calls = 0
         self._state: Callable[[str, list[Piece]], None] = self._text
         self._held = ""  # characters not yet known to be text: white space, the beginning of an opening, an unnamed call
@@ -61,7 +76,7 @@ class CallReader:
         self._between = ""  # the text since the opening or the previous call
         self._closed = False  # a call has been closed just before
         self._unmarked = False  # the answer begins like a call, without an opening
-        self._scan = ObjectScan()
+        self._scan: Scan = ObjectScan()
         self._ahead = ""  # characters in the object, outside of strings, that may become a mark
         self._announced = False  # the current object has proved to be a call
 
@@ -85,9 +100,12 @@ class CallReader:
         if complete and self._state == self._object:
             self._ahead = "" if self._announced else self._ahead
             self._tell(self._scan.mend(), out)
-        behind = self._state == self._gap and not self._first  # only separators can be held there
-        blank = self._calls > 0 and not self._held.strip(SPACE)
-        rest = "" if self._announced or behind or blank else self._held + self._ahead
+        rest = "" if self._announced else self._held + self._ahead
+        if self._state == self._gap and not self._first:  # separators, and perhaps marks, are held there
+            rest = rest.lstrip(SPACE + ",;}]")
+            rest = "" if any(m.startswith(rest) or rest.startswith(m) for m in self._format.marks if m) else rest
+        elif self._calls and not rest.strip(SPACE):
+            rest = ""
         self._held = self._ahead = ""
         if self._announced:
             self._between, self._first, self._announced, self._state = "", False, False, self._gap
@@ -108,8 +126,10 @@ class CallReader:
         while self._held:
             core = self._held.lstrip(SPACE)
             start = "" if self._began else "".join(core.split())
-            if start and start == bare:
-                self._first, self._between, self._unmarked, self._state = True, bare[:-1], True, self._gap
+            also = core and core == self._format.also
+            if also or (start and start == bare):
+                begun = core if also else bare
+                self._first, self._between, self._unmarked, self._state = True, begun[:-1], True, self._gap
                 self._held = self._held[:-1]
                 self._gap(c, out)
                 return
@@ -119,8 +139,8 @@ class CallReader:
             if self._calls and (core == self._closing or (self._closed and core in ("}", "]"))):  # it closes nothing
                 self._held = ""
                 return
-            marks = self._marks if self._calls else (opening,)
-            if not core or any(mark.startswith(core) for mark in marks) or (start and bare.startswith(start)):
+            marks = (*self._openings, self._closing) if self._calls else self._openings
+            if not core or any(mark.startswith(core) for mark in marks if mark) or (start and bare.startswith(start)):
                 return
             n = len(self._held) - len(core) + 1  # its white space and one character are text
             out.append(Said(self._held[:n]))
@@ -128,9 +148,10 @@ class CallReader:
 
     def _gap(self, c: str, out: list[Piece]) -> None:
         """Between an opening or a call and the next object."""
-        if c == "{" and (match := self._match()):
-            name = next(filter(None, match.groups()), "").removeprefix("functions.")
-            self._scan, self._state = ObjectScan(name), self._object
+        match = self._match() if c == "{" or c in self._format.starts else None
+        name = next(filter(None, match.groups()), "").removeprefix("functions.") if match else ""
+        if match and (c == "{" or name):
+            self._scan, self._state = self._scan_of(name, c), self._object
             self._object(c, out)
             return
         self._held += c
@@ -139,6 +160,13 @@ class CallReader:
             self._held, self._closed, self._state = "", True, self._text
         elif len(self._between) > MAX_BETWEEN or not self._match():
             self._give_up(out)
+
+    def _scan_of(self, name: str, c: str) -> Scan:
+        """The scan of a call whose arguments, or whose object, begin with this character."""
+        known = self._parameters.get(name, UNKNOWN)
+        if c != "{" and self._format.tags:
+            return XmlScan(name, self._format.tags, known)
+        return ObjectScan(name) if c == "{" else PythonScan(name, tuple(known.declared))
 
     def _object(self, c: str, out: list[Piece]) -> None:
         """In the object of a call, which a mark ends even if brackets are open."""
@@ -168,7 +196,8 @@ class CallReader:
         """Give what the scan has found out: the name, arguments, the end of the object."""
         scan = self._scan
         if scan.named and not self._announced:
-            if self._unmarked and scan.name not in self._names:  # JSON for the user, not a call
+            listed = self._format.python and not self._first and "]" not in self._between  # it follows one in the list
+            if self._unmarked and scan.name not in self._names and not listed:  # JSON for the user, not a call
                 scan.failed = True
             else:
                 self._announced = self._began = True
@@ -176,19 +205,22 @@ class CallReader:
                 self._calls += 1
         if argued and self._announced:
             out.append(Argued(self._calls - 1, argued))
-        if self._announced and (scan.done or scan.failed):  # pieces that went out cannot be taken back
-            self._held, self._between, self._first, self._announced, self._state = "", "", False, False, self._gap
-            for c in scan.unread:
-                self._state(c, out)
-        elif scan.done or scan.failed:
+        if not self._announced and (scan.done or scan.failed):
             self._give_up(out)
+            return
+        unread, scan.unread = scan.unread, ""
+        if scan.done or scan.failed:  # pieces that went out cannot be taken back
+            self._held, self._between, self._first, self._announced, self._state = "", "", False, False, self._gap
+        for c in unread:
+            self._state(c, out)
 
     def _give_up(self, out: list[Piece]) -> None:
         """Read the held characters again, as text: they may still open a call.  After an opening the first one is text."""
         text, self._held, self._state = self._held, "", self._text
         if self._first:
-            out.append(Said(text[:1]))
-            self._began, text = True, text[1:]
+            n = len(text) - len(text.lstrip(SPACE)) + 1
+            out.append(Said(text[:n]))
+            self._began, text = True, text[n:]
         else:  # white space behind a call, and brackets that close nothing
             text = text.lstrip(SPACE + "}]")
         for c in text:

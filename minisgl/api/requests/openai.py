@@ -195,7 +195,7 @@ def parse_chat(config: Config, body: Mapping[str, Any], *, name_chars: int = too
         usage=usage,
         ignored=unknown + unknown_options + unheeded + left_out + offered.ignored + _without_degrees(values),
         bound_by=bound.field,
-        form=Form(reasoning_style, offered.style, offered.names, offered.parallel),
+        form=Form(reasoning_style, offered.style, offered.names, offered.parallel, offered.parameters),
         relaxed=bound.relaxed,
         namespaces=offered.namespaces,
     )

@@ -7,14 +7,15 @@ reported as ignored: this server runs none.  Pure functions; run in the api proc
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.api.parsers.tool_calls import FORMATS
+from minisgl.api.parsers.call_formats import FORMATS
+from minisgl.api.parsers.xml_scan import Parameters
+from minisgl.api.requests.call_grammar import bind as bound_by
 from minisgl.api.requests.fields import (
     BOOLEAN,
     STRING,
@@ -30,13 +31,11 @@ from minisgl.api.requests.fields import (
     tagged,
     wrong_type,
 )
-from minisgl.api.requests.json_schemas import portable
+from minisgl.api.requests.parameter_types import parameter_types
 from minisgl.api.requests.structured_output import Constraint
 from minisgl.errors import InvalidParam
-from minisgl.grammar import styled
 
 MAX_TOOLS = 128
-MAX_CALLS = 16  # in one forced answer
 NAME_CHARS = 64
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _CHOICES: Schema = {"enum": ["auto", "none", "required"]}
@@ -77,6 +76,7 @@ class Tools:
 
     `given`: OpenAI's objects, for the template.  `style`: how the model writes calls.  `bound`: admits calls and nothing else,
     "" if no grammar is needed; the answer is constrained by it if it `must` be a call.  `ignored`: the tools that are left out.
+    `parameters`: of each function, where the model writes them without their types.
     `namespaces`: the name of a function that has one -> the namespace, and the function's name in it.
     """
 
@@ -88,6 +88,7 @@ class Tools:
     must: bool = False
     ignored: tuple[str, ...] = ()
     namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    parameters: Mapping[str, Parameters] = field(default_factory=dict)
 
 
 def read(values: Mapping[str, Any], style: str, *, bind: bool = False, name_chars: int = NAME_CHARS) -> Tools:
@@ -112,9 +113,11 @@ def read(values: Mapping[str, Any], style: str, *, bind: bool = False, name_char
         )
         raise InvalidParam("tools", text, "unsupported_parameter")
     offered = {at: f for at, f in functions.items() if not only or f["name"] == only}
-    bound = _bind(offered, style, parallel and not only) if must or bind else UNBOUND
+    bound = bound_by(offered, style, parallel and not only) if must or bind else UNBOUND
     rendered = tuple({"type": "function", "function": f} for f in functions.values())
-    return Tools(rendered, tuple(names), style, parallel, bound, must, ignored, namespaces)
+    untyped = FORMATS[style].tags or FORMATS[style].python
+    parameters = {f["name"]: parameter_types(f.get("parameters") or {}) for f in functions.values()} if untyped else {}
+    return Tools(rendered, tuple(names), style, parallel, bound, must, ignored, namespaces, parameters)
 
 
 def offered_names(given: Sequence[Any]) -> dict[tuple[str, str], str]:
@@ -196,33 +199,6 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[bool | None, str]:
     if name not in names:
         raise InvalidParam("tool_choice", f"tool_choice names the function {name[:64]!r}, which is not among the tools.")
     return True, name
-
-
-# ---------------- calls
-def _bind(functions: Mapping[str, Mapping[str, Any]], style: str, parallel: bool) -> Constraint:
-    """The grammar of calls.  The schema of each function's parameters is a grammar of its own, with its own references."""
-    written = FORMATS[style]
-    head, tail = map(_quote, written.brackets)
-    more = f"({_quote(written.separator)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    start = " ".join(part for part in (head, "call", more, tail) if part)
-    call = f"{_quote(written.opening + chr(10))} one {_quote(chr(10) + written.closing)}" if written.closing else "one"
-    one = " | ".join(f"tool{i}" for i in range(len(functions)))
-    rules = [f"start: {start}", f"call: {call}", f"one: {one}"]
-    schemas, relaxed = [], dict[str, None]()
-    for i, (at, f) in enumerate(functions.items()):
-        parameters, strict = f.get("parameters") or {}, bool(f.get("strict"))
-        schema, loose = portable(parameters, f"{at}.function.parameters", strict=strict, kind="object")
-        # Cut as the grammar of JSON is: where an answer may also be other JSON, both read the same pieces.
-        opening = ("{", '"name"', ": ", f'"{f["name"]}"', ", ", f'"{written.arguments}"', ": ")
-        rules.append(f"tool{i}: {' '.join(map(_quote, opening))} @arguments{i} {_quote('}')}")
-        schemas.append({"name": f"arguments{i}", "json_schema": styled(schema)})
-        relaxed |= dict.fromkeys(loose)
-    text = json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *schemas]}, ensure_ascii=False, separators=(",", ":"))
-    return Constraint(text, "tools", tuple(relaxed))
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text) if text else ""
 
 
 # ---------------- results

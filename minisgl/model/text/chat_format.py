@@ -19,8 +19,12 @@ _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assi
 # A mark in a template -> the row of minisgl.api.parsers.call_formats for its format; the first mark that is found decides.
 _TOOL_CALLS = (
     ("<|message|>", HARMONY),
-    ("<function=", ""),  # the XML of Qwen3-Coder, which also stands inside <tool_call>
-    ("<arg_key>", ""),  # that of GLM-4.5
+    ("<seed:tool_call>", "seed"),
+    ("<minimax:tool_call>", "minimax"),
+    ("<parameter=", "qwen3_coder"),  # it stands inside <tool_call>
+    ("<function=", ""),  # with JSON in it
+    ("<arg_key>", "glm"),
+    ("<|tool_call_start|>", "lfm2"),
     ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "deepseek"),
     ("<|tool_calls_section_begin|>", "kimi"),
     ("<|START_ACTION|>", "command"),
@@ -33,6 +37,7 @@ _TOOL_CALLS = (
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3"),
 )
+_PYTHONIC = re.compile(r"\[\w+\(\w+=[^()\[\]{}]+\), ?\w+\(")  # Llama 3.2 and 4 may be taught [f(a=1, b=2), g(...)]
 _BARE = re.compile('"name":.{,100}"parameters":', re.DOTALL)  # Llama 3.2 teaches the object of a call without a mark
 # The same for reasoning.STYLES.
 _THOUGHTS = (
@@ -58,6 +63,8 @@ def guess(templates: Mapping[str, str]) -> tuple[str, str]:
     """The same for templates by name."""
     every = "\n".join(templates.values())
     calls = next((style for mark, style in _TOOL_CALLS if mark in every), None) if "tools" in every else ""
+    if calls in (None, "llama3") and "tools" in every and _PYTHONIC.search(every):
+        calls = "pythonic"
     if calls is None:
         calls = "llama3" if _BARE.search(every.replace("\\", "")) else ""
     return calls, next((style for mark, style in _THOUGHTS if mark in every), "")

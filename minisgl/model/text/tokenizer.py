@@ -199,6 +199,8 @@ class Tokenizer:
 
 
 # ---------------- loading
+_PACKAGES = "pip install sentencepiece protobuf"
+_CONVERT = 'python -c "from transformers import AutoTokenizer as T; T.from_pretrained({path!r}).save_pretrained({path!r})"'
 _OLDER = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 _Loaded = tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]  # backend, special tokens and chat templates by name
 
@@ -267,7 +269,7 @@ def _from_directory(spec: ModelSpec) -> _Loaded:
 
 def _with_transformers(path: str) -> tokenizers.Tokenizer:
     """The last resort: slow to import, but able to convert older formats."""
-    why = "none of the older files that transformers can convert"
+    why, way = "none of the older files that transformers can convert", ""
     try:
         if any(glob.glob(pattern, root_dir=path) for pattern in _OLDER):
             from transformers import AutoTokenizer
@@ -279,5 +281,6 @@ def _with_transformers(path: str) -> tokenizers.Tokenizer:
     except Exception as e:
         why = f"transformers says: {reason(e)}"
         if glob.glob("*.model", root_dir=path) and importlib.util.find_spec("sentencepiece") is None:
-            why = "to convert a SentencePiece model, the package sentencepiece has to be installed"
-    raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}. Add the model's tokenizer.json.")
+            why = f"to convert a SentencePiece model, two packages have to be installed: {_PACKAGES}"
+            way = f" Or write it where they are installed: {_CONVERT.format(path=path)}."
+    raise UserError(f"--model {path}: there is no tokenizer.json in it, and {why:.500}.{way} Add the model's tokenizer.json.")
