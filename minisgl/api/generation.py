@@ -93,6 +93,7 @@ class Generation:
         self._kept, self._all = 0, engine.kept  # bytes of both, and of those of all generations
         self._overflown = False
         self._error: RequestError | None = None
+        self._hurried = False  # `take` does not wait
         self._wake: Callable[[], object] | None = None
         self._growing = len(prompts)  # prompts whose last chunk has not arrived
         self._began, self._first, self._ended = time.monotonic(), 0.0, 0.0
@@ -161,6 +162,11 @@ class Generation:
         return _merge(self._merged.pop(index, []) + self._chunks.pop(index))
 
     @property
+    def accepted(self) -> bool:
+        """Whether every prompt has been accepted, see Engine."""
+        return all(map(self._engine.accepted, self._uids))
+
+    @property
     def timings(self) -> Timings:
         """The durations until now."""
         now = time.monotonic()
@@ -174,8 +180,15 @@ class Generation:
         else:
             self._wake = wake
 
+    def hurry(self) -> None:
+        """Have `take`, which waits or will be called, return with nothing."""
+        self._hurried = True
+        if self._wake is not None:
+            wake, self._wake = self._wake, None
+            wake()
+
     async def take(self) -> NewChunks:
-        """Wait for chunks and take them, see `take_now`."""
+        """Wait for chunks and take them, see `take_now`; `hurry` ends the waiting."""
         await self._arrival(until_end=False)
         return self.take_now()
 
@@ -192,7 +205,7 @@ class Generation:
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:
-            if self._error is None and self._growing and (until_end or not self._chunks):
+            if self._error is None and self._growing and (until_end or not (self._chunks or self._hurried)):
                 self._wake = look
             elif not arrived.done():
                 arrived.set_result(None)
@@ -265,7 +278,12 @@ async def answered(
 
 
 class Events(Protocol):
-    """Renders an answer as server-sent events.  Every method returns complete events, perhaps none."""
+    """Renders an answer as server-sent events.  Every method returns complete events, perhaps none.
+
+    `alive`: what shows during a silence that the stream is alive.
+    """
+
+    alive: bytes
 
     def start(self) -> bytes:
         """The events before the first chunk."""
@@ -288,22 +306,34 @@ class StreamedAnswer:
 
     def __init__(self, generation: Generation, events: Events) -> None:
         self.done = False  # all events have been rendered
+        self.alive = events.alive
         self._generation = generation
         self._events = events
-        self.listen, self.close = generation.listen, generation.close
+        self.listen, self.close, self.hurry = generation.listen, generation.close, generation.hurry
 
     @property
     def timings(self) -> Timings:
         """The durations until now."""
         return self._generation.timings
 
-    async def first(self) -> bytes:
-        """Wait for the first events.  Raises RequestError."""
+    @property
+    def accepted(self) -> bool:
+        """Whether every prompt has been accepted, see Engine."""
+        return self._generation.accepted
+
+    async def first(self) -> tuple[bytes, bool]:
+        """Wait for the first events: (their bytes, whether a chunk is among them).  Raises RequestError.
+
+        `hurry` ends the waiting: then the bytes are what there is without a chunk, or show at least that the stream is alive.
+        """
         head = self._events.start()
         while True:
-            piece = self._render(await self._generation.take())
+            chunks = await self._generation.take()
+            piece = self._render(chunks)
+            if not chunks and not self.done:
+                return head or self.alive, False
             if head or piece or self.done:
-                return head + piece
+                return head + piece, True
 
     def more(self) -> bytes:
         """The events since the last call, perhaps none: `listen` reports when there are more."""

@@ -13,6 +13,7 @@ from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
+from minisgl.api.sse import sse
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish
@@ -30,6 +31,7 @@ class Message(ItemAnswer):
     """A message."""
 
     prefix = "msg"
+    alive = sse({"type": "ping"}, "ping")
 
     def __init__(self, config: Config, request: ChatRequest) -> None:
         super().__init__(request)

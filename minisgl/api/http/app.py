@@ -24,6 +24,7 @@ from minisgl.api.http.auth import authenticate, key_of
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import json_handler, read_checked, respond, stream, timing_header
 from minisgl.api.http.errors import errors, for_anthropic, name_response
+from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.reader import Reader
@@ -48,7 +49,7 @@ def build_app(engine: Engine, batch_socket: str | None = None, store: Store | No
     guards = [authenticate(server.api_keys)] if server.api_keys else []
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=[_count(metered), errors, *guards])
     app._router = _Paths()  # the constructor's argument for it is deprecated
-    app[TURN] = Turn()
+    app[TURN], app[KEEP_ALIVE] = Turn(), KeepAlive()
     app.on_response_prepare.append(name_response)
     if store is not None:
         app[BATCHES] = Batches(store, metered)
