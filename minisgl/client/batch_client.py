@@ -88,9 +88,9 @@ class BatchClient:
 
         Raises RequestError if one of them cannot be served.
         """
-        if conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]  # type: ignore[list-item]
-        bodies = [{"messages": list(messages), **params} for messages in conversations]
+        one = bool(conversations) and isinstance(conversations[0], Mapping)
+        several: Sequence[Any] = [conversations] if one else conversations
+        bodies = [{"messages": list(messages), **params} for messages in several]
         return [c["message"]["content"] for c in self._choices("/v1/chat/completions", bodies)]
 
     def generate(self, prompts: Sequence[str] | str, params: SamplingParams | None = None) -> list[str]:

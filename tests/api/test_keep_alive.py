@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.api.engine import TextPrompt
 from minisgl.api.http.keep_alive import HELD_SWEEPS, KEEP_ALIVE, SWEEP_SECONDS, KeepAlive
 from minisgl.api.http.stream_writer import TURN, StreamWriter, Turn
+from minisgl.model.checkpoint.presets import random_shape
 
 COMMENT, PING = b": keep-alive\n\n", b'event: ping\ndata: {"type":"ping"}\n\n'
 RESPONSES, MESSAGES, NATIVE = "/v1/responses", "/v1/messages", "/generate"
@@ -186,13 +188,13 @@ def test_the_sdk_does_not_notice() -> None:
         engine.stall = True
 
         async def swept(opening: Any) -> Any:
+            engine.after = 0
             n, task = len(engine.opened), asyncio.create_task(opening)
             await engine.wait_for(lambda: len(engine.opened) > n)
             await sweep(http, 2)
             stream = await task
             await sweep(http, 4)
             engine.go_on(99)
-            engine.after = 0
             return stream
 
         async with client(http) as sdk:
@@ -205,7 +207,7 @@ def test_the_sdk_does_not_notice() -> None:
             assert "".join(e.delta for e in seen if e.type == "response.output_text.delta") == TEXT
             assert seen[-1].type == "response.completed"
 
-            n = len(engine.opened)
+            engine.after, n = 0, len(engine.opened)
             failing = asyncio.create_task(sdk.completions.create(model="tiny", prompt="hi", stream=True))
             await engine.wait_for(lambda: len(engine.opened) > n)
             await sweep(http, 3)
@@ -317,7 +319,8 @@ def test_a_client_that_does_not_read_or_has_left_gets_no_more_to_read(chunked: b
 
 
 def test_a_request_is_accepted_when_the_scheduler_has_it() -> None:
-    with LLM("fake", processes=False, kv_tokens=512, max_context=128) as llm:
+    spec = replace(random_shape("qwen3-0.6b"), name="fake", format="fake", vocab_size=256)  # every byte is a token
+    with LLM(spec, processes=False, kv_tokens=512, max_context=128) as llm:
         gateway, said = llm.system.gateway, []
         uid = gateway.open(TextPrompt("Once upon a time"), SamplingParams(max_tokens=4), said.append)
         assert not gateway.accepted(uid)
