@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from scripted import Server, serve
 
 from minisgl.__main__ import main
 from minisgl.config import EngineConfig, ServerConfig, settings_of
 from minisgl.model.common import registry
+from scripts.lib.live_server import live_server
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -140,27 +140,28 @@ class Parsed(BaseException):
     """Ends a program where its work would begin."""
 
 
+KNOWN = argparse.ArgumentParser.parse_known_args
 NUMBERS = {"N": "2", "P": "0", "S": "1", "H": "127.0.0.1", "SECONDS": "1", "JSON": "{}"}
 
 
 def arguments(command: str) -> list[str]:
     """The words of a command; its optional parts are given, and placeholders have a value."""
-    words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", command), comments=True)
+    text = re.sub(r"(--[\w-]+) \.\.\.", r"\1 VALUE", command)
+    words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", text), comments=True)
     return [NUMBERS.get(word, word) for word in words]
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a program until it has parsed its arguments.  An unknown flag raises SystemExit."""
-    known = argparse.ArgumentParser.parse_known_args
 
     def strictly(self: Any, args: Any = None, namespace: Any = None) -> NoReturn:
-        _, rest = known(self, args, namespace)
+        _, rest = KNOWN(self, args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         raise Parsed
 
     def leniently(self: Any, args: Any = None, namespace: Any = None) -> NoReturn:
-        known(self, args, namespace)
+        KNOWN(self, args, namespace)
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", strictly)
@@ -173,6 +174,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         "scripts/launch.sh": lambda: main(words[1:]),
         "scripts/chat.sh": lambda: main(["chat", *words[1:]]),
     }
+    if words[0].endswith(".py") and "ArgumentParser" not in (ROOT / words[0]).read_text():
+        assert words[1:] == [], "a script without arguments"
+        return
     with pytest.raises(Parsed):
         ways.get(words[0], lambda: runpy.run_path(str(ROOT / words[0]), run_name="__main__"))()
 
@@ -242,8 +246,8 @@ def test_an_entry_of_a_model_is_that_of_the_registry() -> None:
 
 # ---------------- snippets
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serve("--max-context", "1024") as running:
+def url() -> Iterator[str]:
+    with live_server("--max-context", "1024", "--sample-seed", "1") as running:
         yield running
 
 
@@ -255,8 +259,8 @@ def execute(text: str, names: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def test_the_sdk_answers_as_the_readme_says(server: Server) -> None:
-    first = block("README.md", "from openai import OpenAI").text.replace("http://127.0.0.1:8000", server.url)
+def test_the_sdk_answers_as_the_readme_says(url: str) -> None:
+    first = block("README.md", "from openai import OpenAI").text.replace("http://127.0.0.1:8000", url)
     names: dict[str, Any] = {}
     said = execute(first, names)
     assert said.strip() == re.search(r"# (.*)\s*$", first)[1]  # type: ignore[index]
