@@ -5,14 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+import difflib
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from minisgl.errors import InvalidParam
 from minisgl.reasoning import CALL_STYLES, STYLES
 
+T = TypeVar("T")
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
@@ -92,6 +95,23 @@ class RequestOptions:
             raise InvalidParam("pooling", "pooling must be mean or last.")
 
 
+def _names_fields(cls: type[T]) -> type[T]:
+    """Have the constructor of a dataclass refuse an unknown field by its name, with the one that may be meant."""
+    init, names = cls.__init__, cls.__annotations__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        for name in given.keys() - names.keys():
+            near = difflib.get_close_matches(name, names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(names)}."
+            raise InvalidParam(name, f"{cls.__name__} has no field {name}; {meant}", "unknown_parameter")
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_names_fields
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue one prompt.
@@ -140,15 +160,6 @@ class SamplingParams:
     reasoning: str = ""
     thinking: bool = False
     tools: str = ""
-
-    def __new__(cls, *_: object, **given: object) -> SamplingParams:
-        for name in given.keys() - cls.__dataclass_fields__.keys():
-            import difflib
-
-            near = difflib.get_close_matches(name, cls.__dataclass_fields__, 1)
-            meant = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(cls.__dataclass_fields__)}."
-            raise InvalidParam(name, f"SamplingParams has no field {name}; {meant}", "unknown_parameter")
-        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))

@@ -10,6 +10,7 @@ import ast
 import configparser
 import contextlib
 import functools
+import inspect
 import io
 import re
 import runpy
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from test_server import ScriptedEngine
 
+from minisgl import LLM, SamplingParams
 from minisgl.__main__ import main
+from minisgl.api.http.app import build_app
 from minisgl.config import EngineConfig, ServerConfig, settings_of
 from minisgl.model.common import registry
 from scripts.lib.live_server import live_server
@@ -70,7 +74,8 @@ RUN = {
     ("docs/simulator.md", "python -m minisgl simulate synthetic:rate=0"),
 }
 
-FOREIGN = {("adr", "--")}  # flags of other programs
+FOREIGN: set[tuple[str, str]] = set()  # documents and flags of other programs
+NO_ROUTES = {"/reset", "/exit", "/system", "/proc"}  # commands of the chat; a folder
 
 
 # ---------------- what the documents show
@@ -202,6 +207,28 @@ def test_every_flag_that_is_named_exists() -> None:
             assert flag in known or (path.name, flag) in FOREIGN, f"{path.name} names {flag}"
 
 
+def test_every_keyword_that_is_named_exists() -> None:
+    known = {
+        "LLM": {name for name, _, _ in settings_of(EngineConfig)} | set(inspect.signature(LLM).parameters),
+        "SamplingParams": set(inspect.signature(SamplingParams).parameters),
+    }
+    for path in DOCUMENTS:
+        for call, inside in re.findall(r"\b(LLM|SamplingParams)\(([^()]*)", path.read_text()):
+            for keyword in re.findall(r"(\w+)=", inside):
+                assert keyword in known[call], f"{path.name}: {call}({keyword}=...)"
+
+
+def test_every_route_that_is_named_exists() -> None:
+    def plain(path: str) -> str:
+        return re.sub(r"\{[^}]*\}", "{}", path)
+
+    known = {plain(resource.canonical) for resource in build_app(ScriptedEngine()).router.resources()}
+    for path in DOCUMENTS:
+        for route in re.findall(r"(?:(?:GET|POST) |`|, )(/[a-z][\w/{}]*[\w}])(?=[`, ])", path.read_text()):
+            if route not in NO_ROUTES:
+                assert plain(route) in known, f"{path.name} names {route}"
+
+
 def test_every_extra_that_is_named_exists() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
@@ -274,6 +301,7 @@ def test_the_sdk_answers_as_the_readme_says(url: str) -> None:
 
 def test_offline_works_as_the_readme_says() -> None:
     said = execute(block("README.md", "from minisgl import LLM, SamplingParams").text, {})
-    *texts, scores = said.splitlines()
+    *texts, scores, answer = said.splitlines()
     assert "Paris" in "".join(texts)
+    assert answer == "The capital of Germany is Berlin."
     assert [len(pair) for pair in ast.literal_eval(scores)] == [2] * 5

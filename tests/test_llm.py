@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -417,3 +418,7 @@ def test_settings_may_be_numbers_of_numpy_and_a_model_a_path(tmp_path: Path) -> 
 def test_the_package_shows_its_names() -> None:
     assert {"LLM", "SamplingParams", "BatchClient", "RequestError", "PromptError", "UserError"} <= set(dir(minisgl))
     assert all(getattr(minisgl, name) is not None for name in minisgl.__all__)
+
+
+def test_the_constructor_of_sampling_parameters_shows_its_fields() -> None:
+    assert list(inspect.signature(SamplingParams).parameters)[:2] == ["max_tokens", "temperature"]
