@@ -134,9 +134,9 @@ class LLM:
         self,
         prompts: Iterable[str | Iterable[int] | Mapping[str, Any]] | Iterable[int] | Mapping[str, Any] | str,
         sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Tqdm = None,
         *,
         params: Params | Sequence[Params] | None = None,
-        use_tqdm: Tqdm = None,
         errors: Literal["raise", "return"] = "raise",
     ) -> list[Completion]:
         """Continue texts or lists of token ids; one Completion each, in order.
@@ -157,9 +157,9 @@ class LLM:
         self,
         messages: Messages | Iterable[Messages],
         sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Tqdm = None,
         *,
         params: Params | Sequence[Params] | None = None,
-        use_tqdm: Tqdm = None,
         errors: Literal["raise", "return"] = "raise",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_kwargs: Any,
