@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from minisgl.version import __version__
 
-__all__ = ["LLM", "BatchClient", "SamplingParams", "__version__"]
-_MODULES = {"LLM": "minisgl.llm", "SamplingParams": "minisgl.sampling_params", "BatchClient": "minisgl.client.batch_client"}
+__all__ = ["LLM", "BatchClient", "PromptError", "RequestError", "SamplingParams", "UserError", "__version__"]
+_MODULES = {
+    **{"LLM": "minisgl.llm", "PromptError": "minisgl.llm", "BatchClient": "minisgl.client.batch_client"},
+    **{"SamplingParams": "minisgl.sampling_params", "RequestError": "minisgl.errors", "UserError": "minisgl.errors"},
+}
 
 if TYPE_CHECKING:
     from minisgl.client.batch_client import BatchClient
-    from minisgl.llm import LLM
+    from minisgl.errors import RequestError, UserError
+    from minisgl.llm import LLM, PromptError
     from minisgl.sampling_params import SamplingParams
 
 
@@ -26,3 +30,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not: for completion in notebooks and shells."""
+    return sorted({*globals(), *__all__})

@@ -292,6 +292,7 @@ class ServerConfig:
     )
     drain_seconds: float = setting(2.0, "grace for running requests at the end", "S", 0.0, 86_400.0)
     max_body_bytes: int = 8 << 20
+    default_max_tokens: int = 0  # of an answer whose request does not say; 0: what is left of the context
     max_open_requests: int = setting(4096, "more are answered 429", "N", 1, 1 << 31)
     max_choices: int = setting(512, "answers that one request may ask for: n times its prompts", "N", 1, 1 << 20)
     max_priority: int = setting(0, "highest priority that requests may ask for; higher ones are refused", "N", 0, MAX_PRIORITY)

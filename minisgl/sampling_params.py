@@ -5,13 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+import difflib
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from minisgl.errors import InvalidParam
 from minisgl.reasoning import CALL_STYLES, STYLES
 
+T = TypeVar("T")
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
@@ -40,6 +44,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # fields of SamplingParams -> lowes
     "repetition_penalty": (0.0, MAX_REPETITION_PENALTY),
 }
 _OPTIONAL = ("max_tokens", "seed", "logprobs")  # may be None
+_SWITCHES = ("ignore_eos", "skip_special_tokens", "echo", "thinking")
 
 
 class Finish(enum.IntEnum):
@@ -90,13 +95,30 @@ class RequestOptions:
             raise InvalidParam("pooling", "pooling must be mean or last.")
 
 
+def _names_fields(cls: type[T]) -> type[T]:
+    """Have the constructor of a dataclass refuse an unknown field by its name, with the one that may be meant."""
+    init, names = cls.__init__, cls.__annotations__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        for name in given.keys() - names.keys():
+            near = difflib.get_close_matches(name, names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(names)}."
+            raise InvalidParam(name, f"{cls.__name__} has no field {name}; {meant}", "unknown_parameter")
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_names_fields
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue one prompt.
 
-    `max_tokens=None` generates until the end of the context; 0 is for `echo` alone.  `temperature=0` and `top_p=0` are greedy.
-    `top_k=0`, `top_p=1` and `min_p=0` switch those filters off; they apply in that order, to the distribution after
-    temperature.
+    `max_tokens=None` generates until the end of the context, or LLM's `default_max_tokens`; 0 is for `echo` alone.
+    `temperature=0` and `top_p=0` are greedy.  `top_k=0`, `top_p=1` and `min_p=0` switch those filters off; they apply in that
+    order, to the distribution after temperature.
     With an explicit `seed` the same prompt gives the same text whatever else is running: the random number of a token
     is a function of (seed, position).
 
@@ -114,7 +136,7 @@ class SamplingParams:
     `reasoning` and `tools`: how thoughts (reasoning.STYLES) and tool calls (parsers.tool_calls.FORMATS) are written that are
     told from the answer: stop strings count outside of them, and their marks have a text.  `thinking`: the prompt ends inside
     a thought.
-    Raises `InvalidParam` naming the field when a value cannot be used.
+    Raises `InvalidParam` naming the field when there is none of that name, or a value cannot be used.
     """
 
     max_tokens: int | None = None
@@ -153,9 +175,15 @@ class SamplingParams:
                 raise InvalidParam(name, f"{name} must be one of {', '.join(known)}, or empty.")
 
     def _check_numbers(self) -> None:
+        for name in (*_RANGES, *_SWITCHES):
+            if hasattr(value := getattr(self, name), "tolist"):
+                object.__setattr__(self, name, _plain(value))
         for name, (low, high) in _RANGES.items():
             if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
                 _check_number(name, value, low, high)
+        for name in _SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidParam(name, f"{name} must be True or False, got {type(value).__name__}.", "invalid_type")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidParam("max_tokens", f"max_tokens must be between 1 and {_MAX_INT}, got 0.")
         if self.top_p == 0.0:  # the likeliest token alone
@@ -194,16 +222,21 @@ class SamplingParams:
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
-    """A list as a tuple, and a single value as a tuple of one: offline, `stop="\n"` is natural to write."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    """A list as a tuple, and a single value as a tuple of one: offline, `stop="\n"` is natural to write.  None: nothing."""
+    value = _plain(value)
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, arrays and tensors as Python's own: nothing else fits into a message."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _as_pairs(value: object) -> tuple[tuple[int, float], ...]:
-    if isinstance(value, Mapping):
-        value = tuple(value.items())
+    value = () if value is None else tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(value, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
         raise InvalidParam("logit_bias", "logit_bias must map token ids to numbers.", "invalid_type")
-    return tuple((token, bias) for token, bias in value)
+    return tuple((_plain(token), _plain(bias)) for token, bias in value)
 
 
 def _check_text(name: str, value: object, kind: str) -> None:

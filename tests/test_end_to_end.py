@@ -141,10 +141,10 @@ def test_answers_have_the_form_that_was_asked_for_and_neighbours_do_not_notice(c
     schema = grammar.json_schema(City.model_json_schema())
     offline = llm.chat([ask], SamplingParams(temperature=0, max_tokens=100, grammar=schema))[0]
     assert City.model_validate_json(offline.text) == city  # one rank or two
-    broken = llm.generate("x", SamplingParams(grammar=grammar.regex("[")))[0]
+    broken = llm.generate("x", SamplingParams(grammar=grammar.regex("[")), errors="return")[0]
     assert getattr(broken.error, "param", None) == "grammar"
     ambiguous = SamplingParams(temperature=0, max_tokens=80, grammar=grammar.lark("start: e\ne: e e | /[a-zA-Z ]/"))
-    assert getattr(llm.generate("x", ambiguous)[0].error, "code", None) == "grammar_too_complex"
+    assert getattr(llm.generate("x", ambiguous, errors="return")[0].error, "code", None) == "grammar_too_complex"
 
 
 def test_tools_are_refused_in_a_sentence_where_the_template_knows_none(client: openai.OpenAI) -> None:

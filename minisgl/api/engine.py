@@ -147,6 +147,9 @@ class Engine(Protocol):
     def close(self, uid: int) -> None:
         """Cancel the request if it is still open; its callback is not called again.  Idempotent."""
 
+    def accepted(self, uid: int) -> bool:
+        """Whether the request has passed every check of this process and the tokenizer, and been sent to the scheduler."""
+
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
 
@@ -188,6 +191,9 @@ class WrappedEngine:
 
     def close(self, uid: int) -> None:
         self._engine.close(uid)
+
+    def accepted(self, uid: int) -> bool:
+        return self._engine.accepted(uid)
 
     def flush_cache(self) -> None:
         self._engine.flush_cache()

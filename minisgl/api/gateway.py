@@ -146,6 +146,9 @@ class Gateway(Actor):
         if entry is not None and entry.sent:
             self.ctx.send("scheduler", msg.Cancel(uid))
 
+    def accepted(self, uid: int) -> bool:
+        return (entry := self._ledger.get(uid)) is None or entry.sent
+
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
 
@@ -187,7 +190,10 @@ class Gateway(Actor):
             parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
             raise context_overflow(entry.source, context, n + (requested or 0), parts)
         entry.ids = ids
-        entry.max_tokens = requested if requested is not None else context - n
+        if requested is None:
+            bound = self.config.server.default_max_tokens
+            requested = min(context - n, max(bound, entry.params.min_tokens) if bound else context)
+        entry.max_tokens = requested
         entry.seed = self._seed(entry)
         self._backlog.append(entry)
         self._flush_backlog()

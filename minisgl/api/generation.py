@@ -94,6 +94,7 @@ class Generation:
         self._kept, self._all = 0, engine.kept  # bytes of both, and of those of all generations
         self._overflown = False
         self._error: RequestError | None = None
+        self._hurried = False  # `take` does not wait
         self._wake: Callable[[], object] | None = None
         self._growing = len(prompts)  # prompts whose last chunk has not arrived
         self._began, self._first, self._ended = time.monotonic(), 0.0, 0.0
@@ -173,6 +174,11 @@ class Generation:
         return [*parts, _merge(part)] if part else parts
 
     @property
+    def accepted(self) -> bool:
+        """Whether every prompt has been accepted, see Engine."""
+        return all(map(self._engine.accepted, self._uids))
+
+    @property
     def timings(self) -> Timings:
         """The durations until now."""
         now = time.monotonic()
@@ -186,8 +192,15 @@ class Generation:
         else:
             self._wake = wake
 
+    def hurry(self) -> None:
+        """Have `take`, which waits or will be called, return with nothing."""
+        self._hurried = True
+        if self._wake is not None:
+            wake, self._wake = self._wake, None
+            wake()
+
     async def take(self) -> NewChunks:
-        """Wait for chunks and take them, see `take_now`."""
+        """Wait for chunks and take them, see `take_now`; `hurry` ends the waiting."""
         await self._arrival(until_end=False)
         return self.take_now()
 
@@ -204,7 +217,7 @@ class Generation:
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:
-            if self._error is None and self._growing and (until_end or not self._chunks):
+            if self._error is None and self._growing and (until_end or not (self._chunks or self._hurried)):
                 self._wake = look
             elif not arrived.done():
                 arrived.set_result(None)
@@ -282,7 +295,12 @@ Pieces = Iterator[bytes | None]  # of events; None: enough work is done for one 
 
 
 class Events(Protocol):
-    """Renders an answer as server-sent events.  Every method returns complete events, perhaps none."""
+    """Renders an answer as server-sent events.  Every method returns complete events, perhaps none.
+
+    `alive`: what shows during a silence that the stream is alive.
+    """
+
+    alive: bytes
 
     def start(self) -> bytes:
         """The events before the first chunk."""
@@ -324,10 +342,12 @@ class StreamedAnswer:
     def __init__(self, generation: Generation, events: Events) -> None:
         self.done = False  # all events have been rendered
         self.error: RequestError | None = None  # that has ended them
+        self.alive = events.alive
         self._generation = generation
         self._events = events
+        self._add = events.add if isinstance(events, SmallEvents) else None
         self._pieces: Pieces | None = None  # what is not rendered of the chunks that were taken
-        self.close = generation.close
+        self.close, self.hurry = generation.close, generation.hurry
 
     def listen(self, wake: Callable[[], object]) -> None:
         """Have `wake` called once, as soon as there is more.  It must not take it before it returns."""
@@ -341,23 +361,39 @@ class StreamedAnswer:
         """The durations until now."""
         return self._generation.timings
 
-    async def first(self) -> bytes:
-        """Wait for the first events.  Raises RequestError."""
-        head = None
+    @property
+    def accepted(self) -> bool:
+        """Whether every prompt has been accepted, see Engine."""
+        return self._generation.accepted
+
+    async def first(self) -> tuple[bytes, bool]:
+        """Wait for the first events: (their bytes, whether a chunk is among them).  Raises RequestError.
+
+        `hurry` ends the waiting: then the bytes are what there is without a chunk, or show at least that the stream is alive.
+        """
+        head, chunks = None, NewChunks()
         while True:
             if self._pieces is None:
-                self._pieces = self._render(await self._generation.take())
+                chunks = await self._generation.take()
+                self._pieces = self._render(chunks)
             head = self._events.start() if head is None else head
             piece = self._turn(self._pieces)
+            if not chunks and not self.done:
+                return head or self.alive, False
             if head or piece or self.done:
-                return head + piece
+                return head + piece, True
             await asyncio.sleep(0)
 
     def more(self) -> bytes:
         """The events since the last call, as many as a turn has time for: `listen` reports when there are more."""
         try:
             if self._pieces is None:
-                self._pieces = self._render(self._generation.take_now())
+                chunks = self._generation.take_now()
+                if self._add is not None and len(chunks) == 1 and self._generation.unfinished:  # nearly always
+                    index, chunk = chunks[0]
+                    if len(chunk.text) < UNITS and not chunk.logprobs:
+                        return self._add(index, chunk)
+                self._pieces = self._render(chunks)
             return self._turn(self._pieces)
         except RequestError as e:
             error = e

@@ -81,19 +81,25 @@ class BatchClient:
                 self._link.close()
                 self._link = Link(self.address)
 
-    def chat(self, conversations: Sequence[Sequence[Mapping[str, Any]]], **params: Any) -> list[str]:
-        """The answers to conversations (lists of messages), in order.  `params`: fields of the request body.
+    def chat(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]], **params: Any
+    ) -> list[str]:
+        """The answers to a conversation (a list of messages) or several, in order.  `params`: fields of the request body.
 
         Raises RequestError if one of them cannot be served.
         """
-        bodies = [{"messages": list(messages), **params} for messages in conversations]
+        one = bool(conversations) and isinstance(conversations[0], Mapping)
+        several: Sequence[Any] = [conversations] if one else conversations
+        bodies = [{"messages": list(messages), **params} for messages in several]
         return [c["message"]["content"] for c in self._choices("/v1/chat/completions", bodies)]
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[str]:
-        """The continuations of prompts, in order.  Without `params` the server's defaults hold; without `max_tokens`, 16.
+    def generate(self, prompts: Sequence[str] | str, params: SamplingParams | None = None) -> list[str]:
+        """The continuations of a prompt or several, in order.
 
+        Without `params` the server's defaults hold; without `max_tokens`, 16.
         Raises RequestError if one of them cannot be served.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         fields = {k: v for k, v in asdict(params).items() if v is not None} if params else {}
         if "logit_bias" in fields:
             fields["logit_bias"] = {str(token): value for token, value in fields["logit_bias"]}

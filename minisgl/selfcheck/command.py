@@ -181,7 +181,7 @@ def _answers(config: Config, ids: list[list[int]], tokens: int) -> dict[str, lis
     with LLM(config.model, **asdict(config.engine)) as llm:
         out = {}
         for cache in ("cold", "warm"):
-            done = llm.generate(ids, params)
+            done = llm.generate(ids, params, errors="return")
             if (error := next((c.error for c in done if c.error), None)) is not None:
                 raise UserError(f"the engine could not answer: {error}")
             out[cache] = [c.token_ids for c in done]

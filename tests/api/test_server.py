@@ -46,7 +46,7 @@ class ScriptedEngine:
     """Answers every prompt with PIECES, one a turn of the loop, and then follows its script.
 
     refuse: raised by `open`, once `admit` requests are open.   error: told after `after` pieces.
-    stall:  silence after `after` pieces, until `go_on`.   finish: what the last chunk says.
+    stall:  silence after `after` pieces, until `go_on`.   finish: what the last chunk says.   with_scheduler: see `accepted`.
     """
 
     def __init__(self, **server: Any) -> None:
@@ -58,6 +58,7 @@ class ScriptedEngine:
         self.admit = 0
         self.error: Any = None
         self.stall = False
+        self.with_scheduler = True
         self.after = 0
         self.finish = Finish.STOP
         self.opened: list[tuple[Prompt, SamplingParams]] = []
@@ -129,6 +130,9 @@ class ScriptedEngine:
             answer = InvalidParam(field, e.message, e.code or "")
         asyncio.get_running_loop().call_soon(take, answer)
         return -1
+
+    def accepted(self, uid: int) -> bool:
+        return self.with_scheduler
 
     def go_on(self, after: int) -> None:
         """Say the pieces up to `after`."""

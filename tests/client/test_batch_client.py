@@ -148,6 +148,8 @@ def test_texts_come_back_in_order(server: FakeServer) -> None:
     with BatchClient(socket=server.address) as c:
         assert c.generate(list("abcdefg"), SamplingParams(max_tokens=3, stop=("x",))) == [t + "!" for t in "abcdefg"]
         assert c.chat([[{"role": "user", "content": t}] for t in "xyz"], temperature=0) == ["x!", "y!", "z!"]
+        assert c.generate("abc") == ["abc!"]
+        assert c.chat([{"role": "user", "content": "abc"}]) == ["abc!"]
         server.reply = lambda body: (400, {"error": {"message": "no", "param": "prompt", "code": "c"}})
         with pytest.raises(RequestError, match="no") as e:
             c.generate(["a"])

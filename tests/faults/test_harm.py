@@ -185,7 +185,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_request_that_makes_no_numbers_ends_with_an_error_that_says_so(poisoned: Path) -> None:
     with engine(poisoned) as llm:
         [fresh] = llm.generate([OTHERS[2]], GREEDY)
-        bad, good = llm.generate([POISON[0], OTHERS[2]], GREEDY)
+        bad, good = llm.generate([POISON[0], OTHERS[2]], GREEDY, errors="return")
         assert bad.error is not None
         assert (bad.error.status, bad.error.code) == (500, "nan_logits")
         assert bad.finish_reason is None
@@ -206,7 +206,7 @@ def test_a_request_that_makes_no_numbers_ends_with_an_error_that_says_so(poisone
 )
 def test_however_it_is_sampled(poisoned: Path, params: dict[str, Any]) -> None:
     with engine(poisoned) as llm:
-        [bad] = llm.generate([POISON[0]], SamplingParams(max_tokens=4, **{"temperature": 0.0, **params}))
+        [bad] = llm.generate([POISON[0]], SamplingParams(max_tokens=4, **{"temperature": 0.0, **params}), errors="return")
         assert bad.error is not None
         assert bad.error.code == "nan_logits"
 
@@ -214,8 +214,8 @@ def test_however_it_is_sampled(poisoned: Path, params: dict[str, Any]) -> None:
 def test_the_pages_of_a_request_that_made_no_numbers_are_not_shared(poisoned: Path) -> None:
     with engine(poisoned) as llm:
         ids = [*range(20, 40), BAD, *range(40, 60)]  # five pages of numbers, then some of none
-        llm.generate([ids], GREEDY)
-        [again] = llm.generate([ids], GREEDY)
+        llm.generate([ids], GREEDY, errors="return")
+        [again] = llm.generate([ids], GREEDY, errors="return")
         assert again.cached_tokens <= 20, "pages that hold no numbers were kept for others"
         [clean] = llm.generate([[*range(20, 40), *range(100, 110)]], GREEDY)
     with engine(poisoned) as llm:
@@ -226,8 +226,8 @@ def test_the_pages_of_a_request_that_made_no_numbers_are_not_shared(poisoned: Pa
 def test_nor_those_of_a_prompt_in_many_chunks(poisoned: Path) -> None:
     with engine(poisoned, step_tokens=9, max_running=4) as llm:
         ids = [BAD, *range(20, 90)]
-        llm.generate([ids], GREEDY)
-        [again] = llm.generate([ids], GREEDY)
+        llm.generate([ids], GREEDY, errors="return")
+        [again] = llm.generate([ids], GREEDY, errors="return")
         assert again.cached_tokens == 0
 
 
@@ -281,7 +281,9 @@ def answer_or_name(path: Path, *names: str, **settings: Any) -> list[float] | No
     """Log probabilities of an answer on the default path; None if the model is refused by the name of a tensor."""
     try:
         with engine(path, quantization="auto", page_size=16, **settings) as llm:
-            [out] = llm.generate([OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=2, ignore_eos=True))
+            [out] = llm.generate(
+                [OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=2, ignore_eos=True), errors="return"
+            )
     except UserError as e:
         assert any(name in str(e) for name in names), f"refused, but not by the tensor's name: {e}"  # noqa: PT017
         return None
@@ -307,7 +309,9 @@ def test_keys_and_values_beyond_half_precision_are_served_or_refused_by_name(
     save_byte_tokenizer(tmp_path)
     try:
         with LLM(str(tmp_path), threads=1, quantization=kind, kv_tokens=512) as llm:
-            [out] = llm.generate([OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True))
+            [out] = llm.generate(
+                [OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True), errors="return"
+            )
     except UserError as e:
         assert projection in str(e)  # noqa: PT017
         return

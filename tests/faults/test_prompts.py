@@ -286,7 +286,7 @@ def test_an_offline_conversation_that_is_wrong_fails_alone_and_names_the_place()
     with llm.LLM("fake", processes=False) as engine:
         good = [USER, {"role": "assistant", "content": "x"}, USER]
         bad = [USER, {"role": "wizard", "content": "x"}]
-        first, second, third = engine.chat([good, bad, []], SamplingParams(max_tokens=2))
+        first, second, third = engine.chat([good, bad, []], SamplingParams(max_tokens=2), errors="return")
     assert first.error is None
     assert second.error is not None
     assert second.error.param == "messages[1].role"

@@ -17,7 +17,7 @@ from minisgl.api.generation import Pieces, Result, Timings
 from minisgl.api.parsers.reply import Item, Reply
 from minisgl.api.rendering import Turns, holds_rendered, joined, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest
-from minisgl.api.sse import sse
+from minisgl.api.sse import COMMENT, sse
 from minisgl.errors import RequestError
 
 Fields = dict[str, Any]
@@ -31,6 +31,7 @@ class ItemAnswer(ABC):
     """
 
     prefix = ""  # of its id
+    alive = COMMENT
 
     def __init__(self, request: ChatRequest) -> None:
         self.request = request

@@ -14,6 +14,7 @@ from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import Pieces
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
+from minisgl.api.sse import sse
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish
@@ -31,6 +32,7 @@ class Message(ItemAnswer):
     """A message."""
 
     prefix = "msg"
+    alive = sse({"type": "ping"}, "ping")
 
     def __init__(self, config: Config, request: ChatRequest) -> None:
         super().__init__(request)

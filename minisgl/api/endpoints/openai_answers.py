@@ -17,7 +17,7 @@ from minisgl.api.generation import Result, SmallEvents, Timings
 from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
-from minisgl.api.sse import sse
+from minisgl.api.sse import COMMENT, sse
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.version import __version__
@@ -84,6 +84,8 @@ class OpenAIAnswer(SmallEvents):
     no text of a model or a user can end a line, not even U+2028.  With `stream_options.include_usage` every event but the last
     has `"usage": null`, and the last has `"choices": []`; without it every event has a choice.
     """
+
+    alive = COMMENT
 
     def __init__(self, config: Config, request: GenerationRequest) -> None:
         choices = len(request.prompts) * request.n

@@ -13,7 +13,7 @@ from minisgl.api.endpoints.sglang import NativeRequest
 from minisgl.api.engine import Chunk, TokenLogprob
 from minisgl.api.generation import SmallEvents, Timings
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, rendered_numbers
-from minisgl.api.sse import sse
+from minisgl.api.sse import COMMENT, sse
 from minisgl.config import Config
 from minisgl.errors import RequestError
 
@@ -23,6 +23,8 @@ class NativeAnswer(SmallEvents):
 
     Every event has all of the text so far, or the new text alone with `incremental`.
     """
+
+    alive = COMMENT
 
     def __init__(self, config: Config, request: NativeRequest) -> None:
         self.request = request

@@ -26,6 +26,7 @@ from minisgl.api.http.body import json_handler, read_checked, respond, stream, t
 from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
+from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
@@ -56,7 +57,7 @@ def build_app(
     middlewares = [_count(metered, journal), errors, preflights(server.allow_origins), *guards]
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
-    app[TURN] = Turn()
+    app[TURN], app[KEEP_ALIVE] = Turn(), KeepAlive()
     app.on_response_prepare.append(name_response)
     if server.allow_origins:
         app.on_response_prepare.append(sharing(server.allow_origins))

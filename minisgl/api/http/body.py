@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.generation import StreamedAnswer
 from minisgl.api.http.errors import account_of
+from minisgl.api.http.keep_alive import KEEP_ALIVE, Opening
 from minisgl.api.http.stream_writer import StreamWriter
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import holds_rendered, joined, json_pieces
@@ -106,19 +107,25 @@ def body_too_large(limit: int) -> RequestError:
 async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[str, str]) -> web.StreamResponse:
     """Answer with server-sent events as the answer grows.  Closes the answer at the end, which cancels its requests.
 
-    Raises RequestError as long as nothing has been sent.
+    Raises RequestError as long as nothing has been sent.  A silence is filled with signs of life, see keep_alive.py.
     """
+    keep_alive = request.app[KEEP_ALIVE]
     try:
-        first = await answer.first()
-        timings = answer.timings
-        timing = f"queue;dur={1000 * timings.queued:.1f}, ttft;dur={1000 * timings.first:.1f}"
-        response = web.StreamResponse(headers={**_SSE_HEADERS, "Server-Timing": timing, **headers})
+        with keep_alive.watch(Opening(answer)):
+            first, timed = await answer.first()
+        if timed:
+            timings = answer.timings
+            timing = f"queue;dur={1000 * timings.queued:.1f}, ttft;dur={1000 * timings.first:.1f}"
+            headers = {"Server-Timing": timing, **headers}
+        response = web.StreamResponse(headers={**_SSE_HEADERS, **headers})
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         with contextlib.suppress(ConnectionResetError):  # the client has left
             await response.prepare(request)
             await response.write(first)
-            await StreamWriter(request, response, answer).run()
+            writer = StreamWriter(request, response, answer)
+            with keep_alive.watch(writer):
+                await writer.run()
             await response.write_eof()
         return response
     finally:

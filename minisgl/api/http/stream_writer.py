@@ -56,6 +56,7 @@ class StreamWriter:
         self._chunked = response.chunked
         self._answer = answer
         self._pause: asyncio.Future[None] | None = None
+        self._wrote = True  # since the last sweep
         self._soon = functools.partial(request.app[TURN].soon, self._write)
 
     async def run(self) -> None:
@@ -75,8 +76,17 @@ class StreamWriter:
             pause.set_exception(ConnectionResetError("the client has left"))
             return
         if piece := answer.more():
+            self._wrote = True
             transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
         if answer.done or transport.get_write_buffer_size() > _LAGGING_BYTES:
             pause.set_result(None)
         else:
             answer.listen(self._soon)
+
+    def sweep(self) -> None:
+        """Show that the stream is alive if it has had nothing to send since the last call (see keep_alive.py)."""
+        quiet, self._wrote = not self._wrote, False
+        waiting = self._pause is not None and not self._pause.done()
+        if quiet and waiting and not self._transport.is_closing() and not self._transport.get_write_buffer_size():
+            alive, self._wrote = self._answer.alive, True
+            self._transport.write(b"%x\r\n%b\r\n" % (len(alive), alive) if self._chunked else alive)

@@ -161,7 +161,7 @@ def wrong_type(name: str, expected: str, value: object) -> InvalidParam:
 def json_type(value: object) -> str:
     """The JSON type of a value, with its article."""
     names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")
+    return names.get(type(value)) or ("null" if value is None else type(value).__name__)
 
 
 # ---------------- kinds of fields
