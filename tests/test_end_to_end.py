@@ -52,7 +52,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     threading.Thread(target=server.stderr.read, daemon=True).start()  # keep the pipe empty
     yield address
     server.terminate()
-    assert server.wait(timeout=20) == 0
+    assert server.wait(timeout=60) == 0
     assert list(run.iterdir()) == []
 
 

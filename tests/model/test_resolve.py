@@ -157,7 +157,10 @@ def test_null_and_default_rope_mean_no_scaling(tmp_path):
         ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "'axial' is not supported.*default, linear, .*, longrope"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor is -4.0"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": 1}}, "short_factor is 1, which is not a list"),
-        ({"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [2]}}, "short_factor of rope_scaling has 1 entries, 16 .* need 8"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [2]}},
+            "short_factor of rope_scaling has 1 entries, 16 .* need 8",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
         ({"partial_rotary_factor": 0.7}, "11 dimensions of a head of 16"),
