@@ -176,8 +176,7 @@ def test_chunks_that_wait_are_merged_as_they_come() -> None:
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
             g._on_chunk(0, Chunk(str(i), (i,), Finish.NONE, 3, 0))
-        waiting = g._chunks[0]
-        assert len(waiting.merged) + len(waiting.new) < 100
+        assert len(g._merged[0]) + len(g._chunks[0]) < 100
         assert engine.kept.bytes > 64_000
         [(_, merged)] = g.take_now()
         assert merged.token_ids == tuple(range(1000))
@@ -368,7 +367,6 @@ def test_an_answer_of_the_reader_is_data_and_nothing_else() -> None:
 
 def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "ROOM", 100)
-    monkeypatch.setattr(reader, "WAIT_SECONDS", 0.05)
 
     async def main() -> None:
         r = Reader()
@@ -383,8 +381,10 @@ def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
 
         await asyncio.gather(*(hold(s) for s in (40, 60, 30, 100, 5, 70)), hold(500))
         async with r.room(100):
+            monkeypatch.setattr(reader, "WAIT_SECONDS", 0.05)
             with pytest.raises(RequestError) as e:
                 await hold(1)
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 30.0)
         assert (e.value.status, e.value.code) == (503, "server_overloaded")
         await hold(100)
 

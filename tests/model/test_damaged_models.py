@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import cases
 from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 from tiny_models import save_byte_tokenizer, save_llama
@@ -36,7 +36,7 @@ from minisgl.model.text.chat_format import styles_of
 from minisgl.model.text.tokenizer import load_tokenizer
 
 MOST = 512 << 20  # address space, of which allocators reserve more than they use
-ROUNDS = int(os.environ.get("MINISGL_FUZZ", "12"))  # faults in each test below; more to look for new kinds
+ROUNDS = cases(12)  # faults in each test below
 GONE = object()  # the key is taken away
 VALUES: list[Any] = [
     *(True, False, 0, -1, 1, 2, 3, 0.5, -0.5, 1e308, float("inf"), float("nan"), 2**31 - 1, 2**32, 2**63, 10**9),
