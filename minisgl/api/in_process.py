@@ -35,9 +35,8 @@ class InProcessSystem:
         start("checker", lambda ctx: spawn.make_checker(ctx, config))
         start("scheduler", lambda ctx: spawn.make_scheduler(ctx, config, arenas))
         start("worker0", lambda ctx: make_worker(ctx, config, arenas, 0, ""))
-        for name in self.actors.actors:
-            if name != "api":
-                self.actors.post(name, "api", Hello(name, os.getpid()))
+        for name in [name for name in self.actors.actors if name != "api"]:
+            self.actors.post(name, "api", Hello(name, os.getpid()))
 
     def pump(self, seconds: float) -> bool:
         """Handle one event; nothing is ever waited for.  False: nothing can happen until a request comes."""
