@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +30,26 @@ from minisgl.plan import StepPlan, StepResult
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 VOCAB, EOS = 23, 0
+MORE = int(os.environ.get("MINISGL_FUZZ", "12"))  # 120: ten times as many random cases, to look for new kinds of faults
+LONG = (  # files that take longest come first: with several processes the one that ends last decides
+    *("test_kernels.py", "test_cuda_steps.py", "test_end_to_end.py", "test_selfcheck.py", "test_reading_answers.py"),
+    *("test_hf_directories.py", "test_architectures.py", "test_step_machine.py", "test_penalties.py", "test_harm.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers whatever ran before it in its process."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+def cases(n: int) -> int:
+    """How many random cases a test tries, of which `n` are usual."""
+    return max(1, n * MORE // 12)
 
 
 def fake_spec(max_context: int = 64, vocab: int = VOCAB) -> ModelSpec:

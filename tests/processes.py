@@ -29,7 +29,7 @@ def minisgl_command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", f"{code}from minisgl.__main__ import main; sys.exit(main(sys.argv[1:]))", *arguments]
 
 
-def eventually(what: Callable[[], Any], seconds: float = 10.0) -> Any:
+def eventually(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Poll until `what()` is true; the deadline only bounds a failing test."""
     end = time.monotonic() + seconds
     while not (value := what()):

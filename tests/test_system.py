@@ -207,7 +207,7 @@ def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.
     assert Path(f"/proc/{server.proc.pid}/cmdline").read_bytes().startswith(b"minisgl::api")
     assert len(list(tmp_path.iterdir())) == 1
     os.killpg(server.proc.pid, number)  # the terminal signals the whole group
-    assert server.proc.wait(timeout=30) == 0
+    assert server.proc.wait(timeout=60) == 0
     eventually(lambda: not any(map(alive, children.values())))
     assert list(tmp_path.iterdir()) == []
 
@@ -236,7 +236,7 @@ def test_people_can_talk_to_the_fake_engine_and_stop_it(tmp_path: Path) -> None:
     plain = client.completions.create(model="fake", prompt=[1, 2, 3], max_tokens=9)
     assert plain.choices[0].text == load_tokenizer(resolve("fake")).decode(expected([1, 2, 3], 9), skip_special=True)
     os.killpg(server.proc.pid, signal.SIGINT)
-    assert server.proc.wait(timeout=30) == 0
+    assert server.proc.wait(timeout=60) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +279,7 @@ def test_a_killed_server_leaves_no_process_and_no_socket(tmp_path: Path) -> None
 def test_a_dead_worker_ends_the_server_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     os.kill(server.children()["minisgl::worker0"], signal.SIGKILL)
-    assert server.proc.wait(timeout=30) == 70
+    assert server.proc.wait(timeout=60) == 70
     assert server.proc.stderr is not None
     assert "the process worker0 was killed by signal 9" in server.proc.stderr.read()
     assert list(tmp_path.iterdir()) == []
@@ -312,4 +312,4 @@ def test_a_busy_port_and_a_missing_model_are_one_sentence_before_anything_is_loa
         assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.2  # seconds; with torch 1.5
     bad.unlink()
     server.proc.terminate()
-    assert server.proc.wait(timeout=30) == 0
+    assert server.proc.wait(timeout=60) == 0

@@ -35,7 +35,7 @@ class InProcessSystem:
         start("checker", lambda ctx: spawn.make_checker(ctx, config))
         start("scheduler", lambda ctx: spawn.make_scheduler(ctx, config, arenas))
         start("worker0", lambda ctx: make_worker(ctx, config, arenas, 0, ""))
-        for name in set(self.actors.actors) - {"api"}:
+        for name in [name for name in self.actors.actors if name != "api"]:
             self.actors.post(name, "api", Hello(name, os.getpid()))
 
     def pump(self, seconds: float) -> bool:

@@ -9,6 +9,7 @@ import typing
 import msgpack
 import numpy as np
 import pytest
+from conftest import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def _messages() -> st.SearchStrategy:
     return st.one_of(builds)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(150), deadline=None)
 @given(_messages())
 def test_every_message_survives_the_wire(msg: object) -> None:
     back = wire.decode(wire.encode(msg))
@@ -81,7 +82,7 @@ def test_every_message_survives_the_wire(msg: object) -> None:
             assert a == b
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=cases(500), deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_bad_message_and_nothing_else(raw: bytes) -> None:
     for data in (raw, bytes([wire.PROTOCOL]) + raw):
@@ -89,7 +90,7 @@ def test_random_bytes_are_a_bad_message_and_nothing_else(raw: bytes) -> None:
             wire.decode(data)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=cases(500), deadline=None)
 @given(_messages(), st.data())
 def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.DataObject) -> None:
     raw = bytearray(wire.encode(msg))

@@ -55,7 +55,7 @@ def test_nobody_and_nothing_outlives_a_root_that_is_killed(tmp_path: Path, how: 
             os.kill(root.pid, signal.SIGKILL)
         elif how == "with its group":
             os.killpg(root.pid, signal.SIGKILL)
-        root.communicate(timeout=30)  # its output ends when root and children have ended, who have it from the root
+        root.communicate(timeout=60)  # its output ends when root and children have ended, who have it from the root
         assert root.returncode == -signal.SIGKILL
         eventually(lambda: not any(map(alive, pids)))
         eventually(lambda: list(tmp_path.iterdir()) == [])

@@ -41,7 +41,7 @@ def test_an_actor_says_hello_answers_and_leaves_when_asked(root: Root) -> None:
     assert root.wait_for(Tokenized).uid == 5
     root.ctx.send("echo", Stop("done"))
     assert root.wait_for(Stopped).name == "echo"
-    assert root.supervisor.join(5, root.pump)
+    assert root.supervisor.join(60, root.pump)
     assert not alive(pid)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, Loop, World, fake_config, random_traffic
+from conftest import EOS, VOCAB, Loop, World, cases, fake_config, random_traffic
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -86,7 +86,7 @@ class MachineAgainstReference(RuleBasedStateMachine):
             self.loop.check_answers()
 
 
-MachineAgainstReference.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+MachineAgainstReference.TestCase.settings = settings(max_examples=cases(60), stateful_step_count=30, deadline=None)
 TestMachineAgainstReference = MachineAgainstReference.TestCase
 
 
@@ -124,9 +124,9 @@ def stress(seed: int, **limits: Any) -> Loop:
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4])
-@pytest.mark.parametrize("block", range(5))
-def test_the_machine_answers_like_the_reference_under_seeded_stress(lag: int, block: int) -> None:
-    for seed in range(block * 80, block * 80 + 80):
+def test_the_machine_answers_like_the_reference_under_seeded_stress(lag: int) -> None:
+    """The mutants below are found within 24 seeds."""
+    for seed in range(cases(120)):
         stress(1000 * lag + seed, max_steps_in_flight=lag)
 
 
@@ -143,7 +143,7 @@ def test_the_stress_reaches_what_it_is_meant_to_reach() -> None:
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4])
 def test_the_whole_system_answers_like_the_reference_with_options_mixed_in(lag: int) -> None:
-    for seed in range(60):
+    for seed in range(cases(30)):
         rng = random.Random(seed)
         w = World(seed, fake_config(lag=lag, kv_tokens=rng.choice((72, 96, 160)), tp=1))
         want: dict[int, list[int]] = {}

@@ -65,7 +65,7 @@ async def say(http: Server, *pieces: bytes) -> tuple[int, dict[str, str], bytes]
 def test_what_is_not_http_gets_an_error_body_that_quotes_nothing(
     pieces: list[bytes], status: int, code: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minisgl.api.http.body._BODY_SECONDS", 0.05)
+    monkeypatch.setattr("minisgl.api.http.body._BODY_SECONDS", 0.3)
 
     async def scene(engine: ScriptedEngine, http: Server) -> None:
         got, headers, body = await say(http, *pieces)

@@ -48,7 +48,7 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[tuple[str, str]]:
         yield re.findall(r"http://\S+(?=/v1)", lines[-1])[0], "".join(lines)
     finally:
         server.terminate()
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=60) == 0
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -111,7 +112,7 @@ class CacheAgainstModel(RuleBasedStateMachine):
         assert not set(self.pool.snapshot().tolist()) & set(pages.tolist())
 
 
-CacheAgainstModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+CacheAgainstModel.TestCase.settings = settings(max_examples=cases(75), stateful_step_count=40, deadline=None)
 TestCacheAgainstModel = CacheAgainstModel.TestCase
 
 

@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for piece in server.pieces:
             if piece == "WAIT":
-                if select.select([self.connection], [], [], 20)[0] and not self.connection.recv(1):
+                if select.select([self.connection], [], [], 60)[0] and not self.connection.recv(1):
                     server.left.set()
                 return
             if piece == "ERROR":
@@ -388,7 +388,7 @@ class Screen:
 
         A ^C between the display of the prompt and readline's select is seen by Python with the next key only.
         """
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while needle.encode() not in self.seen:
             if not select.select([self.fd], [], [], 0.2 if keys else max(0.0, end - time.monotonic()))[0]:
                 assert time.monotonic() < end, f"{needle!r} did not appear after {self.seen!r}"
@@ -408,7 +408,7 @@ class Screen:
         self.process.wait()
 
     def close(self) -> int:
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         os.close(self.fd)
         return code
 
@@ -433,7 +433,7 @@ def test_a_terminal_session_with_interrupts(server: FakeServer, tmp_path: Path) 
         screen.expect("partial")
         screen.type("\x03")
         screen.expect("[stopped")
-        assert server.left.wait(20), "the connection stayed open: the server would go on generating"
+        assert server.left.wait(60), "the connection stayed open: the server would go on generating"
         server.pieces = ["Hel", "lo"]
         screen.expect("> ")
         screen.type("go on\n")

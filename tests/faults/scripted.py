@@ -185,4 +185,4 @@ def serve(*flags: str) -> Iterator[Server]:
         yield Server(line.split()[4].removesuffix("/v1"), process, said)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)

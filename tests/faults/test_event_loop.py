@@ -370,7 +370,6 @@ def test_an_answer_of_the_reader_is_data_and_nothing_else() -> None:
 
 def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "ROOM", 100)
-    monkeypatch.setattr(reader, "WAIT_SECONDS", 0.05)
 
     async def main() -> None:
         r = Reader()
@@ -385,8 +384,10 @@ def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
 
         await asyncio.gather(*(hold(s) for s in (40, 60, 30, 100, 5, 70)), hold(500))
         async with r.room(100):
+            monkeypatch.setattr(reader, "WAIT_SECONDS", 0.05)
             with pytest.raises(RequestError) as e:
                 await hold(1)
+        monkeypatch.setattr(reader, "WAIT_SECONDS", 30.0)
         assert (e.value.status, e.value.code) == (503, "server_overloaded")
         await hold(100)
 

@@ -438,11 +438,11 @@ def test_nothing_is_left_when_the_root_is_killed_in_the_middle_of_it(server: Ser
     large = {"prompt": "x", "user": [[]] * 800_000}
     for body in (slow, large, slow, large):
         threading.Thread(target=_try, args=(server, body), daemon=True).start()
-    eventually(lambda: "reader" in actors(server.process.pid), 60)
+    eventually(lambda: "reader" in actors(server.process.pid))
     family = descendants(server.process.pid)
     assert len(family) >= 8
     os.kill(server.process.pid, signal.SIGKILL)
-    eventually(lambda: not [pid for pid in family if alive(pid)], 30)
+    eventually(lambda: not [pid for pid in family if alive(pid)])
 
 
 def _try(server: Server, body: Any) -> None:

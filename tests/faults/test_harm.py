@@ -168,10 +168,10 @@ def test_tokens_before_a_bad_one_in_the_same_chunk_stay_clean(tmp_path: Path, na
 
 # ---------------- through the engine
 def engine(path: Path, **settings: Any) -> LLM:
+    """All actors in this process, unless the settings say otherwise."""
     save_byte_tokenizer(path)
-    return LLM(
-        str(path), **{"threads": 1, "quantization": "none", "kv_tokens": 512, "max_context": 128, "page_size": 4, **settings}
-    )
+    defaults = {"processes": False, "threads": 1, "quantization": "none", "kv_tokens": 512, "max_context": 128, "page_size": 4}
+    return LLM(str(path), **{**defaults, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_keys_and_values_beyond_half_precision_are_served_or_refused_by_name(
     edit(tmp_path, change)
     save_byte_tokenizer(tmp_path)
     try:
-        with LLM(str(tmp_path), threads=1, quantization=kind, kv_tokens=512) as llm:
+        with LLM(str(tmp_path), processes=False, threads=1, quantization=kind, kv_tokens=512) as llm:
             [out] = llm.generate(
                 [OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True), errors="return"
             )
@@ -331,8 +331,9 @@ def test_weights_that_are_no_numbers_are_refused_at_load(tmp_path: Path, name: s
 
     edit(tmp_path, change)
     save_byte_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=name.replace(".", r"\.")), LLM(str(tmp_path), quantization=kind, kv_tokens=512):
-        pass
+    for processes in (False, True)[: 1 + (name == "mlp.down_proj" and value == math.inf and kind == "q4")]:
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            LLM(str(tmp_path), processes=processes, threads=1, quantization=kind, kv_tokens=512)
 
 
 @needs_compiler
@@ -346,7 +347,7 @@ def test_small_and_large_groups_keep_their_precision(tmp_path: Path, power: int,
 
     def named(path: Path) -> list[float] | None:
         try:
-            with LLM(str(path), threads=1, quantization=kind, kv_tokens=512) as llm:
+            with LLM(str(path), processes=False, threads=1, quantization=kind, kv_tokens=512) as llm:
                 [out] = llm.generate([OTHERS[3]], SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True))
         except UserError as e:
             assert "up_proj" in str(e) or "down_proj" in str(e)  # noqa: PT017

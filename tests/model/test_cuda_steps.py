@@ -166,8 +166,7 @@ def random_plans(seed: int, steps: int) -> list[StepPlan]:
     return plans
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "graphs"), [(0, True), (1, True), (1, False)])
 def test_random_plans_give_the_tokens_of_the_cpu_worker(tmp_path: Path, seed: int, graphs: bool) -> None:
     save = save_qwen3 if seed else save_llama
     save(tmp_path, **SMALL)
@@ -203,7 +202,7 @@ def test_what_architectures_differ_in_gives_the_logits_of_the_cpu_worker(
 
 
 def test_a_batch_that_stays_the_same_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, layers=1, **SMALL)
     worker, driver = Interpreted(tmp_path), Driver(PAGES, 4)
     for slot in range(3):
         driver.join(slot)
@@ -221,7 +220,7 @@ def test_a_batch_that_stays_the_same_is_not_sent_again(tmp_path: Path, monkeypat
 
 
 def test_preparing_graphs_touches_no_slot_and_no_page_of_others(tmp_path: Path) -> None:
-    save_llama(tmp_path, **SMALL)
+    save_llama(tmp_path, layers=1, **SMALL)
     a, b, plans = Interpreted(tmp_path), cpu_runner(tmp_path), random_plans(3, 6)
     prepared = 0
     for plan in plans:
@@ -267,7 +266,7 @@ def test_longer_steps_are_graphs_where_launches_take_longer_than_kernels() -> No
 
 @pytest.mark.parametrize("group_heads", [(6, 3), (4, 1)])
 def test_the_torch_backend_agrees_with_the_kernels(tmp_path: Path, group_heads: tuple[int, int]) -> None:
-    save_llama(tmp_path, heads=group_heads[0], kv_heads=group_heads[1])
+    save_llama(tmp_path, layers=1, heads=group_heads[0], kv_heads=group_heads[1])
     ours, reference = Interpreted(tmp_path, graphs=False), Interpreted(tmp_path, graphs=False, backend=TorchReference)
     for plan in random_plans(5, 4):
         assert ours.run(plan) == reference.run(plan)
@@ -276,7 +275,7 @@ def test_the_torch_backend_agrees_with_the_kernels(tmp_path: Path, group_heads: 
 
 
 def test_over_a_float8_cache_the_kernels_agree_with_the_torch_backend(tmp_path: Path) -> None:
-    save_llama(tmp_path, **SMALL)
+    save_llama(tmp_path, layers=1, **SMALL)
     ours = Interpreted(tmp_path, graphs=False, fp8=True)
     reference = Interpreted(tmp_path, graphs=False, fp8=True, backend=TorchReference)
     exact = Interpreted(tmp_path, graphs=False)
@@ -289,7 +288,7 @@ def test_over_a_float8_cache_the_kernels_agree_with_the_torch_backend(tmp_path: 
 
 
 def test_the_largest_step_runs_before_anything_else_and_leaves_no_trace(tmp_path: Path) -> None:
-    save_llama(tmp_path, **SMALL)
+    save_llama(tmp_path, layers=1, **SMALL)
     used, fresh = Interpreted(tmp_path, step_tokens=20), cpu_runner(tmp_path)
     with torch.inference_mode():
         used.steps.run_largest()
@@ -341,7 +340,7 @@ def test_a_row_with_a_long_context_keeps_a_short_step_out_of_the_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps_module, "SHORT_CONTEXT", 20)
-    save_llama(tmp_path)
+    save_llama(tmp_path, layers=1, **SMALL)
     worker, theirs, driver = Interpreted(tmp_path), cpu_runner(tmp_path), Driver(PAGES, 4)
     driver.join(0)
     for n, graphs in ((18, 1), (5, 1), (2, 1)):

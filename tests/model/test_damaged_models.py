@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import cases
 from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 from tiny_models import save_byte_tokenizer, save_llama
@@ -36,7 +36,7 @@ from minisgl.model.text.chat_format import styles_of
 from minisgl.model.text.tokenizer import load_tokenizer
 
 MOST = 512 << 20  # address space, of which allocators reserve more than they use
-ROUNDS = int(os.environ.get("MINISGL_FUZZ", "12"))  # faults in each test below; more to look for new kinds
+ROUNDS = cases(12)  # faults in each test below
 GONE = object()  # the key is taken away
 VALUES: list[Any] = [
     *(True, False, 0, -1, 1, 2, 3, 0.5, -0.5, 1e308, float("inf"), float("nan"), 2**31 - 1, 2**32, 2**63, 10**9),
@@ -250,7 +250,7 @@ def directory(tmp_path_factory: Any) -> Path:
     weights = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     parts = {name: f"part{i % 2}.safetensors" for i, name in enumerate(sorted(weights))}
-    for part in set(parts.values()):
+    for part in sorted(set(parts.values())):
         save_file({name: weights[name] for name in parts if parts[name] == part}, path / part)
     for name, content in {
         "model.safetensors.index.json": {"metadata": {}, "weight_map": parts},
@@ -297,7 +297,7 @@ KEYS = (
 def test_a_directory_with_a_wrong_value_works_or_is_refused(seed: int, directory: Path, copy: Path, capfd: Any) -> None:
     rng = random.Random(seed)
     assert attempt(copy, "whole", capfd) == ""
-    files = [f.name for f in directory.glob("*.json")] + ["config.json"] * 5
+    files = sorted(f.name for f in directory.glob("*.json")) + ["config.json"] * 5
     for _ in range(ROUNDS):
         name, new = rng.choice(files), rng.choice(JSON_VALUES)
         tree = json.loads((directory / name).read_text())
@@ -327,7 +327,7 @@ def test_wrong_numbers_of_rope_scaling_are_refused_or_finite(kind: str, copy: Pa
 def test_a_directory_with_wrong_bytes_works_or_is_refused(seed: int, directory: Path, copy: Path, capfd: Any) -> None:
     rng = random.Random(seed)
     for _ in range(ROUNDS):
-        name = rng.choice([f.name for f in directory.iterdir()])
+        name = rng.choice(sorted(f.name for f in directory.iterdir()))
         raw = bytearray((directory / name).read_bytes())
         raw = raw[: rng.randrange(len(raw))] if rng.random() < 0.3 else raw
         for _ in range(rng.randint(0, 3) if raw else 0):

@@ -117,11 +117,11 @@ def test_attention_reads_no_token_but_the_rows_own(task: str) -> None:
 
 
 SHAPES = [(2, 2, 64), (4, 2, 64), (5, 1, 128), (7, 1, 80), (10, 2, 96), (16, 1, 128), (4, 1, 256)]
+PAGED = [(*shape, 16) for shape in SHAPES] + [(4, 2, 64, 1), (4, 2, 64, 64), (7, 1, 80, 1), (7, 1, 80, 64)]
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page_size"), PAGED)
 def test_decode_attention_over_scattered_pages_is_softmax_attention(
     heads: int, kv_heads: int, dim: int, page_size: int, splits: int
 ) -> None:
@@ -184,8 +184,7 @@ def test_prefill_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict
         assert error(got[own], attend(q[own], *c.row(i), **limits)) < TOLERANCE
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page_size"), PAGED)
 def test_prefill_attention_sees_the_cached_prefix_and_nothing_later(
     heads: int, kv_heads: int, dim: int, page_size: int
 ) -> None:
@@ -639,7 +638,7 @@ def test_the_same_seed_draws_the_token_that_the_sampler_of_the_cpu_draws(vocab: 
 
 def test_drawn_tokens_are_distributed_as_softmax() -> None:
     torch.manual_seed(5)
-    n = 1000 if DEVICE.type == "cpu" else 100_000
+    n = 400 if DEVICE.type == "cpu" else 100_000
     logits = torch.randn(8, device=DEVICE)
     drawn = draw(logits.expand(n, -1).contiguous(), [{"temperature": 0.7, "seed": i} for i in range(n)])
     counts, wanted = torch.bincount(torch.tensor(drawn), minlength=8), n * torch.softmax(logits.cpu() / 0.7, 0)

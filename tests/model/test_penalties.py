@@ -185,7 +185,7 @@ def test_the_gpu_worker_draws_and_scores_what_the_cpu_worker_does(
 ) -> None:
     monkeypatch.setattr(steps_module, "SHORT_STEPS", (8, 32))
     monkeypatch.setattr(steps_module, "FEW_ROWS", 4)
-    save_llama(tmp_path)
+    save_llama(tmp_path, layers=1, **gpu.SMALL)
     traffic, ours, theirs = Traffic(7 + graphs, draws=True), gpu.Interpreted(tmp_path, graphs=graphs), gpu.cpu_runner(tmp_path)
     kinds: Counter[object] = Counter()
     for _ in range(8 if graphs else 4):
@@ -321,7 +321,7 @@ def test_half_precision_logits_are_adjusted_in_single_precision() -> None:
 
 
 def test_a_step_without_special_rows_is_the_plain_graph_whoever_else_runs(tmp_path: Path) -> None:
-    save_llama(tmp_path)
+    save_llama(tmp_path, layers=1, **gpu.SMALL)
     worker, driver = gpu.Interpreted(tmp_path), Driver(gpu.PAGES, 4)
     driver.join(0, presence=1.0)
     driver.join(1)

@@ -66,7 +66,7 @@ def test_random_weights_are_served_like_a_checkpoint_and_repeatably(name):
     answers = []
     for tp in (1, 2):
         # In few bits two ranks differ by the rounding of activations, which decides between tokens of random weights.
-        with LLM(spec, tp=tp, quantization="none", kv_tokens=512, max_context=128) as engine:
+        with LLM(spec, tp=tp, processes=tp > 1, quantization="none", kv_tokens=512, max_context=128) as engine:
             answers.append([a.token_ids for a in engine.generate([[1, 2, 3], [299] * 40], params)])
     assert [len(a) for a in answers[0]] == [20, 20]
     assert answers[0] == answers[1]
