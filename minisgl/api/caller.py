@@ -13,7 +13,7 @@ import secrets
 from dataclasses import replace
 
 from minisgl.api.engine import Engine, OnChunk, Prompt, WrappedEngine
-from minisgl.api.journal import Account
+from minisgl.api.request_log import Account
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 

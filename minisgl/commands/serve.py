@@ -142,7 +142,7 @@ class _Server:
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
-        from minisgl.api.journal import Journal
+        from minisgl.api.request_log import RequestLog
         from minisgl.api.system import System
 
         setproctitle.setproctitle("minisgl::api")
@@ -160,17 +160,17 @@ class _Server:
         self.system = System(self.config, self.make_worker)
         try:
             engine = Metered(self.system.gateway)
-            journal = Journal(kept.log_requests)
-            load = LoadLines(engine, journal, loop.call_later)
-            batch = BatchServer(self.system.ctx, self.system.run_dir, engine, journal)
-            app = build_app(engine, batch.address, store, journal)
+            request_log = RequestLog(kept.log_requests)
+            load = LoadLines(engine, request_log, loop.call_later)
+            batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
+            app = build_app(engine, batch.address, store, request_log)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
             server = runner.server
             if server is None:
                 raise RuntimeError("the runner has been set up")
             listener = await loop.create_server(
-                lambda: Connection(server, HEADER_SECONDS, journal), sock=self.sock, backlog=1024
+                lambda: Connection(server, HEADER_SECONDS, request_log), sock=self.sock, backlog=1024
             )
             self.pump()
             await self.done.wait()

@@ -22,7 +22,7 @@ from minisgl.api.caller import Callers
 from minisgl.api.engine import Chunk, TextPrompt
 from minisgl.api.http.load import SECONDS, LoadLines
 from minisgl.api.http.metrics import Metered
-from minisgl.api.journal import Journal
+from minisgl.api.request_log import RequestLog
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish, SamplingParams
 
@@ -102,12 +102,12 @@ class Loaded:
         self.engine.stats = dict.fromkeys(
             ("running_requests", "prefill_tokens", "prompt_tokens", "cached_tokens", "retractions", "warmups"), 0
         ) | {"total_pages": 100, "free_pages": 100, "cached_pages": 0}
-        self.metered, self.journal = Metered(self.engine), Journal(now=self.clock)
-        self.lines = LoadLines(self.metered, self.journal, self.clock.later)
+        self.metered, self.request_log = Metered(self.engine), RequestLog(now=self.clock)
+        self.lines = LoadLines(self.metered, self.request_log, self.clock.later)
 
     def begin(self) -> Any:
         """A request that is open until the returned function is called."""
-        context = self.journal.request("POST /v1/x", "http", "id")
+        context = self.request_log.request("POST /v1/x", "http", "id")
         account = context.__enter__()
         uid = len(self.engine.live)
         self.engine.live[uid] = lambda _: None
@@ -235,12 +235,12 @@ def test_many_kinds_of_refusals_are_still_one_line(heard: Heard) -> None:
 def test_without_the_flag_a_token_costs_nothing_more() -> None:
     def on_chunk(_: Any) -> None: ...
 
-    with Journal().request("r", "http", "id") as account:
+    with RequestLog().request("r", "http", "id") as account:
         assert account.watch(TextPrompt("x"), on_chunk) is on_chunk
 
 
 def test_choices_of_a_prompt_count_its_tokens_once(heard: Heard) -> None:
-    with Journal(each=True).request("POST /r", "http", "id") as account:
+    with RequestLog(each=True).request("POST /r", "http", "id") as account:
         one, other = TextPrompt("same"), TextPrompt("same")
         for prompt in (one, one, other):
             watch = account.watch(prompt, lambda _: None)
@@ -355,13 +355,13 @@ def test_a_stream_whose_client_leaves_is_an_abort_and_one_that_fails_an_error(he
 
 
 def test_a_stream_that_fails_is_counted_by_the_status_it_could_not_have(heard: Heard) -> None:
-    seen: list[Journal] = []
+    seen: list[RequestLog] = []
 
     async def main() -> None:
         engine = ScriptedEngine()
         engine.error, engine.after = DIED, 1
         http = Server(engine)
-        seen.append(http.journal)
+        seen.append(http.request_log)
         await http.start()
         try:
             await ask(http, COMPLETION, {"prompt": "x", "stream": True})
@@ -398,7 +398,7 @@ def test_lines_of_batches_name_their_kind(heard: Heard, tmp_path: Path) -> None:
 def test_callers_hand_the_account_to_whoever_opens_requests() -> None:
     async def main() -> None:
         engine, got = ScriptedEngine(), []
-        with Journal(each=True).request("r", "socket", "id") as account:
+        with RequestLog(each=True).request("r", "socket", "id") as account:
             Callers(engine).call("me", account=account).open(TextPrompt("x"), SamplingParams(), got.append)
             while engine.live:  # noqa: ASYNC110
                 await asyncio.sleep(0)

@@ -27,8 +27,8 @@ from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLo
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
-from minisgl.api.journal import Journal
 from minisgl.api.rendering import json_pieces
+from minisgl.api.request_log import RequestLog
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import InvalidParam, RequestError
@@ -164,15 +164,15 @@ class Server:
 
     def __init__(self, engine: ScriptedEngine, header_seconds: float = 30.0, store: Store | None = None) -> None:
         self._seconds = header_seconds
-        self.journal = Journal(engine.config.server.log_requests)
-        app = build_app(engine, batch_socket="ipc://somewhere", store=store, journal=self.journal)
+        self.request_log = RequestLog(engine.config.server.log_requests)
+        app = build_app(engine, batch_socket="ipc://somewhere", store=store, request_log=self.request_log)
         self._runner = web.AppRunner(app, **RUN_KWARGS)
         self.port = 0
 
     async def start(self) -> None:
         await self._runner.setup()
         assert self._runner.server is not None
-        make = functools.partial(Connection, self._runner.server, self._seconds, self.journal)
+        make = functools.partial(Connection, self._runner.server, self._seconds, self.request_log)
         self._listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
         self.port = self._listener.sockets[0].getsockname()[1]
 

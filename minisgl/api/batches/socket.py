@@ -21,9 +21,9 @@ from minisgl.actors.wire import BadMessage, decode, encode
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import BATCHED, ENDPOINTS, compact
 from minisgl.api.engine import Engine
-from minisgl.api.journal import Account, Journal
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import json_pieces
+from minisgl.api.request_log import Account, RequestLog
 from minisgl.api.requests.fields import parse_json
 from minisgl.config import Config
 from minisgl.errors import RequestError, internal_error
@@ -44,9 +44,9 @@ class _Client:
 class BatchServer:
     """Binds the socket on construction; must be made and closed inside the running event loop."""
 
-    def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine, journal: Journal | None = None) -> None:
+    def __init__(self, ctx: ZmqContext, run_dir: str, engine: Engine, request_log: RequestLog | None = None) -> None:
         self.address = address(run_dir, "batch")
-        self._engine, self._callers, self._journal = engine, Callers(engine), journal or Journal()
+        self._engine, self._callers, self._request_log = engine, Callers(engine), request_log or RequestLog()
         self._reader = Reader()
         self._clients: dict[bytes, _Client] = {}
         self._sock: zmq.Socket[bytes] = ctx.socket(zmq.ROUTER)
@@ -98,7 +98,7 @@ class BatchServer:
 
     async def _serve(self, identity: bytes, m: BatchSubmit) -> None:
         route, request_id = m.url if m.url in BATCHED else "unknown", f"batch-{uuid.uuid4().hex}"
-        with self._journal.request(f"POST {route}", "socket", request_id) as account:
+        with self._request_log.request(f"POST {route}", "socket", request_id) as account:
             account.status, body = await self._answer(identity, m, account)
         self._send(identity, BatchResult(m.custom_id, account.status, request_id, b"".join(json_pieces(body))))
         # The descriptor signals edges, and sending may have consumed one: check for messages that arrived meanwhile.

@@ -20,8 +20,8 @@ from minisgl.api.batches.store import FULL, Log, Store, new_file_id
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
-from minisgl.api.journal import Account, Journal
 from minisgl.api.reader import SMALL, Reader
+from minisgl.api.request_log import Account, RequestLog
 from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -37,9 +37,9 @@ class Batches:
     """All batches of a data directory.  Call `start` once the event loop runs; `close` leaves unfinished batches for the next
     start."""
 
-    def __init__(self, store: Store, engine: Engine, journal: Journal | None = None) -> None:
+    def __init__(self, store: Store, engine: Engine, request_log: RequestLog | None = None) -> None:
         self.store, self._engine, self._callers = store, engine, Callers(engine)
-        self._journal = journal or Journal()
+        self._request_log = request_log or RequestLog()
         self._live = {b["id"]: b for b in reversed(store.all("batches")) if b["status"] in _RUNNING}  # oldest first
         self._reader = Reader()
         self._news = asyncio.Event()
@@ -180,7 +180,7 @@ class Batches:
         async def work() -> None:
             for custom_id, place in queue:  # which all workers share
                 request_id = f"batch-{uuid.uuid4().hex}"
-                with self._journal.request(f"POST {batch['endpoint']}", "batch", request_id) as account:
+                with self._request_log.request(f"POST {batch['endpoint']}", "batch", request_id) as account:
                     account.status, answer = await self._ask(batch, source, place, account)
                 status = account.status
                 response = {"status_code": status, "request_id": request_id, "body": answer}

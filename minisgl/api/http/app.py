@@ -30,8 +30,8 @@ from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
-from minisgl.api.journal import Journal
 from minisgl.api.reader import Reader
+from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
 from minisgl.errors import model_loading
@@ -44,17 +44,17 @@ BATCHES = web.AppKey("batches", Batches)  # only with a store
 
 
 def build_app(
-    engine: Engine, batch_socket: str | None = None, store: Store | None = None, journal: Journal | None = None
+    engine: Engine, batch_socket: str | None = None, store: Store | None = None, request_log: RequestLog | None = None
 ) -> web.Application:
     """The application; run it with `web.AppRunner(app, **RUN_KWARGS)`.
 
     `batch_socket`: address reported to batch clients.  `store`: where files and batches are kept; closed with the application.
-    `journal`: told of every request.
+    `request_log`: told of every request.
     """
     metered = engine if isinstance(engine, Metered) else Metered(engine)
-    server, journal = engine.config.server, journal or Journal(engine.config.server.log_requests)
+    server, request_log = engine.config.server, request_log or RequestLog(engine.config.server.log_requests)
     guards = [authenticate(server.api_keys)] if server.api_keys else []
-    middlewares = [_count(metered, journal), errors, preflights(server.allow_origins), *guards]
+    middlewares = [_count(metered, request_log), errors, preflights(server.allow_origins), *guards]
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
     app[TURN], app[KEEP_ALIVE] = Turn(), KeepAlive()
@@ -62,7 +62,7 @@ def build_app(
     if server.allow_origins:
         app.on_response_prepare.append(sharing(server.allow_origins))
     if store is not None:
-        app[BATCHES] = Batches(store, metered, journal)
+        app[BATCHES] = Batches(store, metered, request_log)
         app.cleanup_ctx.append(_run_batches)
     routes = _Routes(metered, batch_socket)
     routes.add_to(app.router)
@@ -78,18 +78,18 @@ async def _run_batches(app: web.Application) -> AsyncIterator[None]:
     app[BATCHES].store.close()
 
 
-def _count(engine: Metered, journal: Journal) -> Middleware:
+def _count(engine: Metered, request_log: RequestLog) -> Middleware:
     """Middleware that counts answers by route and status, with 499 for clients that have left, and keeps their accounts.
 
-    Probes and scrapes have no account in the journal: they come again and again, whether or not there is load.
+    Probes and scrapes have no account in the request_log: they come again and again, whether or not there is load.
     """
-    unnoticed = Journal()
+    unnoticed = RequestLog()
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         route, method = (resource.canonical, request.method) if resource is not None else ("unknown", "unknown")
-        kept = unnoticed if route in OPEN else journal
+        kept = unnoticed if route in OPEN else request_log
         with kept.request(f"{method} {route}" if resource is not None else route, "http", request_id(request)) as account:
             request[ACCOUNT] = account
             try:

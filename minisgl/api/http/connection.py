@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 from aiohttp.web_protocol import _ErrInfo
 
-from minisgl.api.journal import Journal
+from minisgl.api.request_log import RequestLog
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
@@ -29,12 +29,12 @@ class Connection(web.RequestHandler):
     answers with OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
     """
 
-    __slots__ = ("_journal", "_seconds", "_tail", "_timer")
+    __slots__ = ("_request_log", "_seconds", "_tail", "_timer")
 
-    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS, journal: Journal | None = None) -> None:
+    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS, request_log: RequestLog | None = None) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
-        self._seconds, self._journal = seconds, journal or Journal()
+        self._seconds, self._request_log = seconds, request_log or RequestLog()
         self._tail = b""  # the last bytes of headers that are not complete
         self._timer: asyncio.TimerHandle | None = None
 
@@ -52,7 +52,7 @@ class Connection(web.RequestHandler):
         error = RequestError(text, status=408, code="request_timeout")
         body = json.dumps(error.body()).encode()
         if self.transport is not None and not self.transport.is_closing():
-            self._journal.refuse("unknown", uuid.uuid4().hex, error)
+            self._request_log.refuse("unknown", uuid.uuid4().hex, error)
             self.transport.write(
                 b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -88,7 +88,7 @@ class Connection(web.RequestHandler):
         else:
             error = _not_http(exc, message or "")
         name = uuid.uuid4().hex
-        self._journal.refuse("unknown", name, error)
+        self._request_log.refuse("unknown", name, error)
         response = web.json_response(error.body(), status=error.status, headers={"x-request-id": name})
         response.force_close()
         return response

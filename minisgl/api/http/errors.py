@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from minisgl.api.endpoints.anthropic_blocks import error_body
-from minisgl.api.journal import Account
+from minisgl.api.request_log import Account
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from minisgl.api.http.metrics import Metered
-from minisgl.api.journal import Journal
+from minisgl.api.request_log import RequestLog
 from minisgl.logs import LOAD, REFUSED, say
 
 SECONDS = 5.0  # between two lines
@@ -41,24 +41,24 @@ class _Counts(NamedTuple):
 class LoadLines:
     """The lines about load and refusals.  `later`: the event loop's call_later."""
 
-    def __init__(self, engine: Metered, journal: Journal, later: Later) -> None:
-        self._engine, self._journal, self._later = engine, journal, later
+    def __init__(self, engine: Metered, request_log: RequestLog, later: Later) -> None:
+        self._engine, self._request_log, self._later = engine, request_log, later
         self._timer: Timer | None = None
         self._began = self._since = 0.0  # of the load, and of what the next line is about
         self._last = _Counts(0, 0, 0, 0, 0, 0)
         self._told_busy = False  # by the latest line
-        journal.on_begin = self.wake
+        request_log.on_begin = self.wake
 
     def wake(self) -> None:
         """A request has come: begin to measure, unless that has begun."""
         if self._timer is None:
-            self._began = self._since = self._journal.now()
+            self._began = self._since = self._request_log.now()
             self._last = self._counts()
             self._timer = self._later(SECONDS, self._tick)
 
     def close(self) -> None:
         """Print what has not been printed.  Later requests print nothing."""
-        self._journal.on_begin = lambda: None
+        self._request_log.on_begin = lambda: None
         if self._timer is not None:
             self._timer.cancel()
             self._tell()
@@ -70,15 +70,15 @@ class LoadLines:
 
     def _tell(self) -> None:
         counts, busy = self._counts(), bool(self._engine.open_requests)
-        until = self._journal.now() if busy else max(self._journal.last_end, self._since)
+        until = self._request_log.now() if busy else max(self._request_log.last_end, self._since)
         done = _Counts(*(b - a for a, b in zip(self._last, counts, strict=True)))
         if busy or self._told_busy or any(done):
             self._tell_load(done, max(until - self._since, 1e-3), until - self._began, busy)
         self._told_busy = busy
-        if self._journal.refused:
-            _tell_refused(self._journal.refused)
-            self._journal.refused.clear()
-        self._since, self._last = self._journal.now(), counts
+        if self._request_log.refused:
+            _tell_refused(self._request_log.refused)
+            self._request_log.refused.clear()
+        self._since, self._last = self._request_log.now(), counts
 
     def _tell_load(self, done: _Counts, seconds: float, since_began: float, busy: bool) -> None:
         stats = defaultdict(int, self._engine.stats)

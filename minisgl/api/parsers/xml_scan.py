@@ -187,12 +187,12 @@ class XmlScan:
 # ---------------- values of a type
 def as_json(text: str, kinds: Kinds) -> str:
     """The JSON text of a value that is written as a text.  What fits none of its types becomes a string."""
-    told = text.strip()
+    rendered = text.strip()
     if tuple(kinds) != ("string",):
-        if fitting := _fits(told, kinds):
+        if fitting := _fits(rendered, kinds):
             return fitting
         if "string" not in kinds:
-            for other in _spelled(told, kinds):
+            for other in _spelled(rendered, kinds):
                 if fitting := _fits(other, kinds):
                     return fitting
     return json.dumps(text, ensure_ascii=False)

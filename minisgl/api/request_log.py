@@ -25,11 +25,11 @@ class Account:
     Choices of one prompt count its tokens once.  Times in seconds.
     """
 
-    def __init__(self, journal: Journal, route: str, kind: str, request_id: str) -> None:
+    def __init__(self, request_log: RequestLog, route: str, kind: str, request_id: str) -> None:
         self.route, self.kind, self.request_id = route, kind, request_id
         self.status = LEFT  # until there is an answer
-        self.began = journal.now()
-        self._journal = journal
+        self.began = request_log.now()
+        self._request_log = request_log
         self.try_again()
 
     def try_again(self) -> None:
@@ -42,7 +42,7 @@ class Account:
 
     def watch(self, prompt: Prompt, on_chunk: OnChunk) -> OnChunk:
         """`on_chunk`, with the chunks of an answer to `prompt` counted on their way where somebody wants to know."""
-        if not self._journal.each:
+        if not self._request_log.each:
             return on_chunk
         fresh, self._prompt = prompt is not self._prompt, prompt
 
@@ -53,7 +53,7 @@ class Account:
             else:
                 n = len(item.token_ids)
                 if not self.first and (n or item.finish):
-                    self.first = self._journal.now()
+                    self.first = self._request_log.now()
                 if fresh:
                     fresh = False
                     self.prompt_tokens += item.prompt_tokens
@@ -66,7 +66,7 @@ class Account:
         return count
 
 
-class Journal:
+class RequestLog:
     """The accounts of all requests.  `each`: a line for every one of them."""
 
     def __init__(self, each: bool = False, now: Callable[[], float] = time.monotonic) -> None:
