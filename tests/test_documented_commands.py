@@ -12,9 +12,12 @@ import contextlib
 import functools
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from test_server import ScriptedEngine
 from minisgl import LLM, SamplingParams
 from minisgl.__main__ import main
 from minisgl.api.http.app import build_app
+from minisgl.commands.parser import Parser
 from minisgl.config import EngineConfig, ServerConfig, settings_of
 from minisgl.model.common import registry
 from scripts.lib.live_server import live_server
@@ -41,7 +45,7 @@ TOUR = "tests/test_tour.py"
 NOT_RUN = {
     ("README.md", "scripts/launch.sh"): "installs packages and serves until ^C",
     ("README.md", "HTTP / SSE ---> api"): PICTURE,
-    ("README.md", "$ scripts/chat.sh --temperature 0"): TRANSCRIPT,
+    ("README.md", "$ scripts/chat.sh"): TRANSCRIPT,
     ("README.md", "$ head -1 in.jsonl"): TRANSCRIPT,
     ("README.md", "$ .venv/bin/python -m minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",
@@ -66,6 +70,7 @@ NOT_RUN = {
     ("docs/tour.md", "$ .venv/bin/python -m minisgl simulate synthetic:n=200"): TOUR,
 }
 RUN = {
+    ("README.md", "curl -s"),
     ("README.md", "from openai import OpenAI"),
     ("README.md", "from minisgl import LLM, SamplingParams"),
     ("README.md", "class City(pydantic.BaseModel):"),
@@ -75,7 +80,7 @@ RUN = {
 }
 
 FOREIGN: set[tuple[str, str]] = set()  # documents and flags of other programs
-NO_ROUTES = {"/reset", "/exit", "/system", "/proc"}  # commands of the chat; a folder
+NO_ROUTES = {"/reset", "/exit", "/system", "/help", "/tokens", "/proc", "/dev/shm"}  # commands of the chat; a folder
 
 
 # ---------------- what the documents show
@@ -118,7 +123,9 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
         )
 
 
-PROGRAM = re.compile(r"(?:\.venv/bin/)?python (?:-m minisgl|scripts/)|scripts/[\w/]+\.(?:sh|py)(?: |$)")
+PROGRAM = re.compile(
+    r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))|scripts/[\w/]+\.(?:sh|py)(?: |$)"
+)
 
 
 def lines_of(b: Block) -> Iterator[str]:
@@ -145,8 +152,8 @@ class Parsed(BaseException):
     """Ends a program where its work would begin."""
 
 
-KNOWN = argparse.ArgumentParser.parse_known_args
-NUMBERS = {"N": "2", "P": "0", "S": "1", "H": "127.0.0.1", "SECONDS": "1", "JSON": "{}"}
+KNOWN, PARSE = argparse.ArgumentParser.parse_known_args, Parser.parse_args
+NUMBERS = {"N": "2", "P": "8000", "S": "1", "H": "127.0.0.1", "SECONDS": "1", "JSON": "{}"}
 
 
 def arguments(command: str) -> list[str]:
@@ -165,10 +172,17 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         raise Parsed
 
-    def leniently(self: Any, args: Any = None, namespace: Any = None) -> NoReturn:
-        KNOWN(self, args, namespace)
+    def leniently(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        found = KNOWN(self, args, namespace)
+        if isinstance(self, Parser):  # a step of its `parse_args`
+            return found
         raise Parsed
 
+    def as_ever(self: Any, args: Any = None, namespace: Any = None) -> NoReturn:
+        PARSE(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", as_ever)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", strictly)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", leniently)
     words = words[1:] if words[0].endswith("python") else words
@@ -176,6 +190,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     ways: dict[str, Callable[[], Any]] = {
         "-m": lambda: main(words[2:]),
+        "minisgl": lambda: main(words[1:]),
+        ".venv/bin/minisgl": lambda: main(words[1:]),
         "scripts/launch.sh": lambda: main(words[1:]),
         "scripts/chat.sh": lambda: main(["chat", *words[1:]]),
     }
@@ -297,6 +313,13 @@ def test_the_sdk_answers_as_the_readme_says(url: str) -> None:
     names |= {"pydantic": pydantic, "answer": None}
     execute(forms, names)
     assert isinstance(names["answer"].choices[0].message.parsed, names["City"])
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+def test_curl_answers_as_the_readme_says(url: str) -> None:
+    command = block("README.md", "curl -s").text.replace("http://127.0.0.1:8000", url)
+    said = subprocess.run(["bash", "-c", command], check=True, capture_output=True).stdout
+    assert json.loads(said)["choices"][0]["message"]["content"].startswith("The capital of Germany is Berlin.")
 
 
 def test_offline_works_as_the_readme_says() -> None:

@@ -69,7 +69,7 @@ async def measure(url: str, more: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--url", help="a server that runs already, http://host:port")
     parser.add_argument("--body", type=json.loads, default={}, metavar="JSON", help="further fields of the requests")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)

@@ -17,6 +17,7 @@ def live_server(*flags: str) -> Iterator[str]:
         [sys.executable, "-m", "minisgl", "--port", "0", *flags], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
+        reader = None
         try:
             for line in process.stderr:
                 sys.stderr.write(line)
@@ -24,8 +25,11 @@ def live_server(*flags: str) -> Iterator[str]:
                     break
             else:
                 raise RuntimeError("the server ended before it was ready; see its message above")
-            threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
+            reader = threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True)
+            reader.start()
             yield line.split()[4].removesuffix("/v1")
         finally:
             process.terminate()
             process.wait(30)
+            if reader is not None:  # its pipe is closed next
+                reader.join(5)

@@ -164,6 +164,24 @@ def test_an_exception_in_the_root_ends_everything_but_the_end_of_its_fork_nothin
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_context_that_nobody_closes_holds_up_nobody_who_collects_garbage(tmp_path: Path) -> None:
+    """In a cycle: then nothing is left of a context's weak references to its sockets when it ends."""
+    code = f"""
+        import gc
+        from minisgl.actors.runtime.process import ZmqContext
+        ctx = ZmqContext({str(tmp_path)!r}, "api")
+        ctx.peer = ctx.socket(8)  # PUSH
+        ctx.myself = ctx
+        del ctx
+        gc.collect()
+        print("collected")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+    )
+    assert done.stdout == "collected\n", done.stderr
+
+
 def test_the_scheduler_never_imports_torch() -> None:
     code = (
         "import sys, minisgl.actors.spawn, minisgl.actors.scheduler.actor, minisgl.api.system, minisgl.api.gateway\n"

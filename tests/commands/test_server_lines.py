@@ -80,15 +80,17 @@ def test_lines_for_people(tmp_path: Path) -> None:
         assert running.post("/v1/completions", BODY | {"prompt": [1] * 9000}) == 400
     text = "".join(running.lines)
     assert "\x1b" not in text
-    start, *changes, ready = running.lines[:5]
+    start, *changes, sampling, ready = running.lines[:6]
     assert start.startswith("minisgl ")
     assert changes == [
         "minisgl: --max-context 100000: 8192 is served, the limit of fake\n",
         "minisgl: --kv-tokens 10001: 10016 is served, in whole pages of 16 tokens\n",
         "minisgl: --threads 500: has no effect, the fake engine has no model\n",
     ]
+    assert sampling == "sampling: temperature 1\n"
     assert ready.startswith("ready in")
-    load, refused, stopped = running.lines[5:]
+    page, load, refused, stopped = running.lines[6:]
+    assert page.startswith("chat and documentation in a browser: http://127.0.0.1:")
     assert re.match(r"\d\d:\d\d:\d\d load: 0 running, 0 waiting, \S+ tok/s in, \S+ tok/s out, .*idle after", load)
     assert refused[9:] == "refused 2: 1 x 400 invalid_type, 1 x 400 context_length_exceeded\n"
     assert stopped == "minisgl has stopped\n"

@@ -412,7 +412,7 @@ def streamed(dialect: str, pieces: list[Chunk], monkeypatch: pytest.MonkeyPatch)
         for i, piece in enumerate(pieces):
             stream._generation._on_chunk(0, piece)
             if i == 0:
-                out.append(await stream.first())
+                out.append((await stream.first())[0])
             while stream._pieces is not None or (i and stream._generation._chunks):
                 meter.turn += 1
                 woken = []
@@ -472,7 +472,7 @@ def test_what_a_slow_reader_has_let_wait_comes_turn_by_turn(dialect: str, monkey
         for _ in range(3000):
             stream._generation._on_chunk(0, told)
         stream._generation._on_chunk(0, told._replace(finish=Finish.STOP))
-        out = [await stream.first()]
+        out = [(await stream.first())[0]]
         while not stream.done:
             meter.turn += 1
             out.append(stream.more())

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import setproctitle
@@ -50,6 +51,10 @@ class ZmqContext(Context):
         self.name = name
         self._run_dir = run_dir
         self._zmq = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        # Also where nobody calls it: a context that is collected as garbage with open sockets waits for them for ever.
+        self.close = weakref.finalize(self, _close, self._zmq, self._sockets)
+        self.close.atexit = False
         self.inbox = self.socket(zmq.PULL)
         self.inbox.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
         self.inbox.bind(address(run_dir, name))
@@ -61,6 +66,7 @@ class ZmqContext(Context):
         """A socket of this process with the settings that all of them share."""
         sock = self._zmq.socket(kind)
         sock.linger, sock.sndhwm, sock.rcvhwm = LINGER_MS, 0, 0
+        self._sockets.append(sock)
         return sock
 
     def send(self, to: str, msg: Any) -> None:
@@ -85,11 +91,12 @@ class ZmqContext(Context):
     def stop(self) -> None:
         self.running = False
 
-    def close(self) -> None:
-        """Send what is queued (for at most LINGER_MS) and close every socket."""
-        for sock in (self.inbox, *self._peers.values()):
-            sock.close()
-        self._zmq.term()
+
+def _close(context: zmq.Context[zmq.Socket[bytes]], sockets: Sequence[zmq.Socket[bytes]]) -> None:
+    """Send what is queued (for at most LINGER_MS) and close every socket."""
+    for sock in sockets:
+        sock.close()
+    context.term()
 
 
 def run(actor: Actor, ctx: ZmqContext) -> None:

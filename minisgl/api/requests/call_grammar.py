@@ -78,11 +78,11 @@ def _native(name: str, i: int, schema: Mapping[str, Any], written: ToolFormat) -
     schemas: list[dict[str, Any]] = []
     for j, (key, given) in enumerate(listed.items()):
         inner, rule = _resolved(given, definitions), f"p{i}_{j}"
-        told = _between_tags(key, inner, rule, tags) if tags else f"{_quote(key + '=')} @{rule}" if key.isidentifier() else ""
-        if not told or not isinstance(inner, dict):
+        body = _between_tags(key, inner, rule, tags) if tags else f"{_quote(key + '=')} @{rule}" if key.isidentifier() else ""
+        if not body or not isinstance(inner, dict):
             return None
-        rules.append(f"{rule}_: {told}")
-        if f"@{rule}" in told:
+        rules.append(f"{rule}_: {body}")
+        if f"@{rule}" in body:
             schemas.append({"name": rule, "json_schema": styled({**inner, "$defs": definitions} if definitions else inner)})
     names = [(f"p{i}_{j}_", key in required) for j, key in enumerate(listed)]
     if not tags:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from glob import glob
 
-from minisgl.config import ModelSpec
+from minisgl.config import ModelSpec, SamplingDefaults
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import INDEX, SINGLE, weight_files
 from minisgl.model.checkpoint.gguf_spec import spec_from_gguf
@@ -74,7 +74,7 @@ def fake_model() -> ModelSpec:
     Its text is that of the embedded model's tokenizer; where that model is not installed, every byte is a token.
     """
     try:
-        return replace(spec_from_gguf(embedded_model()), name=FAKE, format=FAKE)
+        return replace(spec_from_gguf(embedded_model()), name=FAKE, format=FAKE, generation=SamplingDefaults())
     except UserError:
         return replace(random_shape("qwen3-0.6b"), name=FAKE, format=FAKE, vocab_size=256)
 
