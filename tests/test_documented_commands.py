@@ -47,7 +47,7 @@ NOT_RUN = {
     ("README.md", "HTTP / SSE ---> api"): PICTURE,
     ("README.md", "$ scripts/chat.sh"): TRANSCRIPT,
     ("README.md", "$ head -1 in.jsonl"): TRANSCRIPT,
-    ("README.md", "$ .venv/bin/python -m minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
+    ("README.md", "$ .venv/bin/minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",
     ("docs/adding-a-model.md", ".venv/bin/python -m pytest"): "a whole test file",
     ("docs/adding-a-model.md", ".venv/bin/python -m minisgl selfcheck"): "a model from the hub",
@@ -124,7 +124,9 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 
 PROGRAM = re.compile(
-    r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))|scripts/[\w/]+\.(?:sh|py)(?: |$)"
+    r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))"
+    r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 
 
