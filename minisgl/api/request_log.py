@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from minisgl.api.engine import Chunk, OnChunk, Prompt
 from minisgl.errors import RequestError
@@ -19,8 +20,16 @@ LEFT = 499  # the status of a request whose client has left, as nginx has it
 _MAX_PARAM = 60  # characters of a field's name, which a client may have made up
 
 
+class Failure(NamedTuple):
+    """What is kept of a RequestError: the exception itself holds the frames that it came through, and with them the body."""
+
+    status: int
+    code: str
+    param: str | None
+
+
 class Account:
-    """What is known of one request until it ends.  `status` and `error` are set by those who answer it.
+    """What is known of one request until it ends.  `status` is set by those who answer it, and they report failures.
 
     Choices of one prompt count its tokens once.  Times in seconds.
     """
@@ -34,11 +43,15 @@ class Account:
 
     def try_again(self) -> None:
         """Forget what was counted: the request is answered anew."""
-        self.error: RequestError | None = None
+        self.failure: Failure | None = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.finish: list[str] = []  # the different reasons, in the order of their coming
         self.first = 0.0  # when the first token came
         self._prompt: Prompt | None = None  # the latest
+
+    def fail(self, error: RequestError) -> None:
+        """The request ends with this error."""
+        self.failure = Failure(error.status, error.code or error.kind, error.param)
 
     def watch(self, prompt: Prompt, on_chunk: OnChunk) -> OnChunk:
         """`on_chunk`, with the chunks of an answer to `prompt` counted on their way where somebody wants to know."""
@@ -49,7 +62,8 @@ class Account:
         def count(item: Chunk | RequestError) -> None:
             nonlocal fresh
             if isinstance(item, RequestError):
-                self.error = self.error or item
+                if self.failure is None:
+                    self.fail(item)
             else:
                 n = len(item.token_ids)
                 if not self.first and (n or item.finish):
@@ -88,21 +102,22 @@ class RequestLog:
     def refuse(self, route: str, request_id: str, error: RequestError) -> None:
         """Note a request that was refused before it could be read."""
         with self.request(route, "http", request_id) as account:
-            account.status, account.error = error.status, error
+            account.status = error.status
+            account.fail(error)
 
     def _end(self, account: Account) -> None:
         self.last_end = now = self.now()
-        error, status = account.error, account.status
+        failure, status = account.failure, account.status
         if self.each:
             self._tell(account, now)
-        elif (error is not None or status >= 400) and status != LEFT:
-            self.refused[(error.status, error.code or error.kind) if error is not None else (status, "")] += 1
+        elif (failure is not None or status >= 400) and status != LEFT:
+            self.refused[failure[:2] if failure is not None else (status, "")] += 1
 
     def _tell(self, account: Account, now: float) -> None:
-        error, status, generated = account.error, account.status, bool(account.first)
-        finish = "abort" if status == LEFT else "error" if error is not None else "+".join(account.finish) or None
-        code = None if error is None else error.code or error.kind
-        param = None if error is None or error.param is None else error.param[:_MAX_PARAM]
+        failure, status, generated = account.failure, account.status, bool(account.first)
+        finish = "abort" if status == LEFT else "error" if failure is not None else "+".join(account.finish) or None
+        code = None if failure is None else failure.code
+        param = None if failure is None or failure.param is None else failure.param[:_MAX_PARAM]
         ttft = 1000 * (account.first - account.began) if generated else None
         total = 1000 * (now - account.began)
         parts = [f"{account.kind + ' ' if account.kind != 'http' else ''}{account.route} {status}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from test_batches import Stored, request_line, submit
 from test_batches import serve as serve_stored
 from test_malformed_http import say as say_bytes
@@ -113,7 +115,9 @@ class Loaded:
         self.engine.live[uid] = lambda _: None
 
         def end(status: int = 200, error: RequestError | None = None) -> None:
-            account.status, account.error = status, error
+            account.status = status
+            if error is not None:
+                account.fail(error)
             del self.engine.live[uid]
             context.__exit__(None, None, None)
 
@@ -281,6 +285,28 @@ def test_a_request_is_one_line_with_its_numbers(heard: Heard) -> None:
     assert SECRET not in heard.everything()
     assert TEXT[:3] not in heard.everything()
     assert not heard.of("refused")
+
+
+def test_a_refused_request_is_forgotten_with_its_body_at_once(heard: Heard) -> None:
+    """An exception that is kept would hold it through its frames until garbage is collected: some hundred megabytes later."""
+
+    def requests() -> int:
+        return sum(isinstance(thing, web.BaseRequest) for thing in gc.get_objects())
+
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
+        gc.collect()
+        before = requests()
+        for body in (CHAT_BODY | {"temperature": "hot"}, b"{", CHAT_BODY | {"messages": 7, "stream": True}) * 3:
+            assert (await ask(http, CHAT, body))[0] == 400
+        left.append(requests() - before)
+
+    left: list[int] = []
+    gc.disable()
+    try:
+        play(scene, log_requests=True)
+    finally:
+        gc.enable()
+    assert left[0] <= 1, "more than the latest"
 
 
 def test_refusals_are_lines_with_a_reason_and_without_the_clients_words(heard: Heard) -> None:

@@ -121,7 +121,8 @@ class BatchServer:
         except Exception:
             log.exception("a batch request failed")
             error = internal_error()
-        account.error, body = error, error.body()
+        account.fail(error)
+        body = error.body()
         if error.retry_after is not None:
             body["error"]["retry_after"] = error.retry_after
         return error.status, body

@@ -216,12 +216,13 @@ class Batches:
                 if e.status in (429, 503):
                     await asyncio.sleep(e.retry_after or 1)
                 elif self._engine.state == "ready":
-                    account.error = e
+                    account.fail(e)
                     return e.status, e.body()
             except Exception:
                 log.exception("a request of a batch failed")
-                account.error = internal_error()
-                return 500, account.error.body()
+                error = internal_error()
+                account.fail(error)
+                return 500, error.body()
 
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         batch["errors"] = _listed(problems[:MAX_ERRORS])

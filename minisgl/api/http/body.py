@@ -130,7 +130,8 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
         return response
     finally:
         if answer.error is not None:
-            account_of(request).error = answer.error
+            account_of(request).fail(answer.error)
+            answer.error = None  # its frames hold the answer
         answer.close()
 
 

@@ -68,7 +68,7 @@ def for_anthropic(request: web.Request) -> bool:
 
 def error_response(error: RequestError, request: web.Request) -> web.Response:
     """The JSON answer for a RequestError, with Retry-After where a retry makes sense, in the format that the client knows."""
-    account_of(request).error = error
+    account_of(request).fail(error)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
