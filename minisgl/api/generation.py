@@ -233,10 +233,12 @@ class Generation:
         if not self._chunks and self._error is not None:
             raise self._error
         self._forget_size()
+        chunks = []
         if self._merged:
             chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
         else:
-            chunks = [(index, new[0] if len(new) == 1 else _merge(new)) for index, new in self._chunks.items()]
+            for index, new in self._chunks.items():
+                chunks.append((index, new[0] if len(new) == 1 else _merge(new)))
             self._chunks = {}
         for _, chunk in chunks:
             if chunk.finish:

@@ -196,8 +196,8 @@ class OpenAIAnswer(SmallEvents):
         self._go_on = self._logprobs + b'null,"finish_reason":null' + self._end
 
     def _text_event(self, head: bytes, chunk: Chunk, reason: str | None) -> bytes:
-        if not chunk.text and not chunk.logprobs and reason is None:
-            return b""
+        if reason is None and not chunk.logprobs:
+            return head + self._text + encode_basestring_ascii(chunk.text).encode() + self._go_on if chunk.text else b""
         return head + self._text + encode_basestring_ascii(chunk.text).encode() + self._end_event(chunk.logprobs, reason)
 
     def _items(self, index: int, chunk: Chunk) -> bytes:
