@@ -107,10 +107,10 @@ def test_every_token_has_the_text_that_the_library_gives_it(smollm: Tokenizer) -
     assert [smollm.decode([i], False) for i in ids] == [smollm._backend.decode([i], skip_special_tokens=False) for i in ids]
 
 
-def test_the_built_in_template_is_rendered_as_its_authors_meant(smollm: Tokenizer) -> None:
+def test_the_built_in_template_is_rendered_as_its_authors_meant_but_for_where_the_model_was_trained(smollm: Tokenizer) -> None:
     ids = smollm.encode_chat(chat([*user("Hi"), {"role": "assistant", "content": "Yo"}, *user("42?")]))
     assert smollm.decode(ids, skip_special=False) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n<|im_start|>user\n42?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )

@@ -39,6 +39,10 @@ _TOOL_CALLS = (
 )
 _PYTHONIC = re.compile(r"\[\w+\(\w+=[^()\[\]{}]+\), ?\w+\(")  # Llama 3.2 and 4 may be taught [f(a=1, b=2), g(...)]
 _BARE = re.compile('"name":.{,100}"parameters":', re.DOTALL)  # Llama 3.2 teaches the object of a call without a mark
+# SmolLM2 of 135M parameters, by (layers, hidden size).  With the whole system message that its template adds by itself it
+# answers many questions about a country in that country's language, and wrongly ("Il Coriobella, Italy.").
+_SMALLEST_SMOLLM2 = (30, 576)
+_DISTRACTING = ("named SmolLM, trained by Hugging Face<|im_end|>", "named SmolLM<|im_end|>")
 # The same for reasoning.STYLES.
 _THOUGHTS = (
     ("<|message|>", HARMONY),
@@ -80,10 +84,17 @@ def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
     if in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
-        return gguf_templates(Metadata(spec.path, GGUFFile(spec.path).fields))
+        return undistracted(spec, gguf_templates(Metadata(spec.path, GGUFFile(spec.path).fields)))
     if spec.path:
-        return _directory_templates(spec.path)
+        return undistracted(spec, _directory_templates(spec.path))
     return {"default": _PLAIN} if spec.format == "fake" else {}
+
+
+def undistracted(spec: ModelSpec, templates: dict[str, str]) -> dict[str, str]:
+    """The templates of a checkpoint, that of the smallest SmolLM2 with a shorter system message."""
+    if (spec.num_layers, spec.hidden_size) != _SMALLEST_SMOLLM2:
+        return templates
+    return {name: text.replace(*_DISTRACTING) for name, text in templates.items()}
 
 
 def in_gguf(spec: ModelSpec) -> bool:
