@@ -75,7 +75,7 @@ _read_pip() {
 
 # Shows pip's output as one line that is rewritten on a terminal, elsewhere as a line every few seconds.
 _progress() {
-    local head="minisgl: [$_step/$_steps] $1" line='' part now='' bad='' start=$SECONDS said=$SECONDS status=0
+    local head="minisgl: [$_step/$_steps] $1" line='' part now='' shown='' bad='' start=$SECONDS said=$SECONDS status=0
     [ -t 2 ] || echo "$head" >&2
     while [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; do # above 128: nothing came in a second
         status=0

@@ -179,6 +179,15 @@ def test_an_installation_says_which_step_of_how_many_it_is_at_and_what_pip_works
     assert not {"\x1b", "\r"} & set(said)
 
 
+def test_a_package_that_takes_seconds_is_said_as_soon_as_it_is_another(checkout: Checkout) -> None:
+    """Between one tick and three."""
+    env = checkout.root / "scripts/env.sh"
+    env.write_text(
+        env.read_text().replace("\n_tick=0 ", "\n_tick=5 ").replace("said=$SECONDS status", "said=$((SECONDS - 5)) status")
+    )
+    assert "minisgl: [3/4] packages: alpha, " in checkout.launch("--port", "1").stderr
+
+
 def test_on_a_terminal_the_progress_is_one_line_that_is_rewritten(checkout: Checkout) -> None:
     ours, theirs = pty.openpty()
     chunks: list[bytes] = []
