@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -21,6 +22,7 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, Sam
 
 log = logging.getLogger("minisgl.api")
 NewChunks = list[tuple[int, Chunk]]  # (index of the prompt, its merged chunks)
+_AT_ONCE = 32  # prompts that are opened in one turn of the event loop
 _MERGED = 64  # chunks of a prompt that become one while they wait
 MAX_KEPT_BYTES = 72 << 20  # of all answers that wait in this process until they are complete, or until their clients read on
 _TOKEN_BYTES, _ENTRY_BYTES = 64, 160  # of a token that waits, and of a log probability
@@ -75,6 +77,8 @@ class Result:
 class Generation:
     """Several prompts that are continued at the same time, from `engine.open` to `close`, which must be called.
 
+    The first ones are opened at once, the others as soon as somebody waits for an answer, turn by turn.
+
     Chunks wait here until they are taken: at most the completions of one request, so bounded by its `max_tokens`.  What waits
     in all generations together is bounded by MAX_KEPT_BYTES: the one that goes beyond it fails.
     `params`: for all prompts, or one for each.  Raises RequestError if one of them is refused.
@@ -101,16 +105,24 @@ class Generation:
         self._queued = 0.0  # of the prompt with the first chunk
         self._uids: list[int] = []
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        self._options = options
+        self._unopened = deque(enumerate(zip(prompts, each, strict=True)))
         try:
-            for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
-                self._uids.append(engine.open(prompt, p, functools.partial(self._on_chunk, i), options))
+            self._open_some()
         except BaseException:
             self.close()
             raise
 
+    def _open_some(self) -> None:
+        """Open as many prompts as a turn has time for.  Raises RequestError if one is refused."""
+        for _ in range(min(_AT_ONCE, len(self._unopened))):
+            i, (prompt, params) = self._unopened.popleft()
+            self._uids.append(self._engine.open(prompt, params, functools.partial(self._on_chunk, i), self._options))
+
     def close(self) -> None:
         """Cancel the prompts that are not finished."""
         self._wake = None
+        self._unopened.clear()
         for uid in self._uids:
             self._engine.close(uid)
         self._forget_size()
@@ -176,7 +188,7 @@ class Generation:
     @property
     def accepted(self) -> bool:
         """Whether every prompt has been accepted, see Engine."""
-        return all(map(self._engine.accepted, self._uids))
+        return not self._unopened and all(map(self._engine.accepted, self._uids))
 
     @property
     def timings(self) -> Timings:
@@ -214,6 +226,9 @@ class Generation:
             raise self._error
 
     async def _arrival(self, *, until_end: bool) -> None:
+        while self._unopened:
+            await asyncio.sleep(0)
+            self._open_some()
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:

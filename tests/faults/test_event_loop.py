@@ -6,6 +6,7 @@ Work is counted, in entries rendered or bytes parsed per turn of the loop, and n
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.endpoints.table import ENDPOINTS, compact
-from minisgl.api.engine import Chunk, TokenLogprob
+from minisgl.api.engine import Chunk, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, StreamedAnswer, Timings
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import SLICE, UNITS, json_pieces
@@ -395,6 +396,31 @@ def test_few_large_bodies_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 
 # ---------------- streams
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_call_with_many_rows_opens_a_few_of_them_in_a_turn(plain: bool) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        generation = Generation(engine, [TextPrompt("p")] * 300, SamplingParams())
+        waiting = asyncio.ensure_future(generation.end() if plain else generation.take())
+        opened = [len(engine.opened)]
+        while opened[-1] < 300:
+            assert not generation.accepted
+            await asyncio.sleep(0)
+            opened.append(len(engine.opened))
+        assert max(b - a for a, b in itertools.pairwise([0, *opened])) <= 32
+        await waiting
+        generation.close()
+        left = Generation(engine, [TextPrompt("p")] * 300, SamplingParams())
+        waiting = asyncio.ensure_future(left.take())
+        left.close()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(engine.opened) == 332, "nothing is opened for somebody who has left"
+        waiting.cancel()
+
+    asyncio.run(main())
+
+
 def streamed(dialect: str, pieces: list[Chunk], monkeypatch: pytest.MonkeyPatch) -> tuple[list[bytes], Meter]:
     """(what each turn of the loop has given, a meter of the characters of JSON) for a stream of these chunks."""
     config = ScriptedEngine(reasoning_parser="qwen3").config
