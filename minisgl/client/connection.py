@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 
 import zmq
 
@@ -30,6 +31,9 @@ class Link:
         self._context = zmq.Context()
         self._context.linger = self._context.sndhwm = self._context.rcvhwm = 0  # of every socket
         self._outbox, requests = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)  # b"" ends the thread
+        # Also where nobody closes this: a context that is collected as garbage with an open socket waits for it for ever.
+        self._end = weakref.finalize(self, _close, self._context, self._outbox)
+        self._end.atexit = False
         self._outbox.bind("inproc://outbox")
         requests.connect("inproc://outbox")
         self._inbox: queue.SimpleQueue[BatchResult | UserError] = queue.SimpleQueue()
@@ -55,8 +59,7 @@ class Link:
     def close(self) -> None:
         self._post(b"")
         self._thread.join()
-        self._outbox.close()
-        self._context.term()
+        self._end()
 
     def _post(self, raw: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the thread has ended: `receive` says why
@@ -113,6 +116,11 @@ class Link:
             lost = self._pings.popleft() - self._answered - msg.open_requests
             if lost > 0:
                 raise UserError(f"the server has lost {lost} requests of this client: the connection was interrupted")
+
+
+def _close(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -> None:
+    outbox.close()
+    context.term()
 
 
 def check_path(address: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -240,6 +243,21 @@ def test_a_body_that_is_too_large_is_not_sent(server: FakeServer, monkeypatch: p
         statuses = {r.custom_id[:5]: r.status for r in c.run(requests(["a", "b" * 200]))}
     assert statuses == {"id-a": 200, "id-bb": 413}
     assert len(server.seen) == 1
+
+
+def test_a_link_that_nobody_closes_holds_up_nobody_who_collects_garbage(tmp_path: Path) -> None:
+    code = f"""
+        import gc
+        from minisgl.client.connection import Link
+        link = Link("ipc://{tmp_path}/nobody")
+        link._thread.join()
+        link.myself = link
+        del link
+        gc.collect()
+        print("collected")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "collected\n", done.stderr
 
 
 def test_unreachable_servers_are_sentences(tmp_path: Path) -> None:
