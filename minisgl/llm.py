@@ -67,13 +67,13 @@ class PromptError(RequestError):
     """A prompt has no answer: why, and which.
 
     `index`: its place, of the first where several have none.  `outputs`: a Completion for each prompt, in order, with the
-    answers to all others, unless the prompt was refused before anything was computed.
+    answers to all others; empty where the prompt was refused before anything was computed.
     """
 
-    def __init__(self, index: int, cause: RequestError, outputs: list[Completion], of_what: str) -> None:
+    def __init__(self, index: int, cause: RequestError, outputs: list[Completion], of_what: str, asked: int) -> None:
         text, failed = cause.message, sum(out.error is not None for out in outputs)
-        if len(outputs) > 1:
-            text = f"{of_what}[{index}]: {text}"
+        if asked > 1:
+            text = f"{of_what}[{index}]: {text}" + ("" if outputs else " (Nothing has been computed.)")
         if failed > 1:
             text += f" ({failed} of {len(outputs)} have no answer; .outputs has those of the others.)"
         super().__init__(text, status=cause.status, param=cause.param, code=cause.code, retry_after=cause.retry_after)
@@ -197,7 +197,7 @@ class LLM:
                 except RequestError as e:
                     answer.error = e
                     if errors == "raise":
-                        raise PromptError(i, e, answers, of_what) from e
+                        raise PromptError(i, e, [], of_what, len(prompts)) from e
             self._pump(answers, bar)
         finally:
             for uid in uids:  # ^C: leave nothing running
@@ -208,7 +208,7 @@ class LLM:
             raise EngineDied(gateway.failure, answers)
         failed = next(((i, answer.error) for i, answer in enumerate(answers) if answer.error is not None), None)
         if errors == "raise" and failed is not None:
-            raise PromptError(*failed, answers, of_what) from failed[1]
+            raise PromptError(*failed, answers, of_what, len(prompts)) from failed[1]
         return answers
 
     def _pump(self, answers: Sequence[Completion], bar: Any) -> None:

@@ -73,7 +73,8 @@ def test_what_can_be_refused_at_once_is_before_anything_is_computed(
     with pytest.raises(PromptError, match=r"^prompts\[1\]: ") as e:
         llm.generate([[1, 2, 3], bad], SHORT)
     assert e.value.index == 1
-    assert [out.token_ids for out in e.value.outputs] == [[], []]
+    assert e.value.outputs == []
+    assert e.value.message.endswith("(Nothing has been computed.)")
     assert llm.system.gateway.open_requests == 0
 
 

@@ -52,18 +52,20 @@ def test_a_line_cannot_be_ended_or_coloured_by_what_it_quotes(text: str) -> None
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @given(NASTY)
+@example("    four spaces, as before the lines of a traceback")
 def test_whoever_logs_a_clients_text_gets_one_line(log_format: str, text: str) -> None:
     out = printed(io.StringIO(), log_format)
     logging.getLogger("some.library").error("it said %s", text)
+    assert out.getvalue().count("\n") == 1
     logs.say("load", text, client=text)
+    assert out.getvalue().count("\n") == 2
     try:
         raise ValueError(text)
     except ValueError:
         logging.getLogger("minisgl.api").exception("bug with %s", text)
     lines = out.getvalue().split("\n")
     assert lines.pop() == ""
-    own = lines if log_format == "json" else [line for line in lines if not line.startswith("    ")]
-    assert len(own) == 3
+    assert len(lines) == 3 if log_format == "json" else all(line.startswith("    ") for line in lines[3:])
     assert all(line.isprintable() for line in lines)
     if log_format == "json":
         objects = [json.loads(line) for line in lines]

@@ -6,6 +6,7 @@ import contextlib
 import re
 import signal
 import time
+from collections.abc import Generator
 from typing import Any
 
 from minisgl.commands.chat_http import ChatError, Piece, Served, Server, Usage
@@ -14,6 +15,7 @@ from minisgl.commands.chat_terminal import Terminal
 
 _COMMAND = re.compile(r"/[a-z]+", re.IGNORECASE)
 _OVERFLOW = "context_length_exceeded"
+_LOADING_SECONDS = 0.5  # between two questions whether the model is loaded
 _HELP = """\
 /reset          forget the conversation
 /system TEXT    set the system message; without TEXT show it
@@ -164,7 +166,7 @@ class Conversation:
         turn = _Turn(bound)
         body = {**self._options, **({"max_tokens": bound} if bound else {}), "messages": self._all()}
         try:
-            with contextlib.closing(self._server.stream(body)) as stream:
+            with contextlib.closing(self._stream(body)) as stream:
                 for piece in stream:
                     if forgotten:
                         count = "the oldest turn" if forgotten == 1 else f"the oldest {forgotten} turns"
@@ -184,6 +186,21 @@ class Conversation:
         except ChatError as e:
             turn.error, turn.code = str(e), e.code
         return turn
+
+    def _stream(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
+        """The pieces of an answer, as soon as the model is loaded.  Raises ChatError."""
+        waits = False
+        while True:
+            try:
+                yield from self._server.stream(body)
+                return
+            except ChatError as e:
+                if e.code != "model_loading":
+                    raise
+            if not waits:
+                self._terminal.note("the model is still being loaded; the answer comes when it is")
+            waits = True
+            time.sleep(_LOADING_SECONDS)
 
     def _cut_off(self, turn: _Turn) -> str:
         """What to say of an answer that is longer than it may be."""

@@ -396,7 +396,7 @@ def test_refusals_are_shown_with_their_message_and_a_key_is_kept_for_the_documen
         assert await tab.text("#runs") == [""]
         await tab.type("#input", "Hi\n")
         await tab.until("document.querySelector('.error')")
-        assert "A valid API key is needed" in (await tab.text(".error"))[0]
+        assert "The server wants an API key" in (await tab.text(".error"))[0]
         assert await tab.value("document.querySelector('#input').value") == "Hi"
         await tab.type("#key", KEY + "\n")
         await tab.until("document.querySelector('#runs').textContent.includes('context 64')")

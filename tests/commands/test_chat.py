@@ -42,6 +42,7 @@ class FakeServer(ThreadingHTTPServer):
         self.fits: Callable[[dict[str, Any]], bool] = lambda body: True
         self.completion = 2
         self.status = 200
+        self.loading = 0  # questions that come too early
         self.bodies: list[dict[str, Any]] = []
         self.left = threading.Event()  # a client closed its connection in the middle of an answer
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -90,6 +91,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if server.status != 200:
             self._json(server.status, {"error": {"message": "too \x1b[2J hot"}})
+            return
+        if len(server.bodies) <= server.loading:
+            self._json(503, {"error": {"message": "still loading", "code": "model_loading"}})
             return
         self.send_response(200)
         self.end_headers()
@@ -171,6 +175,17 @@ def test_an_error_is_the_servers_sentence_and_leaves_no_trace_in_the_history(ser
     assert (code, out) == (1, "par\npar\n")
     assert "error: the engine failed" in err
     assert server.bodies[-1]["messages"][1] == {"role": "assistant", "content": "par"}
+
+
+def test_a_question_waits_for_a_model_that_is_still_being_loaded(
+    server: FakeServer, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisgl.commands.chat_conversation._LOADING_SECONDS", 0)
+    server.loading = 3
+    code, said, notes = talk("hi\n")
+    assert (code, said.strip()) == (0, "".join(server.pieces))
+    assert notes.count("still being loaded") == 1
+    assert len(server.bodies) == 4
 
 
 def test_without_a_server_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
