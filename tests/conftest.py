@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -299,3 +299,17 @@ def world() -> Iterator[Callable[..., World]]:
     yield make
     for w in made:
         w.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What a test has printed or logged may hold halves of characters, which no report can take to the main process."""
+    report = yield
+    report.sections = [(name, _whole(text)) for name, text in report.sections]
+    if report.failed and (text := str(report.longrepr)) != _whole(text):
+        report.longrepr = _whole(text)
+    return report
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
