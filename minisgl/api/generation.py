@@ -248,12 +248,10 @@ class Generation:
         if not self._chunks and self._error is not None:
             raise self._error
         self._forget_size()
-        chunks = []
         if self._merged:
             chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
         else:
-            for index, new in self._chunks.items():
-                chunks.append((index, new[0] if len(new) == 1 else _merge(new)))
+            chunks = [(index, _merge(new)) for index, new in self._chunks.items()]
             self._chunks = {}
         for _, chunk in chunks:
             if chunk.finish:

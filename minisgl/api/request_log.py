@@ -1,7 +1,7 @@
-"""Tells the operator how requests end: a line for each (`--log-requests`), otherwise how many were refused, and why.
+"""Logs how requests end: a line for each with `--log-requests`, otherwise counts of the refused ones by reason.
 
-A line has numbers and names of closed sets, never a text of a prompt or an answer.  Runs in the api process, on the thread of
-its event loop.
+A line has numbers and names from closed sets, never the text of a prompt or an answer.  Runs in the api process, on the thread
+of its event loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_PARAM = 60  # characters of a field's name, which a client may have made up
 
 
 class Failure(NamedTuple):
-    """What is kept of a RequestError: the exception itself holds the frames that it came through, and with them the body."""
+    """The part of a RequestError that is kept.  The exception itself would keep its frames alive, and with them the body."""
 
     status: int
     code: str
@@ -29,7 +29,7 @@ class Failure(NamedTuple):
 
 
 class Account:
-    """What is known of one request until it ends.  `status` is set by those who answer it, and they report failures.
+    """Accumulates the facts about one request until it ends.  Whoever answers it sets `status` and calls `fail`.
 
     Choices of one prompt count its tokens once.  Times in seconds.
     """
@@ -81,17 +81,17 @@ class Account:
 
 
 class RequestLog:
-    """The accounts of all requests.  `each`: a line for every one of them."""
+    """Makes the accounts of all requests.  `each`: print a line for every request."""
 
     def __init__(self, each: bool = False, now: Callable[[], float] = time.monotonic) -> None:
         self.each, self.now = each, now
-        self.refused: Counter[tuple[int, str]] = Counter()  # by status and code; whoever tells of them takes them out
+        self.refused: Counter[tuple[int, str]] = Counter()  # by status and code; LoadLines prints and clears them
         self.last_end = 0.0
         self.on_begin: Callable[[], object] = lambda: None
 
     @contextmanager
     def request(self, route: str, kind: str, request_id: str) -> Iterator[Account]:
-        """The account of a request that is answered inside; it ends there, however that happens."""
+        """A context with the account of one request, which ends with the context."""
         self.on_begin()
         account = Account(self, route, kind, request_id)
         try:
@@ -109,11 +109,11 @@ class RequestLog:
         self.last_end = now = self.now()
         failure, status = account.failure, account.status
         if self.each:
-            self._tell(account, now)
+            self._report(account, now)
         elif (failure is not None or status >= 400) and status != LEFT:
             self.refused[failure[:2] if failure is not None else (status, "")] += 1
 
-    def _tell(self, account: Account, now: float) -> None:
+    def _report(self, account: Account, now: float) -> None:
         failure, status, generated = account.failure, account.status, bool(account.first)
         finish = "abort" if status == LEFT else "error" if failure is not None else "+".join(account.finish) or None
         code = None if failure is None else failure.code

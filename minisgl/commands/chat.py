@@ -10,12 +10,12 @@ import sys
 from minisgl.commands.chat_conversation import Conversation, default_bound
 from minisgl.commands.chat_http import ChatError, Server
 from minisgl.commands.chat_terminal import Terminal, strip_control
+from minisgl.commands.flags import KEY_VARIABLE
 from minisgl.commands.parser import Parser
 
 __all__ = ["run", "strip_control"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-KEY_VARIABLE = "MINISGL_API_KEY"
 
 
 def run(argv: list[str]) -> int:

@@ -98,10 +98,15 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
 
 
+def url_of(host: str, port: int) -> str:
+    """The URL of a host, which may be an IPv6 address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def page_url(host: str, port: int) -> str:
     """The address that a browser on this machine opens, where the server listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # "any address" is none to go to
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    return f"{url_of(host, port)}/"
 
 
 def sampling_line(config: Config) -> str:
@@ -217,7 +222,7 @@ class _Server:
         for change in adjusted(self.given, self.config, kv_tokens, usable_cores()):
             logs.say("adjusted", f"minisgl: {change}", logging.WARNING, **change._asdict())
         host, port = self.sock.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        url = url_of(host, port)
         seconds = time.monotonic() - self.start
         logs.say("sampling", sampling_line(self.config), sampling_defaults=self.config.sampling_defaults)
         text = (

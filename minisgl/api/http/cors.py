@@ -1,6 +1,7 @@
-"""Lets pages of other origins use the API: those that --allow-origin names (CORS, https://fetch.spec.whatwg.org/#http-cors-protocol).
+"""Implements CORS (https://fetch.spec.whatwg.org/#http-cors-protocol): which pages of other origins may use the API.
 
-Without the flag no answer has a CORS header, so no page of another origin can read one.  Runs in the api process.
+--allow-origin lists them.  Without the flag no response has a CORS header, so browsers let no foreign page read one.
+Runs in the api process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 from minisgl.errors import RequestError
 
 METHODS = "GET, HEAD, POST, DELETE"
-# What the SDKs of OpenAI and Anthropic send.  Whatever else a page asks for is allowed, too: no header has a power of its own.
+# What the SDKs of OpenAI and Anthropic send.  Other headers that a page asks for are allowed as well: none grants anything.
 HEADERS = (
     *("authorization", "content-type", "x-api-key", "x-request-id", "idempotency-key"),
     *("anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access"),
@@ -22,7 +23,7 @@ HEADERS = (
     *("x-stainless-arch", "x-stainless-lang", "x-stainless-os", "x-stainless-package-version", "x-stainless-runtime"),
     *("x-stainless-runtime-version", "x-stainless-retry-count", "x-stainless-timeout", "x-stainless-helper-method"),
 )
-EXPOSED = (  # headers of our answers that a page may read
+EXPOSED = (  # response headers that a page may read
     *("x-request-id", "X-Ignored-Params", "X-Approximated-Schema", "Server-Timing"),
     *("Retry-After", "WWW-Authenticate", "Allow"),
 )
@@ -32,10 +33,10 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,64}")
 
 
 def preflights(origins: tuple[str, ...]) -> Middleware:
-    """Middleware that answers preflights: 204 for a page of one of `origins`, 403 with the flag that is missing for others.
+    """Middleware that answers preflight requests: 204 for pages of `origins`, for others 403 with the flag that allows them.
 
-    It stands before the check of keys, as browsers send none with a preflight.  Whether there is such a route, and whether it
-    takes the method, is left to the request itself, whose answer the page can read.
+    It runs before the API key check, because browsers send no key with a preflight.  It does not check that the route exists or
+    accepts the method: the request itself does, and the page can read its response.
     """
 
     @web.middleware
@@ -63,7 +64,7 @@ def preflights(origins: tuple[str, ...]) -> Middleware:
 
 
 def sharing(origins: tuple[str, ...]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """`on_response_prepare`: tells the browser that pages of `origins` may read the answer: errors and streams, too."""
+    """`on_response_prepare`: sets the headers that let pages of `origins` read a response, errors and streams included."""
 
     async def share(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.add("Vary", "Origin")
@@ -76,7 +77,7 @@ def sharing(origins: tuple[str, ...]) -> Callable[[web.Request, web.StreamRespon
 
 
 def _allowed(request: web.Request, origins: tuple[str, ...]) -> str | None:
-    """The value of Access-Control-Allow-Origin for the page that asks; None if there is none, or it may not read the answer."""
+    """The value of Access-Control-Allow-Origin; None if the request comes from no page, or from one that is not allowed."""
     origin = request.headers.get("Origin")
     if origin is None:
         return None

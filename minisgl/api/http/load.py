@@ -1,6 +1,6 @@
-"""Prints what the server does while it does something: a line every few seconds, one when the load has ended, then nothing.
+"""Prints load lines: throughput, queue, prefix cache and KV cache every few seconds under load, and once when the load ends.
 
-The numbers are those that are counted anyway, by the scheduler and for GET /metrics; a token costs nothing more.  Runs in the
+The numbers are counted in any case, by the scheduler and for GET /metrics, so a token costs nothing more.  Runs in the
 api process, on its event loop, whose timer runs only while there is load.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from minisgl.api.http.metrics import Metered
+from minisgl.api.http.metrics import Metered, kv_shares
 from minisgl.api.request_log import RequestLog
 from minisgl.logs import LOAD, REFUSED, say
 
@@ -46,7 +46,7 @@ class LoadLines:
         self._timer: Timer | None = None
         self._began = self._since = 0.0  # of the load, and of what the next line is about
         self._last = _Counts(0, 0, 0, 0, 0, 0)
-        self._told_busy = False  # by the latest line
+        self._was_busy = False  # by the latest line
         request_log.on_begin = self.wake
 
     def wake(self) -> None:
@@ -61,37 +61,37 @@ class LoadLines:
         self._request_log.on_begin = lambda: None
         if self._timer is not None:
             self._timer.cancel()
-            self._tell()
+            self._report()
 
     def _tick(self) -> None:
-        self._tell()
+        self._report()
         idle = not self._engine.open_requests
         self._timer = None if idle else self._later(SECONDS, self._tick)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         counts, busy = self._counts(), bool(self._engine.open_requests)
         until = self._request_log.now() if busy else max(self._request_log.last_end, self._since)
         done = _Counts(*(b - a for a, b in zip(self._last, counts, strict=True)))
-        if busy or self._told_busy or any(done):
-            self._tell_load(done, max(until - self._since, 1e-3), until - self._began, busy)
-        self._told_busy = busy
+        if busy or self._was_busy or any(done):
+            self._report_load(done, max(until - self._since, 1e-3), until - self._began, busy)
+        self._was_busy = busy
         if self._request_log.refused:
-            _tell_refused(self._request_log.refused)
+            _report_refused(self._request_log.refused)
             self._request_log.refused.clear()
         self._since, self._last = self._request_log.now(), counts
 
-    def _tell_load(self, done: _Counts, seconds: float, since_began: float, busy: bool) -> None:
+    def _report_load(self, done: _Counts, seconds: float, since_began: float, busy: bool) -> None:
         stats = defaultdict(int, self._engine.stats)
-        pages = stats["total_pages"]
-        filled = pages - stats["free_pages"]
+        filled, used = kv_shares(stats)
+        known = stats["total_pages"] > 0
         fields: dict[str, Any] = {
             "running": stats["running_requests"] if busy else 0,
             "waiting": max(self._engine.open_requests - stats["running_requests"], 0) if busy else 0,
             "prompt_tokens_per_s": round(done.computed / seconds, 1),
             "generated_tokens_per_s": round(done.generated / seconds, 1),
             "cache_hit_share": round(done.found / done.looked_up, 3) if done.looked_up else None,
-            "kv_used_share": round(busy * (filled - stats["cached_pages"]) / pages, 3) if pages else None,
-            "kv_filled_share": round(filled / pages, 3) if pages else None,
+            "kv_used_share": round(busy * used, 3) if known else None,
+            "kv_filled_share": round(filled, 3) if known else None,
             "preemptions": done.preemptions,
             "warmups": done.warmups,
             "seconds": round(seconds, 1),
@@ -116,7 +116,7 @@ class LoadLines:
         return _Counts(stats["prefill_tokens"], self._engine.metrics.generation_tokens, *(stats[name] for name in names))
 
 
-def _tell_refused(refused: Counter[tuple[int, str]]) -> None:
+def _report_refused(refused: Counter[tuple[int, str]]) -> None:
     kinds = refused.most_common()
     named = [f"{n} x {status} {code}".rstrip() for (status, code), n in kinds[:_REASONS]]
     if more := sum(n for _, n in kinds[_REASONS:]):

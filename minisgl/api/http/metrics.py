@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +44,12 @@ class Histogram:
     def metric(self, name: str, text: str) -> Metric:
         buckets = zip((*map(str, self.bounds), "+Inf"), accumulate(self.counts), strict=True)
         return HistogramMetricFamily(f"minisgl_{name}_seconds", text, list(buckets), self.total)
+
+
+def kv_shares(stats: Mapping[str, int]) -> tuple[float, float]:
+    """The shares of the KV cache that are not free: with cached prefixes, and of running requests alone."""
+    pages, filled = stats["total_pages"] or 1, stats["total_pages"] - stats["free_pages"]
+    return filled / pages, (filled - stats["cached_pages"]) / pages
 
 
 class Metrics:
@@ -108,16 +114,15 @@ class Metered(WrappedEngine):
     def collect(self) -> Iterator[Metric]:
         """The metrics as prometheus_client has them; called by the registry."""
         m, stats = self.metrics, defaultdict(int, self._engine.stats)
-        pages = stats["total_pages"]
-        filled = pages - stats["free_pages"]
+        filled, used = kv_shares(stats)
         for name, text, value in (
             ("num_requests_running", "Requests in the running batch.", stats["running_requests"]),
             ("num_requests_waiting", "Requests that wait to be started.", stats["waiting_requests"]),
             ("num_requests_open", "Requests that have no end yet, wherever they are.", self._engine.open_requests),
             ("num_tokens_waiting", "Prompt tokens of the waiting requests.", stats["waiting_tokens"]),
-            ("kv_cache_usage_perc", f"{_HELD} running requests alone.", (filled - stats["cached_pages"]) / (pages or 1)),
-            ("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", filled / (pages or 1)),
-            ("kv_cache_pages", "Pages of the KV cache.", pages),
+            ("kv_cache_usage_perc", f"{_HELD} running requests alone.", used),
+            ("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", filled),
+            ("kv_cache_pages", "Pages of the KV cache.", stats["total_pages"]),
         ):
             yield GaugeMetricFamily(f"minisgl_{name}", text, value)
         for name, text, value in (

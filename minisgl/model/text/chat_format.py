@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
@@ -74,24 +75,22 @@ def guess(templates: Mapping[str, str]) -> tuple[str, str]:
     return calls, next((style for mark, style in _THOUGHTS if mark in every), "")
 
 
-def chat_templates(spec: ModelSpec, chat_template: str = "") -> dict[str, str]:
+def chat_templates(spec: ModelSpec, chat_template: str = "", fields: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The sources of the chat templates by name: those of a checkpoint, or the one in the file `chat_template`.
 
-    Raises UserError for files that cannot be read.
+    `fields`: the metadata of the GGUF file, from callers that have read it.  The smallest SmolLM2 gets a shorter default system
+    message (docs/adr/0025).  Raises UserError for files that cannot be read.
     """
     if chat_template:
         return {"default": _read_template(chat_template)}
     if in_gguf(spec):
         from minisgl.model.checkpoint.gguf_file import GGUFFile
 
-        return undistracted(spec, gguf_templates(Metadata(spec.path, GGUFFile(spec.path).fields)))
-    if spec.path:
-        return undistracted(spec, _directory_templates(spec.path))
-    return {"default": _PLAIN} if spec.format == "fake" else {}
-
-
-def undistracted(spec: ModelSpec, templates: dict[str, str]) -> dict[str, str]:
-    """The templates of a checkpoint, that of the smallest SmolLM2 with a shorter system message."""
+        templates = _gguf_templates(Metadata(spec.path, GGUFFile(spec.path).fields if fields is None else fields))
+    elif spec.path:
+        templates = _directory_templates(spec.path)
+    else:
+        templates = {"default": _PLAIN} if spec.format == "fake" else {}
     if (spec.num_layers, spec.hidden_size) != _SMALLEST_SMOLLM2:
         return templates
     return {name: text.replace(*_DISTRACTING) for name, text in templates.items()}
@@ -109,7 +108,7 @@ def _read_template(path: str) -> str:
         raise UserError(f"--chat-template {e}") from e
 
 
-def gguf_templates(fields: Metadata) -> dict[str, str]:
+def _gguf_templates(fields: Metadata) -> dict[str, str]:
     """The sources of the chat templates in the metadata of a GGUF file, by name.  Raises UserError if damaged."""
     key = "tokenizer.chat_template"
     keys = {"default": key} | {name: f"{key}.{name}" for name in fields.strings("tokenizer.chat_templates")}

@@ -21,9 +21,8 @@ from minisgl.arrays import I32
 from minisgl.config import ModelSpec
 from minisgl.errors import InvalidParam, RequestError, UserError
 from minisgl.model.checkpoint.files import check_size, read_json, reason
-from minisgl.model.checkpoint.metadata import Metadata
 from minisgl.model.text.added_tokens import complete
-from minisgl.model.text.chat_format import chat_templates, gguf_templates, in_gguf, undistracted
+from minisgl.model.text.chat_format import chat_templates, in_gguf
 from minisgl.model.text.chat_template import ChatTemplate
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 from minisgl.model.text.guard import check_tokenizer, one_sentence
@@ -234,7 +233,7 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
     specials = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    return backend, specials, undistracted(spec, gguf_templates(Metadata(spec.path, fields)))
+    return backend, specials, chat_templates(spec, fields=fields)
 
 
 def _one_token_per_byte(spec: ModelSpec) -> _Loaded:
