@@ -39,6 +39,7 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, Sam
 
 _UNFINISHED = Finish.NONE  # looked up once: the lookup of an enumeration's member costs more than the rest of a row
 IMPOSSIBLE = -9999.0  # for minus infinity, which JSON lacks; OpenAI and vLLM write the same number
+_TICK_SECONDS = 0.5  # between two looks at the clock while nothing is due
 _MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: consecutive uids become distant seeds
 
 
@@ -178,6 +179,10 @@ class Gateway(Actor):
             bad = values[(values < 0) | (values >= vocab)][0]
             raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
         return values.astype(np.int32)
+
+    def tick(self, now: float) -> float:
+        """Do what is due at `now` (seconds of `ctx.now()`); returns the seconds until the next call, at the latest."""
+        return _TICK_SECONDS
 
     # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:

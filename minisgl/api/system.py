@@ -1,7 +1,7 @@
 """Starts and ends a complete engine: shared memory, mailbox, child processes and the gateway.
 
-Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`, call `pump(0)`), the LLM class by blocking in
-`pump(seconds)`.
+Runs in the api process.  The HTTP server drives it from asyncio (watch `fds()`, call `pump(0)`, and `tick()` by the clock), the
+LLM class by blocking in `pump(seconds)`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class System:
             poller.register(self.ctx.inbox, zmq.POLLIN)
             for fd in self.supervisor.sentinels():
                 poller.register(fd, zmq.POLLIN)
-            poller.poll(int(seconds * 1000) + 1)
+            poller.poll(int(min(seconds, self.tick()) * 1000) + 1)
         dead = self.supervisor.reap()
         handled = 0
         while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
@@ -80,6 +80,10 @@ class System:
         for death in dead:
             self.gateway.actor_died(death)
         return handled == _BURST
+
+    def tick(self) -> float:
+        """Do what is due by the clock; returns after how many seconds it wants to be called again, at the latest."""
+        return self.gateway.tick(self.ctx.now())
 
     def wait_ready(self, seconds: float = 600.0) -> None:
         """Block until requests can be served.  Raises UserError with the reason if that cannot happen."""

@@ -178,6 +178,7 @@ class _Server:
                 lambda: Connection(server, HEADER_SECONDS, request_log), sock=self.sock, backlog=1024
             )
             self.pump()
+            self.tick()
             await self.done.wait()
             if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
@@ -204,6 +205,13 @@ class _Server:
             self.announce()
         if state == "dead":
             self.done.set()
+
+    def tick(self) -> None:
+        """Have done what is due by the clock, again and again."""
+        seconds = self.system.tick()
+        self.watch()
+        if not self.done.is_set():
+            asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
