@@ -291,6 +291,9 @@ class ServerConfig:
         (), "name clients may use; may be repeated", "NAME", flag="--served-model-name", options=_MANY
     )
     drain_seconds: float = setting(2.0, "grace for running requests at the end", "S", 0.0, 86_400.0)
+    max_restarts: int = setting(5, "restarts of processes that died, in --restart-window; more end the server", "N", 0, 1 << 31)
+    restart_window: float = setting(60.0, "see --max-restarts", "S", 1.0, 86_400.0)
+    hang_seconds: float = setting(60.0, "a process that stands still so long is started again; 0: never", "S", 0.0, 86_400.0)
     max_body_bytes: int = 8 << 20
     default_max_tokens: int = 0  # of an answer whose request does not say; 0: what is left of the context
     max_open_requests: int = setting(4096, "more are answered 429", "N", 1, 1 << 31)

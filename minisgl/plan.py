@@ -74,13 +74,15 @@ POOLED_ROWS = 64  # most vectors of one result
 class PlanKind(enum.IntEnum):
     """What the workers do with a record.
 
-    STOP travels in band so that all ranks leave at the same step, CAPTURE so that they capture the same graph at the same time.
-    Neither is a step: there is no result, and "the previous plan" is the one before.
+    STOP travels in band so that all ranks leave at the same step, CAPTURE so that they capture the same graph at the same time,
+    REJOIN so that a scheduler that takes over knows when the steps of the one before have ended.  None of them is a step: there
+    is no result, and "the previous plan" is the one before.
     """
 
     STEP = 0
     STOP = 1
     CAPTURE = 2
+    REJOIN = 3
 
 
 _I32 = np.dtype("<i4")

@@ -15,7 +15,7 @@ import pytest
 from minisgl.actors.messages import Started, Text, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.local import LocalSystem
-from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
+from minisgl.actors.runtime.shared_memory import Arenas, Memory
 from minisgl.actors.scheduler.actor import SchedulerActor
 from minisgl.actors.scheduler.interface import Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
@@ -113,7 +113,8 @@ class World:
     ) -> None:
         self.config = config
         self.system = LocalSystem(seed)
-        self.arenas, self._fds = create_arenas(config)
+        self.memory = Memory(config)
+        self.arenas = self.memory.arenas
         spawn, arenas, engine = self.system.spawn, self.arenas, config.engine
         pages = engine.kv_tokens // engine.page_size
         self.gateway = spawn("api", lambda ctx: Gateway(ctx, config, arenas))
@@ -122,7 +123,7 @@ class World:
         for rank in range(engine.tp):
             spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, arenas, lambda: self.runners[r]))
         spawn("detokenizer", PlainDetokenizer)
-        self.gateway._silent.clear()  # nobody says Hello in a LocalSystem
+        self.gateway.silent.clear()  # nobody says Hello in a LocalSystem
         self.system.run()
         assert self.gateway.state == "ready"
         self.answers: dict[int, list[int]] = {}
@@ -154,7 +155,7 @@ class World:
 
     def close(self) -> None:
         self.machine.check()
-        close_arenas(self._fds)
+        self.memory.close()
 
 
 class Loop:

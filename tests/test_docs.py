@@ -45,7 +45,8 @@ def observed_edges() -> set[tuple[str, str, str]]:
     """Every edge seen while all real actors work in one deterministic system, text, chat and trouble included."""
     engine = EngineConfig(tp=2, kv_tokens=512, max_context=256, max_running=8, step_tokens=64)
     config = Config(resolve(None), engine, ServerConfig(reasoning_parser="deepseek_r1"))
-    shared, fds = shared_memory.create_arenas(config)
+    memory = shared_memory.Memory(config)
+    shared = memory.arenas
     system = LocalSystem(3)
     gateway = system.spawn("api", lambda ctx: Gateway(ctx, config, shared))
     system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts[0])))
@@ -54,7 +55,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
     for rank in range(2):
         system.spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, shared, lambda: FakeRunner(config, 32)))
-    gateway._silent.clear()
+    gateway.silent.clear()
     system.run()
     seen: list[object] = []
     greedy, thinks = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, reasoning="deepseek_r1")
@@ -77,7 +78,7 @@ def observed_edges() -> set[tuple[str, str, str]]:
     assert gateway.stats["cached_pages"] == 0
     assert gateway.stats["free_pages"] == gateway.stats["total_pages"]
     assert gateway.stats["evicted_pages"] > 0
-    shared_memory.close_arenas(fds)
+    memory.close()
     small = World(0, fake_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)
     random_traffic(small, 0)

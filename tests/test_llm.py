@@ -103,7 +103,7 @@ def test_an_engine_that_dies_leaves_what_it_has_said(monkeypatch: pytest.MonkeyP
 
         def until_the_first_is_done(seconds: float) -> bool:
             if gateway.open_requests == 1:
-                gateway.actor_died(ActorDied("worker0", -9))
+                gateway.give_up(ActorDied("worker0", -9), "the process worker0 was killed by signal 9")
             return pump(seconds)
 
         monkeypatch.setattr(engine.system, "pump", until_the_first_is_done)

@@ -3,7 +3,7 @@
 Owns      for every running request: the incomplete character and the possible beginning of a stop string at the end of its
           text, log probabilities of tokens that have not come yet, and where its thoughts and tool calls are, if they are told
           apart.
-Receives  Track, TokenLogprobs, Tokens (scheduler).
+Receives  Track, TokenLogprobs, Tokens (scheduler); Forget (api).
 Sends     Started (api), one per Track; Text (api), one per Tokens; Logprobs (api), for requests with log probabilities;
           ThoughtEnded (api), one per thought; Cancel (scheduler), when a stop string was found.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minisgl.actors.messages import Cancel, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
+from minisgl.actors.messages import Cancel, Forget, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.api.parsers.outline import Outline, marks
 from minisgl.config import Config
@@ -107,13 +107,23 @@ class DetokenizerActor(Actor):
         super().__init__(ctx)
         self.config = config
         self._streams: dict[int, _Stream] = {}
+        self._oldest = 0  # requests with smaller uids are forgotten
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model)
         self._tokenizer.stream(skip_special=True)  # builds the table of tokens now, not during the first request
 
+    @on(Forget)
+    def forget(self, m: Forget) -> None:
+        """Drop the requests of a scheduler that has died; some of its messages may still come."""
+        self.ctx.forget("scheduler")
+        self._oldest = m.below
+        self._streams = {uid: stream for uid, stream in self._streams.items() if uid >= m.below}
+
     @on(Track)
     def track(self, m: Track) -> None:
+        if m.uid < self._oldest:
+            return
         p = m.params
         decode = self._tokenizer.stream(p.skip_special_tokens, marks(p.reasoning, p.tools))
         stream = _Stream(decode, StopMatcher(p.stop), m.n_cached, p, p.min_tokens)
@@ -124,6 +134,8 @@ class DetokenizerActor(Actor):
         elif p.reasoning or (p.stop and p.tools):
             stream.outline = Outline(p.reasoning, p.thinking, p.tools if p.stop else "")
             stream.counting = p.reasoning != ""
+        for token in m.said.tolist():  # the text of these tokens was sent; what follows depends on them
+            self._advance(m.uid, [token], 0, [])
 
     def _echo(self, m: Track, stream: _Stream) -> None:
         """Begin the text with the prompt."""
@@ -136,7 +148,7 @@ class DetokenizerActor(Actor):
         stream.prefix = "".join([opening, *pieces[first + 1 :]])
         stream.chars -= dropped
         stream.offsets = [max(0, at - dropped) for at in stream.offsets]
-        if m.params.logprobs is not None:
+        if m.params.logprobs is not None and not len(m.said):
             stream.n_scored = 1
             self._send_logprobs([(m.uid, 0, _Score(int(m.prompt[0]), float("nan"), [], []))])
 

@@ -18,10 +18,17 @@ register(RequestOptions)
 # ---------------- lifecycle (every actor)
 @message
 class Hello:
-    """actor -> api: the mailbox is bound, and the constructor has run."""
+    """actor -> api: what it needs is loaded, and it takes messages.
+
+    Seconds on the machine's monotonic clock: `began` when its process ran our first line, `made` when the actor was made, `up`
+    when it was sent.
+    """
 
     name: str
     pid: int
+    began: float = 0.0
+    made: float = 0.0
+    up: float = 0.0
 
 
 @message
@@ -48,7 +55,7 @@ class Failed:
 
 @message
 class ActorDied:
-    """supervisor -> api actor (never on a socket): a process ended without Stopped."""
+    """supervisor -> recovery (never on a socket): a process has ended."""
 
     name: str
     exitcode: int
@@ -89,9 +96,10 @@ class MayCapture:
 
 @message
 class EngineReady:
-    """scheduler -> api: requests can be served."""
+    """scheduler (process `pid`) -> api: requests can be served."""
 
     num_pages: int
+    pid: int
 
 
 # ---------------- requests
@@ -114,7 +122,9 @@ class Tokenize:
 
 @message
 class Tokenized:
-    """tokenizer -> api: the next record of the prompt ring holds the `n` ids of this request.
+    """tokenizer -> api: a record of the prompt ring holds the uid of this request (8 bytes) and its `n` ids.
+
+    It is the next one, but for records whose messages were lost when the tokenizer died.
 
     `thinking`: whether the conversation ends inside a thought of the model; None: that was not asked.
     """
@@ -197,8 +207,9 @@ class Rejected:
 class Generate:
     """api -> scheduler: continue the `n_ids` tokens in the next record of the request ring.
 
-    The first `n_prompt` are the prompt; the rest were delivered before a restart (replay).  `max_tokens` counts from the end of
-    the prompt.  `max_tokens` and `seed` are set here even where `params` leaves them open.
+    The first `n_prompt` are the prompt; the rest were delivered before a restart (replay), with their log probabilities and
+    those of the prompt.  `max_tokens` counts from the end of the prompt.  `max_tokens` and `seed` are set here even where
+    `params` leaves them open.
     """
 
     uid: int
@@ -245,7 +256,8 @@ class Embedded:
 class Track:
     """scheduler -> detokenizer, before the first Tokens of a request: how to turn its tokens into text.
 
-    `prompt`: the prompt's tokens under `echo`, else none.  `queued`: as in Started.
+    `prompt`: the prompt's tokens under `echo`, else none.  `queued`: as in Started.  `said`: tokens of the answer that were
+    delivered before a restart, text and all.
     """
 
     uid: int
@@ -253,6 +265,21 @@ class Track:
     prompt: I32
     params: SamplingParams
     queued: float
+    said: I32
+
+
+@message
+class Reconnect:
+    """api -> scheduler: another process has the name of this actor now; what was sent to the one before is lost."""
+
+    name: str
+
+
+@message
+class Forget:
+    """api -> detokenizer: requests with uids below this one have been sent again, or have ended: nothing of them matters."""
+
+    below: int
 
 
 @message

@@ -9,7 +9,9 @@ from typing import Any
 from minisgl import logs
 from minisgl.actors.loading import show_loading
 from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas
+from minisgl.actors.runtime.status import Board, BoardSpec
 from minisgl.config import Config, ModelSpec
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
@@ -25,9 +27,10 @@ def find_model(model: str | ModelSpec | None, revision: str | None, tp: int) -> 
     return spec
 
 
-def with_logs(ctx: Context, log_format: str, make: Callable[..., Actor], *args: Any) -> Actor:
-    """`make(ctx, *args)`, in a process that prints its log in `log_format`, see minisgl.logs."""
+def in_process(ctx: ZmqContext, board: BoardSpec, log_format: str, make: Callable[..., Actor], *args: Any) -> Actor:
+    """`make(ctx, *args)`, in a process that shows on the `board` that it lives, and prints its log in `log_format`."""
     logs.setup(log_format)
+    ctx.board = Board(board, ctx.name)
     return make(ctx, *args)
 
 
@@ -58,11 +61,11 @@ def make_detokenizer(ctx: Context, config: Config) -> Actor:
     return DetokenizerActor(ctx, config)
 
 
-def make_scheduler(ctx: Context, config: Config, arenas: Arenas) -> Actor:
-    """Runs in the scheduler process, which never imports torch."""
+def make_scheduler(ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> Actor:
+    """Runs in the scheduler process, which never imports torch.  `takes_over`: see SchedulerActor."""
     from minisgl.actors.scheduler.actor import SchedulerActor
 
-    return SchedulerActor(ctx, config, arenas)
+    return SchedulerActor(ctx, config, arenas, takes_over)
 
 
 def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
@@ -77,16 +80,17 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
 
 def make_runner(config: Config, rank: int, run_dir: str) -> Any:
     """The runner of one rank, with the readers of its model's files: it knows neither file formats nor tokenizers."""
-    from minisgl.model.checkpoint.loader import open_weights
-    from minisgl.model.checkpoint.progress import observed
     from minisgl.model.common.grammar import Grammars
     from minisgl.model.text.vocabulary import vocabulary_of
 
     grammars = Grammars(lambda: vocabulary_of(config.model))
-    if config.model.format == "fake":
+    if config.model.format == "fake":  # without torch
         from minisgl.model.fake_runner import FakeRunner
 
         return FakeRunner(config, grammars=grammars)
+    from minisgl.model.checkpoint.loader import open_weights
+    from minisgl.model.checkpoint.progress import observed
+
     opened = open_weights
     if rank == 0:
         show = show_loading(config.model.name, config.model.num_layers, config.server.log_format)

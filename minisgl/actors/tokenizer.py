@@ -91,7 +91,7 @@ class TokenizerActor(Actor):
         worked = False
         while self._backlog:
             uid, ids, thinking = self._backlog[0]
-            raw = ids.astype("<i4", copy=False).tobytes()
+            raw = uid.to_bytes(8, "little") + ids.astype("<i4", copy=False).tobytes()
             if not self._ring.has_room(len(raw)):
                 break
             self._ring.publish(raw)

@@ -10,7 +10,6 @@ A worker knows slots and pages, never requests.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -138,8 +137,7 @@ class WorkerActor(Actor):
         self._compiling: GrammarsLike | None = None  # while it compiles some
         self._idle_capture: IdleCapture | None = None  # once there is a KV cache
         self._ranks = arenas.plans.readers
-        self._stopped = False
-        self._pid = os.getpid()
+        self._stopped = self._rejoining = False
 
     def started(self) -> None:
         self._runner = self._make_runner()
@@ -174,6 +172,9 @@ class WorkerActor(Actor):
     def idle(self) -> bool:
         """Post a finished step, take and launch a plan.  False only with no step in flight and the "ring me" flag up."""
         posted = self._post()
+        if self._rejoining and not self._running:
+            self._rejoining = False
+            self.ctx.send("scheduler", WorkerArmed(self.rank))
         self._report_grammars()
         plan = self._take()
         if plan is not None:
@@ -191,7 +192,7 @@ class WorkerActor(Actor):
         if not self._running or not self._running[0].done():
             return False
         result = self._running.popleft().result()
-        self.board.beat(self._pid, result.step, bool(self._running))
+        self.board.report(result.step, bool(self._running))
         if self.results is not None:
             self.results.publish(result.pack())
             if self.results.parked():
@@ -215,8 +216,11 @@ class WorkerActor(Actor):
         if self._idle_capture is None:
             raise RuntimeError(f"plan {plan.step} arrived before the KV cache was allocated")
         self._idle_capture.plan_came(plan)
+        if plan.kind == PlanKind.REJOIN:
+            self.ctx.forget("scheduler")
+            self._rejoining = True
         if plan.kind == PlanKind.STEP:
-            self.board.beat(self._pid, plan.step, True)
+            self.board.report(plan.step, True)
             self._running.append(self._runner.launch(plan))
 
     def stopping(self) -> None:

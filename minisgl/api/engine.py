@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -119,10 +119,21 @@ class Engine(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting", "ready", "draining", then "stopped"; or "dead"."""
+        """ "starting", "ready" or "recovering" (requests are taken, and wait), "draining", then "stopped"; or "dead"."""
 
     @property
     def open_requests(self) -> int: ...
+
+    @property
+    def down(self) -> list[str]:
+        """The processes that are being started."""
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How often each process has been started again."""
+
+    def still(self, seconds: float) -> list[str]:
+        """The processes that stand still: no sign of life for so long, or a step that has taken so long."""
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Start a request; returns its uid.
@@ -176,6 +187,17 @@ class WrappedEngine:
     @property
     def open_requests(self) -> int:
         return self._engine.open_requests
+
+    @property
+    def down(self) -> list[str]:
+        return self._engine.down
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        return self._engine.restarts
+
+    def still(self, seconds: float) -> list[str]:
+        return self._engine.still(seconds)
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         return self._engine.open(prompt, params, on_chunk, options)

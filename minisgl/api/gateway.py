@@ -1,12 +1,12 @@
 """Keeps the ledger of open requests and passes them between clients and the engine: the actor named "api".
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
-          actor dies, this is enough to fail the request with a clear error, or to replay it as prompt + delivered tokens.
+          actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens.
 Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
           TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs, ThoughtEnded
-          (detokenizer); ActorDied (supervisor, in process).
-Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel (scheduler); Stop (all but the
-          workers).
+          (detokenizer).
+Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache (scheduler); Forget
+          (detokenizer); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,11 +26,12 @@ import numpy as np
 
 import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
-from minisgl.actors.runtime.ring import RingWriter
+from minisgl.actors.runtime.ring import RingSpec, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
-from minisgl.actors.runtime.status import Board
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
+from minisgl.api.trials import Trials
+from minisgl.api.watchdog import Watchdog
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
@@ -55,7 +56,12 @@ class Entry:
     ids: I32 | None = None  # prompt ids, known once tokenized
     max_tokens: int = 0
     seed: int = 0
-    sent: bool = False  # to the scheduler
+    name: int = 0  # its uid on the way through the engine, another one for each replay; 0: it is not there
+    fresh: bool = True  # it never was
+    started: bool = False  # under this name
+    cached: int = 0  # tokens of the prompt that the cache had
+    deaths: int = 0  # see trials.py
+    said_at_death: int = 0
     queued: float = 0.0  # seconds of waiting for the first step
     thought_tokens: int = 0  # tokens of the thought, once it has ended
     delivered: list[int] = field(default_factory=list)
@@ -71,19 +77,28 @@ class Gateway(Actor):
         self.kept = Kept()
         self.num_pages = 0
         self.failure: str | None = None  # why the engine has failed, as a sentence for the operator
-        self.died: msg.ActorDied | None = None
+        self.crashed = False  # it has failed because processes died, not because it could not start
         self.stats: dict[str, int] = {}  # of the scheduler, at most a second old while it works
         self.tokenizer_info: dict[str, Any] = {}
         self.state = "starting"
-        self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context)
+        self.pids: dict[str, int] = {}  # of the processes that live; messages of others with the same name are late
+        self.silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
+        self.hellos: dict[str, msg.Hello] = {}
+        self.engine_up = False  # the scheduler takes requests
+        self.engine_up_at = self.resumed = 0.0  # since when, and when the first request was started since the last death
+        self.watchdog = Watchdog(arenas.board)
+        self.restarts: Counter[str] = Counter()  # by process
+        self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._requests = RingWriter(arenas.requests)
-        self._board = Board(arenas.board)
         self._ledger: dict[int, Entry] = {}
-        # Of `tokenize` and `detokenize`, by uid: the callback, and the request field that is asked about.
+        self._sent: dict[int, Entry] = {}  # the requests that are with the engine, by name
+        # Of `tokenize`, `detokenize` and `check_grammar`, by uid: the callback, and the request field that is asked about.
         self._questions: dict[int, tuple[Callable[[Any], None], str]] = {}
-        self._backlog: deque[Entry] = deque()  # tokenized requests that wait for room in the ring
-        self._last_uid = 0
-        self._silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
+        self._grammars: dict[int, msg.CheckGrammar] = {}  # that the checker has not answered
+        self._backlog: deque[Entry] = deque()  # tokenized requests that wait for the engine, or for room in the ring
+        self._trials: Trials[Entry] = Trials()
+        self._last_uid = self._opened = 0
+        self._oldest = 0  # names below are forgotten by the detokenizer
         self._stopped: set[str] = set()
 
     # ---------------- the Engine protocol
@@ -97,8 +112,8 @@ class Gateway(Actor):
         if params.grammar and not self.config.model.eos_ids:
             text = "A grammar needs a model with an EOS token, to end its answers."
             raise InvalidParam("response_format", text, "unsupported_value")
-        self._last_uid += 1
-        entry = Entry(self._last_uid, params, options, on_chunk, _source(prompt, options))
+        self._opened += 1
+        entry = Entry(self._new_uid(), params, options, on_chunk, _source(prompt, options), seed=self._seed(params))
         if isinstance(prompt, TokenPrompt):
             ids = self._check_ids(prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
@@ -114,41 +129,57 @@ class Gateway(Actor):
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
         self._check_open()
-        self._last_uid += 1
-        source = _source(prompt, DEFAULT_OPTIONS)
-        self._tokenizers.send(self._last_uid, prompt, source)
-        self._questions[self._last_uid] = on_ids, source
-        return self._last_uid
+        uid, source = self._new_uid(), _source(prompt, DEFAULT_OPTIONS)
+        self._tokenizers.send(uid, prompt, source)
+        self._questions[uid] = on_ids, source
+        return uid
 
     def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
         self._check_open()
-        checked = self._check_ids(ids, "tokens")
-        self._last_uid += 1
-        self._tokenizers.send_ids(self._last_uid, checked, skip_special)
-        self._questions[self._last_uid] = on_text, "tokens"
-        return self._last_uid
+        checked, uid = self._check_ids(ids, "tokens"), self._new_uid()
+        self._tokenizers.send_ids(uid, checked, skip_special)
+        self._questions[uid] = on_text, "tokens"
+        return uid
 
     def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
         self._check_open()
-        self._last_uid += 1
-        self._ask_checker(msg.CheckGrammar(self._last_uid, grammar, field))
-        self._questions[self._last_uid] = on_grammar, field
-        return self._last_uid
-
-    def _ask_checker(self, m: msg.CheckGrammar) -> None:
+        m = msg.CheckGrammar(self._new_uid(), grammar, field)
         try:
             self.ctx.send("checker", m)
         except UnicodeEncodeError as e:
             raise InvalidParam(m.field, f"{m.field} holds half of a surrogate pair, which is not text.") from e
+        self._grammars[m.uid] = m
+        self._questions[m.uid] = on_grammar, field
+        return m.uid
 
     def close(self, uid: int) -> None:
         self._questions.pop(uid, None)
-        entry = self._ledger.pop(uid, None)
-        if entry is not None and entry.sent:
-            self.ctx.send("scheduler", msg.Cancel(uid))
+        self._grammars.pop(uid, None)
+        if (entry := self._ledger.get(uid)) is not None:
+            self._cancel(entry)
+            self._remove(entry)
 
     def accepted(self, uid: int) -> bool:
-        return (entry := self._ledger.get(uid)) is None or entry.sent
+        return (entry := self._ledger.get(uid)) is None or entry.ids is not None
+
+    def _new_uid(self) -> int:
+        self._last_uid += 1
+        return self._last_uid
+
+    def _cancel(self, entry: Entry) -> None:
+        """End a request in the engine, if it is there.  It has no name there any longer."""
+        if entry.name:
+            self.ctx.send("scheduler", msg.Cancel(entry.name))
+            del self._sent[entry.name]
+            entry.name, entry.started = 0, False
+
+    def _remove(self, entry: Entry) -> None:
+        """Take a request that has ended out of the books."""
+        del self._ledger[entry.uid]
+        self._sent.pop(entry.name, None)
+        if self._trials.open:
+            self._trials.withdraw(entry)
+            self._go_on_with_trials()
 
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
@@ -156,7 +187,7 @@ class Gateway(Actor):
     def _check_open(self) -> None:
         if self.state == "starting":
             raise model_loading()
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise RequestError("The server is shutting down.", status=503, code="server_draining", retry_after=5)
         if (n := self.open_requests) >= self.config.server.max_open_requests:
             text = f"The server has {n} open requests, its limit; try again in a moment."
@@ -194,49 +225,59 @@ class Gateway(Actor):
         if n + drawn > context:
             parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
             raise context_overflow(entry.source, context, n + (requested or 0), parts)
+        if self._trials.knows(ids, self.ctx.now()):
+            raise _poison()
         entry.ids = ids
         if requested is None:
             bound = self.config.server.default_max_tokens
             requested = min(context - n, max(bound, entry.params.min_tokens) if bound else context)
         entry.max_tokens = requested
-        entry.seed = self._seed(entry)
         self._backlog.append(entry)
         self._flush_backlog()
 
-    def _seed(self, entry: Entry) -> int:
-        """The request's own seed, or one that is drawn now and kept for a replay; 64 bits."""
-        if entry.params.seed is not None:
-            return entry.params.seed & 0xFFFFFFFFFFFFFFFF
+    def _seed(self, params: SamplingParams) -> int:
+        """A request's own seed, or one that is drawn now and kept for a replay; 64 bits."""
+        if params.seed is not None:
+            return params.seed & 0xFFFFFFFFFFFFFFFF
         base = self.config.engine.sample_seed
-        return (base + entry.uid * _MIX) & 0xFFFFFFFFFFFFFFFF if base else secrets.randbits(64)
+        return (base + self._opened * _MIX) & 0xFFFFFFFFFFFFFFFF if base else secrets.randbits(64)
 
     def _flush_backlog(self) -> None:
         """Send the requests that fit in the ring; the scheduler sends Wake when it has made room for the rest."""
-        while self._backlog:
+        while self._backlog and self.engine_up and not self._trials.open:
             entry = self._backlog[0]
-            if entry.uid not in self._ledger or entry.ids is None:
-                self._backlog.popleft()
-                continue
-            n_prompt = len(entry.ids)
-            ids = np.append(entry.ids, np.array(entry.delivered, np.int32)) if entry.delivered else entry.ids
-            raw = ids.astype("<i4", copy=False).tobytes()
-            if not self._requests.has_room(len(raw)):
+            if entry.uid in self._ledger and entry.ids is not None and not self._send(entry, entry.ids):
                 self._requests.starve(True)
                 return
             self._backlog.popleft()
-            self._requests.publish(raw)
-            entry.sent = True
-            message = msg.Generate(entry.uid, len(ids), n_prompt, entry.max_tokens, entry.seed, entry.params, entry.options)
-            self.ctx.send("scheduler", message)
         self._requests.starve(False)
+
+    def _send(self, entry: Entry, prompt: I32) -> bool:
+        """Pass a request on, with what it has said so far.  False: the ring has no room for it now.
+
+        Its first name is its uid, unless the detokenizer was told to forget that.
+        """
+        ids = np.append(prompt, np.array(entry.delivered, np.int32)) if entry.delivered else prompt
+        raw = ids.astype("<i4", copy=False).tobytes()
+        if not self._requests.has_room(len(raw)):
+            return False
+        self._requests.publish(raw)
+        entry.name = entry.uid if entry.fresh and entry.uid >= self._oldest else self._new_uid()
+        entry.fresh = False
+        self._sent[entry.name] = entry
+        message = msg.Generate(entry.name, len(ids), len(prompt), entry.max_tokens, entry.seed, entry.params, entry.options)
+        self.ctx.send("scheduler", message)
+        return True
 
     # ---------------- from the actors
     @on(msg.Tokenized)
     def tokenized(self, m: msg.Tokenized) -> None:
-        ids = self._tokenizers.take(m.uid)
-        if (question := self._questions.pop(m.uid, None)) is not None:
+        if (taken := self._tokenizers.take(m.uid)) is None:
+            return
+        uid, ids = taken
+        if (question := self._questions.pop(uid, None)) is not None:
             question[0](tuple(ids.tolist()))
-        elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
+        elif (entry := self._ledger.get(uid)) is not None:  # otherwise its client has left
             if m.thinking is not None:
                 entry.params = _thinking(entry.params, m.thinking)
             try:
@@ -246,11 +287,13 @@ class Gateway(Actor):
 
     @on(msg.Detokenized)
     def detokenized(self, m: msg.Detokenized) -> None:
-        if (question := self._questions.pop(m.uid, None)) is not None:
+        uid = self._tokenizers.drop(m.uid)
+        if uid is not None and (question := self._questions.pop(uid, None)) is not None:
             question[0](m.text)
 
     @on(msg.GrammarChecked)
     def grammar_checked(self, m: msg.GrammarChecked) -> None:
+        self._grammars.pop(m.uid, None)
         if (question := self._questions.pop(m.uid, None)) is not None:
             question[0](m.grammar)
 
@@ -260,18 +303,22 @@ class Gateway(Actor):
 
     @on(msg.Embedded)
     def embedded(self, m: msg.Embedded) -> None:
-        entry = self._ledger.pop(m.uid, None)
+        entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
+            self._remove(entry)
             entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
-        if (entry := self._ledger.get(m.uid)) is not None:
-            entry.queued = m.queued
+        if (entry := self._sent.get(m.uid)) is not None:
+            entry.started = True
+            self.resumed = self.resumed or self.ctx.now()
+            if not entry.delivered:
+                entry.queued = m.queued
 
     @on(msg.ThoughtEnded)
     def thought_ended(self, m: msg.ThoughtEnded) -> None:
-        if (entry := self._ledger.get(m.uid)) is not None:
+        if (entry := self._sent.get(m.uid)) is not None:
             entry.thought_tokens = m.tokens
 
     @on(msg.Text)
@@ -283,9 +330,11 @@ class Gateway(Actor):
         for uid, count, finish, cached, text in rows:
             new = tuple(tokens[at : at + count])
             at += count
-            entry = self._ledger.get(uid)
+            entry = self._sent.get(uid)
             if entry is None or entry.ids is None:
                 continue
+            if not entry.delivered:  # otherwise it runs again, and its answer so far may be cached as well
+                entry.cached = cached
             entry.delivered.extend(new)
             end = _UNFINISHED
             if finish:
@@ -293,14 +342,16 @@ class Gateway(Actor):
                 if (error := _failure(entry, end)) is not None:
                     self._fail(entry, error)
                     continue
-                del self._ledger[uid]
+                self._remove(entry)
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
             n, params = len(entry.ids), entry.params
             entry.on_chunk(
-                Chunk(text, new, end, n, cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
+                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
             )
+        if self._trials.open:
+            self._go_on_with_trials()
 
     @on(msg.Logprobs)
     def logprobs(self, m: msg.Logprobs) -> None:
@@ -318,15 +369,18 @@ class Gateway(Actor):
                 start += size
             alternatives = zip(ids[top : top + width], pieces[1:], map(_finite, values[top : top + width]), strict=True)
             at, top = at + 1 + width, top + width
-            entry = self._ledger.get(uid)
+            entry = self._sent.get(uid)
             if entry is not None:
                 known = None if math.isnan(logprob) else _finite(logprob)  # the first token of a prompt has none
                 entry.logprobs.append(TokenLogprob(token, pieces[0], known, offset, tuple(alternatives)))
 
     @on(msg.Rejected)
     def rejected(self, m: msg.Rejected) -> None:
-        self._tokenizers.drop(m.uid)
-        question, entry = self._questions.pop(m.uid, None), self._ledger.get(m.uid)
+        self._grammars.pop(m.uid, None)
+        if (uid := self._tokenizers.drop(m.uid)) is not None:
+            question, entry = self._questions.pop(uid, None), self._ledger.get(uid)
+        else:
+            question, entry = self._questions.pop(m.uid, None), self._sent.get(m.uid)
         source = question[1] if question is not None else entry.source if entry is not None else ""
         text, param = m.text, m.param
         if source and param in ("messages", "prompt"):  # all that the other actors know of the prompt's field
@@ -338,7 +392,7 @@ class Gateway(Actor):
             self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
-        del self._ledger[entry.uid]
+        self._remove(entry)
         entry.on_chunk(error)
 
     @on(msg.Stats)
@@ -347,22 +401,26 @@ class Gateway(Actor):
 
     @on(msg.Wake)
     def wake(self, m: msg.Wake) -> None:
-        self._flush_backlog()
+        self._go_on_with_trials()
 
     # ---------------- life and death
     @on(msg.Hello)
     def hello(self, m: msg.Hello) -> None:
-        self._silent.discard(m.name)
-        self._become_ready()
+        if self.pids.get(m.name, m.pid) == m.pid:
+            self.silent.discard(m.name)
+            self.hellos[m.name] = m
+            self._become_ready()
 
     @on(msg.EngineReady)
     def engine_ready(self, m: msg.EngineReady) -> None:
-        self.num_pages = m.num_pages
-        self._become_ready()
+        if self.pids.get("scheduler", m.pid) == m.pid:
+            self.num_pages, self.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
+            self._become_ready()
+            self._go_on_with_trials()
 
     def _become_ready(self) -> None:
-        if self.state == "starting" and self.num_pages and not self._silent:
-            self.state = "ready"
+        if self.state in ("starting", "recovering") and self.engine_up and not self.silent:
+            self.state, self.failure = "ready", None
 
     @on(msg.Stopped)
     def stopped(self, m: msg.Stopped) -> None:
@@ -371,16 +429,97 @@ class Gateway(Actor):
     @on(msg.Failed)
     def failed(self, m: msg.Failed) -> None:
         self.failure = m.text
-        self._end("dead", "The engine could not start.")
+        if self.state == "starting":
+            self._end("dead", "The engine could not start.")
 
-    @on(msg.ActorDied)
-    def actor_died(self, m: msg.ActorDied) -> None:
-        if m.name in self._stopped or self.state in ("stopped", "dead"):
-            return
-        self.died = m
-        how = f"was killed by signal {-m.exitcode}" if m.exitcode < 0 else f"ended with exit code {m.exitcode}"
-        self.failure = f"the process {m.name} {how} (after step {self._board.line(m.name).step})"
-        self._end("dead", f"The engine failed while it served this request ({m.name} died).")
+    def expects(self, death: msg.ActorDied) -> bool:
+        """Whether a process was to end, or nobody needs it any longer."""
+        return death.name in self._stopped or self.state in ("stopped", "dead")
+
+    def give_up(self, death: msg.ActorDied, sentence: str) -> None:
+        """Fail every open request: a process has died and there will be no other.  `sentence`: for the operator."""
+        self.failure, self.crashed = sentence, True
+        self._end("dead", f"The engine failed while it served this request ({death.name} died).")
+
+    # ---------------- recovery: what has died is about to start again
+    @property
+    def on_trial(self) -> bool:
+        """Whether a request that is suspected of killing the engine runs, alone."""
+        return self._trials.current is not None
+
+    @property
+    def waiting_for_replay(self) -> bool:
+        """Whether requests have been sent again that were not started yet."""
+        return bool(self._sent) or bool(self._backlog)
+
+    @property
+    def down(self) -> list[str]:
+        return sorted(self.silent)
+
+    def still(self, seconds: float) -> list[str]:
+        return [name for name in self.watchdog.still(seconds) if name not in self.silent]
+
+    def lost(self, names: Sequence[str], requests: RingSpec) -> None:
+        """Processes have died, with all that was sent to them, and others have their names now: those get the same again.
+
+        What the dead ones have sent and arrives later is recognised by the names of its requests.  `requests`: the ring for a
+        new scheduler.
+        """
+        if self.state == "ready":
+            self.state = "recovering"
+        started = [name for name in names if name not in self.silent]
+        self.silent.update(names)
+        self.restarts.update(names)
+        if "scheduler" in names:
+            self.engine_up, self._requests = False, RingWriter(requests)
+        elif "detokenizer" in names:
+            self.ctx.send("scheduler", msg.Reconnect("detokenizer"))
+        if "scheduler" in names or "detokenizer" in names:
+            self._replay()
+        if "scheduler" in names:
+            self._oldest = self._last_uid + 1
+            self.ctx.send("detokenizer", msg.Forget(self._oldest))
+        if "checker" in names:
+            for question in self._grammars.values():
+                self.ctx.send("checker", question)
+        for name in names:
+            if name.startswith("tokenizer"):
+                for uid in self._tokenizers.resend(name, name in started):
+                    self._refuse_poison(uid)
+
+    def _replay(self) -> None:
+        """Send every request again, behind what it has said, as soon as the engine takes requests."""
+        sent = list(self._sent.values())
+        poison = self._trials.judge([entry for entry in sent if entry.started], self.ctx.now())
+        for entry in sent:
+            if self.engine_up:
+                self._cancel(entry)
+            entry.name, entry.started = 0, False
+            entry.logprobs.clear()  # of tokens that were not delivered
+        self._sent.clear()
+        for entry in poison:
+            self._refuse_poison(entry.uid)
+        idle = (entry for entry in self._ledger.values() if entry.ids is not None and not entry.name)
+        self._backlog = deque(sorted((e for e in idle if not self._trials.suspected(e)), key=lambda e: e.uid))
+        self._go_on_with_trials()
+
+    def _refuse_poison(self, uid: int) -> None:
+        if (question := self._questions.pop(uid, None)) is not None:
+            question[0](_poison())
+        elif (entry := self._ledger.get(uid)) is not None:
+            self._fail(entry, _poison())
+
+    def _go_on_with_trials(self) -> None:
+        """Stop the request on trial when it is acquitted, and begin the next trial; after the last one, all others go on."""
+        if (entry := self._trials.acquitted()) is not None:
+            self._cancel(entry)
+            self._backlog.append(entry)
+        entry = self._trials.next() if self.engine_up else None
+        if entry is not None and entry.ids is not None and not self._send(entry, entry.ids):
+            self._trials.put_back()
+            self._requests.starve(True)
+        else:
+            self._flush_backlog()
 
     def drain(self) -> None:
         """Refuse new requests; open ones continue."""
@@ -418,6 +557,14 @@ def _source(prompt: Prompt, options: RequestOptions) -> str:
     """The request field that holds the prompt, for error messages."""
     usual = "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
     return prompt.source or usual
+
+
+def _poison() -> RequestError:
+    text = (
+        "This request has ended the engine three times: it is not tried again.  Please report it; another prompt, or other "
+        "parameters, may work."
+    )
+    return RequestError(text, status=500, code="poison_request")
 
 
 def _failure(entry: Entry, end: Finish) -> RequestError | None:

@@ -11,7 +11,7 @@ import os
 from minisgl.actors import spawn
 from minisgl.actors.messages import Hello
 from minisgl.actors.runtime.local import LocalSystem
-from minisgl.actors.runtime.shared_memory import close_arenas, create_arenas, tokenizer_names
+from minisgl.actors.runtime.shared_memory import Memory, tokenizer_names
 from minisgl.api.gateway import Gateway
 from minisgl.config import Config
 from minisgl.errors import UserError
@@ -26,7 +26,8 @@ class InProcessSystem:
             raise UserError(f"--tp {config.engine.tp}: an engine in one thread has one rank. Use --tp 1, or processes.")
         self.config = config
         self.actors = LocalSystem(seed)
-        arenas, self._fds = create_arenas(config)
+        self._memory = Memory(config)
+        arenas = self._memory.arenas
         start = self.actors.spawn
         self.gateway = start("api", lambda ctx: Gateway(ctx, config, arenas))
         for i, name in enumerate(tokenizer_names(config.server.num_tokenizers)):
@@ -52,5 +53,4 @@ class InProcessSystem:
         """Stop every actor and free the shared memory.  Idempotent."""
         for name in list(self.actors.actors):
             self.actors.stop(name)
-        close_arenas(self._fds)
-        self._fds = []
+        self._memory.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,11 +16,11 @@ import zmq
 
 from minisgl.actors import spawn
 from minisgl.actors.messages import Stop
-from minisgl.actors.runtime.actor import Actor
 from minisgl.actors.runtime.process import ZmqContext
-from minisgl.actors.runtime.shared_memory import Arenas, actor_names, close_arenas, create_arenas, tokenizer_names
+from minisgl.actors.runtime.shared_memory import Memory, actor_names
 from minisgl.actors.runtime.supervisor import Supervisor, make_run_dir
 from minisgl.api.gateway import Gateway
+from minisgl.api.recovery import Recovery
 from minisgl.config import Config
 from minisgl.errors import UserError
 
@@ -29,10 +29,14 @@ _LEAVE_SECONDS = 3.0  # actors that have not left by then are killed
 
 
 class System:
-    """Spawns every actor on construction; `close` leaves no process, no socket file and no shared memory."""
+    """Spawns every actor on construction; `close` leaves no process, no socket file and no shared memory.
+
+    An actor that dies is started again, see recovery.py: a System is its Processes.
+    """
 
     def __init__(self, config: Config, make_worker: spawn.MakeWorker = spawn.make_worker) -> None:
         self.config = config
+        self._make_worker = make_worker
         self._closed = False
         with ExitStack() as undo:  # in case a later step fails
             self.run_dir = make_run_dir()
@@ -41,23 +45,31 @@ class System:
             undo.callback(self.supervisor.kill)
             self.ctx = ZmqContext(self.run_dir, "api")
             undo.callback(self.ctx.close)
-            arenas, self._fds = create_arenas(config)
-            undo.callback(close_arenas, self._fds)
-            self.gateway = Gateway(self.ctx, config, arenas)
-            self._spawn(arenas, make_worker)
+            self._memory = Memory(config)
+            undo.callback(self._memory.close)
+            self.gateway = Gateway(self.ctx, config, self._memory.arenas)
+            self.recovery = Recovery(config, self.gateway, self.ctx, self._memory, self)
+            for name in reversed(actor_names(config.engine.tp, config.server.num_tokenizers)):  # the workers take longest
+                self.gateway.pids[name] = self.start(name)
             undo.pop_all()
 
-    def _spawn(self, arenas: Arenas, make_worker: spawn.MakeWorker) -> None:
-        def start(name: str, make: Callable[..., Actor], *args: Any) -> None:
-            self.supervisor.spawn(name, spawn.with_logs, self.config.server.log_format, make, *args)
+    def start(self, name: str, takes_over: int = 0) -> int:
+        """Start an actor; returns the pid of its process.  `takes_over`: see SchedulerActor."""
+        config, arenas = self.config, self._memory.arenas
+        kind = name.rstrip("0123456789")
+        index = int(name.removeprefix(kind) or 0)
+        make: tuple[Any, ...] = {
+            "worker": (self._make_worker, config, arenas, index, self.run_dir),
+            "scheduler": (spawn.make_scheduler, config, arenas, takes_over),
+            "tokenizer": (spawn.make_tokenizer, config, arenas, index),
+            "detokenizer": (spawn.make_detokenizer, config),
+            "checker": (spawn.make_checker, config),
+        }[kind]
+        return self.supervisor.spawn(name, spawn.in_process, arenas.board, config.server.log_format, *make)
 
-        for rank in range(self.config.engine.tp):  # the workers first: they take longest to start
-            start(f"worker{rank}", make_worker, self.config, arenas, rank, self.run_dir)
-        start("scheduler", spawn.make_scheduler, self.config, arenas)
-        for i, name in enumerate(tokenizer_names(self.config.server.num_tokenizers)):
-            start(name, spawn.make_tokenizer, self.config, arenas, i)
-        start("detokenizer", spawn.make_detokenizer, self.config)
-        start("checker", spawn.make_checker, self.config)
+    def end(self, names: Iterable[str]) -> None:
+        """End actors at once, and wait until their memory is free."""
+        self.supervisor.end(names)
 
     # ---------------- driving
     def fds(self) -> list[int]:
@@ -77,12 +89,13 @@ class System:
         while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
             self.gateway.receive(msg)
             handled += 1
-        for death in dead:
-            self.gateway.actor_died(death)
+        if dead:
+            self.recovery.died(dead)
         return handled == _BURST
 
     def tick(self) -> float:
         """Do what is due by the clock; returns after how many seconds it wants to be called again, at the latest."""
+        self.recovery.tick()
         return self.gateway.tick(self.ctx.now())
 
     def wait_ready(self, seconds: float = 600.0) -> None:
@@ -101,15 +114,15 @@ class System:
         if self._closed:
             return
         self._closed = True
-        was_ready = self.gateway.num_pages > 0 and self.gateway.state != "dead"
+        all_up = not self.gateway.silent and self.gateway.engine_up and self.gateway.state != "dead"
         self.gateway.end()
         try:
-            if was_ready:  # otherwise a worker may be loading weights and does not read messages
+            if all_up:  # otherwise a worker may be loading weights and does not read messages
                 for name in actor_names(0, self.config.server.num_tokenizers):
                     self.ctx.send(name, Stop("shutdown"))
                 self.supervisor.join(_LEAVE_SECONDS, self.pump)
         finally:
             self.supervisor.kill()
             self.ctx.close()
-            close_arenas(self._fds)
+            self._memory.close()
             shutil.rmtree(self.run_dir, ignore_errors=True)

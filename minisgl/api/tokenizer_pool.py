@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
 
 CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
+_MAX_DEATHS = 3  # of a tokenizer over one prompt, which is refused then
 
 
 @dataclass(slots=True, eq=False)
@@ -24,19 +26,38 @@ class _Tokenizer:
     load: int = 0  # characters of the prompts that it is reading
 
 
-class Tokenizers:
-    """Sends each prompt to the tokenizer with the smallest load, and takes the token ids from its ring."""
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A message that a tokenizer has not answered."""
 
-    def __init__(self, ctx: Context, rings: tuple[RingSpec, ...], max_context: int) -> None:
+    uid: int
+    by: _Tokenizer
+    message: Tokenize | Detokenize
+    size: int
+    deaths: int = 0  # of tokenizers whose next job it was
+
+
+class Tokenizers:
+    """Sends each prompt to the tokenizer with the smallest load, and takes the token ids from its ring.
+
+    A job has a name on the wire that `new_name` gives, the uid of its request at first.  If its tokenizer dies it is sent again
+    under another name, so that late answers of the dead one are not mistaken for those of the next.
+    """
+
+    def __init__(self, ctx: Context, rings: tuple[RingSpec, ...], max_context: int, new_name: Callable[[], int]) -> None:
         self._ctx = ctx
         self._max_context = max_context
+        self._new_name = new_name
         self._all = [_Tokenizer(n, RingReader(r)) for n, r in zip(tokenizer_names(len(rings)), rings, strict=True)]
-        self._reading: dict[int, tuple[_Tokenizer, int]] = {}  # uid -> the tokenizer that reads its prompt, characters
+        self._jobs: dict[int, _Job] = {}  # by name, in the order in which they were sent
 
     @property
     def loads(self) -> list[int]:
         """Characters that each tokenizer is reading."""
         return [t.load for t in self._all]
+
+    def __len__(self) -> int:
+        return len(self._jobs)
 
     def send(self, uid: int, prompt: TextPrompt | ChatPrompt, source: str, reasoning: str = "") -> None:
         """Have a prompt tokenized; `take` or `drop` must follow.  `source`: the request field that holds the prompt.
@@ -50,40 +71,64 @@ class Tokenizers:
             raise context_overflow(
                 source, self._max_context, f"more than {size // CHARS_PER_TOKEN}", f"{size} characters in the {source}"
             )
-        to = self._idlest()
+        if isinstance(prompt, TextPrompt):
+            message = Tokenize(uid, prompt.text, None, prompt.add_special, prompt.keep)
+        else:
+            message = Tokenize(uid, None, prompt.payload, False, prompt.keep, reasoning=reasoning)
         try:
-            if isinstance(prompt, TextPrompt):
-                self._ctx.send(to.name, Tokenize(uid, prompt.text, None, prompt.add_special, prompt.keep))
-            else:
-                self._ctx.send(to.name, Tokenize(uid, None, prompt.payload, False, prompt.keep, reasoning=reasoning))
+            self._give(_Job(uid, self._idlest(), message, size))
         except UnicodeEncodeError as e:
             raise InvalidParam(source, f"{source} holds half of a surrogate pair, which is not text.") from e
-        self._reading[uid] = to, size
-        to.load += size
 
     def send_ids(self, uid: int, ids: I32, skip_special: bool) -> None:
-        """Have the text of token ids made."""
-        self._ctx.send(self._idlest().name, Detokenize(uid, ids, skip_special))
+        """Have the text of token ids made; `drop` must follow."""
+        self._give(_Job(uid, self._idlest(), Detokenize(uid, ids, skip_special), len(ids)))
 
-    def take(self, uid: int) -> I32:
-        """The ids that a Tokenized message announces: the next record in its sender's ring."""
-        by = self._answered(uid)
-        if by is None:
-            raise RuntimeError(f"no tokenizer was reading the prompt of request {uid}")
-        ids = np.frombuffer(by.ring.take_now(), np.int32)
-        if by.ring.starved():
-            self._ctx.send(by.name, Wake())
-        return ids
+    def take(self, name: int) -> tuple[int, I32] | None:
+        """The uid and the ids that a Tokenized message announces; None if it comes from a tokenizer that has died."""
+        if (job := self._done(name)) is None:
+            return None
+        ring, wanted = job.by.ring, name.to_bytes(8, "little")
+        while (record := ring.take_now())[:8] != wanted:
+            pass
+        if ring.starved():
+            self._ctx.send(job.by.name, Wake())
+        return job.uid, np.frombuffer(record, np.int32, offset=8)
 
-    def drop(self, uid: int) -> None:
-        """Forget a prompt that its tokenizer has refused.  Does nothing for other requests."""
-        self._answered(uid)
+    def drop(self, name: int) -> int | None:
+        """The uid of a job that has been answered without ids; None if there is no such job."""
+        return None if (job := self._done(name)) is None else job.uid
+
+    def resend(self, name: str, started: bool) -> list[int]:
+        """The tokenizer `name` has died; its successor gets what it had to do, except for requests that kill tokenizers.
+
+        `started`: it took messages.  Returns the uids of those requests.  Nothing of the dead one may be read afterwards.
+        """
+        by = next(t for t in self._all if t.name == name)
+        while by.ring.take() is not None:
+            pass
+        jobs = {k: job for k, job in self._jobs.items() if job.by is by}
+        poison = []
+        for at, (old, job) in enumerate(jobs.items()):
+            self._done(old)
+            job.deaths += at == 0 and started
+            if job.deaths >= _MAX_DEATHS:
+                poison.append(job.uid)
+            else:
+                self._give(job, self._new_name())
+        return poison
+
+    def _give(self, job: _Job, name: int | None = None) -> None:
+        if name is not None:
+            job.message = replace(job.message, uid=name)
+        self._ctx.send(job.by.name, job.message)
+        self._jobs[job.message.uid] = job
+        job.by.load += job.size
 
     def _idlest(self) -> _Tokenizer:
         return min(self._all, key=lambda t: t.load)
 
-    def _answered(self, uid: int) -> _Tokenizer | None:
-        by, size = self._reading.pop(uid, (None, 0))
-        if by is not None:
-            by.load -= size
-        return by
+    def _done(self, name: int) -> _Job | None:
+        if (job := self._jobs.pop(name, None)) is not None:
+            job.by.load -= job.size
+        return job

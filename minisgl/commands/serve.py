@@ -277,7 +277,7 @@ class _Server:
         if gateway.failure is None:
             logs.say("stopped", "minisgl has stopped")
             return 0
-        if gateway.died is None:  # an actor has refused to start, and said why
+        if not gateway.crashed:  # an actor has refused to start, and said why
             raise UserError(gateway.failure)
         logs.say("failed", f"minisgl: {gateway.failure}; see the messages above", logging.ERROR)
         return EXIT_DIED

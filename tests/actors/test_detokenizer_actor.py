@@ -44,7 +44,7 @@ class Setup:
         self, uid: int, *stop: str, skip: bool = True, cached: int = 0, prompt: tuple[int, ...] = (), **params: Any
     ) -> None:
         p = SamplingParams(stop=stop, skip_special_tokens=skip, **params)
-        self.actor.receive(Track(uid, cached, np.array(prompt, np.int32), p, uid / 4))
+        self.actor.receive(Track(uid, cached, np.array(prompt, np.int32), p, uid / 4, np.zeros(0, np.int32)))
 
     def score(self, *rows: tuple[int, bool, int, float, list[tuple[int, float]]]) -> list[Any]:
         """Scores of (uid, drawn, token, logprob, alternatives); returns what api is told of them at once."""

@@ -119,9 +119,9 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Cancel", 1]) + b"trailing",
         wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x07"),  # a name that is no string
         wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x91\xa1a"),  # a tuple too deep
-        wire.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0))[1:].replace(
-            b"\x92\x07", b"\x92\xc3"
-        ),
+        wire.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0, np.zeros(0, np.int32)))[
+            1:
+        ].replace(b"\x92\x07", b"\x92\xc3"),
     ],
 )
 def test_bombs_and_forgeries_are_refused(body: bytes) -> None:

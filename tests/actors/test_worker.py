@@ -12,7 +12,7 @@ from conftest import World, fake_config
 
 from minisgl.actors.messages import Capacity, MayCapture, WorkerArmed
 from minisgl.actors.runtime.ring import RingReader, RingWriter
-from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
+from minisgl.actors.runtime.shared_memory import Arenas, Memory
 from minisgl.actors.worker import IdleCapture, WorkerActor
 from minisgl.model.common.finished import Finished
 from minisgl.model.fake_runner import FakeRunner
@@ -61,9 +61,9 @@ class SlowStarter:
 @pytest.fixture
 def arenas(request: pytest.FixtureRequest) -> Iterator[Arenas]:
     """Of one worker, or as many as a test has in its mark."""
-    made, fds = create_arenas(fake_config(tp=getattr(request, "param", 1)))
-    yield made
-    close_arenas(fds)
+    memory = Memory(fake_config(tp=getattr(request, "param", 1)))
+    yield memory.arenas
+    memory.close()
 
 
 def test_a_runner_prepares_before_the_first_plan_and_in_pauses_but_not_between_steps(arenas: Arenas) -> None:

@@ -99,7 +99,7 @@ def test_after_any_traffic_nothing_is_left_of_the_requests_that_have_ended(seed:
     for uid in live:
         engine.close(uid)
     g = front.gateway
-    assert (len(g._ledger), len(g._questions), len(g._tokenizers._reading), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
+    assert (len(g._ledger), len(g._questions), len(g._tokenizers._jobs), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
     assert g._tokenizers.loads == [0, 0]
     assert not engine._open
     assert sum(engine.metrics.finished.values()) > 20
@@ -149,7 +149,7 @@ def test_when_an_actor_dies_every_open_request_ends_with_a_500_that_names_it() -
     told: list[Any] = []
     front.open("a")
     front.gateway.tokenize(TextPrompt("a"), told.append)
-    front.gateway.actor_died(ActorDied("scheduler", -9))
+    front.gateway.give_up(ActorDied("scheduler", -9), "it died")
     for error in (*front.news, *told):
         assert isinstance(error, RequestError)
         assert (error.status, error.code) == (500, "engine_error")

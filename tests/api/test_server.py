@@ -67,11 +67,17 @@ class ScriptedEngine:
         self.stats = {"running_requests": 0}
         self.tokenizer_info: dict[str, Any] = {}
         self.flushed = False
+        self.down: list[str] = []
+        self.stuck: list[str] = []
+        self.restarts: dict[str, int] = {}
         self.changed = asyncio.Condition()
         self.tasks: list[asyncio.Task[None]] = []
 
     def flush_cache(self) -> None:
         self.flushed = True
+
+    def still(self, seconds: float) -> list[str]:
+        return self.stuck
 
     @property
     def open_requests(self) -> int:

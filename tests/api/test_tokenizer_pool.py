@@ -13,7 +13,7 @@ from minisgl.actors.messages import Cancel, EngineReady, Generate, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.local import LocalSystem
 from minisgl.actors.runtime.ring import RingReader
-from minisgl.actors.runtime.shared_memory import Arenas, close_arenas, create_arenas
+from minisgl.actors.runtime.shared_memory import Arenas, Memory
 from minisgl.actors.spawn import make_tokenizer
 from minisgl.api.engine import ChatPrompt, Chunk, TextPrompt
 from minisgl.api.gateway import Gateway
@@ -50,15 +50,16 @@ class Front:
     def __init__(self, n: int, seed: int | None) -> None:
         spec = replace(fake_spec(max_context=600, vocab=256), format="random", name="bytes")
         config = Config(spec, EngineConfig(max_running=4, step_tokens=9), ServerConfig(num_tokenizers=n))
-        arenas, self.fds = create_arenas(config)
+        self.memory = Memory(config)
+        arenas = self.memory.arenas
         self.system = LocalSystem(seed)
         self.gateway = self.system.spawn("api", lambda ctx: Gateway(ctx, config, arenas))
         self.collector = self.system.spawn("scheduler", lambda ctx: Collector(ctx, arenas))
         self.names = ["tokenizer", *(f"tokenizer{i}" for i in range(1, n))]
         for i, name in enumerate(self.names):
             self.system.spawn(name, lambda ctx, i=i: make_tokenizer(ctx, config, arenas, i))
-        self.gateway._silent.clear()
-        self.gateway.receive(EngineReady(100))
+        self.gateway.silent.clear()
+        self.gateway.receive(EngineReady(100, 0))
         self.news: list[Chunk | RequestError] = []
 
     def open(self, text: str) -> int:
@@ -96,7 +97,7 @@ def test_every_prompt_keeps_its_ids_whichever_tokenizer_reads_it(seed: int) -> N
     assert front.asked() == set(front.names)
     assert front.gateway._tokenizers.loads == [0, 0, 0]
     assert all(isinstance(n, RequestError) and n.code == "no_chat_template" for n in front.news)
-    close_arenas(front.fds)
+    front.memory.close()
 
 
 def test_a_short_prompt_goes_to_a_tokenizer_that_does_not_read_a_long_one() -> None:
@@ -108,7 +109,7 @@ def test_a_short_prompt_goes_to_a_tokenizer_that_does_not_read_a_long_one() -> N
     assert front.gateway._tokenizers.loads == [4000, 200]
     front.system.run()
     assert front.gateway._tokenizers.loads == [0, 0]
-    close_arenas(front.fds)
+    front.memory.close()
 
 
 def test_a_number_of_tokenizers_that_makes_no_sense_is_refused_by_its_flag() -> None:

@@ -23,6 +23,9 @@ class Context(Protocol):
     def now(self) -> float:
         """Seconds on a monotonic clock (virtual in tests)."""
 
+    def forget(self, name: str) -> None:
+        """Another actor has this name now: messages to the one before that have not left are dropped."""
+
     def stop(self) -> None:
         """Leave the run loop after the current handler."""
 

@@ -33,6 +33,9 @@ class LocalContext(Context):
     def now(self) -> float:
         return self._system.clock
 
+    def forget(self, name: str) -> None:
+        self._system.forget(self.name, name)
+
     def stop(self) -> None:
         self._system.stop(self.name)
 
@@ -60,6 +63,10 @@ class LocalSystem:
         """Remove an actor; later messages to it become dead letters."""
         if (actor := self.actors.pop(name, None)) is not None:
             actor.stopping()
+
+    def forget(self, src: str, dst: str) -> None:
+        """Drop what is on the lane from `src` to `dst`."""
+        self._lanes.pop((src, dst), None)
 
     def post(self, src: str, dst: str, msg: Any) -> None:
         """Put a message on the lane from `src` to `dst`.  A dead receiver does not hide that a message cannot be encoded."""

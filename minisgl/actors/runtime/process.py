@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
-import math
 import os
 import signal
 import sys
@@ -18,6 +18,7 @@ import zmq
 
 from minisgl.actors.messages import Failed, Hello, Stopped
 from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.runtime.status import Board
 from minisgl.actors.wire import MAX_BYTES, BadMessage, decode, encode
 from minisgl.errors import UserError
 from minisgl.lifeline import die_with_parent
@@ -26,6 +27,8 @@ ROOT = "api"  # the process that supervises the others
 LINGER_MS = 500  # long enough for a last message, short enough for ^C
 BURST = 64  # messages handled between two calls of idle()
 SETTLE_MS = 5  # see run()
+BEAT_SECONDS = 1.0  # between two signs of life of an actor that has nothing to do
+RECONNECT_MS = 10  # a peer that died comes back under the same address
 _IPC_PATH_MAX = 107  # bytes; a limit of AF_UNIX
 
 
@@ -61,11 +64,13 @@ class ZmqContext(Context):
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self.running = True
         self.bad_frames = 0
+        self.board: Board | None = None  # where to give signs of life
+        self._beat_at = 0.0
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket of this process with the settings that all of them share."""
         sock = self._zmq.socket(kind)
-        sock.linger, sock.sndhwm, sock.rcvhwm = LINGER_MS, 0, 0
+        sock.linger, sock.sndhwm, sock.rcvhwm, sock.reconnect_ivl = LINGER_MS, 0, 0, RECONNECT_MS
         self._sockets.append(sock)
         return sock
 
@@ -74,6 +79,18 @@ class ZmqContext(Context):
             sock = self._peers[to] = self.socket(zmq.PUSH)
             sock.connect(address(self._run_dir, to))
         sock.send(encode(msg), zmq.NOBLOCK)
+
+    def forget(self, name: str) -> None:
+        """A peer has died: drop what was sent to it and has not left.  The next message goes to its successor."""
+        if (sock := self._peers.pop(name, None)) is not None:
+            self._sockets.remove(sock)
+            sock.close(linger=0)
+
+    def beat(self) -> None:
+        """Give a sign of life, unless the last one is fresh."""
+        if self.board is not None and (now := time.monotonic()) >= self._beat_at:
+            self._beat_at = now + BEAT_SECONDS / 4
+            self.board.beat()
 
     def recv(self) -> Any | None:
         """The next message of the mailbox, or None if it is empty."""
@@ -99,21 +116,23 @@ def _close(context: zmq.Context[zmq.Socket[bytes]], sockets: Sequence[zmq.Socket
     context.term()
 
 
-def run(actor: Actor, ctx: ZmqContext) -> None:
-    """The life of an actor: mail first, then idle(), then block.
+def run(actor: Actor, ctx: ZmqContext, began: float = 0.0, made: float = 0.0) -> None:
+    """The life of an actor: mail first, then idle(), then block.  `began`, `made`: see Hello.
 
     Before it blocks for good, an actor that has just parked waits SETTLE_MS and looks once more.  "Raise my flag, then look
     at the ring" against "publish, then look at the flag" is a race that only a full memory fence closes; a store buffer
     drains in far less than that time, so the second look sees all that the first one missed, and every later writer sees the
-    flag.  An idle actor uses no CPU.
+    flag.  An idle actor wakes once in BEAT_SECONDS, to show that it is alive.
     """
-    ctx.send(ROOT, Hello(ctx.name, os.getpid()))
     actor.started()
+    gc.freeze()  # what was loaded stays: no collection looks through it in the middle of a step
+    ctx.send(ROOT, Hello(ctx.name, os.getpid(), began, made, time.monotonic()))
     busy, settled = True, False
     while ctx.running:
-        limit = 0 if busy else math.inf if settled else SETTLE_MS
+        ctx.beat()
+        limit = 0 if busy else BEAT_SECONDS * 1000 if settled else SETTLE_MS
         limit = min(limit, max(0.0, actor.wake_at - ctx.now()) * 1000)
-        got_mail = bool(ctx.inbox.poll(None if limit == math.inf else int(limit)))  # within a millisecond it looks all the time
+        got_mail = bool(ctx.inbox.poll(int(limit)))  # within a millisecond it looks all the time
         if got_mail:
             for _ in range(BURST):
                 if not ctx.running or (msg := ctx.recv()) is None:
@@ -126,6 +145,7 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
 
 def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, ...], parent: int) -> None:
     """The main function of a child process.  `make(ctx, *args)` builds the actor; heavy imports belong inside it."""
+    began = time.monotonic()
     die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may reach the process group; only the root acts on them
         signal.signal(number, signal.SIG_IGN)
@@ -137,7 +157,7 @@ def main(run_dir: str, name: str, make: Callable[..., Actor], args: tuple[Any, .
     try:
         actor = make(ctx, *args)
         try:
-            run(actor, ctx)
+            run(actor, ctx, began, time.monotonic())
         finally:
             actor.stopping()
         ctx.send(ROOT, Stopped(name))

@@ -11,7 +11,8 @@ board     scheduler, workers   api   one line per process: its heartbeat and sta
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from minisgl.actors.runtime.ring import RingSpec, create_ring
 from minisgl.actors.runtime.status import BoardSpec, create_board
@@ -43,29 +44,41 @@ def actor_names(tp: int, tokenizers: int = 1) -> tuple[str, ...]:
     return (*tokenizer_names(tokenizers), "checker", "detokenizer", "scheduler", *(f"worker{rank}" for rank in range(tp)))
 
 
-def create_arenas(config: Config) -> tuple[Arenas, list[int]]:
-    """Make the shared memory of a run.  Runs in the api process; close the descriptors when the run is over.
+class Memory:
+    """The shared memory of a run; every part lives as long as the descriptor that is kept here.  Runs in the api process.
 
     The memory is sparse: a page of it exists once it has been written to.
     """
-    engine = config.engine
-    longest = 4 * 4 * config.max_context  # a prompt may reach the api four times too long, to be refused with its number
-    table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # a plan that grants every page of every slot
-    plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 8 * config.max_context + 2 * _MIB
-    result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
-    result += 4 * config.model.hidden_size * POOLED_ROWS
-    plans, fd_plans = create_ring("plans", engine.tp, 4 * plan)
-    results, fd_results = create_ring("results", 1, _MIB + 2 * engine.lag * result)
-    prompts, fds_prompts = zip(
-        *(create_ring(name, 1, max(16 * _MIB, 3 * longest)) for name in tokenizer_names(config.server.num_tokenizers)),
-        strict=True,
-    )
-    requests, fd_requests = create_ring("requests", 1, max(16 * _MIB, 3 * longest))
-    board, fd_board = create_board(("api", *actor_names(engine.tp, config.server.num_tokenizers)))
-    return Arenas(plans, results, prompts, requests, board), [fd_plans, fd_results, *fds_prompts, fd_requests, fd_board]
 
+    def __init__(self, config: Config) -> None:
+        engine, tokenizers = config.engine, tokenizer_names(config.server.num_tokenizers)
+        longest = 4 * 4 * config.max_context  # a prompt may reach the api four times too long, to be refused with its number
+        table = 12 * engine.max_running * -(-config.max_context // engine.page_size)  # grants every page of every slot
+        plan = min(32 * _MIB, table) + 4 * engine.step_tokens + 8 * config.max_context + 2 * _MIB
+        result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
+        result += 4 * config.model.hidden_size * POOLED_ROWS
+        prompts = max(16 * _MIB, 3 * longest)
+        # name -> (readers, bytes)
+        self._rings = {"plans": (engine.tp, 4 * plan), "results": (1, _MIB + 2 * engine.lag * result), "requests": (1, prompts)}
+        self._fds: dict[str, int] = {}
+        made = {name: self._make(name, 1, prompts) for name in tokenizers}
+        rings = {name: self._make(name, *shape) for name, shape in self._rings.items()}
+        board, self._fds["board"] = create_board(("api", *actor_names(engine.tp, config.server.num_tokenizers)))
+        self.arenas = Arenas(**rings, prompts=tuple(made.values()), board=board)
 
-def close_arenas(fds: list[int]) -> None:
-    """Free the shared memory; parts that a process has mapped stay until it ends."""
-    for fd in fds:
-        os.close(fd)
+    def _make(self, name: str, readers: int, size: int) -> RingSpec:
+        spec, self._fds[name] = create_ring(name, readers, size)
+        return spec
+
+    def renew(self, *names: str) -> None:
+        """Replace rings by empty ones; processes that have mapped the old ones keep those."""
+        for name in names:
+            os.close(self._fds.pop(name))
+        made: dict[str, Any] = {name: self._make(name, *self._rings[name]) for name in names}
+        self.arenas = replace(self.arenas, **made)
+
+    def close(self) -> None:
+        """Free the memory; parts that a process has mapped stay until it ends.  Idempotent."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -87,12 +87,13 @@ class Supervisor:
         # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
         atexit.register(self.kill)
 
-    def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> None:
-        """Start an actor process.  `make` must be a module-level function."""
+    def spawn(self, name: str, make: Callable[..., Actor], *args: Any) -> int:
+        """Start an actor process; returns its pid.  `make` must be a module-level function."""
         with quiet_spawn():
             proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
             proc.start()
         self._procs[name] = proc
+        return proc.pid or 0
 
     @property
     def pids(self) -> dict[str, int]:
@@ -110,6 +111,14 @@ class Supervisor:
             del self._procs[name]
             proc.join()
         return [ActorDied(name, p.exitcode or 0) for name, p in gone]
+
+    def end(self, names: Iterable[str]) -> None:
+        """SIGKILL these children, if they live, and wait until nothing of them is left."""
+        procs = [proc for name in names if (proc := self._procs.pop(name, None)) is not None]
+        for proc in procs:
+            proc.kill()
+        for proc in procs:
+            proc.join()
 
     def join(self, seconds: float, pump: Callable[[float], object]) -> bool:
         """Wait until all children have ended; `pump(timeout)` keeps the mailbox drained meanwhile.  False: time is up."""

@@ -1,8 +1,8 @@
 """The scheduler actor runs the step machine: it feeds it messages and results, and publishes its plans to the workers.
 
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
-Receives  Generate, Cancel (api, detokenizer); WorkerLoaded, WorkerArmed, GrammarPrepared, MayCapture, Wake (workers); Stop
-          (api); results through the token ring.
+Receives  Generate, Cancel (api, detokenizer); FlushCache, Reconnect, Stop (api); WorkerLoaded, WorkerArmed, GrammarPrepared,
+          MayCapture, Wake (workers); results through the token ring.
 Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
           (workers); plans through the plan ring.
 """
@@ -32,7 +32,8 @@ STATS_SECONDS = 1.0
 class SchedulerActor(Actor):
     """Connects the machine to the messages and rings of the other processes."""
 
-    def __init__(self, ctx: Context, config: Config, arenas: Arenas) -> None:
+    def __init__(self, ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> None:
+        """`takes_over`: this many KV pages, from a scheduler that has died, with the workers that have them; 0: none."""
         super().__init__(ctx)
         self.config = config
         self.plans = RingWriter(arenas.plans)
@@ -50,7 +51,11 @@ class SchedulerActor(Actor):
         self._flags_up = False
         self._reported = -STATS_SECONDS
         self._stats: dict[str, int] = {}
-        self._pid = os.getpid()
+        self._first_step = 0  # results of earlier steps belong to requests of the scheduler before
+        if takes_over:
+            self._first_step = self.board.line(ctx.name).step + 1 + config.engine.lag
+            self._make_machine(takes_over)
+            self._unsent = StepPlan(self._first_step, PlanKind.REJOIN)
 
     # ---------------- start-up
     @on(msg.WorkerLoaded)
@@ -60,6 +65,12 @@ class SchedulerActor(Actor):
         if len(self._max_pages) < engine.tp:
             return
         num_pages = min(self._max_pages.values())
+        self._make_machine(num_pages)
+        for rank in range(engine.tp):
+            self.ctx.send(f"worker{rank}", msg.Capacity(num_pages))
+
+    def _make_machine(self, num_pages: int) -> None:
+        engine = self.config.engine
         limits = SchedulerLimits(
             slots=engine.max_running,
             num_pages=num_pages,
@@ -76,14 +87,13 @@ class SchedulerActor(Actor):
             grammar_waits_for_token=engine.device == "cuda",
         )
         self.machine = StepMachine(limits)
-        for rank in range(engine.tp):
-            self.ctx.send(f"worker{rank}", msg.Capacity(num_pages))
+        self.machine.counters.steps = self._first_step
 
     @on(msg.WorkerArmed)
     def worker_armed(self, m: msg.WorkerArmed) -> None:
         self._armed.add(m.rank)
         if len(self._armed) == self.config.engine.tp:
-            self.ctx.send("api", msg.EngineReady(self._machine().limits.num_pages))
+            self.ctx.send("api", msg.EngineReady(self._machine().limits.num_pages, os.getpid()))
 
     def _machine(self) -> StepMachine:
         if self.machine is None:
@@ -104,6 +114,8 @@ class SchedulerActor(Actor):
             return
         limit = min(m.n_prompt + m.max_tokens, self.config.max_context, self._machine().limits.kv_tokens)
         request = Request(m.uid, ids, limit, m.seed, m.params, m.options, n_prompt=m.n_prompt)
+        if m.n_ids > m.n_prompt:
+            request.scored = m.n_prompt
         if not m.params.grammar:
             self._add(request)
             return
@@ -169,6 +181,10 @@ class SchedulerActor(Actor):
     def flush_cache(self, m: msg.FlushCache) -> None:
         self._inbox.append(Flush())
 
+    @on(msg.Reconnect)
+    def reconnect(self, m: msg.Reconnect) -> None:
+        self.ctx.forget(m.name)
+
     @on(msg.Wake)
     def wake(self, m: msg.Wake) -> None:
         """Has no content: its arrival makes the runtime call `idle`."""
@@ -190,8 +206,9 @@ class SchedulerActor(Actor):
             return False
         worked = self._flush()
         while (raw := self.results.take()) is not None:
-            self._inbox.append(StepResult.unpack(raw))
-            worked = True
+            worked, result = True, StepResult.unpack(raw)
+            if result.step >= self._first_step:
+                self._inbox.append(result)
         if self._stopping:
             worked |= self._stop_workers()
         elif self._unsent is None:  # while a plan waits for room in the ring, everything else waits, too
@@ -255,7 +272,7 @@ class SchedulerActor(Actor):
         self._unsent = None
         for rank in self.plans.parked():
             self.ctx.send(f"worker{rank}", msg.Wake())
-        self.board.beat(self._pid, plan.step, bool(self._machine().inflight))
+        self.board.report(plan.step, bool(self._machine().inflight))
         return True
 
     def _stop_workers(self) -> bool:
@@ -274,7 +291,8 @@ class SchedulerActor(Actor):
             if request.options.pooling:  # its answer is a vector, not text
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
-            self.ctx.send("detokenizer", msg.Track(uid, cached, prompt, request.params, now - request.arrived))
+            said = request.ids[request.n_prompt :]
+            self.ctx.send("detokenizer", msg.Track(uid, cached, prompt, request.params, now - request.arrived, said))
         for scores in output.logprobs:
             self.ctx.send("detokenizer", scores)
         for uid, vector in output.vectors:

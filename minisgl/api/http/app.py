@@ -40,6 +40,7 @@ from minisgl.version import __version__
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
 # refused, so aiohttp must not inflate them first.
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
+STILL_SECONDS = 5.0  # without a sign of life, or for one step: /health shows it
 BATCHES = web.AppKey("batches", Batches)  # only with a store
 
 
@@ -142,10 +143,10 @@ class _Routes:
         router.add_get("/openapi.json", json_handler(lambda _: openapi.document(config)))
         router.add_get("/docs", self.docs)
         router.add_get("/version", json_handler(lambda _: {"version": __version__}))
-        router.add_get("/health", alive := self.state("starting", "ready", "draining"))
-        router.add_get("/ping", alive)
-        router.add_post("/ping", alive)
-        router.add_get("/ready", self.state("ready"))
+        router.add_get("/health", self.health)
+        router.add_get("/ping", self.health)
+        router.add_post("/ping", self.health)
+        router.add_get("/ready", self.ready)
         router.add_get("/metrics", self.metrics)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
@@ -181,14 +182,18 @@ class _Routes:
         self._engine.flush_cache()
         return {"flushed": True}
 
-    def state(self, *good: str) -> Handler:
-        """A handler that reports the engine's state: with 200 for the `good` ones, 503 otherwise."""
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while the engine works, or will work again; with ?deep=1 only while no process stands still."""
+        engine = self._engine
+        still = engine.still(STILL_SECONDS)
+        bad = engine.state in ("dead", "stopped") or (still and request.query.get("deep", "0") not in ("0", "false", ""))
+        body = {"status": engine.state, "down": engine.down, "still": still}
+        return web.json_response(body, status=503 if bad else 200)
 
-        async def handle(_: web.Request) -> web.Response:
-            state = self._engine.state
-            return web.json_response({"status": state}, status=200 if state in good else 503)
-
-        return handle
+    async def ready(self, _: web.Request) -> web.Response:
+        """200 while requests are taken and served at once."""
+        state = self._engine.state
+        return web.json_response({"status": state}, status=200 if state == "ready" else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._engine.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -138,6 +138,12 @@ class Metered(WrappedEngine):
             ("generation_tokens", "Tokens that were generated and delivered.", m.generation_tokens),
         ):
             yield CounterMetricFamily(f"minisgl_{name}", text, value)
+        restarts = CounterMetricFamily(
+            "minisgl_restarts", "Processes that were started again, after a death or a hang.", labels=("process",)
+        )
+        for name, n in self._engine.restarts.items():
+            restarts.add_metric((name,), n)
+        yield restarts
         ends = CounterMetricFamily("minisgl_request_success", "Requests by how they ended.", labels=("finished_reason",))
         for reason, n in m.finished.items():
             ends.add_metric((reason,), n)

@@ -1,0 +1,42 @@
+"""Knows which processes stand still: they give no sign of life, or a step of theirs does not end.  Runs in the api process."""
+
+from __future__ import annotations
+
+import time
+
+from minisgl.actors.runtime.process import BEAT_SECONDS
+from minisgl.actors.runtime.status import Board, BoardSpec
+
+_ASLEEP_SECONDS = 5.0  # between two ticks: this process did not run either, so the silence of others says nothing
+
+
+class Watchdog:
+    """Reads the board, where every process reports."""
+
+    def __init__(self, spec: BoardSpec) -> None:
+        self._board = Board(spec)
+        self._names = tuple(name for name in spec.names if name != "api")
+        self._ticked = self._awake = time.monotonic_ns()
+
+    def tick(self) -> None:
+        """Must be called at least every few seconds."""
+        now = time.monotonic_ns()
+        if now - self._ticked > _ASLEEP_SECONDS * 1e9:
+            self._awake = now
+        self._ticked = now
+
+    def clear(self, name: str) -> None:
+        """Another process has this name now."""
+        self._board.clear(name)
+
+    def still(self, seconds: float) -> list[str]:
+        """The processes that give no sign of life for so long, or longer than usual, and workers with such a step."""
+        limit = max(seconds, 2 * BEAT_SECONDS) * 1e9
+        now, out = time.monotonic_ns(), []
+        for name in self._names:
+            line = self._board.line(name)
+            silent = line.beat_ns and now - max(line.beat_ns, self._awake) > limit
+            stuck = line.busy and name.startswith("worker") and now - max(line.step_ns, self._awake) > limit
+            if silent or stuck:
+                out.append(name)
+        return out
