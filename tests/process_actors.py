@@ -5,12 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from typing import Any
 
 from minisgl.actors.messages import Cancel, Tokenized, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingSpec
 from minisgl.actors.runtime.shared_memory import Arenas
+from minisgl.actors.worker import WorkerActor
+from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.model.fake_runner import FakeRunner
+from minisgl.plan import StepPlan
+
+POISON = 4321
 
 
 class Echo(Actor):
@@ -64,6 +71,19 @@ def make_refusing(ctx: Context) -> Actor:
 def make_dying_worker(ctx: Context, config: object, arenas: Arenas, rank: int, run_dir: str) -> Actor:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
+
+
+class PoisonedRunner(FakeRunner):
+    """Ends its process when it computes a prompt with POISON in it, as a kernel with a bug would."""
+
+    def launch(self, plan: StepPlan) -> Any:
+        if POISON in plan.ids:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().launch(plan)
+
+
+def make_poisoned_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:
+    return WorkerActor(ctx, rank, arenas, lambda: PoisonedRunner(config))
 
 
 def never_return() -> None:

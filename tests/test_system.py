@@ -23,7 +23,7 @@ from processes import REPOSITORY, alive, eventually, minisgl_command
 from minisgl import LLM, SamplingParams
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.system import System
-from minisgl.config import Config, EngineConfig
+from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.errors import RequestError, UserError
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.fake_runner import alternatives, expected_tokens, logprob
@@ -134,8 +134,8 @@ def test_unknown_settings_are_named() -> None:
 
 
 @pytest.mark.parametrize("victim", ["worker1", "scheduler", "tokenizer", "checker", "detokenizer"])
-def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
-    system = System(Config(resolve("fake"), EngineConfig(**ENGINE)))
+def test_without_restarts_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim: str) -> None:
+    system = System(Config(resolve("fake"), EngineConfig(**ENGINE), ServerConfig(max_restarts=0)))
     system.wait_ready()
     pids = system.supervisor.pids
     run_dir = Path(system.run_dir)
@@ -163,8 +163,9 @@ def test_a_dead_child_fails_every_open_request_at_once_and_leaves_nothing(victim
 
 
 def test_a_worker_that_dies_while_loading_is_an_error_with_its_name() -> None:
-    system = System(Config(resolve(None), EngineConfig(**ENGINE)), process_actors.make_dying_worker)
-    with pytest.raises(UserError, match=r"worker\d was killed by signal 9"):
+    config = Config(resolve(None), EngineConfig(**ENGINE), ServerConfig(max_restarts=2))
+    system = System(config, process_actors.make_dying_worker)
+    with pytest.raises(UserError, match=r"worker\d was killed by signal 9, after 2 restarts within 60 s \(--max-restarts 2\)"):
         system.wait_ready()
     system.close()
 
@@ -276,8 +277,8 @@ def test_a_killed_server_leaves_no_process_and_no_socket(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_worker_ends_the_server_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
-    server = ServerProcess(tmp_path)
+def test_a_worker_that_dies_too_often_ends_the_server_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path, "--max-restarts", "0")
     os.kill(server.children()["minisgl::worker0"], signal.SIGKILL)
     assert server.proc.wait(timeout=60) == 70
     assert server.proc.stderr is not None

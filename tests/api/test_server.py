@@ -726,11 +726,17 @@ def test_an_empty_bearer_token_is_nothing_to_worry_about() -> None:
 
 def test_health_ready_and_info_follow_the_engine() -> None:
     async def scene(engine: ScriptedEngine, http: Server) -> None:
-        for state, health, ready in (("starting", 200, 503), ("ready", 200, 200), ("draining", 200, 503), ("dead", 503, 503)):
-            engine.state = state
-            for path, want in (("/health", health), ("/ready", ready)):
-                status, _, raw = await ask(http, path, method="GET")
-                assert (status, json.loads(raw)) == (want, {"status": state})
+        states = {"starting": 503, "ready": 200, "recovering": 503, "draining": 503, "dead": 503}
+        for engine.down, engine.stuck in (([], []), (["worker0"], []), ([], ["scheduler"])):
+            for engine.state, ready in states.items():
+                status, _, raw = await ask(http, "/ready", method="GET")
+                assert (status, json.loads(raw)) == (ready, {"status": engine.state})
+                body = {"status": engine.state, "down": engine.down, "still": engine.stuck}
+                alive = 503 if engine.state == "dead" else 200
+                for path, want in (("/health", alive), ("/health?deep=1", 503 if engine.stuck else alive)):
+                    status, _, raw = await ask(http, path, method="GET")
+                    assert (status, json.loads(raw)) == (want, body)
+        engine.state = "ready"
         info = json.loads((await ask(http, "/server_info", method="GET"))[2])
         assert info["batch_socket"] == "ipc://somewhere"
         assert (info["model"], info["max_context"], info["tp"], info["page_size"]) == ("tiny", 64, 1, 16)

@@ -29,7 +29,10 @@ _MODEL = _has(id=_STRING, object={"const": "model"}, created=_COUNT, owned_by=_S
 _FILE = _has(id=_STRING, object={"const": "file"}, bytes=_COUNT, filename=_STRING, purpose=_STRING)
 _BATCH = _has("request_counts", id=_STRING, object={"const": "batch"}, endpoint=_STRING, status=_STRING)
 _GENERATED = _has("meta_info", text=_STRING, output_ids={"type": "array", "items": {"type": "integer"}})
-_STATE = _has(status={"enum": ["starting", "ready", "draining", "stopped", "dead"]})
+_STATES: Schema = {"enum": ["starting", "ready", "recovering", "draining", "stopped", "dead"]}
+_STATE = _has(status=_STATES)
+_NAMES: Schema = {"type": "array", "items": _STRING}
+_HEALTH = _has(status=_STATES, down=_NAMES, still=_NAMES)
 ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any object where there is none here
     "post /v1/chat/completions": _has(object={"const": "chat.completion"}, choices=_CHOICES, usage=_USAGE, **_HEAD),
     "post /v1/completions": _has(object={"const": "text_completion"}, choices=_CHOICES, usage=_USAGE, **_HEAD),
@@ -64,10 +67,10 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "get /v1/batches": _list(_BATCH),
     "get /v1/batches/{batch_id}": _BATCH,
     "post /v1/batches/{batch_id}/cancel": _BATCH,
-    "get /health": _STATE,
+    "get /health": _HEALTH,
     "get /ready": _STATE,
-    "get /ping": _STATE,
-    "post /ping": _STATE,
+    "get /ping": _HEALTH,
+    "post /ping": _HEALTH,
     **dict.fromkeys(("get /", "get /v1"), _has("routes", model=_STRING, state=_STRING)),
     "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),

@@ -1,0 +1,182 @@
+"""Real processes are killed, stopped and lost in the middle of answers, and no client notices more than a pause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import openai
+import process_actors
+import pytest
+from processes import eventually
+from test_system import ENGINE, ServerProcess
+
+from minisgl.actors.spawn import MakeWorker, make_worker
+from minisgl.api.engine import Chunk, TextPrompt, TokenPrompt
+from minisgl.api.system import System
+from minisgl.config import Config, EngineConfig, ServerConfig
+from minisgl.errors import RequestError
+from minisgl.grammar import regex
+from minisgl.model.checkpoint.resolve import resolve
+from minisgl.model.fake_runner import expected_tokens
+from minisgl.sampling_params import SamplingParams
+
+LONG = 200  # tokens of an answer
+EVERYBODY = "tokenizer,checker,detokenizer,scheduler,worker0,worker1"
+
+
+def expected(i: int) -> list[int]:
+    return expected_tokens([i + 1, 2, 3], LONG, resolve("fake").vocab_size, ())
+
+
+class Answers:
+    """A system of real processes and the answers of its requests."""
+
+    def __init__(self, make_worker: MakeWorker = make_worker, **server: Any) -> None:
+        config = Config(resolve("fake"), EngineConfig(**ENGINE), ServerConfig(**{"max_restarts": 50, **server}))
+        self.system = System(config, make_worker)
+        self.system.wait_ready()
+        self.said: dict[int, list[int]] = {}
+        self.text: dict[int, str] = {}
+        self.ends: dict[int, Any] = {}
+
+    def ask(self, key: int, prompt: Any, **params: Any) -> None:
+        def take(item: Chunk | RequestError) -> None:
+            assert key not in self.ends, "something came after the end"
+            if isinstance(item, RequestError):
+                self.ends[key] = item
+                return
+            self.said.setdefault(key, []).extend(item.token_ids)
+            self.text[key] = self.text.get(key, "") + item.text
+            if item.finish:
+                self.ends[key] = item.finish
+
+        self.system.gateway.open(prompt, SamplingParams(ignore_eos=True, **params), take)
+
+    def until(self, what: Callable[[], Any]) -> None:
+        def look() -> Any:
+            self.system.pump(0.02)
+            self.system.tick()
+            return what()
+
+        eventually(look)
+
+    def kill(self, names: str, number: int = signal.SIGKILL) -> None:
+        for name in names.split(","):
+            os.kill(self.system.supervisor.pids[name], number)
+
+    def close(self) -> None:
+        gateway = self.system.gateway
+        self.until(lambda: gateway.state == "ready" and gateway.stats["running_requests"] == 0)
+        assert gateway.open_requests == len(gateway._sent) == len(gateway._backlog) == 0
+        gateway.flush_cache()
+        self.until(lambda: gateway.stats["free_pages"] == gateway.stats["total_pages"])
+        self.system.close()
+
+
+@pytest.mark.parametrize("victims", ["tokenizer", "checker", "detokenizer", "scheduler", "worker1", EVERYBODY])
+def test_after_the_death_of_any_process_every_answer_goes_on_where_it_was(victims: str) -> None:
+    answers = Answers()
+    for i in range(10):
+        answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: len(answers.said) == 10 and min(map(len, answers.said.values())) > 20)
+    answers.kill(victims)
+    for i in range(10, 14):  # meanwhile
+        answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: len(answers.ends) == 14)
+    assert answers.said == {i: expected(i) for i in range(14)}
+    answers.close()
+
+
+def test_prompts_and_grammars_that_a_dead_process_was_reading_are_read_by_the_next() -> None:
+    answers, grammars = Answers(), list[Any]()
+    ask, gateway = answers.ask, answers.system.gateway
+    ask(0, TextPrompt("the first words"), max_tokens=9)
+    answers.until(lambda: answers.ends)
+    answers.kill("tokenizer,checker", signal.SIGSTOP)
+    for i in range(1, 4):
+        ask(i, TextPrompt("the first words"), max_tokens=9)
+    gateway.check_grammar(regex("[ab]{3}"), "guided_regex", grammars.append)
+    gateway.tokenize(TextPrompt("the first words"), grammars.append)
+    answers.kill("tokenizer,checker")
+    answers.until(lambda: len(answers.ends) == 4 and len(grammars) == 2)
+    assert [answers.text[i] for i in range(4)] == [answers.text[0]] * 4 != [""] * 4
+    assert not any(isinstance(g, RequestError) for g in grammars)
+    answers.close()
+
+
+@pytest.mark.parametrize(("who", "number"), [("scheduler", signal.SIGSTOP), ("worker0", signal.SIGSTOP)])
+def test_a_process_that_stands_still_is_replaced(who: str, number: int) -> None:
+    answers = Answers(hang_seconds=2.0)
+    for i in range(4):
+        answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: len(answers.said) == 4)
+    answers.kill(who, number)
+    answers.until(lambda: answers.system.gateway.still(2.0) == [who])
+    answers.until(lambda: len(answers.ends) == 4)
+    assert answers.said == {i: expected(i) for i in range(4)}
+    assert answers.system.gateway.restarts[who] == 1
+    answers.close()
+
+
+def test_a_request_that_kills_its_worker_is_refused_and_all_others_are_answered() -> None:
+    answers = Answers(make_worker=process_actors.make_poisoned_worker)
+    for i in range(6):
+        answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: len(answers.said) == 6)
+    answers.ask(6, TokenPrompt((process_actors.POISON, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: len(answers.ends) == 7)
+    poison = answers.ends.pop(6)
+    assert isinstance(poison, RequestError)
+    assert (poison.status, poison.code) == (500, "poison_request")
+    assert answers.said == {i: expected(i) for i in range(6)}
+    with pytest.raises(RequestError) as again:
+        answers.ask(6, TokenPrompt((process_actors.POISON, 2, 3)), max_tokens=LONG)
+    assert again.value.code == "poison_request"
+    assert answers.system.gateway.restarts["worker0"] == 3
+    answers.close()
+
+
+def test_clients_of_the_server_notice_a_pause_and_probes_what_is_going_on(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path, "--hang-seconds", "600")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+    def words(stream: Any) -> str:
+        return "".join(c.choices[0].text for c in stream)
+
+    def ask(**more: Any) -> Any:
+        return client.completions.create(
+            model="fake", prompt="one two", max_tokens=300, extra_body={"ignore_eos": True}, **more
+        )
+
+    def probe(path: str) -> tuple[int, Any]:
+        try:
+            with urlopen(f"{server.url}{path}") as answer:
+                return answer.status, json.load(answer)
+        except HTTPError as e:
+            return e.code, json.load(e)
+
+    whole = ask().choices[0].text
+    stream = ask(stream=True)
+    begun = next(stream).choices[0].text
+    os.kill(server.children()["minisgl::scheduler"], signal.SIGKILL)
+    assert begun + words(stream) == whole
+    eventually(lambda: probe("/ready") == (200, {"status": "ready"}))
+    assert probe("/health?deep=1") == (200, {"status": "ready", "down": [], "still": []})
+    worker = server.children()["minisgl::worker0"]
+    os.kill(worker, signal.SIGSTOP)
+    stream = ask(stream=True)
+    eventually(lambda: probe("/health?deep=1") == (503, {"status": "ready", "down": [], "still": ["worker0"]}))
+    assert probe("/health") == (200, {"status": "ready", "down": [], "still": ["worker0"]})
+    os.kill(worker, signal.SIGCONT)
+    assert words(stream) == whole
+    with urlopen(f"{server.url}/metrics") as answer:
+        assert b'minisgl_restarts_total{process="scheduler"} 1.0' in answer.read()
+    server.proc.terminate()
+    assert server.proc.wait(timeout=60) == 0
