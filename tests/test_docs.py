@@ -78,6 +78,8 @@ def observed_edges() -> set[tuple[str, str, str]]:
     assert gateway.stats["cached_pages"] == 0
     assert gateway.stats["free_pages"] == gateway.stats["total_pages"]
     assert gateway.stats["evicted_pages"] > 0
+    gateway.lost(["detokenizer"], shared.requests)
+    gateway.lost(["scheduler"], shared.requests)
     memory.close()
     small = World(0, fake_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)

@@ -5,7 +5,7 @@ plans     scheduler   worker 0..N-1 StepPlan records
 results   worker 0    scheduler     StepResult records
 prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized; one ring for each tokenizer
 requests  api         scheduler     token ids to continue, i32, announced by Generate
-board     scheduler, workers   api   one line per process: its heartbeat and state
+board     every one   api         one line per process: its heartbeat and state
 """
 
 from __future__ import annotations
