@@ -135,6 +135,7 @@ class _Server:
         self.start = start
         self.done = asyncio.Event()
         self.watched: set[int] = set()
+        self.clock: asyncio.TimerHandle | None = None  # of the next `tick`
         self.announced = False
 
     async def main(self) -> int:
@@ -188,6 +189,8 @@ class _Server:
             await runner.cleanup()
             load.close()
         finally:
+            if self.clock is not None:
+                self.clock.cancel()
             for fd in self.watched:
                 loop.remove_reader(fd)
             self.system.close()
@@ -210,8 +213,7 @@ class _Server:
         """Have done what is due by the clock, again and again."""
         seconds = self.system.tick()
         self.watch()
-        if not self.done.is_set():
-            asyncio.get_running_loop().call_later(seconds, self.tick)
+        self.clock = asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
