@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minisgl.actors.messages import BatchResult
-from minisgl.api.batches.store import Log
+from minisgl.api.batches.log import Log
 from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
 from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
