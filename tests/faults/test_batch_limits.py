@@ -232,14 +232,14 @@ def test_uploads_and_results_are_bounded_together(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
             assert waiting["status"] == "in_progress"
             assert [p["code"] for p in waiting["errors"]["data"]] == ["data_dir_full"]
-            assert 0 < waiting["request_counts"]["completed"] < 60
-            asked = len(engine.opened)
+            asked, done = len(engine.opened), waiting["request_counts"]["completed"]
+            assert 0 < done < 60
             status, _ = await post(server, form(b"x" * 20_000))
             assert status == 413
             await sdk.files.delete(ballast.id)
             ended = await server.until(batch.id, *ENDED)
             assert (ended["status"], ended["errors"], ended["request_counts"]["completed"]) == ("completed", None, 60)
-            assert len(engine.opened) == asked + 60 - waiting["request_counts"]["completed"]
+            assert len(engine.opened) == asked + 60 - done
             assert len(answers((await sdk.files.content(ended["output_file_id"])).text)) == 60
             used = server.batches.store.used
         assert not engine.live

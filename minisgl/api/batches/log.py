@@ -36,7 +36,7 @@ class Log:
         self.path, self._quota = path, quota
         new = not path.exists()
         self._file: IO[bytes] = open(path, "a+b", 0, opener=_open)  # noqa: SIM115  closed by `close`
-        self._end = self._safe = path.stat().st_size  # bytes in whole lines, and of them those on disk
+        self._size = self._end = self._safe = path.stat().st_size  # bytes: counted, in whole lines, and of them on disk
         self._unsynced, self._synced = 0, time.monotonic()
         try:
             if new:
@@ -68,31 +68,32 @@ class Log:
     def append(self, value: dict[str, Any]) -> None:
         """Raises OSError when the disk is full, and what the quota raises; the line is not in the file then."""
         line = b"".join(json_pieces(value)) + b"\n"
-        fd = self._file.fileno()
-        if os.fstat(fd).st_size != self._end:  # a failed write has left something
-            os.ftruncate(fd, self._end)
+        self.cut(self._end)  # what a failed write has left
         if self._quota is not None:
             self._quota.take(len(line))
+        self._size += len(line)
         try:
-            write_all(fd, line)
+            write_all(self._file.fileno(), line)
         except BaseException:
-            if self._quota is not None:
-                self._quota.give(len(line))
             with contextlib.suppress(OSError):
-                os.ftruncate(fd, self._end)
+                self.cut(self._end)
             raise
-        self._end += len(line)
+        self._end = self._size
         self._unsynced += 1
         if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
     def cut(self, end: int) -> None:
         """Remove what is behind `end`, the end of a line."""
-        if end < self._end:
+        if end == self._size:
+            return
+        try:
             os.ftruncate(self._file.fileno(), end)
+        finally:
+            size = self._file.seek(0, os.SEEK_END)
             if self._quota is not None:
-                self._quota.give(self._end - end)
-            self._end, self._safe = end, min(end, self._safe)
+                self._quota.give(self._size - size)
+            self._size, self._end, self._safe = size, min(end, size), min(end, self._safe)
 
     def sync(self) -> None:
         """Wait until all lines are on disk.  Raises OSError; the lines since the last time are not kept then.

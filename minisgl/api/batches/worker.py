@@ -95,11 +95,12 @@ class Batches:
         self._paused.discard(name)
         if self._current is not None and self._current_id == name:
             self._current.cancel()
-        else:
+        elif not self._logs(batch):
             try:
                 self._finish(batch)
             except OSError as e:
                 self._suffer(batch, e)
+        self._news.set()
         return self.get(name)
 
     # ---------------- in the background
@@ -155,8 +156,29 @@ class Batches:
             except asyncio.CancelledError:
                 if batch["status"] != "cancelling":
                     raise
-        if batch["status"] != "failed":
+        if batch["status"] == "cancelling":
+            await asyncio.to_thread(self._recover, batch)
+        if batch["status"] not in ENDED:
             self._finish(batch)
+
+    def _logs(self, batch: dict[str, Any]) -> list[str]:
+        """The kinds of answers that a batch has."""
+        return [kind for kind, _ in _FILES if self.store.log_path(batch["id"], kind).exists()]
+
+    def _recover(self, batch: dict[str, Any]) -> set[str]:
+        """The ids of the requests with an answer, which are also counted.  What is not a whole line is removed from the logs."""
+        counts, done = batch["request_counts"], set[str]()
+        refused = sum(p["code"] == TOO_LONG for p in (batch["errors"] or {"data": ()})["data"])
+        for kind, key in _FILES:
+            ids = set[str]()
+            if kind in self._logs(batch):
+                with contextlib.closing(self.store.log(batch["id"], kind)) as file:
+                    ids = set(file.recover())
+            elif batch[key] is not None:  # a file already, and counted
+                continue
+            counts["completed" if kind == "output" else "failed"] = len(ids) + (refused if kind == "errors" else 0)
+            done |= ids
+        return done
 
     async def _work(self, batch: dict[str, Any]) -> None:
         """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
@@ -172,14 +194,13 @@ class Batches:
         if batch["status"] == "validating":
             batch["request_counts"]["total"] = len(requests) + len(refused)
             self._set(batch, "in_progress")
+        done = await asyncio.to_thread(self._recover, batch)
+        todo = [(name, place) for name, place in requests.items() if name not in done]
         with ExitStack() as stack:
             source = stack.enter_context(open(path, "rb"))  # noqa: ASYNC230  read in threads
             output, errors = (self.store.log(batch["id"], kind) for kind in ("output", "errors"))
             stack.callback(errors.close)
             stack.callback(output.close)
-            done = await asyncio.to_thread(_recover, batch, output, errors)
-            batch["request_counts"]["failed"] += len(refused)
-            todo = [(name, place) for name, place in requests.items() if name not in done]
             await self._answer(batch, todo, source.fileno(), output, errors)
 
     async def _answer(
@@ -245,7 +266,8 @@ class Batches:
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         """The batch has failed; answers stay."""
         batch["errors"] = _listed(problems)
-        if any(self.store.log_path(batch["id"], kind).exists() for kind, _ in _FILES):
+        if self._logs(batch):
+            self._recover(batch)
             return self._finish(batch)
         self._set(batch, "failed")
         self._forget(batch)
@@ -291,20 +313,5 @@ def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str
     }
 
 
-def _recover(batch: dict[str, Any], output: Log, errors: Log) -> set[str]:
-    """The ids of the requests with an answer, which are also counted."""
-    counts = batch["request_counts"]
-    done: set[str] = set()
-    for kind, file in (("completed", output), ("failed", errors)):
-        ids = set(file.recover())
-        counts[kind] = len(ids)
-        done |= ids
-    return done
-
-
 def _listed(problems: list[dict[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": problems[:MAX_ERRORS]}
-
-
-def _reason(e: Exception) -> str:
-    return (e.strerror if isinstance(e, OSError) else None) or str(e)
