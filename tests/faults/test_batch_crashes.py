@@ -129,6 +129,8 @@ async def use(directory: Path, told: Acknowledged, disk: Disk) -> None:
     finally:
         with contextlib.suppress(Died):
             await batches.close()
+        if batches._current is not None and batches._current.done() and not batches._current.cancelled():
+            batches._current.exception()  # so that nobody complains of it
         store.close()
 
 

@@ -166,7 +166,7 @@ class Batches:
         return [kind for kind, _ in _FILES if self.store.log_path(batch["id"], kind).exists()]
 
     def _recover(self, batch: dict[str, Any]) -> set[str]:
-        """The ids of the requests with an answer, which are also counted.  What is not a whole line is removed from the logs."""
+        """The ids of the requests with an answer, which are also counted.  Cuts off what is not a whole line."""
         counts, done = batch["request_counts"], set[str]()
         refused = sum(p["code"] == TOO_LONG for p in (batch["errors"] or {"data": ()})["data"])
         for kind, key in _FILES:
