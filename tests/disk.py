@@ -80,17 +80,17 @@ class Disk:
         raise Died
 
     def _ours(self, path: Any) -> bool:
-        return isinstance(path, str | Path) and str(path).startswith(str(self.root)) and not str(path).endswith("lock")
+        return isinstance(path, str | Path) and os.path.abspath(path).startswith(str(self.root)) and Path(path).name != "lock"
 
     def _after(self, name: str, args: Any) -> None:
         if name == "open":
-            directory, base = os.path.split(str(args[0]))
+            directory, base = os.path.split(os.path.abspath(args[0]))
             self._names.setdefault(directory, {}).setdefault(base, self._new())
         elif name == "replace":
-            (a, b), (c, d) = (os.path.split(str(p)) for p in args)
+            (a, b), (c, d) = (os.path.split(os.path.abspath(p)) for p in args)
             self._names.setdefault(c, {})[d] = self._names[a].pop(b)
         elif name == "unlink":
-            a, b = os.path.split(str(args[0]))
+            a, b = os.path.split(os.path.abspath(args[0]))
             self._names[a].pop(b)
         elif name in ("fsync", "fdatasync"):
             self._note(args[0])
@@ -115,7 +115,7 @@ class Disk:
         fd = int(self._meet("open", path, flags, *args) if new else self._real["open"](path, flags, *args))
         if new:
             self._after("open", (path,))
-        directory, base = os.path.split(str(path))
+        directory, base = os.path.split(os.path.abspath(path))
         if base in (names := self._names.get(directory, {})):
             self._fds[fd] = names[base]
         return fd
