@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-ENGINE_ERROR = "engine_error"  # code of the answer to requests that an engine took along when it failed
 NOT_HTTP = "invalid_http"  # code of the answer to bytes that are not HTTP; the connection ends with it
 
 

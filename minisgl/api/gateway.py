@@ -33,7 +33,7 @@ from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, 
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
 from minisgl.config import Config
-from minisgl.errors import ENGINE_ERROR, InvalidParam, RequestError, context_overflow, model_loading
+from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
 from minisgl.grammar import after_thought, too_complex
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
@@ -394,7 +394,7 @@ class Gateway(Actor):
     def _end(self, state: str, text: str) -> None:
         if self.state != "dead":
             self.state = state
-        status, code = (500, ENGINE_ERROR) if state == "dead" else (503, "server_draining")
+        status, code = (500, "engine_error") if state == "dead" else (503, "server_draining")
         error = RequestError(text, status=status, code=code)
         for entry in list(self._ledger.values()):
             self._fail(entry, error)

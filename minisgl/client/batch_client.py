@@ -21,7 +21,7 @@ from typing import Any
 
 from minisgl.actors.messages import BatchResult, BatchSubmit
 from minisgl.client.connection import Link, ServerGone, check_path
-from minisgl.errors import ENGINE_ERROR, RequestError, UserError
+from minisgl.errors import RequestError, UserError
 from minisgl.sampling_params import SamplingParams
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -30,6 +30,7 @@ MAX_ATTEMPTS = 12
 MAX_BACKOFF_SECONDS = 30.0
 RECONNECT_SECONDS = 1.0  # between two trials to reach a server
 _RETRY = (429, 503)
+_ENGINE_ERROR = "engine_error"  # code of the answer to requests that an engine took along when it failed
 _NOT_READY = ("model_loading", "server_draining")  # says nothing about the request: not counted as an attempt
 _TICKETS = itertools.count(1)
 
@@ -249,7 +250,7 @@ class _Run:
 
 def answered(result: BatchResult) -> bool:
     """Whether a result is about the request: not where the server was too full, not ready, or failed as a whole."""
-    return result.status not in _RETRY and not (result.status == 500 and _error(result.body).get("code") == ENGINE_ERROR)
+    return result.status not in _RETRY and not (result.status == 500 and _error(result.body).get("code") == _ENGINE_ERROR)
 
 
 def _error(body: bytes) -> dict[str, Any]:

@@ -17,22 +17,23 @@ from typing import Any
 
 from minisgl.api.batches.input import MAX_ERRORS, TOO_LONG, Place, body_at, checked_at, problem, read_requests
 from minisgl.api.batches.log import Log
+from minisgl.api.batches.recovery import FILES, logs_of, recover
 from minisgl.api.batches.store import ENDED, FULL, Store, disk_error, new_file_id
 from minisgl.api.caller import Callers
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.request_log import Account, RequestLog
-from minisgl.errors import ENGINE_ERROR, RequestError, internal_error
+from minisgl.errors import RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 WINDOW = 128
-_FILES = (("output", "output_file_id"), ("errors", "error_file_id"))
 _WAIT_SECONDS = 0.2  # between two checks of an engine that is not ready
 _LARGE_FILE = 1 << 20  # bytes; it is checked in another process
 _DISK_SECONDS = 5.0  # before a batch that the disk has no room for is tried again; twice as long each time, up to
 _MOST_WAITS = 12  # times that
-_ENGINE_TRIES = 3  # of a request on whose account the engine may have failed
+_ENGINE_ERROR = "engine_error"  # code of the answer to requests that an engine took along when it failed
+_ENGINE_TRIES = 3  # of such a request, which may be the reason
 
 
 class Batches:
@@ -95,7 +96,7 @@ class Batches:
         self._paused.discard(name)
         if self._current is not None and self._current_id == name:
             self._current.cancel()
-        elif not self._logs(batch):
+        elif not logs_of(self.store, batch):
             try:
                 self._finish(batch)
             except OSError as e:
@@ -157,28 +158,9 @@ class Batches:
                 if batch["status"] != "cancelling":
                     raise
         if batch["status"] == "cancelling":
-            await asyncio.to_thread(self._recover, batch)
+            await asyncio.to_thread(recover, self.store, batch)
         if batch["status"] not in ENDED:
             self._finish(batch)
-
-    def _logs(self, batch: dict[str, Any]) -> list[str]:
-        """The kinds of answers that a batch has."""
-        return [kind for kind, _ in _FILES if self.store.log_path(batch["id"], kind).exists()]
-
-    def _recover(self, batch: dict[str, Any]) -> set[str]:
-        """The ids of the requests with an answer, which are also counted.  Cuts off what is not a whole line."""
-        counts, done = batch["request_counts"], set[str]()
-        refused = sum(p["code"] == TOO_LONG for p in (batch["errors"] or {"data": ()})["data"])
-        for kind, key in _FILES:
-            ids = set[str]()
-            if kind in self._logs(batch):
-                with contextlib.closing(self.store.log(batch["id"], kind)) as file:
-                    ids = set(file.recover())
-            elif batch[key] is not None:  # a file already, and counted
-                continue
-            counts["completed" if kind == "output" else "failed"] = len(ids) + (refused if kind == "errors" else 0)
-            done |= ids
-        return done
 
     async def _work(self, batch: dict[str, Any]) -> None:
         """Answer the requests that have no answer yet.  The batch fails if its input is not valid."""
@@ -194,7 +176,7 @@ class Batches:
         if batch["status"] == "validating":
             batch["request_counts"]["total"] = len(requests) + len(refused)
             self._set(batch, "in_progress")
-        done = await asyncio.to_thread(self._recover, batch)
+        done = await asyncio.to_thread(recover, self.store, batch)
         todo = [(name, place) for name, place in requests.items() if name not in done]
         with ExitStack() as stack:
             source = stack.enter_context(open(path, "rb"))  # noqa: ASYNC230  read in threads
@@ -251,8 +233,8 @@ class Batches:
                 request = await self._reader.run(checked_at, path, place, batch["endpoint"], config)
                 return 200, await endpoint.answer(engine, request)
             except RequestError as e:
-                failures += e.code == ENGINE_ERROR and self._engine.state == "ready"
-                if e.status in (429, 503) or (e.code == ENGINE_ERROR and failures < _ENGINE_TRIES):
+                failures += e.code == _ENGINE_ERROR and self._engine.state == "ready"
+                if e.status in (429, 503) or (e.code == _ENGINE_ERROR and failures < _ENGINE_TRIES):
                     await asyncio.sleep(e.retry_after or _WAIT_SECONDS)
                 elif self._engine.state == "ready":
                     account.fail(e)
@@ -266,8 +248,8 @@ class Batches:
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         """The batch has failed; answers stay."""
         batch["errors"] = _listed(problems)
-        if self._logs(batch):
-            self._recover(batch)
+        if logs_of(self.store, batch):
+            recover(self.store, batch)
             return self._finish(batch)
         self._set(batch, "failed")
         self._forget(batch)
@@ -276,7 +258,7 @@ class Batches:
         """Make the logs files.  Their ids are on disk first, so that the next start can finish after a crash in between."""
         cancelled = batch["status"] == "cancelling"
         failed = any(p["code"] not in (TOO_LONG, "disk_full") for p in (batch["errors"] or {"data": ()})["data"])
-        parts = [(kind, key, self.store.log_path(batch["id"], kind)) for kind, key in _FILES]
+        parts = [(kind, key, self.store.log_path(batch["id"], kind)) for kind, key in FILES]
         for _, key, part in parts:
             if part.exists() and part.stat().st_size and batch[key] is None:
                 batch[key] = new_file_id()
