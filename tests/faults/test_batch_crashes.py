@@ -84,9 +84,17 @@ async def ended(batches: Batches, disk: Disk | None = None) -> None:
         while batches._live:
             if (disk is not None and disk.dead) or (batches._task is not None and batches._task.done()):
                 raise Died
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0005)  # in which its threads get on
 
     await asyncio.wait_for(wait(), 20)
+
+
+async def close(batches: Batches) -> None:
+    with contextlib.suppress(Died):
+        await batches.close()
+    for task in (batches._task, batches._current):
+        if task is not None and task.done() and not task.cancelled():
+            task.exception()  # so that nobody complains of it
 
 
 def again(function: Callable[..., Any], *args: Any) -> Any:
@@ -127,10 +135,7 @@ async def use(directory: Path, told: Acknowledged, disk: Disk) -> None:
             told.batches[batch["id"]] = kind
         told.used = store.used
     finally:
-        with contextlib.suppress(Died):
-            await batches.close()
-        if batches._current is not None and batches._current.done() and not batches._current.cancelled():
-            batches._current.exception()  # so that nobody complains of it
+        await close(batches)
         store.close()
 
 
@@ -140,8 +145,10 @@ async def check(directory: Path, told: Acknowledged, mode: str) -> None:
     engine = ScriptedEngine()
     batches = Batches(store, engine)
     batches.start()
-    await ended(batches)
-    await batches.close()
+    try:
+        await ended(batches)
+    finally:
+        await close(batches)
     for name, content in told.files.items():
         assert store.content(name).read_bytes() == content
     for name in told.gone:
