@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,57 @@ def test_files_that_are_not_the_servers_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / room / "mine").mkdir()
     Store(str(tmp_path)).close()
     assert {p.name for p in (tmp_path / "files").iterdir()} == {"README", "mine"}
+
+
+def test_an_input_that_the_disk_does_not_give_back_is_read_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, broken = worker.body_at, [True]
+
+    def body_at(source: int, place: Any) -> Any:
+        if broken[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(source, place)
+
+    monkeypatch.setattr(worker, "body_at", body_at)
+
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
+        async with server.sdk() as sdk:
+            batch = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(5)))
+            while not (waiting := server.batches.get(batch.id))["errors"]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert waiting["errors"]["data"][0]["code"] == "disk_error"
+            broken[0] = False
+            ended = await server.until(batch.id, *ENDED)
+            assert (ended["errors"], ended["request_counts"]) == (None, {"total": 5, "completed": 5, "failed": 0})
+
+    serve(tmp_path, scene)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    where = tmp_path / "small"
+    where.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(where)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_a_disk_that_is_really_full_pauses_a_batch_until_a_file_is_deleted(small_disk: Path) -> None:
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
+        async with server.sdk() as sdk:
+            ballast = await sdk.files.create(file=("ballast", b"x" * 80_000), purpose="user_data")
+            batch = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(100)))
+            while not (waiting := server.batches.get(batch.id))["errors"]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert (waiting["status"], waiting["errors"]["data"][0]["code"]) == ("in_progress", "disk_full")
+            assert 0 < waiting["request_counts"]["completed"] < 100
+            assert (await post(server, form(b"x" * 80_000)))[0] == 507
+            assert (await ask(server, CHAT, {"messages": USER}))[0] == 200  # type: ignore[arg-type]
+            await sdk.files.delete(ballast.id)
+            ended = await server.until(batch.id, *ENDED)
+            assert (ended["status"], ended["errors"], ended["request_counts"]["completed"]) == ("completed", None, 100)
+            assert len(answers((await sdk.files.content(ended["output_file_id"])).text)) == 100
+
+    serve(small_disk / "data", scene)
