@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,13 +183,42 @@ def test_a_damaged_object_is_named_and_nothing_is_removed(tmp_path: Path) -> Non
     store.close()
     path = tmp_path / "files" / f"{name}.json"
     whole = path.read_bytes()
-    for damaged in (b"", whole[:20], b"[]", b"null", b"{}", whole.replace(b"file-", b"file_", 1), b"\xff"):
+    for damaged in (
+        b"",
+        whole[:20],
+        b"[]",
+        b"null",
+        b"{}",
+        whole.replace(b"file-", b"file_", 1),
+        whole.replace(b"status", b"x"),
+        b"\xff",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{name}.json is damaged"):
             Store(str(tmp_path))
         assert (tmp_path / "files" / name).read_bytes() == b"x"
     path.write_bytes(whole)
     Store(str(tmp_path)).close()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES])
+def test_a_file_system_that_cannot_sync_directories_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
+        async with server.sdk() as sdk:
+            assert (await server.until((await submit(sdk, request_line("a"))).id, *ENDED))["status"] == "completed"
+
+    serve(tmp_path, scene)
 
 
 def test_files_that_are_not_the_servers_are_left_alone(tmp_path: Path) -> None:

@@ -86,10 +86,8 @@ class Store:
                 self.used += path.stat().st_size
             elif _ID.fullmatch(path.stem):
                 path.unlink()
-        for directory in (files, batches, self.root):
+        for directory in (files, batches, self.root, self.root.parent):
             sync_file(directory)
-        with contextlib.suppress(PermissionError):
-            sync_file(self.root.parent)
 
     def take(self, n: int) -> None:
         """Count `n` bytes that are about to be written.  Raises RequestError (413) if they do not fit."""
@@ -157,7 +155,7 @@ class Store:
         for path in (self.root / room).glob("*.json"):
             try:
                 value = json.loads(path.read_bytes())
-                if value["id"] != path.stem or not isinstance(value["created_at"], int):
+                if value["id"] != path.stem or not isinstance(value["created_at"], int) or not value["status"]:
                     raise ValueError
             except (ValueError, TypeError, KeyError) as e:
                 text = f"--data-dir {self.root}: {path} is damaged: restore it, or move it to another directory"
