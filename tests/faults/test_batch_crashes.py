@@ -235,3 +235,43 @@ def test_whatever_call_the_disk_refuses_everything_is_done_once_it_has_room_agai
             assert store.used == told.used, (at, call, store.used - told.used)
             store.close()
         asyncio.run(check(tmp_path / f"{at}", told, "process"))
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"id": "batch_req_2", "custom_id": "q2"', b'{"custom_id": "q2"\0\0}\n', b"\0" * 99, b"{\n"]
+)
+def test_a_cancelled_batch_keeps_whole_lines_and_no_others(tmp_path: Path, tail: bytes) -> None:
+    store = Store(str(tmp_path))
+    batch = {**new_batch(upload(store, LINES), CHAT, "24h", None), "status": "cancelling"}
+    store.save("batches", batch)
+    lines = b"".join(b'{"id": "%d", "custom_id": "q%d", "response": {"status_code": 200}}\n' % (i, i) for i in range(2))
+    store.log_path(batch["id"], "output").write_bytes(lines + tail)
+    store.close()
+    told = Acknowledged()
+    told.batches[batch["id"]] = "cancelled"
+    asyncio.run(check(tmp_path, told, "process"))
+    store = Store(str(tmp_path))
+    ended = store.load("batches", batch["id"], "batch_id")
+    assert store.content(ended["output_file_id"]).read_bytes() == lines
+    assert ended["request_counts"]["completed"] == 2
+    store.close()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_failed_write_has_left_is_no_part_of_the_next_line(tmp_path: Path, times: int) -> None:
+    """Also where it could not be cut off at once."""
+    store = Store(str(tmp_path))
+    log = store.log("batch_x", "output")
+    used = store.used
+    log.append({"custom_id": "a"})
+    log.close()
+    with Disk(tmp_path, 0, NO_ROOM[0], times).attached() as disk:
+        log = store.log("batch_x", "output")
+        with pytest.raises(OSError, match="No space"):
+            log.append({"custom_id": "b", "text": "x" * 99})
+        assert disk.calls == ["write", "ftruncate"]
+        log.append({"custom_id": "c"})
+    assert [json.loads(line)["custom_id"] for line in log.path.read_bytes().splitlines()] == ["a", "c"]
+    assert store.used == used + log.path.stat().st_size
+    log.close()
+    store.close()
