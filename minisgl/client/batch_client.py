@@ -15,12 +15,12 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from minisgl.actors.messages import BatchResult, BatchSubmit
-from minisgl.client.connection import Link, check_path
+from minisgl.client.connection import Link, ServerGone, check_path
 from minisgl.errors import RequestError, UserError
 from minisgl.sampling_params import SamplingParams
 
@@ -28,7 +28,10 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_BODY_BYTES = 15 << 20  # the server cuts a connection that sends frames of 16 MiB
 MAX_ATTEMPTS = 12
 MAX_BACKOFF_SECONDS = 30.0
+RECONNECT_SECONDS = 1.0  # between two trials to reach a server
 _RETRY = (429, 503)
+_ENGINE_ERROR = "engine_error"  # code of the answer to requests that an engine took along when it failed
+_NOT_READY = ("model_loading", "server_draining")  # says nothing about the request: not counted as an attempt
 _TICKETS = itertools.count(1)
 
 
@@ -42,16 +45,36 @@ class BatchRequest:
 
 
 class BatchClient:
-    """Raises UserError when no server can be reached at `url` (or `socket`, an ipc:// address), then and later."""
+    """Raises UserError when no server can be reached at `url` (or `socket`, an ipc:// address), then and later.
 
-    def __init__(self, url: str = DEFAULT_URL, socket: str | None = None, window: int = 256) -> None:
+    `wait`: seconds, in the middle of a run, for another server to come up there when this one has ended.  It is sent what has
+    no answer; each request still has one result.  `say` is told of it.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        socket: str | None = None,
+        window: int = 256,
+        wait: float = 0.0,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> None:
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
         self.window = window  # most requests without an answer at a time
+        self.wait, self.say = wait, say
+        self._url, self._socket = url, socket
         self.address = socket or find_socket(url)
         check_path(self.address)
-        self._link = Link(self.address)
+        self.link = Link(self.address)
         self._running = False
+
+    def reconnect(self) -> None:
+        """Connect to the server that is there now.  Raises UserError if there is none."""
+        self.link.close()
+        address = self._socket or find_socket(self._url)
+        check_path(address)
+        self.address, self.link = address, Link(address)
 
     def __enter__(self) -> BatchClient:
         return self
@@ -61,25 +84,25 @@ class BatchClient:
 
     def close(self) -> None:
         """Close the socket; the server cancels the open requests of this client.  Idempotent."""
-        self._link.close()
+        self.link.close()
 
     def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
         """Send the requests and yield their results as they finish, in any order; `requests` is read as room becomes free.
 
         Answers 429 and 503 are retried with growing pauses (the server's `retry_after` is the least).  Leaving the iteration
-        early cancels the rest.  Raises UserError when the server is gone.  One run at a time.
+        early cancels the rest.  Raises UserError when the server is gone and none comes within `wait`.  One run at a time.
         """
         if self._running:
             raise RuntimeError("a BatchClient does one run at a time")
         self._running = True
-        run = _Run(self._link, requests, self.window)
+        run = _Run(self, requests)
         try:
             yield from run.results()
         finally:
             self._running = False
             if run.open:  # a new connection is the way to cancel
-                self._link.close()
-                self._link = Link(self.address)
+                self.link.close()
+                self.link = Link(self.address)
 
     def chat(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]], **params: Any
@@ -143,17 +166,17 @@ class _Open:
 class _Run:
     """The requests of one run without a final answer.  On the wire they carry tickets: callers may repeat ids."""
 
-    def __init__(self, link: Link, requests: Iterable[BatchRequest], window: int) -> None:
+    def __init__(self, client: BatchClient, requests: Iterable[BatchRequest]) -> None:
         self.open: dict[str, _Open] = {}
-        self._link = link
+        self._client = client
         self._source = iter(requests)
-        self._window = window
+        self._until = 0.0  # when to give up a server that has ended; 0: it answers
         self._later: list[tuple[float, str]] = []  # (when to send again, ticket)
 
     def results(self) -> Iterator[BatchResult]:
         more = True
         while True:
-            while more and len(self.open) < self._window:
+            while more and len(self.open) < self._client.window:
                 request = next(self._source, None)
                 if request is None:
                     more = False
@@ -176,34 +199,74 @@ class _Run:
         ticket = str(next(_TICKETS))
         opened = _Open(request, BatchSubmit(ticket, request.url, body))
         self.open[ticket] = opened
-        self._link.send(opened.message)
+        self._client.link.send(opened.message)
         return None
 
     def _send_due(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
-            self._link.send(self.open[heapq.heappop(self._later)[1]].message)
+            self._client.link.send(self.open[heapq.heappop(self._later)[1]].message)
 
     def _next_answer(self) -> BatchResult | None:
         """Wait for the next final answer; None: no answer, or one that will be retried, or a retry is due."""
         due = max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
-        answer = self._link.receive(due)
+        try:
+            answer = self._client.link.receive(due)
+        except ServerGone as e:
+            self._reconnect(e)
+            return None
         if answer is None or answer.custom_id not in self.open:
             return None
         opened = self.open[answer.custom_id]
-        opened.attempts += 1
-        if answer.status in _RETRY and opened.attempts < MAX_ATTEMPTS:
+        code = _error(answer.body).get("code") if answer.status != 200 else None
+        if code not in _NOT_READY:
+            self._until = 0.0
+            opened.attempts += 1
+        if not answered(answer) and opened.attempts < MAX_ATTEMPTS:
             pause = _pause(answer.body, opened.attempts)
             heapq.heappush(self._later, (time.monotonic() + pause, answer.custom_id))
             return None
         del self.open[answer.custom_id]
         return BatchResult(opened.request.custom_id, answer.status, answer.request_id, answer.body)
 
+    def _reconnect(self, gone: ServerGone) -> None:
+        """Send all that has no answer to the next server.  Raises `gone` if none comes in time."""
+        if not self._until:
+            self._until = time.monotonic() + self._client.wait
+            if self._client.wait:
+                self._client.say(f"{gone}; waiting up to {self._client.wait:g} s for the next")
+        while True:
+            if time.monotonic() >= self._until:
+                raise gone
+            time.sleep(RECONNECT_SECONDS)
+            try:
+                self._client.reconnect()
+                break
+            except UserError:
+                continue
+        self._later.clear()
+        for opened in self.open.values():
+            self._client.link.send(opened.message)
+
+
+def answered(result: BatchResult) -> bool:
+    """Whether a result is about the request: not where the server was too full, not ready, or failed as a whole."""
+    return result.status not in _RETRY and not (result.status == 500 and _error(result.body).get("code") == _ENGINE_ERROR)
+
+
+def _error(body: bytes) -> dict[str, Any]:
+    """The error in a body, {} if there is none."""
+    try:
+        error = json.loads(body)["error"]
+        return error if isinstance(error, dict) else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
 
 def _pause(body: bytes, attempts: int) -> float:
     """Seconds before the next attempt: at least `retry_after`, doubling each time, with jitter."""
     try:
-        retry_after = float(json.loads(body)["error"]["retry_after"])
-    except (ValueError, KeyError, TypeError):
+        retry_after = float(_error(body).get("retry_after", 0.0))
+    except (ValueError, TypeError):
         retry_after = 0.0
     backoff = min(MAX_BACKOFF_SECONDS, 0.25 * 2**attempts)
     pause: float = max(min(retry_after, MAX_BACKOFF_SECONDS), backoff)

@@ -23,6 +23,10 @@ PING_SECONDS = 1.0
 SILENT_SECONDS = 15.0  # of silence after which the server counts as gone
 
 
+class ServerGone(UserError):
+    """The server has ended, or has forgotten this client: what has no answer may be asked of the next one."""
+
+
 class Link:
     """Connects on construction.  `send`, `receive` and `close` are for the caller's thread."""
 
@@ -87,7 +91,7 @@ class Link:
             if time.monotonic() >= next_ping:
                 check_path(self._address)
                 if time.monotonic() - heard > SILENT_SECONDS:
-                    raise UserError(f"the server has not answered for {SILENT_SECONDS:.0f} seconds; is it still running?")
+                    raise ServerGone(f"the server has not answered for {SILENT_SECONDS:.0f} seconds; is it still running?")
                 sock.send(encode(BatchPing()), zmq.NOBLOCK)
                 self._pings.append(self._submitted)
                 next_ping = time.monotonic() + PING_SECONDS
@@ -115,7 +119,7 @@ class Link:
             # Both directions keep their order: a request submitted before the ping is answered, or counted in the pong.
             lost = self._pings.popleft() - self._answered - msg.open_requests
             if lost > 0:
-                raise UserError(f"the server has lost {lost} requests of this client: the connection was interrupted")
+                raise ServerGone(f"the server has lost {lost} requests of this client: the connection was interrupted")
 
 
 def _close(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -> None:
@@ -124,10 +128,10 @@ def _close(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -
 
 
 def check_path(address: str) -> None:
-    """Raises UserError where an ipc:// address has no socket file on this machine."""
+    """Raises ServerGone where an ipc:// address has no socket file on this machine."""
     path = address.removeprefix("ipc://")
     if path != address and not os.path.exists(path):
-        raise UserError(
+        raise ServerGone(
             f"the batch socket {path} does not exist here: the server has ended, or runs on another machine "
             "(the batch socket works on the server's own machine only)"
         )

@@ -4,33 +4,29 @@
     out  {"id": "batch_req_...", "custom_id": "a", "response": {"status_code", "request_id", "body"}, "error": null}
 
 The output is a log: lines are appended as requests finish, in any order, and nothing is ever rewritten.  Running the same
-command again continues: a torn last line is dropped, and requests with an answer of status 200 are skipped.  If an id has
-several lines, the last one counts.
+command again continues, whatever has ended the former run: a torn last line is dropped, and requests with an answer of status
+200 are skipped.  If an id has several lines, the last one counts.  That a server is full, ends or fails is no answer: those
+requests stay open.  A server that ends is waited for (--wait).  `-` is stdin or stdout; what is on stdout cannot be resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
+import itertools
 import json
 import os
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minisgl.actors.messages import BatchResult
-from minisgl.api.batches.store import Log
-from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
+from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest, answered
+from minisgl.commands.batch_log import ResultLog, open_log, say
 from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 
-_HEAD = b'{"id": "batch_req_'  # how every line of an output begins
 _SHOWN_ERRORS = 10
 
 
@@ -38,49 +34,64 @@ def run(argv: list[str]) -> int:
     """Exit code: 0 every request has an answer, 1 some do not (yet), 2 (UserError) the files cannot be used, 130 ^C."""
     args = _parse_args(argv)
     requests = read_requests(args.input)
+    resume = "the answers so far are on stdout" if args.output == "-" else "run the same command again to go on"
     with ExitStack() as stack:
-        log = stack.enter_context(ResultLog(args.output))
-        errors = stack.enter_context(ResultLog(args.errors)) if args.errors else log
+        log = stack.enter_context(open_log(args.output))
+        errors = stack.enter_context(open_log(args.errors)) if args.errors else log
         todo = [r for r in requests if r.custom_id not in log.done]
         skipped = len(requests) - len(todo)
         if skipped:
-            _say(f"{skipped} of {len(requests)} requests are answered in {args.output} already")
+            say(f"{skipped} of {len(requests)} requests are answered in {args.output} already")
         count = _Count(len(requests), skipped)
         try:
             _work(args, todo, log, errors, count)
+            for each in (log, errors):
+                each.finish()
         except KeyboardInterrupt:
-            _say(f"interrupted: {count.ok} of {count.total} done; run the same command again to go on")
+            say(f"interrupted: {count.ok} of {count.total} done; {resume}")
             return 130
         except UserError as e:
-            _say(f"{e}\n{count.ok} of {count.total} done; run the same command again to go on")
+            say(f"{e}\n{count.ok} of {count.total} done; {resume}")
             return 1
-    _say(count.summary())
+    say(count.summary())
     return 0 if count.ok == count.total else 1
 
 
 def _parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="minisgl batch", description="Send a file of requests to a running server.")
-    parser.add_argument("input", help="requests, one JSON object per line")
-    parser.add_argument("output", help="answers, appended; may hold those of an earlier run")
+    parser.add_argument("input", help="requests, one JSON object per line; - is stdin")
+    parser.add_argument("output", help="answers, appended; may hold those of an earlier run; - is stdout")
     parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")
     parser.add_argument("--url", default=DEFAULT_URL, help="the server, on this machine (%(default)s)")
     parser.add_argument("--window", type=int, default=256, metavar="N", help="requests in flight at a time (%(default)s)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for a server that ends meanwhile to come up again (%(default)g)",
+    )
     args = parser.parse_args(argv)
-    paths = [os.path.realpath(p) for p in (args.input, args.output, args.errors) if p]
-    if len(set(paths)) < len(paths):
+    if not 0 <= args.wait < float("inf"):
+        raise UserError(f"--wait must be a number of seconds, 0 or more, got {args.wait}")
+    paths = [p for p in (args.input, args.output, args.errors) if p and p != "-"]
+    if any(_same(a, b) for a, b in itertools.combinations(paths, 2)):
         raise UserError("the input, the output and --errors must be different files")
     return args
 
 
-def _say(text: str) -> None:
-    print(f"minisgl batch: {text}", file=sys.stderr)
+def _same(a: str, b: str) -> bool:
+    """Whether two paths are one file, also through links."""
+    with suppress(OSError):
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 class _Count:
     """The progress, for the bar and the summary."""
 
     def __init__(self, total: int, ok: int) -> None:
-        self.total, self.ok, self.failed, self.tokens = total, ok, 0, 0
+        self.total, self.ok, self.failed, self.unanswered, self.tokens, self.reason = total, ok, 0, 0, 0, ""
         self._start = time.monotonic()
 
     def add(self, status: int, body: Any) -> None:
@@ -91,6 +102,12 @@ class _Count:
         usage = body.get("usage") if isinstance(body, dict) else None
         self.tokens += usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
 
+    def leave(self, body: Any) -> None:
+        """A request stays open; `body` says why."""
+        self.unanswered += 1
+        with suppress(TypeError, KeyError):
+            self.reason = f": {body['error']['message']}"
+
     @property
     def rate(self) -> float:
         """Generated tokens per second."""
@@ -100,16 +117,21 @@ class _Count:
         seconds = time.monotonic() - self._start
         text = f"{self.ok} of {self.total} done, {self.failed} failed"
         text += f", {self.tokens} tokens in {seconds:.1f} s ({self.rate:.0f} tok/s)"
-        return text + ("; run the same command again to retry" if self.failed else "")
+        if self.unanswered:
+            text += f", {self.unanswered} without an answer{self.reason}"
+        return text + ("; run the same command again to retry" if self.failed or self.unanswered else "")
 
 
 def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, errors: ResultLog, count: _Count) -> None:
     if not todo:
         return
     bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
-    with bar, BatchClient(args.url, window=args.window) as client:
+    with bar, BatchClient(args.url, window=args.window, wait=args.wait, say=say) as client:
         for result in client.run(todo):
             body = _json(result.body)
+            if not answered(result):
+                count.leave(body)
+                continue
             (log if result.status == 200 else errors).add(result, body)
             count.add(result.status, body)
             bar.set_postfix_str(f"{count.rate:.0f} tok/s" + (f", {count.failed} failed" if count.failed else ""), refresh=False)
@@ -130,7 +152,7 @@ def read_requests(path: str) -> list[BatchRequest]:
     problems: list[str] = []
     lines: dict[str, int] = {}  # custom_id -> line
     try:
-        with open(path, "rb") as f:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -171,55 +193,3 @@ def _parse_line(line: bytes) -> BatchRequest:
     if not isinstance(body, dict):
         raise ValueError("body must be an object")
     return BatchRequest(custom_id, url, body)
-
-
-# ---------------- output
-class ResultLog(Log):
-    """A log of results for one process at a time.  `done`: the ids that had status 200 when it was opened.
-
-    Opening locks the file and drops a torn last line.  Raises UserError if the file holds anything else, and leaves it
-    untouched then.
-    """
-
-    def __init__(self, path: str) -> None:
-        try:
-            super().__init__(Path(path))
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{path}: another batch run is writing it") from e
-        except OSError as e:
-            raise UserError(f"{path}: cannot write it: {e.strerror}") from e
-        self.done = set(self._read_done())
-
-    def __enter__(self) -> ResultLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read_done(self) -> Iterator[str]:
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, 1):
-            torn = not line.endswith(b"\n")
-            if not line.startswith(_HEAD if not torn else _HEAD[: len(line)]):
-                raise UserError(f"{self.path}: line {number} is no result of a batch; name another output file")
-            if torn:
-                _say(f"dropped the incomplete last line of {self.path}")
-                self._file.truncate(end)
-                return
-            end += len(line)
-            with suppress(ValueError, KeyError, TypeError):  # damaged: repeat the request
-                value = json.loads(line)
-                if value["response"]["status_code"] == 200:
-                    yield value["custom_id"]
-
-    def add(self, result: BatchResult, body: Any) -> None:
-        """Append a result.  Raises UserError when the disk is full."""
-        response = {"status_code": result.status, "request_id": result.request_id, "body": body}
-        try:
-            self.append(
-                {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": result.custom_id, "response": response, "error": None}
-            )
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot write it: {e.strerror}") from e

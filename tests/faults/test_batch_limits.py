@@ -228,16 +228,19 @@ def test_uploads_and_results_are_bounded_together(tmp_path: Path) -> None:
             assert server.batches.store.used == 0
             ballast = await sdk.files.create(file=("ballast", b"x" * 30_000), purpose="user_data")
             batch = await submit(sdk, b"".join(request_line(f"q{i}") for i in range(60)))
-            ended = await server.until(batch.id, *ENDED)
-            assert ended["status"] == "failed"
-            assert [p["code"] for p in ended["errors"]["data"]] == ["data_dir_full"]
-            kept = answers((await sdk.files.content(ended["output_file_id"])).text)
-            assert 0 < len(kept) == ended["request_counts"]["completed"] < 60
+            while not (waiting := server.batches.get(batch.id))["errors"]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert waiting["status"] == "in_progress"
+            assert [p["code"] for p in waiting["errors"]["data"]] == ["data_dir_full"]
+            asked, done = len(engine.opened), waiting["request_counts"]["completed"]
+            assert 0 < done < 60
             status, _ = await post(server, form(b"x" * 20_000))
             assert status == 413
             await sdk.files.delete(ballast.id)
-            status, _ = await post(server, form(b"x" * 20_000))
-            assert status == 200
+            ended = await server.until(batch.id, *ENDED)
+            assert (ended["status"], ended["errors"], ended["request_counts"]["completed"]) == ("completed", None, 60)
+            assert len(engine.opened) == asked + 60 - done
+            assert len(answers((await sdk.files.content(ended["output_file_id"])).text)) == 60
             used = server.batches.store.used
         assert not engine.live
         store = Store(str(tmp_path))

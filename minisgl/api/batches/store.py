@@ -7,33 +7,33 @@
     batches/ID.errors   the other answers, in the same form
 
 After any interruption a reader finds a complete object or none, and a log whose last line may be torn; that line is dropped.
+What was acknowledged is on disk, with its name (logs: see log.py); what is left over is removed by the next start.
 What all of them may take is bounded (--data-dir-gb), and so is their number, which is what a list costs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from minisgl.api.rendering import json_pieces
+from minisgl.api.batches.log import Log, sync_file, write_new
 from minisgl.errors import RequestError, UserError
 
 _ID = re.compile(r"(?:file|batch)[-_][0-9a-f]{32}")
-_SYNC_LINES = 128
 _OBJECT_BYTES = 4096  # counted for an object, which has a block of the disk
 MAX_OBJECTS = 20_000  # files, and batches
-_SYNC_SECONDS = 1.0
-_CUSTOM_ID = b'"custom_id": '
-
-
 FULL = "data_dir_full"
+ENDED = ("completed", "failed", "cancelled")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WAY_OUT = "delete files that are no longer needed, or have its operator make room"
 
 
 class Store:
@@ -41,6 +41,8 @@ class Store:
 
     def __init__(self, directory: str, max_bytes: int = 10 << 30) -> None:
         self.root, self.max_bytes = Path(directory), max_bytes
+        self.used = 0  # bytes
+        self._lists: dict[str, dict[str, str]] = {}  # by room: the purpose of each object by its id, the oldest first
         try:
             for name in ("files", "batches"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,32 +53,47 @@ class Store:
             raise UserError(f"--data-dir {directory}: another server is using it") from e
         except OSError as e:
             raise UserError(f"--data-dir {directory}: cannot be used: {e.strerror}") from e
-        for room in ("files", "batches"):
-            for part in (self.root / room).glob("*.part"):  # left by a server that died
-                part.unlink()
-        self.used = 0  # bytes
-        self._lists: dict[str, dict[str, str]] = {}  # by room: the purpose of each object by its id, the oldest first
-        for room in ("files", "batches"):
-            self._lists[room] = {v["id"]: v.get("purpose", "") for v in reversed(self.all(room))}
-            if room == "files":
-                self._drop_orphans()
-            sizes = (p.stat().st_size for p in (self.root / room).iterdir() if p.suffix != ".json")
-            self.used += sum(sizes) + _OBJECT_BYTES * len(self._lists[room])
+        try:
+            self._tidy()
+        except BaseException as e:
+            self._lock.close()
+            if isinstance(e, OSError):
+                raise UserError(f"--data-dir {directory}: cannot be used: {e.filename}: {e.strerror}") from e
+            raise
 
-    def _drop_orphans(self) -> None:
-        """Remove content whose object was not written before a crash, but for answers that a batch will make a file."""
-        due = {b[key] for b in self.all("batches") for key in ("output_file_id", "error_file_id")}
-        for path in (self.root / "files").iterdir():
-            if path.suffix != ".json" and path.name not in self._lists["files"] and path.name not in due:
+    def _tidy(self) -> None:
+        """Remove what a server that died has left, and count the rest.
+
+        Files without an object go, but for answers that a batch will make a file, objects without content (a deletion that was
+        not finished), and logs of batches that have ended.
+        """
+        files, batches = self.root / "files", self.root / "batches"
+        for part in (*files.glob("*.part"), *batches.glob("*.part")):
+            part.unlink()
+        objects = {"batches": self.all("batches"), "files": self.all("files")}
+        due = {b[key] for b in objects["batches"] for key in ("output_file_id", "error_file_id") if b["status"] not in ENDED}
+        live = {b["id"] for b in objects["batches"] if b["status"] not in ENDED}
+        for value in objects["files"]:
+            if not self.content(value["id"]).exists():
+                self._object("files", value["id"]).unlink()
+        for room, values in objects.items():
+            whole = [v for v in reversed(values) if self._object(room, v["id"]).exists()]
+            self._lists[room] = {v["id"]: v.get("purpose", "") for v in whole}
+        for path in (*files.iterdir(), *batches.iterdir()):
+            if path.suffix == ".json":
+                self.used += _OBJECT_BYTES
+            elif path.stem in (live if path.parent == batches else due | self._lists["files"].keys()):
+                self.used += path.stat().st_size
+            elif _ID.fullmatch(path.stem):
                 path.unlink()
+        for directory in (files, batches, self.root, self.root.parent):
+            sync_file(directory)
 
     def take(self, n: int) -> None:
         """Count `n` bytes that are about to be written.  Raises RequestError (413) if they do not fit."""
         if self.used + n > self.max_bytes:
             gigabytes = f"{self.max_bytes / (1 << 30):g}"
-            text = (
-                f"The server's data directory is full ({gigabytes} GiB, --data-dir-gb): delete files that are no longer needed."
-            )
+            text = f"The server's data directory is full ({gigabytes} GiB, --data-dir-gb): {_WAY_OUT}."
             raise RequestError(text, status=413, code=FULL)
         self.used += n
 
@@ -109,20 +126,23 @@ class Store:
         self._lists[room][value["id"]] = value.get("purpose", "")
 
     def _write(self, room: str, value: dict[str, Any]) -> None:
-        path = self.root / room / f"{value['id']}.json"
+        path, new = self._object(room, value["id"]), value["id"] not in self._lists[room]
         part = path.with_suffix(".json.part")
-        with open(part, "w", encoding="utf-8") as f:
-            json.dump(value, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        self._sync_directory(room)
+        try:
+            write_new(part, json.dumps(value).encode())
+            os.replace(part, path)
+            sync_file(path.parent)
+        except OSError:
+            for left in (part, path) if new else (part,):  # what is refused must not be there after a restart
+                with contextlib.suppress(OSError):
+                    left.unlink(missing_ok=True)
+            raise
 
     def load(self, room: str, name: str, what: str) -> dict[str, Any]:
         """Read an object.  Raises RequestError (404) naming the parameter `what` if there is none."""
         if _ID.fullmatch(name):
             try:
-                value: dict[str, Any] = json.loads((self.root / room / f"{name}.json").read_bytes())
+                value: dict[str, Any] = json.loads(self._object(room, name).read_bytes())
                 return value
             except FileNotFoundError:
                 pass
@@ -130,13 +150,25 @@ class Store:
         raise RequestError(text, status=404, param=what, code="not_found")
 
     def all(self, room: str) -> list[dict[str, Any]]:
-        """All objects, the newest first."""
-        values = [json.loads(path.read_bytes()) for path in (self.root / room).glob("*.json")]
+        """All objects, the newest first.  Raises UserError for one that cannot be read."""
+        values = []
+        for path in (self.root / room).glob("*.json"):
+            try:
+                value = json.loads(path.read_bytes())
+                if value["id"] != path.stem or not isinstance(value["created_at"], int) or not value["status"]:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError) as e:
+                text = f"--data-dir {self.root}: {path} is damaged: restore it, or move it to another directory"
+                raise UserError(text) from e
+            values.append(value)
         return sorted(values, key=lambda v: (v["created_at"], v["id"]), reverse=True)
 
     def names(self, room: str, purpose: str | None = None) -> list[str]:
         """The ids of all objects, or of those with a purpose, the newest first.  Reads nothing from the disk."""
         return [name for name, p in reversed(self._lists[room].items()) if purpose in (None, p)]
+
+    def _object(self, room: str, name: str) -> Path:
+        return self.root / room / f"{name}.json"
 
     # ---------------- files
     def content(self, name: str) -> Path:
@@ -151,8 +183,9 @@ class Store:
         """Make complete content a file; returns its object.  With a `name`, its id, the call may be repeated after a crash."""
         answers, name = bool(name), name or new_file_id()
         if part.exists():
-            with open(part, "rb") as f:
-                os.fsync(f.fileno())
+            sync_file(part)
+            if self.content(name).exists():  # under both names, after a crash between the syncs of the directories
+                self.give(part.stat().st_size)
             os.replace(part, self.content(name))
         value = {
             "id": name,
@@ -167,17 +200,22 @@ class Store:
             self.save("files", value, always=answers)
         except BaseException:
             if not answers:
-                self.content(name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.content(name).unlink(missing_ok=True)
             raise
         return value
 
     def delete(self, name: str) -> None:
-        """Remove a file.  Its object goes first: without it there is no file."""
-        size = self.content(name).stat().st_size
-        (self.root / "files" / f"{name}.json").unlink()
+        """Remove a file.  Its object goes first: without it there is no file.  Raises OSError."""
+        content = self.content(name)
+        size = content.stat().st_size
+        self._object("files", name).unlink()
         del self._lists["files"][name]
-        self.give(_OBJECT_BYTES + size)
-        self.content(name).unlink(missing_ok=True)
+        self.give(_OBJECT_BYTES)
+        with contextlib.suppress(OSError):  # the next start removes it then
+            content.unlink()
+            self.give(size)
+        sync_file(content.parent)
 
     def log(self, batch: str, kind: str) -> Log:
         """The log of a batch.  `kind`: "output" or "errors"."""
@@ -187,66 +225,14 @@ class Store:
         """The path of that log."""
         return self.root / "batches" / f"{batch}.{kind}"
 
-    def _sync_directory(self, room: str) -> None:
-        fd = os.open(self.root / room, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
 
 def new_file_id() -> str:
     """The id of a new file."""
     return f"file-{uuid.uuid4().hex}"
 
 
-class Log:
-    """An append-only file of JSON lines.  Every line reaches the kernel at once, and the disk as part of a group."""
-
-    def __init__(self, path: Path, store: Store | None = None) -> None:
-        self.path, self._store = path, store
-        self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115  closed by `close`
-        self._unsynced, self._synced = 0, time.monotonic()
-
-    def recover(self) -> Iterator[str]:
-        """Read the custom_id of every line.  A torn last line is cut off."""
-        self._file.seek(0)
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                return
-            end += len(line)
-            yield _custom_id(line)
-
-    def append(self, value: dict[str, Any]) -> None:
-        """Raises OSError when the disk is full, and RequestError when the directory is."""
-        line = b"".join(json_pieces(value)) + b"\n"
-        if self._store is not None:
-            self._store.take(len(line))
-        self._file.write(line)
-        self._file.flush()
-        self._unsynced += 1
-        if self._unsynced >= _SYNC_LINES or time.monotonic() - self._synced > _SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """Wait until all lines are on disk."""
-        os.fdatasync(self._file.fileno())
-        self._unsynced, self._synced = 0, time.monotonic()
-
-    def close(self) -> None:
-        """Sync and close.  Idempotent."""
-        if not self._file.closed:
-            try:
-                self.sync()
-            finally:
-                self._file.close()
-
-
-def _custom_id(line: bytes) -> str:
-    """The custom_id of a line, which stands before the answer: that may be megabytes."""
-    if (at := line.find(_CUSTOM_ID, 0, 200)) < 0:
-        return str(json.loads(line)["custom_id"])
-    value, _ = json.JSONDecoder().raw_decode(line[at + len(_CUSTOM_ID) : at + (1 << 16)].decode("utf-8", "replace"))
-    return str(value)
+def disk_error(e: OSError) -> RequestError:
+    """What a client is told when the disk refuses a change: 507 if it is full, 500 otherwise.  The log names the place."""
+    full = e.errno in _NO_ROOM
+    text = f"The server's data directory (--data-dir) cannot be written to ({e.strerror or e}): {_WAY_OUT}, and try again."
+    return RequestError(text, status=507 if full else 500, code="disk_full" if full else "disk_error", retry_after=30)

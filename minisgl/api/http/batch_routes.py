@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from minisgl.api.batches.store import Store
+from minisgl.api.batches.log import opened, sync_file, write_all
+from minisgl.api.batches.store import Store, disk_error
 from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
 from minisgl.api.http.body import body_too_large, check_encoding, json_handler, read_json
@@ -22,6 +25,7 @@ from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 
+log = logging.getLogger("minisgl.api")
 MAX_FILE_BYTES = 200 << 20
 MAX_PAGE = 10_000
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 4096  # of the form of an upload, and of its fields beside the file
@@ -82,7 +86,8 @@ class FileRoutes:
         try:
             with _disk():
                 filename, purpose = await asyncio.wait_for(self._receive(request, part, taken), UPLOAD_SECONDS)
-                value = await asyncio.to_thread(self._store.adopt, part, filename, purpose)
+                await asyncio.to_thread(sync_file, part)  # which may take long; a client that leaves meanwhile leaves nothing
+                value = self._store.adopt(part, filename, purpose)
             adopted = True
             return web.json_response(value)
         except asyncio.TimeoutError:
@@ -91,7 +96,8 @@ class FileRoutes:
         finally:
             if not adopted:
                 self._store.give(sum(taken))
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next start removes it then
+                part.unlink(missing_ok=True)
 
     async def _receive(self, request: web.Request, part: Path, taken: list[int]) -> tuple[str, str]:
         """Write the form's file to `part`; returns (filename, purpose).  Raises RequestError, or TimeoutError."""
@@ -128,14 +134,14 @@ class FileRoutes:
         size = 0
         self._store.give(sum(taken))  # of an earlier field of the same name
         taken.clear()
-        with open(part, "wb") as f:  # noqa: ASYNC230  to the page cache, in pieces of 64 KiB
+        with opened(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:  # to the page cache, in pieces of 64 KiB
             while chunk := await asyncio.wait_for(field.read_chunk(1 << 16), IDLE_SECONDS):
                 size += len(chunk)
                 if size > MAX_FILE_BYTES:
                     raise body_too_large(MAX_FILE_BYTES)
                 self._store.take(len(chunk))
                 taken.append(len(chunk))
-                f.write(chunk)
+                write_all(fd, chunk)
 
     async def list_files(self, request: web.Request) -> web.Response:
         store = self._store
@@ -155,6 +161,7 @@ class FileRoutes:
             raise RequestError(f"File {name} is the input of a batch that runs.", status=409, param="file_id", code="in_use")
         with _disk():
             self._store.delete(name)
+        self._batches.room_made()
         return web.json_response({"id": name, "object": "file", "deleted": True})
 
     def _file(self, request: web.Request) -> dict[str, Any]:
@@ -191,14 +198,14 @@ async def _short(field: BodyPartReader) -> str:
 
 @contextlib.contextmanager
 def _disk() -> Iterator[None]:
-    """What is done inside may fail because the disk is full.  Raises RequestError (507)."""
+    """What is done inside may fail because the disk is full.  Raises RequestError (507, or 500 if it is broken)."""
     try:
         yield
-    except asyncio.TimeoutError:
+    except (asyncio.TimeoutError, ConnectionError):
         raise
     except OSError as e:
-        text = f"The server's disk cannot be written to ({e.strerror}); try again later."
-        raise RequestError(text, status=507, code="disk_full", retry_after=30) from e
+        log.error("the data directory cannot be written to: %s", e)
+        raise disk_error(e) from e
 
 
 async def _page(request: web.Request, names: list[str], load: Callable[[str], dict[str, Any]]) -> web.Response:
