@@ -26,12 +26,16 @@ _ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 class Asker:
-    """One program that asks.  `counts`: of what happened; `gaps`: the longest pause in each stream, in seconds."""
+    """One program that asks.
+
+    `counts`: of what happened; `gaps`: the longest pause in each stream, `pauses`: all, if they are kept; seconds.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, batch_socket: str, wait: float = 120.0) -> None:
         self.session, self.wait = session, wait
         self.counts: Counter[str] = Counter()
         self.gaps: list[float] = []
+        self.pauses: list[float] | None = None
         self._socket, self._zmq = batch_socket, zmq.asyncio.Context()
         self._salt = 0
 
@@ -84,7 +88,10 @@ class Asker:
         gap, last = 0.0, time.monotonic()
         async for line in response.content:
             if line.startswith(b"data:"):
-                gap, last = max(gap, time.monotonic() - last), time.monotonic()
+                pause, last = time.monotonic() - last, time.monotonic()
+                gap = max(gap, pause)
+                if self.pauses is not None:
+                    self.pauses.append(pause)
                 yield line[5:].strip().decode()
                 if slow:
                     await asyncio.sleep(slow)
