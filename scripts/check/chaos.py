@@ -23,11 +23,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +39,7 @@ from typing import Any
 
 import aiohttp
 
+from minisgl.config import EngineConfig, ServerConfig
 from scripts.lib import attacks
 from scripts.lib.answers import Answer, complete, faults, pool_faults, slope
 from scripts.lib.askers import Asker
@@ -88,8 +89,9 @@ class Options:
         return f"scripts/check/chaos.py {parts}" + (f" -- {' '.join(self.flags)}" if self.flags else "")
 
 
-def known_flags() -> str:
-    return subprocess.run([sys.executable, "-m", "minisgl", "--help"], capture_output=True, text=True, check=False).stdout
+def knows(setting: str) -> bool:
+    """Whether the server has a setting of that name."""
+    return any(f.name == setting for config in (EngineConfig, ServerConfig) for f in dataclasses.fields(config))
 
 
 class Chaos:
@@ -313,10 +315,9 @@ def restarts(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 async def attack(options: Options) -> tuple[dict[str, Any], list[str]]:
     """Start a server, attack it, end it.  Returns the figures and all faults."""
-    known = known_flags()
-    hang = options.setting("hang") if "--hang-seconds" in known else None
+    hang = options.setting("hang") if knows("hang_seconds") else None
     flags = [*options.setting("flags"), *COMMON]
-    if "--max-restarts" in known:
+    if knows("max_restarts"):
         flags += [x for pair in WITH_KILLS.items() for x in pair]
     flags += ["--hang-seconds", str(hang)] if hang else []
     with tempfile.TemporaryDirectory(prefix="chaos-disk-") as data, attacks.small_disk(Path(data)) as small:

@@ -170,6 +170,6 @@ def cases(seed: int, n: int, tokens: int, context: int) -> list[Case]:
 
 def _lines(m: _Maker, one_path: bool) -> list[tuple[str, dict[str, Any]]]:
     """(path, body) of the lines of a batch, which has only one path over HTTP."""
-    names = [name for name in LINES if not one_path or KINDS[name][0] == CHAT] * 2
+    names = [name for name in LINES if not one_path or KINDS[name][0] == CHAT]
     lines = [(KINDS[name][0], KINDS[name][1](m)) for name in names]
     return [(path, {k: v for k, v in body.items() if not k.startswith("stream")}) for path, body in lines]

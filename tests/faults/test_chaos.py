@@ -6,18 +6,15 @@ Skipped where the server knows no --max-restarts: there it ends with the first o
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 
 import pytest
 
-from minisgl.config import EngineConfig, ServerConfig
-from scripts.check.chaos import Options, attack
+from scripts.check.chaos import Options, attack, knows
 
-RECOVERS = any(f.name == "max_restarts" for config in (EngineConfig, ServerConfig) for f in dataclasses.fields(config))
 KILLS = 40
 
 
-@pytest.mark.skipif(not RECOVERS, reason="a server that cannot restart its processes")
+@pytest.mark.skipif(not knows("max_restarts"), reason="a server that cannot restart its processes")
 def test_forty_kills_under_load_change_no_answer_and_leave_nothing() -> None:
     quiet = frozenset({"kill", "leave", "slow", "http", "sockets"})  # no long stops, no disk of its own
     options = Options("fake", KILLS, 1, (0.02, 0.2), attacks=quiet, clients=4, cases=34, tokens=90)
