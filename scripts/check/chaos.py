@@ -219,6 +219,7 @@ class Chaos:
         await asyncio.gather(*map(ask, self.cases))
 
     async def _ask(self, case: Case, slow: float = 0.0) -> None:
+        began = time.time()
         got, want = await self.asker.ask(case, slow), self.want[case.number]
         if got is not None and got.status == 0 and self.server.process.poll() is not None:
             return  # the server has ended, which is told once
@@ -231,8 +232,9 @@ class Chaos:
                 found.append(f"lost: {got.usage} instead of {want.usage}")
             if case.greedy:
                 self._greedy.append((case, got.parts["0"].ids))
+        struck = [f"{k.how} {'+'.join(k.names)} {k.at - began:.2f} s" for k in self.killer.log if k.at >= began - 5]
         for line in found:
-            self.fault(line, case)
+            self.fault(f"{line} [{time.time() - began:.2f} s long; {', '.join(struck) or 'no kill'} after it began]", case)
 
     async def _score(self) -> None:
         """Score the greedy answers: no token is much worse than the best one in its place."""
@@ -303,13 +305,18 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def restarts(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The parts of recoveries by process, from the server's log: all numbers of its lines with the event "restart"."""
+    """The parts of recoveries by process, from the server's log.
+
+    All numbers of its lines with the events "restart", which names the process, and "recovered", which belongs to the last one.
+    """
     parts: dict[str, dict[str, list[float]]] = {}
+    process = ""
     for line in lines:
-        if line.get("event") == "restart":
-            for name, value in line.items():
+        if line.get("event") in ("restart", "recovered"):
+            process = str(line.get("process", process))
+            for name, value in {**line, **line.get("parts", {})}.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
-                    parts.setdefault(str(line.get("process")), {}).setdefault(name, []).append(value)
+                    parts.setdefault(process, {}).setdefault(name, []).append(value)
     return {process: {name: _summary(v) for name, v in found.items()} for process, found in sorted(parts.items())}
 
 
