@@ -80,8 +80,8 @@ class Watched:
             if echo:
                 sys.stderr.write(line)
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = dict(json.loads(line))
+            except (ValueError, TypeError):  # a traceback, or stacks
                 entry = {"event": "", "level": "raw", "message": line.rstrip()}
             self.lines.append(entry)
             if entry.get("event") == "ready":
