@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import socket
 import statistics
 import sys
@@ -122,7 +123,7 @@ async def soak(options: Options, interval: float, rss_limit: float) -> tuple[dic
     """Start a server, put the load on it, end it.  Returns the figures and what is wrong."""
     flags = [*options.setting("flags"), *COMMON, *options.flags]
     with tempfile.TemporaryDirectory(prefix="soak-") as data:
-        server = await asyncio.to_thread(Watched, *flags, "--data-dir", data, echo=options.echo)
+        server = Watched(*flags, "--data-dir", data, echo=options.echo)
         try:
             timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0, family=socket.AF_INET)
             async with aiohttp.ClientSession(server.url, timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
@@ -131,9 +132,9 @@ async def soak(options: Options, interval: float, rss_limit: float) -> tuple[dic
         finally:
             left = await asyncio.to_thread(server.end)
     judged, found = judge(run.samples, rss_limit)
-    for text in (*found, *left):
+    for text in (*found, *left, *server.failures()):
         run.fault(text)
-    wanted = ("requests", "refused", "stream_gap_s", "log_errors", "undisturbed_s", "storm_s")
+    wanted = ("requests", "refused", "stream_gap_s", "undisturbed_s", "storm_s")
     return {"server": flags, **judged, **{k: figures[k] for k in wanted}, "faults": dict(run.kinds)}, run.faults
 
 
@@ -158,6 +159,7 @@ def main() -> int:
         flags=flags,
         echo=args.echo,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
     from scripts.lib.reference import provenance
 
     made = {"check": "soak", "engine": args.engine, "seed": args.seed, "minutes": args.minutes, **provenance()}

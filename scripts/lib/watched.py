@@ -54,14 +54,16 @@ def descriptors(pid: int) -> int:
 
 
 class Watched:
-    """`minisgl FLAGS` on a free port.  Raises RuntimeError if it ends before it is ready."""
+    """`minisgl FLAGS` on a free port; it ends with the thread that made it.  Raises RuntimeError if it ends before it is up."""
 
     def __init__(self, *flags: str, echo: bool = False) -> None:
         self._dir = tempfile.TemporaryDirectory(prefix="chaos-")
         self.runtime = Path(self._dir.name)
         self.lines: list[dict[str, Any]] = []  # what it logs
         self.seen: dict[int, str] = {}  # all processes that ever were its children: pid -> name
-        command = [sys.executable, "-m", "minisgl", "--port", "0", "--log-format", "json", *flags]
+        code = f"import sys; from minisgl.lifeline import die_with_parent; die_with_parent({os.getpid()})\n"
+        code += "from minisgl.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "--port", "0", "--log-format", "json", *flags]
         environ = os.environ | {"XDG_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": SOURCE}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, errors="replace", cwd="/")
         self.pid, self.url = self.process.pid, ""
@@ -155,6 +157,11 @@ class Watched:
             path = Path(f"/proc/{pid}")
             return b"minisgl" in path.joinpath("cmdline").read_bytes()
         return False
+
+    def failures(self) -> list[str]:
+        """What it has logged as an error: a process that fails and is replaced hides a mistake."""
+        bad = [e for e in self.lines if e.get("level") in ("error", "critical") and e.get("event") != "hang"]
+        return [f"failed: {e.get('message')} {str(e.get('traceback', ''))[-400:]}" for e in bad]
 
     def last_words(self) -> str:
         return " | ".join(str(e.get("message", ""))[-300:] for e in self.lines[-4:])
