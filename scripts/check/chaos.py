@@ -35,6 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,7 @@ class Chaos:
             "attacks": dict(self.counts),
             "refused": dict(self.asker.counts),
             "recovery_s": _summary(recovered),
+            "notice_s": _summary(notices(killer.log, self.server.lines)),
             "restarts": restarts(self.server.lines),
             "stream_gap_s": _summary(self.asker.gaps),
             "api_process": {"before": before, "after": after, "mb_per_kill": round(per_kill, 3)},
@@ -306,6 +308,21 @@ def _summary(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     return {"n": len(values), "median": round(statistics.median(values), 4), "worst": round(max(values), 4)}
+
+
+def notices(log: list[attacks.Kill], lines: list[dict[str, Any]]) -> list[float]:
+    """Seconds from each kill to the server's line about it; of those at one time, the first."""
+    said = [
+        (datetime.fromisoformat(str(e["time"]).replace("Z", "+00:00")).timestamp(), e)
+        for e in lines
+        if e.get("event") == "restart"
+    ]
+    found = []
+    for kill in log:
+        times = [at - kill.at for at, e in said if at >= kill.at - 0.002 and e.get("process") in kill.names]
+        if kill.how == "kill" and times:
+            found.append(max(0.0, times[0]))
+    return found
 
 
 def restarts(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

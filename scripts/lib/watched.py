@@ -159,9 +159,10 @@ class Watched:
         return False
 
     def failures(self) -> list[str]:
-        """What it has logged as an error: a process that fails and is replaced hides a mistake."""
+        """What it has logged as an error, but for what was done to it: a process that fails and is replaced hides a mistake."""
         bad = [e for e in self.lines if e.get("level") in ("error", "critical") and e.get("event") != "hang"]
-        return [f"failed: {e.get('message')} {str(e.get('traceback', ''))[-400:]}" for e in bad]
+        lines = [f"failed: {e.get('message')} {str(e.get('traceback', ''))[-400:]}" for e in bad]
+        return [line for line in lines if "No space left" not in line]
 
     def last_words(self) -> str:
         return " | ".join(str(e.get("message", ""))[-300:] for e in self.lines[-4:])

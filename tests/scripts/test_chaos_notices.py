@@ -19,6 +19,7 @@ import pytest
 from scripts.check import chaos as command
 from scripts.lib import watched
 from scripts.lib.answers import Answer, Part, complete, difference, faults, pool_faults, read_event, read_plain, slope
+from scripts.lib.attacks import Kill
 from scripts.lib.mixed import KINDS, Case, cases
 
 GOOD = Answer(
@@ -263,3 +264,30 @@ def test_the_reproducer_is_a_command_that_the_harness_understands(monkeypatch: p
     assert (seen[0].engine, seen[0].seed, seen[0].who, seen[0].flags) == ("cpu", 9, frozenset({"worker"}), ["--threads", "1"])
     assert seen[0].reproducer() == options.reproducer().replace("--cases 34", f"--cases {seen[0].setting('cases')}")
     assert json.loads((tmp_path / "out.json").read_text())["all_faults"] == ["changed: a token"]
+
+
+def test_a_kill_is_noticed_when_the_log_says_so() -> None:
+    def line(seconds: str, process: str) -> dict[str, Any]:
+        return {"event": "restart", "time": f"2026-01-01T00:00:{seconds}Z", "process": process}
+
+    at = 1767225600.0  # 2026-01-01
+    log = [
+        Kill(at + 1, ["worker0"]),
+        Kill(at + 2, ["scheduler", "checker"]),
+        Kill(at + 3, ["worker1"], "stop"),
+        Kill(at + 4, ["x"]),
+    ]
+    lines = [line("01.020", "worker0"), line("02.005", "checker"), line("02.900", "scheduler"), line("09.000", "worker1")]
+    assert command.notices(log, lines) == pytest.approx([0.02, 0.005], abs=1e-4)
+
+
+def test_what_a_server_logs_as_an_error_is_a_fault_unless_it_was_done_to_it() -> None:
+    server = watched.Watched.__new__(watched.Watched)
+    server.lines = [
+        {"level": "error", "event": "log", "message": "scheduler failed", "traceback": "RuntimeError: result 7"},
+        {"level": "error", "event": "hang", "message": "stands still"},
+        {"level": "error", "event": "log", "message": "batch b waits: [Errno 28] No space left on device"},
+        {"level": "warning", "event": "restart", "message": "again"},
+        {"level": "raw", "event": "", "message": "Thread 0x1"},
+    ]
+    assert server.failures() == ["failed: scheduler failed RuntimeError: result 7"]
