@@ -31,8 +31,8 @@ from typing import Any
 
 import aiohttp
 
-from scripts.check.chaos import COMMON, SHOWN, Chaos, Options
 from scripts.lib.answers import slope
+from scripts.lib.storm import COMMON, SHOWN, Chaos, Options
 from scripts.lib.watched import Watched, descriptors, rss
 
 GROWTH = 12.0  # megabytes

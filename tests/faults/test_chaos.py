@@ -9,7 +9,8 @@ import asyncio
 
 import pytest
 
-from scripts.check.chaos import Options, attack, knows
+from scripts.check.chaos import attack
+from scripts.lib.storm import Options, knows
 
 KILLS = 40
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from scripts.check import chaos as command
-from scripts.lib import watched
+from scripts.lib import recoveries, storm, watched
 from scripts.lib.answers import Answer, Part, complete, difference, faults, pool_faults, read_event, read_plain, slope
 from scripts.lib.attacks import Kill
 from scripts.lib.mixed import KINDS, Case, cases
@@ -200,7 +200,7 @@ def test_the_parts_of_recoveries_come_from_the_log() -> None:
         {"event": "restart", "level": "warning", "process": "worker0", "notice_s": 0.03, "replay_s": 0.1},
         {"event": "load", "process": "worker0", "notice_s": 9.0},
     ]
-    assert command.restarts(lines)["worker0"]["notice_s"] == {"n": 2, "median": 0.02, "worst": 0.03}
+    assert recoveries.restarts(lines)["worker0"]["notice_s"] == {"n": 2, "median": 0.02, "worst": 0.03}
 
 
 def test_a_slope_is_that_of_the_straight_line() -> None:
@@ -209,12 +209,12 @@ def test_a_slope_is_that_of_the_straight_line() -> None:
     assert slope([1], [4]) == 0
 
 
-class _Stub(command.Chaos):
+class _Stub(storm.Chaos):
     """A run that gets the given answers, and whose server never answers otherwise."""
 
     def __init__(self, engine: str, answer: Answer | None, alive: bool = True) -> None:
         server = SimpleNamespace(process=SimpleNamespace(poll=lambda: None if alive else 70), pid=1, lines=[])
-        super().__init__(command.Options(engine=engine), server, None, None, None)  # type: ignore[arg-type]
+        super().__init__(storm.Options(engine=engine), server, None, None, None)  # type: ignore[arg-type]
         self.want = {7: GOOD}
         self.asker = SimpleNamespace(ask=self._give)  # type: ignore[assignment]
         self._answer = answer
@@ -249,10 +249,10 @@ def test_where_answers_depend_on_neighbours_only_what_contradicts_itself_is_a_fa
 
 
 def test_the_reproducer_is_a_command_that_the_harness_understands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options = command.Options(engine="cpu", kills=3, seed=9, who=frozenset({"worker"}), flags=["--threads", "1"])
-    seen: list[command.Options] = []
+    options = storm.Options(engine="cpu", kills=3, seed=9, who=frozenset({"worker"}), flags=["--threads", "1"])
+    seen: list[storm.Options] = []
 
-    async def attack(given: command.Options) -> tuple[dict[str, Any], list[str]]:
+    async def attack(given: storm.Options) -> tuple[dict[str, Any], list[str]]:
         seen.append(given)
         return {"kills": 3, "requests": 1}, ["changed: a token"]
 
@@ -278,7 +278,7 @@ def test_a_kill_is_noticed_when_the_log_says_so() -> None:
         Kill(at + 4, ["x"]),
     ]
     lines = [line("01.020", "worker0"), line("02.005", "checker"), line("02.900", "scheduler"), line("09.000", "worker1")]
-    assert command.notices(log, lines) == pytest.approx([0.02, 0.005], abs=1e-4)
+    assert recoveries.notices(log, lines) == pytest.approx([0.02, 0.005], abs=1e-4)
 
 
 def test_what_a_server_logs_as_an_error_is_a_fault_unless_it_was_done_to_it() -> None:

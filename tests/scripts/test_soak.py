@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from scripts.check.chaos import Options
 from scripts.check.soak import Sample, judge, soak
+from scripts.lib.storm import Options
 
 MINUTES = float(os.environ.get("MINISGL_SOAK_MINUTES", "0.1"))
 
