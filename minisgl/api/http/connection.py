@@ -84,7 +84,7 @@ class Connection(web.RequestHandler):
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
         self._seconds, self._request_log = seconds, request_log or RequestLog()
-        self._connections = connections or Connections()
+        self._connections = Connections() if connections is None else connections
         self._timer: asyncio.TimerHandle | None = None  # for headers, or of a refusal
         self._end_timer: asyncio.TimerHandle | None = None
         self._refused = False
