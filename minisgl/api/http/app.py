@@ -77,7 +77,7 @@ def _last_answer(engine: Engine) -> Callable[[web.Request, web.StreamResponse], 
 
     async def prepare(request: web.Request, response: web.StreamResponse) -> None:
         connection = connection_of(request)
-        if engine.state in ("draining", "stopped", "dead") or (connection is not None and connection.half_closed):
+        if engine.state in ("draining", "stopped", "dead") or (connection is not None and connection.ending):
             response.force_close()
             response.headers["Connection"] = "close"
 

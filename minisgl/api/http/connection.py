@@ -230,6 +230,11 @@ class Connection(web.RequestHandler):
             self._end_timer = self._loop.call_later(seconds, self._look, min(2 * seconds, _MAX_PROBE_SECONDS))
 
     # ---------------- what its requests say of themselves
+    @property
+    def ending(self) -> bool:
+        """Whether no request can follow the one that is being answered."""
+        return self.half_closed and not self._messages
+
     def generates(self, streams: bool = False) -> None:
         """The latest request has been read, and from now on costs something; `streams`: its answer is a stream."""
         if not self._generating:
@@ -250,7 +255,7 @@ class Connection(web.RequestHandler):
             if not self._messages:
                 self._busy = False
                 self._connections.rests(self)
-                if self.half_closed or self._connections.draining:
+                if self.ending or self._connections.draining:
                     self.close()
 
     def handle_error(
