@@ -6,7 +6,10 @@ import asyncio
 import functools
 import json
 import logging
+import os
+import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import REPOSITORY, eventually, minisgl_command
 from test_keep_alive import BODIES
-from test_server import CHAT, PIECES, TEXT, USER, ScriptedEngine, Server, ask
+from test_server import CHAT, COMPLETION, PIECES, TEXT, USER, ScriptedEngine, Server, ask
 
 from minisgl.api.batches.store import Store
 from minisgl.api.engine import Chunk
@@ -518,9 +522,8 @@ def test_what_a_finished_stream_has_not_written_stays_counted() -> None:
         before = engine.kept.bytes
         assert before > 100_000
         assert http.made[0].held() > before, "and what is in the transport"
-        http.clock.now = 60.0
         await settle(http)
-        http.clock.now = 121.0
+        http.clock.now = 60.0
         http.all.sweep()
         await until(lambda: not engine.kept.bytes)
         sock.close()
@@ -566,3 +569,45 @@ def test_answers_of_a_server_that_is_draining_end_their_connections() -> None:
             writer.close()
 
     play(scene)
+
+
+def test_a_server_with_few_descriptors_serves_among_more_silent_clients_than_it_can_have(tmp_path: Path) -> None:
+    """A real one, with 1024 descriptors at most; its log stays short, and it can reach its actors."""
+    raise_descriptors()
+    command = minisgl_command("--model", "fake", "--port", "0", "--device", "cpu")
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_RUNTIME_DIR": str(tmp_path)}
+    few = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1024)); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    silent: list[socket.socket] = []
+    with subprocess.Popen([sys.executable, "-c", few, *command], stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stderr is not None
+            port = next(int(m[1]) for line in process.stderr if (m := re.search(r"ready in .*:(\d+)/v1", line)))
+            fds = Path(f"/proc/{process.pid}/fd")
+            before = len(list(fds.iterdir()))
+            body = post(COMPLETION, {"prompt": [1, 2, 3], "max_tokens": 5}, "Connection: close\r\n")
+            assert b" 200 OK" in exchange(port, body)
+            eventually(lambda: len(list(fds.iterdir())) <= before)
+            for _ in range(1100):
+                silent.append(socket.create_connection(("127.0.0.1", port)))
+            assert b" 200 OK" in exchange(port, body, half_close=True)
+            assert len(list(fds.iterdir())) < 1024
+            assert b'minisgl_http_connections_closed_total{reason="room"}' in exchange(port, GET.replace(b"health", b"metrics"))
+            process.send_signal(signal.SIGTERM)
+            assert len(process.stderr.read()) < 2000
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            for sock in silent:
+                sock.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def exchange(port: int, said: bytes, half_close: bool = False) -> bytes:
+    """What a server answers until it ends the connection, or for HTTP/1.1 to the end of the first answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+        sock.sendall(said.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) if b"Connection" not in said else said)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
