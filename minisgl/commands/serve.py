@@ -141,6 +141,7 @@ class _Server:
         self.watched: set[int] = set()
         self.announced = False
         self.connections: Connections | None = None
+        self.due: asyncio.TimerHandle | None = None  # the next `tick`
 
     async def main(self) -> int:
         import setproctitle
@@ -202,6 +203,8 @@ class _Server:
             await runner.cleanup()
             load.close()
         finally:
+            if self.due is not None:
+                self.due.cancel()
             for fd in self.watched:
                 loop.remove_reader(fd)
             self.system.close()
@@ -224,8 +227,7 @@ class _Server:
         """Have done what is due by the clock, again and again."""
         seconds = self.system.tick()
         self.watch()
-        if not self.done.is_set():
-            asyncio.get_running_loop().call_later(seconds, self.tick)
+        self.due = asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
