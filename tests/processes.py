@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,11 @@ class Root:
         while (msg := self.ctx.recv()) is not None:
             self.seen.append(msg)
         self.seen.extend(dead)
+
+    def pump_until_readable(self) -> None:
+        """Wait for one of the descriptors that a server watches, for ever, and do what it then does."""
+        select.select(self.supervisor.sentinels(), [], [])
+        self.pump(0)
 
     def wait_for(self, kind: type) -> Any:
         def look() -> Any:

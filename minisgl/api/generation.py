@@ -95,7 +95,8 @@ class Generation:
         self._engine = engine
         self._chunks: dict[int, list[Chunk]] = {}  # that nobody has taken, by the index of the prompt
         self._merged: dict[int, list[Chunk]] = {}  # and before those, where many wait: every _MERGED in one
-        self._kept, self._all = 0, engine.kept  # bytes of both, and of those of all generations
+        self._kept, self.all_kept = 0, engine.kept  # bytes of both, and of those of all generations
+        self.taken = 0  # bytes of what was taken last
         self._overflown = False
         self._error: RequestError | None = None
         self._hurried = False  # `take` does not wait
@@ -129,7 +130,7 @@ class Generation:
 
     def _forget_size(self) -> None:
         """What waits here, or waited until now, counts no longer."""
-        self._all.bytes -= self._kept
+        self.all_kept.bytes -= self._kept
         self._kept = 0
 
     def _on_chunk(self, index: int, item: Chunk | RequestError) -> None:
@@ -153,8 +154,8 @@ class Generation:
         if self._overflown:
             return
         self._kept += (size := _size(chunk))
-        self._all.bytes += size
-        if self._all.bytes > MAX_KEPT_BYTES:
+        self.all_kept.bytes += size
+        if self.all_kept.bytes > MAX_KEPT_BYTES:
             text = "The server keeps more unfinished answers than it has memory for; ask for fewer log probabilities or tokens."
             self._error = self._error or RequestError(text, status=503, code="server_overloaded", retry_after=5)
             self._overflown = True
@@ -184,6 +185,11 @@ class Generation:
             part.append(chunk)
             work += _work(chunk)
         return [*parts, _merge(part)] if part else parts
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait here."""
+        return self._kept
 
     @property
     def accepted(self) -> bool:
@@ -247,6 +253,7 @@ class Generation:
         """
         if not self._chunks and self._error is not None:
             raise self._error
+        self.taken = self._kept
         self._forget_size()
         if self._merged:
             chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
@@ -362,7 +369,22 @@ class StreamedAnswer:
         self._events = events
         self._add = events.add if isinstance(events, SmallEvents) else None
         self._pieces: Pieces | None = None  # what is not rendered of the chunks that were taken
-        self.close, self.hurry = generation.close, generation.hurry
+        self._held = 0  # bytes of those chunks, which stay counted
+        self.hurry = generation.hurry
+
+    def close(self) -> None:
+        """Cancel what is not finished, and forget what is not rendered."""
+        self._hold(0)
+        self._generation.close()
+
+    def _hold(self, size: int) -> None:
+        self._generation.all_kept.bytes += size - self._held
+        self._held = size
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait here and in the generation."""
+        return self._held + self._generation.held
 
     def listen(self, wake: Callable[[], object]) -> None:
         """Have `wake` called once, as soon as there is more.  It must not take it before it returns."""
@@ -391,6 +413,7 @@ class StreamedAnswer:
             if self._pieces is None:
                 chunks = await self._generation.take()
                 self._pieces = self._render(chunks)
+                self._hold(self._generation.taken)
             head = self._events.start() if head is None else head
             piece = self._turn(self._pieces)
             if not chunks and not self.done:
@@ -409,6 +432,7 @@ class StreamedAnswer:
                     if len(chunk.text) < UNITS and not chunk.logprobs:
                         return self._add(index, chunk)
                 self._pieces = self._render(chunks)
+                self._hold(self._generation.taken)
             return self._turn(self._pieces)
         except RequestError as e:
             error = e
@@ -430,6 +454,7 @@ class StreamedAnswer:
             if work >= UNITS:
                 return b"".join(out)
         self._pieces = None
+        self._hold(0)
         return b"".join(out)
 
     def _render(self, chunks: NewChunks) -> Pieces:

@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisgl import logs
 from minisgl.actors import spawn
@@ -29,8 +29,12 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.version import __version__
 
+if TYPE_CHECKING:
+    from minisgl.api.http.connection_limits import Connections
+
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 EXIT_REFUSED = 2  # as __main__ has it for a UserError
+_BACKLOG = 1024  # connections that wait to be accepted
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
@@ -89,7 +93,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host}: {e.strerror}") from e
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" also takes IPv4
     try:
-        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
             raise UserError(
@@ -137,6 +141,7 @@ class _Server:
         self.watched: set[int] = set()
         self.clock: asyncio.TimerHandle | None = None  # of the next `tick`
         self.announced = False
+        self.connections: Connections | None = None
 
     async def main(self) -> int:
         import setproctitle
@@ -146,6 +151,7 @@ class _Server:
         from minisgl.api.batches.store import Store
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
+        from minisgl.api.http.connection_limits import ACCEPTED_AT_ONCE, Connections, connections_within, raise_descriptors
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
@@ -163,9 +169,12 @@ class _Server:
             how = " engine (no model: tokens are hashes of their context)"
         text = f"minisgl {__version__}: loading {self.config.model.name}{how}"
         logs.say("start", text, version=__version__, model=self.config.model.name, pid=os.getpid())
+        descriptors = raise_descriptors()
         self.system = System(self.config, self.make_worker)
         try:
             engine = Metered(self.system.gateway)
+            for name in self.system.supervisor.pids:
+                self.system.ctx.peer(name)  # while there are descriptors
             request_log = RequestLog(kept.log_requests)
             load = LoadLines(engine, request_log, loop.call_later)
             batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
@@ -175,9 +184,14 @@ class _Server:
             server = runner.server
             if server is None:
                 raise RuntimeError("the runner has been set up")
+            limit, closed = connections_within(descriptors), engine.metrics.closed
+            self.connections = connections = Connections(limit, engine.kept, closed)
+            engine.metrics.connections = connections.__len__
+            loop.set_exception_handler(connections.loop_error)
             listener = await loop.create_server(
-                lambda: Connection(server, HEADER_SECONDS, request_log), sock=self.sock, backlog=1024
+                lambda: Connection(server, HEADER_SECONDS, request_log, connections), sock=self.sock, backlog=ACCEPTED_AT_ONCE
             )
+            self.sock.listen(_BACKLOG)  # asyncio accepts as many in one turn as it is told may wait
             self.pump()
             self.tick()
             await self.done.wait()
@@ -260,6 +274,8 @@ class _Server:
         if gateway.state == "draining":
             gateway.end()
         gateway.drain()
+        if self.connections is not None:
+            self.connections.drain()
         self.done.set()
 
     async def drain(self) -> None:
@@ -268,11 +284,15 @@ class _Server:
             n, seconds = gateway.open_requests, self.config.server.drain_seconds
             logs.say("stopping", f"stopping: {n} open requests get {seconds:g} s to finish", open_requests=n, seconds=seconds)
         end = time.monotonic() + self.config.server.drain_seconds
-        while gateway.state == "draining" and gateway.open_requests and time.monotonic() < end:  # noqa: ASYNC110  seldom, once
+        while gateway.state == "draining" and self.busy() and time.monotonic() < end:  # noqa: ASYNC110  seldom, once
             await asyncio.sleep(0.05)
         if gateway.open_requests:
             gateway.end()
         await asyncio.sleep(_FLUSH_SECONDS if self.announced else 0)
+
+    def busy(self) -> bool:
+        """Whether a request is open, or its answer on the way to its client."""
+        return self.system.gateway.open_requests > 0 or (self.connections is not None and self.connections.busy > 0)
 
     def exit_code(self) -> int:
         gateway = self.system.gateway

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, TESTS, alive, eventually
+from processes import REPOSITORY, TESTS, Root, alive, eventually
+
+from minisgl.actors.runtime import supervisor
 
 # Four children: two in C calls that neither return nor are interrupted (one before it has said Hello), one that is stopped,
 # and one that has only just been started; and the resource tracker of multiprocessing, the first that is spawned.
@@ -62,3 +65,41 @@ def test_nobody_and_nothing_outlives_a_root_that_is_killed(tmp_path: Path, how: 
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+GUARDED = """
+import os, signal, sys
+from processes import Root
+
+root = Root()
+for _ in range(2):
+    os.kill(guard := root.supervisor._guard.pid, signal.SIGKILL)
+    while root.supervisor._guard.pid == guard:
+        root.pump_until_readable()
+print(root.supervisor._guard.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_guard_that_dies_first_has_a_successor(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{TESTS}", "XDG_RUNTIME_DIR": str(tmp_path)}
+    root = subprocess.Popen([sys.executable, "-c", GUARDED], stdout=subprocess.PIPE, text=True, env=env)
+    said, _ = root.communicate(timeout=60)
+    assert root.returncode == -signal.SIGKILL
+    eventually(lambda: not alive(int(said)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_guards_that_cannot_live_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_GUARDS", 3)
+    monkeypatch.setattr(supervisor, "_GUARD", "raise SystemExit")
+    root = Root()
+    try:
+        guards = {root.supervisor._guard.pid}
+        while root.supervisor.sentinels():
+            root.supervisor.reap()
+            guards.add(root.supervisor._guard.pid)
+        assert len(guards) == 4
+    finally:
+        root.close()
+        shutil.rmtree(root.run_dir)

@@ -74,11 +74,15 @@ class ZmqContext(Context):
         self._sockets.append(sock)
         return sock
 
-    def send(self, to: str, msg: Any) -> None:
+    def peer(self, to: str) -> zmq.Socket[bytes]:
+        """The socket to another actor's mailbox, which takes descriptors when it is asked for first."""
         if (sock := self._peers.get(to)) is None:
             sock = self._peers[to] = self.socket(zmq.PUSH)
             sock.connect(address(self._run_dir, to))
-        sock.send(encode(msg), zmq.NOBLOCK)
+        return sock
+
+    def send(self, to: str, msg: Any) -> None:
+        self.peer(to).send(encode(msg), zmq.NOBLOCK)
 
     def forget(self, name: str) -> None:
         """A peer has died: drop what was sent to it and has not left.  The next message goes to its successor."""

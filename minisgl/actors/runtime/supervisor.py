@@ -17,7 +17,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -39,6 +39,7 @@ def make_run_dir() -> str:
 
 # No process can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so another one tidies up.  It
 # reads from a pipe that ends when the root does, and is in a session of its own, out of reach of signals to the group.
+_GUARDS = 100  # of one run, in case they cannot live
 _GUARD = """
 import os, sys
 sys.stdin.read()
@@ -49,9 +50,12 @@ if os.path.exists(sys.argv[1]):
 
 
 def _start_guard(run_dir: str) -> subprocess.Popen[bytes]:
-    """A small process that removes `run_dir` as soon as this one has ended, however that happens, or closes its input."""
-    command, nothing = [sys.executable, "-I", "-S", "-c", _GUARD, os.path.abspath(run_dir)], subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True)
+    """A small process that removes `run_dir` as soon as this one has ended, however that happens, or closes its input.
+
+    Its output, which stays empty, ends with it.
+    """
+    command, pipe = [sys.executable, "-I", "-S", "-c", _GUARD, os.path.abspath(run_dir)], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True)
 
 
 @contextmanager
@@ -82,6 +86,7 @@ class Supervisor:
         self._mp = mp.get_context("spawn")
         self._procs: dict[str, BaseProcess] = {}
         self._guard = _start_guard(run_dir)
+        self._guards = _GUARDS  # successors that may be started
         self._pid = os.getpid()
         # If the root ended by an exception, the exit handler of multiprocessing would wait for the children without end.
         # Handlers run in reverse order of registration, and that one is registered by importing multiprocessing.util above.
@@ -101,11 +106,18 @@ class Supervisor:
         return {name: p.pid or 0 for name, p in self._procs.items()}
 
     def sentinels(self) -> list[int]:
-        """Descriptors that become readable when a child ends: watch them, then call `reap`."""
-        return [p.sentinel for p in self._procs.values()]
+        """Descriptors that become readable when a child or the guard ends: watch them, then call `reap`."""
+        guard = self._guard.stdout
+        return [p.sentinel for p in self._procs.values()] + ([guard.fileno()] if guard is not None and not guard.closed else [])
 
     def reap(self) -> list[ActorDied]:
-        """The children that have ended since the last call."""
+        """The children that have ended since the last call.  If the guard has, another takes its place."""
+        if self._guards >= 0 and self._guard.poll() is not None:
+            self._guards, old = self._guards - 1, self._guard
+            with suppress(OSError):  # for want of memory or descriptors; the next call tries again
+                if self._guards >= 0:
+                    self._guard = _start_guard(self.run_dir)
+            old.communicate()  # which frees its descriptor, after another one has been found for the new guard
         gone = [(name, p) for name, p in self._procs.items() if p.exitcode is not None]
         for name, proc in gone:
             del self._procs[name]

@@ -7,7 +7,7 @@ A running server shows itself at GET / (see pages.py), and describes its routes 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -22,7 +22,8 @@ from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
 from minisgl.api.http.auth import OPEN, authenticate, key_check, key_of
 from minisgl.api.http.batch_routes import FileRoutes
-from minisgl.api.http.body import json_handler, read_checked, respond, stream, timing_header
+from minisgl.api.http.body import KEPT, json_handler, read_checked, respond, stream, timing_header
+from minisgl.api.http.connection import connection_of
 from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
@@ -58,8 +59,8 @@ def build_app(
     middlewares = [_count(metered, request_log), errors, preflights(server.allow_origins), *guards]
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
-    app[TURN], app[KEEP_ALIVE] = Turn(), KeepAlive()
-    app.on_response_prepare.append(name_response)
+    app[TURN], app[KEEP_ALIVE], app[KEPT] = Turn(), KeepAlive(), metered.kept
+    app.on_response_prepare.extend((name_response, _last_answer(metered)))
     if server.allow_origins:
         app.on_response_prepare.append(sharing(server.allow_origins))
     if store is not None:
@@ -70,6 +71,18 @@ def build_app(
     app.on_cleanup.append(routes.close)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
+
+
+def _last_answer(engine: Engine) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """`on_response_prepare`: says with an answer that no other can follow on its connection."""
+
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        connection = connection_of(request)
+        if engine.state in ("draining", "stopped", "dead") or (connection is not None and connection.ending):
+            response.force_close()
+            response.headers["Connection"] = "close"
+
+    return prepare
 
 
 async def _run_batches(app: web.Application) -> AsyncIterator[None]:
@@ -153,12 +166,15 @@ class _Routes:
         """Any of the endpoints with a JSON body."""
         endpoint = ENDPOINTS[request.path.rstrip("/")]
         parsed = await read_checked(request, self._config, self._reader)
+        streams = parsed.stream and endpoint.stream is not None
+        if (connection := connection_of(request)) is not None:
+            connection.generates(streams)
         headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
         engine = self._callers.call(
             key_of(request) if self._config.server.api_keys else request.remote or "", account=account_of(request)
         )
-        if parsed.stream and endpoint.stream is not None:
+        if streams and endpoint.stream is not None:
             account_of(request).kind = "stream"
             return await stream(request, await endpoint.stream(engine, parsed), headers)
         answer = await endpoint.answer(engine, parsed)

@@ -9,9 +9,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from aiohttp import BodyPartReader, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 
 from minisgl.api.batches.log import opened, sync_file, write_all
@@ -153,7 +154,7 @@ class FileRoutes:
 
     async def content(self, request: web.Request) -> web.FileResponse:
         path = self._store.content(self._file(request)["id"])
-        return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
+        return _FileResponse(path, headers={"Content-Type": "application/octet-stream"})
 
     async def delete(self, request: web.Request) -> web.Response:
         name = self._file(request)["id"]
@@ -184,6 +185,19 @@ class FileRoutes:
     def cancel(self, request: web.Request) -> dict[str, Any]:
         with _disk():
             return self._batches.cancel(request.match_info["batch_id"])
+
+
+class _FileResponse(web.FileResponse):
+    """Sends a file through the transport, a piece at a time, so that a client that does not read is noticed.
+
+    The kernel's sendfile, which aiohttp prefers, would wait for it without end.
+    """
+
+    async def _sendfile(self, request: web.BaseRequest, fobj: IO[Any], offset: int, count: int) -> AbstractStreamWriter:
+        writer = await web.StreamResponse.prepare(self, request)
+        if writer is None:
+            raise ConnectionResetError("the answer has ended")
+        return await self._sendfile_fallback(writer, fobj, offset, count)
 
 
 async def _short(field: BodyPartReader) -> str:

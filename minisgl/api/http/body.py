@@ -11,7 +11,9 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from minisgl.api.endpoints.table import ENDPOINTS, compact
+from minisgl.api.engine import Kept
 from minisgl.api.generation import StreamedAnswer
+from minisgl.api.http.connection import connection_of
 from minisgl.api.http.errors import account_of
 from minisgl.api.http.keep_alive import KEEP_ALIVE, Opening
 from minisgl.api.http.stream_writer import StreamWriter
@@ -22,6 +24,7 @@ from minisgl.config import Config
 from minisgl.errors import RequestError
 
 _BODY_SECONDS = 30.0  # limit for the arrival of a body
+KEPT = web.AppKey("kept", Kept)
 _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -76,12 +79,37 @@ async def respond(request: web.Request, answer: Any, headers: Mapping[str, str])
     pieces = json_pieces(answer)
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8", **headers})
     response.content_length = sum(map(len, pieces))
-    with contextlib.suppress(ConnectionResetError):  # the client has left
+    with contextlib.suppress(ConnectionResetError), _Unwritten(request, response.content_length) as unwritten:
         await response.prepare(request)
         for piece in joined(pieces):
+            unwritten.add(-len(piece))
             await response.write(piece)
         await response.write_eof()
     return response
+
+
+class _Unwritten:
+    """A context with the rest of an answer in one piece, counted among what waits in this process."""
+
+    def __init__(self, request: web.Request, size: int) -> None:
+        self.held, self._kept = 0, request.app[KEPT]
+        self._size, self._connection = size, connection_of(request)
+
+    def __enter__(self) -> _Unwritten:
+        self.add(self._size)
+        if self._connection is not None:
+            self._connection.watch(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.add(-self.held)
+
+    def add(self, size: int) -> None:
+        self.held += size
+        self._kept.bytes += size
+
+    def probe(self) -> None:
+        """The answer itself is being written."""
 
 
 def json_handler(make: Callable[[web.Request], Any]) -> Handler:
@@ -109,9 +137,11 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
 
     Raises RequestError as long as nothing has been sent.  A silence is filled with signs of life, see keep_alive.py.
     """
-    keep_alive = request.app[KEEP_ALIVE]
+    keep_alive, connection = request.app[KEEP_ALIVE], connection_of(request)
     try:
-        with keep_alive.watch(Opening(answer)):
+        with keep_alive.watch(opening := Opening(answer)):
+            if connection is not None:
+                connection.watch(opening)
             first, timed = await answer.first()
         if timed:
             timings = answer.timings
@@ -124,6 +154,8 @@ async def stream(request: web.Request, answer: StreamedAnswer, headers: Mapping[
             await response.prepare(request)
             await response.write(first)
             writer = StreamWriter(request, response, answer)
+            if connection is not None:
+                connection.watch(writer)
             with keep_alive.watch(writer):
                 await writer.run()
             await response.write_eof()

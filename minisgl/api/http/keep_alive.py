@@ -77,3 +77,12 @@ class Opening:
         if self._accepted or self._sweeps >= HELD_SWEEPS:
             self._answer.hurry()
         self._accepted = self._answer.accepted
+
+    def probe(self) -> None:
+        """Send the headers now: a client that has left does not take them."""
+        self._answer.hurry()
+
+    @property
+    def held(self) -> int:
+        """Bytes of the answer that wait in this process."""
+        return self._answer.held

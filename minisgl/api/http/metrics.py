@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -53,11 +53,16 @@ def kv_shares(stats: Mapping[str, int]) -> tuple[float, float]:
 
 
 class Metrics:
-    """The counts.  `responses`: (method, route, status) -> HTTP answers; `finished`: how requests ended."""
+    """The counts.  `responses`: (method, route, status) -> HTTP answers; `finished`: how requests ended.
+
+    `connections`: how many are open; `closed`: those ended for the good of others, see connection_limits.py.
+    """
 
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, str, int]] = Counter()
         self.finished: Counter[str] = Counter()
+        self.closed: Counter[str] = Counter()
+        self.connections: Callable[[], int] = int
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.ttft, self.itl, self.e2e = Histogram(_TTFT), Histogram(_ITL), Histogram(_E2E)
 
@@ -123,6 +128,8 @@ class Metered(WrappedEngine):
             ("kv_cache_usage_perc", f"{_HELD} running requests alone.", used),
             ("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", filled),
             ("kv_cache_pages", "Pages of the KV cache.", stats["total_pages"]),
+            ("http_connections", "Open connections.", m.connections()),
+            ("unread_bytes", "Of answers that wait to be complete, or for their clients to read on.", self._engine.kept.bytes),
         ):
             yield GaugeMetricFamily(f"minisgl_{name}", text, value)
         for name, text, value in (
@@ -150,7 +157,10 @@ class Metered(WrappedEngine):
         answers = CounterMetricFamily("minisgl_http_requests", "HTTP answers.", labels=("method", "route", "status"))
         for (method, route, status), n in m.responses.items():
             answers.add_metric((method, route, str(status)), n)
-        yield from (ends, answers)
+        closed = CounterMetricFamily("minisgl_http_connections_closed", "Connections ended early.", labels=("reason",))
+        for reason, n in m.closed.items():
+            closed.add_metric((reason,), n)
+        yield from (ends, answers, closed)
         yield m.ttft.metric("time_to_first_token", "From the arrival of a request to its first token.")
         yield m.itl.metric("inter_token_latency", "Between the tokens of a request.")
         yield m.e2e.metric("e2e_request_latency", "From the arrival of a request to its end.")

@@ -12,7 +12,6 @@ from aiohttp import web
 from minisgl.api.generation import StreamedAnswer
 
 log = logging.getLogger("minisgl.api")
-_LAGGING_BYTES = 1 << 16  # more unread bytes than this hold the stream back; then its news arrive in one piece
 
 
 class Turn:
@@ -78,15 +77,25 @@ class StreamWriter:
         if piece := answer.more():
             self._wrote = True
             transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
-        if answer.done or transport.get_write_buffer_size() > _LAGGING_BYTES:
-            pause.set_result(None)
+        if answer.done or transport.get_write_buffer_size():
+            pause.set_result(None)  # a client that lags gets its news in one piece, once the kernel has the last one
         else:
             answer.listen(self._soon)
 
     def sweep(self) -> None:
         """Show that the stream is alive if it has had nothing to send since the last call (see keep_alive.py)."""
         quiet, self._wrote = not self._wrote, False
+        if quiet:
+            self.probe()
+
+    def probe(self) -> None:
+        """Write a sign of life, unless something waits to be read."""
         waiting = self._pause is not None and not self._pause.done()
-        if quiet and waiting and not self._transport.is_closing() and not self._transport.get_write_buffer_size():
+        if waiting and not self._transport.is_closing() and not self._transport.get_write_buffer_size():
             alive, self._wrote = self._answer.alive, True
             self._transport.write(b"%x\r\n%b\r\n" % (len(alive), alive) if self._chunked else alive)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the answer that wait in this process, apart from the transport's."""
+        return self._answer.held
