@@ -29,6 +29,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.runtime.status import Board
+from minisgl.actors.wire import BadMessage
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.arrays import I32
@@ -233,7 +234,7 @@ class Gateway(Actor):
     # ---------------- from the actors
     @on(msg.Tokenized)
     def tokenized(self, m: msg.Tokenized) -> None:
-        ids = self._tokenizers.take(m.uid)
+        ids = self._tokenizers.take(m.uid, m.n)
         if (question := self._questions.pop(m.uid, None)) is not None:
             question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(m.uid)) is not None:  # otherwise its client has left
@@ -256,7 +257,10 @@ class Gateway(Actor):
 
     @on(msg.TokenizerInfo)
     def keep_tokenizer_info(self, m: msg.TokenizerInfo) -> None:
-        self.tokenizer_info = json.loads(m.info)
+        try:
+            self.tokenizer_info = dict(json.loads(m.info))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise BadMessage("its info is no JSON object") from e
 
     @on(msg.Embedded)
     def embedded(self, m: msg.Embedded) -> None:

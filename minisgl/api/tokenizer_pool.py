@@ -10,6 +10,7 @@ from minisgl.actors.messages import Detokenize, Tokenize, Wake
 from minisgl.actors.runtime.actor import Context
 from minisgl.actors.runtime.ring import RingReader, RingSpec
 from minisgl.actors.runtime.shared_memory import tokenizer_names
+from minisgl.actors.wire import BadMessage
 from minisgl.api.engine import ChatPrompt, TextPrompt
 from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
@@ -65,12 +66,13 @@ class Tokenizers:
         """Have the text of token ids made."""
         self._ctx.send(self._idlest().name, Detokenize(uid, ids, skip_special))
 
-    def take(self, uid: int) -> I32:
-        """The ids that a Tokenized message announces: the next record in its sender's ring."""
-        by = self._answered(uid)
-        if by is None:
-            raise RuntimeError(f"no tokenizer was reading the prompt of request {uid}")
-        ids = np.frombuffer(by.ring.take_now(), np.int32)
+    def take(self, uid: int, n: int) -> I32:
+        """The `n` ids that a Tokenized message announces: the next record in its sender's ring.  Raises BadMessage."""
+        if uid not in self._reading:
+            raise BadMessage(f"no tokenizer is reading the prompt of request {uid}")
+        by, _ = self._reading[uid]
+        ids = np.frombuffer(by.ring.take_now(4 * n), np.int32)
+        self._answered(uid)
         if by.ring.starved():
             self._ctx.send(by.name, Wake())
         return ids
