@@ -75,7 +75,7 @@ class System:
         dead = self.supervisor.reap()
         handled = 0
         while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
-            self.ctx.deliver(self.gateway, msg)
+            self.ctx.dispatch(self.gateway, msg)
             handled += 1
         for death in dead:
             self.gateway.actor_died(death)

@@ -208,7 +208,7 @@ def run_atheris(trial: Trial, seconds: float, seed: int, megabytes: int) -> None
             written = time.monotonic()
 
     flags = [f"-max_total_time={int(seconds)}", f"-seed={seed or 1}", "-max_len=131072", "-verbosity=0", "-print_final_stats=0"]
-    flags += [f"-rss_limit_mb={4 * megabytes}", f"-artifact_prefix={trial.current.parent}/"]
+    flags += [f"-rss_limit_mb={4 * megabytes}", "-timeout=100000", f"-artifact_prefix={trial.current.parent}/"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], test, custom_mutator=mutate)
     atheris.Fuzz()
 

@@ -90,7 +90,7 @@ class ZmqContext(Context):
                 self.bad_frames += 1
                 self._report("frame", e)
 
-    def deliver(self, actor: Actor, msg: Any) -> None:
+    def dispatch(self, actor: Actor, msg: Any) -> None:
         """Have the actor receive a message, unless it has no handler for it or the handler refuses it with BadMessage."""
         try:
             actor.receive(msg)
@@ -136,7 +136,7 @@ def run(actor: Actor, ctx: ZmqContext) -> None:
             for _ in range(BURST):
                 if not ctx.running or (msg := ctx.recv()) is None:
                     break
-                ctx.deliver(actor, msg)
+                ctx.dispatch(actor, msg)
         settled = not busy and not got_mail
         busy = ctx.running and actor.idle()
         settled = settled and not busy
