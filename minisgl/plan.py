@@ -183,7 +183,7 @@ class StepLogprobs:
         """Read the record's bytes from `at` to the end.  Raises ValueError if malformed."""
         m, w = _SCORES.unpack_from(raw, at)
         at += _SCORES.size
-        if len(raw) != at + 4 * m * (1 + 2 * w):
+        if min(m, w) < 0 or len(raw) != at + 4 * m * (1 + 2 * w):
             raise ValueError(f"a result with {m} scores has {len(raw)} bytes instead of {at + 4 * m * (1 + 2 * w)}")
         return cls(
             np.frombuffer(raw, "<f4", m, at),
@@ -221,10 +221,12 @@ class StepResult:
     @classmethod
     def unpack(cls, raw: bytes) -> StepResult:
         """Read a record.  Runs in the scheduler.  Raises ValueError if malformed."""
+        if len(raw) < _RESULT.size:
+            raise ValueError(f"a result has at least {_RESULT.size} bytes, got {len(raw)}")
         step, n, busy, idle, launch, warmups, m, width = _RESULT.unpack_from(raw)
         at = _RESULT.size + 4 * n
         end = at + 4 * m * width
-        if len(raw) < end or end < len(raw) < end + _SCORES.size:
+        if min(n, m, width) < 0 or len(raw) < end or end < len(raw) < end + _SCORES.size:
             raise ValueError(f"result {step} has {len(raw)} bytes, its header says {end}")
         scores = StepLogprobs.unpack(raw, end) if len(raw) > end else None
         vectors = np.frombuffer(raw, "<f4", m * width, at).reshape(m, width) if m else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from minisgl.actors.messages import Cancel, Forget, Logprobs, Started, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
 from minisgl.actors.runtime.actor import Actor, Context, on
+from minisgl.actors.wire import BadMessage
 from minisgl.api.parsers.outline import Outline, marks
 from minisgl.config import Config
 from minisgl.model.text.detokenize import DecodeState, StopMatcher
@@ -165,6 +166,8 @@ class DetokenizerActor(Actor):
                 continue
             if drawn:
                 stream.scores.append(score)
+            elif stream.n_scored >= len(stream.offsets):
+                raise BadMessage(f"a score of a token that the prompt of request {uid} does not have")
             else:
                 report.append((uid, stream.offsets[stream.n_scored], score))
                 stream.n_scored += 1

@@ -3,16 +3,38 @@
 A message is a frozen value.  Its fields are ints, floats, strings, bytes, bools, None,
 tuples of these, numpy arrays of one dimension, or a registered value type; minisgl.actors.wire turns it into bytes.  Ids of
 requests (`uid`) are given by the api process and are never reused.
+
+`agrees`, where a message has it, says whether its values can belong together: wire asks it of what comes from a socket.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from dataclasses import dataclass
+
 from minisgl.actors.wire import message, register
 from minisgl.arrays import F32, I32, I64, U8
-from minisgl.sampling_params import RequestOptions, SamplingParams
+from minisgl.reasoning import STYLES
+from minisgl.sampling_params import Finish, RequestOptions, SamplingParams
 
 register(SamplingParams)
 register(RequestOptions)
+_LONGEST, _LARGEST = 1 << 31, 1 << 63  # what is no number of tokens, and no uid: they become i32 and i64
+
+
+def _same(*columns: Sized) -> bool:
+    """Whether the columns of a table have one length."""
+    return len(set(map(len, columns))) == 1
+
+
+def _ids(numbers: I32) -> bool:
+    """Whether none is negative."""
+    return not len(numbers) or int(numbers.min()) >= 0
+
+
+def _ends(finish: U8) -> bool:
+    """Whether these are values of Finish."""
+    return not len(finish) or int(finish.max()) <= max(Finish)
 
 
 # ---------------- lifecycle (every actor)
@@ -53,9 +75,9 @@ class Failed:
     text: str
 
 
-@message
+@dataclass(frozen=True, slots=True, eq=False)
 class ActorDied:
-    """supervisor -> recovery (never on a socket): a process has ended."""
+    """supervisor -> recovery, in one process: another has ended.  Not registered, so none comes from a socket."""
 
     name: str
     exitcode: int
@@ -74,12 +96,18 @@ class WorkerLoaded:
     rank: int
     max_pages: int
 
+    def agrees(self) -> bool:
+        return self.rank >= 0 < self.max_pages
+
 
 @message
 class Capacity:
     """scheduler -> every worker: allocate this many KV pages (the minimum over the ranks)."""
 
     num_pages: int
+
+    def agrees(self) -> bool:
+        return self.num_pages > 0
 
 
 @message
@@ -101,6 +129,9 @@ class EngineReady:
     num_pages: int
     pid: int
 
+    def agrees(self) -> bool:
+        return self.num_pages > 0
+
 
 # ---------------- requests
 @message
@@ -119,6 +150,9 @@ class Tokenize:
     keep: int = 0
     reasoning: str = ""
 
+    def agrees(self) -> bool:
+        return (self.text is None) != (self.chat is None) and 0 <= self.keep < _LONGEST and self.reasoning in ("", *STYLES)
+
 
 @message
 class Tokenized:
@@ -133,6 +167,9 @@ class Tokenized:
     n: int
     thinking: bool | None = None
 
+    def agrees(self) -> bool:
+        return self.n >= 0
+
 
 @message
 class Detokenize:
@@ -141,6 +178,9 @@ class Detokenize:
     uid: int
     ids: I32
     skip_special: bool
+
+    def agrees(self) -> bool:
+        return _ids(self.ids)
 
 
 @message
@@ -202,6 +242,9 @@ class Rejected:
     code: str | None
     retry_after: int | None
 
+    def agrees(self) -> bool:
+        return 400 <= self.status <= 599
+
 
 @message
 class Generate:
@@ -219,6 +262,10 @@ class Generate:
     seed: int
     params: SamplingParams
     options: RequestOptions
+
+    def agrees(self) -> bool:
+        numbers = 0 <= self.uid < _LARGEST and 0 <= self.max_tokens < _LONGEST and self.seed >= 0
+        return numbers and 0 < self.n_prompt <= self.n_ids <= self.n_prompt + max(1, self.max_tokens)
 
 
 @message
@@ -243,6 +290,9 @@ class Stats:
     names: tuple[str, ...]
     values: I64
 
+    def agrees(self) -> bool:
+        return _same(self.names, self.values)
+
 
 @message
 class Embedded:
@@ -266,6 +316,10 @@ class Track:
     params: SamplingParams
     queued: float
     said: I32
+
+    def agrees(self) -> bool:
+        fits = 0 <= self.n_cached < _LONGEST and _ids(self.prompt) and _ids(self.said)
+        return fits and (not self.params.echo or len(self.prompt) > 0)
 
 
 @message
@@ -310,6 +364,10 @@ class Tokens:
     tokens: I32
     finish: U8
 
+    def agrees(self) -> bool:
+        columns = _same(self.uids, self.counts, self.finish) and int(self.counts.sum()) == len(self.tokens)
+        return columns and _ids(self.tokens) and _ends(self.finish)
+
 
 @message
 class TokenLogprobs:
@@ -326,6 +384,11 @@ class TokenLogprobs:
     widths: U8
     top_ids: I32
     top_logprobs: F32
+
+    def agrees(self) -> bool:
+        columns = _same(self.uids, self.drawn, self.tokens, self.logprobs, self.widths)
+        widths = len(self.top_ids) == len(self.top_logprobs) == int(self.widths.sum())
+        return columns and widths and _ids(self.tokens) and _ids(self.top_ids)
 
 
 @message
@@ -347,6 +410,12 @@ class Logprobs:
     sizes: I32
     pieces: bytes
 
+    def agrees(self) -> bool:
+        columns = _same(self.uids, self.tokens, self.offsets, self.logprobs, self.widths)
+        n = int(self.widths.sum())
+        lengths = columns and len(self.top_ids) == len(self.top_logprobs) == n and len(self.sizes) == len(self.uids) + n
+        return lengths and _ids(self.sizes) and int(self.sizes.sum(dtype=int)) == len(self.pieces)
+
 
 @message
 class Text:
@@ -358,6 +427,10 @@ class Text:
     finish: U8
     cached: I32
     texts: tuple[str, ...]
+
+    def agrees(self) -> bool:
+        columns = _same(self.uids, self.counts, self.finish, self.cached, self.texts)
+        return columns and int(self.counts.sum()) == len(self.tokens) and _ends(self.finish)
 
 
 # ---------------- batch socket (clients outside)

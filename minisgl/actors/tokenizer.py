@@ -47,6 +47,7 @@ class TokenizerActor(Actor):
         try:
             ids = self._encode(m)
             self._check_length(ids, "prompt" if m.chat is None else "messages")
+            thinking = self._thinking(ids, m.chat, m.reasoning) if m.chat and m.reasoning else None
         except RequestError as e:
             self.ctx.send("api", Rejected(m.uid, e.status, e.message, e.param, e.code, None))
             return
@@ -55,7 +56,7 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids, self._thinking(ids, m.chat, m.reasoning) if m.chat and m.reasoning else None))
+        self._backlog.append((m.uid, ids, thinking))
         self._flush()
 
     def _encode(self, m: Tokenize) -> I32:

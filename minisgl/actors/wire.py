@@ -11,9 +11,10 @@ A field is None, a bool, int, float, str or bytes, a tuple of fields, or one of 
     ext 2    a numpy array of one dimension (copied, never aliased): three bytes of dtype, then the elements
 
 There is no dict, no callable and no pickle.  The registry is closed: decoding looks the class name up among the declared
-types and checks every field against its annotation, so arbitrary bytes become `BadMessage` and nothing else.  All processes of
-a run come from one source tree, hence one version byte and no optional fields; the byte lets the server refuse an old client of
-the batch socket with a sentence.
+types, checks every field against its annotation and asks the message whether its values agree, so arbitrary bytes become
+`BadMessage` and nothing else.  A frame is walked before anything is made of it: large ones may be neither deep nor full of
+small objects, so that memory and time stay in proportion to bytes.  All processes of a run come from one source tree, hence one
+version byte and no optional fields; the byte lets the server refuse an old client of the batch socket with a sentence.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses as dc
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import msgpack
@@ -30,6 +31,10 @@ from typing_extensions import dataclass_transform
 
 PROTOCOL = 1
 MAX_BYTES = 64 << 20  # larger frames are refused before they are parsed
+MAX_ITEMS = 1 << 17  # fields and items of tuples in a frame; a row of Text is one
+_MAX_DEPTH = 3  # a row, a tuple, a pair in it
+_SMALL = 1 << 16  # bytes that cannot hold too many items
+_ARRAY_BYTES = {*range(0x90, 0xA0), 0xDC, 0xDD}  # with which an array begins in msgpack
 _VALUE, _ARRAY = 1, 2  # msgpack extension codes
 _DTYPES = {"<i4", "<i8", "<u8", "|u1", "<f4"}
 
@@ -43,10 +48,14 @@ class BadMessage(ValueError):
 
 # ---------------- declaration
 class _Layout(NamedTuple):
-    """A registered class: the names of its fields, and the types that each may have."""
+    """A registered class: the names of its fields, and the types that each may have.
+
+    `agrees`: whether the values of a message fit together; None where all do.
+    """
 
     cls: type
     fields: tuple[tuple[str, Kinds], ...]
+    agrees: Callable[[Any], bool] | None
 
     def fault(self, values: tuple[Any, ...]) -> str | None:
         """Why these cannot be the values of the fields; None if they can."""
@@ -86,7 +95,8 @@ def register(cls: type[T]) -> type[T]:
         raise TypeError(f"message {cls.__name__} is declared twice")
     hints = typing.get_type_hints(cls)
     fields = dc.fields(cls)  # type: ignore[arg-type]
-    _LAYOUTS[cls.__name__] = _Layout(cls, tuple((f.name, _kinds(hints[f.name])) for f in fields))
+    agrees: Callable[[Any], bool] | None = getattr(cls, "agrees", None)
+    _LAYOUTS[cls.__name__] = _Layout(cls, tuple((f.name, _kinds(hints[f.name])) for f in fields), agrees)
     return cls
 
 
@@ -143,8 +153,24 @@ def decode(raw: bytes) -> Any:
         raise BadMessage(f"not a message: {e or type(e).__name__}") from e
 
 
-def _unpack_fields(data: bytes) -> Any:
-    row = msgpack.unpackb(data, ext_hook=_unpack_extension, use_list=False, max_array_len=1 << 16, max_map_len=0)
+def _unpack_extension(code: int, data: bytes) -> Any:
+    if code == _VALUE:  # has no extension in it: each would be another call of the library on the C stack
+        return _unpack_fields(data, _no_extension)
+    if code != _ARRAY:
+        raise BadMessage(f"unknown ext code {code}")
+    dtype = data[:3].decode("ascii", "replace")
+    if dtype not in _DTYPES or (len(data) - 3) % np.dtype(dtype).itemsize:
+        raise BadMessage(f"array of dtype {dtype!r} and {len(data) - 3} bytes")
+    return np.frombuffer(data, dtype, offset=3).copy()
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise BadMessage("a value holds no arrays and no values")
+
+
+def _unpack_fields(data: bytes, ext_hook: Callable[[int, bytes], Any] = _unpack_extension) -> Any:
+    _check_size(data)
+    row = msgpack.unpackb(data, ext_hook=ext_hook, use_list=False, max_array_len=MAX_ITEMS, max_map_len=0)
     if type(row) is not tuple or not row or type(row[0]) is not str:
         raise BadMessage("a message is an array that begins with its name")
     layout = _LAYOUTS.get(row[0])
@@ -152,15 +178,35 @@ def _unpack_fields(data: bytes) -> Any:
         raise BadMessage(f"unknown message {row[0]!r:.80}")
     if fault := layout.fault(row[1:]):
         raise BadMessage(fault)
-    return layout.cls(*row[1:])
+    made = layout.cls(*row[1:])
+    if layout.agrees is not None and not layout.agrees(made):
+        raise BadMessage(f"the values of {row[0]} do not fit together")
+    return made
 
 
-def _unpack_extension(code: int, data: bytes) -> Any:
-    if code == _VALUE:
-        return _unpack_fields(data)
-    if code != _ARRAY:
-        raise BadMessage(f"unknown ext code {code}")
-    dtype = data[:3].decode("ascii", "replace")
-    if dtype not in _DTYPES or (len(data) - 3) % np.dtype(dtype).itemsize:
-        raise BadMessage(f"array of dtype {dtype!r} and {len(data) - 3} bytes")
-    return np.frombuffer(data, dtype, offset=3).copy()
+def _check_size(data: bytes) -> None:
+    """Walk over msgpack without making objects of it.  Raises BadMessage, or any error of msgpack.
+
+    An array of 3 bytes may claim 65,535 items, for which memory is taken before the items are seen to be missing, and an item
+    of one byte may become an object of 64.
+    """
+    walker = msgpack.Unpacker(max_buffer_size=MAX_BYTES)
+    walker.feed(data)
+    if len(data) <= _SMALL:
+        walker.skip()
+    elif _count(walker, data, _MAX_DEPTH, MAX_ITEMS) < 0:
+        raise BadMessage(f"more than {MAX_ITEMS} items")
+
+
+def _count(walker: Any, data: bytes, depth: int, left: int) -> int:
+    """Walk over an array; returns `left` less its items and what is in them, or less than 0."""
+    if not depth:
+        raise BadMessage("its tuples are too deep")
+    n = walker.read_array_header()
+    left -= n
+    for _ in range(n if left >= 0 else 0):
+        if data[walker.tell()] in _ARRAY_BYTES:
+            left = _count(walker, data, depth - 1, left)
+        else:
+            walker.skip()
+    return left

@@ -20,6 +20,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
+from minisgl.actors.wire import BadMessage
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 _BREATHE_SECONDS = 20e-6
@@ -136,15 +137,19 @@ class WorkerActor(Actor):
         self._running: deque[Pending] = deque()
         self._compiling: GrammarsLike | None = None  # while it compiles some
         self._idle_capture: IdleCapture | None = None  # once there is a KV cache
+        self._max_pages = 0  # that fit
         self._ranks = arenas.plans.readers
         self._stopped = self._rejoining = False
 
     def started(self) -> None:
         self._runner = self._make_runner()
-        self.ctx.send("scheduler", WorkerLoaded(self.rank, self._runner.max_pages()))
+        self._max_pages = self._runner.max_pages()
+        self.ctx.send("scheduler", WorkerLoaded(self.rank, self._max_pages))
 
     @on(Capacity)
     def capacity(self, m: Capacity) -> None:
+        if self._idle_capture is not None or m.num_pages > self._max_pages:
+            raise BadMessage(f"{m.num_pages} pages: the KV cache is allocated, or has no room for them")
         self._runner.allocate(m.num_pages)
         self._idle_capture = IdleCapture(self.ctx, self._runner, self.rank, self._ranks)
         self.ctx.send("scheduler", WorkerArmed(self.rank))

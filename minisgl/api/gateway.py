@@ -28,6 +28,7 @@ import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingSpec, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
+from minisgl.actors.wire import BadMessage
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.api.trials import Trials
@@ -272,7 +273,7 @@ class Gateway(Actor):
     # ---------------- from the actors
     @on(msg.Tokenized)
     def tokenized(self, m: msg.Tokenized) -> None:
-        if (taken := self._tokenizers.take(m.uid)) is None:
+        if (taken := self._tokenizers.take(m.uid, m.n)) is None:
             return
         uid, ids = taken
         if (question := self._questions.pop(uid, None)) is not None:
@@ -299,7 +300,10 @@ class Gateway(Actor):
 
     @on(msg.TokenizerInfo)
     def keep_tokenizer_info(self, m: msg.TokenizerInfo) -> None:
-        self.tokenizer_info = json.loads(m.info)
+        try:
+            self.tokenizer_info = dict(json.loads(m.info))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise BadMessage("its info is no JSON object") from e
 
     @on(msg.Embedded)
     def embedded(self, m: msg.Embedded) -> None:

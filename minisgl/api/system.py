@@ -87,7 +87,7 @@ class System:
         dead = self.supervisor.reap()
         handled = 0
         while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
-            self.gateway.receive(msg)
+            self.ctx.dispatch(self.gateway, msg)
             handled += 1
         if dead:
             self.recovery.died(dead)

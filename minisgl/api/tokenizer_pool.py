@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from minisgl.actors.messages import Detokenize, Tokenize, Wake
 from minisgl.actors.runtime.actor import Context
 from minisgl.actors.runtime.ring import RingReader, RingSpec
 from minisgl.actors.runtime.shared_memory import tokenizer_names
+from minisgl.actors.wire import BadMessage
 from minisgl.api.engine import ChatPrompt, TextPrompt
 from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
@@ -24,6 +25,7 @@ class _Tokenizer:
     name: str
     ring: RingReader
     load: int = 0  # characters of the prompts that it is reading
+    records: dict[int, I32] = field(default_factory=dict)  # taken from the ring before their messages came
 
 
 @dataclass(slots=True, eq=False)
@@ -84,16 +86,24 @@ class Tokenizers:
         """Have the text of token ids made; `drop` must follow."""
         self._give(_Job(uid, self._idlest(), Detokenize(uid, ids, skip_special), len(ids)))
 
-    def take(self, name: int) -> tuple[int, I32] | None:
-        """The uid and the ids that a Tokenized message announces; None if it comes from a tokenizer that has died."""
-        if (job := self._done(name)) is None:
+    def take(self, name: int, n: int) -> tuple[int, I32] | None:
+        """The uid and the `n` ids that a Tokenized message announces; None if it comes from a tokenizer that has died.
+
+        Raises BadMessage if there is no such record.
+        """
+        if (job := self._jobs.get(name)) is None:
             return None
-        ring, wanted = job.by.ring, name.to_bytes(8, "little")
-        while (record := ring.take_now())[:8] != wanted:
-            pass
-        if ring.starved():
-            self._ctx.send(job.by.name, Wake())
-        return job.uid, np.frombuffer(record, np.int32, offset=8)
+        by = job.by
+        while name not in by.records:  # those before it belong to messages that come later, or were lost
+            record = by.ring.take_now()
+            if (whose := int.from_bytes(record[:8], "little")) in self._jobs:
+                by.records[whose] = np.frombuffer(record, np.int32, offset=8)
+        if len(by.records[name]) != n:
+            raise BadMessage(f"the prompt of request {name} has {len(by.records[name])} tokens, not {n}")
+        self._done(name)
+        if by.ring.starved():
+            self._ctx.send(by.name, Wake())
+        return job.uid, by.records.pop(name)
 
     def drop(self, name: int) -> int | None:
         """The uid of a job that has been answered without ids; None if there is no such job."""
@@ -105,6 +115,7 @@ class Tokenizers:
         `started`: it took messages.  Returns the uids of those requests.  Nothing of the dead one may be read afterwards.
         """
         by = next(t for t in self._all if t.name == name)
+        by.records.clear()
         while by.ring.take() is not None:
             pass
         jobs = {k: job for k, job in self._jobs.items() if job.by is by}

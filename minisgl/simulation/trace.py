@@ -153,7 +153,12 @@ def synthetic(spec: str) -> Iterator[TraceRequest]:
 
     def span(key: str) -> tuple[int, int]:
         low, _, high = settings[key].partition("-")
-        if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low) <= _MAX_TOKENS:
+        if (
+            not (low + high).isascii()
+            or not low.isdigit()
+            or not (high or low).isdigit()
+            or not 1 <= int(low) <= int(high or low) <= _MAX_TOKENS
+        ):
             raise UserError(f"synthetic:{spec}: {key} must look like 100 or 100-1024, got {settings[key]!r}")
         return int(low), int(high or low)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import tracemalloc
 import typing
 
 import msgpack
@@ -70,7 +71,11 @@ def _messages() -> st.SearchStrategy:
 
 @settings(max_examples=cases(150), deadline=None)
 @given(_messages())
-def test_every_message_survives_the_wire(msg: object) -> None:
+def test_every_message_survives_the_wire_unless_its_values_do_not_fit_together(msg: object) -> None:
+    if not getattr(msg, "agrees", lambda: True)():
+        with pytest.raises(wire.BadMessage, match="do not fit together"):
+            wire.decode(wire.encode(msg))
+        return
     back = wire.decode(wire.encode(msg))
     assert type(back) is type(msg)
     for f in dc.fields(msg):
@@ -100,6 +105,14 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         assert type(wire.decode(bytes(raw))) in wire.registry().values()
 
 
+def _nested(depth: int) -> bytes:
+    """A value within a value, and so on."""
+    body = msgpack.packb(["SamplingParams"])
+    for _ in range(depth):
+        body = msgpack.packb(["SamplingParams", msgpack.ExtType(1, body)])
+    return body
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -117,6 +130,11 @@ def test_a_mutated_frame_is_a_message_or_a_bad_message(msg: object, data: st.Dat
         msgpack.packb(["Text", *[msgpack.ExtType(2, b"|O8xxxxxxxx")] * 5, []]),  # an array of objects
         msgpack.packb(["Generate", 1, 1, 1, 1, 1, msgpack.ExtType(1, msgpack.packb(["SamplingParams", -5] + [0] * 9))]),
         msgpack.packb(["Cancel", 1]) + b"trailing",
+        b"\xdc\xff\xff" * 1000,  # thousands of items each, for which memory would be taken
+        b"\x93\xa4Text\xdc\xff\xff" + (b"\xdc\xff\xff" + b"\xa2ab" * 65535) * 20,  # more small objects than any message has
+        b"\xdc\xff\xff" + b"\xc7\x03\x02<i4" * 65535,  # tens of thousands of arrays
+        _nested(5),
+        _nested(300),  # on the C stack
         wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x07"),  # a name that is no string
         wire.encode(m.Stats(("a",), np.zeros(1, np.int64)))[1:].replace(b"\xa1a", b"\x91\xa1a"),  # a tuple too deep
         wire.encode(m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(logit_bias={7: 1.0}), 0.0, np.zeros(0, np.int32)))[
@@ -149,7 +167,52 @@ def test_a_message_type_is_declared_once() -> None:
 
 def test_an_array_is_copied_and_writable() -> None:
     tokens = np.arange(3, dtype=np.int32)
-    empty = np.zeros(0, np.uint8)
-    back = wire.decode(wire.encode(m.Tokens(np.zeros(0, np.int64), empty, tokens, empty)))
-    back.tokens[0] = 9
+    back = wire.decode(wire.encode(m.Track(1, 0, tokens, SamplingParams(), 0.0)))
+    back.prompt[0] = 9
     assert tokens[0] == 0
+
+
+def test_what_is_refused_has_taken_memory_in_proportion_to_its_bytes() -> None:
+    for body in (b"\xdc\xff\xff" * 1000, b"\xdd\x00\x01\xff\xff" * 300, _nested(100) + bytes(1 << 18)):
+        tracemalloc.start()
+        with pytest.raises(wire.BadMessage):
+            wire.decode(bytes([wire.PROTOCOL]) + body)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (2 << 20) + 8 * len(body)
+
+
+@pytest.mark.parametrize(
+    "msg",
+    [
+        m.Tokens(np.zeros(2, np.int64), np.ones(1, np.uint8), np.zeros(1, np.int32), np.zeros(1, np.uint8)),
+        m.Tokens(np.zeros(1, np.int64), np.ones(1, np.uint8), np.zeros(2, np.int32), np.zeros(1, np.uint8)),
+        m.Tokens(np.zeros(1, np.int64), np.ones(1, np.uint8), np.zeros(1, np.int32), np.full(1, 99, np.uint8)),
+        m.Tokens(np.zeros(1, np.int64), np.ones(1, np.uint8), np.full(1, -1, np.int32), np.zeros(1, np.uint8)),
+        m.Text(
+            np.zeros(1, np.int64),
+            np.zeros(1, np.uint8),
+            np.zeros(0, np.int32),
+            np.full(1, 200, np.uint8),
+            np.zeros(1, np.int32),
+            ("x",),
+        ),
+        m.Stats(("a", "b"), np.zeros(1, np.int64)),
+        m.Track(1, 1 << 40, np.zeros(1, np.int32), SamplingParams(), 0.0),
+        m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(echo=True), 0.0),
+        m.Generate(1 << 63, 1, 1, 1, 0, SamplingParams(), RequestOptions()),
+        m.Generate(1, 1, 2, 1, 0, SamplingParams(), RequestOptions()),
+        m.Generate(1, 9, 1, 1, 0, SamplingParams(), RequestOptions()),
+        m.Generate(1, 1, 1, -1, 0, SamplingParams(), RequestOptions()),
+        m.Capacity(0),
+        m.Rejected(1, 99999, "x", None, None, None),
+        m.Tokenize(1, "x", b"{}", False),
+        m.Tokenize(1, None, None, False),
+        m.Tokenize(1, "x", None, False, reasoning="unheard of"),
+        m.Detokenize(1, np.array([-1], np.int32), False),
+    ],
+    ids=lambda msg: type(msg).__name__,
+)
+def test_values_that_cannot_belong_together_are_no_message(msg: object) -> None:
+    with pytest.raises(wire.BadMessage, match=f"the values of {type(msg).__name__} do not fit together"):
+        wire.decode(wire.encode(msg))

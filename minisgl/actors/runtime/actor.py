@@ -73,7 +73,10 @@ class Actor:
         self.ctx = ctx
 
     def receive(self, msg: Any) -> None:
-        """Run the handler of `msg`.  Raises Unhandled if there is none."""
+        """Run the handler of `msg`.  Raises Unhandled if there is none.
+
+        A handler raises BadMessage, before it changes anything, for a message that no actor of ours sends in its state.
+        """
         name = self._table.get(type(msg))
         if name is None:
             raise Unhandled(f"{type(self).__name__} got {type(msg).__name__}")

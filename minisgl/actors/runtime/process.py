@@ -17,7 +17,7 @@ import setproctitle
 import zmq
 
 from minisgl.actors.messages import Failed, Hello, Stopped
-from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.runtime.actor import Actor, Context, Unhandled
 from minisgl.actors.runtime.status import Board
 from minisgl.actors.wire import MAX_BYTES, BadMessage, decode, encode
 from minisgl.errors import UserError
@@ -47,7 +47,10 @@ class ZmqContext(Context):
     """The Context of an actor in a process of its own.
 
     Receivers bind, senders connect, and no queue has a mark that could block or drop: what may be in flight is bounded by
-    admission in the api process.  Frames that are not messages are counted and dropped.
+    admission in the api process.
+
+    Frames that are not messages, and messages that are not for this actor, are counted and dropped, with one line in the log
+    for each kind: whatever comes from a socket, it does not end an actor.
     """
 
     def __init__(self, run_dir: str, name: str) -> None:
@@ -63,9 +66,10 @@ class ZmqContext(Context):
         self.inbox.bind(address(run_dir, name))
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self.running = True
-        self.bad_frames = 0
         self.board: Board | None = None  # where to give signs of life
         self._beat_at = 0.0
+        self.bad_frames = self.bad_messages = 0
+        self._reported: set[str] = set()  # kinds of what was dropped
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket of this process with the settings that all of them share."""
@@ -103,8 +107,22 @@ class ZmqContext(Context):
                 return decode(self.inbox.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return None
-            except BadMessage:
+            except BadMessage as e:
                 self.bad_frames += 1
+                self._report("frame", e)
+
+    def dispatch(self, actor: Actor, msg: Any) -> None:
+        """Have the actor receive a message, unless it has no handler for it or the handler refuses it with BadMessage."""
+        try:
+            actor.receive(msg)
+        except (Unhandled, BadMessage) as e:
+            self.bad_messages += 1
+            self._report(type(msg).__name__, e)
+
+    def _report(self, kind: str, why: Exception) -> None:
+        if kind not in self._reported:
+            self._reported.add(kind)
+            logging.getLogger("minisgl").warning("%s dropped what came from a socket (%s): %.200s", self.name, kind, why)
 
     def now(self) -> float:
         return time.monotonic()
@@ -141,7 +159,7 @@ def run(actor: Actor, ctx: ZmqContext, began: float = 0.0, made: float = 0.0) ->
             for _ in range(BURST):
                 if not ctx.running or (msg := ctx.recv()) is None:
                     break
-                actor.receive(msg)
+                ctx.dispatch(actor, msg)
         settled = not busy and not got_mail
         busy = ctx.running and actor.idle()
         settled = settled and not busy

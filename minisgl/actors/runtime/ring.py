@@ -24,6 +24,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+from minisgl.actors.wire import BadMessage
+
 _LINE = 8  # words per cache line: words with different writers never share one
 _RECORD = struct.Struct("<IIq")
 _ALIGN = 16
@@ -153,8 +155,8 @@ class RingReader(_Mapped):
         """Whether the writer waits for room."""
         return bool(self._words[1])
 
-    def take(self) -> bytes | None:
-        """The next record (copied), or None if there is none that is entirely visible yet."""
+    def take(self, expected: int | None = None) -> bytes | None:
+        """The next record (copied), or None if there is none that is entirely visible yet, or none of `expected` bytes."""
         while self.pending():
             at = self._head % self.spec.capacity
             crc, nbytes, pos = _RECORD.unpack_from(self._data, at)
@@ -165,7 +167,7 @@ class RingReader(_Mapped):
                     return None
                 self._advance(self.spec.capacity - at)
                 continue
-            if at + _RECORD.size + nbytes > self.spec.capacity:
+            if at + _RECORD.size + nbytes > self.spec.capacity or (expected is not None and nbytes != expected):
                 return None
             payload = bytes(self._data[at + _RECORD.size : at + _RECORD.size + nbytes])
             if zlib.crc32(payload, pos & 0xFFFFFFFF) != crc:
@@ -174,12 +176,15 @@ class RingReader(_Mapped):
             return payload
         return None
 
-    def take_now(self) -> bytes:
-        """The next record, which a message has announced.  Raises BufferError if it does not become visible."""
-        for _ in range(1_000_000):
-            if (payload := self.take()) is not None:
+    def take_now(self, nbytes: int | None = None) -> bytes:
+        """The next record, which a message has announced.  Raises BadMessage, and takes none, if none becomes visible.
+
+        `nbytes`: the length of the record as announced, None for any.
+        """
+        for _ in range(10_000):  # its writer has made a system call since: nothing is on the way for long
+            if (payload := self.take(nbytes)) is not None:
                 return payload
-        raise BufferError("a record was announced but is not in the ring")
+        raise BadMessage("a record was announced but is not in the ring")
 
     def _advance(self, nbytes: int) -> None:
         self._head += nbytes

@@ -22,6 +22,7 @@ from minisgl.actors.runtime.status import Board
 from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
+from minisgl.actors.wire import BadMessage
 from minisgl.cache.no_cache import CACHES
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
@@ -60,8 +61,10 @@ class SchedulerActor(Actor):
     # ---------------- start-up
     @on(msg.WorkerLoaded)
     def worker_loaded(self, m: msg.WorkerLoaded) -> None:
-        self._max_pages[m.rank] = m.max_pages
         engine = self.config.engine
+        if m.rank >= engine.tp or m.rank in self._max_pages:
+            raise BadMessage(f"no worker {m.rank} is expected")
+        self._max_pages[m.rank] = m.max_pages
         if len(self._max_pages) < engine.tp:
             return
         num_pages = min(self._max_pages.values())
@@ -91,6 +94,8 @@ class SchedulerActor(Actor):
 
     @on(msg.WorkerArmed)
     def worker_armed(self, m: msg.WorkerArmed) -> None:
+        if self.machine is None or not 0 <= m.rank < self.config.engine.tp:
+            raise BadMessage(f"no worker {m.rank} has been told its capacity")
         self._armed.add(m.rank)
         if len(self._armed) == self.config.engine.tp:
             self.ctx.send("api", msg.EngineReady(self._machine().limits.num_pages, os.getpid()))
@@ -103,9 +108,8 @@ class SchedulerActor(Actor):
     # ---------------- requests
     @on(msg.Generate)
     def generate(self, m: msg.Generate) -> None:
-        ids = np.frombuffer(self.requests.take_now(), np.int32)
-        if len(ids) != m.n_ids:
-            raise RuntimeError(f"request {m.uid} announced {m.n_ids} tokens, its record has {len(ids)}")
+        self._check(m)
+        ids = np.frombuffer(self.requests.take_now(4 * m.n_ids), np.int32)
         if self.requests.starved():
             self.ctx.send("api", msg.Wake())
         refusal = self._refusal(m)
@@ -123,6 +127,16 @@ class SchedulerActor(Actor):
         self._compiling[m.uid] = request, set(ranks)
         for rank in ranks:
             self.ctx.send(f"worker{rank}", msg.PrepareGrammar(m.uid, m.params.grammar))
+
+    def _check(self, m: msg.Generate) -> None:
+        """Raises BadMessage for what the api process never sends."""
+        machine, vocab = self.machine, self.config.model.vocab_size
+        if machine is None:
+            raise BadMessage("the workers have not reported their memory yet")
+        if m.uid in machine.running or m.uid in machine.waiting or m.uid in self._compiling:
+            raise BadMessage(f"request {m.uid} is known already")
+        if max((*m.params.stop_token_ids, *(token for token, _ in m.params.logit_bias)), default=0) >= vocab:
+            raise BadMessage(f"request {m.uid} names tokens outside of the vocabulary")
 
     @on(msg.GrammarPrepared)
     def grammar_prepared(self, m: msg.GrammarPrepared) -> None:

@@ -15,12 +15,18 @@ from minisgl.errors import UserError
 # model that also takes images.
 _WRAPPED = re.compile(r"(?:(?:^|(?<=\.))_orig_mod\.)|(?:^(?:module\.)+)|(?:^base_model\.model\.)")
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 MAX_TEXT = 8 << 20  # bytes of a file of settings
 MAX_HEADER = 32 << 20  # bytes of the names and shapes in a *.safetensors file
 _MAX_BYTES = {INDEX: 64 << 20, "tokenizer.json": 64 << 20}  # they grow with the model
+
+
+def is_id(text: str) -> bool:
+    """Whether a key of a JSON object is the number of a token."""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def reason(error: BaseException) -> str:
@@ -58,7 +64,12 @@ def read_json(*path: str, optional: bool = False) -> dict[str, Any]:
     if optional and not os.path.isfile(file):
         return {}
     try:
-        value = json.loads(read_text(file))
+        text = read_text(file)
+        value = json.loads(text)
+        if _HALF.search(text):  # perhaps without its other half, and then it is no text that a library would take
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{file}: holds half of a surrogate pair, which is not text.") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not valid JSON ({e}).") from e
     if not isinstance(value, dict):

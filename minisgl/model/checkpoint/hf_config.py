@@ -9,7 +9,7 @@ from typing import Any
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.files import INDEX, read_json, weight_files
+from minisgl.model.checkpoint.files import INDEX, MAX_HEADER, is_id, read_json, weight_files
 from minisgl.model.checkpoint.hf_layers import (
     activation,
     attention,
@@ -119,7 +119,8 @@ def _has_head(path: str) -> bool:
         return any(_HEAD.search(f'{name}"') for name in read_json(index).get("weight_map") or ())
     for file in filter(os.path.isfile, weight_files(path)):
         with open(file, "rb") as f:  # a header of JSON behind its length, 8 bytes
-            if _HEAD.search(f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)).decode(errors="replace")):
+            size = int.from_bytes(f.read(8), "little")
+            if _HEAD.search(f.read(min(size, MAX_HEADER, os.path.getsize(file))).decode(errors="replace")):
                 return True
     return False
 
@@ -173,7 +174,7 @@ def _tokenizer_eos(path: str) -> list[int]:
         return []
     added = tokenizer.get("added_tokens_decoder")
     if isinstance(added, dict):
-        return [int(i) for i, t in added.items() if i.isdigit() and isinstance(t, dict) and t.get("content") == text]
+        return [int(i) for i, t in added.items() if is_id(i) and isinstance(t, dict) and t.get("content") == text]
     tokens = read_json(path, "tokenizer.json", optional=True).get("added_tokens")
     entries = [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
-    return [t["id"] for t in entries if t.get("content") == text and isinstance(t.get("id"), int)]
+    return [t["id"] for t in entries if t.get("content") == text and type(t.get("id")) is int and t["id"] >= 0]

@@ -21,7 +21,9 @@ _MODEL_TYPES = {arch.model_type for arch in HF_ARCHS.values()}
 
 def text_part(config: Metadata, arch: Arch) -> Metadata:
     """The keys of config.json that describe the decoder, with defaults for the sizes that may be left out."""
-    config.refuse("model_type", tuple({config.get("model_type")} - _MODEL_TYPES | {arch.model_type}), "another architecture is")
+    kind = config.get("model_type")
+    known = isinstance(kind, str) and kind in _MODEL_TYPES
+    config.refuse("model_type", (arch.model_type,) if known else (kind, arch.model_type), "another architecture is")
     values = config.values
     if arch.text:
         values = mapping(config, "text_config")

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from minisgl.errors import UserError
-from minisgl.model.checkpoint.files import read_json
+from minisgl.model.checkpoint.files import is_id, read_json
 
 _CONFIG = "tokenizer_config.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -51,7 +51,7 @@ def _listed(source: str, decoder: dict[str, Any]) -> list[tuple[int, AddedToken]
     """The (id, token) pairs of `added_tokens_decoder`."""
     out = []
     for i, token in decoder.items():
-        if not i.isdigit() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        if not is_id(i) or not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise UserError(f"{source}: added_tokens_decoder has {i!r:.40}: {token!r:.80}, which is no token.")
         out.append((int(i), AddedToken(token["content"], **{key: bool(token[key]) for key in _FLAGS if key in token})))
     return out
