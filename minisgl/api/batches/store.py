@@ -5,6 +5,7 @@
     batches/ID.json     the batch object, replaced atomically whenever its status changes
     batches/ID.output   answers with status 200, one JSON object per line, appended as they come
     batches/ID.errors   the other answers, in the same form
+    salt                of the digests that say in an object's "owner" which API key made it; the API does not show them
 
 After any interruption a reader finds a complete object or none, and a log whose last line may be torn; that line is dropped.
 What all of them may take is bounded (--data-dir-gb), and so is their number, which is what a list costs.
@@ -16,9 +17,10 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,8 +58,11 @@ class Store:
                 part.unlink()
         self.used = 0  # bytes
         self._lists: dict[str, dict[str, str]] = {}  # by room: the purpose of each object by its id, the oldest first
+        self._owners: dict[str, str] = {}  # of objects that have one
         for room in ("files", "batches"):
-            self._lists[room] = {v["id"]: v.get("purpose", "") for v in reversed(self.all(room))}
+            self._lists[room] = {}
+            for value in reversed(self.all(room)):
+                self._enter(room, value)
             if room == "files":
                 self._drop_orphans()
             sizes = (p.stat().st_size for p in (self.root / room).iterdir() if p.suffix != ".json")
@@ -106,7 +111,12 @@ class Store:
             self.give(_OBJECT_BYTES if new and not always else 0)
             raise
         self.used += _OBJECT_BYTES if new and always else 0
+        self._enter(room, value)
+
+    def _enter(self, room: str, value: dict[str, Any]) -> None:
         self._lists[room][value["id"]] = value.get("purpose", "")
+        if owner := value.get("owner"):
+            self._owners[value["id"]] = owner
 
     def _write(self, room: str, value: dict[str, Any]) -> None:
         path = self.root / room / f"{value['id']}.json"
@@ -126,17 +136,40 @@ class Store:
                 return value
             except FileNotFoundError:
                 pass
-        text = f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}."
-        raise RequestError(text, status=404, param=what, code="not_found")
+        raise not_found(name, what)
 
     def all(self, room: str) -> list[dict[str, Any]]:
         """All objects, the newest first."""
         values = [json.loads(path.read_bytes()) for path in (self.root / room).glob("*.json")]
         return sorted(values, key=lambda v: (v["created_at"], v["id"]), reverse=True)
 
-    def names(self, room: str, purpose: str | None = None) -> list[str]:
-        """The ids of all objects, or of those with a purpose, the newest first.  Reads nothing from the disk."""
-        return [name for name, p in reversed(self._lists[room].items()) if purpose in (None, p)]
+    def names(self, room: str, purpose: str | None = None, owns: Callable[[str], bool] = lambda _: True) -> list[str]:
+        """The ids of all objects, or of those with a purpose, whose owner `owns` admits, the newest first.
+
+        Reads nothing from the disk.
+        """
+        found = reversed(self._lists[room].items())
+        return [name for name, p in found if purpose in (None, p) and owns(self._owners.get(name, ""))]
+
+    def salt(self) -> bytes:
+        """The 16 secret bytes of this directory, made when they are first needed.  Raises UserError."""
+        path = self.root / "salt"
+        try:
+            if not path.exists():
+                part = path.with_suffix(".part")
+                with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
+                    f.write(secrets.token_bytes(16))
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(part, path)
+                self._sync_directory(".")
+            if len(salt := path.read_bytes()) == 16:
+                return salt
+        except OSError as e:
+            raise UserError(f"--data-dir {self.root}: cannot be used: {e.strerror}") from e
+        raise UserError(
+            f"--data-dir {self.root}: the file salt is damaged: restore it, or remove it and all keys lose their files"
+        )
 
     # ---------------- files
     def content(self, name: str) -> Path:
@@ -147,7 +180,7 @@ class Store:
         """A path for content that is not complete yet."""
         return self.root / "files" / f"{uuid.uuid4().hex}.part"
 
-    def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
+    def adopt(self, part: Path, filename: str, purpose: str, name: str = "", *, owner: str = "") -> dict[str, Any]:
         """Make complete content a file; returns its object.  With a `name`, its id, the call may be repeated after a crash."""
         answers, name = bool(name), name or new_file_id()
         if part.exists():
@@ -162,6 +195,7 @@ class Store:
             "filename": filename,
             "purpose": purpose,
             "status": "processed",
+            **({"owner": owner} if owner else {}),
         }
         try:
             self.save("files", value, always=answers)
@@ -176,6 +210,7 @@ class Store:
         size = self.content(name).stat().st_size
         (self.root / "files" / f"{name}.json").unlink()
         del self._lists["files"][name]
+        self._owners.pop(name, None)
         self.give(_OBJECT_BYTES + size)
         self.content(name).unlink(missing_ok=True)
 
@@ -193,6 +228,12 @@ class Store:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def not_found(name: str, what: str) -> RequestError:
+    """The error (404) where nothing has this id, or the caller may not know of it; `what`: the parameter."""
+    text = f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}."
+    return RequestError(text, status=404, param=what, code="not_found")
 
 
 def new_file_id() -> str:

@@ -205,7 +205,7 @@ class Batches:
                 continue
             try:
                 account.try_again()
-                engine = self._callers.call("batches", batch=True, account=account)
+                engine = self._callers.call("batches", batch=True, account=account, tenant=batch.get("owner", ""))
                 if place[1] <= SMALL:
                     body = await asyncio.to_thread(body_at, source, place)
                     return 200, await endpoint.ask(engine, body)
@@ -240,13 +240,16 @@ class Batches:
         self._set(batch, "cancelling" if cancelled else "finalizing")
         for kind, key, part in parts:
             if batch[key] is not None:
-                self.store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
+                name, owner = f"{batch['id']}_{kind}.jsonl", batch.get("owner", "")
+                self.store.adopt(part, name, "batch_output", batch[key], owner=owner)
             part.unlink(missing_ok=True)
         self._set(batch, "cancelled" if cancelled else "failed" if full else "completed")
         self._live.pop(batch["id"], None)
 
 
-def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
+def new_batch(
+    input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None, owner: str = ""
+) -> dict[str, Any]:
     """The object of a new batch."""
     return {
         "id": f"batch_{uuid.uuid4().hex}",
@@ -261,6 +264,7 @@ def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str
         "error_file_id": None,
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
         "metadata": metadata,
+        **({"owner": owner} if owner else {}),
     }
 
 
