@@ -279,7 +279,7 @@ class EngineConfig:
 
 _LIST: dict[str, Any] = {"type": str, "default": None}  # a flag whose value is not yet that of the field
 _MANY = _LIST | {"action": "append"}
-_SWITCH: dict[str, Any] = {"nargs": "?", "const": "on"}  # a flag alone switches it on
+_ALONE: dict[str, Any] = {"nargs": "?", "const": "on", "metavar": "STATE"}  # the flag alone means on
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,15 +323,11 @@ class ServerConfig:
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )
-    admin_api_keys: tuple[str, ...] = setting(  # a key of these may do everything
-        (),
-        "keys, one a line, for what is the administrator's: /flush_cache, everybody's files; default: none",
-        "FILE",
-        flag="--admin-api-key-file",
-        options=_LIST,
+    admin_api_keys: tuple[str, ...] = setting(
+        (), "administrators' keys, for /flush_cache and everybody's files", "FILE", flag="--admin-api-key-file", options=_LIST
     )
     salt_by_key: str = setting(
-        "on", "cached prefixes of their own for each API key: on, or off", "STATE", choices=("on", "off"), options=_SWITCH
+        "on", "each API key has cached prefixes of its own: on, off", choices=("on", "off"), options=_ALONE
     )
     ssl_certfile: str = setting("", "serve https: the certificate and those that sign it, PEM; default: http", "FILE")
     ssl_keyfile: str = setting("", "its private key, PEM; default: in --ssl-certfile", "FILE")
