@@ -27,6 +27,7 @@ from tqdm import tqdm
 from minisgl.actors.messages import BatchResult
 from minisgl.api.batches.store import Log
 from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest
+from minisgl.commands.flags import key_lines
 from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 
@@ -64,6 +65,8 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("output", help="answers, appended; may hold those of an earlier run")
     parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")
     parser.add_argument("--url", default=DEFAULT_URL, help="the server, on this machine (%(default)s)")
+    parser.add_argument("--socket", metavar="ADDRESS", help="its batch socket (ipc://...); default: as --url tells it")
+    parser.add_argument("--api-key-file", metavar="FILE", help="its first key is an administrator's, where the server has any")
     parser.add_argument("--window", type=int, default=256, metavar="N", help="requests in flight at a time (%(default)s)")
     args = parser.parse_args(argv)
     paths = [os.path.realpath(p) for p in (args.input, args.output, args.errors) if p]
@@ -106,8 +109,9 @@ class _Count:
 def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, errors: ResultLog, count: _Count) -> None:
     if not todo:
         return
+    key = next(iter(key_lines(args.api_key_file)), "") if args.api_key_file else ""
     bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
-    with bar, BatchClient(args.url, window=args.window) as client:
+    with bar, BatchClient(args.url, args.socket, args.window, key) as client:
         for result in client.run(todo):
             body = _json(result.body)
             (log if result.status == 200 else errors).add(result, body)

@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import subprocess
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 from processes import REPOSITORY, minisgl_command
 
 from minisgl import logs
+from minisgl.commands import chat
 from minisgl.commands.access import PASSWORD_VARIABLE, Access, page_url, tls, url_of
-from minisgl.commands.chat import run as chat
+from minisgl.commands.chat_http import ChatError
 from minisgl.commands.flags import config_from, read_keys
 from minisgl.commands.serve import parser
 from minisgl.config import Config
@@ -108,21 +110,13 @@ def test_keys_of_administrators_come_from_flags_and_a_variable_of_their_own(
             config(line)
 
 
-def test_the_chat_reads_its_key_from_the_same_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chat_reads_its_key_from_the_same_files(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_bytes(f"\ufeff# mine\r\n\r\n{KEY}  \r\n".encode())
-    heard: list[bytes] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(20)
-        pid = os.fork()
-        if not pid:
-            chat(["--url", f"http://127.0.0.1:{listener.getsockname()[1]}", "--api-key-file", str(path)])
-            os._exit(0)
-        connection, _ = listener.accept()
-        with connection:
-            heard.append(connection.recv(4096))
-    os.waitpid(pid, 0)
-    assert f"Authorization: Bearer {KEY}\r\n".encode() in heard[0]
+    path.write_bytes(f"\ufeff# mine\r\n\r\n{KEY}  \r\n{SECOND}".encode())
+    assert chat._api_key(Namespace(api_key=None, api_key_file=str(path))) == KEY
+    path.write_bytes(b"\xff")
+    with pytest.raises(ChatError, match=f"--api-key-file {path}: cannot read it"):
+        chat._api_key(Namespace(api_key=None, api_key_file=str(path)))
 
 
 # ---------------- reading again
