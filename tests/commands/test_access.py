@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import http.client
+import json
 import os
 import pty
 import re
@@ -16,10 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 from processes import REPOSITORY, minisgl_command
+from test_server import TEXT, USER, ScriptedEngine, events
 
 from minisgl import logs
+from minisgl.api.http.app import RUN_KWARGS, build_app
+from minisgl.api.http.connection import Connection
 from minisgl.commands import chat
 from minisgl.commands.access import PASSWORD_VARIABLE, Access, page_url, tls, url_of
 from minisgl.commands.chat_http import ChatError
@@ -266,6 +274,33 @@ def test_files_that_make_no_certificate_are_refused_by_their_flags(
     (tmp_path / "damaged").write_text(text[:200] + "!" + text[201:])
     with pytest.raises(UserError, match=fault):
         tls(str(tmp_path / certificate) if certificate else "", str(tmp_path / key) if key else "")
+
+
+def test_answers_and_streams_are_served_over_tls() -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        runner = web.AppRunner(build_app(engine), **RUN_KWARGS)  # type: ignore[arg-type]
+        await runner.setup()
+        make = functools.partial(Connection, runner.server, 30.0)
+        listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0, ssl=tls(CERTIFICATE, KEY_FILE))
+        url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1/chat/completions"
+        trust = ssl.create_default_context(cafile=CERTIFICATE)
+        async with aiohttp.ClientSession() as session:
+            for stream in (False, True):
+                async with session.post(url, json={"messages": USER, "stream": stream}, ssl=trust) as answer:
+                    raw = await answer.read()
+                    assert answer.status == 200
+                    said = (
+                        [e["choices"][0]["delta"] for e in events(raw)]
+                        if stream
+                        else [json.loads(raw)["choices"][0]["message"]]
+                    )
+                    assert "".join(part.get("content") or "" for part in said) == TEXT
+        listener.close()
+        await runner.cleanup()
+        assert sorted(engine.closed) == [0, 1]
+
+    asyncio.run(main())
 
 
 # ---------------- a server

@@ -7,6 +7,7 @@ import dataclasses as dc
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -179,12 +180,8 @@ def test_a_key_that_is_exchanged_while_the_server_runs_keeps_its_files_for_when_
     store = Store(str(tmp_path))
     keys = keys_of(dc.replace(ScriptedEngine().config, server=ServerConfig(api_keys=(ALICE, BOB))), store)
 
-    class Request:
-        def __init__(self, key: str) -> None:
-            self.headers = {"Authorization": f"Bearer {key}"}
-
     def find(key: str) -> Any:
-        return keys.find(Request(key))  # type: ignore[arg-type]
+        return keys.find(SimpleNamespace(headers={"x-api-key": key}))  # type: ignore[arg-type]
 
     alice = find(ALICE)
     keys.replace((BOB, "a-key-that-came-since"), (ADMIN,))
@@ -212,6 +209,23 @@ def test_the_name_of_a_tenant_needs_key_and_salt() -> None:
     names = {Keys((key,), salt=salt)._name(key) for key in (ALICE, BOB) for salt in (b"a" * 16, b"b" * 16, b"")}
     assert len(names) == 6
     assert all(len(name) == 32 and ALICE not in name for name in names)
+
+
+def test_all_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    keys = Keys((ALICE, BOB), (ADMIN,))
+    monkeypatch.setattr("minisgl.api.http.auth.hmac.compare_digest", compare)
+    for key, known in ((ADMIN, True), (ALICE, True), (BOB, True), (ALICE[:-1], False), ("", False), ("\u00e9\udcff", False)):
+        compared.clear()
+        headers = {"Authorization": f"Bearer {key}"}
+        assert (keys.find(SimpleNamespace(headers=headers)) is not None) is known  # type: ignore[arg-type]
+        assert len(compared) == 3, "whichever it is, all are compared"
+        assert {len(given) for given, _ in compared} == {32}, "by digests of one length"
 
 
 # ---------------- cached prefixes
