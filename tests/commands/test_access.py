@@ -351,6 +351,7 @@ def hang_up(process: subprocess.Popen[str]) -> str:
     return line
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_a_server_with_keys_and_a_certificate_exchanges_both_while_it_runs(tmp_path: Path) -> None:
     (keys := tmp_path / "keys").write_bytes(f"\ufeff{KEY}\r\n".encode())
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"

@@ -20,8 +20,10 @@ from test_server import CHAT, COMPLETION, USER, ScriptedEngine, Server, ask, che
 from minisgl.api.batches.store import Store
 from minisgl.api.caller import Callers
 from minisgl.api.engine import Chunk, Engine, TokenPrompt
+from minisgl.api.http import openapi
 from minisgl.api.http.app import keys_of
 from minisgl.api.http.auth import Keys, is_loopback
+from minisgl.api.http.docs_page import docs_values
 from minisgl.config import ServerConfig
 from minisgl.errors import RequestError, UserError
 from minisgl.sampling_params import MAX_SALT_CHARS, RequestOptions, SamplingParams
@@ -428,3 +430,14 @@ def test_own_pages_programs_and_pages_that_are_allowed_may() -> None:
     play(scene)
     play(scene, allow_origins=("https://app.example",))
     play(scene, allow_origins=("*",))
+
+
+# ---------------- what is documented
+@pytest.mark.parametrize(("users", "admins"), [((), ()), ((ALICE,), ()), ((), (ADMIN,)), ((ALICE,), (ADMIN,))])
+def test_the_description_says_which_keys_there_are(users: tuple[str, ...], admins: tuple[str, ...]) -> None:
+    config = ScriptedEngine(api_keys=users, admin_api_keys=admins).config
+    document = openapi.document(config)
+    assert ("securitySchemes" in document["components"]) is bool(users or admins)
+    assert ({} in document.get("security", [{}])) is not bool(users), "only with API keys each route needs one"
+    assert {"401", "403"} <= set(document["paths"]["/flush_cache"]["post"]["responses"])
+    assert (docs_values(config, True)["keys"] == "hidden") is not bool(users or admins)
