@@ -279,6 +279,7 @@ class EngineConfig:
 
 _LIST: dict[str, Any] = {"type": str, "default": None}  # a flag whose value is not yet that of the field
 _MANY = _LIST | {"action": "append"}
+_ALONE: dict[str, Any] = {"nargs": "?", "const": "on", "metavar": "STATE"}  # the flag alone means on
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +326,14 @@ class ServerConfig:
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )
+    admin_api_keys: tuple[str, ...] = setting(
+        (), "administrators' keys, for /flush_cache and everybody's files", "FILE", flag="--admin-api-key-file", options=_LIST
+    )
+    salt_by_key: str = setting(
+        "on", "each API key has cached prefixes of its own: on, off", choices=("on", "off"), options=_ALONE
+    )
+    ssl_certfile: str = setting("", "serve https: the certificate and those that sign it, PEM; default: http", "FILE")
+    ssl_keyfile: str = setting("", "its private key, PEM; default: in --ssl-certfile", "FILE")
     allow_origins: tuple[str, ...] = setting(  # as browsers send them; "*": all
         (), "web pages that may use the API (CORS); '*': all; may be repeated", "ORIGIN", flag="--allow-origin", options=_MANY
     )

@@ -200,6 +200,17 @@ def test_the_documents_name_files_that_exist() -> None:
                 assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
+def test_what_the_documents_say_is_shown_by_tests_that_exist() -> None:
+    tests = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    for document in ("security.md",):
+        rows = [row for row in lines.tables((ROOT / "docs" / document).read_text())["promise"] if row]
+        assert len(rows) > 20
+        for promise, shown in rows:
+            assert set(shown.split(", ")) <= tests, f"{document}: {promise}"
+
+
 def test_prose_in_the_documents_is_at_most_131_characters_wide() -> None:
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
         code = False

@@ -197,7 +197,7 @@ class ServerProcess:
         return {args: int(pid) for ppid, pid, args in rows if int(ppid) == self.proc.pid}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_seven_named_processes(tmp_path: Path, number: signal.Signals) -> None:
     server = ServerProcess(tmp_path, "--tp", "2", "--num-tokenizers", "2")
     children = server.children()

@@ -28,21 +28,25 @@ class Callers:
         self._secret = secrets.token_bytes(16)
         self._calls = itertools.count(1)
 
-    def call(self, who: str, batch: bool = False, account: Account | None = None) -> Engine:
-        """The engine for the next call of `who`, a key or an address.
+    def call(self, who: str, batch: bool = False, account: Account | None = None, tenant: str = "") -> Engine:
+        """The engine for the next call of `who`, a tenant or an address.
 
-        `batch`: nobody waits for the answer.  `account`: where its tokens are counted.
+        `batch`: nobody waits for the answer.  `account`: where its tokens are counted.  `tenant`: whose cached prefixes it may
+        use, "" without keys (with --salt-by-key off there is no difference).
         """
         digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
-        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch, account)
+        tenant = tenant if self._engine.config.server.salt_by_key == "on" else ""
+        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch, account, tenant)
 
 
 class _Caller(WrappedEngine):
     """Marks the requests of one call."""
 
-    def __init__(self, engine: Engine, client: int, call: int, batch: bool, account: Account | None) -> None:
+    def __init__(  # noqa: PLR0917
+        self, engine: Engine, client: int, call: int, batch: bool, account: Account | None, tenant: str
+    ) -> None:
         super().__init__(engine)
-        self._client, self._call, self._batch, self._account = client, call, batch, account
+        self._client, self._call, self._batch, self._account, self._tenant = client, call, batch, account, tenant
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
@@ -52,7 +56,13 @@ class _Caller(WrappedEngine):
         elif priority > most:
             text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
-        marked = replace(options, priority=priority, client=self._client, call=self._call)
+        salt = _salt(self._tenant, options.cache_salt) if self._tenant else options.cache_salt
+        marked = replace(options, priority=priority, client=self._client, call=self._call, cache_salt=salt)
         if self._account is not None:
             on_chunk = self._account.watch(prompt, on_chunk)
         return super().open(prompt, params, on_chunk, marked)
+
+
+def _salt(tenant: str, given: str) -> str:
+    """The cache_salt of a tenant's request, which may bring one: no tenant can choose that of another."""
+    return hashlib.blake2b(given.encode("utf-8", "surrogatepass"), key=tenant.encode(), digest_size=16).hexdigest()

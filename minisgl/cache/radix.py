@@ -40,10 +40,11 @@ NO_PAGES = np.zeros(0, np.int32)
 class Node:
     """A node of the radix tree: a run of cached pages.  Only RadixCache writes its fields, but for `score`."""
 
-    __slots__ = ("children", "key", "pages", "parent", "refs", "score", "sound")
+    __slots__ = ("children", "key", "pages", "parent", "refs", "salt", "score", "sound")
 
-    def __init__(self, key: bytes, pages: I32, parent: Node | None) -> None:
-        self.key = key  # of a root: its salt
+    def __init__(self, key: bytes, pages: I32, parent: Node | None, salt: str = "") -> None:
+        self.key = key
+        self.salt: str = salt if parent is None else parent.salt
         self.pages = pages
         self.parent = parent  # None for a root, and for a node that has been evicted
         self.children: dict[bytes, Node] | None = None
@@ -111,7 +112,7 @@ class RadixCache:
 
     def _root(self, salt: str) -> Node:
         """The root of a salt.  A new one becomes part of the cache when a request acquires a place in it."""
-        return (self._salted.get(salt) or Node(salt.encode(), NO_PAGES, None)) if salt else self.root
+        return (self._salted.get(salt) or Node(b"", NO_PAGES, None, salt)) if salt else self.root
 
     def why_missed(self, ids: I32, match: Match) -> str:
         """Why a match is no longer: "whole" (it is not), "short" (no whole page is left), "evicted" (it was here), or "new"."""
@@ -120,7 +121,7 @@ class RadixCache:
             return "whole"
         if at + self.page_size > len(ids) - 1:
             return "short"
-        return "evicted" if ids[at : at + self.page_size].tobytes() in self._ghosts else "new"
+        return "evicted" if match.salt.encode() + ids[at : at + self.page_size].tobytes() in self._ghosts else "new"
 
     def _common_pages(self, key: bytes, data: bytes, at: int) -> int:
         """How many whole pages of `key` equal `data` from `at` on (at least the first is known to)."""
@@ -182,8 +183,8 @@ class RadixCache:
         node.refs += 1
 
     def _forget_root(self, root: Node) -> None:
-        if root.key and not root.refs and not root.children:
-            self._salted.pop(root.key.decode(), None)
+        if root.salt and not root.refs and not root.children:
+            self._salted.pop(root.salt, None)
 
     def extend(self, handle: Node, ids: I32, pages: I32) -> tuple[Node, I32, I32]:
         """Add whole pages after `handle` to the tree, and move the handle to their end.
@@ -258,7 +259,7 @@ class RadixCache:
             kept = len(leaf.pages) - missing
             if kept > 0:
                 cut = kept * self._page_bytes
-                self._remember(leaf.key[cut : cut + self._page_bytes])
+                self._remember(leaf.salt.encode() + leaf.key[cut : cut + self._page_bytes])
                 freed.append(leaf.pages[kept:])
                 leaf.key, leaf.pages, missing = leaf.key[:cut], leaf.pages[:kept].copy(), 0
             else:
@@ -277,7 +278,7 @@ class RadixCache:
         return self.evict(self.evictable)
 
     def _remember(self, first_page: bytes) -> None:
-        """Remember how an evicted run began, so that statistics can tell a lost prefix from one that never was here."""
+        """Remember how an evicted run began, after its salt: statistics tell a lost prefix from one that never was here."""
         self._ghosts[first_page] = None
         self._ghosts.move_to_end(first_page)
         if len(self._ghosts) > MAX_GHOSTS:
@@ -290,7 +291,7 @@ class RadixCache:
         assert not leaf.children, "only a leaf can be evicted"
         first = leaf.key[: self._page_bytes]
         del parent.children[first]
-        self._remember(first)
+        self._remember(leaf.salt.encode() + first)
         leaf.parent = None
         self.num_nodes -= 1
         if not parent.children:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import os
 import random
 import time
 import urllib.error
@@ -49,6 +50,7 @@ class BatchClient:
 
     `wait`: seconds, in the middle of a run, for another server to come up there when this one has ended.  It is sent what has
     no answer; each request still has one result.  `say` is told of it.
+    `api_key`: an administrator's, where the server at `url` asks for one; default: MINISGL_ADMIN_API_KEY or MINISGL_API_KEY.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class BatchClient:
         window: int = 256,
         wait: float = 0.0,
         say: Callable[[str], object] = lambda text: None,
+        api_key: str = "",
     ) -> None:
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
         self.window = window  # most requests without an answer at a time
         self.wait, self.say = wait, say
-        self._url, self._socket = url, socket
-        self.address = socket or find_socket(url)
+        self._url, self._socket, self._key = url, socket, api_key
+        self.address = socket or find_socket(url, api_key)
         check_path(self.address)
         self.link = Link(self.address)
         self._running = False
@@ -72,7 +75,7 @@ class BatchClient:
     def reconnect(self) -> None:
         """Connect to the server that is there now.  Raises UserError if there is none."""
         self.link.close()
-        address = self._socket or find_socket(self._url)
+        address = self._socket or find_socket(self._url, self._key)
         check_path(address)
         self.address, self.link = address, Link(address)
 
@@ -140,16 +143,28 @@ class BatchClient:
         return choices
 
 
-def find_socket(url: str) -> str:
-    """The address of the batch socket of the server at `url`.  Raises UserError with the remedy."""
+def find_socket(url: str, api_key: str = "") -> str:
+    """The address of the batch socket of the server at `url`; `api_key`: see BatchClient.  Raises UserError with the remedy."""
+    key = (api_key or os.environ.get("MINISGL_ADMIN_API_KEY") or os.environ.get("MINISGL_API_KEY") or "").strip()
+    remedy = "set MINISGL_ADMIN_API_KEY (minisgl batch: or --api-key-file FILE)"
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=10) as answer:
-            address = json.load(answer).get("batch_socket")
+        request = urllib.request.Request(f"{url.rstrip('/')}/server_info")
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            info = json.load(answer)
+            address = info.get("batch_socket")
+    except urllib.error.HTTPError as e:
+        if e.code != 401:
+            raise UserError(f"the server at {url} answered {e.code} {e.reason}") from e
+        raise UserError(f"the server at {url} {'does not accept this' if key else 'wants an'} API key: {remedy}") from e
     except (OSError, ValueError, AttributeError) as e:  # URLError is an OSError
         reason = e.reason if isinstance(e, urllib.error.URLError) else e
         raise UserError(
             f"no minisgl server answers at {url} ({reason}): start one with scripts/launch.sh, or name another with --url"
         ) from e
+    if "batch_socket" not in info:
+        raise UserError(f"the server at {url} tells its batch socket to administrators and to its own machine: {remedy}")
     if not isinstance(address, str):
         raise UserError(f"the server at {url} has no batch socket")
     return address

@@ -128,10 +128,21 @@ def _close(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -
 
 
 def check_path(address: str) -> None:
-    """Raises ServerGone where an ipc:// address has no socket file on this machine."""
+    """Raises UserError where an address is not that of a socket of this user, or of root, and ServerGone where it is none."""
     path = address.removeprefix("ipc://")
-    if path != address and not os.path.exists(path):
+    if path == address:
+        raise UserError(
+            f"the batch socket {address[:80]!r} cannot be used: its address begins with ipc://, as it works on the server's "
+            "own machine only; through a network use /v1/batches over https"
+        )
+    try:
+        owner = os.stat(path).st_uid
+    except OSError as e:
         raise ServerGone(
             f"the batch socket {path} does not exist here: the server has ended, or runs on another machine "
             "(the batch socket works on the server's own machine only)"
+        ) from e
+    if os.geteuid() and owner not in (0, os.geteuid()):
+        raise UserError(
+            f"the batch socket {path} belongs to another user: it could be anybody's who wants to read your requests"
         )

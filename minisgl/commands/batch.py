@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minisgl.client.batch_client import DEFAULT_URL, BatchClient, BatchRequest, answered
 from minisgl.commands.batch_log import ResultLog, open_log, say
+from minisgl.commands.flags import key_lines
 from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 
@@ -63,6 +64,8 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("output", help="answers, appended; may hold those of an earlier run; - is stdout")
     parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")
     parser.add_argument("--url", default=DEFAULT_URL, help="the server, on this machine (%(default)s)")
+    parser.add_argument("--socket", metavar="ADDRESS", help="its batch socket (ipc://...); default: as --url tells it")
+    parser.add_argument("--api-key-file", metavar="FILE", help="its first key is an administrator's, where the server has any")
     parser.add_argument("--window", type=int, default=256, metavar="N", help="requests in flight at a time (%(default)s)")
     parser.add_argument(
         "--wait",
@@ -125,8 +128,9 @@ class _Count:
 def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, errors: ResultLog, count: _Count) -> None:
     if not todo:
         return
+    key = next(iter(key_lines(args.api_key_file)), "") if args.api_key_file else ""
     bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
-    with bar, BatchClient(args.url, window=args.window, wait=args.wait, say=say) as client:
+    with bar, BatchClient(args.url, args.socket, args.window, args.wait, say, key) as client:
         for result in client.run(todo):
             body = _json(result.body)
             if not answered(result):

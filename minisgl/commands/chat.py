@@ -10,8 +10,9 @@ import sys
 from minisgl.commands.chat_conversation import Conversation, default_bound
 from minisgl.commands.chat_http import ChatError, Server
 from minisgl.commands.chat_terminal import Terminal, strip_control
-from minisgl.commands.flags import KEY_VARIABLE
+from minisgl.commands.flags import KEY_VARIABLE, key_lines
 from minisgl.commands.parser import Parser
+from minisgl.errors import UserError
 
 __all__ = ["run", "strip_control"]
 
@@ -91,10 +92,9 @@ def _api_key(args: argparse.Namespace) -> str:
     if args.api_key_file is not None:
         source = f"--api-key-file {args.api_key_file}"
         try:
-            with open(args.api_key_file, encoding="utf-8") as f:
-                key = next((line for line in f if line.strip()), "")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ChatError(f"{source}: cannot read it: {getattr(e, 'strerror', None) or 'it is no text'}") from e
+            key = next(iter(key_lines(args.api_key_file)), "")
+        except UserError as e:
+            raise ChatError(str(e)) from e
     key = key.strip()
     if not key and source != KEY_VARIABLE:
         raise ChatError(f"{source}: there is no key in it")

@@ -19,7 +19,8 @@ from minisgl.errors import UserError
 MIN_KEY_CHARS = 16
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_-][a-z0-9._-]*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?")
 _PORTS = {"http": "80", "https": "443"}  # which browsers leave out of an origin
-KEY_VARIABLE = "MINISGL_API_KEY"
+KEY_VARIABLE, ADMIN_KEY_VARIABLE = "MINISGL_API_KEY", "MINISGL_ADMIN_API_KEY"
+_MAX_KEY_FILE = 1 << 20  # characters
 _HIDDEN = f"--api-key-file FILE and the environment variable {KEY_VARIABLE} hide keys"
 
 
@@ -48,6 +49,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"a key, for tests; may be repeated.  Other users can see it while the server starts: {_HIDDEN}",
     )
+    group.add_argument(
+        "--admin-api-key",
+        dest="given_admin_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"an administrator's key, likewise; {ADMIN_KEY_VARIABLE} hides it",
+    )
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type, overrides: dict[str, Any]) -> None:
@@ -74,24 +83,57 @@ def model_of(args: argparse.Namespace) -> str | None:
     return model
 
 
-def read_keys(path: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
-    """The API keys: those of a file, one a line, those `given` by --api-key, and MINISGL_API_KEY.  Raises UserError."""
+def key_lines(path: str, flag: str = "--api-key-file") -> list[str]:
+    """The keys of a file, one a line, without blank lines and comments (#).  Raises UserError.
+
+    Files as editors leave them: with a byte order mark, with line ends of any kind, with blanks around a key.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read(_MAX_KEY_FILE + 1)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{flag} {path}: cannot read it: it is not UTF-8 text") from e
+    except OSError as e:
+        raise UserError(f"{flag} {path}: cannot read it: {e.strerror}") from e
+    if len(text) > _MAX_KEY_FILE:
+        raise UserError(f"{flag} {path}: it is longer than {_MAX_KEY_FILE} characters, and no file of keys")
+    return [key for line in text.split("\n") if (key := _key(line)) and not key.startswith("#")]
+
+
+def _key(text: str) -> str:
+    return text.strip().strip("\ufeff").strip()
+
+
+def read_keys(path: str | None, given: Sequence[str] = (), admin: bool = False) -> tuple[str, ...]:
+    """The API keys: those of a file, one a line, those `given` by --api-key, and MINISGL_API_KEY.  Raises UserError.
+
+    `admin`: those of administrators, from flags and a variable of their own.
+    """
+    flag, variable = ("--admin-api-key", ADMIN_KEY_VARIABLE) if admin else ("--api-key", KEY_VARIABLE)
     sources: dict[str, list[str]] = {}
     if path is not None:
-        try:
-            with open(path, encoding="utf-8") as f:
-                sources[f"--api-key-file {path}"] = [line.strip() for line in f if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--api-key-file {path}: cannot read it: {e}") from e
+        sources[f"{flag}-file {path}"] = key_lines(path, f"{flag}-file")
     if given:
-        sources["--api-key"] = [key.strip() for key in given]
-    if key := os.environ.get(KEY_VARIABLE, "").strip():
-        sources[KEY_VARIABLE] = [key]
+        sources[flag] = [_key(key) for key in given]
+    if key := _key(os.environ.get(variable, "")):
+        sources[variable] = [key]
     for source, keys in sources.items():
         if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
-            lines = ", one a line" if source.startswith("--api-key-file") else "; `openssl rand -hex 16` makes one"
+            lines = ", one a line" if source.startswith(f"{flag}-file") else "; `openssl rand -hex 16` makes one"
             raise UserError(f"{source}: it must hold keys of at least {MIN_KEY_CHARS} characters{lines}")
+        if not all(key.isascii() and key.isprintable() for key in keys):
+            raise UserError(f"{source}: a key has printable ASCII characters only, as it travels in an HTTP header")
     return tuple(dict.fromkeys(key for keys in sources.values() for key in keys))
+
+
+def keys_from(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(API keys, those of administrators).  Raises UserError."""
+    users = read_keys(args.api_keys, args.given_keys)
+    admins = read_keys(args.admin_api_keys, args.given_admin_keys, admin=True)
+    if set(users) & set(admins):
+        text = "an administrator's key must not be one of the other API keys (--api-key-file, --api-key)"
+        raise UserError(f"{'--admin-api-key-file' if args.admin_api_keys else '--admin-api-key'}: {text}")
+    return users, admins
 
 
 def hide_keys(given: Sequence[str]) -> None:
@@ -149,7 +191,8 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
     server = {name: given[name] for name, _, _ in settings_of(ServerConfig)}
     for name, guessed in zip(("tool_call_parser", "reasoning_parser"), styles, strict=True):
         server[name] = {"auto": guessed, "none": ""}.get(given[name], given[name])
-    server |= {"served_names": tuple(args.served_names or (model.name,)), "api_keys": read_keys(args.api_keys, args.given_keys)}
+    server["api_keys"], server["admin_api_keys"] = keys_from(args)
+    server["served_names"] = tuple(args.served_names or (model.name,))
     server["allow_origins"] = read_origins(args.allow_origins or ())
     if given["itl_target_ms"] is None:
         given = given | {"itl_target_ms": AUTO_ITL}

@@ -46,6 +46,8 @@ SAME = {
     "--batch-size": "--step-tokens",
     "-s": "--sample-seed",
     "--chat-template-file": "--chat-template",
+    "--ssl-key-file": "--ssl-keyfile",
+    "--ssl-cert-file": "--ssl-certfile",
 }
 
 # Their flag without a value -> our words.
@@ -132,7 +134,6 @@ _MEMORY = (
 )
 _SERVERS = "minisgl splits a model by --tp only; for more throughput start several servers"
 _REQUEST = "a request says that: the field {} of its body"
-_PROXY = "minisgl speaks plain HTTP: put a reverse proxy with TLS before it"
 _SPECULATIVE = "speculative decoding is not supported"
 _LORA = "LoRA adapters are not supported: merge them into the checkpoint"
 _DEVICES = "did you mean the environment variable CUDA_VISIBLE_DEVICES? It names the GPUs that are used"
@@ -156,12 +157,12 @@ INSTEAD = {
     "--speculative-config": _SPECULATIVE,
     "--enable-lora": _LORA,
     "--lora-modules": _LORA,
-    "--ssl-keyfile": _PROXY,
-    "--ssl-certfile": _PROXY,
     "--limit-mm-per-prompt": _TEXT,
     "--max-logprobs": "answers have up to 20 log probabilities for each token",
     "--config": "minisgl reads no file of flags: write them out",
+    "--ssl-ca-certs": "clients are told apart by API keys, not by certificates: --api-key-file",
     # SGLang
+    "--ssl-keyfile-password": "did you mean the environment variable MINISGL_SSL_KEYFILE_PASSWORD?",
     "--mem-fraction-static": _MEMORY,
     "--tokenizer-path": "a model's own tokenizer is used: --model names a directory that holds both",
     "--dp-size": _SERVERS,
@@ -204,8 +205,6 @@ INSTEAD = {
     "--split-mode": _SERVERS,
     "-ts": "did you mean --tp N? The ranks get equal parts",
     "--tensor-split": "did you mean --tp N? The ranks get equal parts",
-    "--ssl-key-file": _PROXY,
-    "--ssl-cert-file": _PROXY,
 }
 
 _NO_LAYERS = "did you mean --device cpu? A model is on the GPU as a whole, or on the CPU"

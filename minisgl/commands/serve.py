@@ -2,7 +2,7 @@
 
 Everything that can be refused is refused before a process starts: flags, model files, tensor-parallel degree, port.  Then the
 port answers 503 while the engine loads; then requests are served until a signal or the death of a process; then everything is
-closed.
+closed.  SIGHUP has keys and certificate read again (access.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from minisgl import logs
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
+from minisgl.commands.access import Access, page_url, url_of
 from minisgl.commands.adjusted import adjusted
 from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of, hide_keys, model_of
 from minisgl.commands.parser import Parser
@@ -30,6 +31,7 @@ from minisgl.errors import UserError
 from minisgl.version import __version__
 
 if TYPE_CHECKING:
+    from minisgl.api.http.auth import Keys
     from minisgl.api.http.connection_limits import Connections
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
@@ -57,7 +59,7 @@ def run(argv: list[str]) -> int:
     """Serve until a signal.  Returns 0 after ^C or SIGTERM, EXIT_DIED if the engine died.  Raises UserError."""
     start = time.monotonic()
     args = parser().parse_args(argv)
-    hide_keys(args.given_keys)
+    hide_keys([*args.given_keys, *args.given_admin_keys])
     logs.setup(args.log_format)
     if args.log_format == "json":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -80,7 +82,8 @@ def _serve(args: argparse.Namespace, start: float) -> int:
         spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
-        return asyncio.run(_Server(config, sock, start, given=given_of(args)).main())
+        access = Access(config, args)
+        return asyncio.run(_Server(config, sock, start, given=given_of(args), access=access).main())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -102,17 +105,6 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
 
 
-def url_of(host: str, port: int) -> str:
-    """The URL of a host, which may be an IPv6 address."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def page_url(host: str, port: int) -> str:
-    """The address that a browser on this machine opens, where the server listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # "any address" is none to go to
-    return f"{url_of(host, port)}/"
-
-
 def sampling_line(config: Config) -> str:
     """The line at the start about requests that set no sampling parameters."""
     values = ", ".join(f"{name} {value:g}" for name, value in config.sampling_defaults.items())
@@ -129,10 +121,13 @@ class _Server:
         sock: socket.socket,
         start: float,
         make_worker: MakeWorker = spawn.make_worker,
+        *,
         given: Mapping[str, Any] = MappingProxyType({}),
+        access: Access | None = None,
     ) -> None:
         """`start`: when the program was started.  `given`: what its user has set, see minisgl.commands.adjusted."""
         self.given = given
+        self.access = access or Access(config)
         self.make_worker = make_worker
         self.config = config
         self.sock = sock
@@ -149,7 +144,7 @@ class _Server:
 
         from minisgl.api.batches.socket import BatchServer
         from minisgl.api.batches.store import Store
-        from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
+        from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app, keys_of
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
         from minisgl.api.http.connection_limits import ACCEPTED_AT_ONCE, Connections, connections_within, raise_descriptors
         from minisgl.api.http.load import LoadLines
@@ -159,10 +154,12 @@ class _Server:
 
         setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         kept = self.config.server
         store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
+        keys = keys_of(self.config, store)
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys)
         stored = self.config.model.weight_format
         how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         if self.config.model.format == "fake":
@@ -170,6 +167,7 @@ class _Server:
         text = f"minisgl {__version__}: loading {self.config.model.name}{how}"
         logs.say("start", text, version=__version__, model=self.config.model.name, pid=os.getpid())
         descriptors = raise_descriptors()
+        self.access.warn(self.sock.getsockname()[0])
         self.system = System(self.config, self.make_worker)
         try:
             engine = Metered(self.system.gateway)
@@ -178,7 +176,7 @@ class _Server:
             request_log = RequestLog(kept.log_requests)
             load = LoadLines(engine, request_log, loop.call_later)
             batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
-            app = build_app(engine, batch.address, store, request_log)
+            app = build_app(engine, batch.address, store, request_log, keys)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
             server = runner.server
@@ -189,7 +187,11 @@ class _Server:
             engine.metrics.connections = connections.__len__
             loop.set_exception_handler(connections.loop_error)
             listener = await loop.create_server(
-                lambda: Connection(server, HEADER_SECONDS, request_log, connections), sock=self.sock, backlog=ACCEPTED_AT_ONCE
+                lambda: Connection(server, HEADER_SECONDS, request_log, connections),
+                sock=self.sock,
+                backlog=ACCEPTED_AT_ONCE,
+                ssl=self.access.tls,
+                ssl_handshake_timeout=HEADER_SECONDS if self.access.tls else None,
             )
             self.sock.listen(_BACKLOG)  # asyncio accepts as many in one turn as it is told may wait
             self.pump()
@@ -207,12 +209,15 @@ class _Server:
                 self.clock.cancel()
             for fd in self.watched:
                 loop.remove_reader(fd)
+            self.closed = True
             self.system.close()
         return self.exit_code()
 
     # ---------------- serving
     def pump(self) -> None:
         """Handle messages of the child processes; called when one of their descriptors is readable."""
+        if self.closed:  # what was due has come too late
+            return
         if self.system.pump(0):
             asyncio.get_running_loop().call_soon(self.pump)  # the loop serves sockets in between
         self.watch()
@@ -225,6 +230,8 @@ class _Server:
 
     def tick(self) -> None:
         """Have done what is due by the clock, again and again."""
+        if self.closed:
+            return
         seconds = self.system.tick()
         self.watch()
         self.clock = asyncio.get_running_loop().call_later(seconds, self.tick)
@@ -246,7 +253,8 @@ class _Server:
         for change in adjusted(self.given, self.config, kv_tokens, usable_cores()):
             logs.say("adjusted", f"minisgl: {change}", logging.WARNING, **change._asdict())
         host, port = self.sock.getsockname()[:2]
-        url = url_of(host, port)
+        scheme = "https" if self.access.tls else "http"
+        url = url_of(host, port, scheme)
         seconds = time.monotonic() - self.start
         logs.say("sampling", sampling_line(self.config), sampling_defaults=self.config.sampling_defaults)
         text = (
@@ -264,7 +272,7 @@ class _Server:
             kv_tokens=kv_tokens,
             sampling_defaults=self.config.sampling_defaults,
         )
-        page = page_url(host, port)
+        page = page_url(host, port, scheme)
         logs.say("page", f"chat and documentation in a browser: {page}", url=page)
 
     # ---------------- stopping
@@ -277,6 +285,13 @@ class _Server:
         if self.connections is not None:
             self.connections.drain()
         self.done.set()
+
+    def hang_up(self, keys: Keys) -> None:
+        """Handle SIGHUP: read keys and certificate again, unless it means that the server's terminal has been closed."""
+        if self.access.terminal_closed():
+            self.stop()
+        else:
+            self.access.reload(keys)
 
     async def drain(self) -> None:
         gateway = self.system.gateway

@@ -19,6 +19,7 @@ from minisgl.cache.radix import Match, RadixCache
 
 SIZE = 2
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+salts = st.sampled_from(["", "a", "b"])
 
 
 def i32(values: list[int]) -> np.ndarray:
@@ -26,7 +27,7 @@ def i32(values: list[int]) -> np.ndarray:
 
 
 class CacheAgainstModel(RuleBasedStateMachine):
-    """Requests come, read a prefix, add pages, leave; pages are evicted.  The model: prefix (tuple of ids) -> page."""
+    """Requests come, read a prefix, add pages, leave; pages are evicted.  The model: salt and prefix (tuple of ids) -> page."""
 
     handles = Bundle("handles")
 
@@ -34,61 +35,65 @@ class CacheAgainstModel(RuleBasedStateMachine):
         super().__init__()
         self.cache = RadixCache(SIZE)
         self.pool = PagePool(64)
-        self.model: dict[tuple[int, ...], int] = {}
-        self.locked: dict[tuple[int, ...], int] = {}  # prefix -> how many requests hold it
+        self.model: dict[tuple[Any, ...], int] = {}
+        self.locked: dict[tuple[Any, ...], int] = {}  # salt and prefix -> how many requests hold it
+        self.evicted: set[tuple[Any, ...]] = set()  # salts and their pages
 
-    def _cached(self, ids: list[int]) -> list[int]:
+    def _cached(self, salt: str, ids: list[int]) -> list[int]:
         pages = []
         for end in range(SIZE, len(ids), SIZE):  # never the last token
-            page = self.model.get(tuple(ids[:end]))
+            page = self.model.get((salt, *ids[:end]))
             if page is None:
                 break
             pages.append(page)
         return pages
 
-    def _lock(self, ids: list[int], upto: int, by: int) -> None:
+    def _lock(self, salt: str, ids: list[int], upto: int, by: int) -> None:
         for end in range(SIZE, upto + 1, SIZE):
-            key = tuple(ids[:end])
+            key = (salt, *ids[:end])
             self.locked[key] = self.locked.get(key, 0) + by
             if not self.locked[key]:
                 del self.locked[key]
 
-    @rule(target=handles, ids=tokens)
-    def arrive(self, ids: list[int]):
+    @rule(target=handles, ids=tokens, salt=salts)
+    def arrive(self, ids: list[int], salt: str):
         before = (self.cache.num_pages, self.cache.evictable, self.cache.num_nodes)
-        match = self.cache.match(i32(ids))
+        match = self.cache.match(i32(ids), salt)
         assert (self.cache.num_pages, self.cache.evictable, self.cache.num_nodes) == before, "match changed the tree"
+        if self.cache.why_missed(i32(ids), match) == "evicted":
+            at = match.num_pages * SIZE
+            assert (salt, *ids[at : at + SIZE]) in self.evicted, "a salt learns what another has lost"
         handle, pages = self.cache.acquire(match)
-        assert pages.tolist() == self._cached(ids)
+        assert pages.tolist() == self._cached(salt, ids)
         assert match.num_pages == len(pages)
-        self._lock(ids, len(pages) * SIZE, 1)
-        return (handle, ids, len(pages))
+        self._lock(salt, ids, len(pages) * SIZE, 1)
+        return (handle, salt, ids, len(pages))
 
     @rule(target=handles, request=consumes(handles), more=tokens, upto=st.integers(0, 8))
     def extend(self, request, more: list[int], upto: int):
-        handle, ids, shared = request
+        handle, salt, ids, shared = request
         ids = ids + more
         full = min(len(ids) // SIZE, shared + upto)
         new = full - shared
         if new > self.pool.free:
-            return (handle, ids, shared)
+            return (handle, salt, ids, shared)
         mine = self.pool.alloc(new)
         handle, canonical, duplicates = self.cache.extend(handle, i32(ids[shared * SIZE : full * SIZE]), mine)
         assert len(canonical) == new
         for i, page in enumerate(canonical.tolist()):
-            key = tuple(ids[: (shared + i + 1) * SIZE])
+            key = (salt, *ids[: (shared + i + 1) * SIZE])
             assert self.model.setdefault(key, int(mine[i])) == page, "the canonical page is the one that was there first"
         assert sorted(duplicates.tolist()) == sorted(set(mine.tolist()) - set(canonical.tolist()))
         self.pool.release(duplicates)
-        self._lock(ids, shared * SIZE, -1)
-        self._lock(ids, full * SIZE, 1)
-        return (handle, ids, full)
+        self._lock(salt, ids, shared * SIZE, -1)
+        self._lock(salt, ids, full * SIZE, 1)
+        return (handle, salt, ids, full)
 
     @rule(request=consumes(handles))
     def leave(self, request) -> None:
-        handle, ids, shared = request
+        handle, salt, ids, shared = request
         self.cache.release(handle)
-        self._lock(ids, shared * SIZE, -1)
+        self._lock(salt, ids, shared * SIZE, -1)
 
     @rule(n=st.integers(0, 10))
     def evict(self, n: int) -> None:
@@ -98,9 +103,10 @@ class CacheAgainstModel(RuleBasedStateMachine):
         gone = set(freed.tolist())
         for key in [k for k, page in self.model.items() if page in gone]:
             assert key not in self.locked, "a page in use was evicted"
+            self.evicted.add((key[0], *key[-SIZE:]))
             del self.model[key]
         for key in self.model:  # what is left is still reachable: no hole in a prefix
-            assert all(key[:end] in self.model for end in range(SIZE, len(key), SIZE))
+            assert all(key[:end] in self.model for end in range(SIZE + 1, len(key), SIZE))
         self.pool.release(freed)
 
     @invariant()
@@ -110,6 +116,8 @@ class CacheAgainstModel(RuleBasedStateMachine):
         assert self.cache.evictable == len(self.model) - len(self.locked)
         assert self.pool.free + len(pages) == 64
         assert not set(self.pool.snapshot().tolist()) & set(pages.tolist())
+        kept = {key[0] for key in self.model} | {salt for salt, root in self.cache._salted.items() if root.refs}
+        assert set(self.cache._salted) == kept - {""}, "a salt is kept for its pages and its users"
 
 
 CacheAgainstModel.TestCase.settings = settings(max_examples=cases(75), stateful_step_count=40, deadline=None)
@@ -208,6 +216,17 @@ def test_a_salt_in_use_survives_a_flush_and_a_salt_that_computed_nothing_leaves_
     assert "a" in cache._salted
     cache.release(second)
     assert not cache._salted
+
+
+def test_a_salt_does_not_learn_what_another_has_lost() -> None:
+    cache, ids = RadixCache(2), i32([1, 2, 3])
+    for salt in ("a", ""):
+        handle, _ = cache.acquire(cache.match(ids, salt))
+        cache.release(cache.extend(handle, ids[:2], i32([len(salt)]))[0])
+        assert cache.why_missed(ids, cache.match(ids, "b")) == "new"
+        cache.evict(1)
+        assert cache.why_missed(ids, cache.match(ids, salt)) == "evicted"
+        assert cache.why_missed(ids, cache.match(ids, "b")) == "new"
 
 
 # ---------------- why a match is no longer
@@ -351,7 +370,7 @@ def _never_remember(self: RadixCache, first_page: bytes) -> None:
     return None
 
 
-EVICT, MATCH = RadixCache.evict, RadixCache.match
+EVICT, MATCH, REMEMBER = RadixCache.evict, RadixCache.match, RadixCache._remember
 MUTANTS = {
     "eviction takes recent pages": (
         "evict",
@@ -360,6 +379,11 @@ MUTANTS = {
     ),
     "eviction walks the tree": ("evict", _evict_by_walking, test_eviction_costs_the_same_in_a_large_tree_as_in_a_small_one),
     "salts are ignored": ("match", _ignore_salts, test_a_salt_has_a_tree_of_its_own_and_is_forgotten_with_its_last_page),
+    "salts learn of each other's evictions": (
+        "_remember",
+        lambda self, first_page: REMEMBER(self, first_page[-self._page_bytes :]),
+        test_a_salt_does_not_learn_what_another_has_lost,
+    ),
     "nobody remembers evictions": ("_remember", _never_remember, test_why_missed_tells_whole_short_new_and_evicted_apart),
     "a salt is never forgotten": (
         "_forget_root",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -43,6 +44,11 @@ def address(run_dir: str, name: str) -> str:
     return f"ipc://{path}"
 
 
+def peers() -> set[int]:
+    """The users whose processes may connect to a socket of this one: its own, and root.  See also `make_run_dir`."""
+    return {0, ctypes.c_int32(os.geteuid()).value}  # as libzmq takes it
+
+
 class ZmqContext(Context):
     """The Context of an actor in a process of its own.
 
@@ -75,6 +81,8 @@ class ZmqContext(Context):
         """A socket of this process with the settings that all of them share."""
         sock = self._zmq.socket(kind)
         sock.linger, sock.sndhwm, sock.rcvhwm, sock.reconnect_ivl = LINGER_MS, 0, 0, RECONNECT_MS
+        for uid in peers():
+            sock.setsockopt(zmq.IPC_FILTER_UID, uid)  # SO_PEERCRED of whoever connects
         self._sockets.append(sock)
         return sock
 

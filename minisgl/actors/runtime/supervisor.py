@@ -10,6 +10,7 @@ import multiprocessing as mp
 import multiprocessing.util
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,13 +29,27 @@ from minisgl.errors import UserError
 
 
 def make_run_dir() -> str:
-    """A private directory (0700) for the sockets of one run.  Raises UserError if none can be made."""
+    """A private directory (0700) for the sockets of one run.  Raises UserError if none can be made.
+
+    An XDG_RUNTIME_DIR in which another user could exchange it, as it may come through sudo or su, is not used.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR", "")
-    parent = base if base and os.access(base, os.W_OK) else None
+    parent = base if base and os.access(base, os.W_OK) and _ours(base) else tempfile.gettempdir()
     try:
-        return tempfile.mkdtemp(prefix="minisgl-", dir=parent)
+        path = tempfile.mkdtemp(prefix="minisgl-", dir=parent)
+        private = os.lstat(path).st_mode & 0o077 == 0 and _ours(path)
     except OSError as e:
-        raise UserError(f"cannot create a run directory in {parent or tempfile.gettempdir()}: {e.strerror}") from e
+        raise UserError(f"cannot create a run directory in {parent}: {e.strerror}") from e
+    if not private:
+        os.rmdir(path)
+        raise UserError(f"the file system of {parent} keeps no directory private: set XDG_RUNTIME_DIR or TMPDIR to another one")
+    return path
+
+
+def _ours(path: str) -> bool:
+    """Whether no other user but root may exchange what is in a directory."""
+    found = os.stat(path)
+    return found.st_uid in (0, os.geteuid()) and (not found.st_mode & stat.S_IWOTH or bool(found.st_mode & stat.S_ISVTX))
 
 
 # No process can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so another one tidies up.  It

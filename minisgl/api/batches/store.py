@@ -5,6 +5,7 @@
     batches/ID.json     the batch object, replaced atomically whenever its status changes
     batches/ID.output   answers with status 200, one JSON object per line, appended as they come
     batches/ID.errors   the other answers, in the same form
+    salt                of the digests that say in an object's "owner" which API key made it; the API does not show them
 
 After any interruption a reader finds a complete object or none, and a log whose last line may be torn; that line is dropped.
 What was acknowledged is on disk, with its name (logs: see log.py); what is left over is removed by the next start.
@@ -19,8 +20,10 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,8 @@ class Store:
     def __init__(self, directory: str, max_bytes: int = 10 << 30) -> None:
         self.root, self.max_bytes = Path(directory), max_bytes
         self.used = 0  # bytes
-        self._lists: dict[str, dict[str, str]] = {}  # by room: the purpose of each object by its id, the oldest first
+        self._lists: dict[str, dict[str, str]] = {"files": {}, "batches": {}}  # by room: the purpose of each object by its id, the oldest first
+        self._owners: dict[str, str] = {}  # of objects that have one
         try:
             for name in ("files", "batches"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,8 +81,9 @@ class Store:
             if not self.content(value["id"]).exists():
                 self._object("files", value["id"]).unlink()
         for room, values in objects.items():
-            whole = [v for v in reversed(values) if self._object(room, v["id"]).exists()]
-            self._lists[room] = {v["id"]: v.get("purpose", "") for v in whole}
+            for value in reversed(values):
+                if self._object(room, value["id"]).exists():
+                    self._enter(room, value)
         for path in (*files.iterdir(), *batches.iterdir()):
             if path.suffix == ".json":
                 self.used += _OBJECT_BYTES
@@ -123,7 +128,12 @@ class Store:
             self.give(_OBJECT_BYTES if new and not always else 0)
             raise
         self.used += _OBJECT_BYTES if new and always else 0
+        self._enter(room, value)
+
+    def _enter(self, room: str, value: dict[str, Any]) -> None:
         self._lists[room][value["id"]] = value.get("purpose", "")
+        if owner := value.get("owner"):
+            self._owners[value["id"]] = owner
 
     def _write(self, room: str, value: dict[str, Any]) -> None:
         path, new = self._object(room, value["id"]), value["id"] not in self._lists[room]
@@ -146,8 +156,7 @@ class Store:
                 return value
             except FileNotFoundError:
                 pass
-        text = f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}."
-        raise RequestError(text, status=404, param=what, code="not_found")
+        raise not_found(name, what)
 
     def all(self, room: str) -> list[dict[str, Any]]:
         """All objects, the newest first.  Raises UserError for one that cannot be read."""
@@ -163,9 +172,30 @@ class Store:
             values.append(value)
         return sorted(values, key=lambda v: (v["created_at"], v["id"]), reverse=True)
 
-    def names(self, room: str, purpose: str | None = None) -> list[str]:
-        """The ids of all objects, or of those with a purpose, the newest first.  Reads nothing from the disk."""
-        return [name for name, p in reversed(self._lists[room].items()) if purpose in (None, p)]
+    def names(self, room: str, purpose: str | None = None, owns: Callable[[str], bool] = lambda _: True) -> list[str]:
+        """The ids of all objects, or of those with a purpose, whose owner `owns` admits, the newest first.
+
+        Reads nothing from the disk.
+        """
+        found = reversed(self._lists[room].items())
+        return [name for name, p in found if purpose in (None, p) and owns(self._owners.get(name, ""))]
+
+    def salt(self) -> bytes:
+        """The 16 secret bytes of this directory, made when they are first needed.  Raises UserError."""
+        path = self.root / "salt"
+        try:
+            if not path.exists():
+                part = path.with_suffix(".part")
+                write_new(part, secrets.token_bytes(16))
+                os.replace(part, path)
+                sync_file(self.root)
+            if len(salt := path.read_bytes()) == 16:
+                return salt
+        except OSError as e:
+            raise UserError(f"--data-dir {self.root}: cannot be used: {e.strerror}") from e
+        raise UserError(
+            f"--data-dir {self.root}: the file salt is damaged: restore it, or remove it and all keys lose their files"
+        )
 
     def _object(self, room: str, name: str) -> Path:
         return self.root / room / f"{name}.json"
@@ -179,7 +209,7 @@ class Store:
         """A path for content that is not complete yet."""
         return self.root / "files" / f"{uuid.uuid4().hex}.part"
 
-    def adopt(self, part: Path, filename: str, purpose: str, name: str = "") -> dict[str, Any]:
+    def adopt(self, part: Path, filename: str, purpose: str, name: str = "", *, owner: str = "") -> dict[str, Any]:
         """Make complete content a file; returns its object.  With a `name`, its id, the call may be repeated after a crash."""
         answers, name = bool(name), name or new_file_id()
         if part.exists():
@@ -195,6 +225,7 @@ class Store:
             "filename": filename,
             "purpose": purpose,
             "status": "processed",
+            **({"owner": owner} if owner else {}),
         }
         try:
             self.save("files", value, always=answers)
@@ -211,6 +242,7 @@ class Store:
         size = content.stat().st_size
         self._object("files", name).unlink()
         del self._lists["files"][name]
+        self._owners.pop(name, None)
         self.give(_OBJECT_BYTES)
         with contextlib.suppress(OSError):  # the next start removes it then
             content.unlink()
@@ -224,6 +256,12 @@ class Store:
     def log_path(self, batch: str, kind: str) -> Path:
         """The path of that log."""
         return self.root / "batches" / f"{batch}.{kind}"
+
+
+def not_found(name: str, what: str) -> RequestError:
+    """The error (404) where nothing has this id, or the caller may not know of it; `what`: the parameter."""
+    text = f"There is no {what.removesuffix('_id').removeprefix('input_')} {name[:80]!r}."
+    return RequestError(text, status=404, param=what, code="not_found")
 
 
 def new_file_id() -> str:

@@ -226,7 +226,7 @@ class Batches:
             small = await asyncio.to_thread(body_at, source, place) if place[1] <= SMALL else None
             try:
                 account.try_again()
-                engine = self._callers.call("batches", batch=True, account=account)
+                engine = self._callers.call("batches", batch=True, account=account, tenant=batch.get("owner", ""))
                 if small is not None:
                     return 200, await endpoint.ask(engine, small)
                 path = self.store.content(batch["input_file_id"])
@@ -267,7 +267,8 @@ class Batches:
         self._set(batch, "cancelling" if cancelled else "finalizing")
         for kind, key, part in parts:
             if batch[key] is not None:
-                self.store.adopt(part, f"{batch['id']}_{kind}.jsonl", "batch_output", batch[key])
+                name, owner = f"{batch['id']}_{kind}.jsonl", batch.get("owner", "")
+                self.store.adopt(part, name, "batch_output", batch[key], owner=owner)
             part.unlink(missing_ok=True)
         self._set(batch, "cancelled" if cancelled else "failed" if failed else "completed")
         self._forget(batch)
@@ -277,7 +278,9 @@ class Batches:
         self._waits.pop(batch["id"], None)
 
 
-def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
+def new_batch(
+    input_file_id: str, endpoint: str, window: str, metadata: dict[str, Any] | None, owner: str = ""
+) -> dict[str, Any]:
     """The object of a new batch."""
     return {
         "id": f"batch_{uuid.uuid4().hex}",
@@ -292,6 +295,7 @@ def new_batch(input_file_id: str, endpoint: str, window: str, metadata: dict[str
         "error_file_id": None,
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
         "metadata": metadata,
+        **({"owner": owner} if owner else {}),
     }
 
 

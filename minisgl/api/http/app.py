@@ -20,7 +20,7 @@ from minisgl.api.endpoints import responses
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Engine
 from minisgl.api.http import openapi
-from minisgl.api.http.auth import OPEN, authenticate, key_check, key_of
+from minisgl.api.http.auth import NOBODY, OPEN, TENANT, Keys, authenticate
 from minisgl.api.http.batch_routes import FileRoutes
 from minisgl.api.http.body import KEPT, json_handler, read_checked, respond, stream, timing_header
 from minisgl.api.http.connection import connection_of
@@ -35,6 +35,7 @@ from minisgl.api.reader import Reader
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
+from minisgl.config import Config
 from minisgl.errors import model_loading
 from minisgl.version import __version__
 
@@ -46,17 +47,21 @@ BATCHES = web.AppKey("batches", Batches)  # only with a store
 
 
 def build_app(
-    engine: Engine, batch_socket: str | None = None, store: Store | None = None, request_log: RequestLog | None = None
+    engine: Engine,
+    batch_socket: str | None = None,
+    store: Store | None = None,
+    request_log: RequestLog | None = None,
+    keys: Keys | None = None,
 ) -> web.Application:
     """The application; run it with `web.AppRunner(app, **RUN_KWARGS)`.
 
     `batch_socket`: address reported to batch clients.  `store`: where files and batches are kept; closed with the application.
-    `request_log`: told of every request.
+    `request_log`: told of every request.  `keys`: those of the configuration, which the caller may replace while it runs.
     """
     metered = engine if isinstance(engine, Metered) else Metered(engine)
     server, request_log = engine.config.server, request_log or RequestLog(engine.config.server.log_requests)
-    guards = [authenticate(server.api_keys)] if server.api_keys else []
-    middlewares = [_count(metered, request_log), errors, preflights(server.allow_origins), *guards]
+    keys = keys or keys_of(engine.config, store)
+    middlewares = [_count(metered, request_log), errors, preflights(server.allow_origins), authenticate(keys)]
     app = web.Application(client_max_size=server.max_body_bytes, middlewares=middlewares)
     app._router = _Paths()  # the constructor's argument for it is deprecated
     app[TURN], app[KEEP_ALIVE], app[KEPT] = Turn(), KeepAlive(), metered.kept
@@ -66,7 +71,7 @@ def build_app(
     if store is not None:
         app[BATCHES] = Batches(store, metered, request_log)
         app.cleanup_ctx.append(_run_batches)
-    routes = _Routes(metered, batch_socket)
+    routes = _Routes(metered, batch_socket, keys)
     routes.add_to(app.router)
     app.on_cleanup.append(routes.close)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
@@ -83,6 +88,12 @@ def _last_answer(engine: Engine) -> Callable[[web.Request, web.StreamResponse], 
             response.headers["Connection"] = "close"
 
     return prepare
+
+
+def keys_of(config: Config, store: Store | None) -> Keys:
+    """The API keys of the configuration, whose tenants have the same names at every start on a store.  Raises UserError."""
+    users, admins = config.server.api_keys, config.server.admin_api_keys
+    return Keys(users, admins, store.salt() if store is not None and (users or admins) else b"")
 
 
 async def _run_batches(app: web.Application) -> AsyncIterator[None]:
@@ -129,13 +140,13 @@ class _Paths(web.UrlDispatcher):
 class _Routes:
     """The handlers.  The middleware renders the RequestErrors that they raise."""
 
-    def __init__(self, engine: Metered, batch_socket: str | None) -> None:
+    def __init__(self, engine: Metered, batch_socket: str | None, keys: Keys) -> None:
         self._engine = engine
         self._config = engine.config
         self._callers = Callers(engine)
         self._batch_socket = batch_socket
         self._reader = Reader()
-        self._known = key_check(self._config.server.api_keys)
+        self._keys = keys
         self._chat_page, self._docs_page = Page("page.html"), Page("docs.html")
 
     async def close(self, _: web.Application) -> None:
@@ -171,9 +182,8 @@ class _Routes:
             connection.generates(streams)
         headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
-        engine = self._callers.call(
-            key_of(request) if self._config.server.api_keys else request.remote or "", account=account_of(request)
-        )
+        tenant = request[TENANT].name
+        engine = self._callers.call(tenant or request.remote or "", account=account_of(request), tenant=tenant)
         if streams and endpoint.stream is not None:
             account_of(request).kind = "stream"
             return await stream(request, await endpoint.stream(engine, parsed), headers)
@@ -191,10 +201,13 @@ class _Routes:
             raise model_loading()
         return self._engine.tokenizer_info
 
-    def server_info(self, _: web.Request) -> Any:
-        return {**serving.server_info(self._engine), "pid": os.getpid(), "batch_socket": self._batch_socket}
+    def server_info(self, request: web.Request) -> Any:
+        """What an administrator may have goes beyond what everybody with a key may."""
+        more = {"pid": os.getpid(), "batch_socket": self._batch_socket} if self._keys.may_administer(request) else {}
+        return {**serving.server_info(self._engine), **more}
 
-    def flush_cache(self, _: web.Request) -> Any:
+    def flush_cache(self, request: web.Request) -> Any:
+        self._keys.check_admin(request)
         self._engine.flush_cache()
         return {"flushed": True}
 
@@ -216,7 +229,7 @@ class _Routes:
 
     async def start(self, request: web.Request) -> web.Response:
         """What runs: a page with a chat for browsers, JSON for programs."""
-        facts = about(self._engine, self._known(request))
+        facts = about(self._engine, request[TENANT] is not NOBODY)
         if wants_page(",".join(request.headers.getall("Accept", ()))):
             response = self._chat_page.response(chat_values(facts))
         else:
@@ -225,4 +238,4 @@ class _Routes:
         return response
 
     async def docs(self, request: web.Request) -> web.Response:
-        return self._docs_page.response(docs_values(self._config, self._known(request)))
+        return self._docs_page.response(docs_values(self._config, request[TENANT] is not NOBODY))

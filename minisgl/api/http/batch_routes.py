@@ -1,4 +1,7 @@
-"""Serves /v1/files and /v1/batches: uploads, lists, and the state of batches.  Runs in the api process."""
+"""Serves /v1/files and /v1/batches: uploads, lists, and the state of batches.  Runs in the api process.
+
+What a tenant does not own it cannot tell from what does not exist.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 
 from minisgl.api.batches.log import opened, sync_file, write_all
-from minisgl.api.batches.store import Store, disk_error
+from minisgl.api.batches.store import Store, disk_error, not_found
 from minisgl.api.batches.worker import Batches, new_batch
 from minisgl.api.endpoints.table import BATCHED
+from minisgl.api.http.auth import TENANT
 from minisgl.api.http.body import body_too_large, check_encoding, json_handler, read_json
 from minisgl.api.requests.fields import Fields, Schema, json_object, required, string, without
 from minisgl.api.requests.openai import HARMLESS
@@ -60,12 +64,12 @@ class FileRoutes:
     def add_to(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/files", self.upload)
         router.add_get("/v1/files", self.list_files)
-        router.add_get("/v1/files/{file_id}", json_handler(self._file))
+        router.add_get("/v1/files/{file_id}", json_handler(lambda r: _shown(self._file(r))))
         router.add_get("/v1/files/{file_id}/content", self.content)
         router.add_delete("/v1/files/{file_id}", self.delete)
         router.add_post("/v1/batches", self.create)
         router.add_get("/v1/batches", self.list_batches)
-        router.add_get("/v1/batches/{batch_id}", json_handler(lambda r: self._batches.get(r.match_info["batch_id"])))
+        router.add_get("/v1/batches/{batch_id}", json_handler(lambda r: _shown(self._batch(r))))
         router.add_post("/v1/batches/{batch_id}/cancel", json_handler(self.cancel))
 
     @property
@@ -88,9 +92,9 @@ class FileRoutes:
             with _disk():
                 filename, purpose = await asyncio.wait_for(self._receive(request, part, taken), UPLOAD_SECONDS)
                 await asyncio.to_thread(sync_file, part)  # which may take long; a client that leaves meanwhile leaves nothing
-                value = self._store.adopt(part, filename, purpose)
+                value = self._store.adopt(part, filename, purpose, owner=request[TENANT].name)
             adopted = True
-            return web.json_response(value)
+            return web.json_response(_shown(value))
         except asyncio.TimeoutError:
             text = f"The file did not arrive: at most {IDLE_SECONDS:g} s between two pieces, {UPLOAD_SECONDS:g} s in all."
             raise RequestError(text, status=408, code="request_timeout") from None
@@ -146,11 +150,12 @@ class FileRoutes:
 
     async def list_files(self, request: web.Request) -> web.Response:
         store = self._store
-        return await _page(request, store.names("files", request.query.get("purpose")), lambda n: store.load("files", n, "id"))
+        names = store.names("files", request.query.get("purpose"), request[TENANT].owns)
+        return await _page(request, names, lambda n: store.load("files", n, "id"))
 
     async def list_batches(self, request: web.Request) -> web.Response:
         batches = self._batches
-        return await _page(request, batches.store.names("batches"), batches.get)
+        return await _page(request, batches.store.names("batches", owns=request[TENANT].owns), batches.get)
 
     async def content(self, request: web.Request) -> web.FileResponse:
         path = self._store.content(self._file(request)["id"])
@@ -166,25 +171,41 @@ class FileRoutes:
         return web.json_response({"id": name, "object": "file", "deleted": True})
 
     def _file(self, request: web.Request) -> dict[str, Any]:
-        return self._store.load("files", request.match_info["file_id"], "file_id")
+        name = request.match_info["file_id"]
+        return _owned(request, self._store.load("files", name, "file_id"), "file_id")
+
+    def _batch(self, request: web.Request) -> dict[str, Any]:
+        return _owned(request, self._batches.get(request.match_info["batch_id"]), "batch_id")
 
     # ---------------- batches
     async def create(self, request: web.Request) -> web.Response:
         store = self._store
         body = await read_json(request, self._config.server.max_body_bytes)
         values, unknown = BATCH.read(body)
-        source = store.load("files", values["input_file_id"], "input_file_id")
+        source = _owned(request, store.load("files", values["input_file_id"], "input_file_id"), "input_file_id")
         if source["purpose"] != "batch":
             raise InvalidParam("input_file_id", "the input file must have been uploaded with the purpose batch.")
         headers = ignored_header(self._config, BATCH, unknown)
-        batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"))
+        batch = new_batch(source["id"], values["endpoint"], "24h", values.get("metadata"), request[TENANT].name)
         with _disk():
             self._batches.create(batch)
-        return web.json_response(batch, headers=headers)
+        return web.json_response(_shown(batch), headers=headers)
 
     def cancel(self, request: web.Request) -> dict[str, Any]:
         with _disk():
-            return self._batches.cancel(request.match_info["batch_id"])
+            return _shown(self._batches.cancel(self._batch(request)["id"]))
+
+
+def _owned(request: web.Request, value: dict[str, Any], what: str) -> dict[str, Any]:
+    """An object that the request's tenant may have.  Raises RequestError (404) naming the parameter `what`."""
+    if not request[TENANT].owns(value.get("owner", "")):
+        raise not_found(value["id"], what)
+    return value
+
+
+def _shown(value: dict[str, Any]) -> dict[str, Any]:
+    """An object as clients see it."""
+    return {name: v for name, v in value.items() if name != "owner"}
 
 
 class _FileResponse(web.FileResponse):
@@ -242,7 +263,7 @@ async def _page(request: web.Request, names: list[str], load: Callable[[str], di
         objects = []
         for name in chosen:
             with contextlib.suppress(RequestError):  # deleted meanwhile
-                objects.append(json.dumps(load(name)).encode())
+                objects.append(json.dumps(_shown(load(name))).encode())
         end = json.dumps({"first_id": first, "last_id": last, "has_more": len(names) > len(chosen)}).encode()
         return b'{"object": "list", "data": [' + b", ".join(objects) + b"], " + end[1:]
 

@@ -1,6 +1,7 @@
 """Implements CORS (https://fetch.spec.whatwg.org/#http-cors-protocol): which pages of other origins may use the API.
 
---allow-origin lists them.  Without the flag no response has a CORS header, so browsers let no foreign page read one.
+--allow-origin lists them.  Without the flag no response has a CORS header, so browsers let no foreign page read one.  What a
+page may send without asking first (a "simple" request: a form, an upload) is refused, because it would be done unread.
 Runs in the api process.
 """
 
@@ -29,6 +30,8 @@ EXPOSED = (  # response headers that a page may read
 )
 _SECONDS = 600  # for which a browser may remember a preflight
 _MAX_ASKED = 64  # names in Access-Control-Request-Headers
+_SIMPLE = ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data")  # types that are sent unasked
+_READS = ("GET", "HEAD", "OPTIONS")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,64}")
 
 
@@ -36,19 +39,22 @@ def preflights(origins: tuple[str, ...]) -> Middleware:
     """Middleware that answers preflight requests: 204 for pages of `origins`, for others 403 with the flag that allows them.
 
     It runs before the API key check, because browsers send no key with a preflight.  It does not check that the route exists or
-    accepts the method: the request itself does, and the page can read its response.
+    accepts the method: the request itself does, and the page can read its response.  Requests that pages send without a
+    preflight are refused likewise.
     """
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         asked = request.headers
-        if request.method != "OPTIONS" or "Origin" not in asked or "Access-Control-Request-Method" not in asked:
-            return await handler(request)
-        if _allowed(request, origins) is None:
-            text = f"Pages of the origin {asked['Origin'][:200]} may not use this server: start it with --allow-origin ORIGIN"
+        preflight = request.method == "OPTIONS" and "Origin" in asked and "Access-Control-Request-Method" in asked
+        if (preflight or _unasked(request)) and "*" not in origins and _allowed(request, origins) is None:
+            origin = asked.get("Origin", "null")[:200]
+            text = f"Pages of the origin {origin} may not use this server: start it with --allow-origin ORIGIN"
             raise RequestError(
                 f"{text} to allow one, or with --allow-origin '*' to allow all.", status=403, code="origin_not_allowed"
             )
+        if not preflight:
+            return await handler(request)
         names = [name.strip().lower() for name in asked.get("Access-Control-Request-Headers", "").split(",")]
         more = [name for name in names[:_MAX_ASKED] if _TOKEN.fullmatch(name)]
         headers = {
@@ -74,6 +80,21 @@ def sharing(origins: tuple[str, ...]) -> Callable[[web.Request, web.StreamRespon
             response.headers["Access-Control-Expose-Headers"] = ", ".join(EXPOSED)
 
     return share
+
+
+def _unasked(request: web.Request) -> bool:
+    """Whether a page of another origin sends something that its browser has not asked for with a preflight.
+
+    No page can set Sec-Fetch-Site, which browsers send to https and to this machine, or Origin.  Programs have neither.
+    """
+    headers = request.headers
+    site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
+    if request.method in _READS or (site is None and origin is None) or site in ("same-origin", "none"):
+        return False
+    if site is None and origin is not None and origin.partition("://")[2].lower() == headers.get("Host", "").lower():
+        return False
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return kind in _SIMPLE and "Authorization" not in headers and "x-api-key" not in headers
 
 
 def _allowed(request: web.Request, origins: tuple[str, ...]) -> str | None:

@@ -20,7 +20,7 @@ def docs_values(config: Config, known: bool) -> dict[str, str]:
     return {
         "about": html.escape(about(config) if known else "This server needs an API key."),
         "unknown": said,
-        "keys": "" if config.server.api_keys else "hidden",
+        "keys": "" if config.server.api_keys or config.server.admin_api_keys else "hidden",
         "routes": "".join(part for route in ROUTES for part in _route(route, config)),
     }
 

@@ -76,8 +76,8 @@ ROUTES = (
     Route("get", "/version", "The version of this server."),
     Route("get", "/ready", "200 when requests are served, 503 otherwise.", refusals=(503,)),
     Route("get", "/metrics", "Prometheus text.", gives=("text/plain",)),
-    Route("get", "/server_info", "What runs here, and the scheduler's statistics."),
-    Route("post", "/flush_cache", "Empty the prefix cache."),
+    Route("get", "/server_info", "What runs here, and the scheduler's statistics; more for administrators."),
+    Route("post", "/flush_cache", "Empty the prefix cache; for administrators.", refusals=(401, 403)),
     Route("get", "/", _START, gives=_START_KINDS),
     Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),
@@ -96,18 +96,19 @@ def document(config: Config) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {"Error": ERROR, "MessageError": MESSAGE_ERROR}},
     }
-    if config.server.api_keys:
+    if config.server.api_keys or config.server.admin_api_keys:
         out["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
         }
-        out["security"] = [{"bearer": []}, {"x-api-key": []}]
+        out["security"] = [{"bearer": []}, {"x-api-key": []}, *([] if config.server.api_keys else [{}])]
     return out
 
 
 _REFUSALS = {
     400: "The request cannot be used; `param` names the field.",
     401: "An API key is needed.",
+    403: "Not with this API key.",
     404: "There is no such thing: a model, a file, a batch.",
     408: "The request did not arrive in time.",
     409: "Not in this state.",
