@@ -237,9 +237,16 @@ def test_whatever_call_the_disk_refuses_everything_is_done_once_it_has_room_agai
         asyncio.run(check(tmp_path / f"{at}", told, "process"))
 
 
-@pytest.mark.parametrize(
-    "tail", [b"", b'{"id": "batch_req_2", "custom_id": "q2"', b'{"custom_id": "q2"\0\0}\n', b"\0" * 99, b"{\n"]
-)
+TAILS = {
+    "whole": b"",
+    "torn": b'{"id": "2", "custom_id": "q2"',
+    "lost": b'{"custom_id": "q2"\0\0}\n',
+    "nothing": b"\0" * 99,
+    "brace": b"{\n",
+}
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_a_cancelled_batch_keeps_whole_lines_and_no_others(tmp_path: Path, tail: bytes) -> None:
     store = Store(str(tmp_path))
     batch = {**new_batch(upload(store, LINES), CHAT, "24h", None), "status": "cancelling"}
@@ -274,4 +281,22 @@ def test_what_a_failed_write_has_left_is_no_part_of_the_next_line(tmp_path: Path
     assert [json.loads(line)["custom_id"] for line in log.path.read_bytes().splitlines()] == ["a", "c"]
     assert store.used == used + log.path.stat().st_size
     log.close()
+    store.close()
+
+
+def test_lines_that_could_not_be_synced_are_not_kept(tmp_path: Path) -> None:
+    """The next sync would succeed and say nothing: the kernel has forgotten the pages."""
+    store = Store(str(tmp_path))
+    log = store.log("batch_x", "output")
+    log.append({"custom_id": "a"})
+    log.close()
+    with Disk(tmp_path, 1, NO_ROOM[2]).attached():
+        log = store.log("batch_x", "output")
+        log.append({"custom_id": "b"})
+        with pytest.raises(OSError, match="Input/output"):
+            log.sync()
+        log.append({"custom_id": "c"})
+    log.close()
+    assert [json.loads(line)["custom_id"] for line in log.path.read_bytes().splitlines()] == ["a", "c"]
+    assert store.used == log.path.stat().st_size
     store.close()
