@@ -58,6 +58,7 @@ class BatchClient:
         url: str = DEFAULT_URL,
         socket: str | None = None,
         window: int = 256,
+        *,
         wait: float = 0.0,
         say: Callable[[str], object] = lambda text: None,
         api_key: str = "",

@@ -130,7 +130,7 @@ def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, er
         return
     key = next(iter(key_lines(args.api_key_file)), "") if args.api_key_file else ""
     bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
-    with bar, BatchClient(args.url, args.socket, args.window, args.wait, say, key) as client:
+    with bar, BatchClient(args.url, args.socket, args.window, wait=args.wait, say=say, api_key=key) as client:
         for result in client.run(todo):
             body = _json(result.body)
             if not answered(result):

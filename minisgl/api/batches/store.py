@@ -45,7 +45,8 @@ class Store:
     def __init__(self, directory: str, max_bytes: int = 10 << 30) -> None:
         self.root, self.max_bytes = Path(directory), max_bytes
         self.used = 0  # bytes
-        self._lists: dict[str, dict[str, str]] = {"files": {}, "batches": {}}  # by room: the purpose of each object by its id, the oldest first
+        # By room: the purpose of each object by its id, the oldest first.
+        self._lists: dict[str, dict[str, str]] = {"files": {}, "batches": {}}
         self._owners: dict[str, str] = {}  # of objects that have one
         try:
             for name in ("files", "batches"):
