@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from minisgl.api.engine import Engine, OnChunk, Prompt, WrappedEngine
+from minisgl.api.engine import ChatPrompt, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt, WrappedEngine
 from minisgl.api.request_log import Account
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -38,11 +40,29 @@ class Callers:
 
 
 class _Caller(WrappedEngine):
-    """Marks the requests of one call."""
+    """Marks the requests and questions of one call, whose time runs from here."""
 
     def __init__(self, engine: Engine, client: int, call: int, batch: bool, account: Account | None) -> None:
         super().__init__(engine)
         self._client, self._call, self._batch, self._account = client, call, batch, account
+        self._began = time.monotonic()
+
+    def _marked(self, options: RequestOptions) -> RequestOptions:
+        return replace(options, client=self._client, call=self._call, began=self._began)
+
+    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None:
+        super().check_open(self._marked(options), generates=generates)
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return super().tokenize(prompt, on_ids, self._marked(options))
+
+    def detokenize(
+        self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
+        return super().detokenize(ids, skip_special, on_text, self._marked(options))
+
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return super().check_grammar(grammar, field, on_grammar, self._marked(options))
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
@@ -52,7 +72,7 @@ class _Caller(WrappedEngine):
         elif priority > most:
             text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
-        marked = replace(options, priority=priority, client=self._client, call=self._call)
+        marked = replace(self._marked(options), priority=priority)
         if self._account is not None:
             on_chunk = self._account.watch(prompt, on_chunk)
         return super().open(prompt, params, on_chunk, marked)

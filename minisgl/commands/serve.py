@@ -135,6 +135,7 @@ class _Server:
         self.start = start
         self.done = asyncio.Event()
         self.watched: set[int] = set()
+        self.timer: asyncio.TimerHandle | None = None
         self.announced = False
 
     async def main(self) -> int:
@@ -179,6 +180,7 @@ class _Server:
             )
             self.pump()
             self.tick()
+            self.system.gateway.sooner = lambda: loop.call_soon(self.tick)
             await self.done.wait()
             if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
@@ -188,6 +190,8 @@ class _Server:
             await runner.cleanup()
             load.close()
         finally:
+            if self.timer is not None:
+                self.timer.cancel()
             for fd in self.watched:
                 loop.remove_reader(fd)
             self.system.close()
@@ -207,11 +211,12 @@ class _Server:
             self.done.set()
 
     def tick(self) -> None:
-        """Have done what is due by the clock, again and again."""
+        """Have done what is due by the clock, again and again; called at once when something is due earlier."""
         seconds = self.system.tick()
         self.watch()
-        if not self.done.is_set():
-            asyncio.get_running_loop().call_later(seconds, self.tick)
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
