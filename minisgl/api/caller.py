@@ -35,8 +35,12 @@ class Callers:
 
         `batch`: nobody waits for the answer.  `account`: where its tokens are counted.
         """
+        return _Caller(self._engine, self.client(who), next(self._calls), batch, account)
+
+    def client(self, who: str) -> int:
+        """The number of a client."""
         digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
-        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch, account)
+        return int.from_bytes(digest, "little")
 
 
 class _Caller(WrappedEngine):
@@ -50,8 +54,8 @@ class _Caller(WrappedEngine):
     def _marked(self, options: RequestOptions) -> RequestOptions:
         return replace(options, client=self._client, call=self._call, began=self._began)
 
-    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None:
-        super().check_open(self._marked(options), generates=generates)
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        super().check_open(self._client, generates)
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         return super().tokenize(prompt, on_ids, self._marked(options))

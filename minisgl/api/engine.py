@@ -132,8 +132,8 @@ class Engine(Protocol):
         full, 400 when oversized.
         """
 
-    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None:
-        """Raise the RequestError with which `open`, or without `generates` a question, would refuse any prompt now."""
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        """Raise the RequestError with which `open`, or without `generates` a question, would refuse any prompt of it now."""
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Tokenize a prompt without continuing it; returns a uid.  `on_ids` is called once, later.  Raises as `open` does.
@@ -188,8 +188,8 @@ class WrappedEngine:
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         return self._engine.open(prompt, params, on_chunk, options)
 
-    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None:
-        self._engine.check_open(options, generates=generates)
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        self._engine.check_open(client, generates)
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         return self._engine.tokenize(prompt, on_ids, options)

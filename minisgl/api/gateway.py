@@ -100,7 +100,7 @@ class Gateway(Actor):
         return len(self._ledger) + len(self._questions)
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        self.check_open(options)
+        self.check_open(options.client)
         self._check_vocabulary(params)
         if params.grammar and not self.config.model.eos_ids:
             text = "A grammar needs a model with an EOS token, to end its answers."
@@ -123,7 +123,7 @@ class Gateway(Actor):
         return entry.uid
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        self.check_open(options, generates=False)
+        self.check_open(options.client, generates=False)
         self._last_uid += 1
         source = _source(prompt, DEFAULT_OPTIONS)
         self._tokenizers.send(self._last_uid, prompt, source)
@@ -132,14 +132,14 @@ class Gateway(Actor):
     def detokenize(
         self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
     ) -> int:
-        self.check_open(options, generates=False)
+        self.check_open(options.client, generates=False)
         checked = self._check_ids(ids, "tokens")
         self._last_uid += 1
         self._tokenizers.send_ids(self._last_uid, checked, skip_special)
         return self._ask(on_text, "tokens", options)
 
     def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        self.check_open(options, generates=False)
+        self.check_open(options.client, generates=False)
         self._last_uid += 1
         self._ask_checker(msg.CheckGrammar(self._last_uid, grammar, field))
         return self._ask(on_grammar, field, options)
@@ -168,12 +168,12 @@ class Gateway(Actor):
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
 
-    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None:
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
         if self.state == "starting":
             raise model_loading()
         if self.state != "ready":
             raise RequestError("The server is shutting down.", status=503, code="server_draining", retry_after=5)
-        self._admission.check(self.config.server, options.client, generates=generates)
+        self._admission.check(self.config.server, client, generates=generates)
 
     def _enter(self, uid: int, options: RequestOptions, *, generates: bool) -> None:
         """A request or a question is open from now on."""

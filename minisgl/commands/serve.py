@@ -136,7 +136,7 @@ class _Server:
         self.done = asyncio.Event()
         self.watched: set[int] = set()
         self.timer: asyncio.TimerHandle | None = None
-        self.announced = False
+        self.announced = self.closed = False
 
     async def main(self) -> int:
         import setproctitle
@@ -144,8 +144,10 @@ class _Server:
 
         from minisgl.api.batches.socket import BatchServer
         from minisgl.api.batches.store import Store
+        from minisgl.api.http.acceptor import Acceptor
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
+        from minisgl.api.http.door import DOOR
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
@@ -175,9 +177,8 @@ class _Server:
             server = runner.server
             if server is None:
                 raise RuntimeError("the runner has been set up")
-            listener = await loop.create_server(
-                lambda: Connection(server, HEADER_SECONDS, request_log), sock=self.sock, backlog=1024
-            )
+            door = app[DOOR]
+            listener = Acceptor(self.sock, lambda: Connection(server, HEADER_SECONDS, request_log, door), door)
             self.pump()
             self.tick()
             self.system.gateway.sooner = lambda: loop.call_soon(self.tick)
@@ -190,6 +191,7 @@ class _Server:
             await runner.cleanup()
             load.close()
         finally:
+            self.closed = True
             if self.timer is not None:
                 self.timer.cancel()
             for fd in self.watched:
@@ -200,6 +202,8 @@ class _Server:
     # ---------------- serving
     def pump(self) -> None:
         """Handle messages of the child processes; called when one of their descriptors is readable."""
+        if self.closed:
+            return
         if self.system.pump(0):
             asyncio.get_running_loop().call_soon(self.pump)  # the loop serves sockets in between
         self.watch()
@@ -212,6 +216,8 @@ class _Server:
 
     def tick(self) -> None:
         """Have done what is due by the clock, again and again; called at once when something is due earlier."""
+        if self.closed:
+            return
         seconds = self.system.tick()
         self.watch()
         if self.timer is not None:

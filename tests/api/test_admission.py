@@ -225,11 +225,11 @@ def test_a_questions_place_is_its_clients() -> None:
     for refused in (
         lambda: w.gateway.detokenize((1,), False, lambda _: None, ALICE),
         lambda: w.gateway.open(TokenPrompt((1,)), SamplingParams(), lambda _: None, ALICE),
-        lambda: w.gateway.check_open(ALICE),
-        lambda: w.gateway.check_open(ALICE, generates=False),
+        lambda: w.gateway.check_open(ALICE.client),
+        lambda: w.gateway.check_open(ALICE.client, generates=False),
     ):
         with pytest.raises(RequestError, match="4 open requests"):
             refused()
-    w.gateway.check_open(BOB)
+    w.gateway.check_open(BOB.client)
     w.gateway.end()
     check_empty(w.gateway._admission)

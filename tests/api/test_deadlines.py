@@ -160,6 +160,7 @@ def test_the_server_looks_at_the_clock_again_when_a_deadline_comes_first() -> No
     async def main() -> None:
         server: Any = serve._Server.__new__(serve._Server)
         server.system, server.watched, server.timer, server.done = Clock(), set(), None, asyncio.Event()
+        server.closed = False
         server.tick()
         first = server.timer
         server.done.set()  # it drains: deadlines are kept all the same

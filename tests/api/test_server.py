@@ -111,7 +111,7 @@ class ScriptedEngine:
         first = (TokenLogprob(5, b"P", None, 0, ()),) if params.echo and at == 0 else ()
         return (*first, TokenLogprob(at, (b"Hel", b"\xe2", b"lo", b"end")[at], -1.0 - at, at + 1, top))
 
-    def check_open(self, options: RequestOptions = DEFAULT_OPTIONS, *, generates: bool = True) -> None: ...
+    def check_open(self, client: int = 0, generates: bool = True) -> None: ...
 
     def tokenize(self, prompt: Prompt, take: Callable[[Any], None], options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Every character is a token."""

@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import uuid
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 from aiohttp.web_protocol import _ErrInfo
 
+from minisgl.api.http.door import Door, Doorkeeper
 from minisgl.api.request_log import RequestLog
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
@@ -20,7 +22,9 @@ _END = b"\r\n\r\n"
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol of one connection, for the `server` of an AppRunner, with two changes.
+    """aiohttp's protocol of one connection, for the `server` of an AppRunner, with three changes.
+
+    With a `door`, requests that the engine has no place for are refused there.
 
     aiohttp waits without limit for the end of a first request's headers, so a few thousand silent connections would take every
     file descriptor.  Here they have `seconds`.
@@ -29,11 +33,20 @@ class Connection(web.RequestHandler):
     answers with OpenAI's error body.  A body that breaks off in such bytes would leave its reader waiting for the rest.
     """
 
-    __slots__ = ("_request_log", "_seconds", "_tail", "_timer")
+    __slots__ = ("_door", "_request_log", "_seconds", "_tail", "_timer")
 
-    def __init__(self, server: web.Server, seconds: float = HEADER_SECONDS, request_log: RequestLog | None = None) -> None:
+    def __init__(
+        self,
+        server: web.Server,
+        seconds: float = HEADER_SECONDS,
+        request_log: RequestLog | None = None,
+        door: Door | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
+        self._door = door
+        if door is not None:
+            self._parser = cast(Any, Doorkeeper(self._parser, self._refuse))
         self._seconds, self._request_log = seconds, request_log or RequestLog()
         self._tail = b""  # the last bytes of headers that are not complete
         self._timer: asyncio.TimerHandle | None = None
@@ -58,6 +71,21 @@ class Connection(web.RequestHandler):
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
             )
             self.transport.close()
+
+    def _refuse(self, message: Any, body: Any) -> bool:
+        """Answer a message at the door.  False: it goes on, which it does where another one is not answered yet."""
+        idle = not self._messages and self._waiter is not None and not self._waiter.done()
+        if not idle or self._door is None or self.transport is None:
+            return False
+        peer = self.peername
+        answer = self._door.refusal(message, body, str(peer[0] if isinstance(peer, (list, tuple)) and peer else peer or ""))
+        if answer is None:
+            return False
+        self.transport.write(answer)
+        self._next_keepalive_close_time = self._loop.time() + self.keepalive_timeout
+        if message.should_close:
+            self.transport.close()
+        return True
 
     def data_received(self, data: bytes) -> None:
         if self._timer is not None:
