@@ -20,7 +20,7 @@ from minisgl.api.http.door import Door
 
 log = logging.getLogger("minisgl.api")
 BACKLOG = 1 << 14  # connections that wait in the kernel, which takes its own limit (somaxconn) where that is lower
-_ACCEPTED, _SERVED, _REFUSED = 256, 16, 64  # in one turn of the loop
+_ACCEPTED, _SERVED, _REFUSED = 256, 8, 32  # in one turn of the loop
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
 _PAUSE = 0.5  # seconds, where no descriptor is left
 
