@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import logging
 import os
 import signal
@@ -76,7 +77,9 @@ def _serve(args: argparse.Namespace, start: float) -> int:
         spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
-        return asyncio.run(_Server(config, sock, start, given=given_of(args)).main())
+        from minisgl.api.http.fair_loop import run as run_fair
+
+        return run_fair(_Server(config, sock, start, given=given_of(args)).main())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -211,6 +214,8 @@ class _Server:
         if state == "ready" and not self.announced:
             self.announced = True
             self.announce()
+            gc.collect()
+            gc.freeze()  # what is loaded stays: looking through it again would stop all streams for a tenth of a second
         if state == "dead":
             self.done.set()
 
@@ -226,11 +231,15 @@ class _Server:
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
+        from minisgl.api.http.fair_loop import FairLoop
+
         loop, current = asyncio.get_running_loop(), set(self.system.fds())
         for fd in current - self.watched:
             loop.add_reader(fd, self.pump)
         for fd in self.watched - current:
             loop.remove_reader(fd)
+        if current != self.watched and isinstance(loop, FairLoop):
+            loop.prefer(current)
         self.watched = current
 
     def announce(self) -> None:

@@ -7,11 +7,11 @@ once from another process and another address, FLOODS times.  Meanwhile a third 
 One JSON line a flood:
 
 refused_p50_ms, refused_p99_ms   from the last byte sent to the first byte of a refusal, the ways through the kernel included
-last_answer_s                    from the first connection of the flood to the last answer; `opened_s`: to the last connection
+last_answer_s                    from the flood's first connection to its last answer; `opened_s`: to its last connection
 pause_ms                         the longest time between two pieces of one of the four streams; `alone_ms` before the floods
 third                            the answers to the third client by status, and the longest time that one took
 rss_mb                           memory of the api process after the flood
-ok                               refusals are 429, the last came within 3 s, and no pause was 100 ms longer than the longest alone
+ok                               refusals are 429, the last within 3 s, and no pause was 100 ms longer than the longest alone
 
 The last line says whether all were, and whether memory grew by less than GROWTH_MB from the first flood to the last.  The time
 of this machine is measured, so nothing else should run on it.

@@ -2,10 +2,10 @@
 
     python -m scripts.lib.flood URL REQUESTS ADDRESS
 
-Every request has a connection of its own, from ADDRESS; all connections are opened before any is used.  Those that were admitted
-ask for long answers: when no answer has come for QUIET seconds, they are given up.  Prints one JSON object: answers by status,
-how long refusals took from the last byte sent to the first byte received, and when the last one came, counted from the first
-connection.
+Every request has a connection of its own, from ADDRESS; all connections are opened before any is used.  Those that were
+admitted ask for long answers: when no answer has come for QUIET seconds, they are given up.  Prints one JSON object: answers by
+status, how long refusals took from the last byte sent to the first byte received, and when the last one came, counted from the
+first connection.
 """
 
 from __future__ import annotations
