@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import select
 import selectors
-import sys
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -39,10 +38,11 @@ class FairLoop(asyncio.SelectorEventLoop):
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """asyncio.run on such a loop; before Python 3.11, which cannot be told the loop, on the usual one."""
-    if sys.version_info < (3, 11):
+    if (runner_type := getattr(asyncio, "Runner", None)) is None:
         return asyncio.run(main)
-    with asyncio.Runner(loop_factory=FairLoop) as runner:
-        return runner.run(main)
+    with runner_type(loop_factory=FairLoop) as runner:
+        result: T = runner.run(main)
+    return result
 
 
 class _Bounded:
