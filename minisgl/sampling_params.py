@@ -54,9 +54,8 @@ class Finish(enum.IntEnum):
     STOP = 1  # an EOS token, a stop token or a stop string
     LENGTH = 2  # max_tokens or the context was reached
     ABORT = 3  # the client went away or cancelled
-    TIMEOUT = 4  # its deadline passed
-    GRAMMAR = 5  # its grammar became too complex to follow
-    NAN = 6  # its logits were no finite numbers
+    GRAMMAR = 4  # its grammar became too complex to follow
+    NAN = 5  # its logits were no finite numbers
 
     @property
     def reason(self) -> str | None:
@@ -69,7 +68,8 @@ class RequestOptions:
     """How a request is scheduled and answered, apart from its text.
 
     `priority`: higher runs first and is retracted last.  `timeout`: seconds from arrival until it is ended with an error, 0 for
-    none.  `cache_salt`: prompts share cached prefixes only with prompts of the same salt.
+    none; `began`: when it arrived, on the clock of the api process, 0: now.  `cache_salt`: prompts share cached prefixes only
+    with prompts of the same salt.
 
     `client` and `call`: whose request it is, as opaque numbers.  Clients share the engine equally, calls of a client its share.
 
@@ -84,6 +84,7 @@ class RequestOptions:
     pooling: str = ""
     client: int = 0
     call: int = 0
+    began: float = 0.0
 
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)

@@ -102,6 +102,20 @@ class PlainDetokenizer(Actor):
         self.ctx.send("api", Text(m.uids, m.counts, m.tokens, m.finish, cached, ("",) * len(m.uids)))
 
 
+def prompt(n: int, first: int = 1) -> list[int]:
+    """`n` tokens; prompts with different `first` share no page."""
+    return [(first + i * (1 + first % 5)) % (VOCAB - 1) + 1 for i in range(n)]
+
+
+def talker(n: int, at_least: int, first: int = 1) -> list[int]:
+    """A prompt of `n` tokens whose answer goes on for `at_least` tokens before its EOS."""
+    for salt in range(first, 5000):
+        ids = [salt % (VOCAB - 1) + 1, salt // (VOCAB - 1) % (VOCAB - 1) + 1, *prompt(n - 2, first)][:n]
+        if len(expected_tokens(ids, at_least, VOCAB, (EOS,))) == at_least:
+            return ids
+    raise AssertionError("no such prompt")
+
+
 class World:
     """Gateway, scheduler, workers (fake runner) and a plain detokenizer in one LocalSystem."""
 
@@ -250,7 +264,7 @@ class Loop:
         for uid, end in self.ends.items():
             ids, most = self.asked[uid]
             want, got = expected_tokens(ids, most, VOCAB, (EOS,)), self.said[uid]
-            if end in (Finish.ABORT, Finish.TIMEOUT):
+            if end is Finish.ABORT:
                 assert got == want[: len(got)]
             else:
                 assert got == want

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from minisgl.api.engine import Engine, OnChunk, Prompt, WrappedEngine
+from minisgl.api.engine import ChatPrompt, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt, WrappedEngine
 from minisgl.api.request_log import Account
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -34,19 +36,41 @@ class Callers:
         `batch`: nobody waits for the answer.  `account`: where its tokens are counted.  `tenant`: whose cached prefixes it may
         use, "" without keys (with --salt-by-key off there is no difference).
         """
-        digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
         tenant = tenant if self._engine.config.server.salt_by_key == "on" else ""
-        return _Caller(self._engine, int.from_bytes(digest, "little"), next(self._calls), batch, account, tenant)
+        return _Caller(self._engine, self.client(who), next(self._calls), batch, account, tenant)
+
+    def client(self, who: str) -> int:
+        """The number of a client."""
+        digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), key=self._secret, digest_size=7).digest()
+        return int.from_bytes(digest, "little")
 
 
 class _Caller(WrappedEngine):
-    """Marks the requests of one call."""
+    """Marks the requests and questions of one call, whose time runs from here."""
 
     def __init__(  # noqa: PLR0917
         self, engine: Engine, client: int, call: int, batch: bool, account: Account | None, tenant: str
     ) -> None:
         super().__init__(engine)
         self._client, self._call, self._batch, self._account, self._tenant = client, call, batch, account, tenant
+        self._began = time.monotonic()
+
+    def _marked(self, options: RequestOptions) -> RequestOptions:
+        return replace(options, client=self._client, call=self._call, began=self._began)
+
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        super().check_open(self._client, generates)
+
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return super().tokenize(prompt, on_ids, self._marked(options))
+
+    def detokenize(
+        self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
+        return super().detokenize(ids, skip_special, on_text, self._marked(options))
+
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return super().check_grammar(grammar, field, on_grammar, self._marked(options))
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Raises InvalidParam for a priority above the server's --max-priority; that of a batch is lowered instead."""
@@ -57,7 +81,7 @@ class _Caller(WrappedEngine):
             text = f"priority must be at most {most} here, got {priority}; the operator may allow more (--max-priority)."
             raise InvalidParam("priority", text)
         salt = _salt(self._tenant, options.cache_salt) if self._tenant else options.cache_salt
-        marked = replace(options, priority=priority, client=self._client, call=self._call, cache_salt=salt)
+        marked = replace(self._marked(options), priority=priority, cache_salt=salt)
         if self._account is not None:
             on_chunk = self._account.watch(prompt, on_chunk)
         return super().open(prompt, params, on_chunk, marked)

@@ -143,13 +143,21 @@ class Engine(Protocol):
         full, 400 when oversized.
         """
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
-        """Tokenize a prompt without continuing it; returns a uid.  `on_ids` is called once, later.  Raises as `open` does."""
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        """Raise the RequestError with which `open`, or without `generates` a question, would refuse any prompt of it now."""
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        """Tokenize a prompt without continuing it; returns a uid.  `on_ids` is called once, later.  Raises as `open` does.
+
+        `options`, of this and the other questions: whose it is, and by when it must be answered.
+        """
+
+    def detokenize(
+        self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
         """Make the text of token ids; returns a uid.  `on_text` is called once, later.  Raises as `open` does."""
 
-    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Try a grammar out within limits of time and memory; returns a uid.  `field` is the request field that prescribes it.
 
         `on_grammar` is called once, later, with the text to serve or the InvalidParam that refuses it.  Raises as `open` does.
@@ -202,14 +210,19 @@ class WrappedEngine:
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         return self._engine.open(prompt, params, on_chunk, options)
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
-        return self._engine.tokenize(prompt, on_ids)
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
+        self._engine.check_open(client, generates)
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
-        return self._engine.detokenize(ids, skip_special, on_text)
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return self._engine.tokenize(prompt, on_ids, options)
 
-    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
-        return self._engine.check_grammar(grammar, field, on_grammar)
+    def detokenize(
+        self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
+        return self._engine.detokenize(ids, skip_special, on_text, options)
+
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        return self._engine.check_grammar(grammar, field, on_grammar, options)
 
     def close(self, uid: int) -> None:
         self._engine.close(uid)

@@ -29,6 +29,8 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingSpec, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.wire import BadMessage
+from minisgl.api.admission import AdmissionControl
+from minisgl.api.deadlines import Deadlines
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.api.trials import Trials
@@ -42,6 +44,7 @@ from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, Sam
 _UNFINISHED = Finish.NONE  # looked up once: the lookup of an enumeration's member costs more than the rest of a row
 IMPOSSIBLE = -9999.0  # for minus infinity, which JSON lacks; OpenAI and vLLM write the same number
 _TICK_SECONDS = 0.5  # between two looks at the clock while nothing is due
+_AT_ONCE = 256  # requests that end by their deadlines in one tick
 _MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: consecutive uids become distant seeds
 
 
@@ -100,6 +103,11 @@ class Gateway(Actor):
         self._trials: Trials[Entry] = Trials()
         self._last_uid = self._opened = 0
         self._oldest = 0  # names below are forgotten by the detokenizer
+        self._admission = AdmissionControl(config.engine.max_running)
+        self._deadlines = Deadlines()
+        self._next_tick = 0.0  # when `tick` has asked to be called
+        self.sooner: Callable[[], object] = lambda: None  # called when something is due before that
+        self.timeouts = 0  # requests that missed their deadline
         self._stopped: set[str] = set()
 
     # ---------------- the Engine protocol
@@ -108,7 +116,7 @@ class Gateway(Actor):
         return len(self._ledger) + len(self._questions)
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        self._check_open()
+        self.check_open(options.client)
         self._check_vocabulary(params)
         if params.grammar and not self.config.model.eos_ids:
             text = "A grammar needs a model with an EOS token, to end its answers."
@@ -118,47 +126,51 @@ class Gateway(Actor):
         if isinstance(prompt, TokenPrompt):
             ids = self._check_ids(prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
+            self._enter(entry.uid, options, generates=True)
             try:
                 self._start(entry, ids)
             except RequestError:
-                del self._ledger[entry.uid]
+                self._leave(entry.uid)
                 raise
             return entry.uid
         self._tokenizers.send(entry.uid, prompt, entry.source, params.reasoning)
         self._ledger[entry.uid] = entry
+        self._enter(entry.uid, options, generates=True)
         return entry.uid
 
-    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds) -> int:
-        self._check_open()
+    def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        self.check_open(options.client, generates=False)
         uid, source = self._new_uid(), _source(prompt, DEFAULT_OPTIONS)
         self._tokenizers.send(uid, prompt, source)
-        self._questions[uid] = on_ids, source
-        return uid
+        return self._ask(uid, on_ids, source, options)
 
-    def detokenize(self, ids: Sequence[int], skip_special: bool, on_text: OnText) -> int:
-        self._check_open()
+    def detokenize(
+        self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
+        self.check_open(options.client, generates=False)
         checked, uid = self._check_ids(ids, "tokens"), self._new_uid()
         self._tokenizers.send_ids(uid, checked, skip_special)
-        self._questions[uid] = on_text, "tokens"
-        return uid
+        return self._ask(uid, on_text, "tokens", options)
 
-    def check_grammar(self, grammar: str, field: str, on_grammar: OnText) -> int:
-        self._check_open()
+    def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
+        self.check_open(options.client, generates=False)
         m = msg.CheckGrammar(self._new_uid(), grammar, field)
         try:
             self.ctx.send("checker", m)
         except UnicodeEncodeError as e:
-            raise InvalidParam(m.field, f"{m.field} holds half of a surrogate pair, which is not text.") from e
+            raise InvalidParam(field, f"{field} holds half of a surrogate pair, which is not text.") from e
         self._grammars[m.uid] = m
-        self._questions[m.uid] = on_grammar, field
-        return m.uid
+        return self._ask(m.uid, on_grammar, field, options)
+
+    def _ask(self, uid: int, on_answer: Callable[[Any], None], source: str, options: RequestOptions) -> int:
+        self._questions[uid] = on_answer, source
+        self._enter(uid, options, generates=False)
+        return uid
 
     def close(self, uid: int) -> None:
-        self._questions.pop(uid, None)
-        self._grammars.pop(uid, None)
         if (entry := self._ledger.get(uid)) is not None:
             self._cancel(entry)
-            self._remove(entry)
+        self._leave(uid)
 
     def accepted(self, uid: int) -> bool:
         return (entry := self._ledger.get(uid)) is None or entry.ids is not None
@@ -174,25 +186,45 @@ class Gateway(Actor):
             del self._sent[entry.name]
             entry.name, entry.started = 0, False
 
-    def _remove(self, entry: Entry) -> None:
-        """Take a request that has ended out of the books."""
-        del self._ledger[entry.uid]
-        self._sent.pop(entry.name, None)
-        if self._trials.open:
-            self._trials.withdraw(entry)
-            self._go_on_with_trials()
-
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
 
-    def _check_open(self) -> None:
+    def check_open(self, client: int = 0, generates: bool = True) -> None:
         if self.state == "starting":
             raise model_loading()
         if self.state not in ("ready", "recovering"):
             raise RequestError("The server is shutting down.", status=503, code="server_draining", retry_after=5)
-        if (n := self.open_requests) >= self.config.server.max_open_requests:
-            text = f"The server has {n} open requests, its limit; try again in a moment."
-            raise RequestError(text, status=429, code="server_overloaded", retry_after=1)
+        self._admission.check(self.config.server, client, generates=generates)
+
+    def _enter(self, uid: int, options: RequestOptions, *, generates: bool) -> None:
+        """A request or a question is open from now on."""
+        self._admission.enter(uid, options.client, generates=generates)
+        if options.timeout:
+            when = self._deadlines.add(uid, options.began or self.ctx.now(), options.timeout)
+            self.wake_at = self._deadlines.next
+            if when < self._next_tick:
+                self._next_tick = when
+                self.sooner()
+
+    def _leave(self, uid: int) -> None:
+        """It has ended, however.  Called again, does nothing."""
+        entry = self._ledger.pop(uid, None)
+        self._questions.pop(uid, None)
+        self._grammars.pop(uid, None)
+        self._admission.leave(uid)
+        self._deadlines.discard(uid)
+        self.wake_at = self._deadlines.next
+        if entry is not None:
+            self._sent.pop(entry.name, None)
+            if self._trials.open:
+                self._trials.withdraw(entry)
+                self._go_on_with_trials()
+
+    def _question(self, uid: int) -> tuple[Callable[[Any], None], str] | None:
+        """The question with this uid, which is answered now; None for a request."""
+        if (question := self._questions.get(uid)) is not None:
+            self._leave(uid)
+        return question
 
     def _check_vocabulary(self, params: SamplingParams) -> None:
         vocab = self.config.model.vocab_size
@@ -214,7 +246,27 @@ class Gateway(Actor):
 
     def tick(self, now: float) -> float:
         """Do what is due at `now` (seconds of `ctx.now()`); returns the seconds until the next call, at the latest."""
-        return _TICK_SECONDS
+        for uid, timeout in self._deadlines.passed(now, _AT_ONCE):
+            self._expire(uid, timeout)
+        seconds = max(0.0, min(_TICK_SECONDS, self._deadlines.next - now))
+        self._next_tick, self.wake_at = now + seconds, self._deadlines.next
+        return seconds
+
+    def idle(self) -> bool:
+        """Runs where all actors live in one thread, and nobody else calls `tick`."""
+        self.tick(self.ctx.now())
+        return False
+
+    def _expire(self, uid: int, timeout: float) -> None:
+        """End what has missed its deadline, wherever it is."""
+        self.timeouts += 1
+        self.stats = self.stats | {"timeouts": self.timeouts}
+        entry, question = self._ledger.get(uid), self._questions.get(uid)
+        self.close(uid)
+        if entry is not None:
+            entry.on_chunk(_timeout(timeout, len(entry.delivered)))
+        elif question is not None:
+            question[0](_timeout(timeout, 0))
 
     # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:
@@ -228,6 +280,7 @@ class Gateway(Actor):
             raise context_overflow(entry.source, context, n + (requested or 0), parts)
         if self._trials.knows(ids, self.ctx.now()):
             raise _poison()
+        self._admission.read(entry.uid, n, self.config.server)
         entry.ids = ids
         if requested is None:
             bound = self.config.server.default_max_tokens
@@ -276,7 +329,7 @@ class Gateway(Actor):
         if (taken := self._tokenizers.take(m.uid, m.n)) is None:
             return
         uid, ids = taken
-        if (question := self._questions.pop(uid, None)) is not None:
+        if (question := self._question(uid)) is not None:
             question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(uid)) is not None:  # otherwise its client has left
             if m.thinking is not None:
@@ -289,13 +342,12 @@ class Gateway(Actor):
     @on(msg.Detokenized)
     def detokenized(self, m: msg.Detokenized) -> None:
         uid = self._tokenizers.drop(m.uid)
-        if uid is not None and (question := self._questions.pop(uid, None)) is not None:
+        if uid is not None and (question := self._question(uid)) is not None:
             question[0](m.text)
 
     @on(msg.GrammarChecked)
     def grammar_checked(self, m: msg.GrammarChecked) -> None:
-        self._grammars.pop(m.uid, None)
-        if (question := self._questions.pop(m.uid, None)) is not None:
+        if (question := self._question(m.uid)) is not None:
             question[0](m.grammar)
 
     @on(msg.TokenizerInfo)
@@ -309,12 +361,13 @@ class Gateway(Actor):
     def embedded(self, m: msg.Embedded) -> None:
         entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
-            self._remove(entry)
+            self._leave(entry.uid)
             entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
         if (entry := self._sent.get(m.uid)) is not None:
+            self._admission.start(entry.uid)
             entry.started = True
             self.resumed = self.resumed or self.ctx.now()
             if not entry.delivered:
@@ -346,7 +399,7 @@ class Gateway(Actor):
                 if (error := _failure(entry, end)) is not None:
                     self._fail(entry, error)
                     continue
-                self._remove(entry)
+                self._leave(entry.uid)
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
@@ -380,11 +433,10 @@ class Gateway(Actor):
 
     @on(msg.Rejected)
     def rejected(self, m: msg.Rejected) -> None:
-        self._grammars.pop(m.uid, None)
         if (uid := self._tokenizers.drop(m.uid)) is not None:
-            question, entry = self._questions.pop(uid, None), self._ledger.get(uid)
+            question, entry = self._question(uid), self._ledger.get(uid)
         else:
-            question, entry = self._questions.pop(m.uid, None), self._sent.get(m.uid)
+            question, entry = self._question(m.uid), self._sent.get(m.uid)
         source = question[1] if question is not None else entry.source if entry is not None else ""
         text, param = m.text, m.param
         if source and param in ("messages", "prompt"):  # all that the other actors know of the prompt's field
@@ -396,12 +448,13 @@ class Gateway(Actor):
             self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: RequestError) -> None:
-        self._remove(entry)
+        self._leave(entry.uid)
         entry.on_chunk(error)
 
     @on(msg.Stats)
     def keep_stats(self, m: msg.Stats) -> None:
-        self.stats = dict(zip(m.names, m.values.tolist(), strict=True))
+        self.stats = dict(zip(m.names, m.values.tolist(), strict=True)) | {"timeouts": self.timeouts}
+        self._admission.prefill_rate = self.stats.get("prefill_tokens_per_s", 0)
 
     @on(msg.Wake)
     def wake(self, m: msg.Wake) -> None:
@@ -508,7 +561,7 @@ class Gateway(Actor):
         self._go_on_with_trials()
 
     def _refuse_poison(self, uid: int) -> None:
-        if (question := self._questions.pop(uid, None)) is not None:
+        if (question := self._question(uid)) is not None:
             question[0](_poison())
         elif (entry := self._ledger.get(uid)) is not None:
             self._fail(entry, _poison())
@@ -541,8 +594,8 @@ class Gateway(Actor):
         error = RequestError(text, status=status, code=code)
         for entry in list(self._ledger.values()):
             self._fail(entry, error)
-        questions, self._questions = self._questions, {}
-        for on_answer, _ in questions.values():
+        for uid, (on_answer, _) in list(self._questions.items()):
+            self._leave(uid)
             on_answer(error)
 
 
@@ -580,10 +633,10 @@ def _failure(entry: Entry, end: Finish) -> RequestError | None:
     if end is Finish.NAN:
         text = f"The model computed logits that are not finite numbers, after {len(entry.delivered)} tokens of the answer."
         return RequestError(text, status=500, code="nan_logits")
-    if end is not Finish.TIMEOUT:
-        return None
-    text = (
-        f"The request was not finished within its timeout of {entry.options.timeout:g} s "
-        f"({len(entry.delivered)} tokens were generated)."
-    )
+    return None
+
+
+def _timeout(seconds: float, generated: int) -> RequestError:
+    """504: the deadline of a request has passed."""
+    text = f"The request was not finished within its timeout of {seconds:g} s ({generated} tokens were generated)."
     return RequestError(text, status=504, param="timeout", code="timeout")

@@ -78,12 +78,13 @@ class System:
 
     def pump(self, seconds: float) -> bool:
         """Handle messages, waiting at most `seconds` for the first.  True: there may be more, call again."""
+        seconds = min(seconds, self.tick()) if seconds > 0 else 0
         if seconds > 0 and not self.ctx.inbox.poll(0):
             poller = zmq.Poller()
             poller.register(self.ctx.inbox, zmq.POLLIN)
             for fd in self.supervisor.sentinels():
                 poller.register(fd, zmq.POLLIN)
-            poller.poll(int(min(seconds, self.tick()) * 1000) + 1)
+            poller.poll(int(seconds * 1000) + 1)
         dead = self.supervisor.reap()
         handled = 0
         while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import logging
 import os
 import signal
@@ -82,8 +83,10 @@ def _serve(args: argparse.Namespace, start: float) -> int:
         spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
+        from minisgl.api.http.fair_loop import run as run_fair
+
         access = Access(config, args)
-        return asyncio.run(_Server(config, sock, start, given=given_of(args), access=access).main())
+        return run_fair(_Server(config, sock, start, given=given_of(args), access=access).main())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -135,7 +138,7 @@ class _Server:
         self.done = asyncio.Event()
         self.watched: set[int] = set()
         self.clock: asyncio.TimerHandle | None = None  # of the next `tick`
-        self.announced = False
+        self.announced = self.closed = False
         self.connections: Connections | None = None
 
     async def main(self) -> int:
@@ -144,9 +147,11 @@ class _Server:
 
         from minisgl.api.batches.socket import BatchServer
         from minisgl.api.batches.store import Store
+        from minisgl.api.http.acceptor import Acceptor
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app, keys_of
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
-        from minisgl.api.http.connection_limits import ACCEPTED_AT_ONCE, Connections, connections_within, raise_descriptors
+        from minisgl.api.http.connection_limits import Connections, connections_within, raise_descriptors
+        from minisgl.api.http.door import DOOR
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
@@ -182,20 +187,19 @@ class _Server:
             server = runner.server
             if server is None:
                 raise RuntimeError("the runner has been set up")
-            limit, closed = connections_within(descriptors), engine.metrics.closed
+            limit, closed, door = connections_within(descriptors), engine.metrics.closed, app[DOOR]
             self.connections = connections = Connections(limit, engine.kept, closed)
             engine.metrics.connections = connections.__len__
-            loop.set_exception_handler(connections.loop_error)
-            listener = await loop.create_server(
-                lambda: Connection(server, HEADER_SECONDS, request_log, connections),
-                sock=self.sock,
-                backlog=ACCEPTED_AT_ONCE,
-                ssl=self.access.tls,
-                ssl_handshake_timeout=HEADER_SECONDS if self.access.tls else None,
+            listener = Acceptor(
+                self.sock,
+                lambda: Connection(server, HEADER_SECONDS, request_log, connections, door),
+                door,
+                connections.no_descriptor,
+                self.access.tls,
             )
-            self.sock.listen(_BACKLOG)  # asyncio accepts as many in one turn as it is told may wait
             self.pump()
             self.tick()
+            self.system.gateway.sooner = lambda: loop.call_soon(self.tick)
             await self.done.wait()
             if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
@@ -225,24 +229,32 @@ class _Server:
         if state == "ready" and not self.announced:
             self.announced = True
             self.announce()
+            gc.collect()
+            gc.freeze()  # what is loaded stays: looking through it again would stop all streams for a tenth of a second
         if state == "dead":
             self.done.set()
 
     def tick(self) -> None:
-        """Have done what is due by the clock, again and again."""
+        """Have done what is due by the clock, again and again; called at once when something is due earlier."""
         if self.closed:
             return
         seconds = self.system.tick()
         self.watch()
+        if self.clock is not None:
+            self.clock.cancel()
         self.clock = asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
+        from minisgl.api.http.fair_loop import FairLoop
+
         loop, current = asyncio.get_running_loop(), set(self.system.fds())
         for fd in current - self.watched:
             loop.add_reader(fd, self.pump)
         for fd in self.watched - current:
             loop.remove_reader(fd)
+        if current != self.watched and isinstance(loop, FairLoop):
+            loop.prefer(current)
         self.watched = current
 
     def announce(self) -> None:

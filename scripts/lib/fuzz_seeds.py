@@ -28,14 +28,14 @@ def messages() -> list[Any]:
     widths = np.array([1, 2], np.uint8)
     return [
         *(m.Hello("worker0", 5), m.Stop("x"), m.Stopped("worker0"), m.Failed("worker0", "x"), m.Wake(), m.WorkerLoaded(0, 40)),
-        *(m.Capacity(40), m.WorkerArmed(0), m.MayCapture(), m.EngineReady(40), m.Tokenized(1, 3, True), m.Cancel(1)),
+        *(m.Capacity(40), m.WorkerArmed(0), m.MayCapture(), m.EngineReady(40, 1), m.Tokenized(1, 3, True), m.Cancel(1)),
         *(m.Tokenize(1, "abc", None, True, 0, ""), m.Tokenize(1, None, b'{"messages": []}', False, 2, "qwen3")),
         *(m.Detokenize(1, ids, True), m.Detokenized(1, "abc"), m.TokenizerInfo('{"a": 1}'), m.FlushCache()),
         *(m.CheckGrammar(1, 'start: "a"', "guided_choice"), m.GrammarChecked(1, 'start: "a"')),
         *(m.PrepareGrammar(1, 'start: "a"'), m.GrammarPrepared(1, 0), m.Rejected(1, 400, "x", "prompt", "c", None)),
         *(m.Generate(1, 3, 3, 4, 7, greedy, options), m.Generate(9, 3, 2, 4, 7, SamplingParams(), RequestOptions())),
-        *(m.Stats(("a", "b"), np.array([1, 2])), m.Embedded(1, f32), m.Track(1, 2, ids, greedy, 0.5), m.Started(1, 0.5)),
-        m.Track(1, 0, ids, SamplingParams(echo=True, max_tokens=4, reasoning="qwen3", thinking=True, logprobs=1), 0.5),
+        *(m.Stats(("a", "b"), np.array([1, 2])), m.Embedded(1, f32), m.Track(1, 2, ids, greedy, 0.5, ids), m.Started(1, 0.5)),
+        m.Track(1, 0, ids, SamplingParams(echo=True, max_tokens=4, reasoning="qwen3", thinking=True, logprobs=1), 0.5, ids[:0]),
         *(m.ThoughtEnded(1, 2), m.Tokens(uids, one, ids[:2], none), m.BatchPing(), m.BatchPong(3), m.BatchRefused("x")),
         m.TokenLogprobs(uids, one, ids[:2], f32[:2], widths, ids, f32),
         m.Logprobs(uids, ids[:2], i32, f32[:2], widths, ids, f32, np.ones(5, np.int32), b"abcde"),

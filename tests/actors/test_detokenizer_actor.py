@@ -151,7 +151,7 @@ def test_tokens_of_strangers_are_ignored(world: Setup) -> None:
 
 
 def test_the_end_of_a_request_that_was_never_started_reaches_api(world: Setup) -> None:
-    assert world.step((9, [], Finish.TIMEOUT)) == [(9, [], Finish.TIMEOUT, "")]
+    assert world.step((9, [], Finish.ABORT)) == [(9, [], Finish.ABORT, "")]
 
 
 def test_a_character_across_steps_appears_when_it_is_whole(world: Setup) -> None:

@@ -167,7 +167,7 @@ def test_a_message_type_is_declared_once() -> None:
 
 def test_an_array_is_copied_and_writable() -> None:
     tokens = np.arange(3, dtype=np.int32)
-    back = wire.decode(wire.encode(m.Track(1, 0, tokens, SamplingParams(), 0.0)))
+    back = wire.decode(wire.encode(m.Track(1, 0, tokens, SamplingParams(), 0.0, tokens)))
     back.prompt[0] = 9
     assert tokens[0] == 0
 
@@ -198,8 +198,8 @@ def test_what_is_refused_has_taken_memory_in_proportion_to_its_bytes() -> None:
             ("x",),
         ),
         m.Stats(("a", "b"), np.zeros(1, np.int64)),
-        m.Track(1, 1 << 40, np.zeros(1, np.int32), SamplingParams(), 0.0),
-        m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(echo=True), 0.0),
+        m.Track(1, 1 << 40, np.zeros(1, np.int32), SamplingParams(), 0.0, np.zeros(0, np.int32)),
+        m.Track(1, 0, np.zeros(0, np.int32), SamplingParams(echo=True), 0.0, np.zeros(0, np.int32)),
         m.Generate(1 << 63, 1, 1, 1, 0, SamplingParams(), RequestOptions()),
         m.Generate(1, 1, 2, 1, 0, SamplingParams(), RequestOptions()),
         m.Generate(1, 9, 1, 1, 0, SamplingParams(), RequestOptions()),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, Loop, World, fake_config, fake_spec
+from conftest import EOS, VOCAB, Loop, World, fake_config, fake_spec, prompt, talker
 
 from minisgl.actors.messages import Wake
 from minisgl.actors.scheduler import admission
@@ -18,25 +18,10 @@ from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.scheduler.waiting_queue import WaitQueue
 from minisgl.cache.radix import Match, RadixCache
-from minisgl.config import Config, EngineConfig, ServerConfig
-from minisgl.errors import RequestError
+from minisgl.config import Config, EngineConfig
 from minisgl.model.fake_runner import expected_tokens
 from minisgl.plan import StepResult
 from minisgl.sampling_params import Finish, RequestOptions, SamplingParams
-
-
-def prompt(n: int, first: int = 1) -> list[int]:
-    """`n` tokens; prompts with different `first` share no page."""
-    return [(first + i * (1 + first % 5)) % (VOCAB - 1) + 1 for i in range(n)]
-
-
-def talker(n: int, at_least: int, first: int = 1) -> list[int]:
-    """A prompt of `n` tokens whose answer goes on for `at_least` tokens before its EOS."""
-    for salt in range(first, 5000):
-        ids = [salt % (VOCAB - 1) + 1, salt // (VOCAB - 1) % (VOCAB - 1) + 1, *prompt(n - 2, first)][:n]
-        if len(expected_tokens(ids, at_least, VOCAB, (EOS,))) == at_least:
-            return ids
-    raise AssertionError("no such prompt")
 
 
 # ---------------- equal prompts share what is computed
@@ -100,10 +85,10 @@ def test_the_chunks_of_a_long_prompt_are_visible_before_its_end() -> None:
 
 @pytest.mark.parametrize("lag", [1, 2, 4])
 @pytest.mark.parametrize("steps", range(1, 8))
-@pytest.mark.parametrize("how", ["abort", "timeout", "flush", "retract"])
+@pytest.mark.parametrize("how", ["abort", "flush", "retract"])
 def test_followers_finish_when_their_leader_ends_midway(lag: int, steps: int, how: str) -> None:
     loop = Loop(num_pages=30, step_tokens=9, max_steps_in_flight=lag)
-    leader = loop.add(prompt(40), 4, RequestOptions(timeout=steps if how == "timeout" else 0))
+    leader = loop.add(prompt(40), 4)
     followers = [loop.add([*prompt(36), 7, 8, 9], 6) for _ in range(3)]
     for _ in range(steps):
         loop.step()
@@ -472,73 +457,7 @@ def test_requests_with_a_cached_prefix_start_first_but_nobody_starves(monkeypatc
         assert list(loop.started).index(stranger) - 1 == most
 
 
-# ---------------- deadlines
-def deadline_is_kept(steps: int, lag: int) -> None:
-    loop = Loop(slots=2, num_pages=24, max_steps_in_flight=lag)
-    late = loop.add(talker(20, 30), 30, RequestOptions(timeout=5.0))
-    loop.add(talker(20, 30, 77), 30)
-    waits = loop.add(prompt(20, 3), 30, RequestOptions(timeout=5.0))
-    for _ in range(steps):
-        loop.step()
-    assert not {late, waits} & loop.ends.keys()
-    loop.now = 4.999
-    loop.step()
-    assert not {late, waits} & loop.ends.keys()
-    loop.now = 5.0
-    loop.step()
-    assert loop.ends[late] is loop.ends[waits] is Finish.TIMEOUT
-    said = list(loop.said[late])
-    loop.run()
-    loop.check_answers()
-    assert loop.said[late] == said, "something was delivered after the end"
-    assert loop.machine.counters.timeouts == 2
-    assert loop.machine.pool.free + loop.machine.cache.evictable == 24
-
-
-@pytest.mark.parametrize("lag", [1, 2, 4])
-def test_waiting_and_running_requests_end_at_their_deadline(lag: int) -> None:
-    for steps in range(1, 14):
-        deadline_is_kept(steps, lag)
-
-
-def test_deadlines_of_requests_that_ended_do_not_pile_up() -> None:
-    loop = Loop(num_pages=60)
-    for i in range(300):
-        loop.add(prompt(3, i), 1, RequestOptions(timeout=1e5))
-        loop.run()
-    assert len(loop.machine._deadlines) <= 64 + 3
-
-
-def test_a_request_keeps_its_deadline_when_those_of_ended_requests_are_cleared() -> None:
-    loop = Loop(num_pages=60)
-    for i in range(200):
-        uid = loop.add(prompt(3, i), 1, RequestOptions(timeout=1e5))
-        before = len(loop.machine._deadlines)
-        loop.step()
-        assert uid in {uid for _, uid in loop.machine._deadlines}
-        if len(loop.machine._deadlines) < before:
-            return
-        loop.run()
-    raise AssertionError("nothing was cleared")
-
-
-def test_a_deadline_reaches_the_client_as_an_error_with_what_was_said_before() -> None:
-    w = World(3, fake_config(max_running=1))
-    running = w.submit(talker(6, 40), 40, RequestOptions(timeout=3.0))
-    waiting = w.submit(prompt(6, 3), 4, RequestOptions(timeout=3.0))
-    while not w.answers[running]:
-        w.system.step()
-    w.system.clock = 3.5
-    w.system.run()
-    for uid in (running, waiting):
-        end = w.ends[uid]
-        assert isinstance(end, RequestError)
-        assert (end.status, end.code, end.param) == (504, "timeout", "timeout")
-    assert w.answers[running] == expected_tokens(talker(6, 40), 40, VOCAB, (EOS,))[: len(w.answers[running])]
-    assert w.answers[running]
-    w.close()
-
-
+# ---------------- waiting
 def test_a_client_is_told_how_long_its_request_waited_for_its_first_step() -> None:
     w = World(3, fake_config(max_running=1))
     w.system.clock = 7.0
@@ -554,60 +473,6 @@ def test_a_client_is_told_how_long_its_request_waited_for_its_first_step() -> No
     w.system.clock += 9
     w.system.run()
     assert (w.queued[first], w.queued[second]) == (0.0, 2.5)
-    w.close()
-
-
-# ---------------- the bounds of the queue
-def crowded(**server: int) -> World:
-    config = fake_config(max_running=1, step_tokens=9, tp=1)
-    w = World(None, dataclasses.replace(config, server=ServerConfig(**server)))
-    w.submit(talker(4, 40), 40)
-    while not w.machine.running:
-        w.system.step()
-    return w
-
-
-def rejected(w: World) -> list[int]:
-    errors = {uid: e for uid, e in w.ends.items() if isinstance(e, RequestError)}
-    for e in errors.values():
-        assert (e.status, e.code) == (429, "server_overloaded")
-        assert e.retry_after is not None
-        assert 1 <= e.retry_after <= 30
-    return sorted(errors)
-
-
-def test_a_queue_that_is_full_answers_429_with_a_time_to_come_back() -> None:
-    w = crowded(max_queue=3)
-    uids = [w.submit(prompt(5, i), 2) for i in range(6)]
-    w.system.run()
-    assert rejected(w) == uids[3:]
-    assert all(w.ends[u] in (Finish.STOP, Finish.LENGTH) for u in uids[:3])
-    after = w.submit(prompt(5), 2)
-    w.system.run()
-    assert not isinstance(w.ends[after], RequestError)
-    w.close()
-
-
-def test_a_queue_is_bounded_by_its_tokens_and_an_empty_one_takes_any_request() -> None:
-    w = crowded(max_queued_tokens=30)
-    big, small, one_more = w.submit(prompt(40), 2), w.submit(prompt(2, 3), 2), w.submit(prompt(2, 5), 2)
-    w.system.run()
-    assert rejected(w) == [small, one_more]
-    assert not isinstance(w.ends[big], RequestError)
-    w.close()
-    w = crowded(max_queued_tokens=30)
-    uids = [w.submit(prompt(10, i), 2) for i in range(5)]
-    w.system.run()
-    assert rejected(w) == uids[3:]
-    w.close()
-
-
-def test_without_bounds_nobody_is_refused() -> None:
-    w = crowded(max_queue=0, max_queued_tokens=0)
-    for i in range(40):
-        w.submit(prompt(10, i), 2)
-    w.system.run()
-    assert not rejected(w)
     w.close()
 
 
@@ -684,11 +549,6 @@ def _first_come(self: WaitQueue, request: Request, front: bool = False) -> None:
     QUEUE_ADD(self, request, front)
 
 
-def _no_deadline(self: StepMachine, request: Request, now: float) -> None:
-    request.options = dataclasses.replace(request.options, timeout=0.0)
-    ARRIVE(self, request, now)
-
-
 def _never_passed(self: StepMachine, *args: Any) -> None:
     ADMIT(self, *args)
     for request in self.waiting.front(1000):
@@ -724,7 +584,7 @@ def _touch(self: StepMachine, request: Request, *args: Any) -> int | None:
     return TRY(self, request, *args)
 
 
-MATCH, RETRACT, QUEUE_ADD, ARRIVE = RadixCache.match, StepMachine._retract, WaitQueue.add, StepMachine._arrive
+MATCH, RETRACT, QUEUE_ADD = RadixCache.match, StepMachine._retract, WaitQueue.add
 ADMIT, TRY, PLAN_DECODE = StepMachine._prefill, StepMachine._try_admit, StepMachine._plan_decode
 Check = Callable[..., Any]
 MUTANTS: dict[str, tuple[type, str, Any, Check]] = {
@@ -732,7 +592,6 @@ MUTANTS: dict[str, tuple[type, str, Any, Check]] = {
     "salts are ignored": (RadixCache, "match", _any_salt, salts_are_kept_apart),
     "priorities are ignored in retraction": (StepMachine, "_retract", _retract_the_youngest, retracted_by_priority),
     "priorities are ignored in the queue": (WaitQueue, "add", _first_come, admitted_by_priority),
-    "deadlines are ignored": (StepMachine, "_arrive", _no_deadline, lambda: deadline_is_kept(3, 2)),
     "nobody counts who was overtaken": (
         StepMachine,
         "_prefill",

@@ -93,7 +93,7 @@ def test_after_any_traffic_nothing_is_left_of_the_requests_that_have_ended(seed:
                 front.gateway.receive(Rejected(uid, 429, "no", None, "server_overloaded", 1))
             else:
                 front.gateway.receive(text(uid))
-                front.gateway.receive(text(uid, rng.choice((Finish.STOP, Finish.LENGTH, Finish.TIMEOUT, Finish.ABORT))))
+                front.gateway.receive(text(uid, rng.choice((Finish.STOP, Finish.LENGTH, Finish.NAN, Finish.ABORT))))
             live.discard(uid)
     front.system.run()
     for uid in live:

@@ -117,17 +117,23 @@ class ScriptedEngine:
         first = (TokenLogprob(5, b"P", None, 0, ()),) if params.echo and at == 0 else ()
         return (*first, TokenLogprob(at, (b"Hel", b"\xe2", b"lo", b"end")[at], -1.0 - at, at + 1, top))
 
-    def tokenize(self, prompt: Prompt, take: Callable[[Any], None]) -> int:
+    def check_open(self, client: int = 0, generates: bool = True) -> None: ...
+
+    def tokenize(self, prompt: Prompt, take: Callable[[Any], None], options: RequestOptions = DEFAULT_OPTIONS) -> int:
         """Every character is a token."""
         text = prompt.text if isinstance(prompt, TextPrompt) else "a chat"
         asyncio.get_running_loop().call_soon(take, tuple(map(ord, text)))
         return -1
 
-    def detokenize(self, ids: Any, skip_special: bool, take: Callable[[Any], None]) -> int:
+    def detokenize(
+        self, ids: Any, skip_special: bool, take: Callable[[Any], None], options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
         asyncio.get_running_loop().call_soon(take, "".join(map(chr, ids)))
         return -1
 
-    def check_grammar(self, text: str, field: str, take: Callable[[Any], None]) -> int:
+    def check_grammar(
+        self, text: str, field: str, take: Callable[[Any], None], options: RequestOptions = DEFAULT_OPTIONS
+    ) -> int:
         """Without a vocabulary."""
         try:
             answer: Any = grammar.resolved(text)

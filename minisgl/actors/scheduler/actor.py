@@ -43,7 +43,6 @@ class SchedulerActor(Actor):
         self.board = Board(arenas.board, ctx.name)
         self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
-        self._added = self._added_tokens = 0  # requests in the inbox, and tokens of their prompts
         self._compiling: dict[int, tuple[Request, set[int]]] = {}  # by uid: who waits for a grammar, of which ranks
         self._unsent: StepPlan | None = None  # a plan that does not fit into the ring yet
         self._max_pages: dict[int, int] = {}  # rank -> pages that fit
@@ -121,7 +120,7 @@ class SchedulerActor(Actor):
         if m.n_ids > m.n_prompt:
             request.scored = m.n_prompt
         if not m.params.grammar:
-            self._add(request)
+            self._inbox.append(Add(request))
             return
         ranks = range(self.config.engine.tp)
         self._compiling[m.uid] = request, set(ranks)
@@ -147,44 +146,19 @@ class SchedulerActor(Actor):
         ranks.discard(m.rank)
         if not ranks:
             del self._compiling[m.uid]
-            self._add(request)
-
-    def _add(self, request: Request) -> None:
-        self._inbox.append(Add(request))
-        self._added += 1
-        self._added_tokens += len(request.ids)
+            self._inbox.append(Add(request))
 
     def _refusal(self, m: msg.Generate) -> msg.Rejected | None:
-        """The answer to a request that could never run, or that finds the queue full; None if it may wait."""
-        machine, room = self._machine(), self._machine().limits.kv_tokens
-        if m.n_ids + (m.params.max_tokens != 0 and not m.options.pooling) > room:
-            text = (
-                f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
-                f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
-                "larger --kv-tokens. (context_length_exceeded)"
-            )
-            return msg.Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
-        retry = self._overload(m.n_ids)
-        if retry is None:
+        """The answer to a request that could never run; None for others."""
+        room = self._machine().limits.kv_tokens
+        if m.n_ids + (m.params.max_tokens != 0 and not m.options.pooling) <= room:
             return None
-        text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
-        return msg.Rejected(m.uid, 429, text, None, "server_overloaded", retry)
-
-    def _overload(self, n_ids: int) -> int | None:
-        """Seconds after which a client should try again if the queue is full, None if it is not.
-
-        Tokens are the bound that matters: they determine how long a new request would wait.  An empty queue takes any request.
-        """
-        machine, server = self._machine(), self.config.server
-        coming = self._added + len(self._compiling)
-        waiting = len(machine.waiting) + max(0, coming - machine.table.free_slots)
-        tokens = machine.waiting.tokens + self._added_tokens + sum(len(request.ids) for request, _ in self._compiling.values())
-        full = server.max_queue and waiting >= server.max_queue
-        heavy = server.max_queued_tokens and waiting and tokens + n_ids > server.max_queued_tokens
-        if not full and not heavy:
-            return None
-        rate = machine.prefill_rate.per_second
-        return max(1, min(30, round(tokens / rate))) if rate else 5
+        text = (
+            f"This model's maximum context length is {room} tokens with the memory that this server has. However, you "
+            f"requested {m.n_ids + 1} tokens. Please reduce the length of the messages, or start the server with a "
+            "larger --kv-tokens. (context_length_exceeded)"
+        )
+        return msg.Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
 
     @on(msg.Cancel)
     def cancel(self, m: msg.Cancel) -> None:
@@ -227,7 +201,6 @@ class SchedulerActor(Actor):
             worked |= self._stop_workers()
         elif self._unsent is None:  # while a plan waits for room in the ring, everything else waits, too
             inbox, self._inbox = self._inbox, []
-            self._added = self._added_tokens = 0
             worked |= bool(inbox)
             now = self.ctx.now()
             output = self.machine.step(inbox, now)

@@ -96,7 +96,6 @@ class Counters:
     steps: int = 0
     admitted: int = 0
     retractions: int = 0
-    timeouts: int = 0
     nan_requests: int = 0  # ended because their logits were no finite numbers
     wasted_rows: int = 0  # computed for requests that had already ended
     prompt_tokens: int = 0  # of requests when they were first admitted

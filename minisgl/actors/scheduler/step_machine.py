@@ -47,7 +47,6 @@ class StepMachine(Admission):
         self._since = 0.0  # when the first step in flight began
         self.prefill_rate = PrefillRate()
         self._last_decode: I32 | None = None  # decode rows of the previous plan, None before the first
-        self._deadlines: list[tuple[float, int]] = []  # (when, uid); entries of ended requests are skipped
         known_eos = [t for t in limits.eos_ids if t < limits.vocab_size]
         self._eos_ids = tuple(known_eos[:MAX_EOS_IDS])
         self._is_eos = np.zeros(limits.vocab_size, np.bool_)
@@ -62,14 +61,11 @@ class StepMachine(Admission):
                 self._since = now
                 self._take_result(event, out)
             elif isinstance(event, Add):
-                self._arrive(event.request, now)
+                self._join_queue(event.request, now)
             elif isinstance(event, Flush):
                 self.pool.release(self.cache.flush())
             else:
                 self._end(event.uid, Finish.ABORT, out)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            if self._end(heapq.heappop(self._deadlines)[1], Finish.TIMEOUT, out):
-                self.counters.timeouts += 1
         # Overlap scheduling: the next plan is published while earlier ones still run, so the device never waits for the
         # scheduler.  Up to `max_steps_in_flight` plans are out at once (--lag); with 1 there is no overlap.
         #
@@ -98,14 +94,6 @@ class StepMachine(Admission):
     def idle(self) -> bool:
         """Nothing runs, nothing waits."""
         return not self.running and not len(self.waiting) and not self.inflight
-
-    def _arrive(self, request: Request, now: float) -> None:
-        self._join_queue(request, now)
-        if request.options.timeout:
-            heapq.heappush(self._deadlines, (now + request.options.timeout, request.uid))
-        if len(self._deadlines) > 64 + 2 * (len(self.running) + len(self.waiting)):  # most belong to ended requests
-            self._deadlines = [d for d in self._deadlines if d[1] in self.running or d[1] in self.waiting]
-            heapq.heapify(self._deadlines)
 
     # ---------------- results
     def _take_result(self, result: StepResult, out: Output) -> None:
@@ -146,15 +134,14 @@ class StepMachine(Admission):
                     finish[i] = Finish.STOP
         return finish
 
-    def _end(self, uid: int, finish: Finish, out: Output) -> bool:
-        """End a request before its time.  False if it has ended already."""
+    def _end(self, uid: int, finish: Finish, out: Output) -> None:
+        """End a request before its time, unless it has ended already."""
         if uid in self.running:
             self._release(self.running[uid][0])
         elif self.waiting.remove(uid) is None:
-            return False
+            return
         no_token = np.zeros(1, np.uint8)
         out.outputs.append(Tokens(np.array([uid], np.int64), no_token, NO_SLOTS, np.array([finish], np.uint8)))
-        return True
 
     def _fail(self, slot: int, why: int, out: Output) -> None:
         """End a request that got no token.  One without numbers leaves no page in the cache that no sound request has read.
@@ -316,6 +303,7 @@ class StepMachine(Admission):
             "running_requests": len(self.running),
             "waiting_requests": len(self.waiting),
             "waiting_tokens": self.waiting.tokens,
+            "prefill_tokens_per_s": round(self.prefill_rate.per_second),
             "total_pages": self.limits.num_pages,
             "free_pages": self.pool.free,
             "cached_pages": self.cache.num_pages,

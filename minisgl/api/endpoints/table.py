@@ -58,13 +58,17 @@ _MAX_IGNORED = 100
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(Generic[R]):
-    """`parse` checks a body, `answer` gives the complete answer, `stream` begins one in events.  All raise RequestError."""
+    """`parse` checks a body, `answer` gives the complete answer, `stream` begins one in events.  All raise RequestError.
+
+    `generates`: its requests wait for a slot of the engine.
+    """
 
     summary: str
     fields: Fields
     parse: Callable[[Config, Mapping[str, Any]], R]
     answer: Callable[[Engine, R], Awaitable[Any]]
     stream: Callable[[Engine, R], Awaitable[StreamedAnswer]] | None = None
+    generates: bool = True
 
     async def ask(self, engine: Engine, body: Mapping[str, Any]) -> Any:
         """The complete answer to a body that must not ask for a stream.  Raises RequestError."""
@@ -102,18 +106,26 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
         "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
     ),
     "/v1/responses/input_tokens": Endpoint(
-        "How long a prompt would be.", responses.INPUT_TOKENS, responses.parse_input_tokens, responses.input_tokens
+        "How long a prompt would be.",
+        responses.INPUT_TOKENS,
+        responses.parse_input_tokens,
+        responses.input_tokens,
+        generates=False,
     ),
     "/v1/messages": _generating("Answer, in Anthropic's shape.", anthropic.MESSAGE, anthropic.parse_messages, Message),
     "/v1/messages/count_tokens": Endpoint(
-        "How long a prompt would be.", anthropic.COUNT, anthropic.parse_count, anthropic.count_tokens
+        "How long a prompt would be.", anthropic.COUNT, anthropic.parse_count, anthropic.count_tokens, generates=False
     ),
     "/v1/embeddings": Endpoint("Vectors of texts.", embeddings.EMBEDDINGS, embeddings.parse_embeddings, embeddings.embed),
     "/generate": _generating(
         "Continue texts or token ids; the answer has the ids, too.", sglang.GENERATE, sglang.parse_generate, NativeAnswer
     ),
-    "/tokenize": Endpoint("Text or messages to token ids.", tokenize.TOKENIZE, tokenize.parse_tokenize, tokenize.tokenize),
-    "/detokenize": Endpoint("Token ids to text.", tokenize.DETOKENIZE, tokenize.parse_detokenize, tokenize.detokenize),
+    "/tokenize": Endpoint(
+        "Text or messages to token ids.", tokenize.TOKENIZE, tokenize.parse_tokenize, tokenize.tokenize, generates=False
+    ),
+    "/detokenize": Endpoint(
+        "Token ids to text.", tokenize.DETOKENIZE, tokenize.parse_detokenize, tokenize.detokenize, generates=False
+    ),
 }
 BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # for batches and the batch socket
 

@@ -26,6 +26,7 @@ from minisgl.api.http.body import KEPT, json_handler, read_checked, respond, str
 from minisgl.api.http.connection import connection_of
 from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
+from minisgl.api.http.door import DOOR, Door
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
 from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
@@ -74,6 +75,7 @@ def build_app(
     routes = _Routes(metered, batch_socket, keys)
     routes.add_to(app.router)
     app.on_cleanup.append(routes.close)
+    app[DOOR] = Door(metered, keys, routes.callers, request_log)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 
@@ -143,7 +145,7 @@ class _Routes:
     def __init__(self, engine: Metered, batch_socket: str | None, keys: Keys) -> None:
         self._engine = engine
         self._config = engine.config
-        self._callers = Callers(engine)
+        self.callers = Callers(engine)
         self._batch_socket = batch_socket
         self._reader = Reader()
         self._keys = keys
@@ -174,16 +176,17 @@ class _Routes:
         router.add_get("/metrics", self.metrics)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
-        """Any of the endpoints with a JSON body."""
+        """Any of the endpoints with a JSON body.  Who would find no place is refused before the body is read."""
         endpoint = ENDPOINTS[request.path.rstrip("/")]
+        tenant = request[TENANT].name
+        engine = self.callers.call(tenant or request.remote or "", account=account_of(request), tenant=tenant)
+        engine.check_open(generates=endpoint.generates)
         parsed = await read_checked(request, self._config, self._reader)
         streams = parsed.stream and endpoint.stream is not None
         if (connection := connection_of(request)) is not None:
             connection.generates(streams)
         headers = ignored_header(self._config, endpoint.fields, parsed.ignored)
         headers |= approximated_header(parsed.relaxed)
-        tenant = request[TENANT].name
-        engine = self._callers.call(tenant or request.remote or "", account=account_of(request), tenant=tenant)
         if streams and endpoint.stream is not None:
             account_of(request).kind = "stream"
             return await stream(request, await endpoint.stream(engine, parsed), headers)

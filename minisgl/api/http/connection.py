@@ -10,13 +10,14 @@ import json
 import logging
 import socket
 import uuid
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 from aiohttp.web_protocol import _ErrInfo
 
 from minisgl.api.http.connection_limits import Connections
+from minisgl.api.http.door import Door, Doorkeeper
 from minisgl.api.request_log import RequestLog
 from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
@@ -43,6 +44,8 @@ class Watched(Protocol):
 class Connection(web.RequestHandler):
     """aiohttp's protocol of one connection, for the `server` of an AppRunner, with four changes.
 
+    With a `door`, requests that the engine has no place for are refused there.
+
     aiohttp limits no time for headers, so silent connections would take every descriptor.  Here they have `seconds`, and all
     `connections` of a server have bounds together (see connection_limits.py).
 
@@ -61,6 +64,7 @@ class Connection(web.RequestHandler):
         "_body",
         "_busy",
         "_connections",
+        "_door",
         "_early",
         "_end_timer",
         "_generating",
@@ -80,9 +84,13 @@ class Connection(web.RequestHandler):
         seconds: float = HEADER_SECONDS,
         request_log: RequestLog | None = None,
         connections: Connections | None = None,
+        door: Door | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
+        self._door = door
+        if door is not None:
+            self._parser = cast(Any, Doorkeeper(self._parser, self._refuse))
         self._seconds, self._request_log = seconds, request_log or RequestLog()
         self._connections = Connections() if connections is None else connections
         self._timer: asyncio.TimerHandle | None = None  # for headers, or of a refusal
@@ -154,6 +162,26 @@ class Connection(web.RequestHandler):
             )
 
     # ---------------- what the client sends
+    def _refuse(self, message: Any, body: Any) -> bool:
+        """Answer a message at the door.  False: it goes on, which it does where another one is not answered yet."""
+        idle = not self._messages and self._waiter is not None and not self._waiter.done()
+        if not idle or self._door is None or self.transport is None:
+            return False
+        peer = self.peername
+        answer = self._door.refusal(message, body, str(peer[0] if isinstance(peer, (list, tuple)) and peer else peer or ""))
+        if answer is None:
+            return False
+        self._wire.write(answer)
+        self._next_keepalive_close_time = self._loop.time() + self.keepalive_timeout
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._connections.asked(self)
+        self._connections.rests(self)
+        if message.should_close or self._connections.draining:
+            self._wire.close()
+        return True
+
     def data_received(self, data: bytes) -> None:
         if self._refused:
             self._tell_refusal()

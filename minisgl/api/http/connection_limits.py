@@ -14,7 +14,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from minisgl.api.engine import Kept
 from minisgl.api.generation import MAX_KEPT_BYTES
@@ -208,13 +208,9 @@ class Connections:
         if self._lagging:
             self._again(self._seconds)
 
-    def loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """An exception handler for the event loop, which would print a traceback for every connection that it cannot accept."""
-        if context.get("message") != "socket.accept() out of system resource":
-            loop.default_exception_handler(context)
-            return
+    def no_descriptor(self, error: OSError) -> None:
+        """No connection can be accepted, mostly for want of descriptors: make room, and say so now and then."""
         self.make_room(ACCEPTED_AT_ONCE)
         if self._now() - self._logged >= _LOG_SECONDS:
             self._logged = self._now()
-            error = context.get("exception")
             log.warning("connections cannot be accepted: %s; %d are open (ulimit -n raises the limit)", error, len(self._open))

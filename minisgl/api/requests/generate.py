@@ -71,7 +71,9 @@ async def _with_grammar(engine: Engine, request: GenerationRequest) -> Generatio
     """The request with its grammar as it is served, once it has been tried out.  Raises InvalidParam."""
     if not (text := request.params.grammar):
         return request
-    checked: str = await ask(engine, lambda on_grammar: engine.check_grammar(text, request.bound_by, on_grammar))
+    checked: str = await ask(
+        engine, lambda on_grammar: engine.check_grammar(text, request.bound_by, on_grammar, request.options)
+    )
     return request if checked == text else replace(request, params=replace(request.params, grammar=checked))
 
 
