@@ -281,10 +281,11 @@ def _plots() -> str:
 
 
 def _open_files() -> str:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a server raises its soft limit
-    if hard != resource.RLIM_INFINITY and hard < _CONNECTIONS + 256:
-        raise Missing(f"{hard} files may be open at a time", "ulimit -Hn 65536")
-    return f"{'any number of' if hard == resource.RLIM_INFINITY else hard} open files"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _CONNECTIONS + 256:
+        most = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+        raise Missing(f"{soft} files may be open at a time", f"ulimit -n {most}")
+    return f"{'any number of' if soft == resource.RLIM_INFINITY else soft} open files"
 
 
 def _kernel_cache() -> str:

@@ -24,6 +24,7 @@ from test_server import CHAT, COMPLETION, PIECES, TEXT, USER, ScriptedEngine, Se
 
 from minisgl.api.batches.store import Store
 from minisgl.api.engine import Chunk
+from minisgl.api.http import keep_alive
 from minisgl.api.http.connection import Connection
 from minisgl.api.http.connection_limits import (
     ACCEPTED_AT_ONCE,
@@ -360,8 +361,11 @@ def test_a_stream_goes_on_for_a_client_that_closes_its_sending_side_later(after:
 
 @pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize("first_half", [False, True])
-def test_a_stream_whose_client_has_left_ends_although_nothing_is_to_be_said(after: int, first_half: bool) -> None:
+def test_a_stream_whose_client_has_left_ends_although_nothing_is_to_be_said(
+    after: int, first_half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With `first_half` the client closes its sending side before it leaves: then the next sign of life finds out."""
+    monkeypatch.setattr(keep_alive, "SWEEP_SECONDS", 1e6)
 
     async def scene(engine: ScriptedEngine, http: Limited) -> None:
         engine.stall, engine.after = True, after
@@ -375,11 +379,9 @@ def test_a_stream_whose_client_has_left_ends_although_nothing_is_to_be_said(afte
             await reader.readuntil(b"keep-alive\n\n" if after else b"\r\n\r\n")
         writer.close()
         if first_half:
-            from minisgl.api.http.keep_alive import KEEP_ALIVE
-
             for _ in range(3):
                 await asyncio.sleep(0.002)
-                http._runner.app[KEEP_ALIVE].sweep()
+                http._runner.app[keep_alive.KEEP_ALIVE].sweep()
         await until(lambda: engine.closed == [0])
 
     play(scene)

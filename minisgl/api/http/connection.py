@@ -23,7 +23,7 @@ from minisgl.errors import NOT_HTTP, RequestError, internal_error
 
 log = logging.getLogger("minisgl.api")
 HEADER_SECONDS = 30.0  # to the end of a request's headers, from the connection or from the first byte after another request
-_REFUSED_SECONDS = 1.0  # for a client that is refused to say something, and to read why
+_LAST_SECONDS = 1.0  # for a client that is refused to say something, and to read why
 _CLOSING_SECONDS = 0.02  # from the last byte of a request that is its client's last to the end of what it sends
 _PROBE_SECONDS = 0.005  # from the end of what a client sends to a look whether it has left, doubled each time up to
 _MAX_PROBE_SECONDS = 1.0
@@ -64,6 +64,7 @@ class Connection(web.RequestHandler):
         "_body",
         "_busy",
         "_connections",
+        "_deaf",
         "_door",
         "_early",
         "_end_timer",
@@ -95,7 +96,7 @@ class Connection(web.RequestHandler):
         self._connections = Connections() if connections is None else connections
         self._timer: asyncio.TimerHandle | None = None  # for headers, or of a refusal
         self._end_timer: asyncio.TimerHandle | None = None
-        self._refused = False
+        self._refused = self._deaf = False
         self._busy = False  # with a request
         self._body: StreamReader | None = None  # of the latest request
         self._generating = self._streams = False  # what is known of the latest request
@@ -142,17 +143,23 @@ class Connection(web.RequestHandler):
 
     def refuse(self) -> None:
         self._refused = True
-        self._timer = self._loop.call_later(_REFUSED_SECONDS, self.show_out)
+        self._timer = self._loop.call_later(_LAST_SECONDS, self.show_out)
 
     def _too_late(self) -> None:
         text = f"The request's headers did not arrive within {self._seconds:g} seconds."
         self._connections.closed["headers"] += 1
-        self._say(RequestError(text, status=408, code="request_timeout"), b"408 Request Timeout")
-        self._wire.close()
+        self._end_with(RequestError(text, status=408, code="request_timeout"), b"408 Request Timeout")
 
-    def _say(self, error: RequestError, status: bytes) -> None:
-        """Write an answer past aiohttp, which has no request."""
-        if not self._wire.is_closing():
+    def _end_with(self, error: RequestError, status: bytes) -> None:
+        """Write an answer past aiohttp, which has no request, and read on for a while, without looking.
+
+        Closing at once would reset the connection of a client that is still sending, before it has read the answer.
+        """
+        if not self._wire.is_closing() and not self._deaf:
+            self._deaf = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(_LAST_SECONDS, self.show_out)
             body = json.dumps(error.body()).encode()
             self._request_log.refuse("unknown", uuid.uuid4().hex, error)
             after = b"" if error.retry_after is None else b"Retry-After: %d\r\n" % error.retry_after
@@ -160,6 +167,10 @@ class Connection(web.RequestHandler):
                 b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nConnection: close\r\n%b"
                 b"Content-Length: %d\r\n\r\n%b" % (status, after, len(body), body)
             )
+            if self._wire.can_write_eof():
+                self._wire.write_eof()
+            else:
+                self._wire.close()
 
     # ---------------- what the client sends
     def _refuse(self, message: Any, body: Any) -> bool:
@@ -184,7 +195,10 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            self._tell_refusal()
+            text = "The server has as many connections as it can have, all of them in use; try again in a moment."
+            error = RequestError(text, status=503, code="server_overloaded", retry_after=1)
+            self._end_with(error, b"503 Service Unavailable")
+        if self._deaf:
             return
         self._last = self._loop.time()
         if self._timer is None and not self._busy and data.strip(b"\r\n"):  # the first bytes of another request
@@ -207,13 +221,6 @@ class Connection(web.RequestHandler):
                     body.set_exception(_not_http(broken.exc, broken.message or ""))
                     body.feed_eof()  # aiohttp reads and drops the rest of an abandoned body; here it has ended
 
-    def _tell_refusal(self) -> None:
-        if self._wire.can_write_eof() and not self._last:
-            self._last = self._loop.time()
-            text = "The server has as many connections as it can have, all of them in use; try again in a moment."
-            self._say(RequestError(text, status=503, code="server_overloaded", retry_after=1), b"503 Service Unavailable")
-            self._wire.write_eof()  # and read on: closing at once would reset the connection before the client has read this
-
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client sends no more: it has left, or waits for its answer with its sending side closed.  True: it is answered.
 
@@ -223,7 +230,7 @@ class Connection(web.RequestHandler):
         """
         if self.half_closed:
             return True
-        if self._refused or not self._busy or self._body is None or not self._body.is_eof():
+        if self._refused or self._deaf or not self._busy or self._body is None or not self._body.is_eof():
             return None
         if not (self._streams or self._is_early() or self._is_being_written()):
             return None
