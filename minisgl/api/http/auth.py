@@ -124,7 +124,8 @@ def is_loopback(host: str) -> bool:
 def _local(request: web.Request) -> bool:
     """Whether a program of this machine asks: no proxy, and no page whose name was made to point to this machine."""
     named = _PORT.sub("", request.headers.get("Host", "localhost"))
-    return is_loopback(request.remote or "") and is_loopback(named) and not any(map(_FORWARDED.fullmatch, request.headers))
+    direct = is_loopback(request.remote or "") and not any(map(_FORWARDED.fullmatch, request.headers))
+    return direct and (is_loopback(named) or named in ("0.0.0.0", "[::]"))
 
 
 def _digest(key: str) -> bytes:
