@@ -13,6 +13,7 @@ request on trial ends does not count (trials.py).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections import deque
@@ -116,9 +117,9 @@ class Recovery:
         gateway.watchdog.tick()
         if not self._server.hang_seconds or gateway.state in ("stopped", "dead"):
             return
-        for name, at in list(self._doomed.items()):
+        for name, at in self._doomed.items():
             if now >= at:
-                del self._doomed[name]
+                self._doomed[name] = math.inf  # until it is started again
                 _signal(gateway.pids.get(name, 0), signal.SIGKILL)
         for name in gateway.still(self._server.hang_seconds):
             if name not in self._doomed:
@@ -130,8 +131,9 @@ class Recovery:
         text = f"minisgl: the process {name} stands still for {seconds:g} s (--hang-seconds): stacks of all, then another one"
         logs.say("hang", text, logging.ERROR, process=name, seconds=seconds)
         self._doomed[name] = now + _LAST_WORDS_SECONDS
-        for pid in self._gateway.pids.values():
-            _signal(pid, signal.SIGUSR1)
+        for other, pid in self._gateway.pids.items():
+            if other not in self._gateway.silent:  # one that is starting does not print: the signal would end it
+                _signal(pid, signal.SIGUSR1)
 
 
 class _Report:

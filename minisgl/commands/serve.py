@@ -137,6 +137,7 @@ class _Server:
         self.start = start
         self.done = asyncio.Event()
         self.watched: set[int] = set()
+        self.spawned = 0
         self.clock: asyncio.TimerHandle | None = None  # of the next `tick`
         self.announced = self.closed = False
         self.connections: Connections | None = None
@@ -248,14 +249,17 @@ class _Server:
         """Follow the set of the child processes' descriptors."""
         from minisgl.api.http.fair_loop import FairLoop
 
-        loop, current = asyncio.get_running_loop(), set(self.system.fds())
-        for fd in current - self.watched:
-            loop.add_reader(fd, self.pump)
-        for fd in self.watched - current:
+        loop, current, spawned = asyncio.get_running_loop(), set(self.system.fds()), self.system.supervisor.spawned
+        if current == self.watched and spawned == self.spawned:
+            return
+        # All of them again: a new process may have the number of a descriptor that was closed, and with that unwatched.
+        for fd in self.watched:
             loop.remove_reader(fd)
-        if current != self.watched and isinstance(loop, FairLoop):
+        for fd in current:
+            loop.add_reader(fd, self.pump)
+        if isinstance(loop, FairLoop):
             loop.prefer(current)
-        self.watched = current
+        self.watched, self.spawned = current, spawned
 
     def announce(self) -> None:
         from minisgl.model.common.host import usable_cores

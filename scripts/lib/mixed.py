@@ -142,7 +142,14 @@ KINDS: dict[str, tuple[str, Callable[[_Maker], dict[str, Any]]]] = {
     ),
     "stop": (
         COMPLETE,
-        lambda m: {"prompt": m.text(), **m.drawn(), "stop": ["qu", " th"], "min_tokens": 20, **m.length(), **m.stream()},
+        lambda m: {
+            "prompt": m.text(),
+            **m.drawn(),
+            "stop": ["qu", " th"],
+            "min_tokens": m.tokens // 4,
+            **m.length(),
+            **m.stream(),
+        },
     ),
     "vectors": (EMBED, lambda m: {"input": [m.prompt(), m.prompt()], "pooling": m.rng.choice(("last", "mean"))}),
 }

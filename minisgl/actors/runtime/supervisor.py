@@ -100,6 +100,7 @@ class Supervisor:
         self.run_dir = run_dir
         self._mp = mp.get_context("spawn")
         self._procs: dict[str, BaseProcess] = {}
+        self.spawned = 0  # children so far, guards included: with another one, a descriptor may be another's
         self._guard = _start_guard(run_dir)
         self._guards = _GUARDS  # successors that may be started
         self._pid = os.getpid()
@@ -113,6 +114,7 @@ class Supervisor:
             proc = self._mp.Process(target=main, args=(self.run_dir, name, make, args, os.getpid()), name=name)
             proc.start()
         self._procs[name] = proc
+        self.spawned += 1
         return proc.pid or 0
 
     @property
@@ -132,6 +134,7 @@ class Supervisor:
             with suppress(OSError):  # for want of memory or descriptors; the next call tries again
                 if self._guards >= 0:
                     self._guard = _start_guard(self.run_dir)
+                    self.spawned += 1
             old.communicate()  # which frees its descriptor, after another one has been found for the new guard
         gone = [(name, p) for name, p in self._procs.items() if p.exitcode is not None]
         for name, proc in gone:

@@ -55,6 +55,7 @@ class SchedulerActor(Actor):
         if takes_over:
             self._first_step = self.board.line(ctx.name).step + 1 + config.engine.lag
             self._make_machine(takes_over)
+            self._machine().table.take_over()
             self._unsent = StepPlan(self._first_step, PlanKind.REJOIN)
 
     # ---------------- start-up

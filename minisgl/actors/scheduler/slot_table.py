@@ -48,6 +48,10 @@ class SlotTable:
         self._grants: list[npt.NDArray[np.void]] = []  # changes of `pages` that the next plan brings to the workers
         self._free = list(range(slots - 1, -1, -1))
 
+    def take_over(self) -> None:
+        """The workers have served another scheduler: each slot may have extras and a grammar of an owner that nobody knows."""
+        self.sampling_extra[:] = self.has_grammar[:] = True
+
     @property
     def free_slots(self) -> int:
         return len(self._free)

@@ -53,11 +53,11 @@ class _Bounded:
         self._fds: set[int] = set()
 
     def prefer(self, fds: set[int]) -> None:
-        for fd in fds - self._fds:
-            self.preferred.register(fd, select.EPOLLIN)
-        for fd in self._fds - fds:
+        for fd in self._fds:
             with contextlib.suppress(OSError):  # it is closed, and with that forgotten
                 self.preferred.unregister(fd)
+        for fd in fds:
+            self.preferred.register(fd, select.EPOLLIN)
         self._fds = fds
 
     def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:

@@ -71,7 +71,8 @@ class LoadLines:
     def _report(self) -> None:
         counts, busy = self._counts(), bool(self._engine.open_requests)
         until = self._request_log.now() if busy else max(self._request_log.last_end, self._since)
-        done = _Counts(*(b - a for a, b in zip(self._last, counts, strict=True)))
+        # A scheduler that has been started again counts from zero.
+        done = _Counts(*(b - a if b >= a else b for a, b in zip(self._last, counts, strict=True)))
         if busy or self._was_busy or any(done):
             self._report_load(done, max(until - self._since, 1e-3), until - self._began, busy)
         self._was_busy = busy
