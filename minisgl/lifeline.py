@@ -1,4 +1,4 @@
-"""What a child process asks of the kernel: to die with its parent, and to wake up on time."""
+"""Ties the life of a process to that of its parent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 
-_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
+_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
@@ -18,12 +18,3 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # the parent died before the line above
         os._exit(1)
-
-
-def wake_on_time() -> None:
-    """Let timed sleeps of this thread end within a microsecond.
-
-    The kernel's default is 50 us, so a worker that looks every 20 us whether a step has ended would look every 75 us, twice
-    between a result and the next launch.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)

@@ -51,8 +51,8 @@ FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
 }
 VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
-    "keys and values not asked for early": (FEW, lambda: constants(decode_attention, EARLY_ROWS=0)),
-    "keys and values always asked for early": ((17, 32, 64, 256), lambda: constants(decode_attention, EARLY_ROWS=1 << 20)),
+    "parts joined head by head": (FEW, lambda: constants(decode_attention, TOGETHER_FROM=1 << 20)),
+    "parts of all heads joined at once": ((1,), lambda: constants(decode_attention, TOGETHER_FROM=1)),
     "library from 2 rows": (FEW[1:], lambda: [mock.patch.object(layers, "choose", library_from_two)]),
 }
 

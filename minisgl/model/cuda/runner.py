@@ -19,7 +19,6 @@ import torch
 
 from minisgl.config import Config
 from minisgl.errors import UserError
-from minisgl.lifeline import wake_on_time
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.interfaces import Build
 from minisgl.model.common.parallel import to_stderr
@@ -91,7 +90,6 @@ class CudaRunner:
         self._config, self._rank = config, rank
         self._device = torch.device("cuda", rank)
         torch.cuda.set_device(self._device)
-        wake_on_time()  # this thread polls for the end of steps
         watch()
         self._dtype = getattr(torch, config.dtype)
         self._shard = Shard.of(spec, rank, engine.tp)

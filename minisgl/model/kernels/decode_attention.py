@@ -18,34 +18,12 @@ import triton
 import triton.language as tl
 
 from minisgl.model.kernels.float8 import halves
-from minisgl.model.kernels.pdl import INTERPRETED, launch_options, prefetch, release, wait
+from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
-EARLY_ROWS = 16  # up to so many rows, programs ask for keys and values before they wait for the kernel that writes the newest
+TOGETHER_FROM = (
+    2  # rows from which the parts of all heads of a group are joined at once: measured by scripts/bench/row_counts.py
+)
 FLOAT32_PRECISION = "tf32x3"  # concerns float32 alone: three products of tf32 are as good as one of float32
-
-
-@triton.jit
-def _ask(
-    keys, values, page_table, slots, kv_lens, row, head, part, table_stride, page_stride, head_stride, token_stride,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    LINES: tl.constexpr,
-):  # fmt: skip
-    """Ask for the keys and values of a part's first block to be brought into the L2 cache.
-
-    Before the wait, so lengths may be those of an earlier step, and what is found here is used for nothing else: it is read
-    past the L1 cache, which would keep it.  Nothing is asked for outside of the tables.
-    """
-    n = tl.minimum(tl.load(kv_lens + row, cache_modifier=".cg"), table_stride * PAGE)
-    unseen = tl.maximum(n - WINDOW, 0) if WINDOW else 0
-    start = unseen + part * tl.cdiv(tl.cdiv(n - unseen, BLOCK), SPLITS) * BLOCK
-    if start < n:
-        own = tl.minimum(start + tl.arange(0, BLOCK), n - 1)
-        table = page_table + tl.load(slots + row, cache_modifier=".cg").to(tl.int64) * table_stride
-        page = tl.load(table + own // PAGE, cache_modifier=".cg").to(tl.int64)
-        line = tl.minimum(tl.arange(0, LINES) * (128 // (keys.dtype.element_ty.primitive_bitwidth // 8)), WIDTH - 1)
-        where = (page * page_stride + (own % PAGE) * token_stride + head.to(tl.int64) * head_stride)[:, None] + line[None, :]
-        prefetch((keys + where).to(tl.int64))
-        prefetch((values + where).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["slots", "kv_lens"])
@@ -54,23 +32,18 @@ def _decode(
     page_stride, head_stride, token_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MERGED: tl.constexpr, CHUNK: tl.constexpr,
-    EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys.
 
     sinks f32[H], or None; SPLITS: parts of a row, a power of two; WINDOW: the tokens that are seen, the last ones (0: all);
-    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).  EARLY: cache lines of a token to `_ask` for.
+    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).  HEADS: whose parts are joined at once, at least a group
+    (CHUNK parts of each at a time), or 0: one after another.
     """
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0) * GROUP
-    release(PDL)
-    if PDL and EARLY > 0:
-        _ask(
-            keys, values, page_table, slots, kv_lens, row, head, part, table_stride, page_stride, head_stride, token_stride,
-            WIDTH, PAGE, BLOCK, SPLITS, WINDOW, EARLY,
-        )  # fmt: skip
-    wait(PDL)
+    begin(PDL)
     n = tl.load(kv_lens + row)
     slot = tl.load(slots + row).to(tl.int64)
     if WINDOW:
@@ -153,27 +126,43 @@ def _decode(
             if ready == used - 1:
                 tl.debug_barrier()
                 tl.store(counters + row * tl.num_programs(0) + head, 0)  # for the next launch
-                # All heads at once, CHUNK parts of each: every load of a chunk is in flight at the same time.
-                h, s, c, whole = tl.arange(0, MERGED), tl.arange(0, SPLITS), tl.arange(0, CHUNK), tl.arange(0, DIM_PAD)
-                first = ((row * heads + head * GROUP + h) * SPLITS)[:, None]
-                in_heads = (h < GROUP)[:, None]
-                lse = tl.load(part_lse + first + s[None, :], mask=in_heads & (s < used)[None, :], other=-float("inf"))
-                top = tl.max(tl.where(in_heads, lse, 0.0), 1)[:, None]
-                whole_weight = tl.where(in_heads, tl.sum(tl.exp2(lse - top), 1)[:, None], 1.0)
-                merged = tl.zeros([MERGED, DIM_PAD], tl.float32)
-                for at in range(0, used, CHUNK):
-                    some = at + c[None, :]
-                    inside = in_heads & (some < used)
-                    weight = tl.exp2(tl.load(part_lse + first + some, mask=inside, other=-float("inf")) - top)
-                    parts = tl.load(
-                        part_out + (first + some)[:, :, None] * DIM + whole[None, None, :],
-                        mask=inside[:, :, None] & (whole < DIM)[None, None, :],
-                        other=0.0,
-                    )
-                    merged += tl.sum(parts * weight[:, :, None], 1)
-                at_out = (row * heads + head * GROUP + h)[:, None] * DIM + whole[None, :]
-                merged = (merged / whole_weight).to(out.dtype.element_ty)
-                tl.store(out + at_out, merged, mask=in_heads & (whole < DIM)[None, :])
+                s = tl.arange(0, SPLITS)
+                whole = tl.arange(0, DIM_PAD)
+                if HEADS == 0:
+                    for i in range(GROUP):
+                        first = (row * heads + head * GROUP + i) * SPLITS
+                        lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
+                        weight = tl.exp2(lse - tl.max(lse, 0))
+                        weight = weight / tl.sum(weight, 0)
+                        parts = tl.load(
+                            part_out + (first + s)[:, None] * DIM + whole[None, :],
+                            mask=(s < used)[:, None] & (whole < DIM)[None, :],
+                            other=0.0,
+                        )
+                        merged = tl.sum(parts * weight[:, None], 0)
+                        at_out = (row * heads + head * GROUP + i) * DIM + whole
+                        tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=whole < DIM)
+                else:  # every load of a chunk is in flight at the same time
+                    h, c = tl.arange(0, HEADS), tl.arange(0, CHUNK)
+                    firsts = ((row * heads + head * GROUP + h) * SPLITS)[:, None]
+                    in_heads = (h < GROUP)[:, None]
+                    lses = tl.load(part_lse + firsts + s[None, :], mask=in_heads & (s < used)[None, :], other=-float("inf"))
+                    top = tl.max(tl.where(in_heads, lses, 0.0), 1)[:, None]
+                    weights = tl.where(in_heads, tl.sum(tl.exp2(lses - top), 1)[:, None], 1.0)
+                    joined = tl.zeros([HEADS, DIM_PAD], tl.float32)
+                    for at in range(0, used, CHUNK):
+                        some = at + c[None, :]
+                        inside = in_heads & (some < used)
+                        share_of = tl.exp2(tl.load(part_lse + firsts + some, mask=inside, other=-float("inf")) - top)
+                        chunk = tl.load(
+                            part_out + (firsts + some)[:, :, None] * DIM + whole[None, None, :],
+                            mask=inside[:, :, None] & (whole < DIM)[None, None, :],
+                            other=0.0,
+                        )
+                        joined += tl.sum(chunk * share_of[:, :, None], 1)
+                    at_outs = (row * heads + head * GROUP + h)[:, None] * DIM + whole[None, :]
+                    joined = (joined / weights).to(out.dtype.element_ty)
+                    tl.store(out + at_outs, joined, mask=in_heads & (whole < DIM)[None, :])
 
 
 @triton.jit
@@ -256,16 +245,15 @@ def decode_attention(
     if fp8 := keys.dtype == torch.float8_e4m3fn:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)
-    lines = triton.next_power_of_2(triton.cdiv(keys.shape[-1] * keys.itemsize, 128)) if rows <= EARLY_ROWS else 0
-    merged = triton.next_power_of_2(group)
+    together = triton.next_power_of_2(group) if rows >= TOGETHER_FROM else 0
     _decode[(kv_heads, workspace.splits, rows)](
         q, keys, values, page_table, slots, kv_lens, out, workspace.out, workspace.lse, workspace.counters, sinks,
         (scale or dim**-0.5) * 1.4426950408889634 * k_scale, v_scale, page_table.stride(0), keys.stride(0), keys.stride(1),
         keys.stride(2),
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
         WIDTH=keys.shape[-1], WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]), PAGE=page_size, BLOCK=block,
-        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, MERGED=merged,
-        CHUNK=max(1, min(workspace.splits, 64 // merged)), EARLY=lines, INTERPRET=INTERPRETED,
+        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, HEADS=together,
+        CHUNK=max(1, min(workspace.splits, 64 // max(1, together))), INTERPRET=INTERPRETED,
         num_warps=warps, num_stages=stages, **launch_options(q),
     )  # fmt: skip
     return out
