@@ -172,9 +172,9 @@ class Rank:
             x = torch.zeros(rows, 5120, dtype=DTYPE, device="cuda")
             ways = {"nccl": nccl} | ({"one_shot": one_shot} if one_shot.is_one_shot(x) else {})
             micros = {f"{name}, norm": self.micros(way, x) for name, way in ways.items()}
-            for per_warp in (512, 1024):
-                with mock.patch.object(rank_sums, "PER_WARP", per_warp):
-                    micros[f"one kernel, {5120 // per_warp} warps"] = self.micros(parallel, x)
+            for warps in (16, 8):
+                with mock.patch.object(rank_sums, "warps_for", return_value=warps):
+                    micros[f"one kernel, {warps} warps"] = self.micros(parallel, x)
             self.tell(f"bench {rows} rows, {x.nbytes >> 10} KiB", True, {"us": micros}, "")
 
     def micros(self, parallel: CudaParallel, x: torch.Tensor) -> float:

@@ -159,6 +159,14 @@ def test_readers_other_than_norms_find_the_sum() -> None:
     assert error(Summand(parts[0], ranks.ranks[0])[some].float(), want[some]) < 1e-3
 
 
+def test_rows_of_another_width_are_not_taken_because_they_would_lie_across_places() -> None:
+    inboxes = Ranks(2, 512).inboxes
+    sums = RankSums(0, inboxes, DTYPE, processors=2, width=64)
+    assert sums.takes(rand(3, 64))
+    assert not sums.takes(rand(3, 32))
+    assert RankSums(0, inboxes, DTYPE, processors=2).takes(rand(3, 32))
+
+
 def test_only_what_all_ranks_can_exchange_becomes_a_summand() -> None:
     class Symmetric:
         norm_sums = Ranks(2, 512, largest=2 * 64 * 3).ranks[0]

@@ -28,7 +28,7 @@ from minisgl.model.kernels.rank_sums import DTYPES, EMPTY, RankSums
 # Measured by others: with 8 GPUs, one-shot above 256 KB loses 3 to 7 % to multicast (vllm-project/vllm issue 44079); with two
 # H100s it took 10 us for 32 tokens and was slower than NCCL from 64 tokens on (vllm-project/vllm pull request 22086).
 ONE_SHOT_BYTES = 256 << 10
-ROOM_BYTES = 32 << 20  # of a sum within a norm; a larger one takes several launches
+ROOM_BYTES = 32 << 20  # at most, of a sum within a norm; a larger one takes several launches
 _LARGEST = {2: None, 3: 2 << 20, 4: 2 << 20}  # bytes of such a sum: each goes to every peer, where a ring passes each on once
 _LARGEST_ELSE = 512 << 10
 _MAX_RANKS = 16  # torch's kernel signals with up to 24 blocks x size words of 4 bytes, and the signal pad may have 2048 bytes
@@ -173,18 +173,26 @@ class SymmetricMemory:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, nbytes: int, run_dir: str, dtype: torch.dtype | None = None
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        nbytes: int,
+        run_dir: str,
+        *,
+        dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> None:
         """Allocates nothing yet.  nbytes: size of the buffer, rounded up to full vectors; the same on all ranks.
 
-        dtype: of the model; another buffer is for its sums within norms (`norm_sums`), if they can have it.
+        dtype, width: of the model's sums; another buffer is for those within norms (`norm_sums`), if they can have it.
         """
         self._group = group
         self._device = device
         self._nbytes = -(-nbytes // _VECTOR) * _VECTOR
         self._run_dir = run_dir
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._dtype = dtype if dtype in DTYPES else None
+        self._dtype, self._width = dtype if dtype in DTYPES else None, width
+        self._largest = _LARGEST.get(self._size, _LARGEST_ELSE)
         self.norm_sums: RankSums | None = None
 
     def allocate(self) -> None:
@@ -207,7 +215,7 @@ class SymmetricMemory:
         # Not `empty` of torch's module: it returns a piece of a pool, and the kernels need the beginning of an allocation.
         self._mine = _SymmetricMemory.empty_strided_p2p((self._nbytes,), (1,), torch.uint8, self._device)
         if self._dtype is not None:
-            shape = (RankSums.words(self._size, ROOM_BYTES // 2),)
+            shape = (RankSums.words(self._size, min(ROOM_BYTES, self._largest or ROOM_BYTES) // 2),)
             self._inbox = _SymmetricMemory.empty_strided_p2p(shape, (1,), torch.int16, self._device).fill_(EMPTY)
 
     def connect(self) -> None:
@@ -225,8 +233,14 @@ class SymmetricMemory:
         if self._dtype is not None:
             inboxes = [self._inboxes.get_buffer(r, self._inbox.shape, torch.int16) for r in range(self._size)]
             processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            largest = _LARGEST.get(self._size, _LARGEST_ELSE)
-            self.norm_sums = RankSums(self._rank, inboxes, self._dtype, processors=processors, largest=largest)
+            self.norm_sums = RankSums(
+                self._rank,
+                inboxes,
+                self._dtype,
+                processors=processors,
+                width=self._width,
+                largest=self._largest,
+            )
 
     def try_out(self) -> None:
         """Check a sum whose result is known, to find peer access that the driver reports and the host's IOMMU breaks.
@@ -298,13 +312,14 @@ def make_parallel(
     *,
     one_shot_bytes: int | None = None,
     dtype: torch.dtype | None = None,
+    width: int | None = None,
     say: Callable[[str], None] = to_stderr,
 ) -> Parallel:
     """The collectives of this rank; returns when all ranks have called it with the same arguments.
 
     kind: "gloo" for tensors on the CPU, "nccl" for one GPU per rank, "shared-gpu" for all ranks on one GPU (slow; for checks on
     a machine that has no second one).  device: this rank's GPU, already current.  one_shot_bytes (0: never), say: see
-    CudaParallel.  dtype: of the model, for sums within norms; None: there are none.
+    CudaParallel.  dtype, width: of the model's sums (see RankSums); without a dtype there are none within norms.
 
     Raises RuntimeError where the kind cannot work: no such backend in this torch, or no symmetric memory for "shared-gpu".
     """
@@ -317,9 +332,9 @@ def make_parallel(
     limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes
     if kind == "nccl":
         group = join("nccl", rank, size, run_dir, device)
-        small = SymmetricMemory(group, device, limit, run_dir, dtype) if limit else None
+        small = SymmetricMemory(group, device, limit, run_dir, dtype=dtype, width=width) if limit else None
         return CudaParallel(rank, size, group, small, one_shot_bytes=limit, say=say)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     group = join("gloo", rank, size, run_dir)
-    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir, dtype)
+    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir, dtype=dtype, width=width)
     return SharedGpuParallel(rank, size, group, memory, one_shot_bytes=limit, say=say)

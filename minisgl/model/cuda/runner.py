@@ -93,7 +93,9 @@ class CudaRunner:
         watch()
         self._dtype = getattr(torch, config.dtype)
         self._shard = Shard.of(spec, rank, engine.tp)
-        self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device, dtype=self._dtype)
+        self._parallel = make_parallel(
+            "nccl", rank, engine.tp, run_dir, self._device, dtype=self._dtype, width=spec.hidden_size
+        )
         properties = torch.cuda.get_device_properties(self._device)
         kv_dtype = FP8 if engine.kv_cache_dtype == "fp8" else self._dtype
         self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)

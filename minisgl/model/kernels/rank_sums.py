@@ -3,7 +3,8 @@
 Each rank stores its part of a row straight into a buffer on every peer, over NVLink, and waits in its own buffer for theirs.
 There is neither barrier nor flag: what is free in a buffer holds EMPTY, -0.0, which no rank sends (it sends 0.0), so a value
 that is not EMPTY has arrived.  The reader makes its place EMPTY again, and rows alternate between two places: a peer stores
-into a place for the second time only after a row in between, which this rank sends when it has emptied the first.
+into a place for the second time only after a row in between, which this rank sends when it has emptied the first.  That holds
+for rows of one width, the model's: others would lie across their places.
 (TensorRT-LLM and FlashInfer call this "Lamport", NCCL has it as LL.)  Parts are added in the order of the ranks, so all ranks
 get the same bits.
 
@@ -31,7 +32,7 @@ EMPTY = -0x8000  # as i16: -0.0 of bfloat16 and float16
 _EMPTY = tl.constexpr(EMPTY)
 TURNS = 2  # places of a row
 PROGRAMS = 2  # that run at once on each processor: their registers are bounded for that
-PER_WARP = 512  # values of a row
+FEW_ROWS = 512
 MOST_ROWS = 1 << 16  # of a launch
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -95,18 +96,31 @@ def _add_over_ranks(
         tl.store(out + row * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
+def warps_for(rows: int, block: int) -> int:
+    """Warps for a row: fewer where it is a program's only one, measured by scripts/check/tp_gpu.py on two H200."""
+    return min(16, max(1, block // (1024 if rows <= FEW_ROWS else 512)))
+
+
 class RankSums:
     """This rank's end of the exchange, a `Sums`."""
 
     def __init__(
-        self, rank: int, inboxes: list[torch.Tensor], dtype: torch.dtype, *, processors: int, largest: int | None = None
+        self,
+        rank: int,
+        inboxes: list[torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        processors: int,
+        width: int | None = None,
+        largest: int | None = None,
     ) -> None:
         """inboxes: the buffer of every rank, i16[words(size, room)] full of EMPTY, as this rank addresses it.
 
-        dtype: of the sums, one of DTYPES.  processors: of each GPU.  largest: bytes above which `takes` says no.
+        dtype: of the sums, one of DTYPES.  processors: of each GPU.  width: of all rows; None: whoever calls lets all ranks
+        finish before rows of another width.  largest: bytes above which `takes` says no.
         """
         self._rank, self._size, self._programs = rank, len(inboxes), PROGRAMS * processors
-        self.dtype, self._largest = dtype, largest
+        self.dtype, self._width, self._largest = dtype, width, largest
         self._room = len(inboxes[rank]) // (TURNS * (self._size - 1))
         device = inboxes[rank].device
         self._inbox = inboxes[rank]
@@ -122,7 +136,7 @@ class RankSums:
         """Whether the sum of parts of this shape and dtype goes this way; the same on all ranks."""
         values = operand(part).values
         rows, width = values.shape[-2:]
-        known = values.dtype == self.dtype or not isinstance(part, torch.Tensor)
+        known = (values.dtype == self.dtype or not isinstance(part, torch.Tensor)) and self._width in (None, width)
         return known and rows > 0 and width <= self._room and (self._largest is None or 2 * rows * width <= self._largest)
 
     def add_rms_norm(
@@ -155,7 +169,7 @@ class RankSums:
         """Launch for as many rows at a time as there is room for."""
         rows, width = x.shape
         block = triton.next_power_of_2(width)
-        warps = min(16, max(1, block // PER_WARP))
+        warps = warps_for(rows, block)
         options: dict[str, Any] = {**launch_options(x)}
         if options["PDL"]:
             options["maxnreg"] = min(248, 65536 // (32 * warps * PROGRAMS))
