@@ -54,7 +54,7 @@ def profile(args: argparse.Namespace, rank: int, run_dir: str) -> None:
     engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend", "tp")}
     bench = Bench(args.shape, points, args.prefill, rank=rank, run_dir=run_dir, **engine)
     about = {"shape": args.shape, **engine, "gpu": torch.cuda.get_device_name(), **provenance()}
-    top = args.top if rank == 0 else 0
+    top = args.top if rank == 0 else None
     for rows, context in points:
         report(bench, bench.decode(rows, context), top, decode_rows=rows, context=context, **about)
     if args.prefill:
@@ -62,11 +62,11 @@ def profile(args: argparse.Namespace, rank: int, run_dir: str) -> None:
     bench.runner.close()
 
 
-def report(bench: Bench, us: float, top: int, **about: object) -> None:
-    """Profile the step that has just been timed; print its `top` kernels, or nothing."""
+def report(bench: Bench, us: float, top: int | None, **about: object) -> None:
+    """Profile the step that has just been timed; print a line about it and its `top` kernels, or nothing if that is None."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         bench.again(REPEATS)
-    if not top:
+    if top is None:
         return
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
