@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -20,6 +21,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from minisgl.lifeline import die_with_parent
 from scripts.bench.ablate_step import Bench
 from scripts.lib.reference import provenance
 
@@ -50,6 +52,8 @@ def main() -> int:
 
 def profile(args: argparse.Namespace, rank: int, run_dir: str) -> None:
     """Take all steps on one rank."""
+    if rank:
+        die_with_parent(os.getppid())
     points = [(int(rows), int(context)) for rows, context in (p.split("x") for p in args.points)]
     engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend", "tp")}
     bench = Bench(args.shape, points, args.prefill, rank=rank, run_dir=run_dir, **engine)
