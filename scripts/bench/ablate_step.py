@@ -56,7 +56,10 @@ class Ready:
 
 
 class Bench:
-    def __init__(self, shape: str, points: list[tuple[int, int]], tokens: int, **engine: Any) -> None:
+    def __init__(
+        self, shape: str, points: list[tuple[int, int]], tokens: int, *, rank: int = 0, run_dir: str = "", **engine: Any
+    ) -> None:
+        """`run_dir` is a new directory if there are several ranks (`tp`), which all make the same calls."""
         self.spec = random_shape(shape)
         self.most = max([rows for rows, _ in points] + [-(-tokens // 558)])
         self.each = -(-max([c for _, c in points] + [558]) // PAGE) + 40
@@ -64,7 +67,7 @@ class Bench:
             device="cuda", max_running=self.most, step_tokens=max(8192, tokens), kv_tokens=self.most * self.each * PAGE,
             page_size=PAGE, memory_fraction=0.95, **engine,
         )  # fmt: skip
-        self.runner = make_runner(Config(self.spec, settings), 0, "")
+        self.runner = make_runner(Config(self.spec, settings), rank, run_dir)
         self.runner.allocate(self.runner.max_pages())
         assert self.runner._steps._attention is not None
         for layer in self.runner._steps._attention.cache._cache:

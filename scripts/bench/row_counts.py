@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 
 from minisgl.model.cuda import layers, step
+from minisgl.model.kernels import decode_attention
 from minisgl.model.kernels.compilations import compiled
 from minisgl.model.kernels.small_batch_matmul import choose
 from scripts.bench.ablate_step import Bench
@@ -39,9 +40,9 @@ FEW = (1, 2, 4, 8, 12, 16, 17, 24, 32)
 SLOWER = 1.03
 
 
-def constants(**values: int) -> list[Any]:
-    """Patches of the borders between the paths of float8 layers."""
-    return [mock.patch.object(layers, name, value) for name, value in values.items()]
+def constants(module: Any = layers, **values: int) -> list[Any]:
+    """Patches of the borders between paths, those of float8 layers by default."""
+    return [mock.patch.object(module, name, value) for name, value in values.items()]
 
 
 FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
@@ -50,6 +51,8 @@ FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
 }
 VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
+    "parts joined head by head": (FEW, lambda: constants(decode_attention, TOGETHER_FROM=1 << 20)),
+    "parts of all heads joined at once": ((1,), lambda: constants(decode_attention, TOGETHER_FROM=1)),
     "library from 2 rows": (FEW[1:], lambda: [mock.patch.object(layers, "choose", library_from_two)]),
 }
 

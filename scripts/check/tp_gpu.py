@@ -5,9 +5,10 @@
 Each check is one line: ok or FAILED, its name, and numbers as JSON.  Exit code 1 if one fails or does not finish in time.
   eager     50 sums (or gathers) in a row without waiting, ranks delayed in turn, so that a buffer reused too early shows
   graph     the same from one CUDA graph with three collectives, replayed 50 times with changing inputs
-Each compares with a sum in float32 (a gather: exactly), and the ranks' results with each other, bit by bit.  `one_shot` tells
-whether sums of that shape went through symmetric memory.  With a GPU for each rank (the default where there are two) also
-  bench     microseconds per sum in a graph, one-shot and over NCCL, by size
+Each compares with a sum in float32 (a gather: exactly), and the ranks' results with each other, bit by bit; a norm is the sum,
+the residual with it, and the norm of that, in one kernel.  `path` tells how sums of that shape went.  With a GPU for each rank
+(the default where there are two) also
+  bench     microseconds in a graph of a sum, residual and norm, by size: NCCL, one-shot and one kernel for all
   models    logits and greedy text of tiny models, on all ranks against one (see tp_models.py)
   loss      a rank is killed under load: requests fail with a clear error, nothing is left, a new engine answers as the first
 Otherwise all ranks share GPU 0, and collectives alone are checked.
@@ -27,12 +28,17 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from minisgl.lifeline import die_with_parent
+from minisgl.model.common.activations import Product, plain
 from minisgl.model.common.parallel import Parallel
+from minisgl.model.cuda.layers import Norm
 from minisgl.model.cuda.parallel import CudaParallel, Kind, SymmetricMemory, make_parallel
+from minisgl.model.kernels import rank_sums
 from scripts.check import tp_models
 
 REPEATS = 50
@@ -49,7 +55,9 @@ SUMS = [  # rows, width, dtype
     (256, 5120, torch.bfloat16),
     (520, 4096, torch.float32),  # more than the 8 MiB of a shared GPU's buffer
 ]
+NORMS = [(1, 5120), (7, 576), (25, 4096), (256, 5120), (300, 5120), (4000, 5120)]  # rows, width; the last in two launches
 GATHERS = [(1, 1001, torch.float32), (5, 16_032, torch.bfloat16), (33, 49_152, torch.bfloat16)]  # rows, columns in all, dtype
+DTYPE, EPS = torch.bfloat16, 1e-6  # of the norms
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 failed: list[str] = []
 
@@ -111,6 +119,9 @@ class Rank:
         del graph  # before the group goes
 
     def collective(self, check: str, x: torch.Tensor) -> torch.Tensor:
+        if check.startswith("norm"):
+            kept = self.residual.clone()
+            return torch.cat((kept, norm(kept, self.parallel.sum_over_ranks(x), self.weight)))
         return self.parallel.all_gather_cols(x, self.widths) if check.startswith("gather") else self.parallel.all_reduce_(x)
 
     def sums(self, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -120,8 +131,22 @@ class Rank:
             torch.stack([values(r, step, rows, width, dtype).float() for r in range(self.size)]).sum(0) for step in range(steps)
         ]
         name = str(dtype).removeprefix("torch.")
-        one_shot = isinstance(self.parallel, CudaParallel) and self.parallel.is_one_shot(inputs[0])
-        self.run(f"sum {rows}x{width} {name}", inputs, want, TOLERANCE[dtype], one_shot=one_shot)
+        assert isinstance(self.parallel, CudaParallel)
+        within, one_shot = self.parallel.norm_sums, self.parallel.is_one_shot(inputs[0])
+        ours = within is not None and within.takes(inputs[0])
+        path = "ours" if ours else "one shot" if one_shot else "library"
+        self.run(f"sum {rows}x{width} {name}", inputs, want, TOLERANCE[dtype], path=path)
+
+    def norms(self, rows: int, width: int) -> None:
+        steps = REPEATS if rows * width < 1 << 20 else 10
+        inputs = [values(self.rank, step, rows, width, DTYPE) for step in range(steps)]
+        self.residual, self.weight = values(0, -1, rows, width, DTYPE), values(0, -2, 1, width, DTYPE)[0]
+        want = []
+        for step in range(steps):
+            total = torch.stack([values(r, step, rows, width, DTYPE).float() for r in range(self.size)]).sum(0)
+            kept = self.residual.float() + total
+            want.append(torch.cat((kept, F.rms_norm(kept, (width,), self.weight.float(), EPS))))
+        self.run(f"norm {rows}x{width}", inputs, want, TOLERANCE[DTYPE])
 
     def gathers(self, rows: int, width: int, dtype: torch.dtype) -> None:
         """Uneven: the first ranks have one column more, and rank 0 another 16."""
@@ -144,20 +169,23 @@ class Rank:
         one_shot = CudaParallel(self.rank, self.size, world, memory if small else None, one_shot_bytes=BENCH_BYTES)
         nccl = CudaParallel(self.rank, self.size, world, None)
         for rows in (1, 4, 8, 16, 25, 51, 102, 256, 1024, 8192):  # of 5120 columns: decode and prefill
-            x = torch.zeros(rows, 5120, dtype=torch.bfloat16, device="cuda")
-            micros = {"nccl": self.micros(nccl, x)}
-            if one_shot.is_one_shot(x):
-                micros["one_shot"] = self.micros(one_shot, x)
+            x = torch.zeros(rows, 5120, dtype=DTYPE, device="cuda")
+            ways = {"nccl": nccl} | ({"one_shot": one_shot} if one_shot.is_one_shot(x) else {})
+            micros = {f"{name}, norm": self.micros(way, x) for name, way in ways.items()}
+            for warps in (16, 8):
+                with mock.patch.object(rank_sums, "warps_for", return_value=warps):
+                    micros[f"one kernel, {warps} warps"] = self.micros(parallel, x)
             self.tell(f"bench {rows} rows, {x.nbytes >> 10} KiB", True, {"us": micros}, "")
 
     def micros(self, parallel: CudaParallel, x: torch.Tensor) -> float:
-        """Of one sum, in a graph of 20."""
-        parallel.all_reduce_(x)
+        """Of one sum, with residual and norm, in a graph of 20."""
+        residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
+        norm(residual, parallel.sum_over_ranks(x), weight)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(20):
-                parallel.all_reduce_(x)
+                norm(residual, parallel.sum_over_ranks(x), weight)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()
         start.record()
@@ -166,6 +194,11 @@ class Rank:
         end.record()
         torch.cuda.synchronize()
         return round(float(start.elapsed_time(end)) * 1e3 / 200, 2)
+
+
+def norm(x: torch.Tensor, delta: Product, weight: torch.Tensor) -> torch.Tensor:
+    """As a layer does it."""
+    return plain(Norm(weight, EPS, quantize=False)(x, delta))
 
 
 def rank_main(rank: int, kind: Kind, size: int, run_dir: str, results: Any) -> None:
@@ -177,11 +210,13 @@ def rank_main(rank: int, kind: Kind, size: int, run_dir: str, results: Any) -> N
     try:
         device = torch.device("cuda", 0 if kind == "shared-gpu" else rank)
         torch.cuda.set_device(device)
-        parallel = make_parallel(kind, rank, size, run_dir, device)
+        parallel = make_parallel(kind, rank, size, run_dir, device, dtype=DTYPE)
         checks = Rank(parallel, tell)
         with torch.inference_mode():
             for case in SUMS:
                 checks.sums(*case)
+            for rows, width in NORMS:
+                checks.norms(rows, width)
             for case in GATHERS:
                 checks.gathers(*case)
             if isinstance(parallel, CudaParallel) and kind == "nccl":

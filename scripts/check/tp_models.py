@@ -36,7 +36,7 @@ Report = Callable[..., None]
 Outcome = dict[str, Any]  # "logits": of a prefill; "tokens": greedy, all steps and rows
 
 SHAPES = [("Llama", 8, 2, 64), ("Qwen3", 10, 2, 128)]
-VARIANTS = [("float32", True), ("float32", False), ("bfloat16", True)]  # dtype, eager
+VARIANTS = [("float32", True), ("float32", False), ("bfloat16", True), ("bfloat16", False)]  # dtype, eager
 DECODES = 24
 LOAD = 40  # requests that run when a rank is killed
 LOSS_SECONDS = 10.0  # by when all of them must have failed
@@ -75,7 +75,7 @@ def model_rank(rank: int, size: int, run_dir: str, specs: list[ModelSpec], resul
     try:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-        parallel = make_parallel("nccl", rank, size, run_dir, device)
+        parallel = make_parallel("nccl", rank, size, run_dir, device, dtype=torch.bfloat16)
         outcomes = [outcome(spec, parallel, rank, *variant) for spec in specs for variant in VARIANTS]
         torch.cuda.synchronize()
         parallel.close()
@@ -132,10 +132,10 @@ def check_models(size: int, seconds: float, report: Report) -> None:
     if not done:
         return
     for i, (kind, *_) in enumerate(SHAPES):
-        at = 3 * i
+        at = len(VARIANTS) * i
         same = all([o["tokens"] for o in heard[size, 0]] == [o["tokens"] for o in heard[size, r]] for r in range(size))
         report(f"models: {kind}, all ranks draw the same tokens", same, ranks=size)
-        one, many = (dict(zip(VARIANTS, heard[n, 0][at : at + 3], strict=True)) for n in (1, size))
+        one, many = (dict(zip(VARIANTS, heard[n, 0][at : at + len(VARIANTS)], strict=True)) for n in (1, size))
         exact = torch.from_numpy(one["float32", True]["logits"])
 
         def error(outcome: Outcome, want: torch.Tensor = exact) -> float:

@@ -19,5 +19,5 @@ def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir
     actor = spawn.make_worker(ctx, config, arenas, rank, run_dir)  # prepares the environment for torch
     from minisgl.model.cuda.parallel import CudaParallel
 
-    CudaParallel.all_reduce_ = _as_it_is  # type: ignore[method-assign, assignment]
+    CudaParallel.all_reduce_ = CudaParallel.sum_over_ranks = _as_it_is  # type: ignore[method-assign, assignment]
     return actor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,21 +155,23 @@ def test_the_server_looks_at_the_clock_again_when_a_deadline_comes_first() -> No
             self.ticks += 1
             return self.seconds[self.ticks - 1]
 
+        supervisor = SimpleNamespace(spawned=0)
+
         def fds(self) -> list[int]:
             return []
 
     async def main() -> None:
         server: Any = serve._Server.__new__(serve._Server)
-        server.system, server.watched, server.timer, server.done = Clock(), set(), None, asyncio.Event()
-        server.closed = False
+        server.system, server.watched, server.clock, server.done = Clock(), set(), None, asyncio.Event()
+        server.closed, server.spawned = False, 0
         server.tick()
-        first = server.timer
+        first = server.clock
         server.done.set()  # it drains: deadlines are kept all the same
         server.tick()
         assert first.cancelled(), "one timer at a time"
         while server.system.ticks < 3:  # noqa: ASYNC110  a timer of a millisecond
             await asyncio.sleep(0)
-        server.timer.cancel()
+        server.clock.cancel()
 
     asyncio.run(main())
 

@@ -282,7 +282,7 @@ def test_a_client_is_closed_twice_without_harm_and_then_says_so(server: FakeServ
 @pytest.fixture
 def command(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command on in.jsonl and out.jsonl of the test's directory."""
-    monkeypatch.setattr(batch_client, "find_socket", lambda url: server.address)
+    monkeypatch.setattr(batch_client, "find_socket", lambda url, key: server.address)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str) -> int:

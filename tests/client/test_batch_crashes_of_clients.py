@@ -42,7 +42,7 @@ class Servers:
         self.all[-1].silent = True
         Path(self.all[-1].address.removeprefix("ipc://")).unlink()
 
-    def find(self, url: str) -> str:
+    def find(self, url: str, key: str) -> str:
         self.asked += 1
         if not os.path.exists(self.all[-1].address.removeprefix("ipc://")):
             raise UserError("no minisgl server answers")

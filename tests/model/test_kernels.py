@@ -132,6 +132,8 @@ def test_decode_attention_over_scattered_pages_is_softmax_attention(
         got = decode_attention(q, c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace)
         for i in range(5):
             assert error(got[i], attend(q[i : i + 1], *c.row(i))[0]) < TOLERANCE
+        alone = decode_attention(q[1:2], c.keys, c.values, c.page_table, c.slots[1:2], c.kv_lens[1:2], workspace)
+        assert error(alone, got[1:2]) < TOLERANCE  # a single row joins its parts in another way
     assert int(workspace.counters.abs().sum()) == 0
 
 
@@ -169,6 +171,8 @@ def test_decode_attention_keeps_to_window_soft_cap_scale_and_sinks(limits: dict[
     got = decode_attention(q, c.keys, c.values, c.page_table, c.slots, c.kv_lens, workspace, **limits)
     for i in range(4):
         assert error(got[i], attend(q[i : i + 1], *c.row(i), **limits)[0]) < TOLERANCE
+    alone = decode_attention(q[1:2], c.keys, c.values, c.page_table, c.slots[1:2], c.kv_lens[1:2], workspace, **limits)
+    assert error(alone, got[1:2]) < TOLERANCE
     assert int(workspace.counters.abs().sum()) == 0
 
 

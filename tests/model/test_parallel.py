@@ -124,6 +124,8 @@ def test_the_limit_of_one_shot_can_be_given():
 class OverGloo:
     """Symmetric memory played by a process group.  Fails in one stage on rank 1; `connect` waits for all, as the real one."""
 
+    norm_sums = None
+
     def __init__(self, group: dist.ProcessGroup, failing: str) -> None:
         self.group, self.failing = group, failing
         self.sums = 0

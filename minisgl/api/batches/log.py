@@ -129,14 +129,14 @@ def _custom_id(line: bytes) -> str | None:
         return None
 
 
-def _open(path: str | Path, flags: int) -> int:
-    return os.open(path, flags, 0o666)
+def _open(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    return os.open(path, flags, mode)
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    """A file's descriptor."""
-    fd = _open(path, flags)
+def opened(path: Path, flags: int, mode: int = 0o666) -> Iterator[int]:
+    """A file's descriptor; `mode` of a new one."""
+    fd = _open(path, flags, mode)
     try:
         yield fd
     finally:
@@ -150,9 +150,9 @@ def write_all(fd: int, data: bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file and wait until its content, though not its name, is on disk."""
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode) as fd:
         write_all(fd, data)
         os.fsync(fd)
 

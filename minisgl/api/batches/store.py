@@ -187,7 +187,7 @@ class Store:
         try:
             if not path.exists():
                 part = path.with_suffix(".part")
-                write_new(part, secrets.token_bytes(16))
+                write_new(part, secrets.token_bytes(16), 0o600)
                 os.replace(part, path)
                 sync_file(self.root)
             if len(salt := path.read_bytes()) == 16:

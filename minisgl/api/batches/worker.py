@@ -132,8 +132,8 @@ class Batches:
             log.error("batch %s failed", batch["id"], exc_info=error)
             self._fail(batch, [problem("internal_error", "The server failed while it worked on this batch.", None)])
         except (OSError, RequestError) as e:
-            told, name = disk_error(e) if isinstance(e, OSError) else e, batch["id"]
-            why = problem(told.code or "", f"{told.message} The batch goes on by itself when it can.", None)
+            error, name = disk_error(e) if isinstance(e, OSError) else e, batch["id"]
+            why = problem(error.code or "", f"{error.message} The batch goes on by itself when it can.", None)
             before, seconds = self._waits.get(name, (None, _DISK_SECONDS / 2))
             if why != before:
                 log.error("batch %s waits: %s", name, e)

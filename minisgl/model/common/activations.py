@@ -20,7 +20,7 @@ class PartialSums:
 
     parts: torch.Tensor
 
-    def __getitem__(self, rows: torch.Tensor) -> PartialSums:
+    def __getitem__(self, rows: torch.Tensor | slice) -> PartialSums:
         return PartialSums(self.parts[:, rows])
 
     def float(self) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Scaled:
     rows: torch.Tensor
     columns: torch.Tensor
 
-    def __getitem__(self, rows: torch.Tensor) -> Scaled:
+    def __getitem__(self, rows: torch.Tensor | slice) -> Scaled:
         return Scaled(self.values[rows], self.rows[rows], self.columns)
 
     def float(self) -> torch.Tensor:
@@ -56,6 +56,36 @@ class Quantized:
     scales: torch.Tensor
 
 
+Part = torch.Tensor | PartialSums | Scaled
+
+
+class Sums(Protocol):
+    """Adds up the parts of all ranks, each call a collective: all ranks call in the same order, with parts of one shape."""
+
+    def total(self, part: Part) -> torch.Tensor:
+        """The sum [T, N] as a tensor, bitwise the same on every rank."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, part: Part, weight: torch.Tensor, eps: float, *, quantize: bool = False
+    ) -> torch.Tensor | Quantized:
+        """x [T, N] += the sum, in place; returns RMSNorm(x), in float8 with `quantize`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summand:
+    """This rank's part of a product whose inner columns are cut over the ranks: the kernel that reads it adds up all parts."""
+
+    part: Part
+    sums: Sums
+
+    def __getitem__(self, rows: torch.Tensor) -> Summand:
+        return Summand(self.part[rows], self.sums)
+
+    def float(self) -> torch.Tensor:
+        """f32[T, N]."""
+        return self.sums.total(self.part).float()
+
+
 class DeferredNorm(Protocol):
     """The output of a norm that the next product computes itself, in the same kernel."""
 
@@ -63,7 +93,7 @@ class DeferredNorm(Protocol):
         """The output [T, N], computed now."""
 
 
-Product = torch.Tensor | PartialSums | Scaled
+Product = Part | Summand
 Activations = torch.Tensor | Quantized | DeferredNorm
 
 
@@ -74,6 +104,8 @@ def plain(x: Product | Activations) -> torch.Tensor:
     """
     if isinstance(x, torch.Tensor):
         return x
+    if isinstance(x, Summand):
+        return x.sums.total(x.part)
     if isinstance(x, PartialSums | Scaled | Quantized):
         raise TypeError(f"{type(x).__name__} where a tensor is needed: make the layer before it return one")
     return x.rows()

@@ -39,6 +39,11 @@ class Parallel:
         """All-reduce of this rank's part of a product [T, C].  A single rank has all of it, in whatever form."""
         return part if self.size == 1 else self.all_reduce_(plain(part))
 
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether `sum_over_ranks` takes nothing but tensors."""
+        return self.size > 1
+
     def all_gather_cols(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[rows, widths[rank]] -> [rows, sum(widths)], the ranks' columns side by side.  Uneven shards travel padded."""
         if self.size == 1:

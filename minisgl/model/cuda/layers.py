@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config import ModelSpec
-from minisgl.model.common.activations import Activations, PartialSums, Product, Quantized, Scaled, plain
+from minisgl.model.common.activations import Activations, PartialSums, Product, Quantized, Scaled, Summand, plain
 from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import frequencies
 from minisgl.model.common.weights import Weight, stacked
@@ -138,6 +138,8 @@ class Norm:
         self._weight, self._eps, self._quantize = weight, eps, quantize
 
     def __call__(self, x: torch.Tensor, delta: Product | None = None) -> torch.Tensor | Quantized:
+        if isinstance(delta, Summand):
+            return delta.sums.add_rms_norm(x, delta.part, self._weight, self._eps, quantize=self._quantize)
         return norm_activation.add_rms_norm(x, delta, self._weight, self._eps, quantize=self._quantize)
 
 

@@ -4,6 +4,9 @@ Small all-reduces, which are nearly all of a decode step, go through *symmetric 
 of all ranks can address.  Each rank puts its summand there and reads those of all others ("one-shot"): one exchange of signals,
 where a ring needs 2 (size - 1) hops.  It reads size - 1 times the message, so larger sums, and gathers, go through NCCL.
 
+The sums of a model's layers are not collectives of their own where symmetric memory is to be had: the kernel of the norm that
+follows exchanges, adds and normalises (kernels/rank_sums.py).
+
 The host never waits here after construction, and all buffers that a graph may refer to have fixed addresses.  A graph that
 captured a collective must be dropped before `close`, and its replays, like all other collectives, must be on one stream.
 """
@@ -18,11 +21,16 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from minisgl.model.common.activations import Product, Summand
 from minisgl.model.common.parallel import Parallel, all_gather_single, join, to_stderr
+from minisgl.model.kernels.rank_sums import DTYPES, EMPTY, RankSums
 
 # Measured by others: with 8 GPUs, one-shot above 256 KB loses 3 to 7 % to multicast (vllm-project/vllm issue 44079); with two
 # H100s it took 10 us for 32 tokens and was slower than NCCL from 64 tokens on (vllm-project/vllm pull request 22086).
 ONE_SHOT_BYTES = 256 << 10
+ROOM_BYTES = 32 << 20  # at most, of a sum within a norm; a larger one takes several launches
+_LARGEST = {2: None, 3: 2 << 20, 4: 2 << 20}  # bytes of such a sum: each goes to every peer, where a ring passes each on once
+_LARGEST_ELSE = 512 << 10
 _MAX_RANKS = 16  # torch's kernel signals with up to 24 blocks x size words of 4 bytes, and the signal pad may have 2048 bytes
 _ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # the dtypes that torch's kernel adds
 _VECTOR = 16  # bytes that a thread of the kernel reads at once
@@ -71,10 +79,30 @@ class CudaParallel(Parallel):
 
         The path depends on shape and dtype, which all ranks have in common; never on an address.
         """
+        sums = self.norm_sums
+        if sums is not None and x.dim() == 2 and x.is_contiguous() and sums.takes(x):
+            return sums.total(x, out=x)
         if self._symmetric is not None and self.is_one_shot(x):
             self._symmetric.all_reduce_(x)
             return x
         return self._all_reduce_large_(x)
+
+    @property
+    def norm_sums(self) -> RankSums | None:
+        """Sums within norms, where there is symmetric memory and the model's dtype allows them."""
+        return None if self._symmetric is None else self._symmetric.norm_sums
+
+    @property
+    def needs_tensors(self) -> bool:
+        return self.norm_sums is None
+
+    def sum_over_ranks(self, part: Product) -> Product:
+        """This rank's part as a Summand, whose reader adds up: one kernel for the exchange, the sum and the norm behind it."""
+        if isinstance(part, Summand):
+            return part
+        if self.norm_sums is not None and self.norm_sums.takes(part):
+            return Summand(part, self.norm_sums)
+        return self.all_reduce_(part if isinstance(part, torch.Tensor) else part.float())
 
     def is_one_shot(self, x: torch.Tensor) -> bool:
         """Whether a sum of x's shape and dtype goes through symmetric memory."""
@@ -144,13 +172,28 @@ class SymmetricMemory:
     their threads have copied (torch 2.11).
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, nbytes: int, run_dir: str) -> None:
-        """Allocates nothing yet.  nbytes: size of the buffer, rounded up to full vectors; the same on all ranks."""
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        nbytes: int,
+        run_dir: str,
+        *,
+        dtype: torch.dtype | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Allocates nothing yet.  nbytes: size of the buffer, rounded up to full vectors; the same on all ranks.
+
+        dtype, width: of the model's sums; another buffer is for those within norms (`norm_sums`), if they can have it.
+        """
         self._group = group
         self._device = device
         self._nbytes = -(-nbytes // _VECTOR) * _VECTOR
         self._run_dir = run_dir
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._dtype, self._width = dtype if dtype in DTYPES else None, width
+        self._largest = _LARGEST.get(self._size, _LARGEST_ELSE)
+        self.norm_sums: RankSums | None = None
 
     def allocate(self) -> None:
         """Allocate this rank's buffer.
@@ -171,6 +214,9 @@ class SymmetricMemory:
         self._all_reduce = torch.ops.symm_mem.one_shot_all_reduce_out.default
         # Not `empty` of torch's module: it returns a piece of a pool, and the kernels need the beginning of an allocation.
         self._mine = _SymmetricMemory.empty_strided_p2p((self._nbytes,), (1,), torch.uint8, self._device)
+        if self._dtype is not None:
+            shape = (RankSums.words(self._size, min(ROOM_BYTES, self._largest or ROOM_BYTES) // 2),)
+            self._inbox = _SymmetricMemory.empty_strided_p2p(shape, (1,), torch.int16, self._device).fill_(EMPTY)
 
     def connect(self) -> None:
         """Map the buffers of all ranks.
@@ -182,6 +228,19 @@ class SymmetricMemory:
         # The ranks pass file descriptors through sockets with guessable names in $TMPDIR, so that is a private directory.
         with _environ("TMPDIR", self._run_dir):
             self._handle = _SymmetricMemory.rendezvous(self._mine, self._group.group_name)
+            if self._dtype is not None:
+                self._inboxes = _SymmetricMemory.rendezvous(self._inbox, self._group.group_name)
+        if self._dtype is not None:
+            inboxes = [self._inboxes.get_buffer(r, self._inbox.shape, torch.int16) for r in range(self._size)]
+            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            self.norm_sums = RankSums(
+                self._rank,
+                inboxes,
+                self._dtype,
+                processors=processors,
+                width=self._width,
+                largest=self._largest,
+            )
 
     def try_out(self) -> None:
         """Check a sum whose result is known, to find peer access that the driver reports and the host's IOMMU breaks.
@@ -194,6 +253,10 @@ class SymmetricMemory:
         sums = [torch.full((count,), self._rank + 1, dtype=dtype, device=self._device) for dtype in _ONE_SHOT_DTYPES]
         for x in sums:  # all sums before the first check: a rank that left early would keep the others waiting
             self.all_reduce_(x)
+        if self.norm_sums is not None:
+            for rows in (1, 2, 2, 1):  # both places of a row, and twice
+                part = torch.full((rows, 64), self._rank + 1, dtype=self._dtype, device=self._device)
+                sums.append(self.norm_sums.total(part))
         if any(bool((x != self._size * (self._size + 1) // 2).any()) for x in sums):
             raise RuntimeError("the GPUs' memory reads back wrong from each other")
 
@@ -248,13 +311,15 @@ def make_parallel(
     device: torch.device | None = None,
     *,
     one_shot_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
     say: Callable[[str], None] = to_stderr,
 ) -> Parallel:
     """The collectives of this rank; returns when all ranks have called it with the same arguments.
 
     kind: "gloo" for tensors on the CPU, "nccl" for one GPU per rank, "shared-gpu" for all ranks on one GPU (slow; for checks on
     a machine that has no second one).  device: this rank's GPU, already current.  one_shot_bytes (0: never), say: see
-    CudaParallel.
+    CudaParallel.  dtype, width: of the model's sums (see RankSums); without a dtype there are none within norms.
 
     Raises RuntimeError where the kind cannot work: no such backend in this torch, or no symmetric memory for "shared-gpu".
     """
@@ -267,9 +332,9 @@ def make_parallel(
     limit = ONE_SHOT_BYTES if one_shot_bytes is None else one_shot_bytes
     if kind == "nccl":
         group = join("nccl", rank, size, run_dir, device)
-        small = SymmetricMemory(group, device, limit, run_dir) if limit else None
+        small = SymmetricMemory(group, device, limit, run_dir, dtype=dtype, width=width) if limit else None
         return CudaParallel(rank, size, group, small, one_shot_bytes=limit, say=say)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     group = join("gloo", rank, size, run_dir)
-    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir)
+    memory = SymmetricMemory(group, device, max(limit, 8 << 20), run_dir, dtype=dtype, width=width)
     return SharedGpuParallel(rank, size, group, memory, one_shot_bytes=limit, say=say)

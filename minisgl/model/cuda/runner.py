@@ -93,7 +93,9 @@ class CudaRunner:
         watch()
         self._dtype = getattr(torch, config.dtype)
         self._shard = Shard.of(spec, rank, engine.tp)
-        self._parallel = make_parallel("nccl", rank, engine.tp, run_dir, self._device)
+        self._parallel = make_parallel(
+            "nccl", rank, engine.tp, run_dir, self._device, dtype=self._dtype, width=spec.hidden_size
+        )
         properties = torch.cuda.get_device_properties(self._device)
         kv_dtype = FP8 if engine.kv_cache_dtype == "fp8" else self._dtype
         self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
@@ -102,7 +104,9 @@ class CudaRunner:
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
-        layers = CudaLayers(self._dtype, self._device, no_partial_sums=engine.tp > 1, fp8=engine.quantization == "fp8")
+        layers = CudaLayers(
+            self._dtype, self._device, no_partial_sums=self._parallel.needs_tensors, fp8=engine.quantization == "fp8"
+        )
         try:
             with torch.inference_mode():
                 weights = open_weights(spec, self._dtype, device=self._device)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from minisgl.model.common.activations import PartialSums, Product, Scaled
+from minisgl.model.common.activations import PartialSums, Product, Scaled, Summand, plain
 
 
 class Operand(NamedTuple):
@@ -20,6 +20,8 @@ class Operand(NamedTuple):
 
 
 def operand(product: Product) -> Operand:
+    if isinstance(product, Summand):
+        product = plain(product)
     if isinstance(product, Scaled):
         return Operand(product.values, product.rows, product.columns, 1, True)
     if isinstance(product, PartialSums):

@@ -20,6 +20,9 @@ import triton.language as tl
 from minisgl.model.kernels.float8 import halves
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options
 
+TOGETHER_FROM = (
+    2  # rows from which the parts of all heads of a group are joined at once: measured by scripts/bench/row_counts.py
+)
 FLOAT32_PRECISION = "tf32x3"  # concerns float32 alone: three products of tf32 are as good as one of float32
 
 
@@ -29,12 +32,14 @@ def _decode(
     page_stride, head_stride, token_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, part, row).  Scores are in base 2: `scale` includes log2(e) and the scale of the keys.
 
     sinks f32[H], or None; SPLITS: parts of a row, a power of two; WINDOW: the tokens that are seen, the last ones (0: all);
-    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).
+    SOFTCAP c: scores become c * tanh(score / c) (0: they do not).  HEADS: whose parts are joined at once, at least a group
+    (CHUNK parts of each at a time), or 0: one after another.
     """
     head, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0) * GROUP
@@ -123,19 +128,41 @@ def _decode(
                 tl.store(counters + row * tl.num_programs(0) + head, 0)  # for the next launch
                 s = tl.arange(0, SPLITS)
                 whole = tl.arange(0, DIM_PAD)
-                for i in range(GROUP):
-                    first = (row * heads + head * GROUP + i) * SPLITS
-                    lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
-                    weight = tl.exp2(lse - tl.max(lse, 0))
-                    weight = weight / tl.sum(weight, 0)
-                    parts = tl.load(
-                        part_out + (first + s)[:, None] * DIM + whole[None, :],
-                        mask=(s < used)[:, None] & (whole < DIM)[None, :],
-                        other=0.0,
-                    )
-                    merged = tl.sum(parts * weight[:, None], 0)
-                    at_out = (row * heads + head * GROUP + i) * DIM + whole
-                    tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=whole < DIM)
+                if HEADS == 0:
+                    for i in range(GROUP):
+                        first = (row * heads + head * GROUP + i) * SPLITS
+                        lse = tl.load(part_lse + first + s, mask=s < used, other=-float("inf"))
+                        weight = tl.exp2(lse - tl.max(lse, 0))
+                        weight = weight / tl.sum(weight, 0)
+                        parts = tl.load(
+                            part_out + (first + s)[:, None] * DIM + whole[None, :],
+                            mask=(s < used)[:, None] & (whole < DIM)[None, :],
+                            other=0.0,
+                        )
+                        merged = tl.sum(parts * weight[:, None], 0)
+                        at_out = (row * heads + head * GROUP + i) * DIM + whole
+                        tl.store(out + at_out, merged.to(out.dtype.element_ty), mask=whole < DIM)
+                else:  # every load of a chunk is in flight at the same time
+                    h, c = tl.arange(0, HEADS), tl.arange(0, CHUNK)
+                    firsts = ((row * heads + head * GROUP + h) * SPLITS)[:, None]
+                    in_heads = (h < GROUP)[:, None]
+                    lses = tl.load(part_lse + firsts + s[None, :], mask=in_heads & (s < used)[None, :], other=-float("inf"))
+                    top = tl.max(tl.where(in_heads, lses, 0.0), 1)[:, None]
+                    weights = tl.where(in_heads, tl.sum(tl.exp2(lses - top), 1)[:, None], 1.0)
+                    joined = tl.zeros([HEADS, DIM_PAD], tl.float32)
+                    for at in range(0, used, CHUNK):
+                        some = at + c[None, :]
+                        inside = in_heads & (some < used)
+                        share_of = tl.exp2(tl.load(part_lse + firsts + some, mask=inside, other=-float("inf")) - top)
+                        chunk = tl.load(
+                            part_out + (firsts + some)[:, :, None] * DIM + whole[None, None, :],
+                            mask=inside[:, :, None] & (whole < DIM)[None, None, :],
+                            other=0.0,
+                        )
+                        joined += tl.sum(chunk * share_of[:, :, None], 1)
+                    at_outs = (row * heads + head * GROUP + h)[:, None] * DIM + whole[None, :]
+                    joined = (joined / weights).to(out.dtype.element_ty)
+                    tl.store(out + at_outs, joined, mask=in_heads & (whole < DIM)[None, :])
 
 
 @triton.jit
@@ -218,13 +245,15 @@ def decode_attention(
     if fp8 := keys.dtype == torch.float8_e4m3fn:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     out = torch.empty_like(q)
+    together = triton.next_power_of_2(group) if rows >= TOGETHER_FROM else 0
     _decode[(kv_heads, workspace.splits, rows)](
         q, keys, values, page_table, slots, kv_lens, out, workspace.out, workspace.lse, workspace.counters, sinks,
         (scale or dim**-0.5) * 1.4426950408889634 * k_scale, v_scale, page_table.stride(0), keys.stride(0), keys.stride(1),
         keys.stride(2),
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
         WIDTH=keys.shape[-1], WIDTH_PAD=triton.next_power_of_2(keys.shape[-1]), PAGE=page_size, BLOCK=block,
-        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, INTERPRET=INTERPRETED,
+        SPLITS=workspace.splits, FP8=fp8, WINDOW=window, SOFTCAP=softcap, PRECISION=FLOAT32_PRECISION, HEADS=together,
+        CHUNK=max(1, min(workspace.splits, 64 // max(1, together))), INTERPRET=INTERPRETED,
         num_warps=warps, num_stages=stages, **launch_options(q),
     )  # fmt: skip
     return out

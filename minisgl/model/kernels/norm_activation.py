@@ -45,6 +45,15 @@ def sum_parts(at, PARTS: tl.constexpr, stride, mask):
     return value
 
 
+@triton.jit
+def product_row(first, stride, scale, columns, inside, PARTS: tl.constexpr, SCALED: tl.constexpr):
+    """f32 values of a row of a product in any form: parts `stride` apart, or values times the row's scale and `columns`."""
+    value = sum_parts(first, PARTS, stride, inside)
+    if SCALED:
+        value = value * tl.load(scale) * columns
+    return value
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm(
     x, delta, weight, out, scales, delta_rows, delta_columns, eps, width, rows,
@@ -56,20 +65,14 @@ def _add_rms_norm(
     at = tl.arange(0, BLOCK)
     inside = at < width
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    columns = 1.0
     if SCALED:
         columns = tl.load(delta_columns + at, mask=inside, other=0.0)
     begin(PDL)
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        first = delta + row * width + at
-        if PARTS > 1:
-            added = sum_parts(first, PARTS, rows * width, inside)
-            value += added.to(x.dtype.element_ty).to(tl.float32)  # rounded as an unsplit product would be
-        elif SCALED:
-            added = tl.load(first, mask=inside, other=0.0).to(tl.float32) * tl.load(delta_rows + row) * columns
-            value += added.to(x.dtype.element_ty).to(tl.float32)
-        else:
-            value += tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        added = product_row(delta + row * width + at, rows * width, delta_rows + row, columns, inside, PARTS, SCALED)
+        value += added.to(x.dtype.element_ty).to(tl.float32)  # rounded as a plain product is
         rounded = value.to(x.dtype.element_ty)  # the norm is of what is kept
         tl.store(x + row * width + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
