@@ -110,7 +110,8 @@ class Connection(web.RequestHandler):
         if not isinstance(transport, asyncio.Transport):
             raise TypeError("a connection needs a transport for reading and writing")
         self._wire = transport  # aiohttp forgets its own before everything is sent
-        transport.set_write_buffer_limits(high=0)
+        # Under TLS, asyncio pauses at the limit, not beyond it: with 0 it would pause with nothing to wait for.
+        transport.set_write_buffer_limits(high=int(transport.get_extra_info("sslcontext") is not None), low=0)
         if self._connections.made(self):
             super().connection_made(transport)
             self._timer = self._loop.call_later(self._seconds, self._too_late)
