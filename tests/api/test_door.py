@@ -6,7 +6,6 @@ import asyncio
 import functools
 import itertools
 import json
-import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
