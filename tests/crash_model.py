@@ -100,7 +100,7 @@ class Runner(FakeRunner):
     def _sample(self, slot: int, step: Any) -> None:
         context, here = self._context(slot), np.array([slot])
         numbers, bias, said, penalised = self._extra.get(slot, ([0, 0, 64], [], [], False))
-        salt = [*self._own[slot], *numbers, *sorted(said), *(64 + v for _, v, _ in bias)]
+        salt = [*self._own[slot], *numbers, *sorted(said), *(64 + v for _, v, _ in bias if v)]
         allowed, failed = _SAYS, False
         if with_grammar := len(self.grammars.rows(here)) > 0:
             masks, (failed,) = self.grammars.masks(here)

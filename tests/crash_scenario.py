@@ -141,9 +141,16 @@ class Client:
             self.heard.append(news)
         self.ended = not isinstance(news, Chunk) or news.finish is not Finish.NONE
 
+    @property
+    def poison(self) -> bool:
+        """Whether it was refused because the engine died three times while it ran."""
+        return bool(self.heard) and self.heard[-1][1:2] == ("poison_request",)
+
     def check(self, right: list[Any]) -> None:
         """Compare with what an undisturbed engine says, or with its beginning if the client has left."""
         assert self.ended or self.left, f"{self.kind}: never answered, {len(self.heard)} of {len(right)} chunks"
+        if self.poison:
+            self.left = bool(self.heard.pop())
         for name, got, wanted in zip(("chunks", "log probabilities", "end"), _parts(self.heard), _parts(right), strict=True):
             if self.left:
                 wanted = wanted[: len(got)] if name != "end" else got
@@ -165,17 +172,11 @@ def _parts(heard: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
 class Run:
     """A cluster with clients, who come one after the other as soon as the engine takes requests."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        clients: list[Client],
-        requests: dict[str, Open] = REQUESTS,
-        kills: dict[int, list[str]] | None = None,
-    ) -> None:
-        """`kills`: at these events, counted from the first request, these actors die."""
+    def __init__(self, cluster: Cluster, clients: list[Client], requests: dict[str, Open] = REQUESTS) -> None:
         self.cluster, self.clients, self._requests = cluster, clients, requests
-        self._kills = sorted((kills or {}).items())
+        self.kills: list[tuple[int, list[str]]] = []  # at these events, counted from the first request, these actors die
         self._comers = list(clients)
+        self.poison = 0  # requests that were refused after three deaths
 
     def go(self) -> None:
         """Until nothing can happen."""
@@ -187,7 +188,7 @@ class Run:
         cluster, gateway, began = self.cluster, self.cluster.gateway, 0
         while True:
             happened = cluster.step()
-            if not happened and not self._comers and not self._kills:
+            if not happened and not self._comers and not self.kills:
                 return
             assert cluster.events < MOST_EVENTS, f"no end: {[c.kind for c in self.clients if not c.ended and not c.left]}"
             if gateway.state not in ("ready", "recovering"):
@@ -196,8 +197,8 @@ class Run:
             began = began or cluster.events
             if self._comers and (not happened or cluster.rng.random() < 0.05):
                 self._comers.pop(0).open(gateway, self._requests)
-            if self._kills and (not happened or cluster.events - began >= self._kills[0][0]):
-                for name in self._kills.pop(0)[1]:
+            if self.kills and (not happened or cluster.events - began >= self.kills[0][0]):
+                for name in self.kills.pop(0)[1]:
                     cluster.kill(name)
             for client in self.clients:
                 if client.uid >= 0 and not client.ended and not client.left and len(client.heard) >= client.leaves_after:
@@ -208,6 +209,8 @@ class Run:
 
     def check(self) -> None:
         """All answers are right, and nothing is left of them."""
+        self.poison = sum(client.poison for client in self.clients)
+        assert not self.poison or sum(self.cluster.deaths.values()) > 2, "refused as poison"
         for client in self.clients:
             client.check(reference(client.kind, client.nth))
         check_books(self.cluster)
@@ -252,36 +255,38 @@ def reference(kind: str, nth: int) -> list[Any]:
     return client.heard
 
 
-def make(seed: int, doom: dict[str, int] | None = None, n: int = 9) -> Run:
-    """A scenario by its seed: `n` of the requests, of which some lose patience."""
+def make(seed: int, doom: dict[str, int] | None = None, kinds: str = "") -> Run:
+    """A scenario by its seed: nine requests, of which some lose patience.  `kinds`: how their names begin; `doom`: see Cluster."""
     rng = random.Random(seed)
     cluster = Cluster(config(rng.choice((1, 2)), rng.choice((1, 1, 2))), seed, ACTORS, doom)
-    kinds = rng.sample(sorted(REQUESTS), n)
-    clients = [Client(kind, nth, rng.choice((0, 1, 3, 6)) if rng.random() < 0.15 else 1 << 30) for nth, kind in enumerate(kinds)]
+    usual = sorted(kind for kind in REQUESTS if kind.startswith(kinds))
+    chosen = rng.sample(usual, 9) if not kinds else rng.choices(usual, k=9)
+    clients = [Client(kind, nth, rng.choice((0, 1, 3, 6)) if rng.random() < 0.15 else 1 << 30) for nth, kind in enumerate(chosen)]
     return Run(cluster, clients)
 
 
-def disturbed(seed: int) -> Run:
-    """The same with one to four deaths at random events, or in the middle of them, of several at once among them."""
-    run, rng = make(seed), random.Random(~seed)
-    names = sorted(run.cluster.gateway.pids)
-    kills: dict[int, list[str]] = {}
+def disturbed(seed: int, kinds: str = "", victims: str = "") -> Run:
+    """The same with deaths at random events, or in the middle of them, of several at once among them.
+
+    Every third time they come in quick succession, so that recovery itself is disturbed.  `victims`: how their names begin.
+    """
+    run, rng = make(seed, None, kinds), random.Random(~seed)
+    names = sorted(name for name in run.cluster.gateway.pids if name.startswith(tuple(victims.split() or [""])))
+    at = rng.choice((rng.randrange(600), rng.randrange(60)))
     for _ in range(rng.choice((1, 2, 2, 3, 4))):
-        at = rng.choice((rng.randrange(600), rng.randrange(60)))
-        kills[at] = rng.sample(names, rng.choice((1, 1, 1, 2, 3)))
-    run._kills = sorted(kills.items())
+        run.kills.append((at, rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2, 3))))))
+        at = rng.randrange(600) if seed % 3 else at + rng.choice((10, 40, 100))
+    run.kills.sort()
     for _ in range(rng.choice((0, 1, 1, 2))):
-        run.cluster.doom[rng.choice(names)] = rng.randrange(1, 400)
+        run.cluster.doom[rng.choice(names)] = rng.randrange(1, rng.choice((20, 400)))
     return run
 
 
-def run(seed: int) -> Run:
-    """Run a disturbed scenario and check it."""
-    r = disturbed(seed)
+def finish(run: Run) -> Run:
+    """Run a scenario to its end and check it."""
     try:
-        r.go()
-        r.check()
+        run.go()
+        run.check()
     finally:
-        r.cluster.close()
-    return r
-
+        run.cluster.close()
+    return run

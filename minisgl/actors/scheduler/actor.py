@@ -55,6 +55,8 @@ class SchedulerActor(Actor):
         if takes_over:
             self._first_step = self.board.line(ctx.name).step + 1 + config.engine.lag
             self._make_machine(takes_over)
+            table = self._machine().table
+            table.sampling_extra[:] = table.has_grammar[:] = True  # of the owners before, as far as this one knows
             self._unsent = StepPlan(self._first_step, PlanKind.REJOIN)
 
     # ---------------- start-up
