@@ -77,13 +77,19 @@ class Lane:
 
 
 class Cluster:
-    """The engine under its real Recovery, whose Processes it is.  `doom`: at which of its points an actor is killed."""
+    """The engine under its real Recovery, whose Processes it is.
 
-    def __init__(self, config: Config, seed: int, make: dict[str, MakeActor], doom: dict[str, int] | None = None) -> None:
+    `doom`: in which of its lives, and at which point of it, an actor is killed.
+    """
+
+    def __init__(
+        self, config: Config, seed: int, make: dict[str, MakeActor], doom: dict[str, tuple[int, int]] | None = None
+    ) -> None:
         self.config, self._make = config, make
         self.rng = rng = random.Random(seed)
         self.doom = dict(doom or {})
-        self.points: Counter[str] = Counter()  # how often each actor could have been killed
+        self.points: Counter[str] = Counter()  # how often each actor could have been killed in its present life
+        self.lives: Counter[str] = Counter()
         self.deaths: Counter[str] = Counter()
         self.clock, self.events = 0.0, 0
         self.actors: dict[str, Actor] = {}
@@ -120,6 +126,7 @@ class Cluster:
     def _bear(self, name: str, pid: int, arenas: Arenas, takes_over: int) -> None:
         del self._births[name]
         process = self._alive[name] = Process(self, name, pid)
+        self.points[name], self.lives[name] = 0, self.lives[name] + 1
         for lane in self._lanes:
             if lane.dst == name:
                 lane.lose = 0
@@ -138,7 +145,7 @@ class Cluster:
         self._bury(name)
         self.deaths[name] += 1
         if not self._dead:
-            self._notice_at = self.events + self.rng.randrange(40)
+            self._notice_at = self.events + self.rng.choice((0, self.rng.randrange(40)))
         self._dead.append(ActorDied(name, KILLED))
 
     def _bury(self, name: str) -> None:
@@ -175,7 +182,7 @@ class Cluster:
         if self._alive.get(process.name) is not process:
             raise Killed
         self.points[process.name] += 1
-        if self.doom.get(process.name) == self.points[process.name]:
+        if self.doom.get(process.name) == (self.lives[process.name], self.points[process.name]):
             raise Killed
 
     # ---------------- events

@@ -22,12 +22,16 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     "a replay has the name of the first try": ([(Gateway, "_send", "else self._new_uid()", "else entry.uid")], "", ""),
     "a new detokenizer is told the old names": ([(Gateway, "_send", "entry.fresh and", "entry.fresh or")], "", ""),
     "log probabilities of lost tokens stay": ([(Gateway, "_replay", "entry.logprobs.clear()", "pass")], "echo", _ENGINE),
-    "delivered tokens are not in the replay": ([(Gateway, "_send", "if entry.delivered else prompt", "if 0 else prompt")], "", ""),
+    "delivered tokens are not in the replay": (
+        [(Gateway, "_send", "if entry.delivered else prompt", "if 0 else prompt")],
+        "",
+        "",
+    ),
     "the answer so far counts as prompt": ([(Gateway, "_send", "len(ids), len(prompt), e", "len(ids), len(ids), e")], "", ""),
     "a replay draws another seed": ([(Gateway, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
     "requests that wait for the engine are forgotten": ([(Gateway, "_replay", "idle if not", "() if not")], "", ""),
     "questions of the checker are not asked again": ([(Gateway, "lost", "in self._grammars.values()", "in ()")], "check", "ch"),
-    "a scheduler that has died is ready": ([(Gateway, "engine_ready", "== m.pid", "> 0")], "n", _ENGINE),
+    "a scheduler that has died is ready": ([(Gateway, "engine_ready", "== m.pid", "> 0")], "n", "scheduler"),
     "the text of what was said is lost": ([(DetokenizerActor, "track", "in m.said.tolist()", "in ()")], "", ""),
     "the requests of a dead scheduler stay": ([(DetokenizerActor, "forget", "self._oldest = m.below", "return")], "", ""),
     "prompts of a dead tokenizer are not read again": (

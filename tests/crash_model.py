@@ -138,4 +138,3 @@ class Checker(Actor):
         refused = Rejected(m.uid, 400, f"{m.field} is too large", m.field, "too_large", None)
         self.ctx.send("api", refused if "(" in m.grammar else GrammarChecked(m.uid, m.grammar.upper()))
         return True
-

@@ -255,13 +255,15 @@ def reference(kind: str, nth: int) -> list[Any]:
     return client.heard
 
 
-def make(seed: int, doom: dict[str, int] | None = None, kinds: str = "") -> Run:
+def make(seed: int, doom: dict[str, tuple[int, int]] | None = None, kinds: str = "") -> Run:
     """A scenario by its seed: nine requests, of which some lose patience.  `kinds`: how their names begin; `doom`: see Cluster."""
     rng = random.Random(seed)
     cluster = Cluster(config(rng.choice((1, 2)), rng.choice((1, 1, 2))), seed, ACTORS, doom)
     usual = sorted(kind for kind in REQUESTS if kind.startswith(kinds))
     chosen = rng.sample(usual, 9) if not kinds else rng.choices(usual, k=9)
-    clients = [Client(kind, nth, rng.choice((0, 1, 3, 6)) if rng.random() < 0.15 else 1 << 30) for nth, kind in enumerate(chosen)]
+    clients = [
+        Client(kind, nth, rng.choice((0, 1, 3, 6)) if rng.random() < 0.15 else 1 << 30) for nth, kind in enumerate(chosen)
+    ]
     return Run(cluster, clients)
 
 
@@ -278,7 +280,7 @@ def disturbed(seed: int, kinds: str = "", victims: str = "") -> Run:
         at = rng.randrange(600) if seed % 3 else at + rng.choice((10, 40, 100))
     run.kills.sort()
     for _ in range(rng.choice((0, 1, 1, 2))):
-        run.cluster.doom[rng.choice(names)] = rng.randrange(1, rng.choice((20, 400)))
+        run.cluster.doom[rng.choice(names)] = rng.choice((1, 1, 2, 3)), rng.randrange(1, rng.choice((20, 400)))
     return run
 
 

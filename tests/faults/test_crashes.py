@@ -1,0 +1,41 @@
+"""No request is lost and no token contradicted, whichever actors die, and whenever: seeds, and each point of a scenario.
+
+scripts/check/crashes.py runs many more.
+"""
+
+from __future__ import annotations
+
+import crash_scenario
+import pytest
+from conftest import cases
+from crash_faults import FAULTS, planted
+
+SCENARIO, STRIDE = 7, 10
+
+
+@pytest.mark.parametrize("name", ["checker", "detokenizer", "scheduler", "tokenizer", "worker0", "worker1"])
+def test_an_actor_may_die_at_each_point_of_a_scenario(name: str) -> None:
+    points = crash_scenario.finish(crash_scenario.make(SCENARIO)).cluster.points[name]
+    for k in range(1, points + 1, 1 if points < 30 else STRIDE):
+        run = crash_scenario.finish(crash_scenario.make(SCENARIO, {name: (1, k)}))
+        assert run.cluster.deaths == {name: 1}, k
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_actors_may_die_at_any_time_also_several_and_during_recovery(block: int) -> None:
+    died = 0
+    for i in range(cases(30)):
+        run = crash_scenario.finish(crash_scenario.disturbed(block + 5 * i))
+        died += sum(run.cluster.deaths.values())
+    assert died > 30
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_these_tests_notice_when(fault: str) -> None:
+    with planted(fault):
+        for seed in range(400):
+            try:
+                crash_scenario.finish(crash_scenario.disturbed(seed, *FAULTS[fault][1:]))
+            except Exception:  # whatever breaks first: a comparison, a check of the books, an actor
+                return
+    pytest.fail("nothing was noticed")
