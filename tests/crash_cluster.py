@@ -19,8 +19,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from minisgl import logs
@@ -281,9 +281,13 @@ class Cluster:
             self.point(self._current)
             return at
 
-        with mock.patch.object(RingWriter, "publish", reported), mock.patch.object(logs, "say", lambda *a, **k: None):
-            with mock.patch.object(worker, "time", SimpleNamespace(sleep=lambda seconds: None)):
-                yield
+        patches = (
+            mock.patch.object(RingWriter, "publish", reported),
+            mock.patch.object(logs, "say", mock.Mock()),
+            mock.patch.object(worker, "time", SimpleNamespace(sleep=lambda seconds: None)),
+        )
+        with patches[0], patches[1], patches[2]:
+            yield
 
     def close(self) -> None:
         self.memory.close()

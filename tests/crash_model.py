@@ -39,7 +39,7 @@ def spec() -> ModelSpec:
     """The spec, with its directory, which lives as long as this process."""
     spec.directory = tempfile.TemporaryDirectory()  # type: ignore[attr-defined]
     path = Path(spec.directory.name)  # type: ignore[attr-defined]
-    backend = Tokenizer(models.BPE({c: i for c, i in BYTE_ALPHABET.items()}, []))
+    backend = Tokenizer(models.BPE(dict(BYTE_ALPHABET), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in _ADDED.items()])

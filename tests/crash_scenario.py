@@ -180,9 +180,9 @@ class Run:
 
     def go(self) -> None:
         """Until nothing can happen."""
-        with self.cluster.watched(), mock.patch.object(tokenizer, "load_tokenizer", _load):
-            with mock.patch.object(detokenizer, "load_tokenizer", _load):
-                self._go()
+        read_once = [mock.patch.object(module, "load_tokenizer", _load) for module in (tokenizer, detokenizer)]
+        with self.cluster.watched(), read_once[0], read_once[1]:
+            self._go()
 
     def _go(self) -> None:
         cluster, gateway, began = self.cluster, self.cluster.gateway, 0
@@ -256,7 +256,10 @@ def reference(kind: str, nth: int) -> list[Any]:
 
 
 def make(seed: int, doom: dict[str, tuple[int, int]] | None = None, kinds: str = "") -> Run:
-    """A scenario by its seed: nine requests, of which some lose patience.  `kinds`: how their names begin; `doom`: see Cluster."""
+    """A scenario by its seed: nine requests, of which some lose patience.
+
+    `kinds`: how their names begin.  `doom`: see Cluster.
+    """
     rng = random.Random(seed)
     cluster = Cluster(config(rng.choice((1, 2)), rng.choice((1, 1, 2))), seed, ACTORS, doom)
     usual = sorted(kind for kind in REQUESTS if kind.startswith(kinds))
