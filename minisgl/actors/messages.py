@@ -209,7 +209,7 @@ class Generate:
 
     The first `n_prompt` are the prompt; the rest were delivered before a restart (replay), with their log probabilities and
     those of the prompt.  `max_tokens` counts from the end of the prompt.  `max_tokens` and `seed` are set here even where
-    `params` leaves them open.
+    `params` leaves them open.  `replay`: it was sent before a restart, so it is taken however full the queue is.
     """
 
     uid: int
@@ -219,6 +219,7 @@ class Generate:
     seed: int
     params: SamplingParams
     options: RequestOptions
+    replay: bool = False
 
 
 @message
@@ -284,7 +285,7 @@ class Forget:
 
 @message
 class Started:
-    """detokenizer -> api, before the first Text of a request.
+    """detokenizer -> api, before the first Text of a request; scheduler -> api, before Embedded.
 
     `queued`: seconds from its arrival at the scheduler to the first step that computes a part of its prompt.
     """

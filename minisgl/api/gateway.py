@@ -263,10 +263,11 @@ class Gateway(Actor):
             return False
         self._requests.publish(raw)
         entry.name = entry.uid if entry.fresh and entry.uid >= self._oldest else self._new_uid()
-        entry.fresh = False
         self._sent[entry.name] = entry
-        message = msg.Generate(entry.name, len(ids), len(prompt), entry.max_tokens, entry.seed, entry.params, entry.options)
+        sizes = len(ids), len(prompt), entry.max_tokens
+        message = msg.Generate(entry.name, *sizes, entry.seed, entry.params, entry.options, not entry.fresh)
         self.ctx.send("scheduler", message)
+        entry.fresh = False
         return True
 
     # ---------------- from the actors
@@ -490,7 +491,8 @@ class Gateway(Actor):
     def _replay(self) -> None:
         """Send every request again, behind what it has said, as soon as the engine takes requests."""
         sent = list(self._sent.values())
-        poison = self._trials.judge([entry for entry in sent if entry.started], self.ctx.now())
+        on_trial = self._trials.current  # it runs alone, so it was in flight, whatever was heard of it
+        poison = self._trials.judge([e for e in sent if e.started or e is on_trial], self.ctx.now())
         for entry in sent:
             if self.engine_up:
                 self._cancel(entry)

@@ -3,7 +3,7 @@
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); FlushCache, Reconnect, Stop (api); WorkerLoaded, WorkerArmed, GrammarPrepared,
           MayCapture, Wake (workers); results through the token ring.
-Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
           (workers); plans through the plan ring.
 """
 
@@ -152,7 +152,7 @@ class SchedulerActor(Actor):
                 "larger --kv-tokens. (context_length_exceeded)"
             )
             return msg.Rejected(m.uid, 400, text, "messages", "context_length_exceeded", None)
-        retry = self._overload(m.n_ids)
+        retry = None if m.replay else self._overload(m.n_ids)
         if retry is None:
             return None
         text = f"The server has {len(machine.waiting)} requests waiting; try again in {retry} s."
@@ -291,6 +291,7 @@ class SchedulerActor(Actor):
         for uid, cached in output.started:
             request = machine.running[uid][1]
             if request.options.pooling:  # its answer is a vector, not text
+                self.ctx.send("api", msg.Started(uid, now - request.arrived))
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
             said = request.ids[request.n_prompt :]
