@@ -176,6 +176,7 @@ class Run:
         self.cluster, self.clients, self._requests = cluster, clients, requests
         self.kills: list[tuple[int, list[str]]] = []  # at these events, counted from the first request, these actors die
         self._comers = list(clients)
+        self.drains = False  # the server is about to stop, once all have come
         self.poison = 0  # requests that were refused after three deaths
 
     def go(self) -> None:
@@ -191,7 +192,7 @@ class Run:
             if not happened and not self._comers and not self.kills:
                 return
             assert cluster.events < MOST_EVENTS, f"no end: {[c.kind for c in self.clients if not c.ended and not c.left]}"
-            if gateway.state not in ("ready", "recovering"):
+            if gateway.state not in ("ready", "recovering", "draining"):
                 assert happened, f"nothing happens, and the engine is {gateway.state}"
                 continue
             began = began or cluster.events
@@ -204,8 +205,13 @@ class Run:
                 if client.uid >= 0 and not client.ended and not client.left and len(client.heard) >= client.leaves_after:
                     gateway.close(client.uid)
                     client.left = True
-            if cluster.rng.random() < 0.02:
+            chance = cluster.rng.random()
+            if chance < 0.02:
                 cluster.recovery.tick()
+            elif chance < 0.022:
+                gateway.flush_cache()
+            elif chance > 0.99 and self.drains and not self._comers:
+                gateway.drain()
 
     def check(self) -> None:
         """All answers are right, and nothing is left of them."""
@@ -219,7 +225,7 @@ class Run:
 def check_books(cluster: Cluster) -> None:
     """Nothing is left of requests that have ended, in any process, and no page is lost."""
     gateway, actors = cluster.gateway, cluster.actors
-    assert gateway.state == "ready"
+    assert gateway.state in ("ready", "draining")
     assert not gateway.silent
     for name in ("_ledger", "_sent", "_questions", "_grammars", "_backlog"):
         assert not getattr(gateway, name), f"left in the gateway's {name}"
@@ -282,6 +288,7 @@ def disturbed(seed: int, kinds: str = "", victims: str = "") -> Run:
         run.kills.append((at, rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2, 3))))))
         at = rng.randrange(600) if seed % 3 else at + rng.choice((10, 40, 100))
     run.kills.sort()
+    run.drains = rng.random() < 0.1
     for _ in range(rng.choice((0, 1, 1, 2))):
         run.cluster.doom[rng.choice(names)] = rng.choice((1, 1, 2, 3)), rng.randrange(1, rng.choice((20, 400)))
     return run

@@ -3,8 +3,8 @@
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); FlushCache, Reconnect, Stop (api); WorkerLoaded, WorkerArmed, GrammarPrepared,
           MayCapture, Wake (workers); results through the token ring.
-Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
-          (workers); plans through the plan ring.
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar,
+          Wake (workers); plans through the plan ring.
 """
 
 from __future__ import annotations
