@@ -476,10 +476,9 @@ class Gateway(Actor):
         elif "detokenizer" in names:
             self.ctx.send("scheduler", msg.Reconnect("detokenizer"))
         if "scheduler" in names or "detokenizer" in names:
-            self._replay()
-        if "scheduler" in names:
             self._oldest = self._last_uid + 1
             self.ctx.send("detokenizer", msg.Forget(self._oldest))
+            self._replay()
         if "checker" in names:
             for question in self._grammars.values():
                 self.ctx.send("checker", question)
