@@ -34,6 +34,17 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     "a scheduler that has died is ready": ([(Gateway, "engine_ready", "== m.pid", "> 0")], "n", "scheduler"),
     "the text of what was said is lost": ([(DetokenizerActor, "track", "in m.said.tolist()", "in ()")], "", ""),
     "the requests of a dead scheduler stay": ([(DetokenizerActor, "forget", "self._oldest = m.below", "return")], "", ""),
+    "the requests of a dead detokenizer stay": (
+        [
+            (
+                Gateway,
+                "lost",
+                'self.ctx.send("detokenizer", msg.F',
+                '"scheduler" in names and self.ctx.send("detokenizer", msg.F',
+            )
+        ],
+        *("echo alone", "detokenizer"),
+    ),
     "prompts of a dead tokenizer are not read again": (
         [(Tokenizers, "resend", "self._give(job, self._new_name())", "pass")],
         *("t", "tokenizer"),

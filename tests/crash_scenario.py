@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -179,11 +180,28 @@ class Run:
         self.drains = False  # the server is about to stop, once all have come
         self.poison = 0  # requests that were refused after three deaths
 
+    def admit_one_by_one(self) -> None:
+        """Let each come when the scheduler has taken the one before, without waiting for answers."""
+        with self._watched():
+            while self.cluster.gateway.state != "ready":
+                self.cluster.step()
+            machine = self.cluster.actors["scheduler"].machine
+            for client in self._comers:
+                client.open(self.cluster.gateway, self._requests)
+                while client.uid not in machine.running and client.uid not in machine.waiting:
+                    assert self.cluster.step()
+        self._comers = []
+
     def go(self) -> None:
         """Until nothing can happen."""
+        with self._watched():
+            self._go()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         read_once = [mock.patch.object(module, "load_tokenizer", _load) for module in (tokenizer, detokenizer)]
         with self.cluster.watched(), read_once[0], read_once[1]:
-            self._go()
+            yield
 
     def _go(self) -> None:
         cluster, gateway, began = self.cluster, self.cluster.gateway, 0
