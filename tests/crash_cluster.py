@@ -26,8 +26,9 @@ from unittest import mock
 from minisgl import logs
 from minisgl.actors import worker
 from minisgl.actors.messages import ActorDied, EngineReady, Hello
+from minisgl.actors.runtime import shared_memory
 from minisgl.actors.runtime.actor import Actor, Context
-from minisgl.actors.runtime.ring import RingWriter
+from minisgl.actors.runtime.ring import RingSpec, RingWriter, create_ring
 from minisgl.actors.runtime.shared_memory import Arenas, Memory, actor_names
 from minisgl.actors.wire import decode, encode
 from minisgl.api.gateway import Gateway
@@ -36,6 +37,11 @@ from minisgl.config import Config
 
 KILLED = -9
 MakeActor = Callable[[Context, Config, Arenas, int], Actor]  # the last: what a scheduler takes over
+
+
+def _narrow(name: str, readers: int, size: int) -> tuple[RingSpec, int]:
+    """Rings that are always full, but for that of the results, which is as large as it must be."""
+    return create_ring(name, readers, size if name == "results" else 4096)
 
 
 class Killed(BaseException):
@@ -79,11 +85,16 @@ class Lane:
 class Cluster:
     """The engine under its real Recovery, whose Processes it is.
 
-    `doom`: in which of its lives, and at which point of it, an actor is killed.
+    `doom`: in which of its lives, and at which point of it, an actor is killed.  `narrow`: rings have little room.
     """
 
     def __init__(
-        self, config: Config, seed: int, make: dict[str, MakeActor], doom: dict[str, tuple[int, int]] | None = None
+        self,
+        config: Config,
+        seed: int,
+        make: dict[str, MakeActor],
+        doom: dict[str, tuple[int, int]] | None = None,
+        narrow: bool = False,
     ) -> None:
         self.config, self._make = config, make
         self.rng = rng = random.Random(seed)
@@ -102,7 +113,8 @@ class Cluster:
         self._pids = 100
         self._current: Process | None = None
         self._speed = {n: rng.choice((1.0, 1.0, 0.3, 0.05)) for n in ("api", *actor_names(8, 8))}
-        self.memory = Memory(config)
+        with mock.patch.object(shared_memory, "create_ring", _narrow if narrow else create_ring):
+            self.memory = Memory(config)
         api = self._alive["api"] = Process(self, "api", 1)
         self.gateway = Gateway(api, config, self.memory.arenas)
         self.actors["api"] = self.gateway

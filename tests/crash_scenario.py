@@ -285,7 +285,8 @@ def make(seed: int, doom: dict[str, tuple[int, int]] | None = None, kinds: str =
     `kinds`: how their names begin.  `doom`: see Cluster.
     """
     rng = random.Random(seed)
-    cluster = Cluster(config(rng.choice((1, 2)), rng.choice((1, 1, 2))), seed, ACTORS, doom)
+    engine = {"lag": rng.choice((1, 2, 2, 3)), "max_running": rng.choice((2, 4, 4))}
+    cluster = Cluster(config(rng.choice((1, 2)), rng.choice((1, 1, 2)), **engine), seed, ACTORS, doom, rng.random() < 0.2)
     usual = sorted(kind for kind in REQUESTS if kind.startswith(kinds))
     chosen = rng.sample(usual, 9) if not kinds else rng.choices(usual, k=9)
     clients = [
