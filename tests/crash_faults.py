@@ -31,7 +31,11 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     "a replay draws another seed": ([(Gateway, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
     "requests that wait for the engine are forgotten": ([(Gateway, "_replay", "idle if not", "() if not")], "", ""),
     "questions of the checker are not asked again": ([(Gateway, "lost", "in self._grammars.values()", "in ()")], "check", "ch"),
-    "a scheduler that has died is ready": ([(Gateway, "engine_ready", "== m.pid", "> 0")], "n", "scheduler"),
+    "an engine that has died is up": (
+        [(Gateway, "lost", "self.engine_up, self._requests = False", "_, self._requests = 0")],
+        "",
+        "",
+    ),
     "the text of what was said is lost": ([(DetokenizerActor, "track", "in m.said.tolist()", "in ()")], "", ""),
     "the requests of a dead scheduler stay": ([(DetokenizerActor, "forget", "self._oldest = m.below", "return")], "", ""),
     "the requests of a dead detokenizer stay": (

@@ -13,6 +13,9 @@ from conftest import cases
 from crash_cluster import Cluster
 from crash_faults import FAULTS, planted
 from crash_scenario import ACTORS, Client, Run
+from test_tokenizer_pool import Front
+
+from minisgl.actors.messages import EngineReady, Hello
 
 SCENARIO, STRIDE = 7, 10
 
@@ -49,6 +52,21 @@ def test_a_replay_is_taken_however_full_the_queue_is(dies: str) -> None:
         client.check(crash_scenario.reference(client.kind, client.nth))
     crash_scenario.check_books(cluster)
     cluster.close()
+
+
+def test_what_a_process_said_before_it_died_says_nothing_of_the_next() -> None:
+    front = Front(1, 0)
+    gateway = front.gateway
+    gateway.pids |= {"scheduler": 7, "detokenizer": 8}
+    gateway.lost(["scheduler", "detokenizer"], front.memory.arenas.requests)
+    for m in (EngineReady(100, 6), Hello("scheduler", 6), Hello("detokenizer", 6)):
+        gateway.receive(m)
+    assert (gateway.state, gateway.engine_up, gateway.down) == ("recovering", False, ["detokenizer", "scheduler"])
+    for m in (EngineReady(100, 7), Hello("scheduler", 7), Hello("detokenizer", 8)):
+        assert gateway.state == "recovering"
+        gateway.receive(m)
+    assert gateway.state == "ready"
+    front.memory.close()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
