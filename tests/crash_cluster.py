@@ -113,7 +113,8 @@ class Cluster:
         self._pids = 100
         self._current: Process | None = None
         self._speed = {n: rng.choice((1.0, 1.0, 0.3, 0.05)) for n in ("api", *actor_names(8, 8))}
-        with mock.patch.object(shared_memory, "create_ring", _narrow if narrow else create_ring):
+        self._rings = mock.patch.object(shared_memory, "create_ring", _narrow if narrow else create_ring)
+        with self._rings:
             self.memory = Memory(config)
         api = self._alive["api"] = Process(self, "api", 1)
         self.gateway = Gateway(api, config, self.memory.arenas)
@@ -298,7 +299,7 @@ class Cluster:
             mock.patch.object(logs, "say", mock.Mock()),
             mock.patch.object(worker, "time", SimpleNamespace(sleep=lambda seconds: None)),
         )
-        with patches[0], patches[1], patches[2]:
+        with self._rings, patches[0], patches[1], patches[2]:
             yield
 
     def close(self) -> None:

@@ -491,15 +491,17 @@ class Gateway(Actor):
         """Send every request again, behind what it has said, as soon as the engine takes requests."""
         sent = list(self._sent.values())
         on_trial = self._trials.current  # it runs alone, so it was in flight, whatever was heard of it
-        poison = self._trials.judge([e for e in sent if e.started or e is on_trial], self.ctx.now())
+        poison = self._trials.judge([e for e in sent if e.started or e is on_trial], now := self.ctx.now())
         for entry in sent:
             if self.engine_up:
                 self._cancel(entry)
             entry.name, entry.started = 0, False
             entry.logprobs.clear()  # of tokens that were not delivered
         self._sent.clear()
-        for entry in poison:
-            self._refuse_poison(entry.uid)
+        self._backlog.clear()
+        for entry in list(self._ledger.values()) if poison else ():
+            if entry.ids is not None and self._trials.knows(entry.ids, now):
+                self._refuse_poison(entry.uid)
         idle = (entry for entry in self._ledger.values() if entry.ids is not None and not entry.name)
         self._backlog = deque(sorted((e for e in idle if not self._trials.suspected(e)), key=lambda e: e.uid))
         self._go_on_with_trials()

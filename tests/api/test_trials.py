@@ -40,9 +40,9 @@ class Engine:
         running = [trials.current] if trials.current else [r for r in self.open if not trials.suspected(r)][: self._slots]
         if any(len(r.delivered) >= r.kills_at for r in running):
             self.deaths += 1
-            for poison in trials.judge(running, self.now):
-                self.refused.append(poison)
-                self.open.remove(poison)
+            if trials.judge(running, self.now):
+                self.refused += [r for r in self.open if trials.knows(r.ids, self.now)]
+                self.open = [r for r in self.open if r not in self.refused]
             return
         for r in running:
             r.delivered.append(1)
@@ -91,7 +91,7 @@ def test_deaths_with_new_tokens_in_between_make_nobody_a_suspect() -> None:
     trials: Trials[Request] = Trials()
     r = Request(1)
     for _ in range(9):
-        assert trials.judge([r], 0.0) == []
+        assert trials.judge([r], 0.0) is False
         assert not trials.open
         r.delivered.append(1)
 
@@ -100,7 +100,7 @@ def test_two_deaths_without_a_token_make_suspects_who_are_acquitted_by_their_nex
     trials: Trials[Request] = Trials()
     a, b = Request(1), Request(2)
     for _ in range(2):
-        assert trials.judge([a, b], 0.0) == []
+        assert trials.judge([a, b], 0.0) is False
     assert trials.next() is a
     assert trials.next() is None  # one at a time
     assert trials.suspected(b)
@@ -133,7 +133,8 @@ def test_the_prompt_of_poison_is_refused_for_an_hour_with_those_who_wait_with_it
     for _ in range(2):
         trials.judge([poison, same, other], 5.0)
     assert trials.next() is poison
-    assert trials.judge([poison], 10.0) == [poison, same]
+    assert trials.judge([poison], 10.0)
+    assert not trials.suspected(same)
     assert trials.next() is other
     assert trials.knows(poison.ids, 10.0 + 3599.0)
     assert not trials.knows(poison.ids, 10.0 + 3600.0)
@@ -148,7 +149,7 @@ def test_a_suspect_that_could_not_begin_is_tried_first_and_not_again_counted() -
     assert trials.next() is a
     trials.put_back()
     assert trials.next() is a
-    assert trials.judge([], 0.0) == []  # died before it was sent
+    assert trials.judge([], 0.0) is False  # died before it was sent
     assert trials.next() is a
     assert a.deaths == 2
 
@@ -160,6 +161,6 @@ def test_the_memory_of_poison_is_bounded() -> None:
         trials.judge([r], 0.0)
         trials.judge([r], 0.0)
         trials.next()
-        assert trials.judge([r], 0.0) == [r]
+        assert trials.judge([r], 0.0)
     assert not trials.knows(Request(0).ids, 1.0)
     assert trials.knows(Request(1099).ids, 1.0)

@@ -66,17 +66,19 @@ DEADLY_ACTORS = ACTORS | {
 }
 
 
-def scenario(seed: int, poisons: list[str], tp: int) -> Run:
+def scenario(seed: int, poisons: list[str], tp: int, *, patient: bool = True) -> Run:
     rng = random.Random(seed)
-    cluster = Cluster(config(tp), seed, DEADLY_ACTORS)
+    cluster = Cluster(config(tp), seed, DEADLY_ACTORS, narrow=seed % 4 == 3)
     kinds = [*rng.sample(sorted(REQUESTS), 8), *poisons]
     rng.shuffle(kinds)
     run = Run(cluster, [Client(kind, nth) for nth, kind in enumerate(kinds)], REQUESTS | POISONS)
+    for client in () if patient else rng.sample(run.clients, 5):
+        client.leaves_after = rng.choice((0, 0, 1, 2, 4))
     try:
         run.go()
         for client in run.clients:
             if client.kind in POISONS:
-                assert client.poison, f"{client.kind}: {client.heard}"
+                assert client.poison or client.left, f"{client.kind}: {client.heard}"
             else:
                 client.check(crash_scenario.reference(client.kind, client.nth))
         crash_scenario.check_books(cluster)
@@ -96,3 +98,16 @@ def test_poison_is_refused_and_all_others_are_answered(poison: str, tp: int) -> 
 def test_several_poisons_are_refused_together() -> None:
     for seed in range(cases(6)):
         scenario(seed, random.Random(seed).sample(sorted(POISONS), 3), 1 + seed % 2)
+
+
+def test_the_same_prompt_is_refused_whether_it_comes_before_or_after_the_verdict() -> None:
+    for seed in range(cases(4)):
+        poison = sorted(POISONS)[seed % 5]
+        run = scenario(seed, [poison] * 4, 1)
+        died = sum(run.cluster.deaths.values())
+        assert died < 9, "each was tried"
+
+
+def test_clients_may_leave_before_and_during_trials() -> None:
+    for seed in range(cases(12)):
+        scenario(seed, random.Random(seed).sample(sorted(POISONS), 2), 1, patient=False)
