@@ -11,12 +11,14 @@ from conftest import cases
 from crash_cluster import Cluster, Killed
 from crash_model import Runner
 from crash_scenario import ACTORS, REQUESTS, Client, Open, Run, config
+from test_tokenizer_pool import Front
 
-from minisgl.actors.messages import Tokenize
+from minisgl.actors.messages import EngineReady, Started, Tokenize
 from minisgl.actors.runtime.ring import RingWriter
 from minisgl.actors.tokenizer import TokenizerActor
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.engine import TextPrompt, TokenPrompt
+from minisgl.errors import RequestError
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 DEADLY = 200  # a token
@@ -111,3 +113,19 @@ def test_the_same_prompt_is_refused_whether_it_comes_before_or_after_the_verdict
 def test_clients_may_leave_before_and_during_trials() -> None:
     for seed in range(cases(12)):
         scenario(seed, random.Random(seed).sample(sorted(POISONS), 2), 1, patient=False)
+
+
+def test_who_ends_the_engine_alone_is_poison_even_if_nobody_has_heard_that_it_started() -> None:
+    front = Front(1, 0)
+    gateway, ring = front.gateway, front.memory.arenas.requests
+    gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(), front.news.append)
+    for _ in range(2):
+        gateway.receive(Started(next(iter(gateway._sent)), 0.0))
+        gateway.lost(["scheduler"], ring)
+        gateway.receive(EngineReady(100, 0))
+    assert gateway.on_trial
+    assert not front.news
+    gateway.lost(["scheduler"], ring)
+    assert [n.code for n in front.news if isinstance(n, RequestError)] == ["poison_request"]
+    assert not gateway.open_requests
+    front.memory.close()
