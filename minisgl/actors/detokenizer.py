@@ -116,7 +116,7 @@ class DetokenizerActor(Actor):
 
     @on(Forget)
     def forget(self, m: Forget) -> None:
-        """Drop the requests of a scheduler that has died; some of its messages may still come."""
+        """Drop the requests before a restart, of the scheduler or of this process; some of their messages may still come."""
         self.ctx.forget("scheduler")
         self._oldest = m.below
         self._streams = {uid: stream for uid, stream in self._streams.items() if uid >= m.below}

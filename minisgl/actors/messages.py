@@ -252,7 +252,7 @@ class Generate:
 
     The first `n_prompt` are the prompt; the rest were delivered before a restart (replay), with their log probabilities and
     those of the prompt.  `max_tokens` counts from the end of the prompt.  `max_tokens` and `seed` are set here even where
-    `params` leaves them open.
+    `params` leaves them open.  `replay`: it was sent before a restart, so it is taken however full the queue is.
     """
 
     uid: int
@@ -262,6 +262,7 @@ class Generate:
     seed: int
     params: SamplingParams
     options: RequestOptions
+    replay: bool = False
 
     def agrees(self) -> bool:
         numbers = 0 <= self.uid < _LARGEST and 0 <= self.max_tokens < _LONGEST and self.seed >= 0
@@ -338,7 +339,7 @@ class Forget:
 
 @message
 class Started:
-    """detokenizer -> api, before the first Text of a request.
+    """detokenizer -> api, before the first Text of a request; scheduler -> api, before Embedded.
 
     `queued`: seconds from its arrival at the scheduler to the first step that computes a part of its prompt.
     """

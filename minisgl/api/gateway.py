@@ -317,10 +317,11 @@ class Gateway(Actor):
             return False
         self._requests.publish(raw)
         entry.name = entry.uid if entry.fresh and entry.uid >= self._oldest else self._new_uid()
-        entry.fresh = False
         self._sent[entry.name] = entry
-        message = msg.Generate(entry.name, len(ids), len(prompt), entry.max_tokens, entry.seed, entry.params, entry.options)
+        sizes = len(ids), len(prompt), entry.max_tokens
+        message = msg.Generate(entry.name, *sizes, entry.seed, entry.params, entry.options, not entry.fresh)
         self.ctx.send("scheduler", message)
+        entry.fresh = False
         return True
 
     # ---------------- from the actors
@@ -532,10 +533,9 @@ class Gateway(Actor):
         elif "detokenizer" in names:
             self.ctx.send("scheduler", msg.Reconnect("detokenizer"))
         if "scheduler" in names or "detokenizer" in names:
-            self._replay()
-        if "scheduler" in names:
             self._oldest = self._last_uid + 1
             self.ctx.send("detokenizer", msg.Forget(self._oldest))
+            self._replay()
         if "checker" in names:
             for question in self._grammars.values():
                 self.ctx.send("checker", question)
@@ -547,15 +547,18 @@ class Gateway(Actor):
     def _replay(self) -> None:
         """Send every request again, behind what it has said, as soon as the engine takes requests."""
         sent = list(self._sent.values())
-        poison = self._trials.judge([entry for entry in sent if entry.started], self.ctx.now())
+        on_trial = self._trials.current  # it runs alone, so it was in flight, whatever was heard of it
+        poison = self._trials.judge([e for e in sent if e.started or e is on_trial], now := self.ctx.now())
         for entry in sent:
             if self.engine_up:
                 self._cancel(entry)
             entry.name, entry.started = 0, False
             entry.logprobs.clear()  # of tokens that were not delivered
         self._sent.clear()
-        for entry in poison:
-            self._refuse_poison(entry.uid)
+        self._backlog.clear()
+        for entry in list(self._ledger.values()) if poison else ():
+            if entry.ids is not None and self._trials.knows(entry.ids, now):
+                self._refuse_poison(entry.uid)
         idle = (entry for entry in self._ledger.values() if entry.ids is not None and not entry.name)
         self._backlog = deque(sorted((e for e in idle if not self._trials.suspected(e)), key=lambda e: e.uid))
         self._go_on_with_trials()

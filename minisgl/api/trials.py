@@ -45,8 +45,8 @@ class Trials(Generic[T]):
         """Whether somebody is on trial, or will be: nobody else may run."""
         return self.current is not None or bool(self._suspects)
 
-    def judge(self, in_flight: Iterable[T], now: float) -> list[T]:
-        """The engine died while these ran.  Returns the poison among them, with the suspects that have the same prompt."""
+    def judge(self, in_flight: Iterable[T], now: float) -> bool:
+        """The engine died while these ran.  True: a prompt is poison, so `knows` has to be asked about every open request."""
         on_trial, self.current = self.current, None
         poison = None
         for r in in_flight:
@@ -60,14 +60,13 @@ class Trials(Generic[T]):
         if on_trial is not None:  # it had not begun to run
             self._suspects.appendleft(on_trial)
         if poison is None:
-            return []
+            return False
         digest = _digest(poison.ids)
         self._poison[digest] = now
         while len(self._poison) > _REMEMBERED:
             del self._poison[next(iter(self._poison))]
-        same = [r for r in self._suspects if _digest(r.ids) == digest]
         self._suspects = deque(r for r in self._suspects if _digest(r.ids) != digest)
-        return [poison, *same]
+        return True
 
     def next(self) -> T | None:
         """Begin the next trial; None if one is going on, or there is none."""

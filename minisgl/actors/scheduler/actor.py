@@ -3,8 +3,8 @@
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); FlushCache, Reconnect, Stop (api); WorkerLoaded, WorkerArmed, GrammarPrepared,
           MayCapture, Wake (workers); results through the token ring.
-Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Embedded, EngineReady (api); Capacity, PrepareGrammar, Wake
-          (workers); plans through the plan ring.
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar,
+          Wake (workers); plans through the plan ring.
 """
 
 from __future__ import annotations
@@ -277,6 +277,7 @@ class SchedulerActor(Actor):
         for uid, cached in output.started:
             request = machine.running[uid][1]
             if request.options.pooling:  # its answer is a vector, not text
+                self.ctx.send("api", msg.Started(uid, now - request.arrived))
                 continue
             prompt = request.ids[: request.n_prompt] if request.params.echo else request.ids[:0]
             said = request.ids[request.n_prompt :]

@@ -1,0 +1,92 @@
+"""Faults that could be in the code of recovery, to be planted one at a time: the crash tests must notice each."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minisgl.actors.detokenizer import DetokenizerActor
+from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.worker import WorkerActor
+from minisgl.api.gateway import Gateway
+from minisgl.api.recovery import Recovery
+from minisgl.api.tokenizer_pool import Tokenizers
+
+_Edit = tuple[type, str, str, str]  # class, method, what its source says, what it says instead
+_ENGINE = "scheduler worker detokenizer"
+# name -> (edits, how the names of the requests and of the victims begin that show it, "" for any)
+FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
+    "a replay has the name of the first try": ([(Gateway, "_send", "else self._new_uid()", "else entry.uid")], "", ""),
+    "a new detokenizer is told the old names": ([(Gateway, "_send", "entry.fresh and", "entry.fresh or")], "", ""),
+    "log probabilities of lost tokens stay": ([(Gateway, "_replay", "entry.logprobs.clear()", "pass")], "echo", _ENGINE),
+    "delivered tokens are not in the replay": (
+        [(Gateway, "_send", "if entry.delivered else prompt", "if 0 else prompt")],
+        "",
+        "",
+    ),
+    "the answer so far counts as prompt": ([(Gateway, "_send", "len(ids), len(prompt), e", "len(ids), len(ids), e")], "", ""),
+    "a replay draws another seed": ([(Gateway, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
+    "requests that wait for the engine are forgotten": ([(Gateway, "_replay", "idle if not", "() if not")], "", ""),
+    "questions of the checker are not asked again": ([(Gateway, "lost", "in self._grammars.values()", "in ()")], "check", "ch"),
+    "an engine that has died is up": (
+        [(Gateway, "lost", "self.engine_up, self._requests = False", "_, self._requests = 0")],
+        "",
+        "",
+    ),
+    "the text of what was said is lost": ([(DetokenizerActor, "track", "in m.said.tolist()", "in ()")], "", ""),
+    "the requests of a dead scheduler stay": ([(DetokenizerActor, "forget", "self._oldest = m.below", "return")], "", ""),
+    "the requests of a dead detokenizer stay": (
+        [
+            (
+                Gateway,
+                "lost",
+                'self.ctx.send("detokenizer", msg.F',
+                '"scheduler" in names and self.ctx.send("detokenizer", msg.F',
+            )
+        ],
+        *("echo alone", "detokenizer"),
+    ),
+    "prompts of a dead tokenizer are not read again": (
+        [(Tokenizers, "resend", "self._give(job, self._new_name())", "pass")],
+        *("t", "tokenizer"),
+    ),
+    "late answers of a dead tokenizer count": ([(Tokenizers, "resend", "self._new_name())", "old)")], "t", "tokenizer"),
+    "records of a dead tokenizer are taken for others": (
+        [(Tokenizers, "take", "[:8] != wanted", "is None"), (Tokenizers, "resend", "by.ring.take() is not None", "0")],
+        *("t", "tokenizer"),
+    ),
+    "results of the dead scheduler are read": ([(SchedulerActor, "idle", ">= self._first_step", ">= 0")], "", "scheduler"),
+    "steps in flight are not waited for": ([(WorkerActor, "idle", "and not self._running:", "and 0:")], "", "scheduler"),
+    "extras of former owners stay in their slots": (
+        [(SchedulerActor, "__init__", "= True  # of", "= False  # of")],
+        *("", "scheduler"),
+    ),
+    "requests in the ring of a dead scheduler stay": (
+        [(Recovery, "_start", 'memory.renew("requests", ', "memory.renew(")],
+        *("", "scheduler"),
+    ),
+    "a scheduler takes over from dead workers": ([(Recovery, "_start", "0 if self._workers[0] in names else ", "")], "", ""),
+    "a scheduler dies alone while workers load": ([(Recovery, "_group", "not self._gateway.engine_up", "0")], "", "s worker"),
+    "who is acquitted does not go on": ([(Gateway, "_go_on_with_trials", "self._backlog.append(entry)", "pass")], "n", _ENGINE),
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Have methods with the fault in them."""
+    sound = []
+    for owner, method, right, wrong in FAULTS[name][0]:
+        sound.append((owner, method, vars(owner)[method]))
+        source = textwrap.dedent(inspect.getsource(vars(owner)[method]))
+        assert source.count(right) == 1, f"{owner.__name__}.{method} does not say {right!r} once"
+        scope = dict(vars(sys.modules[owner.__module__]))
+        exec(source.replace(right, wrong).replace("super()", f"super({owner.__name__}, self)"), scope)
+        setattr(owner, method, scope[method])
+    try:
+        yield
+    finally:
+        for owner, method, function in sound:
+            setattr(owner, method, function)

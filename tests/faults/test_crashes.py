@@ -1,0 +1,80 @@
+"""No request is lost and no token contradicted, whichever actors die, and whenever: seeds, and each point of a scenario.
+
+scripts/check/crashes.py runs many more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import crash_scenario
+import pytest
+from conftest import cases
+from crash_cluster import Cluster
+from crash_faults import FAULTS, planted
+from crash_scenario import ACTORS, Client, Run
+from test_tokenizer_pool import Front
+
+from minisgl.actors.messages import EngineReady, Hello
+
+SCENARIO, STRIDE = 7, 10
+
+
+@pytest.mark.parametrize("name", ["checker", "detokenizer", "scheduler", "tokenizer", "worker0", "worker1"])
+def test_an_actor_may_die_at_each_point_of_a_scenario(name: str) -> None:
+    points = crash_scenario.finish(crash_scenario.make(SCENARIO)).cluster.points[name]
+    for k in range(1, points + 1, 1 if points < 30 else STRIDE):
+        run = crash_scenario.finish(crash_scenario.make(SCENARIO, {name: (1, k)}))
+        assert run.cluster.deaths == {name: 1}, k
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_actors_may_die_at_any_time_also_several_and_during_recovery(block: int) -> None:
+    died = 0
+    for i in range(cases(30)):
+        run = crash_scenario.finish(crash_scenario.disturbed(block + 5 * i))
+        died += sum(run.cluster.deaths.values())
+    assert died > 30
+
+
+@pytest.mark.parametrize("dies", ["scheduler", "detokenizer", "worker0"])
+def test_a_replay_is_taken_however_full_the_queue_is(dies: str) -> None:
+    usual = crash_scenario.config()
+    cluster = Cluster(replace(usual, server=replace(usual.server, max_queue=2, max_queued_tokens=40)), 0, ACTORS)
+    clients = [Client("n, 1", nth) for nth in range(6)]
+    run = Run(cluster, clients)
+    run.admit_one_by_one()
+    machine = cluster.actors["scheduler"].machine
+    assert (len(machine.running), len(machine.waiting)) == (4, 2)
+    cluster.kill(dies)
+    run.go()
+    for client in clients:
+        client.check(crash_scenario.reference(client.kind, client.nth))
+    crash_scenario.check_books(cluster)
+    cluster.close()
+
+
+def test_what_a_process_said_before_it_died_says_nothing_of_the_next() -> None:
+    front = Front(1, 0)
+    gateway = front.gateway
+    gateway.pids |= {"scheduler": 7, "detokenizer": 8}
+    gateway.lost(["scheduler", "detokenizer"], front.memory.arenas.requests)
+    for m in (EngineReady(100, 6), Hello("scheduler", 6), Hello("detokenizer", 6)):
+        gateway.receive(m)
+    assert (gateway.state, gateway.engine_up, gateway.down) == ("recovering", False, ["detokenizer", "scheduler"])
+    for m in (EngineReady(100, 7), Hello("scheduler", 7), Hello("detokenizer", 8)):
+        assert gateway.state == "recovering"
+        gateway.receive(m)
+    assert gateway.state == "ready"
+    front.memory.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_these_tests_notice_when(fault: str) -> None:
+    with planted(fault):
+        for seed in range(400):
+            try:
+                crash_scenario.finish(crash_scenario.disturbed(seed, *FAULTS[fault][1:]))
+            except Exception:  # whatever breaks first: a comparison, a check of the books, an actor
+                return
+    pytest.fail("nothing was noticed")
