@@ -64,7 +64,8 @@ class Watched:
         code = f"import sys; from minisgl.lifeline import die_with_parent; die_with_parent({os.getpid()})\n"
         code += "from minisgl.__main__ import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, "--port", "0", "--log-format", "json", *flags]
-        environ = os.environ | {"XDG_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))}
+        source = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
+        environ = os.environ | {"XDG_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": source}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, errors="replace", cwd="/")
         self.pid, self.url = self.process.pid, ""
         self._ready = threading.Event()
