@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from minisgl.actors.detokenizer import DetokenizerActor
 from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.gateway import Gateway
 from minisgl.api.recovery import Recovery
@@ -30,7 +31,11 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     "the answer so far counts as prompt": ([(Gateway, "_send", "len(ids), len(prompt), e", "len(ids), len(ids), e")], "", ""),
     "a replay draws another seed": ([(Gateway, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
     "requests that wait for the engine are forgotten": ([(Gateway, "_replay", "idle if not", "() if not")], "", ""),
-    "questions of the checker are not asked again": ([(Gateway, "lost", "in self._grammars.values()", "in ()")], "check", "ch"),
+    "questions of the checker are not asked again": (
+        [(Gateway, "_ask_checker_again", "in self._grammars.values()", "in ()")],
+        "check",
+        "ch",
+    ),
     "an engine that has died is up": (
         [(Gateway, "lost", "self.engine_up, self._requests = False", "_, self._requests = 0")],
         "",
@@ -55,13 +60,16 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     ),
     "late answers of a dead tokenizer count": ([(Tokenizers, "resend", "self._new_name())", "old)")], "t", "tokenizer"),
     "records of a dead tokenizer are taken for others": (
-        [(Tokenizers, "take", "[:8] != wanted", "is None"), (Tokenizers, "resend", "by.ring.take() is not None", "0")],
+        [
+            (Tokenizers, "take", 'int.from_bytes(record[:8], "little")', "name"),
+            (Tokenizers, "resend", "by.ring.take() is not None", "0"),
+        ],
         *("t", "tokenizer"),
     ),
     "results of the dead scheduler are read": ([(SchedulerActor, "idle", ">= self._first_step", ">= 0")], "", "scheduler"),
     "steps in flight are not waited for": ([(WorkerActor, "idle", "and not self._running:", "and 0:")], "", "scheduler"),
     "extras of former owners stay in their slots": (
-        [(SchedulerActor, "__init__", "= True  # of", "= False  # of")],
+        [(SlotTable, "take_over", "= True", "= False")],
         *("", "scheduler"),
     ),
     "requests in the ring of a dead scheduler stay": (

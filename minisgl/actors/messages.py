@@ -252,7 +252,7 @@ class Generate:
 
     The first `n_prompt` are the prompt; the rest were delivered before a restart (replay), with their log probabilities and
     those of the prompt.  `max_tokens` counts from the end of the prompt.  `max_tokens` and `seed` are set here even where
-    `params` leaves them open.  `replay`: it was sent before a restart, so it is taken however full the queue is.
+    `params` leaves them open.
     """
 
     uid: int
@@ -262,7 +262,6 @@ class Generate:
     seed: int
     params: SamplingParams
     options: RequestOptions
-    replay: bool = False
 
     def agrees(self) -> bool:
         numbers = 0 <= self.uid < _LARGEST and 0 <= self.max_tokens < _LONGEST and self.seed >= 0

@@ -32,7 +32,7 @@ from minisgl.actors.wire import BadMessage
 from minisgl.api.admission import AdmissionControl
 from minisgl.api.deadlines import Deadlines
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
-from minisgl.api.tokenizer_pool import Tokenizers
+from minisgl.api.tokenizer_pool import MAX_DEATHS, Tokenizers
 from minisgl.api.trials import Trials
 from minisgl.api.watchdog import Watchdog
 from minisgl.arrays import I32
@@ -99,6 +99,7 @@ class Gateway(Actor):
         # Of `tokenize`, `detokenize` and `check_grammar`, by uid: the callback, and the request field that is asked about.
         self._questions: dict[int, tuple[Callable[[Any], None], str]] = {}
         self._grammars: dict[int, msg.CheckGrammar] = {}  # that the checker has not answered
+        self._deaths = (0, 0)  # the grammar that was the next one when a checker died, and how often in a row
         self._backlog: deque[Entry] = deque()  # tokenized requests that wait for the engine, or for room in the ring
         self._trials: Trials[Entry] = Trials()
         self._last_uid = self._opened = 0
@@ -118,9 +119,8 @@ class Gateway(Actor):
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self.check_open(options.client)
         self._check_vocabulary(params)
-        if params.grammar and not self.config.model.eos_ids:
-            text = "A grammar needs a model with an EOS token, to end its answers."
-            raise InvalidParam("response_format", text, "unsupported_value")
+        if params.grammar:
+            self._check_eos("response_format")
         self._opened += 1
         entry = Entry(self._new_uid(), params, options, on_chunk, _source(prompt, options), seed=self._seed(params))
         if isinstance(prompt, TokenPrompt):
@@ -154,6 +154,7 @@ class Gateway(Actor):
 
     def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self.check_open(options.client, generates=False)
+        self._check_eos(field)
         m = msg.CheckGrammar(self._new_uid(), grammar, field)
         try:
             self.ctx.send("checker", m)
@@ -225,6 +226,11 @@ class Gateway(Actor):
         if (question := self._questions.get(uid)) is not None:
             self._leave(uid)
         return question
+
+    def _check_eos(self, field: str) -> None:
+        if not self.config.model.eos_ids:
+            text = "A grammar needs a model with an EOS token, to end its answers."
+            raise InvalidParam(field, text, "unsupported_value")
 
     def _check_vocabulary(self, params: SamplingParams) -> None:
         vocab = self.config.model.vocab_size
@@ -319,7 +325,7 @@ class Gateway(Actor):
         entry.name = entry.uid if entry.fresh and entry.uid >= self._oldest else self._new_uid()
         self._sent[entry.name] = entry
         sizes = len(ids), len(prompt), entry.max_tokens
-        message = msg.Generate(entry.name, *sizes, entry.seed, entry.params, entry.options, not entry.fresh)
+        message = msg.Generate(entry.name, *sizes, entry.seed, entry.params, entry.options)
         self.ctx.send("scheduler", message)
         entry.fresh = False
         return True
@@ -537,12 +543,21 @@ class Gateway(Actor):
             self.ctx.send("detokenizer", msg.Forget(self._oldest))
             self._replay()
         if "checker" in names:
-            for question in self._grammars.values():
-                self.ctx.send("checker", question)
+            self._ask_checker_again("checker" in started)
         for name in names:
             if name.startswith("tokenizer"):
                 for uid in self._tokenizers.resend(name, name in started):
                     self._refuse_poison(uid)
+
+    def _ask_checker_again(self, started: bool) -> None:
+        """Have grammars checked that were not, except for one that has ended several checkers: they are taken in order."""
+        if started and self._grammars:
+            first, (last, n) = next(iter(self._grammars)), self._deaths
+            self._deaths = first, n + 1 if first == last else 1
+            if self._deaths[1] >= MAX_DEATHS:
+                self._refuse_poison(first)
+        for question in self._grammars.values():
+            self.ctx.send("checker", question)
 
     def _replay(self) -> None:
         """Send every request again, behind what it has said, as soon as the engine takes requests."""
@@ -583,7 +598,7 @@ class Gateway(Actor):
 
     def drain(self) -> None:
         """Refuse new requests; open ones continue."""
-        if self.state in ("starting", "ready"):
+        if self.state in ("starting", "ready", "recovering"):
             self.state = "draining"
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ from minisgl.arrays import I32
 from minisgl.errors import InvalidParam, context_overflow
 
 CHARS_PER_TOKEN = 8  # a prompt longer than this many characters per token of context is refused before it is tokenized
-_MAX_DEATHS = 3  # of a tokenizer over one prompt, which is refused then
+MAX_DEATHS = 3  # of a tokenizer over one prompt, which is refused then
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +123,7 @@ class Tokenizers:
         for at, (old, job) in enumerate(jobs.items()):
             self._done(old)
             job.deaths += at == 0 and started
-            if job.deaths >= _MAX_DEATHS:
+            if job.deaths >= MAX_DEATHS:
                 poison.append(job.uid)
             else:
                 self._give(job, self._new_name())

@@ -264,7 +264,9 @@ def commit() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("targets", nargs="*", default=["all"], metavar="TARGET", help=f"all or some of {', '.join(TARGETS)}")
     parser.add_argument("--seconds", type=float, default=60, help="for each target")
     parser.add_argument("--engine", choices=("random", "atheris"), default="random")

@@ -37,6 +37,7 @@ def messages() -> list[Any]:
         *(m.Stats(("a", "b"), np.array([1, 2])), m.Embedded(1, f32), m.Track(1, 2, ids, greedy, 0.5, ids), m.Started(1, 0.5)),
         m.Track(1, 0, ids, SamplingParams(echo=True, max_tokens=4, reasoning="qwen3", thinking=True, logprobs=1), 0.5, ids[:0]),
         *(m.ThoughtEnded(1, 2), m.Tokens(uids, one, ids[:2], none), m.BatchPing(), m.BatchPong(3), m.BatchRefused("x")),
+        *(m.Forget(1), m.Reconnect("detokenizer")),
         m.TokenLogprobs(uids, one, ids[:2], f32[:2], widths, ids, f32),
         m.Logprobs(uids, ids[:2], i32, f32[:2], widths, ids, f32, np.ones(5, np.int32), b"abcde"),
         m.Text(uids, one, ids[:2], none, i32, ("a", "b")),

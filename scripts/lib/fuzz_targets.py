@@ -286,12 +286,12 @@ def _parts(raw: bytes) -> list[tuple[int, bytes]]:
 def _play(raw: bytes) -> None:
     """Messages to the actors of a system that works on requests; a later request must be answered.
 
-    Stop and Failed are left out: they end an actor, as they should.
+    Stop and Failed are left out, as they end an actor, and Forget and Reconnect, as they lose requests: as they should.
     """
     from minisgl.actors.detokenizer import DetokenizerActor
     from minisgl.actors.runtime.local import LocalSystem
     from minisgl.actors.runtime.ring import RingWriter
-    from minisgl.actors.runtime.shared_memory import close_arenas, create_arenas
+    from minisgl.actors.runtime.shared_memory import Memory
     from minisgl.actors.scheduler.actor import SchedulerActor
     from minisgl.actors.tokenizer import TokenizerActor
     from minisgl.actors.worker import WorkerActor
@@ -300,7 +300,8 @@ def _play(raw: bytes) -> None:
     from minisgl.model.fake_runner import FakeRunner
 
     config = _small_config()
-    arenas, fds = create_arenas(config)
+    memory = Memory(config)
+    arenas = memory.arenas
     system = LocalSystem(1)
     try:
         runner = FakeRunner(config, 40)
@@ -310,7 +311,7 @@ def _play(raw: bytes) -> None:
         system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
         system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(arenas.prompts[0])))
         names = list(system.actors)
-        gateway._silent.clear()  # nobody says Hello
+        gateway.silent.clear()  # nobody says Hello
         system.run()
         heard: list[Any] = []
         for prompt in (TokenPrompt((1, 2, 3)), TextPrompt("abc"), TokenPrompt((5,) * 20)):
@@ -319,7 +320,7 @@ def _play(raw: bytes) -> None:
         for actor, frame in _parts(raw):
             try:
                 msg = decode(frame)
-                if not isinstance(msg, (m.Stop, m.Failed)):
+                if not isinstance(msg, (m.Stop, m.Failed, m.Forget, m.Reconnect)):
                     system.actors[names[actor % len(names)]].receive(msg)
             except (BadMessage, Unhandled) as e:
                 refused = e
@@ -336,7 +337,7 @@ def _play(raw: bytes) -> None:
         if refused is not None:
             raise refused
     finally:
-        close_arenas(fds)
+        memory.close()
         for each in system.actors.values():
             each.__dict__.clear()  # cycles, which would keep the arenas mapped
 

@@ -55,7 +55,9 @@ class Options:
     echo: bool = False
 
     def setting(self, name: str) -> Any:
-        return getattr(self, name, 0) or SETTINGS.get(self.engine, SETTINGS["model"])[name]
+        own = ["--model", self.engine] if name == "flags" and self.engine not in SETTINGS else []
+        found = getattr(self, name, 0) or SETTINGS.get(self.engine, SETTINGS["model"])[name]
+        return [*found, *own] if own else found
 
     def reproducer(self) -> str:
         low, high = self.between

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from minisgl.actors.runtime.ring import RingReader, RingWriter, create_ring
-from minisgl.actors.runtime.status import Board, create_board
+from minisgl.actors.runtime.status import Board, Line, create_board
 
 
 @pytest.fixture
@@ -98,9 +98,15 @@ def test_flags_tell_the_other_side_whom_to_ring(ring) -> None:
 
 def test_a_line_of_the_board_is_what_its_process_last_wrote() -> None:
     spec, fd = create_board(("api", "scheduler"))
-    Board(spec, "scheduler").beat(42, 7, True)
+    mine = Board(spec, "scheduler")
+    mine.report(7, True)
     line = Board(spec).line("scheduler")
-    assert (line.pid, line.step, line.busy) == (42, 7, True)
-    assert line.beat_ns > 0
+    assert (line.pid, line.step, line.busy, line.beat_ns) == (0, 7, True, 0)
+    mine.beat()
+    alive = Board(spec).line("scheduler")
+    assert (alive.pid, alive.step, alive.busy, alive.step_ns) == (os.getpid(), 7, True, line.step_ns)
+    assert alive.beat_ns >= line.step_ns > 0
+    Board(spec).clear("scheduler")
+    assert Board(spec).line("scheduler") == Line(0, 7, False, 0, 0)
     assert Board(spec).line("api").pid == 0
     os.close(fd)

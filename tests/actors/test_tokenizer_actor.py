@@ -46,6 +46,7 @@ class Ring:
     def __init__(self, room: int = 100) -> None:
         self.room = room
         self.records: list[list[int]] = []
+        self.names: list[int] = []
         self.starved = False
 
     def has_room(self, nbytes: int) -> bool:
@@ -55,7 +56,8 @@ class Ring:
         if not self.room:
             raise BufferError
         self.room -= 1
-        self.records.append(np.frombuffer(payload, "<i4").tolist())
+        self.records.append(np.frombuffer(payload, "<i4", offset=8).tolist())
+        self.names.append(int.from_bytes(payload[:8], "little"))
         return len(self.records)
 
     def starve(self, flag: bool) -> None:
@@ -90,6 +92,7 @@ def test_ids_travel_through_the_ring_and_are_announced_in_order(make: Any) -> No
     actor, sent = make(ring)
     actor.receive(ask(7, "hello"))
     actor.receive(Tokenize(8, None, json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode(), False))
+    assert ring.names == [7, 8]
     assert [(to, type(m), m.uid, m.n) for to, m in sent] == [
         ("api", Tokenized, 7, len(ring.records[0])),
         ("api", Tokenized, 8, len(ring.records[1])),
@@ -126,7 +129,7 @@ def test_it_works_with_the_real_ring(make: Any) -> None:
         actor.receive(ask(uid, "x" * 480))
     assert len(sent) == 2
     assert reader.starved()
-    assert len(reader.take_now()) == 4 * 480
+    assert len(reader.take_now()) == 8 + 4 * 480
     actor.receive(Wake())
     assert [m.uid for _, m in sent] == [0, 1, 2]
     assert not reader.starved()

@@ -911,7 +911,7 @@ def test_headers_that_come_in_pieces_are_put_together_and_the_connection_stays()
                 writer.write(bytes([byte]))
                 await asyncio.sleep(0)
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-            assert await reader.readuntil(b"}") == b'{"status": "ready"}'
+            assert await reader.readuntil(b"}") == b'{"status": "ready", "down": [], "still": []}'
         writer.close()
 
     play(scene)

@@ -97,7 +97,7 @@ def test_lines_for_people(tmp_path: Path) -> None:
 
 
 def test_lines_for_programs(tmp_path: Path) -> None:
-    with server(tmp_path, "--log-format", "json", "--log-requests", "--kv-tokens", "10") as running:
+    with server(tmp_path, "--log-format", "json", "--log-requests", "--kv-tokens", "10", "--max-restarts", "0") as running:
         assert running.post("/v1/completions", BODY, **{"x-request-id": "mine"}) == 200
         assert running.post("/v1/nothing", BODY) == 404
         with BatchClient(running.url) as client:

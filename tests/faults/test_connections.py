@@ -560,7 +560,7 @@ def test_answers_of_a_server_that_is_draining_end_their_connections() -> None:
             got, headers, raw = await ask(http, path, method="GET")
             assert (got, headers["Connection"]) == (status, "close")
             if path == "/health":
-                assert json.loads(raw) == {"status": "draining"}
+                assert json.loads(raw)["status"] == "draining"
         engine.go_on(99)
         assert (await rest(served[0])).endswith(b"0\r\n\r\n"), "a stream goes on to its end, and then its connection ends"
         for _, writer in (idle, served, silent):

@@ -5,14 +5,10 @@ scripts/check/crashes.py runs many more.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import crash_scenario
 import pytest
 from conftest import cases
-from crash_cluster import Cluster
 from crash_faults import FAULTS, planted
-from crash_scenario import ACTORS, Client, Run
 from test_tokenizer_pool import Front
 
 from minisgl.actors.messages import EngineReady, Hello
@@ -35,23 +31,6 @@ def test_actors_may_die_at_any_time_also_several_and_during_recovery(block: int)
         run = crash_scenario.finish(crash_scenario.disturbed(block + 5 * i))
         died += sum(run.cluster.deaths.values())
     assert died > 30
-
-
-@pytest.mark.parametrize("dies", ["scheduler", "detokenizer", "worker0"])
-def test_a_replay_is_taken_however_full_the_queue_is(dies: str) -> None:
-    usual = crash_scenario.config()
-    cluster = Cluster(replace(usual, server=replace(usual.server, max_queue=2, max_queued_tokens=40)), 0, ACTORS)
-    clients = [Client("n, 1", nth) for nth in range(6)]
-    run = Run(cluster, clients)
-    run.admit_one_by_one()
-    machine = cluster.actors["scheduler"].machine
-    assert (len(machine.running), len(machine.waiting)) == (4, 2)
-    cluster.kill(dies)
-    run.go()
-    for client in clients:
-        client.check(crash_scenario.reference(client.kind, client.nth))
-    crash_scenario.check_books(cluster)
-    cluster.close()
 
 
 def test_what_a_process_said_before_it_died_says_nothing_of_the_next() -> None:

@@ -416,6 +416,7 @@ PARTS = sorted(
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from((*TAGGED, *PYTHONIC)), st.lists(st.sampled_from(PARTS) | TEXT, max_size=6).map("".join), CUTS)
 @example("pythonic", "[f(" + "'" * 7, [1, 2])
+@example("pythonic", " [h(a=1)] [f", [1])
 def test_the_pieces_of_a_stream_say_what_the_whole_says(style: str, text: str, cuts: list[int]) -> None:
     pieces = pieces_of(text, cuts)
     for finish in (Finish.STOP, Finish.LENGTH):

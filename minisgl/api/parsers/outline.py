@@ -106,11 +106,11 @@ class _Calls:
         if not self._began:
             start = "".join(self._held.split())
             listed = _LISTED.match(start) if self._python else None
-            if self._bare.startswith(start) and start != self._bare:
+            if (self._bare.startswith(start) and start != self._bare) or (self._python and not start):
                 return out
             if listed and not listed[2] and listed.end() == len(start) < _MOST:
                 return out
-            self._began = bool(start) or not self._python
+            self._began = True
             self._inside = bool(self._bare and start.startswith(self._bare)) or bool(listed and listed[2])
         while marks := self._marks[self._inside]:
             found = [(n, mark) for mark in marks if (n := self._held.find(mark)) >= 0]
