@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from test_server import ScriptedEngine, Server, _raw, play
 from test_tokenizer_pool import Front
 
-from minisgl.actors.messages import ActorDied, Rejected, Started, Text, ThoughtEnded
+from minisgl.actors.messages import ActorDied, Hello, Rejected, Started, Text, ThoughtEnded
 from minisgl.actors.wire import decode, encode
 from minisgl.api.engine import ChatPrompt, Chunk, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
@@ -257,3 +258,43 @@ def test_a_turn_calls_everybody_once_in_one_callback_of_the_loop_and_a_bug_costs
 
     asyncio.run(main())
     assert "IndexError" in caplog.text
+
+
+# ---------------- recovery
+def test_a_grammar_that_ends_every_checker_is_refused_and_the_others_are_checked() -> None:
+    front, told = Front(1, None), list[tuple[str, Any]]()
+    gateway = front.gateway
+    gateway.config = replace(gateway.config, model=replace(gateway.config.model, eos_ids=(0,)))
+    for name in ("deadly", "harmless"):
+        gateway.check_grammar(name, "guided_regex", functools.partial(lambda name, a: told.append((name, a)), name))
+    for deaths in range(1, 4):
+        assert not told
+        gateway.lost(["checker"], front.memory.arenas.requests)
+        gateway.receive(Hello("checker", deaths))
+    ((name, error),) = told
+    assert (name, error.code) == ("deadly", "poison_request")
+    gateway.lost(["checker"], front.memory.arenas.requests)
+    assert len(told) == 1, "one more death makes nobody else guilty"
+
+
+def test_a_grammar_without_an_end_is_refused_before_it_is_tried_out() -> None:
+    front = Front(1, None)
+    front.gateway.config = replace(front.gateway.config, model=replace(front.gateway.config.model, eos_ids=()))
+    with pytest.raises(RequestError, match="needs a model with an EOS token") as e:
+        front.gateway.check_grammar("x", "guided_regex", print)
+    assert e.value.param == "guided_regex"
+    assert front.gateway.open_requests == 0
+
+
+def test_a_server_may_be_stopped_while_it_recovers() -> None:
+    front = Front(1, None)
+    front.open("a")
+    front.gateway.lost(["tokenizer"], front.memory.arenas.requests)
+    assert front.gateway.state == "recovering"
+    front.gateway.drain()
+    with pytest.raises(RequestError, match="shutting down"):
+        front.open("b")
+    front.gateway.receive(Hello("tokenizer", 1))
+    assert front.gateway.state == "draining"
+    front.system.run()
+    assert len(front.collector.prompts) == 1, "what was open goes on"
