@@ -27,7 +27,7 @@ import torch
 from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.model.checkpoint.presets import random_shape
-from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled, plain
+from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled, Summand, plain
 from minisgl.model.cuda.layers import Linear
 from minisgl.model.kernels import small_batch_matmul
 from minisgl.model.kernels.decode_attention import decode_attention
@@ -48,6 +48,7 @@ class Ready:
         self._made: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, x: Product | Quantized, *_: Any, **__: Any) -> torch.Tensor:
+        x = x.part if isinstance(x, Summand) else x
         rows = x.values if isinstance(x, Quantized | Scaled) else x.parts if isinstance(x, PartialSums) else x
         shape = (rows.shape[-2], self._width)
         if shape not in self._made:

@@ -80,10 +80,10 @@ def main() -> int:
     parser.add_argument("--echo", action="store_true", help="show what the server logs")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:at])
-    given = {k: frozenset(filter(None, getattr(args, k).split(","))) for k in ("who", "attacks")}
+    given: dict[str, Any] = {k: frozenset(filter(None, getattr(args, k).split(","))) for k in ("who", "attacks")}
     if unknown := given["attacks"] - set(ATTACKS):
         parser.error(f"no attack is called {min(unknown)!r}; there are {', '.join(ATTACKS)}")
-    rest = {k: v for k, v in vars(args).items() if k not in (*given, "json", "between")}
+    rest: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in (*given, "json", "between")}
     options = Options(**rest, **given, between=tuple(args.between), flags=sys.argv[at + 1 :])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
     from scripts.lib.reference import provenance

@@ -11,6 +11,7 @@ Prints a line for each run that fails, with what repeats it, and at the end one 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -18,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-import crash_scenario
+crash_scenario: Any = importlib.import_module("crash_scenario")
 
 Job = tuple[int, str, int]  # seed; whom to kill at which point of its life, "" for deaths by the seed
 

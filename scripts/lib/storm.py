@@ -55,9 +55,10 @@ class Options:
     echo: bool = False
 
     def setting(self, name: str) -> Any:
-        own = ["--model", self.engine] if name == "flags" and self.engine not in SETTINGS else []
-        found = getattr(self, name, 0) or SETTINGS.get(self.engine, SETTINGS["model"])[name]
-        return [*found, *own] if own else found
+        usual = SETTINGS.get(self.engine, SETTINGS["model"])[name]
+        if name == "flags":  # of the engine; those of the user follow them
+            return usual if self.engine in SETTINGS else [*usual, "--model", self.engine]
+        return getattr(self, name, 0) or usual
 
     def reproducer(self) -> str:
         low, high = self.between
