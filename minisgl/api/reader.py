@@ -30,6 +30,11 @@ ROOM = 16 << 20  # bytes of larger bodies that are in memory at a time; the othe
 WAIT_SECONDS = 30.0  # for that room
 MAX_SECONDS = 10.0  # of one core, for a job
 MAX_BYTES = 1 << 30  # of address space, for a job
+WALL_SECONDS = 60.0  # for a job, on a machine whose cores are all busy
+
+_TRIES = 3  # of a job whose process is killed
+_LIMITED = (1, -signal.SIGPROF)  # exit codes of a process that a job has ended by its limits
+_LEAVE_SECONDS = 0.2
 
 T = TypeVar("T")
 
@@ -86,15 +91,20 @@ class Reader:
         async with self._one:
             if self._closed:
                 return "refused", ("The server is shutting down.", {"status": 503, "code": "server_draining", "retry_after": 5})
-            if self._process is None or not self._process.is_alive():
-                self._start()
-            assert self._connection is not None
-            try:
-                return await asyncio.to_thread(_ask, self._connection, job)
-            except (EOFError, OSError):
-                self._end()
-                text = f"The request takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 30} GiB to be read."
-                return "refused", (text, {"status": 413, "code": "body_too_complex"})
+            for _ in range(_TRIES):
+                if self._process is None or not self._process.is_alive():
+                    self._start()
+                assert self._process is not None
+                asked = asyncio.ensure_future(asyncio.to_thread(_ask, self._connection, job))
+                if not (await asyncio.wait({asked}, timeout=WALL_SECONDS))[0]:
+                    self._process.kill()  # it stands still, and `asked` ends with it
+                try:
+                    return await asked
+                except (EOFError, OSError):
+                    if self._end() in _LIMITED:  # otherwise somebody else has ended it
+                        break
+            text = f"The request takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 30} GiB to be read."
+            return "refused", (text, {"status": 413, "code": "body_too_complex"})
 
     def _start(self) -> None:
         """Start the process; on the main thread, with which it ends."""
@@ -106,14 +116,18 @@ class Reader:
             self._process.start()
         theirs.close()
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """End the process if it runs; returns its exit code, None if there was none."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.join()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if process is None:
+            return None
+        process.join(_LEAVE_SECONDS if process.exitcode is None and not self._closed else 0)  # it may be ending
+        process.kill()
+        process.join()
+        return process.exitcode
 
     def close(self) -> None:
         """End the process.  Idempotent."""
@@ -121,8 +135,10 @@ class Reader:
         self._end()
 
 
-def _ask(connection: Connection[Any, Any], job: Any) -> tuple[str, Any]:
+def _ask(connection: Connection[Any, Any] | None, job: Any) -> tuple[str, Any]:
     """Runs in a thread, and blocks without the interpreter's lock."""
+    if connection is None:
+        raise EOFError
     connection.send_bytes(pickle.dumps(job, pickle.HIGHEST_PROTOCOL))
     answer: tuple[str, Any] = _Answers(io.BytesIO(connection.recv_bytes())).load()
     return answer

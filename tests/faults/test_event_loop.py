@@ -14,6 +14,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,28 @@ def test_what_comes_back_from_the_reader_is_small() -> None:
 
 def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def once(number: int, mark: str) -> str:
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), number)
+    return mark
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_reader_that_somebody_kills_or_stops_in_the_middle_of_a_job_does_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(reader, "WALL_SECONDS", 60.0 if number == signal.SIGKILL else 3.0)
+
+    async def main() -> None:
+        r = Reader()
+        mark = str(tmp_path / "mark")
+        assert await r.run(once, number, mark) == mark
+        r.close()
+
+    asyncio.run(main())
 
 
 def test_a_job_that_ends_the_reader_is_refused_and_the_next_is_served() -> None:
