@@ -343,6 +343,9 @@ class ServerConfig:
         check_settings(self)
 
 
+RENDEZVOUS = "tp"  # the file of the run directory through which ranks find each other
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """The configuration of everything: model, engine and server."""

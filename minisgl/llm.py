@@ -181,7 +181,7 @@ class LLM:
             raise InvalidParam("errors", 'errors must be "raise" or "return".')
         each = arguments.sampling_of(params, len(prompts), of_what, self._defaults)
         gateway = self.system.gateway
-        if self._closed or gateway.failure is not None:
+        if self._closed or gateway.state == "dead":
             raise UserError(gateway.failure or "this LLM is closed: make another")
         bar = _bar(use_tqdm, len(prompts), of_what)
         answers = [Completion() for _ in prompts]
@@ -204,8 +204,8 @@ class LLM:
                 gateway.close(uid)
             if bar is not None:
                 bar.close()
-        if gateway.failure is not None:
-            raise EngineDied(gateway.failure, answers)
+        if gateway.state == "dead":
+            raise EngineDied(gateway.failure or "the engine has died", answers)
         failed = next(((i, answer.error) for i, answer in enumerate(answers) if answer.error is not None), None)
         if errors == "raise" and failed is not None:
             raise PromptError(*failed, answers, of_what, len(prompts)) from failed[1]

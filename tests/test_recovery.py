@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -38,9 +39,9 @@ def expected(i: int) -> list[int]:
 class Answers:
     """A system of real processes and the answers of its requests."""
 
-    def __init__(self, make_worker: MakeWorker = make_worker, **server: Any) -> None:
-        config = Config(resolve("fake"), EngineConfig(**ENGINE), ServerConfig(**{"max_restarts": 50, **server}))
-        self.system = System(config, make_worker)
+    def __init__(self, make_worker: MakeWorker = make_worker, config: Config | None = None, **server: Any) -> None:
+        usual = Config(resolve("fake"), EngineConfig(**ENGINE), ServerConfig(**{"max_restarts": 50, **server}))
+        self.system = System(config or usual, make_worker)
         self.system.wait_ready()
         self.said: dict[int, list[int]] = {}
         self.text: dict[int, str] = {}
@@ -123,6 +124,39 @@ def test_a_process_that_stands_still_is_replaced(who: str, number: int) -> None:
     assert answers.said == {i: expected(i) for i in range(4)}
     assert answers.system.gateway.restarts[who] == 1
     answers.close()
+
+
+def test_ranks_that_share_a_model_find_each_other_again() -> None:
+    """With collectives, which the fake engine lacks."""
+    engine = EngineConfig(tp=2, kv_tokens=1024, max_context=256, device="cpu")
+    answers = Answers(config=Config(resolve(None), engine, ServerConfig(max_restarts=5)))
+    ask = functools.partial(answers.ask, prompt=TextPrompt("The capital of France"), temperature=0.0, max_tokens=60)
+    ask(0)
+    answers.until(lambda: answers.ends)
+    ask(1)
+    answers.until(lambda: len(answers.said.get(1, ())) > 5)
+    answers.kill("worker1")
+    answers.until(lambda: len(answers.ends) == 2)
+    assert answers.said[1] == answers.said[0]
+    answers.close()
+
+
+def test_a_process_that_cannot_be_started_again_ends_the_engine_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers()
+    answers.ask(0, TokenPrompt((1, 2, 3)), max_tokens=LONG)
+    answers.until(lambda: answers.said)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(answers.system.supervisor, "spawn", refuse)
+    answers.kill("detokenizer")
+    answers.until(lambda: answers.ends)
+    assert answers.ends[0].code == "engine_error"
+    assert answers.system.gateway.failure == (
+        "the process detokenizer was killed by signal 9, and cannot be started again: [Errno 24] Too many open files"
+    )
+    answers.system.close()
 
 
 def test_a_request_that_kills_its_worker_is_refused_and_all_others_are_answered() -> None:

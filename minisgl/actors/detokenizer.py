@@ -189,7 +189,7 @@ class DetokenizerActor(Actor):
     def _advance(self, uid: int, new: list[int], finish: int, report: _Report) -> _Row | None:
         """The text of one request after a step; None: there is nothing to send."""
         stream = self._streams.get(uid)
-        if stream is None:  # its deadline passed in the queue, before any Track
+        if stream is None:  # it was cancelled in the queue, before any Track
             return (uid, [], finish, 0, "") if finish else None
         if finish:
             del self._streams[uid]

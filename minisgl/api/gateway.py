@@ -304,7 +304,9 @@ class Gateway(Actor):
 
     def _flush_backlog(self) -> None:
         """Send the requests that fit in the ring; the scheduler sends Wake when it has made room for the rest."""
-        while self._backlog and self.engine_up and not self._trials.open:
+        if self._trials.open:
+            return
+        while self._backlog and self.engine_up:
             entry = self._backlog[0]
             if entry.uid in self._ledger and entry.ids is not None and not self._send(entry, entry.ids):
                 self._requests.starve(True)
@@ -492,8 +494,8 @@ class Gateway(Actor):
 
     @on(msg.Failed)
     def failed(self, m: msg.Failed) -> None:
-        self.failure = m.text
         if self.state == "starting":
+            self.failure = m.text
             self._end("dead", "The engine could not start.")
 
     def expects(self, death: msg.ActorDied) -> bool:

@@ -12,12 +12,13 @@ request on trial ends does not count (trials.py).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from minisgl import logs
@@ -28,14 +29,15 @@ from minisgl.api.gateway import Gateway
 from minisgl.config import Config
 
 _AT_ONCE_SECONDS = 0.1  # processes that die so soon after others count as one death
+_REPLAYED = {"scheduler", "detokenizer"}  # requests that run are sent again when one of these dies
 _LAST_WORDS_SECONDS = 0.5  # for a process that stands still to print its stacks
 
 
 class Processes(Protocol):
     """Starts and ends the other actors."""
 
-    def end(self, names: Iterable[str]) -> None:
-        """End these at once, if they live; nothing of them is left afterwards."""
+    def end(self, names: Collection[str]) -> None:
+        """End these at once, if they live; nothing of them is left afterwards.  Raises OSError."""
 
     def start(self, name: str, takes_over: int = 0) -> int:
         """Start one; returns its pid.  `takes_over`: see SchedulerActor."""
@@ -71,9 +73,12 @@ class Recovery:
             gateway.give_up(first, how + self._too_often())
             return
         names = self._group({d.name for d in deaths})
-        self._processes.end(names)
-        self._report.begin(now, first, names, len(self._restarts), self._server.max_restarts)
-        self._start(names)
+        try:
+            self._processes.end(names)
+            self._report.begin(now, first, names, len(self._restarts), self._server.max_restarts)
+            self._start(names)
+        except OSError as e:
+            gateway.give_up(first, f"{how}, and cannot be started again: {e}")
 
     def _group(self, dead: set[str]) -> list[str]:
         """The processes to start again, in order: what takes longest first."""
@@ -160,11 +165,14 @@ class _Report:
     def look(self) -> None:
         """Say that all is well again, once it is."""
         gateway = self._gateway
-        if not self._names or gateway.silent or not gateway.engine_up or (gateway.waiting_for_replay and not gateway.resumed):
+        if not self._names or gateway.silent or not gateway.engine_up or gateway.state == "dead":
+            return
+        replays = not _REPLAYED.isdisjoint(self._names)
+        if replays and gateway.waiting_for_replay and not gateway.resumed:
             return
         hellos = [gateway.hellos[name] for name in self._names]
         up = max(gateway.engine_up_at if "scheduler" in self._names else 0.0, *(h.up for h in hellos))
-        end = max(up, gateway.resumed)
+        end = max(up, gateway.resumed if replays else 0.0)
         slowest = max(hellos, key=lambda h: h.up)
         parts = {
             "spawn": slowest.began - self._began,
@@ -184,6 +192,7 @@ def _how(death: ActorDied) -> str:
 
 
 def _signal(pid: int, number: int) -> None:
-    """Send a signal to a child that has not been reaped, so its pid is its own; it may have ended."""
+    """Send a signal to a child, which may have ended."""
     if pid:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from minisgl.actors import spawn
-from minisgl.actors.messages import Stop
+from minisgl.actors.messages import ActorDied, Stop
 from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Memory, actor_names
 from minisgl.actors.runtime.supervisor import Supervisor, make_run_dir
 from minisgl.api.gateway import Gateway
 from minisgl.api.recovery import Recovery
-from minisgl.config import Config
+from minisgl.config import RENDEZVOUS, Config
 from minisgl.errors import UserError
 
 _BURST = 4  # messages handled in one call of `pump`; each may bring a token of every running request
@@ -38,6 +39,7 @@ class System:
         self.config = config
         self._make_worker = make_worker
         self._closed = False
+        self._dead: list[ActorDied] = []  # whose last messages have not been handled
         with ExitStack() as undo:  # in case a later step fails
             self.run_dir = make_run_dir()
             undo.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
@@ -67,9 +69,11 @@ class System:
         }[kind]
         return self.supervisor.spawn(name, spawn.in_process, arenas.board, config.server.log_format, *make)
 
-    def end(self, names: Iterable[str]) -> None:
-        """End actors at once, and wait until their memory is free."""
+    def end(self, names: Collection[str]) -> None:
+        """End actors at once, and wait until their memory is free.  Raises OSError for one that does not end."""
         self.supervisor.end(names)
+        if "worker0" in names:  # with all others: where they found each other, the next ones must not find the dead
+            Path(self.run_dir, RENDEZVOUS).unlink(missing_ok=True)
 
     # ---------------- driving
     def fds(self) -> list[int]:
@@ -85,11 +89,12 @@ class System:
             for fd in self.supervisor.sentinels():
                 poller.register(fd, zmq.POLLIN)
             poller.poll(int(seconds * 1000) + 1)
-        dead = self.supervisor.reap()
+        self._dead += self.supervisor.reap()
         handled = 0
-        while (dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
+        while (self._dead or handled < _BURST) and (msg := self.ctx.recv()) is not None:  # all messages of a child that died
             self.ctx.dispatch(self.gateway, msg)
             handled += 1
+        dead, self._dead = self._dead, []
         if dead:
             self.recovery.died(dead)
         return handled == _BURST

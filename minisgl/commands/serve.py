@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 EXIT_REFUSED = 2  # as __main__ has it for a UserError
-_BACKLOG = 1024  # connections that wait to be accepted
+_BACKLOG = 1024  # connections that wait until the server is made (see http/acceptor.py)
+_TICK_SECONDS = 0.5  # after a tick that has failed
 _FLUSH_SECONDS = 0.2  # for the last error events to reach their clients
 
 
@@ -239,11 +240,14 @@ class _Server:
         """Have done what is due by the clock, again and again; called at once when something is due earlier."""
         if self.closed:
             return
-        seconds = self.system.tick()
-        self.watch()
-        if self.clock is not None:
-            self.clock.cancel()
-        self.clock = asyncio.get_running_loop().call_later(seconds, self.tick)
+        seconds = _TICK_SECONDS
+        try:
+            seconds = self.system.tick()
+        finally:  # one failure must not end all deadlines
+            self.watch()
+            if self.clock is not None:
+                self.clock.cancel()
+            self.clock = asyncio.get_running_loop().call_later(seconds, self.tick)
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""

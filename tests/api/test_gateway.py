@@ -15,6 +15,7 @@ from test_server import ScriptedEngine, Server, _raw, play
 from test_tokenizer_pool import Front
 
 from minisgl.actors.messages import ActorDied, Hello, Rejected, Started, Text, ThoughtEnded
+from minisgl.actors.runtime.ring import RingReader
 from minisgl.actors.wire import decode, encode
 from minisgl.api.engine import ChatPrompt, Chunk, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
@@ -284,6 +285,17 @@ def test_a_grammar_without_an_end_is_refused_before_it_is_tried_out() -> None:
         front.gateway.check_grammar("x", "guided_regex", print)
     assert e.value.param == "guided_regex"
     assert front.gateway.open_requests == 0
+
+
+def test_a_trial_that_waits_for_room_in_the_ring_is_not_forgotten() -> None:
+    front = Front(1, None)
+    gateway = front.gateway
+    uid = gateway.open(TokenPrompt((1, 2)), SamplingParams(), front.news.append)
+    gateway._trials._suspects.append(gateway._ledger[uid])
+    gateway._requests.has_room = lambda nbytes: False  # type: ignore[method-assign]
+    gateway._go_on_with_trials()
+    gateway.open(TokenPrompt((1, 2)), SamplingParams(), front.news.append)
+    assert RingReader(front.memory.arenas.requests).starved(), "the scheduler sends Wake when there is room"
 
 
 def test_a_server_may_be_stopped_while_it_recovers() -> None:

@@ -71,11 +71,12 @@ class Memory:
         return spec
 
     def renew(self, *names: str) -> None:
-        """Replace rings by empty ones; processes that have mapped the old ones keep those."""
+        """Replace rings by empty ones.  Raises OSError.  Processes that have mapped the old ones keep those."""
         for name in names:
-            os.close(self._fds.pop(name))
-        made: dict[str, Any] = {name: self._make(name, *self._rings[name]) for name in names}
-        self.arenas = replace(self.arenas, **made)
+            old = self._fds[name]
+            made: dict[str, Any] = {name: self._make(name, *self._rings[name])}
+            os.close(old)
+            self.arenas = replace(self.arenas, **made)
 
     def close(self) -> None:
         """Free the memory; parts that a process has mapped stay until it ends.  Idempotent."""

@@ -52,6 +52,8 @@ def _ours(path: str) -> bool:
     return found.st_uid in (0, os.geteuid()) and (not found.st_mode & stat.S_IWOTH or bool(found.st_mode & stat.S_ISVTX))
 
 
+_END_SECONDS = 10.0  # for a process to end that was killed
+
 # No process can act on SIGKILL, neither the root nor the actors that the kernel ends with it, so another one tidies up.  It
 # reads from a pipe that ends when the root does, and is in a session of its own, out of reach of signals to the group.
 _GUARDS = 100  # of one run, in case they cannot live
@@ -143,12 +145,15 @@ class Supervisor:
         return [ActorDied(name, p.exitcode or 0) for name, p in gone]
 
     def end(self, names: Iterable[str]) -> None:
-        """SIGKILL these children, if they live, and wait until nothing of them is left."""
-        procs = [proc for name in names if (proc := self._procs.pop(name, None)) is not None]
-        for proc in procs:
+        """SIGKILL these children, if they live, and wait until nothing of them is left.  Raises OSError if one does not end."""
+        procs = {name: proc for name in names if (proc := self._procs.get(name)) is not None}
+        for proc in procs.values():
             proc.kill()
-        for proc in procs:
-            proc.join()
+        for name, proc in procs.items():
+            proc.join(_END_SECONDS)
+            if proc.exitcode is None:  # it is in the kernel, perhaps in the driver of a GPU
+                raise OSError(f"the process {name} does not end")
+            del self._procs[name]
 
     def join(self, seconds: float, pump: Callable[[float], object]) -> bool:
         """Wait until all children have ended; `pump(timeout)` keeps the mailbox drained meanwhile.  False: time is up."""

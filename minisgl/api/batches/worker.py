@@ -236,7 +236,7 @@ class Batches:
                 failures += e.code == _ENGINE_ERROR and self._engine.state == "ready"
                 if e.status in (429, 503) or (e.code == _ENGINE_ERROR and failures < _ENGINE_TRIES):
                     await asyncio.sleep(e.retry_after or _WAIT_SECONDS)
-                elif self._engine.state == "ready":
+                elif self._engine.state == "ready" or e.code == "poison_request":
                     account.fail(e)
                     return e.status, e.body()
             except Exception:

@@ -11,6 +11,7 @@ the api process, on the thread of its event loop.
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import ssl
 from collections import deque
@@ -23,6 +24,7 @@ _ACCEPTED, _SERVED, _REFUSED = 256, 8, 32  # in one turn of the loop
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
 _PAUSE = 0.05  # seconds, where no descriptor is left
 HANDSHAKE_SECONDS = 30.0
+_HANDSHAKES = 256  # of TLS, at a time
 
 
 class Acceptor:
@@ -40,7 +42,8 @@ class Acceptor:
         self._sock, self._make, self._door = sock, make, door
         self._no_descriptor, self._tls = no_descriptor, tls
         self._waiting: deque[tuple[socket.socket, str]] = deque()  # with their clients' addresses
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._most = max(_ACCEPTED, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)  # wait here; others in the kernel
+        self._tasks: dict[asyncio.Task[object], None] = {}  # in the order of their connections
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._serving = False
@@ -68,13 +71,19 @@ class Acceptor:
             except OSError as e:  # mostly too many open files
                 self._no_descriptor(e)
                 self._loop.remove_reader(self._sock)
-                self._timer = self._loop.call_later(_PAUSE, self._loop.add_reader, self._sock, self._accept)
+                self._timer = self._loop.call_later(_PAUSE, self._go_on)
                 break
             connection.setblocking(False)
             self._waiting.append((connection, str(address[0]) if address else ""))
+        if len(self._waiting) >= self._most:
+            self._loop.remove_reader(self._sock)
+            self._timer = self._loop.call_later(_PAUSE, self._go_on)
         if self._waiting and not self._serving:
             self._serving = True
             self._serve()
+
+    def _go_on(self) -> None:
+        self._loop.add_reader(self._sock, self._accept)
 
     def _serve(self) -> None:
         served = refused = 0
@@ -85,8 +94,10 @@ class Acceptor:
                 continue
             served += 1
             task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = None
+            task.add_done_callback(lambda task: self._tasks.pop(task, None))
+            if len(self._tasks) > _HANDSHAKES:  # the oldest has said nothing for longest
+                next(iter(self._tasks)).cancel()
         self._serving = bool(self._waiting)
         if self._serving:
             self._loop.call_soon(self._serve)

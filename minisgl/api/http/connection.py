@@ -180,11 +180,15 @@ class Connection(web.RequestHandler):
         if not idle or self._door is None or self.transport is None:
             return False
         peer = self.peername
-        answer = self._door.refusal(message, body, str(peer[0] if isinstance(peer, (list, tuple)) and peer else peer or ""))
+        address = str(peer[0] if isinstance(peer, (list, tuple)) and peer else peer or "")
+        answer = self._door.refusal(message, body, address, self._connections.draining)
         if answer is None:
             return False
         self._wire.write(answer)
+        self._keepalive = True  # from here on as aiohttp does after an answer of its own
         self._next_keepalive_close_time = self._loop.time() + self.keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -229,6 +233,8 @@ class Connection(web.RequestHandler):
         sign of life at once.  Another answer is kept if its end came with the request, as whoever closes the sending side
         does, and nobody who gives up; or if it is being written.
         """
+        if self._wire.get_extra_info("sslcontext") is not None:
+            return None  # TLS has no half of a connection
         if self.half_closed:
             return True
         if self._refused or self._deaf or not self._busy or self._body is None or not self._body.is_eof():

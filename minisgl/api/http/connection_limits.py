@@ -21,7 +21,7 @@ from minisgl.api.generation import MAX_KEPT_BYTES
 
 log = logging.getLogger("minisgl.api")
 MAX_DESCRIPTORS = 1 << 16  # that this process asks for, where the system allows more
-ACCEPTED_AT_ONCE = 64  # connections in one turn of the event loop
+ACCEPTED_AT_ONCE = 64  # connections that make room when none can be accepted
 WRITE_SECONDS = 60.0  # without a byte that a client reads, although some wait for it
 UNREAD_BYTES = MAX_KEPT_BYTES // 2  # of answers in this process; beyond it clients that lag are shown out
 _AGE = 1.0  # seconds for which a client may lag even then, unless twice as much waits
@@ -45,7 +45,7 @@ def connections_within(descriptors: int) -> int:
     Kept back: what is open already, and a reserve for files, child processes, sockets of other actors and connections that
     have been accepted but not counted yet.
     """
-    reserve = min(max(4 * ACCEPTED_AT_ONCE, descriptors // 16), descriptors // 4)
+    reserve = min(max(4 * ACCEPTED_AT_ONCE, 3 * descriptors // 16), descriptors // 4)
     return max(16, descriptors - len(os.listdir("/proc/self/fd")) - reserve)
 
 

@@ -70,7 +70,7 @@ class Door:
             return None
         return self.refusal(_Message(first[0], first[1], HttpVersion11, headers), None, address)
 
-    def refusal(self, message: Any, body: Any, address: str) -> bytes | None:
+    def refusal(self, message: Any, body: Any, address: str, last: bool = False) -> bytes | None:
         """The answer to a message (aiohttp's RawRequestMessage) that is refused; None if it is not, or takes the long way.
 
         `body`: its payload, which arrives or, without one, has arrived.
@@ -85,10 +85,10 @@ class Door:
         except RequestError as e:
             self._refused = time.monotonic()
             usual = not any(name in headers for name in _UNUSUAL)
-            return self._render(message, e) if usual and (body is None or body.is_eof()) else None
+            return self._render(message, e, last or message.should_close) if usual and (body is None or body.is_eof()) else None
         return None
 
-    def _render(self, message: Any, error: RequestError) -> bytes:
+    def _render(self, message: Any, error: RequestError, last: bool) -> bytes:
         name, route = request_id(message), message.path
         self._engine.metrics.responses["POST", route, error.status] += 1
         self._request_log.refuse(f"POST {route}", name, error)
@@ -97,9 +97,9 @@ class Door:
         head = (
             f"HTTP/1.1 {error.status} {_REASONS.get(error.status, 'Refused')}\r\n{retry}"
             f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\nx-request-id: {name}\r\n"
-            f"Date: {rfc822_formatted_time()}\r\n{'Connection: close' * message.should_close}"
+            f"Date: {rfc822_formatted_time()}\r\n{'Connection: close' * last}"
         )
-        return head.encode() + (b"\r\n\r\n" if message.should_close else b"\r\n") + body
+        return head.encode() + (b"\r\n\r\n" if last else b"\r\n") + body
 
 
 _REASONS = {429: "Too Many Requests", 503: "Service Unavailable"}

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from minisgl.config import RENDEZVOUS
 from minisgl.model.common.activations import Product, plain
 
 TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost its peers
@@ -73,7 +74,7 @@ def join(
 ) -> dist.ProcessGroup:
     """Make the process group of all ranks; returns when all have joined.
 
-    run_dir: a private directory, new at every start of the engine.  The ranks find each other through a file there instead of
+    run_dir: a private directory, without the file RENDEZVOUS of ranks before.  The ranks find each other through it instead of
     a TCP port, so no other process can join and no port can collide; all sockets are on the loopback interface.
 
     NVLink multicast stays off unless the user's environment turns it on: it is shared by all programs on the host.
@@ -83,7 +84,7 @@ def join(
     os.environ.setdefault("NCCL_NET", "Socket")  # all ranks are on one host: no other network is searched
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    store = dist.FileStore(os.path.join(run_dir, "tp"), size)  # type: ignore[attr-defined]
+    store = dist.FileStore(os.path.join(run_dir, RENDEZVOUS), size)  # type: ignore[attr-defined]
     # With a device, NCCL connects here and not in the first collective, which may be captured into a graph.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
     group = dist.group.WORLD
