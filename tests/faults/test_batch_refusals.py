@@ -107,6 +107,27 @@ def test_a_line_that_the_engine_fails_of_each_time_is_told_so_in_the_end(tmp_pat
     serve(tmp_path, scene)
 
 
+def test_a_poisoned_line_is_answered_while_the_server_still_recovers_from_it(tmp_path: Path) -> None:
+    """Asked again, it would end the engine again, at every start of the server."""
+
+    async def scene(engine: ScriptedEngine, server: Stored) -> None:
+        async with server.sdk() as sdk:
+            engine.stall, engine.after = True, 1
+            batch = (await submit(sdk, request_line("q"))).id
+            await engine.wait_for(lambda: len(engine.live) == 1)
+            engine.state = "recovering"
+            for uid in list(engine.live):
+                engine.live.pop(uid)(RequestError("poison", status=500, code="poison_request"))
+            for _ in range(50):
+                await asyncio.sleep(0)
+            engine.state, engine.stall = "ready", False
+            ended = await server.until(batch, *ENDED)
+            assert ended["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+            assert len(engine.opened) == 1
+
+    serve(tmp_path, scene)
+
+
 @pytest.mark.parametrize("state", ["dead", "stopped"])
 def test_lines_in_flight_when_the_engine_ends_stay_open_for_the_next_start(tmp_path: Path, state: str) -> None:
     made: dict[str, str] = {}
