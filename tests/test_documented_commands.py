@@ -60,6 +60,7 @@ NOT_RUN = {
     ("docs/simulator.md", "python -m minisgl simulate TRACE --gpu"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 1500"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 4000"): "a recorded trace",
+    ("docs/reliability.md", "a client's stream"): PICTURE,
     ("docs/structures.md", "HTTP, SSE"): PICTURE,
     ("docs/structures.md", "scheduler   | plan k"): PICTURE,
     ("docs/structures.md", "routes (http/app.py)"): PICTURE,

@@ -98,7 +98,7 @@ def test_on_every_route_defaults_hold_field_by_field_and_what_a_request_says_alw
 class Recorder:
     """Stands in for the engine and its gateway: keeps the parameters of every request, and answers none."""
 
-    open_requests, failure = 0, None
+    open_requests, failure, state = 0, None, "ready"
 
     def __init__(self, *_: object) -> None:
         self.gateway = self

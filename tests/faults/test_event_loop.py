@@ -336,7 +336,7 @@ def once(number: int, mark: str) -> str:
 def test_a_reader_that_somebody_kills_or_stops_in_the_middle_of_a_job_does_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(reader, "WALL_SECONDS", 60.0 if number == signal.SIGKILL else 3.0)
+    monkeypatch.setattr(reader, "WALL_SECONDS", 60.0 if number == signal.SIGKILL else 10.0)
 
     async def main() -> None:
         r = Reader()
