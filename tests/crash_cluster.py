@@ -35,7 +35,7 @@ from minisgl.api.gateway import Gateway
 from minisgl.api.recovery import Recovery
 from minisgl.config import Config
 
-KILLED = -9
+KILLED, CRASHED = -9, -11
 MakeActor = Callable[[Context, Config, Arenas, int], Actor]  # the last: what a scheduler takes over
 
 
@@ -46,6 +46,10 @@ def _narrow(name: str, readers: int, size: int) -> tuple[RingSpec, int]:
 
 class Killed(BaseException):
     """The running actor is no more."""
+
+
+class Crashed(Killed):
+    """It has ended itself."""
 
 
 @dataclass(eq=False)
@@ -153,13 +157,13 @@ class Cluster:
 
         self._run(process, begin)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL."""
+    def kill(self, name: str, exitcode: int = KILLED) -> None:
+        """SIGKILL, or what else ends it."""
         self._bury(name)
         self.deaths[name] += 1
         if not self._dead:
             self._notice_at = self.events + self.rng.choice((0, self.rng.randrange(40)))
-        self._dead.append(ActorDied(name, KILLED))
+        self._dead.append(ActorDied(name, exitcode))
 
     def _bury(self, name: str) -> None:
         self._births.pop(name, None)
@@ -214,9 +218,9 @@ class Cluster:
             result = what()
             self.point(process)
             return result
-        except Killed:
+        except Killed as e:
             if self._alive.get(process.name) is process:
-                self.kill(process.name)
+                self.kill(process.name, CRASHED if isinstance(e, Crashed) else KILLED)
             return True
         finally:
             self._current = None

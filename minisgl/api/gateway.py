@@ -19,6 +19,7 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -525,11 +526,11 @@ class Gateway(Actor):
     def still(self, seconds: float) -> list[str]:
         return [name for name in self.watchdog.still(seconds) if name not in self.silent]
 
-    def lost(self, names: Sequence[str], requests: RingSpec) -> None:
+    def lost(self, names: Sequence[str], requests: RingSpec, own: AbstractSet[str] = frozenset()) -> None:
         """Processes have died, with all that was sent to them, and others have their names now: those get the same again.
 
         What the dead ones have sent and arrives later is recognised by the names of its requests.  `requests`: the ring for a
-        new scheduler.
+        new scheduler.  `own`: those that were not killed from outside, so that what they were doing may have ended them.
         """
         if self.state == "ready":
             self.state = "recovering"
@@ -545,10 +546,10 @@ class Gateway(Actor):
             self.ctx.send("detokenizer", msg.Forget(self._oldest))
             self._replay()
         if "checker" in names:
-            self._ask_checker_again("checker" in started)
+            self._ask_checker_again("checker" in started and "checker" in own)
         for name in names:
             if name.startswith("tokenizer"):
-                for uid in self._tokenizers.resend(name, name in started):
+                for uid in self._tokenizers.resend(name, name in started and name in own):
                     self._refuse_poison(uid)
 
     def _ask_checker_again(self, started: bool) -> None:

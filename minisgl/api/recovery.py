@@ -73,10 +73,12 @@ class Recovery:
             gateway.give_up(first, how + self._too_often())
             return
         names = self._group({d.name for d in deaths})
+        # Who was killed from outside has not died of what it did.
+        own = {d.name for d in deaths if d.exitcode != -signal.SIGKILL or d.name in self._doomed}
         try:
             self._processes.end(names)
             self._report.begin(now, first, names, len(self._restarts), self._server.max_restarts)
-            self._start(names)
+            self._start(names, own)
         except OSError as e:
             gateway.give_up(first, f"{how}, and cannot be started again: {e}")
 
@@ -87,7 +89,7 @@ class Recovery:
         first = [n for n in (*self._workers, "scheduler") if n in dead]
         return [*first, *sorted(dead.difference(first))]
 
-    def _start(self, names: list[str]) -> None:
+    def _start(self, names: list[str], own: set[str]) -> None:
         gateway, memory, takes_over = self._gateway, self._memory, 0
         if "scheduler" in names:
             takes_over = 0 if self._workers[0] in names else gateway.num_pages
@@ -98,7 +100,7 @@ class Recovery:
             gateway.pids[name] = self._processes.start(name, takes_over if name == "scheduler" else 0)
             self._doomed.pop(name, None)
         self._report.spawned = self._ctx.now()
-        gateway.lost(names, memory.arenas.requests)
+        gateway.lost(names, memory.arenas.requests, own)
 
     def _may_restart(self, now: float) -> bool:
         while self._restarts and now - self._restarts[0] > self._server.restart_window:

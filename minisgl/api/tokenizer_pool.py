@@ -112,7 +112,8 @@ class Tokenizers:
     def resend(self, name: str, started: bool) -> list[int]:
         """The tokenizer `name` has died; its successor gets what it had to do, except for requests that kill tokenizers.
 
-        `started`: it took messages.  Returns the uids of those requests.  Nothing of the dead one may be read afterwards.
+        `started`: it took messages, and was not killed from outside.  Returns the uids of those requests.  Nothing of the dead
+        one may be read afterwards.
         """
         by = next(t for t in self._all if t.name == name)
         by.records.clear()

@@ -268,9 +268,12 @@ def test_a_grammar_that_ends_every_checker_is_refused_and_the_others_are_checked
     gateway.config = replace(gateway.config, model=replace(gateway.config.model, eos_ids=(0,)))
     for name in ("deadly", "harmless"):
         gateway.check_grammar(name, "guided_regex", functools.partial(lambda name, a: told.append((name, a)), name))
+    for deaths in range(5):  # from outside
+        gateway.lost(["checker"], front.memory.arenas.requests)
+        gateway.receive(Hello("checker", deaths))
     for deaths in range(1, 4):
         assert not told
-        gateway.lost(["checker"], front.memory.arenas.requests)
+        gateway.lost(["checker"], front.memory.arenas.requests, {"checker"})
         gateway.receive(Hello("checker", deaths))
     ((name, error),) = told
     assert (name, error.code) == ("deadly", "poison_request")

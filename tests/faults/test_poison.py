@@ -8,7 +8,7 @@ from typing import Any
 import crash_scenario
 import pytest
 from conftest import cases
-from crash_cluster import Cluster, Killed
+from crash_cluster import Cluster, Crashed
 from crash_model import Runner
 from crash_scenario import ACTORS, REQUESTS, Client, Open, Run, config
 from test_tokenizer_pool import Front
@@ -31,7 +31,7 @@ class DeadlyRunner(Runner):
         super()._append(slot, token)
         context = self._context(slot)
         if DEADLY in context and len(context) == context[0]:
-            raise Killed
+            raise Crashed
 
 
 class DeadlyTokenizer(TokenizerActor):
@@ -39,7 +39,7 @@ class DeadlyTokenizer(TokenizerActor):
 
     def _encode(self, m: Tokenize) -> Any:
         if "deadly" in (m.text or ""):
-            raise Killed
+            raise Crashed
         return super()._encode(m)
 
 
