@@ -157,8 +157,9 @@ class Cluster:
 
         self._run(process, begin)
 
-    def kill(self, name: str, exitcode: int = KILLED) -> None:
-        """SIGKILL, or what else ends it."""
+    def kill(self, name: str, exitcode: int = 0) -> None:
+        """End it, from outside or as if by itself, where `exitcode` does not say."""
+        exitcode = exitcode or self.rng.choice((KILLED, CRASHED))
         self._bury(name)
         self.deaths[name] += 1
         if not self._dead:
@@ -220,7 +221,7 @@ class Cluster:
             return result
         except Killed as e:
             if self._alive.get(process.name) is process:
-                self.kill(process.name, CRASHED if isinstance(e, Crashed) else KILLED)
+                self.kill(process.name, CRASHED if isinstance(e, Crashed) else 0)
             return True
         finally:
             self._current = None

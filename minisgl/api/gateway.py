@@ -544,7 +544,7 @@ class Gateway(Actor):
         if "scheduler" in names or "detokenizer" in names:
             self._oldest = self._last_uid + 1
             self.ctx.send("detokenizer", msg.Forget(self._oldest))
-            self._replay()
+            self._replay(guilty=not own.isdisjoint(names))
         if "checker" in names:
             self._ask_checker_again("checker" in started and "checker" in own)
         for name in names:
@@ -562,11 +562,15 @@ class Gateway(Actor):
         for question in self._grammars.values():
             self.ctx.send("checker", question)
 
-    def _replay(self) -> None:
-        """Send every request again, behind what it has said, as soon as the engine takes requests."""
+    def _replay(self, guilty: bool) -> None:
+        """Send every request again, behind what it has said, as soon as the engine takes requests.
+
+        `guilty`: one of them may have ended it.
+        """
         sent = list(self._sent.values())
         on_trial = self._trials.current  # it runs alone, so it was in flight, whatever was heard of it
-        poison = self._trials.judge([e for e in sent if e.started or e is on_trial], now := self.ctx.now())
+        in_flight = [e for e in sent if guilty and (e.started or e is on_trial)]
+        poison = self._trials.judge(in_flight, now := self.ctx.now())
         for entry in sent:
             if self.engine_up:
                 self._cancel(entry)

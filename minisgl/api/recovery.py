@@ -55,6 +55,7 @@ class Recovery:
         self._workers = tuple(n for n in actor_names(config.engine.tp) if n.startswith("worker"))
         self._restarts: deque[float] = deque()  # when
         self._report = _Report(gateway)
+        self._oom = _oom_kills()
         self._doomed: dict[str, float] = {}  # stands still -> when it is killed
 
     # ---------------- deaths
@@ -73,8 +74,9 @@ class Recovery:
             gateway.give_up(first, how + self._too_often())
             return
         names = self._group({d.name for d in deaths})
-        # Who was killed from outside has not died of what it did.
-        own = {d.name for d in deaths if d.exitcode != -signal.SIGKILL or d.name in self._doomed}
+        # Who was killed from outside has not died of what it did; the kernel kills for want of memory, we what stands still.
+        oom, self._oom = self._oom, _oom_kills()
+        own = {d.name for d in deaths if d.exitcode != -signal.SIGKILL or d.name in self._doomed or self._oom > oom}
         try:
             self._processes.end(names)
             self._report.begin(now, first, names, len(self._restarts), self._server.max_restarts)
@@ -191,6 +193,15 @@ class _Report:
 
 def _how(death: ActorDied) -> str:
     return f"was killed by signal {-death.exitcode}" if death.exitcode < 0 else f"ended with exit code {death.exitcode}"
+
+
+def _oom_kills() -> int:
+    """Processes of this machine that the kernel has killed for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", "rb") as f:
+        for line in f:
+            if line.startswith(b"oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _signal(pid: int, number: int) -> None:

@@ -3,7 +3,7 @@
 After a death every open request runs again.  One that was in flight at two deaths in a row, without a new token in between, is
 suspected: it runs again alone, before all others, until it has said something new.  If the engine dies then, it is poison: it
 is refused, and so is the same prompt for an hour.  Deaths that have nothing to do with requests hit each of them at another
-token, so they make nobody a suspect.
+token, so they make nobody a suspect; kills from outside are not counted (recovery.py).
 """
 
 from __future__ import annotations

@@ -121,11 +121,11 @@ def test_who_ends_the_engine_alone_is_poison_even_if_nobody_has_heard_that_it_st
     gateway.open(TokenPrompt((1, 2, 3)), SamplingParams(), front.news.append)
     for _ in range(2):
         gateway.receive(Started(next(iter(gateway._sent)), 0.0))
-        gateway.lost(["scheduler"], ring)
+        gateway.lost(["scheduler"], ring, {"scheduler"})
         gateway.receive(EngineReady(100, 0))
     assert gateway.on_trial
     assert not front.news
-    gateway.lost(["scheduler"], ring)
+    gateway.lost(["scheduler"], ring, {"scheduler"})
     assert [n.code for n in front.news if isinstance(n, RequestError)] == ["poison_request"]
     assert not gateway.open_requests
     front.memory.close()
