@@ -101,7 +101,6 @@ class Recovery:
             gateway.watchdog.clear(name)
             gateway.pids[name] = self._processes.start(name, takes_over if name == "scheduler" else 0)
             self._doomed.pop(name, None)
-        self._report.spawned = self._ctx.now()
         gateway.lost(names, memory.arenas.requests, own)
 
     def _may_restart(self, now: float) -> bool:
@@ -151,7 +150,7 @@ class _Report:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._names: list[str] = []
-        self._began = self.spawned = 0.0
+        self._began = 0.0
 
     def begin(self, now: float, death: ActorDied, names: list[str], restarts: int, most: int) -> None:
         if not self._names:

@@ -30,7 +30,7 @@ class Watchdog:
         self._board.clear(name)
 
     def still(self, seconds: float) -> list[str]:
-        """The processes that give no sign of life for so long, or longer than usual, and workers with such a step."""
+        """The processes without a sign of life for so long (two beats at least), and workers with a step that takes so long."""
         limit = max(seconds, 2 * BEAT_SECONDS) * 1e9
         now, out = time.monotonic_ns(), []
         for name in self._names:

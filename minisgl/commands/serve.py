@@ -251,11 +251,12 @@ class _Server:
 
     def watch(self) -> None:
         """Follow the set of the child processes' descriptors."""
-        from minisgl.api.http.fair_loop import FairLoop
-
-        loop, current, spawned = asyncio.get_running_loop(), set(self.system.fds()), self.system.supervisor.spawned
+        current, spawned = set(self.system.fds()), self.system.supervisor.spawned
         if current == self.watched and spawned == self.spawned:
             return
+        from minisgl.api.http.fair_loop import FairLoop
+
+        loop = asyncio.get_running_loop()
         # All of them again: a new process may have the number of a descriptor that was closed, and with that unwatched.
         for fd in self.watched:
             loop.remove_reader(fd)

@@ -22,7 +22,7 @@ from minisgl.api.http.door import Door
 BACKLOG = 1 << 14  # connections that wait in the kernel, which takes its own limit (somaxconn) where that is lower
 _ACCEPTED, _SERVED, _REFUSED = 256, 8, 32  # in one turn of the loop
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
-_PAUSE = 0.05  # seconds, where no descriptor is left
+_PAUSE = 0.05  # seconds, where no descriptor is left, or enough connections wait here
 HANDSHAKE_SECONDS = 30.0
 _HANDSHAKES = 256  # of TLS, at a time
 
@@ -70,20 +70,20 @@ class Acceptor:
                 break
             except OSError as e:  # mostly too many open files
                 self._no_descriptor(e)
-                self._loop.remove_reader(self._sock)
-                self._timer = self._loop.call_later(_PAUSE, self._go_on)
+                self._pause()
                 break
             connection.setblocking(False)
             self._waiting.append((connection, str(address[0]) if address else ""))
         if len(self._waiting) >= self._most:
-            self._loop.remove_reader(self._sock)
-            self._timer = self._loop.call_later(_PAUSE, self._go_on)
+            self._pause()
         if self._waiting and not self._serving:
             self._serving = True
             self._serve()
 
-    def _go_on(self) -> None:
-        self._loop.add_reader(self._sock, self._accept)
+    def _pause(self) -> None:
+        """Accept nothing for a moment."""
+        if self._loop.remove_reader(self._sock):
+            self._timer = self._loop.call_later(_PAUSE, self._loop.add_reader, self._sock, self._accept)
 
     def _serve(self) -> None:
         served = refused = 0
