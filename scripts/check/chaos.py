@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import signal
 import socket
 import sys
@@ -76,6 +77,7 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=180.0, help="seconds after which an answer is missing")
     parser.add_argument("--logit-limit", type=float, default=0.5, help="on a GPU")
     parser.add_argument("--hang", type=float, default=0.0, metavar="S", help="the server's --hang-seconds")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="kill nobody after so many seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all faults there, too")
     parser.add_argument("--echo", action="store_true", help="show what the server logs")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)

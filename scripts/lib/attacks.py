@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -61,10 +62,13 @@ class Killer:
             (n, p) for n, p in self.server.children() if not self.who or n.rstrip("0123456789") in self.who or n == STARTING
         ]
 
-    async def run(self, kills: int) -> None:
-        """Strike until so many processes were killed.  A recovery that does not come ends it, too: see `faults`."""
-        done = 0
-        while done < kills and not self.faults:
+    async def run(self, kills: int, seconds: float = math.inf) -> None:
+        """Strike until so many processes were killed, or `seconds` are over.
+
+        A recovery that does not come ends it, too: see `faults`.
+        """
+        done, end = 0, time.monotonic() + seconds
+        while done < kills and time.monotonic() < end and not self.faults:
             await asyncio.sleep(self.rng.uniform(*self.between))
             if self.rng.random() < self.stops:
                 await self._stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import random
 import time
 from collections import Counter
@@ -51,6 +52,7 @@ class Options:
     wait: float = 180.0
     logit_limit: float = 0.5
     hang: float = 0.0  # --hang-seconds
+    limit: float = math.inf  # seconds after which nobody is killed
     flags: list[str] = field(default_factory=list)
     echo: bool = False
 
@@ -163,7 +165,7 @@ class Chaos:
         tasks = [*loops, *clients]
         try:
             if options.kills and "kill" in options.attacks:
-                strikes = asyncio.create_task(self.killer.run(options.kills))
+                strikes = asyncio.create_task(self.killer.run(options.kills, options.limit))
             else:
                 strikes = asyncio.create_task(self.killer.only_stop(options.seconds))
             await asyncio.wait([strikes, *tasks], return_when=asyncio.FIRST_COMPLETED)  # clients end early if they fail
