@@ -375,13 +375,16 @@ class Config:
 
 
 # ---------------- from what was given to an EngineConfig
-def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+def engine_config(values: Mapping[str, Any], model_format: str = "") -> EngineConfig:
     """EngineConfig from the `values` that were given, by field; None and absent: the default of the device.
 
+    `model_format`: ModelSpec.format; the fake model needs no GPU, so it takes none by itself.
     MINISGL_DISABLE_OVERLAP_SCHEDULING is the one environment variable of the interface.  Raises UserError.
     """
     chosen = {name: values[name] for name, _, _ in settings_of(EngineConfig) if values.get(name) is not None}
     device = chosen.get("device", "auto")
+    if device == "auto" and model_format == "fake":
+        chosen["device"] = device = "cpu"
     gpus = gpu_count() if device in ("auto", "cuda") else 0
     if device == "auto":
         chosen["device"] = device = "cuda" if gpus else "cpu"

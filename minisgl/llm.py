@@ -119,7 +119,7 @@ class LLM:
         no_limits = ServerConfig(
             max_open_requests=_UNBOUNDED, max_queue=0, max_queued_tokens=0, default_max_tokens=int(default_max_tokens or 0)
         )
-        config = Config(spec, engine_config(engine), no_limits)
+        config = Config(spec, engine_config(engine, spec.format), no_limits)
         self._defaults = config.sampling_defaults
         self._closed = False
         kind = System if processes else InProcessSystem

@@ -196,4 +196,4 @@ def config_from(args: argparse.Namespace, model: ModelSpec, styles: tuple[str, s
     server["allow_origins"] = read_origins(args.allow_origins or ())
     if given["itl_target_ms"] is None:
         given = given | {"itl_target_ms": AUTO_ITL}
-    return Config(model, engine_config(given), ServerConfig(**server))
+    return Config(model, engine_config(given, model.format), ServerConfig(**server))

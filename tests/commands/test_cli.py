@@ -103,6 +103,11 @@ def test_a_visible_gpu_is_used_with_defaults_of_its_own(monkeypatch: pytest.Monk
     assert engine_config({"device": "cpu"}) == EngineConfig()
 
 
+def test_the_fake_model_takes_no_gpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.config.gpu_count", lambda: 1)
+    assert engine_config(vars(parser().parse_args(["--tp", "2"])), "fake").device == "cpu"
+
+
 @pytest.mark.parametrize(("gpus", "settings", "named"), [(0, {"device": "cuda"}, "--device cuda"), (1, {"tp": 2}, "--tp 2")])
 def test_gpus_that_are_not_there_are_missed_before_anything_starts(
     gpus: int, settings: dict[str, object], named: str, monkeypatch: pytest.MonkeyPatch
