@@ -493,8 +493,6 @@ def test_a_request_cannot_replace_the_messages_or_the_template() -> None:
 
 
 def test_random_weights_have_a_tokenizer_of_bytes() -> None:
-    from dataclasses import replace
-
     from minisgl.model.checkpoint.resolve import resolve
 
     tokenizer = load_tokenizer(replace(resolve(None), format="random", path="", vocab_size=1000, bos_id=None, eos_ids=(2,)))
@@ -502,3 +500,14 @@ def test_random_weights_have_a_tokenizer_of_bytes() -> None:
     ids = tokenizer.encode(text, add_special=True)
     assert ids.tolist() == list(text.encode())
     assert tokenizer.decode(ids, skip_special=True) == text
+
+
+def test_each_token_of_random_weights_has_a_text_at_once() -> None:
+    """A stream that has nothing to show for a token would look like a pause."""
+    tokenizer = load_tokenizer(replace(SPEC, vocab_size=5000))
+    texts = [tokenizer.decode([i], skip_special=True) for i in range(5000)]
+    assert all(texts), "none is empty"
+    assert len(set(texts[256:])) == 5000 - 256
+    assert tokenizer.decode([256, 4999, 65], skip_special=True) == texts[256] + texts[4999] + "A"
+    stream = tokenizer.stream(True)
+    assert all(stream.push(i) for i in range(256, 5000)), "each is sent as it comes"

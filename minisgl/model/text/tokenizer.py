@@ -198,6 +198,9 @@ class Tokenizer:
 
 
 # ---------------- loading
+_WORD = (
+    next(char for char, byte in BYTE_ALPHABET.items() if byte == ord(" ")) + "w"
+)  # begins the words of a model without files
 _PACKAGES = "pip install sentencepiece protobuf"
 _CONVERT = 'python -c "from transformers import AutoTokenizer as T; T.from_pretrained({path!r}).save_pretrained({path!r})"'
 _OLDER = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
@@ -237,10 +240,15 @@ def _from_gguf(spec: ModelSpec) -> _Loaded:
 
 
 def _one_token_per_byte(spec: ModelSpec) -> _Loaded:
-    """The tokenizer of a model without files."""
+    """The tokenizer of a model without files.  A byte of a text is a token; other tokens, which only a model says, are words.
+
+    Without a text for each token, streams would hold back what they cannot show, and measurements would see nothing of it.
+    """
     from tokenizers import decoders, models, pre_tokenizers
 
-    backend = tokenizers.Tokenizer(models.BPE(dict(BYTE_ALPHABET), []))
+    alphabet = dict(BYTE_ALPHABET)
+    words = {f"{_WORD}{i:x}": i for i in range(len(alphabet), spec.vocab_size)}
+    backend = tokenizers.Tokenizer(models.BPE(alphabet | words, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return backend, {}, chat_templates(spec)
