@@ -32,11 +32,12 @@ from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.engine import Chunk, TextPrompt, TokenLogprob
-from minisgl.api.generation import Generation, StreamedAnswer, Timings
+from minisgl.api.generation import Generation, StreamedAnswer
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import SLICE, UNITS, json_pieces
 from minisgl.api.requests.generate import MAX_ENTRIES
 from minisgl.api.requests.openai import parse_chat, parse_completion
+from minisgl.api.usage import Timings
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish, SamplingParams
 
