@@ -182,7 +182,7 @@ def test_chunks_that_wait_are_merged_as_they_come() -> None:
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
             g._on_chunk(0, Chunk(str(i), (i,), Finish.NONE, 3, 0))
-        assert len(g._merged[0]) + len(g._chunks[0]) < 100
+        assert len(g._chunks._merged[0]) + len(g._chunks._chunks[0]) < 100
         assert engine.kept.bytes > 64_000
         [(_, merged)] = g.take_now()
         assert merged.token_ids == tuple(range(1000))
