@@ -400,7 +400,7 @@ class Gateway(Actor):
 
     @property
     def waiting_for_replay(self) -> bool:
-        """Whether requests have been sent again that were not started yet."""
+        """Whether requests wait for the engine, or are with it."""
         return self._dispatcher.waiting
 
     @property
