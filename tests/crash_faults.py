@@ -12,7 +12,8 @@ from minisgl.actors.detokenizer import DetokenizerActor
 from minisgl.actors.scheduler.actor import SchedulerActor
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.worker import WorkerActor
-from minisgl.api.gateway import Gateway
+from minisgl.api.dispatcher import Dispatcher
+from minisgl.api.grammar_checks import GrammarChecks
 from minisgl.api.recovery import Recovery
 from minisgl.api.tokenizer_pool import Tokenizers
 
@@ -20,24 +21,28 @@ _Edit = tuple[type, str, str, str]  # class, method, what its source says, what 
 _ENGINE = "scheduler worker detokenizer"
 # name -> (edits, how the names of the requests and of the victims begin that show it, "" for any)
 FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
-    "a replay has the name of the first try": ([(Gateway, "_send", "else self._new_uid()", "else entry.uid")], "", ""),
-    "a new detokenizer is told the old names": ([(Gateway, "_send", "entry.fresh and", "entry.fresh or")], "", ""),
-    "log probabilities of lost tokens stay": ([(Gateway, "_replay", "entry.logprobs.clear()", "pass")], "echo", _ENGINE),
+    "a replay has the name of the first try": ([(Dispatcher, "_send", "else self._new_name()", "else entry.uid")], "", ""),
+    "a new detokenizer is told the old names": ([(Dispatcher, "_send", "entry.fresh and", "entry.fresh or")], "", ""),
+    "log probabilities of lost tokens stay": ([(Dispatcher, "recall", "entry.logprobs.clear()", "pass")], "echo", _ENGINE),
     "delivered tokens are not in the replay": (
-        [(Gateway, "_send", "if entry.delivered else prompt", "if 0 else prompt")],
+        [(Dispatcher, "_send", "if entry.delivered else prompt", "if 0 else prompt")],
         "",
         "",
     ),
-    "the answer so far counts as prompt": ([(Gateway, "_send", "len(ids), len(prompt), e", "len(ids), len(ids), e")], "", ""),
-    "a replay draws another seed": ([(Gateway, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
-    "requests that wait for the engine are forgotten": ([(Gateway, "_replay", "idle if not", "() if not")], "", ""),
+    "the answer so far counts as prompt": (
+        [(Dispatcher, "_send", "len(ids), len(prompt), e", "len(ids), len(ids), e")],
+        "",
+        "",
+    ),
+    "a replay draws another seed": ([(Dispatcher, "_send", "entry.seed,", "entry.seed + (entry.name != entry.uid),")], "", ""),
+    "requests that wait for the engine are forgotten": ([(Dispatcher, "replay", "idle if not", "() if not")], "", ""),
     "questions of the checker are not asked again": (
-        [(Gateway, "_ask_checker_again", "in self._grammars.values()", "in ()")],
+        [(GrammarChecks, "resend", "in self._open.values()", "in ()")],
         "check",
         "ch",
     ),
     "an engine that has died is up": (
-        [(Gateway, "lost", "self.engine_up, self._requests = False", "_, self._requests = 0")],
+        [(Dispatcher, "engine_lost", "self.engine_up, self._ring = False", "_, self._ring = 0")],
         "",
         "",
     ),
@@ -46,10 +51,10 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     "the requests of a dead detokenizer stay": (
         [
             (
-                Gateway,
-                "lost",
-                'self.ctx.send("detokenizer", msg.F',
-                '"scheduler" in names and self.ctx.send("detokenizer", msg.F',
+                Dispatcher,
+                "recall",
+                'self._ctx.send("detokenizer", msg.F',
+                'self.engine_up or self._ctx.send("detokenizer", msg.F',
             )
         ],
         *("echo alone", "detokenizer"),
@@ -78,7 +83,7 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
     ),
     "a scheduler takes over from dead workers": ([(Recovery, "_start", "0 if self._workers[0] in names else ", "")], "", ""),
     "a scheduler dies alone while workers load": ([(Recovery, "_group", "not self._gateway.engine_up", "0")], "", "s worker"),
-    "who is acquitted does not go on": ([(Gateway, "_go_on_with_trials", "self._backlog.append(entry)", "pass")], "n", _ENGINE),
+    "who is acquitted does not go on": ([(Dispatcher, "go_on", "self._backlog.append(entry)", "pass")], "n", _ENGINE),
 }
 
 

@@ -245,9 +245,10 @@ def check_books(cluster: Cluster) -> None:
     gateway, actors = cluster.gateway, cluster.actors
     assert gateway.state in ("ready", "draining")
     assert not gateway.silent
-    for name in ("_ledger", "_sent", "_questions", "_grammars", "_backlog"):
+    for name in ("_ledger", "_sent", "_questions", "_grammars"):
         assert not getattr(gateway, name), f"left in the gateway's {name}"
-    assert not gateway._trials.open
+    assert not gateway._dispatcher.waiting
+    assert not gateway._dispatcher._trials.open
     assert not len(gateway._tokenizers)
     assert not any(gateway._tokenizers.loads)
     scheduler = actors["scheduler"]

@@ -75,7 +75,8 @@ class Answers:
     def close(self) -> None:
         gateway = self.system.gateway
         self.until(lambda: gateway.state == "ready" and gateway.stats["running_requests"] == 0)
-        assert gateway.open_requests == len(gateway._sent) == len(gateway._backlog) == 0
+        assert gateway.open_requests == 0
+        assert not gateway._dispatcher.waiting
         gateway.flush_cache()
         self.until(lambda: gateway.stats["free_pages"] == gateway.stats["total_pages"])
         self.system.close()

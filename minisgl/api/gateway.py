@@ -1,12 +1,14 @@
 """Keeps the ledger of open requests and passes them between clients and the engine: the actor named "api".
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
-          actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens.
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
-          TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs, ThoughtEnded
-          (detokenizer).
-Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache (scheduler); Forget
-          (detokenizer); Stop (all but the workers).
+          actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens
+          (dispatcher.py).
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Started, Stats, Wake (scheduler); Tokenized,
+          Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs,
+          ThoughtEnded (detokenizer).
+Sends     FlushCache, Reconnect (scheduler); for it, dispatcher.py: Generate, Cancel (scheduler), Forget (detokenizer),
+          tokenizer_pool.py: Tokenize, Detokenize, Wake (tokenizer), grammar_checks.py: CheckGrammar (checker), and system.py:
+          Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -15,62 +17,36 @@ thread.
 from __future__ import annotations
 
 import json
-import math
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
-from minisgl.actors.runtime.ring import RingSpec, RingWriter
+from minisgl.actors.runtime.ring import RingSpec
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.wire import BadMessage
 from minisgl.api.admission import AdmissionControl
 from minisgl.api.deadlines import Deadlines
+from minisgl.api.dispatcher import Dispatcher
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
-from minisgl.api.tokenizer_pool import MAX_DEATHS, Tokenizers
-from minisgl.api.trials import Trials
+from minisgl.api.grammar_checks import GrammarChecks
+from minisgl.api.ledger import Entry, failure_of, poison, timed_out
+from minisgl.api.logprob_rows import logprob_rows
+from minisgl.api.request_checks import check_eos, check_ids, check_length, check_vocabulary, source_of, with_thinking
+from minisgl.api.tokenizer_pool import Tokenizers
 from minisgl.api.watchdog import Watchdog
 from minisgl.arrays import I32
 from minisgl.config import Config
-from minisgl.errors import InvalidParam, RequestError, context_overflow, model_loading
-from minisgl.grammar import after_thought, too_complex
+from minisgl.errors import RequestError, model_loading
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 _UNFINISHED = Finish.NONE  # looked up once: the lookup of an enumeration's member costs more than the rest of a row
-IMPOSSIBLE = -9999.0  # for minus infinity, which JSON lacks; OpenAI and vLLM write the same number
 _TICK_SECONDS = 0.5  # between two looks at the clock while nothing is due
 _AT_ONCE = 256  # requests that end by their deadlines in one tick
-_MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: consecutive uids become distant seeds
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One open request."""
-
-    uid: int
-    params: SamplingParams
-    options: RequestOptions
-    on_chunk: OnChunk
-    source: str  # the request field that holds the prompt, for error messages
-    ids: I32 | None = None  # prompt ids, known once tokenized
-    max_tokens: int = 0
-    seed: int = 0
-    name: int = 0  # its uid on the way through the engine, another one for each replay; 0: it is not there
-    fresh: bool = True  # it never was
-    started: bool = False  # under this name
-    cached: int = 0  # tokens of the prompt that the cache had
-    deaths: int = 0  # see trials.py
-    said_at_death: int = 0
-    queued: float = 0.0  # seconds of waiting for the first step
-    thought_tokens: int = 0  # tokens of the thought, once it has ended
-    delivered: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens in the next Text message
+_MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: consecutive requests get distant seeds
 
 
 class Gateway(Actor):
@@ -89,22 +65,17 @@ class Gateway(Actor):
         self.pids: dict[str, int] = {}  # of the processes that live; messages of others with the same name are late
         self.silent = set(actor_names(config.engine.tp, config.server.num_tokenizers))  # actors without a Hello so far
         self.hellos: dict[str, msg.Hello] = {}
-        self.engine_up = False  # the scheduler takes requests
-        self.engine_up_at = self.resumed = 0.0  # since when, and when the first request was started since the last death
+        self.engine_up_at = self.resumed = 0.0  # when that began, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
-        self._requests = RingWriter(arenas.requests)
         self._ledger: dict[int, Entry] = {}
-        self._sent: dict[int, Entry] = {}  # the requests that are with the engine, by name
+        self._dispatcher = Dispatcher(ctx, arenas.requests, self._ledger, self._new_uid)
+        self._sent = self._dispatcher.sent  # the requests that are with the engine, by name
         # Of `tokenize`, `detokenize` and `check_grammar`, by uid: the callback, and the request field that is asked about.
         self._questions: dict[int, tuple[Callable[[Any], None], str]] = {}
-        self._grammars: dict[int, msg.CheckGrammar] = {}  # that the checker has not answered
-        self._deaths = (0, 0)  # the grammar that was the next one when a checker died, and how often in a row
-        self._backlog: deque[Entry] = deque()  # tokenized requests that wait for the engine, or for room in the ring
-        self._trials: Trials[Entry] = Trials()
+        self._grammars = GrammarChecks(ctx)
         self._last_uid = self._opened = 0
-        self._oldest = 0  # names below are forgotten by the detokenizer
         self._admission = AdmissionControl(config.engine.max_running)
         self._deadlines = Deadlines()
         self._next_tick = 0.0  # when `tick` has asked to be called
@@ -119,13 +90,13 @@ class Gateway(Actor):
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self.check_open(options.client)
-        self._check_vocabulary(params)
+        check_vocabulary(self.config, params)
         if params.grammar:
-            self._check_eos("response_format")
+            check_eos(self.config, "response_format")
         self._opened += 1
-        entry = Entry(self._new_uid(), params, options, on_chunk, _source(prompt, options), seed=self._seed(params))
+        entry = Entry(self._new_uid(), params, options, on_chunk, source_of(prompt, options), seed=self._seed(params))
         if isinstance(prompt, TokenPrompt):
-            ids = self._check_ids(prompt.ids, entry.source)
+            ids = check_ids(self.config, prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
             self._enter(entry.uid, options, generates=True)
             try:
@@ -141,7 +112,7 @@ class Gateway(Actor):
 
     def tokenize(self, prompt: TextPrompt | ChatPrompt, on_ids: OnIds, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self.check_open(options.client, generates=False)
-        uid, source = self._new_uid(), _source(prompt, DEFAULT_OPTIONS)
+        uid, source = self._new_uid(), source_of(prompt, DEFAULT_OPTIONS)
         self._tokenizers.send(uid, prompt, source)
         return self._ask(uid, on_ids, source, options)
 
@@ -149,20 +120,16 @@ class Gateway(Actor):
         self, ids: Sequence[int], skip_special: bool, on_text: OnText, options: RequestOptions = DEFAULT_OPTIONS
     ) -> int:
         self.check_open(options.client, generates=False)
-        checked, uid = self._check_ids(ids, "tokens"), self._new_uid()
+        checked, uid = check_ids(self.config, ids, "tokens"), self._new_uid()
         self._tokenizers.send_ids(uid, checked, skip_special)
         return self._ask(uid, on_text, "tokens", options)
 
     def check_grammar(self, grammar: str, field: str, on_grammar: OnText, options: RequestOptions = DEFAULT_OPTIONS) -> int:
         self.check_open(options.client, generates=False)
-        self._check_eos(field)
-        m = msg.CheckGrammar(self._new_uid(), grammar, field)
-        try:
-            self.ctx.send("checker", m)
-        except UnicodeEncodeError as e:
-            raise InvalidParam(field, f"{field} holds half of a surrogate pair, which is not text.") from e
-        self._grammars[m.uid] = m
-        return self._ask(m.uid, on_grammar, field, options)
+        check_eos(self.config, field)
+        uid = self._new_uid()
+        self._grammars.send(uid, grammar, field)
+        return self._ask(uid, on_grammar, field, options)
 
     def _ask(self, uid: int, on_answer: Callable[[Any], None], source: str, options: RequestOptions) -> int:
         self._questions[uid] = on_answer, source
@@ -171,7 +138,7 @@ class Gateway(Actor):
 
     def close(self, uid: int) -> None:
         if (entry := self._ledger.get(uid)) is not None:
-            self._cancel(entry)
+            self._dispatcher.cancel(entry)
         self._leave(uid)
 
     def accepted(self, uid: int) -> bool:
@@ -180,13 +147,6 @@ class Gateway(Actor):
     def _new_uid(self) -> int:
         self._last_uid += 1
         return self._last_uid
-
-    def _cancel(self, entry: Entry) -> None:
-        """End a request in the engine, if it is there.  It has no name there any longer."""
-        if entry.name:
-            self.ctx.send("scheduler", msg.Cancel(entry.name))
-            del self._sent[entry.name]
-            entry.name, entry.started = 0, False
 
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
@@ -212,44 +172,18 @@ class Gateway(Actor):
         """It has ended, however.  Called again, does nothing."""
         entry = self._ledger.pop(uid, None)
         self._questions.pop(uid, None)
-        self._grammars.pop(uid, None)
+        self._grammars.drop(uid)
         self._admission.leave(uid)
         self._deadlines.discard(uid)
         self.wake_at = self._deadlines.next
         if entry is not None:
-            self._sent.pop(entry.name, None)
-            if self._trials.open:
-                self._trials.withdraw(entry)
-                self._go_on_with_trials()
+            self._dispatcher.drop(entry)
 
     def _question(self, uid: int) -> tuple[Callable[[Any], None], str] | None:
         """The question with this uid, which is answered now; None for a request."""
         if (question := self._questions.get(uid)) is not None:
             self._leave(uid)
         return question
-
-    def _check_eos(self, field: str) -> None:
-        if not self.config.model.eos_ids:
-            text = "A grammar needs a model with an EOS token, to end its answers."
-            raise InvalidParam(field, text, "unsupported_value")
-
-    def _check_vocabulary(self, params: SamplingParams) -> None:
-        vocab = self.config.model.vocab_size
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", [t for t, _ in params.logit_bias])):
-            if ids and max(ids) >= vocab:
-                raise InvalidParam(name, f"{name} holds the token id {max(ids)}; this model's end at {vocab - 1}.")
-
-    def _check_ids(self, ids: Sequence[int] | I32, field: str) -> I32:
-        """The ids as an array.  Raises InvalidParam for one that the model does not have."""
-        vocab = self.config.model.vocab_size
-        try:
-            values = np.asarray(ids, np.int64)
-        except OverflowError:
-            raise InvalidParam(field, f"{field} holds a number that is not a token id.") from None
-        if len(values) and not 0 <= values.min() <= values.max() < vocab:
-            bad = values[(values < 0) | (values >= vocab)][0]
-            raise InvalidParam(field, f"token id {bad} is not in the vocabulary (0 to {vocab - 1}).")
-        return values.astype(np.int32)
 
     def tick(self, now: float) -> float:
         """Do what is due at `now` (seconds of `ctx.now()`); returns the seconds until the next call, at the latest."""
@@ -271,30 +205,20 @@ class Gateway(Actor):
         entry, question = self._ledger.get(uid), self._questions.get(uid)
         self.close(uid)
         if entry is not None:
-            entry.on_chunk(_timeout(timeout, len(entry.delivered)))
+            entry.on_chunk(timed_out(timeout, len(entry.delivered)))
         elif question is not None:
-            question[0](_timeout(timeout, 0))
+            question[0](timed_out(timeout, 0))
 
     # ---------------- to the scheduler
     def _start(self, entry: Entry, ids: I32) -> None:
         """Enter the prompt's ids in the ledger and pass the request on.  Raises RequestError if it cannot be served."""
-        n, context, requested = len(ids), self.config.max_context, entry.params.max_tokens
-        if n == 0:
-            raise InvalidParam(entry.source, f"{entry.source} is empty: there is nothing to continue.")
-        drawn = 0 if requested == 0 or entry.options.pooling else requested or 1  # a token that is dropped needs no place
-        if n + drawn > context:
-            parts = f"{n} in the {entry.source}, {requested or 0} in the completion"
-            raise context_overflow(entry.source, context, n + (requested or 0), parts)
-        if self._trials.knows(ids, self.ctx.now()):
-            raise _poison()
+        n = len(ids)
+        max_tokens = check_length(self.config, n, entry.source, entry.params, entry.options)
+        if self._dispatcher.is_poison(ids):
+            raise poison()
         self._admission.read(entry.uid, n, self.config.server)
-        entry.ids = ids
-        if requested is None:
-            bound = self.config.server.default_max_tokens
-            requested = min(context - n, max(bound, entry.params.min_tokens) if bound else context)
-        entry.max_tokens = requested
-        self._backlog.append(entry)
-        self._flush_backlog()
+        entry.ids, entry.max_tokens = ids, max_tokens
+        self._dispatcher.submit(entry)
 
     def _seed(self, params: SamplingParams) -> int:
         """A request's own seed, or one that is drawn now and kept for a replay; 64 bits."""
@@ -302,36 +226,6 @@ class Gateway(Actor):
             return params.seed & 0xFFFFFFFFFFFFFFFF
         base = self.config.engine.sample_seed
         return (base + self._opened * _MIX) & 0xFFFFFFFFFFFFFFFF if base else secrets.randbits(64)
-
-    def _flush_backlog(self) -> None:
-        """Send the requests that fit in the ring; the scheduler sends Wake when it has made room for the rest."""
-        if self._trials.open:
-            return
-        while self._backlog and self.engine_up:
-            entry = self._backlog[0]
-            if entry.uid in self._ledger and entry.ids is not None and not self._send(entry, entry.ids):
-                self._requests.starve(True)
-                return
-            self._backlog.popleft()
-        self._requests.starve(False)
-
-    def _send(self, entry: Entry, prompt: I32) -> bool:
-        """Pass a request on, with what it has said so far.  False: the ring has no room for it now.
-
-        Its first name is its uid, unless the detokenizer was told to forget that.
-        """
-        ids = np.append(prompt, np.array(entry.delivered, np.int32)) if entry.delivered else prompt
-        raw = ids.astype("<i4", copy=False).tobytes()
-        if not self._requests.has_room(len(raw)):
-            return False
-        self._requests.publish(raw)
-        entry.name = entry.uid if entry.fresh and entry.uid >= self._oldest else self._new_uid()
-        self._sent[entry.name] = entry
-        sizes = len(ids), len(prompt), entry.max_tokens
-        message = msg.Generate(entry.name, *sizes, entry.seed, entry.params, entry.options)
-        self.ctx.send("scheduler", message)
-        entry.fresh = False
-        return True
 
     # ---------------- from the actors
     @on(msg.Tokenized)
@@ -343,7 +237,7 @@ class Gateway(Actor):
             question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(uid)) is not None:  # otherwise its client has left
             if m.thinking is not None:
-                entry.params = _thinking(entry.params, m.thinking)
+                entry.params = with_thinking(entry.params, m.thinking)
             try:
                 self._start(entry, ids)
             except RequestError as e:
@@ -406,7 +300,7 @@ class Gateway(Actor):
             end = _UNFINISHED
             if finish:
                 end = Finish(finish)
-                if (error := _failure(entry, end)) is not None:
+                if (error := failure_of(entry, end)) is not None:
                     self._fail(entry, error)
                     continue
                 self._leave(entry.uid)
@@ -417,29 +311,14 @@ class Gateway(Actor):
             entry.on_chunk(
                 Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
             )
-        if self._trials.open:
-            self._go_on_with_trials()
+        self._dispatcher.heard()
 
     @on(msg.Logprobs)
     def logprobs(self, m: msg.Logprobs) -> None:
-        """Keep log probabilities until the Text message that follows, one row for each token.
-
-        The texts of a row's token and of its `width` alternatives lie one behind the other in `pieces`.
-        """
-        top = at = start = 0
-        sizes, ids, values = m.sizes.tolist(), m.top_ids.tolist(), m.top_logprobs.tolist()
-        rows = (m.uids.tolist(), m.tokens.tolist(), m.offsets.tolist(), m.logprobs.tolist(), m.widths.tolist())
-        for uid, token, offset, logprob, width in zip(*rows, strict=True):
-            pieces = []
-            for size in sizes[at : at + 1 + width]:
-                pieces.append(m.pieces[start : start + size])
-                start += size
-            alternatives = zip(ids[top : top + width], pieces[1:], map(_finite, values[top : top + width]), strict=True)
-            at, top = at + 1 + width, top + width
-            entry = self._sent.get(uid)
-            if entry is not None:
-                known = None if math.isnan(logprob) else _finite(logprob)  # the first token of a prompt has none
-                entry.logprobs.append(TokenLogprob(token, pieces[0], known, offset, tuple(alternatives)))
+        """Keep log probabilities until the Text message that follows."""
+        for name, logprob in logprob_rows(m):
+            if (entry := self._sent.get(name)) is not None:
+                entry.logprobs.append(logprob)
 
     @on(msg.Rejected)
     def rejected(self, m: msg.Rejected) -> None:
@@ -468,9 +347,14 @@ class Gateway(Actor):
 
     @on(msg.Wake)
     def wake(self, m: msg.Wake) -> None:
-        self._go_on_with_trials()
+        self._dispatcher.go_on()
 
     # ---------------- life and death
+    @property
+    def engine_up(self) -> bool:
+        """Whether the scheduler takes requests."""
+        return self._dispatcher.engine_up
+
     @on(msg.Hello)
     def hello(self, m: msg.Hello) -> None:
         if self.pids.get(m.name, m.pid) == m.pid:
@@ -481,9 +365,9 @@ class Gateway(Actor):
     @on(msg.EngineReady)
     def engine_ready(self, m: msg.EngineReady) -> None:
         if self.pids.get("scheduler", m.pid) == m.pid:
-            self.num_pages, self.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
+            self.num_pages, self._dispatcher.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
             self._become_ready()
-            self._go_on_with_trials()
+            self._dispatcher.go_on()
 
     def _become_ready(self) -> None:
         if self.state in ("starting", "recovering") and self.engine_up and not self.silent:
@@ -512,12 +396,12 @@ class Gateway(Actor):
     @property
     def on_trial(self) -> bool:
         """Whether a request that is suspected of killing the engine runs, alone."""
-        return self._trials.current is not None
+        return self._dispatcher.on_trial
 
     @property
     def waiting_for_replay(self) -> bool:
-        """Whether requests have been sent again that were not started yet."""
-        return bool(self._sent) or bool(self._backlog)
+        """Whether requests wait for the engine, or are with it."""
+        return self._dispatcher.waiting
 
     @property
     def down(self) -> list[str]:
@@ -538,70 +422,26 @@ class Gateway(Actor):
         self.silent.update(names)
         self.restarts.update(names)
         if "scheduler" in names:
-            self.engine_up, self._requests = False, RingWriter(requests)
+            self._dispatcher.engine_lost(requests)
         elif "detokenizer" in names:
             self.ctx.send("scheduler", msg.Reconnect("detokenizer"))
         if "scheduler" in names or "detokenizer" in names:
-            self._oldest = self._last_uid + 1
-            self.ctx.send("detokenizer", msg.Forget(self._oldest))
-            self._replay(guilty=not own.isdisjoint(names))
+            for uid in self._dispatcher.recall(self._last_uid + 1, guilty=not own.isdisjoint(names)):
+                self._refuse_poison(uid)
+            self._dispatcher.replay()
         if "checker" in names:
-            self._ask_checker_again("checker" in started and "checker" in own)
+            for uid in self._grammars.resend("checker" in started and "checker" in own):
+                self._refuse_poison(uid)
         for name in names:
             if name.startswith("tokenizer"):
                 for uid in self._tokenizers.resend(name, name in started and name in own):
                     self._refuse_poison(uid)
 
-    def _ask_checker_again(self, started: bool) -> None:
-        """Have grammars checked that were not, except for one that has ended several checkers: they are taken in order."""
-        if started and self._grammars:
-            first, (last, n) = next(iter(self._grammars)), self._deaths
-            self._deaths = first, n + 1 if first == last else 1
-            if self._deaths[1] >= MAX_DEATHS:
-                self._refuse_poison(first)
-        for question in self._grammars.values():
-            self.ctx.send("checker", question)
-
-    def _replay(self, guilty: bool) -> None:
-        """Send every request again, behind what it has said, as soon as the engine takes requests.
-
-        `guilty`: one of them may have ended it.
-        """
-        sent = list(self._sent.values())
-        on_trial = self._trials.current  # it runs alone, so it was in flight, whatever was heard of it
-        in_flight = [e for e in sent if guilty and (e.started or e is on_trial)]
-        poison = self._trials.judge(in_flight, now := self.ctx.now())
-        for entry in sent:
-            if self.engine_up:
-                self._cancel(entry)
-            entry.name, entry.started = 0, False
-            entry.logprobs.clear()  # of tokens that were not delivered
-        self._sent.clear()
-        self._backlog.clear()
-        for entry in list(self._ledger.values()) if poison else ():
-            if entry.ids is not None and self._trials.knows(entry.ids, now):
-                self._refuse_poison(entry.uid)
-        idle = (entry for entry in self._ledger.values() if entry.ids is not None and not entry.name)
-        self._backlog = deque(sorted((e for e in idle if not self._trials.suspected(e)), key=lambda e: e.uid))
-        self._go_on_with_trials()
-
     def _refuse_poison(self, uid: int) -> None:
         if (question := self._question(uid)) is not None:
-            question[0](_poison())
+            question[0](poison())
         elif (entry := self._ledger.get(uid)) is not None:
-            self._fail(entry, _poison())
-
-    def _go_on_with_trials(self) -> None:
-        """Stop the request on trial when it is acquitted, and begin the next trial; after the last one, all others go on."""
-        if (entry := self._trials.acquitted()) is not None:
-            self._cancel(entry)
-            self._backlog.append(entry)
-        entry = self._trials.next() if self.engine_up else None
-        if entry is not None and entry.ids is not None and not self._send(entry, entry.ids):
-            self._trials.put_back()
-            self._requests.starve(True)
-        else:
-            self._flush_backlog()
+            self._fail(entry, poison())
 
     def drain(self) -> None:
         """Refuse new requests; open ones continue."""
@@ -622,46 +462,3 @@ class Gateway(Actor):
         for uid, (on_answer, _) in list(self._questions.items()):
             self._leave(uid)
             on_answer(error)
-
-
-def _finite(logprob: float) -> float:
-    """A log probability that JSON can write."""
-    return max(logprob, IMPOSSIBLE)
-
-
-def _thinking(params: SamplingParams, thinking: bool) -> SamplingParams:
-    """The parameters of a request whose prompt has been rendered: a grammar binds the answer behind the thought."""
-    bound = after_thought(params.grammar, params.reasoning, begun=thinking) if params.grammar else ""
-    return replace(params, thinking=thinking, grammar=bound)
-
-
-def _source(prompt: Prompt, options: RequestOptions) -> str:
-    """The request field that holds the prompt, for error messages."""
-    usual = "input" if options.pooling else "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-    return prompt.source or usual
-
-
-def _poison() -> RequestError:
-    text = (
-        "This request has ended the engine three times: it is not tried again.  Please report it; another prompt, or other "
-        "parameters, may work."
-    )
-    return RequestError(text, status=500, code="poison_request")
-
-
-def _failure(entry: Entry, end: Finish) -> RequestError | None:
-    """The error of a request that ended without an answer, None if it ended with one."""
-    if end is Finish.ABORT:  # but the client is still here
-        return RequestError("The request was aborted.", status=500, code="aborted")
-    if end is Finish.GRAMMAR:
-        return too_complex(len(entry.delivered))
-    if end is Finish.NAN:
-        text = f"The model computed logits that are not finite numbers, after {len(entry.delivered)} tokens of the answer."
-        return RequestError(text, status=500, code="nan_logits")
-    return None
-
-
-def _timeout(seconds: float, generated: int) -> RequestError:
-    """504: the deadline of a request has passed."""
-    text = f"The request was not finished within its timeout of {seconds:g} s ({generated} tokens were generated)."
-    return RequestError(text, status=504, param="timeout", code="timeout")

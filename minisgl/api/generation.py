@@ -9,69 +9,21 @@ import asyncio
 import functools
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
+from minisgl.api.chunk_queue import ChunkQueue, NewChunks, size_of, work_of
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.rendering import UNITS, Turns, entries
+from minisgl.api.events import Events, Pieces, SmallEvents
+from minisgl.api.rendering import UNITS, Turns
+from minisgl.api.usage import Timings
 from minisgl.errors import RequestError, internal_error
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams
 
 log = logging.getLogger("minisgl.api")
-NewChunks = list[tuple[int, Chunk]]  # (index of the prompt, its merged chunks)
 _AT_ONCE = 32  # prompts that are opened in one turn of the event loop
-_MERGED = 64  # chunks of a prompt that become one while they wait
 MAX_KEPT_BYTES = 72 << 20  # of all answers that wait in this process until they are complete, or until their clients read on
-_TOKEN_BYTES, _ENTRY_BYTES = 64, 160  # of a token that waits, and of a log probability
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Durations of a generation in seconds: `first` until the first chunk of any prompt, `rest` from there to the last chunk.
-
-    `queued`: the part of `first` in which that prompt waited for its first step (see Chunk).  The remainder of `first` is the
-    prefill, with a little for tokenizing and for the ways between the processes.
-    """
-
-    first: float
-    rest: float
-    queued: float = 0.0
-
-    def render(self, results: Sequence[Result], n: int = 1) -> dict[str, Any]:
-        """The `timings` object: milliseconds, the rate of the tokens after the first, and the cached tokens of the prompts.
-
-        `n`: choices per prompt.
-        """
-        tokens = sum(r.completion_tokens for r in results)
-        return {
-            "queue_ms": round(1000 * self.queued, 3),
-            "ttft_ms": round(1000 * self.first, 3),
-            "decode_ms": round(1000 * self.rest, 3),
-            "total_ms": round(1000 * (self.first + self.rest), 3),
-            "tok_s": round((tokens - 1) / self.rest, 3) if self.rest > 0 and tokens > 1 else None,
-            "cached_n": sum(r.cached_tokens for r in results[::n]),
-        }
-
-
-@dataclass(slots=True)
-class Result:
-    """The counts of one answer to one prompt, accumulated from its chunks."""
-
-    finish: Finish = Finish.NONE
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0  # completion tokens that belong to the thought (see parsers/outline.py), known when it has ended
-    last: int = -1  # the latest token
-
-    def add(self, chunk: Chunk) -> None:
-        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _ = chunk
-        self.completion_tokens += len(ids)
-        if ids:
-            self.last = ids[-1]
 
 
 class Generation:
@@ -93,9 +45,8 @@ class Generation:
     ) -> None:
         self.unfinished = len(prompts)  # prompts whose last chunk has not been taken
         self._engine = engine
-        self._chunks: dict[int, list[Chunk]] = {}  # that nobody has taken, by the index of the prompt
-        self._merged: dict[int, list[Chunk]] = {}  # and before those, where many wait: every _MERGED in one
-        self._kept, self.all_kept = 0, engine.kept  # bytes of both, and of those of all generations
+        self._chunks = ChunkQueue()  # that nobody has taken
+        self._kept, self.all_kept = 0, engine.kept  # their bytes, and those of all generations
         self.taken = 0  # bytes of what was taken last
         self._overflown = False
         self._error: RequestError | None = None
@@ -153,38 +104,16 @@ class Generation:
     def _add(self, index: int, chunk: Chunk) -> None:
         if self._overflown:
             return
-        self._kept += (size := _size(chunk))
+        self._kept += (size := size_of(chunk))
         self.all_kept.bytes += size
         if self.all_kept.bytes > MAX_KEPT_BYTES:
             text = "The server keeps more unfinished answers than it has memory for; ask for fewer log probabilities or tokens."
             self._error = self._error or RequestError(text, status=503, code="server_overloaded", retry_after=5)
             self._overflown = True
-            self._chunks, self._merged = {}, {}
+            self._chunks.clear()
             self._forget_size()
             return
-        waiting = self._chunks.get(index)
-        if waiting is None:
-            self._chunks[index] = [chunk]
-            return
-        waiting.append(chunk)
-        if len(waiting) == _MERGED:
-            self._merged.setdefault(index, []).append(_merge(waiting))
-            waiting.clear()
-
-    def _all_of(self, index: int) -> Chunk:
-        """Take what waits of one prompt."""
-        return _merge(self._merged.pop(index, []) + self._chunks.pop(index))
-
-    def _parts_of(self, index: int) -> list[Chunk]:
-        """Take what waits of one prompt, in chunks of a bounded size."""
-        parts, part, work = [], list[Chunk](), 0
-        for chunk in self._merged.pop(index, []) + self._chunks.pop(index):
-            if part and work + _work(chunk) > UNITS:
-                parts.append(_merge(part))
-                part, work = [], 0
-            part.append(chunk)
-            work += _work(chunk)
-        return [*parts, _merge(part)] if part else parts
+        self._chunks.add(index, chunk)
 
     @property
     def held(self) -> int:
@@ -255,11 +184,7 @@ class Generation:
             raise self._error
         self.taken = self._kept
         self._forget_size()
-        if self._merged:
-            chunks = [(index, part) for index in list(self._chunks) for part in self._parts_of(index)]
-        else:
-            chunks = [(index, _merge(new)) for index, new in self._chunks.items()]
-            self._chunks = {}
+        chunks = self._chunks.take()
         for _, chunk in chunks:
             if chunk.finish:
                 self.unfinished -= 1
@@ -268,8 +193,8 @@ class Generation:
     async def take_one_by_one(self) -> list[Chunk]:
         """The complete answers in the order of their prompts, merged over several turns.  They stay counted until `close`."""
         turns, out = Turns(), []
-        for index in sorted(self._chunks):
-            out.append(self._all_of(index))
+        for index in self._chunks.indices():
+            out.append(self._chunks.take_one(index))
             await turns.spend(20 + len(out[-1].token_ids) // 8)
         return out
 
@@ -311,48 +236,6 @@ async def answered(
         return await render(await generation.take_one_by_one(), generation.timings)
     finally:
         generation.close()
-
-
-Pieces = Iterator[bytes | None]  # of events; None: enough work is done for one turn of the event loop
-
-
-class Events(Protocol):
-    """Renders an answer as server-sent events.  Every method returns complete events, perhaps none.
-
-    `alive`: what shows during a silence that the stream is alive.
-    """
-
-    alive: bytes
-
-    def start(self) -> bytes:
-        """The events before the first chunk."""
-
-    def adding(self, index: int, chunk: Chunk) -> Pieces:
-        """The events of a chunk of the answer with this index, in pieces."""
-
-    def ending(self, timings: Timings) -> Pieces:
-        """The events after the last chunk of every answer, in pieces."""
-
-    def failed(self, error: RequestError) -> bytes:
-        """The events of a failure, instead of `end`."""
-
-
-class SmallEvents(ABC):
-    """Events that do not repeat what they have said: each is rendered in one turn."""
-
-    @abstractmethod
-    def add(self, index: int, chunk: Chunk) -> bytes:
-        """The events of a chunk of the answer with this index."""
-
-    @abstractmethod
-    def end(self, timings: Timings) -> bytes:
-        """The events after the last chunk of every answer."""
-
-    def adding(self, index: int, chunk: Chunk) -> Pieces:
-        yield self.add(index, chunk)
-
-    def ending(self, timings: Timings) -> Pieces:
-        yield self.end(timings)
 
 
 class StreamedAnswer:
@@ -460,28 +343,8 @@ class StreamedAnswer:
     def _render(self, chunks: NewChunks) -> Pieces:
         for index, chunk in chunks:
             yield from self._events.adding(index, chunk)
-            if _work(chunk) > UNITS // 2:
+            if work_of(chunk) > UNITS // 2:
                 yield None
         if not self._generation.unfinished:
             yield from self._events.ending(self._generation.timings)
             self.done = True
-
-
-def _merge(chunks: list[Chunk]) -> Chunk:
-    last = chunks[-1]
-    if len(chunks) == 1:
-        return last
-    ids = tuple(t for c in chunks for t in c.token_ids)
-    logprobs = tuple(p for c in chunks for p in c.logprobs)
-    return last._replace(text="".join(c.text for c in chunks), token_ids=ids, logprobs=logprobs)
-
-
-def _work(chunk: Chunk) -> int:
-    """What it takes to render a chunk, about, in units of rendering.py."""
-    return len(chunk.text) // 2 + 4 * sum(map(entries, chunk.logprobs))
-
-
-def _size(chunk: Chunk) -> int:
-    """Bytes of a chunk that waits, about."""
-    size = _TOKEN_BYTES * len(chunk.token_ids or ()) + len(chunk.text) + 128
-    return size + _ENTRY_BYTES * sum(map(entries, chunk.logprobs)) if chunk.logprobs else size

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from minisgl import logs
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
-from minisgl.commands.access import Access, page_url, url_of
-from minisgl.commands.adjusted import adjusted
+from minisgl.commands.access import Access
+from minisgl.commands.announcement import announce
 from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of, hide_keys, model_of
 from minisgl.commands.parser import Parser
 from minisgl.config import Config
@@ -107,13 +107,6 @@ def bind(host: str, port: int) -> socket.socket:
                 f"--port {port} is already in use on {host}: stop what listens there, or choose another port"
             ) from e
         raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
-
-
-def sampling_line(config: Config) -> str:
-    """The line at the start about requests that set no sampling parameters."""
-    values = ", ".join(f"{name} {value:g}" for name, value in config.sampling_defaults.items())
-    source = "--generation-config none" if config.engine.generation_config == "none" else config.model.generation.source
-    return f"sampling: {values or 'temperature 1'}" + (f" ({source})" if source else "")
 
 
 class _Server:
@@ -211,8 +204,6 @@ class _Server:
             await runner.cleanup()
             load.close()
         finally:
-            if self.clock is not None:
-                self.clock.cancel()
             for fd in self.watched:
                 loop.remove_reader(fd)
             self.closed = True
@@ -230,7 +221,9 @@ class _Server:
         state = self.system.gateway.state
         if state == "ready" and not self.announced:
             self.announced = True
-            self.announce()
+            host, port = self.sock.getsockname()[:2]
+            pages, tls = self.system.gateway.num_pages, self.access.tls is not None
+            announce(self.config, pages, (host, port), self.start, tls=tls, given=self.given)
             gc.collect()
             gc.freeze()  # what is loaded stays: looking through it again would stop all streams for a tenth of a second
         if state == "dead":
@@ -265,36 +258,6 @@ class _Server:
         if isinstance(loop, FairLoop):
             loop.prefer(current)
         self.watched, self.spawned = current, spawned
-
-    def announce(self) -> None:
-        from minisgl.model.common.host import usable_cores
-
-        engine, gateway = self.config.engine, self.system.gateway
-        kv_tokens = gateway.num_pages * engine.page_size
-        for change in adjusted(self.given, self.config, kv_tokens, usable_cores()):
-            logs.say("adjusted", f"minisgl: {change}", logging.WARNING, **change._asdict())
-        host, port = self.sock.getsockname()[:2]
-        scheme = "https" if self.access.tls else "http"
-        url = url_of(host, port, scheme)
-        seconds = time.monotonic() - self.start
-        logs.say("sampling", sampling_line(self.config), sampling_defaults=self.config.sampling_defaults)
-        text = (
-            f"ready in {seconds:.1f} s: {url}/v1   "
-            f"(tp {engine.tp}, context {self.config.max_context}, KV cache {kv_tokens} tokens, "
-            f"EOS {', '.join(map(str, self.config.model.eos_ids)) or 'none'})"
-        )
-        logs.say(
-            "ready",
-            text,
-            url=f"{url}/v1",
-            seconds=round(seconds, 2),
-            tp=engine.tp,
-            context=self.config.max_context,
-            kv_tokens=kv_tokens,
-            sampling_defaults=self.config.sampling_defaults,
-        )
-        page = page_url(host, port, scheme)
-        logs.say("page", f"chat and documentation in a browser: {page}", url=page)
 
     # ---------------- stopping
     def stop(self) -> None:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.api.engine import Chunk
-from minisgl.api.gateway import Entry
+from minisgl.api.ledger import Entry
 from minisgl.cache.no_cache import CACHES
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import RadixCache
@@ -201,8 +201,7 @@ def test_after_a_restart_a_replayed_request_goes_on_where_its_text_stopped(lag: 
             entry = Entry(old.uid, old.params, old.options, deliver, old.source, old.ids, old.max_tokens, old.seed)
             entry.delivered = list(old.delivered)
             second.gateway._ledger[old.uid] = entry
-            second.gateway._backlog.append(entry)
-        second.gateway._flush_backlog()
+            second.gateway._dispatcher.submit(entry)
         second.system.run()
         assert not second.gateway._ledger, "a replayed request was never answered"
         for old in open_entries:

@@ -30,10 +30,11 @@ from test_server import (
 )
 
 from minisgl.api.engine import ChatPrompt, Chunk, OnChunk, Prompt, TextPrompt, TokenPrompt
-from minisgl.api.generation import Generation, Result, Timings
+from minisgl.api.generation import Generation
 from minisgl.api.http import openapi
 from minisgl.api.http.app import build_app
 from minisgl.api.requests.fields import Support
+from minisgl.api.usage import Result, Timings
 from minisgl.commands.flags import read_keys
 from minisgl.errors import RequestError, UserError, context_overflow, model_loading
 from minisgl.sampling_params import DEFAULT_OPTIONS, Finish, RequestOptions, SamplingParams

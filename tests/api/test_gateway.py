@@ -101,7 +101,8 @@ def test_after_any_traffic_nothing_is_left_of_the_requests_that_have_ended(seed:
     for uid in live:
         engine.close(uid)
     g = front.gateway
-    assert (len(g._ledger), len(g._questions), len(g._tokenizers._jobs), len(g._backlog), g.open_requests) == (0, 0, 0, 0, 0)
+    assert (len(g._ledger), len(g._questions), len(g._tokenizers._jobs), g.open_requests) == (0, 0, 0, 0)
+    assert not g._dispatcher.waiting
     assert g._tokenizers.loads == [0, 0]
     assert not engine._open
     assert sum(engine.metrics.finished.values()) > 20
@@ -294,9 +295,10 @@ def test_a_trial_that_waits_for_room_in_the_ring_is_not_forgotten() -> None:
     front = Front(1, None)
     gateway = front.gateway
     uid = gateway.open(TokenPrompt((1, 2)), SamplingParams(), front.news.append)
-    gateway._trials._suspects.append(gateway._ledger[uid])
-    gateway._requests.has_room = lambda nbytes: False  # type: ignore[method-assign]
-    gateway._go_on_with_trials()
+    dispatcher = gateway._dispatcher
+    dispatcher._trials._suspects.append(gateway._ledger[uid])
+    dispatcher._ring.has_room = lambda nbytes: False  # type: ignore[method-assign]
+    dispatcher.go_on()
     gateway.open(TokenPrompt((1, 2)), SamplingParams(), front.news.append)
     assert RingReader(front.memory.arenas.requests).starved(), "the scheduler sends Wake when there is room"
 

@@ -27,7 +27,7 @@ from minisgl.api.http import openapi
 from minisgl.api.http.docs_page import written
 from minisgl.api.http.pages import wants_page
 from minisgl.api.requests.fields import Support
-from minisgl.commands.serve import page_url
+from minisgl.commands.access import page_url
 from minisgl.errors import context_overflow
 from minisgl.sampling_params import Finish, SamplingParams
 

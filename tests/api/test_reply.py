@@ -21,11 +21,11 @@ from test_server import ScriptedEngine, Server, ask, check_error, client, events
 
 from minisgl import grammar
 from minisgl.api.engine import Chunk
-from minisgl.api.gateway import _thinking
 from minisgl.api.parsers.outline import Outline
 from minisgl.api.parsers.reply import Form, Reply
 from minisgl.api.parsers.thoughts import ThoughtReader
 from minisgl.api.parsers.tool_calls import FORMATS
+from minisgl.api.request_checks import with_thinking
 from minisgl.api.requests.openai import parse_chat, parse_completion
 from minisgl.config import Config, ServerConfig
 from minisgl.errors import RequestError
@@ -207,7 +207,7 @@ def test_a_demanded_call_is_read_in_every_form(style: str) -> None:
     bound = request.params.grammar
     if reasoning:
         text = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{text}"
-        bound = _thinking(request.params, False).grammar
+        bound = with_thinking(request.params, False).grammar
     grammar.check(bound, "tools")
     assert admits(bound, text)
     reply = Reply(request.form)
@@ -220,7 +220,7 @@ def test_a_demanded_call_is_read_in_every_form(style: str) -> None:
 def test_an_answer_with_a_form_may_be_a_call_instead(style: str) -> None:
     for form in ({"guided_json": SCHEMA}, {"choice": ["x"]}):
         params = chat("hermes", style, tools=[WEATHER, ADD], **form).params
-        text = _thinking(params, False).grammar if style else params.grammar
+        text = with_thinking(params, False).grammar if style else params.grammar
         grammar.check(text, "response_format")
         assert admits(text, CALL)
         assert admits(text, '{"n": 5}' if "guided_json" in form else "x")
@@ -309,8 +309,8 @@ def test_the_tokens_of_a_thought_are_those_that_begin_between_its_tags(style: st
 
 
 def test_a_model_that_thinks_may_think_before_it_is_bound() -> None:
-    opened = _thinking(chat("", "qwen3", regex="[0-9]+").params, True).grammar
-    free = _thinking(chat("", "deepseek_r1", regex="[0-9]+").params, False).grammar
+    opened = with_thinking(chat("", "qwen3", regex="[0-9]+").params, True).grammar
+    free = with_thinking(chat("", "deepseek_r1", regex="[0-9]+").params, False).grammar
     assert admits(opened, "hm <b> 1\n</think>\n\n42")
     assert not admits(opened, "42")
     assert admits(free, "<think>hm</think>\n42")

@@ -16,7 +16,7 @@ from minisgl.api.endpoints.anthropic import parse_messages
 from minisgl.api.endpoints.responses import parse_responses
 from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.requests.openai import parse_chat, parse_completion
-from minisgl.commands.serve import sampling_line
+from minisgl.commands.announcement import sampling_line
 from minisgl.config import Config, EngineConfig, SamplingDefaults
 from minisgl.model.checkpoint.metadata import GGUF_SAMPLING, HF_SAMPLING, Metadata, sampling_defaults
 from minisgl.model.checkpoint.resolve import embedded_model, resolve

@@ -21,8 +21,8 @@ from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.engine import Chunk
-from minisgl.api.generation import Timings
 from minisgl.api.requests.openai import parse_chat
+from minisgl.api.usage import Timings
 from minisgl.config import Config, ServerConfig
 from minisgl.sampling_params import Finish
 

@@ -32,11 +32,12 @@ from minisgl.api.endpoints.sglang import parse_generate
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.endpoints.table import ENDPOINTS, compact
 from minisgl.api.engine import Chunk, TextPrompt, TokenLogprob
-from minisgl.api.generation import Generation, StreamedAnswer, Timings
+from minisgl.api.generation import Generation, StreamedAnswer
 from minisgl.api.reader import SMALL, Reader
 from minisgl.api.rendering import SLICE, UNITS, json_pieces
 from minisgl.api.requests.generate import MAX_ENTRIES
 from minisgl.api.requests.openai import parse_chat, parse_completion
+from minisgl.api.usage import Timings
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish, SamplingParams
 
@@ -181,7 +182,7 @@ def test_chunks_that_wait_are_merged_as_they_come() -> None:
         g = Generation(engine, ["p"], SamplingParams())
         for i in range(1000):
             g._on_chunk(0, Chunk(str(i), (i,), Finish.NONE, 3, 0))
-        assert len(g._merged[0]) + len(g._chunks[0]) < 100
+        assert len(g._chunks._merged[0]) + len(g._chunks._chunks[0]) < 100
         assert engine.kept.bytes > 64_000
         [(_, merged)] = g.take_now()
         assert merged.token_ids == tuple(range(1000))

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Pieces, Result, Timings
+from minisgl.api.events import Pieces
 from minisgl.api.parsers.reply import Item, Reply
 from minisgl.api.rendering import Turns, holds_rendered, joined, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import COMMENT, sse
+from minisgl.api.usage import Result, Timings
 from minisgl.errors import RequestError
 
 Fields = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Pieces
+from minisgl.api.events import Pieces
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import sse

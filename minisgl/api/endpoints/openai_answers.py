@@ -13,11 +13,12 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Result, SmallEvents, Timings
+from minisgl.api.events import SmallEvents
 from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
 from minisgl.api.sse import COMMENT, sse
+from minisgl.api.usage import Result, Timings
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.version import __version__

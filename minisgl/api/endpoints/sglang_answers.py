@@ -11,9 +11,10 @@ from typing import Any
 from minisgl.api.endpoints.openai_answers import DONE
 from minisgl.api.endpoints.sglang import NativeRequest
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import SmallEvents, Timings
+from minisgl.api.events import SmallEvents
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, rendered_numbers
 from minisgl.api.sse import COMMENT, sse
+from minisgl.api.usage import Timings
 from minisgl.config import Config
 from minisgl.errors import RequestError
 

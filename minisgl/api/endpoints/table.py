@@ -14,11 +14,13 @@ from minisgl.api.endpoints.openai_answers import OpenAIAnswer
 from minisgl.api.endpoints.responses_items import Response
 from minisgl.api.endpoints.sglang_answers import NativeAnswer
 from minisgl.api.engine import Chunk, Engine, TokenPrompt
-from minisgl.api.generation import Events, StreamedAnswer, Timings
+from minisgl.api.events import Events
+from minisgl.api.generation import StreamedAnswer
 from minisgl.api.requests import generate
 from minisgl.api.requests.fields import Fields
 from minisgl.api.requests.openai import CHAT, COMPLETION, GenerationRequest, parse_chat, parse_completion
 from minisgl.api.requests.unknown_fields import check_unknown
+from minisgl.api.usage import Timings
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, context_overflow
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from minisgl.api.engine import Chunk, Engine, Prompt
-from minisgl.api.generation import Events, Generation, StreamedAnswer, Timings, answered
+from minisgl.api.events import Events
+from minisgl.api.generation import Generation, StreamedAnswer, answered
 from minisgl.api.requests.openai import GenerationRequest, check_model, served_names
+from minisgl.api.usage import Timings
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import MAX_SEED, SamplingParams
