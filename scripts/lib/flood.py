@@ -5,7 +5,7 @@
 Every request has a connection of its own, from ADDRESS; all connections are opened before any is used.  Those that were
 admitted ask for long answers: when no answer has come for QUIET seconds, they are given up.  Prints one JSON object: answers by
 status, how long refusals took from the last byte sent to the first byte received, when the last one came, counted from the
-first connection, and the CPU time of process PID until then.
+first connection, and the CPU time of process PID until then.  `until`: when that was, by the clock of all processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 BODY = json.dumps({"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True}).encode()
-QUIET = 2.0
+QUIET = 4.0
 REFUSED = ("429", "503")
 SAMPLE_SECONDS = 0.02  # between two looks at the CPU time of the server
 IP_BIND_ADDRESS_NO_PORT = 24  # <linux/in.h>: the port is chosen with the peer, so those in TIME_WAIT with others are free
@@ -79,7 +79,7 @@ def main(url: str, n: str, address: str, pid: str) -> dict[str, Any]:
     refusals.sort()
     ms = {f"refused_p{p}_ms": round(1000 * refusals[(len(refusals) - 1) * p // 100], 1) for p in (50, 99) if refusals}
     seconds = {"opened_s": opened - start, "last_answer_s": last - start, "cpu_s": cpu - began}
-    return {"answers": dict(+statuses), **ms, **{name: round(value, 2) for name, value in seconds.items()}}
+    return {"answers": dict(+statuses), **ms, **{name: round(value, 2) for name, value in seconds.items()}, "until": last}
 
 
 if __name__ == "__main__":
