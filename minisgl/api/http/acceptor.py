@@ -24,6 +24,8 @@ from minisgl.api.http.lobby import Lobby, Waiting
 BACKLOG = 1 << 14  # connections that wait in the kernel, which takes its own limit (somaxconn) where that is lower
 _ACCEPTED, _TOLD = 128, 8  # in one turn of the loop: connections, and those of them for which there is no room
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_LAST = int(socket.MSG_MORE | socket.MSG_DONTWAIT)  # to be sent with the connection's end
 _PAUSE = 0.05  # seconds, where no descriptor is left
 _HANDSHAKES = 256  # of TLS, at a time
 
@@ -42,7 +44,7 @@ class Acceptor:
         """What `make` returns is an asyncio.Protocol with an attribute `since`: when its client connected."""
         self._sock, self._make, self._door, self._tls = sock, make, door, tls
         self._connections = Connections() if connections is None else connections
-        self._lobby = Lobby(self._connections, self._hear, self._let_in, HEADER_SECONDS)
+        self._lobby = Lobby(self._connections, self._hear, self._let_in, lambda: door.crowded, HEADER_SECONDS)
         self._tasks: dict[asyncio.Task[object], None] = {}  # in the order of their connections
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -84,13 +86,13 @@ class Acceptor:
     def _hear(self, one: Waiting) -> bool | None:
         """See what has come from a client; answer a request that has come whole, if it is to be refused."""
         try:
-            raw = one.sock.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            raw = one.sock.recv(_PEEKED, _PEEK)
             if raw:
                 plain = self._tls is None and self._door.crowded and len(raw) < _PEEKED
                 answer = self._door.refusal_of_bytes(raw, one.address) if plain else None
                 if answer is None:
                     return False
-                one.sock.send(answer, socket.MSG_MORE | socket.MSG_DONTWAIT)  # it leaves with the connection's end
+                one.sock.send(answer, _LAST)
                 one.sock.recv(len(raw))  # closed with something unread, it would be reset, and the answer lost
         except BlockingIOError:  # nothing has come
             return None

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from minisgl.api.http.connection_limits import Connections
 
-_HEARD, _LET_IN = 64, 8  # in one turn of the loop
+_HEARD, _LET_IN = 32, 8  # in one turn of the loop
+_LET_IN_TO_A_CROWD = 1  # in one turn: all who come before a free place is taken would be let in for it
 
 
 class Waiting:
@@ -45,7 +46,7 @@ class Lobby:
     """Connections count as silent among all `connections` while they wait here, `seconds` at the longest.
 
     `hear` is called for one whose client has said something or has left.  It may answer: True ends the connection, False lets
-    it in, None leaves it where it is.  `let_in` is called with those whose time is over, too.
+    it in, None leaves it where it is.  `let_in` is called with those whose time is over, too.  `crowded`: places are few.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Lobby:
         connections: Connections,
         hear: Callable[[Waiting], bool | None],
         let_in: Callable[[Waiting], object],
+        crowded: Callable[[], bool],
         seconds: float,
     ) -> None:
         self._connections, self._hear, self._let_in, self._seconds = connections, hear, let_in, seconds
+        self._crowded = crowded
         self._waiting: dict[int, Waiting] = {}  # by descriptor, in the order of their coming
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -86,7 +89,7 @@ class Lobby:
 
     def _look(self) -> None:
         """Hear those who say something, some in each turn; the kernel tells of them in turn."""
-        let_in = 0
+        let_in, most = 0, _LET_IN_TO_A_CROWD if self._crowded() else _LET_IN
         for fd, _ in self._epoll.poll(0, _HEARD):
             one = self._waiting.get(fd)
             done = None if one is None else self._hear(one)
@@ -97,7 +100,7 @@ class Lobby:
                 continue
             self._admit(one)
             let_in += 1
-            if let_in == _LET_IN:
+            if let_in == most:
                 break
 
     def _admit(self, one: Waiting) -> None:
