@@ -30,7 +30,7 @@ from minisgl.api.http.metrics import Metered
 from minisgl.api.request_log import RequestLog
 from minisgl.errors import RequestError
 
-_UNUSUAL = ("Origin", "Expect", "Upgrade", "Transfer-Encoding")
+_UNUSUAL = ("Origin", "Expect", "Upgrade", "Transfer-Encoding", "Sec-WebSocket-Key1")
 # Requests as nearly all are written, a subset of HTTP.  A name has no space around it, a value no control character.
 _REQUEST = re.compile(r"POST (/[!-~]*) HTTP/1\.1")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)")
@@ -77,7 +77,8 @@ class Door:
             return None
         fields = _FIELD.findall(lines)
         headers = CIMultiDict([(name, value.strip()) for name, value in fields])
-        if headers.get("Content-Length") != str(len(body)) or len({name.lower() for name, _ in fields}) < len(fields):
+        twice = len({name.lower() for name, _ in fields}) < len(fields)
+        if twice or "Host" not in headers or headers.get("Content-Length") != str(len(body)):
             return None
         return self.refusal(_Message("POST", path[1], HttpVersion11, headers), None, address)
 
