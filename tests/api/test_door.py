@@ -46,7 +46,7 @@ class Full(ScriptedEngine):
 class Served:
     """The application behind an acceptor.  `door`: where None, every request takes the long way."""
 
-    limit = 1000  # connections
+    limit, seconds = 1000, 30.0  # of connections, of headers
 
     def __init__(self, engine: ScriptedEngine, by_door: bool) -> None:
         self.log = RequestLog()
@@ -63,7 +63,7 @@ class Served:
         self.made: list[Connection] = []
         self.all = Connections(self.limit)
         door = self.door if self.by_door else None
-        make = functools.partial(Connection, self.runner.server, 30.0, self.log, self.all, door)
+        make = functools.partial(Connection, self.runner.server, self.seconds, self.log, self.all, door)
 
         def connection() -> Connection:
             self.made.append(make())
