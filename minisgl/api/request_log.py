@@ -101,6 +101,11 @@ class RequestLog:
 
     def refuse(self, route: str, request_id: str, error: RequestError) -> None:
         """Note a request that was refused before it could be read."""
+        if not self.each:
+            self.on_begin()
+            self.last_end = self.now()
+            self.refused[error.status, error.code or error.kind] += 1
+            return
         with self.request(route, "http", request_id) as account:
             account.status = error.status
             account.fail(error)

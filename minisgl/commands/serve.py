@@ -189,7 +189,7 @@ class _Server:
                 self.sock,
                 lambda: Connection(server, HEADER_SECONDS, request_log, connections, door),
                 door,
-                connections.no_descriptor,
+                connections,
                 self.access.tls,
             )
             self.pump()

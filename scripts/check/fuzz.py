@@ -3,8 +3,8 @@
     .venv/bin/python scripts/check/fuzz.py [TARGET ... | all] [--seconds 60] [--engine random|atheris] [--seed 0] [--out DIR]
     .venv/bin/python scripts/check/fuzz.py TARGET --replay FILE
 
-The targets are message, record, actors, body, gguf, safetensors, tokenizer and directory (scripts/lib/fuzz_targets.py).  Each
-runs in a process of its own, within --megabytes of address space more than it begins with.  An input that is refused with a
+The targets are message, record, actors, body, http, gguf, safetensors, tokenizer and directory (scripts/lib/fuzz_targets.py).
+Each runs in a process of its own, within --megabytes of address space more than it begins with.  One that is refused with a
 clear error is refused; any other exception, one that takes more than --limit seconds of a core, and one that ends the process
 are findings: the input is kept in DIR (TARGET-KIND.bin), and its traceback is printed.  `random` changes real inputs by bytes
 and by structure; `atheris` (pip install atheris) is guided by coverage besides.  One JSON line for each target: how many inputs

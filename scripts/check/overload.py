@@ -3,12 +3,13 @@
     .venv/bin/python scripts/check/overload.py [--requests 10000] [--floods 3] [--model fake] [-- flags of the server]
 
 Starts the server (the fake engine: what is measured is the api process), reads four streams, and opens REQUESTS requests at
-once from another process and another address, FLOODS times.  Meanwhile a third client asks short questions, one after another.
-One JSON line a flood:
+once from another process and another address, FLOODS times, each time another one.  Meanwhile a third client asks short
+questions, one after another.  One JSON line a flood:
 
 refused_p50_ms, refused_p99_ms   from the last byte sent to the first byte of a refusal, the ways through the kernel included
 last_answer_s                    from the flood's first connection to its last answer; `opened_s`: to its last connection
 pause_ms                         the longest time between two pieces of one of the four streams; `alone_ms` before the floods
+cpu_s, refusal_us                CPU time of the api process until the last answer; for each refusal, without the streams'
 third                            the answers to the third client by status, and the longest time that one took
 rss_mb                           memory of the api process after the flood
 ok                               refusals are 429, the last within 3 s, and no pause was 100 ms longer than the longest alone
@@ -33,6 +34,7 @@ from typing import Any
 import aiohttp
 
 from scripts.check.neighbours import gaps, read_stream, rss
+from scripts.lib.flood import REFUSED, cpu_seconds
 from scripts.lib.live_server import live_server
 from scripts.lib.reference import provenance
 
@@ -59,9 +61,9 @@ async def ask(third: aiohttp.ClientSession, answers: Counter[str], slowest: list
         await asyncio.sleep(0.05)
 
 
-async def flood(url: str, requests: int) -> dict[str, Any]:
+async def flood(url: str, requests: int, address: str, pid: int) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "scripts.lib.flood", url, str(requests), "127.0.0.2"), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "scripts.lib.flood", url, str(requests), address, str(pid)), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     found: dict[str, Any] = json.loads(out)
@@ -72,6 +74,11 @@ def begin(times: list[list[float]]) -> None:
     """Look at what the streams do from now on."""
     for stream in times:
         del stream[:-1]
+
+
+def pieces(times: list[list[float]], until: float = float("inf")) -> int:
+    """How many the streams have got since `begin`."""
+    return sum(t <= until for stream in times for t in stream[1:])
 
 
 def longest(times: list[list[float]]) -> float:
@@ -90,22 +97,27 @@ async def measure(url: str, requests: int, floods: int, flags: list[str]) -> boo
         while not all(times):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         begin(times)
+        cpu = cpu_seconds(api)
         await asyncio.sleep(ALONE_SECONDS)
+        piece = (cpu_seconds(api) - cpu) / pieces(times)  # seconds of a core
         alone, oks, memory = longest(times), list[bool](), [rss(api)]
-        for _ in range(floods):
+        for i in range(floods):
             answers, slowest = Counter[str](), [0.0]
             asking = asyncio.create_task(ask(third, answers, slowest))
             begin(times)
-            found = await flood(url, requests)
+            found = await flood(url, requests, f"127.0.{i + 1}.2", api)
             pause = longest(times)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             await asyncio.sleep(REST_SECONDS)
             memory.append(rss(api))
-            served = set(found["answers"]) <= {"200", "429", "admitted"}
+            served = "429" in found["answers"] and set(found["answers"]) <= {"200", "429", "admitted"}
+            of_streams = piece * pieces(times, found.pop("until"))
+            refused = sum(found["answers"].get(status, 0) for status in REFUSED)
             ok = served and found["last_answer_s"] <= LAST_SECONDS and pause <= alone + PAUSE_MS
             oks.append(ok)
             more = {
+                "refusal_us": round(1e6 * (found["cpu_s"] - of_streams) / max(1, refused)),
                 "pause_ms": round(pause, 1),
                 "alone_ms": round(alone, 1),
                 "third": {"answers": dict(answers), "slowest_s": round(slowest[0], 3)},

@@ -26,6 +26,7 @@ from minisgl.config import Config, EngineConfig, ModelSpec, ServerConfig
 from minisgl.errors import RequestError, UserError
 from minisgl.plan import StepPlan, StepResult
 from minisgl.sampling_params import SamplingParams
+from scripts.lib.fuzz_http import NotServed, change_http, close_house, requests, try_http
 from scripts.lib.fuzz_seeds import BESIDE, LINE, LLAMA, bodies, directories, ggufs, messages, records, safetensors, tokenizers_
 
 Mutate = Callable[[bytes, random.Random], bytes]
@@ -362,6 +363,7 @@ TARGETS: dict[str, Target] = {
     "actors": Target(_play, (BadMessage, Unhandled), _sequences, change_sequence),
     "record": Target(_read_record, (ValueError,), records),
     "body": Target(_check_body, (RequestError,), bodies, change_json),
+    "http": Target(try_http, (NotServed,), requests, change_http),
     "gguf": Target(_read_gguf, (UserError, RequestError), ggufs, change_gguf),
     "safetensors": Target(_read_safetensors, (UserError,), safetensors, change_safetensors),
     "tokenizer": Target(
@@ -375,8 +377,10 @@ TARGETS: dict[str, Target] = {
 
 
 def clean_up() -> None:
-    """Remove the files of the targets that were tried."""
+    """Remove the files of the targets that were tried, and what runs for them."""
     import shutil
+
+    close_house()
 
     if _folder.cache_info().currsize:
         shutil.rmtree(_folder(), ignore_errors=True)

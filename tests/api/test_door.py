@@ -16,11 +16,13 @@ from aiohttp import web
 from test_server import CHAT, COMPLETION, USER, ScriptedEngine, check_error
 
 from minisgl.api.endpoints.table import ENDPOINTS
-from minisgl.api.http import acceptor
+from minisgl.api.http import acceptor, lobby
 from minisgl.api.http.acceptor import Acceptor
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
+from minisgl.api.http.connection_limits import Connections
 from minisgl.api.http.door import DOOR, Door
+from minisgl.api.http.lobby import Waiting
 from minisgl.api.request_log import RequestLog
 from minisgl.errors import RequestError, model_loading
 
@@ -44,6 +46,8 @@ class Full(ScriptedEngine):
 class Served:
     """The application behind an acceptor.  `door`: where None, every request takes the long way."""
 
+    limit, seconds = 1000, 30.0  # of connections, of headers
+
     def __init__(self, engine: ScriptedEngine, by_door: bool) -> None:
         self.log = RequestLog()
         self.app = build_app(engine, request_log=self.log)
@@ -57,13 +61,15 @@ class Served:
         sock = socket.create_server(("127.0.0.1", 0))
         self.port = sock.getsockname()[1]
         self.made: list[Connection] = []
-        make = functools.partial(Connection, self.runner.server, 30.0, self.log, door=self.door if self.by_door else None)
+        self.all = Connections(self.limit)
+        door = self.door if self.by_door else None
+        make = functools.partial(Connection, self.runner.server, self.seconds, self.log, self.all, door)
 
         def connection() -> Connection:
             self.made.append(make())
             return self.made[-1]
 
-        self.acceptor = Acceptor(sock, connection, self.door)
+        self.acceptor = Acceptor(sock, connection, self.door, self.all)
         if not self.by_door:
             self.door._refused = float("-inf")
         return self
@@ -287,24 +293,55 @@ def test_pipelined_requests_are_answered_in_their_order() -> None:
 
 
 # ---------------- the cost
-def test_a_turn_serves_few_of_the_connections_that_wait_and_all_of_them_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def knock(served: Served, n: int, first: bytes = b"") -> list[socket.socket]:
+    """Clients that have connected, and said something."""
+    clients = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(n)]
+    for c in clients:
+        c.sendall(first)
+    return clients
+
+
+async def per_turn(served: Served, count: Callable[[], int], n: int) -> list[int]:
+    """By how much a count grows in each turn of the loop, until it is `n`."""
+    counts = [count()]
+
+    def turn() -> None:
+        counts.append(count())
+        asyncio.get_running_loop().call_soon(turn)
+
+    turn()
+    while counts[-1] < n:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    return [b - a for a, b in itertools.pairwise(counts)]
+
+
+def test_a_turn_accepts_some_hears_some_and_lets_few_in_and_nobody_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptor, "_ACCEPTED", 7)
-    monkeypatch.setattr(acceptor, "_SERVED", 3)
+    monkeypatch.setattr(lobby, "_HEARD", 5)
+    monkeypatch.setattr(lobby, "_LET_IN", 3)
 
     async def scene(served: Served) -> None:
-        turns: list[int] = []
+        waits, heard = served.acceptor._lobby, [0]
+        hear = waits._hear
 
-        def count() -> None:
-            turns.append(len(served.made))
-            asyncio.get_running_loop().call_soon(count)
+        def count(one: Waiting) -> bool | None:
+            heard[0] += 1
+            return hear(one)
 
-        pairs = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(40)]
-        count()
-        while len(served.made) < 40:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        assert max(b - a for a, b in itertools.pairwise(turns)) <= 3
-        for pair in pairs:
-            pair.close()
+        waits._hear = count
+        silent = knock(served, 40)
+        assert max(await per_turn(served, waits.__len__, 40)) == 7
+        assert not served.made, "a transport was made for a client that has said nothing"
+        speaking = knock(served, 40, b"G")
+        assert max(await per_turn(served, lambda: len(served.made), 40)) == 3
+        served.door._refused = float("inf")
+        heard[0] = 0
+        asking = knock(served, 40, request())
+        assert max(await per_turn(served, lambda: heard[0], 40)) == 5
+        assert len(served.made) == 40, "a transport was made for a client that is refused"
+        assert len(waits) == 40
+        for client in (*silent, *speaking, *asking):
+            client.close()
 
     play(scene)
 
@@ -345,7 +382,7 @@ def test_without_descriptors_connections_wait_and_are_served_later(monkeypatch: 
             return getattr(self.sock, name)
 
     async def scene(served: Served) -> None:
-        served.acceptor._no_descriptor = errors.append
+        served.all.no_descriptor = errors.append  # type: ignore[method-assign]
         served.acceptor._sock = NoFiles(served.acceptor._sock)  # type: ignore[assignment]
         reader, writer = await served.connect()
         writer.write(request())

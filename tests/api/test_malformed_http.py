@@ -60,6 +60,9 @@ async def say(http: Server, *pieces: bytes) -> tuple[int, dict[str, str], bytes]
         ([CHUNKED + b"2\r\n{}\r\n"], 408, "request_timeout"),  # and no more
         ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + SECRET], 400, "invalid_http"),  # TLS
         ([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], 400, "invalid_http"),
+        ([b"GET /health HTTP/2.0\r\nHost: t\r\n\r\n"], 400, "invalid_http"),
+        ([b"GET /health HTTP/0.9\r\n\r\n"], 400, "invalid_http"),
+        ([b"GET /health\r\n\r\n"], 400, "invalid_http"),
     ],
 )
 def test_what_is_not_http_gets_an_error_body_that_quotes_nothing(

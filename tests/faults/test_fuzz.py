@@ -40,7 +40,7 @@ from scripts.lib.fuzz_targets import TARGETS, Target
 SECONDS = 2.0  # for one input, on a machine that does other things besides
 # How many inputs take about two seconds.
 USUAL = {"message": 2500, "record": 4000, "actors": 25, "body": 1500}
-USUAL |= {"gguf": 120, "safetensors": 200, "tokenizer": 120, "directory": 120}
+USUAL |= {"http": 200, "gguf": 120, "safetensors": 200, "tokenizer": 120, "directory": 120}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,49 +4,50 @@ asyncio's server does both in one step, with one number for both.  With a small 
 who finds that full tries again only after one, three and seven seconds.  With a large one, a thousand new connections are
 served before the loop looks at a stream again.
 
-A request that came with its connection and that the door (door.py) refuses costs no transport and no protocol, either.  Runs in
-the api process, on the thread of its event loop.
+New connections wait in the lobby (lobby.py) until their clients say something.  A request that the door (door.py) refuses is
+answered there, and costs no transport and no protocol.  Runs in the api process, on the thread of its event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable
+from typing import Any
 
+from minisgl.api.http.connection import HEADER_SECONDS
+from minisgl.api.http.connection_limits import Connections
 from minisgl.api.http.door import Door
+from minisgl.api.http.lobby import Lobby, Waiting
 
 BACKLOG = 1 << 14  # connections that wait in the kernel, which takes its own limit (somaxconn) where that is lower
-_ACCEPTED, _SERVED, _REFUSED = 256, 8, 32  # in one turn of the loop
+_ACCEPTED, _TOLD = 128, 8  # in one turn of the loop: connections, and those of them for which there is no room
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
-_PAUSE = 0.05  # seconds, where no descriptor is left, or enough connections wait here
-HANDSHAKE_SECONDS = 30.0
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_LAST = int(socket.MSG_MORE | socket.MSG_DONTWAIT)  # to be sent with the connection's end
+_PAUSE = 0.05  # seconds, where no descriptor is left
 _HANDSHAKES = 256  # of TLS, at a time
 
 
 class Acceptor:
-    """Serves a listening socket until it is closed, with a protocol of `make` for each connection."""
+    """Serves a listening socket until it is closed, with a protocol of `make` for each connection whose client speaks."""
 
     def __init__(
         self,
         sock: socket.socket,
-        make: Callable[[], asyncio.Protocol],
+        make: Callable[[], Any],
         door: Door,
-        no_descriptor: Callable[[OSError], object] = lambda e: None,
+        connections: Connections | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`no_descriptor` is called when no connection can be accepted."""
-        self._sock, self._make, self._door = sock, make, door
-        self._no_descriptor, self._tls = no_descriptor, tls
-        self._waiting: deque[tuple[socket.socket, str]] = deque()  # with their clients' addresses
-        self._most = max(_ACCEPTED, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)  # wait here; others in the kernel
+        """What `make` returns is an asyncio.Protocol with an attribute `since`: when its client connected."""
+        self._sock, self._make, self._door, self._tls = sock, make, door, tls
+        self._connections = Connections() if connections is None else connections
+        self._lobby = Lobby(self._connections, self._hear, self._let_in, lambda: door.crowded, HEADER_SECONDS)
         self._tasks: dict[asyncio.Task[object], None] = {}  # in the order of their connections
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._serving = False
         sock.setblocking(False)
         sock.listen(BACKLOG)
         self._loop.add_reader(sock, self._accept)
@@ -59,68 +60,63 @@ class Acceptor:
             self._timer.cancel()
         self._loop.remove_reader(self._sock)
         self._sock.close()
-        while self._waiting:
-            self._waiting.popleft()[0].close()
+        self._lobby.close()
 
     def _accept(self) -> None:
+        told = 0
         for _ in range(_ACCEPTED):
             try:
                 connection, address = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 break
             except OSError as e:  # mostly too many open files
-                self._no_descriptor(e)
+                self._connections.no_descriptor(e)
                 self._pause()
                 break
-            connection.setblocking(False)
-            self._waiting.append((connection, str(address[0]) if address else ""))
-        if len(self._waiting) >= self._most:
-            self._pause()
-        if self._waiting and not self._serving:
-            self._serving = True
-            self._serve()
+            if not self._lobby.enter(connection, str(address[0]) if address else ""):
+                told += 1
+                if told == _TOLD:
+                    break
 
     def _pause(self) -> None:
         """Accept nothing for a moment."""
         if self._loop.remove_reader(self._sock):
             self._timer = self._loop.call_later(_PAUSE, self._loop.add_reader, self._sock, self._accept)
 
-    def _serve(self) -> None:
-        served = refused = 0
-        while self._waiting and served < _SERVED and refused < _REFUSED:
-            connection, address = self._waiting.popleft()
-            if self._door.crowded and self._tls is None and self._refuse(connection, address):
-                refused += 1
-                continue
-            served += 1
-            task = self._loop.create_task(self._connect(connection))
-            self._tasks[task] = None
-            task.add_done_callback(lambda task: self._tasks.pop(task, None))
-            if len(self._tasks) > _HANDSHAKES:  # the oldest has said nothing for longest
-                next(iter(self._tasks)).cancel()
-        self._serving = bool(self._waiting)
-        if self._serving:
-            self._loop.call_soon(self._serve)
-
-    def _refuse(self, connection: socket.socket, address: str) -> bool:
-        """Answer the request that has come with a connection if it is to be refused.  False: the connection is as it was."""
+    def _hear(self, one: Waiting) -> bool | None:
+        """See what has come from a client; answer a request that has come whole, if it is to be refused."""
         try:
-            raw = connection.recv(_PEEKED, socket.MSG_PEEK)
-            answer = self._door.refusal_of_bytes(raw, address) if len(raw) < _PEEKED else None
-            if answer is None:
-                return False
-            connection.send(answer)  # a new connection has room for it
-            connection.recv(_PEEKED)  # closed with something unread, it would be reset, and the answer lost
+            raw = one.sock.recv(_PEEKED, _PEEK)
+            if raw:
+                plain = self._tls is None and self._door.crowded and len(raw) < _PEEKED
+                answer = self._door.refusal_of_bytes(raw, one.address) if plain else None
+                if answer is None:
+                    return False
+                one.sock.send(answer, _LAST)
+                one.sock.recv(len(raw))  # closed with something unread, it would be reset, and the answer lost
         except BlockingIOError:  # nothing has come
-            return False
+            return None
         except OSError:
             pass  # the client has left
-        connection.close()
         return True
 
-    async def _connect(self, connection: socket.socket) -> None:
+    def _let_in(self, one: Waiting) -> None:
+        task = self._loop.create_task(self._connect(one))
+        self._tasks[task] = None
+        task.add_done_callback(lambda task: self._tasks.pop(task, None))
+        if len(self._tasks) > _HANDSHAKES:  # the oldest has said nothing for longest
+            next(iter(self._tasks)).cancel()
+
+    async def _connect(self, one: Waiting) -> None:
+        def make() -> Any:
+            protocol = self._make()
+            protocol.since = one.since
+            return protocol
+
+        left = max(0.1, one.since + HEADER_SECONDS - self._loop.time())
         try:
-            seconds = HANDSHAKE_SECONDS if self._tls is not None else None
-            await self._loop.connect_accepted_socket(self._make, connection, ssl=self._tls, ssl_handshake_timeout=seconds)
+            await self._loop.connect_accepted_socket(
+                make, one.sock, ssl=self._tls, ssl_handshake_timeout=left if self._tls is not None else None
+            )
         except OSError:  # the client has left, or speaks no TLS
-            connection.close()
+            one.sock.close()

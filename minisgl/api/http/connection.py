@@ -77,6 +77,7 @@ class Connection(web.RequestHandler):
         "_timer",
         "_wire",
         "half_closed",
+        "since",
     )
 
     def __init__(
@@ -90,8 +91,7 @@ class Connection(web.RequestHandler):
         loop = asyncio.get_running_loop()
         super().__init__(server, loop=loop, **server._kwargs)
         self._door = door
-        if door is not None:
-            self._parser = cast(Any, Doorkeeper(self._parser, self._refuse))
+        self._parser = cast(Any, Doorkeeper(self._parser, self._refuse))
         self._seconds, self._request_log = seconds, request_log or RequestLog()
         self._connections = Connections() if connections is None else connections
         self._timer: asyncio.TimerHandle | None = None  # for headers, or of a refusal
@@ -104,6 +104,7 @@ class Connection(web.RequestHandler):
         self._last = 0.0  # when the latest bytes came
         self._answer: Watched | None = None
         self.half_closed = False
+        self.since = loop.time()  # when its client connected
 
     # ---------------- limits
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -114,7 +115,7 @@ class Connection(web.RequestHandler):
         transport.set_write_buffer_limits(high=int(transport.get_extra_info("sslcontext") is not None), low=0)
         if self._connections.made(self):
             super().connection_made(transport)
-            self._timer = self._loop.call_later(self._seconds, self._too_late)
+            self._timer = self._loop.call_at(self.since + self._seconds, self._too_late)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         for timer in (self._timer, self._end_timer):

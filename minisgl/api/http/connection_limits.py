@@ -110,9 +110,13 @@ class Connections:
         return len(self._open) - len(self._silent) - len(self._idle) - len(self._refused)
 
     # ---------------- what a connection reports
+    def has_room(self) -> bool:
+        """Whether another client may connect.  If there is no room one of the others must go; False: all are being served."""
+        return len(self._open) < self._limit or self.make_room()
+
     def made(self, c: Client) -> bool:
-        """A client has connected.  If there is no room one of the others must go; False: all of them are being served."""
-        full = len(self._open) >= self._limit and not self.make_room()
+        """A client has connected.  False: there is no room for it (see `has_room`)."""
+        full = not self.has_room()
         self._open.add(c)
         if not full:
             self._silent[c] = None

@@ -11,12 +11,14 @@ Runs in the api process, on the thread of its event loop.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http_exceptions import BadHttpMessage
 from multidict import CIMultiDict
 
 from minisgl.api.caller import Callers
@@ -28,7 +30,12 @@ from minisgl.api.http.metrics import Metered
 from minisgl.api.request_log import RequestLog
 from minisgl.errors import RequestError
 
-_UNUSUAL = ("Origin", "Expect", "Upgrade", "Transfer-Encoding")
+_UNUSUAL = ("Origin", "Expect", "Upgrade", "Transfer-Encoding", "Sec-WebSocket-Key1")
+# Requests as nearly all are written, a subset of HTTP.  A name has no space around it, a value no control character.
+_REQUEST = re.compile(r"POST (/[!-~]*) HTTP/1\.1")
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)")
+_FIELDS = re.compile(rf"(?:{_FIELD.pattern}\r\n)*{_FIELD.pattern}".replace("([", "(?:["))
+_MAX_HEAD = 8000  # bytes
 _CROWD_SECONDS = 1.0  # after a refusal: others are likely
 
 
@@ -48,6 +55,8 @@ class Door:
     def __init__(self, engine: Metered, keys: Keys, callers: Callers, request_log: RequestLog) -> None:
         self._engine, self._keys, self._callers, self._request_log = engine, keys, callers, request_log
         self._refused = -_CROWD_SECONDS  # when, the last time
+        self._key: tuple[object, ...] = ()  # of the latest refusal, and its constant parts
+        self._parts = (b"", b"")
 
     @property
     def crowded(self) -> bool:
@@ -55,20 +64,23 @@ class Door:
         return time.monotonic() - self._refused < _CROWD_SECONDS
 
     def refusal_of_bytes(self, raw: bytes, address: str) -> bytes | None:
-        """The same for the first bytes of a new connection, if they are one complete request.  The connection ends with it."""
+        """The same for the first bytes of a new connection, if they are one complete request.  The connection ends with it.
+
+        What a parser of HTTP might see in another way, or refuse, is not for this one.
+        """
         head, end, body = raw.partition(b"\r\n\r\n")
-        lines = head.decode("latin-1").split("\r\n")
-        first, headers = lines[0].split(" "), CIMultiDict[str]()
-        if not end or len(first) != 3 or first[2] != "HTTP/1.1":
+        if not end or len(head) > _MAX_HEAD or not head.isascii():
             return None
-        for line in lines[1:]:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name != name.strip():
-                return None
-            headers.add(name, value.strip())
-        if headers.getall("Content-Length", ()) != [str(len(body))]:
+        line, _, lines = head.decode().partition("\r\n")
+        path = _REQUEST.fullmatch(line)
+        if path is None or _FIELDS.fullmatch(lines) is None:
             return None
-        return self.refusal(_Message(first[0], first[1], HttpVersion11, headers), None, address)
+        fields = _FIELD.findall(lines)
+        headers = CIMultiDict([(name, value.strip()) for name, value in fields])
+        twice = len({name.lower() for name, _ in fields}) < len(fields)
+        if twice or "Host" not in headers or headers.get("Content-Length") != str(len(body)):
+            return None
+        return self.refusal(_Message("POST", path[1], HttpVersion11, headers), None, address)
 
     def refusal(self, message: Any, body: Any, address: str, last: bool = False) -> bytes | None:
         """The answer to a message (aiohttp's RawRequestMessage) that is refused; None if it is not, or takes the long way.
@@ -84,22 +96,33 @@ class Door:
             self._engine.check_open(self._callers.client(tenant.name or address), endpoint.generates)
         except RequestError as e:
             self._refused = time.monotonic()
-            usual = not any(name in headers for name in _UNUSUAL)
-            return self._render(message, e, last or message.should_close) if usual and (body is None or body.is_eof()) else None
+            for name in _UNUSUAL:
+                if name in headers:
+                    return None
+            return self._render(message, e, last or message.should_close) if body is None or body.is_eof() else None
         return None
 
     def _render(self, message: Any, error: RequestError, last: bool) -> bytes:
-        name, route = request_id(message), message.path
-        self._engine.metrics.responses["POST", route, error.status] += 1
-        self._request_log.refuse(f"POST {route}", name, error)
-        body = json.dumps(error_body(error) if for_anthropic(message) else error.body()).encode()
-        retry = "" if error.retry_after is None else f"Retry-After: {error.retry_after}\r\n"
-        head = (
-            f"HTTP/1.1 {error.status} {_REASONS.get(error.status, 'Refused')}\r\n{retry}"
-            f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\nx-request-id: {name}\r\n"
-            f"Date: {rfc822_formatted_time()}\r\n{'Connection: close' * last}"
-        )
-        return head.encode() + (b"\r\n\r\n" if last else b"\r\n") + body
+        name, route = request_id(message), f"POST {message.path}"
+        self._engine.metrics.responses["POST", message.path, error.status] += 1
+        self._request_log.refuse(route, name, error)
+        anthropic = for_anthropic(message)
+        key = (error.message, error.status, error.code, error.retry_after, anthropic, last)
+        if key != self._key:
+            self._key, self._parts = key, _parts(error, anthropic, last)
+        head, body = self._parts
+        return b"%bx-request-id: %b\r\nDate: %b\r\n\r\n%b" % (head, name.encode(), rfc822_formatted_time().encode(), body)
+
+
+def _parts(error: RequestError, anthropic: bool, last: bool) -> tuple[bytes, bytes]:
+    """The first lines of an answer, and its body: all that is the same for many."""
+    body = json.dumps(error_body(error) if anthropic else error.body()).encode()
+    retry = "" if error.retry_after is None else f"Retry-After: {error.retry_after}\r\n"
+    head = (
+        f"HTTP/1.1 {error.status} {_REASONS.get(error.status, 'Refused')}\r\n{retry}"
+        f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\n" + "Connection: close\r\n" * last
+    )
+    return head.encode(), body
 
 
 _REASONS = {429: "Too Many Requests", 503: "Service Unavailable"}
@@ -111,14 +134,19 @@ DOOR = web.AppKey("door", Door)
 class Doorkeeper:
     """The parser of one connection.  Messages that the door refuses do not come through.
 
-    `refuse` answers a message, with its payload, or says that it does not.
+    `refuse` answers a message, with its payload, or says that it does not.  A version other than 1.0 and 1.1, which the parser
+    takes and answers would repeat, is no HTTP here.
     """
 
     def __init__(self, parser: Any, refuse: Callable[[Any, Any], bool]) -> None:
         self._parser, self._refuse = parser, refuse
 
     def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:
+        """Raises BadHttpMessage."""
         messages, upgraded, tail = self._parser.feed_data(data)
+        for message, _ in messages:
+            if message.version not in (HttpVersion11, HttpVersion10):
+                raise BadHttpMessage("it is of another version")
         if len(messages) == 1 and not upgraded and self._refuse(*messages[0]):
             if (consumed := getattr(self._parser, "message_consumed", None)) is not None:  # since aiohttp 3.14
                 consumed()

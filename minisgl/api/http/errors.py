@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-import uuid
+import secrets
 from typing import Any
 
 from aiohttp import web
@@ -51,7 +51,7 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
 def request_id(request: web.Request) -> str:
     """The caller's own id of a request if that is harmless in a header and in a log, otherwise a new one."""
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def account_of(request: web.Request) -> Account:
