@@ -176,7 +176,7 @@ def check_path(address: str) -> None:
     except OSError as e:
         raise ServerGone(
             f"the batch socket {path} does not exist here: the server has ended, or runs on another machine "
-            "(from there: --socket tcp://HOST:PORT, if it has a --batch-socket, or /v1/batches)"
+            "(this socket works on the server's own machine only; from another --socket tcp://HOST:PORT, or /v1/batches)"
         ) from e
     if os.geteuid() and owner not in (0, os.geteuid()):
         raise UserError(

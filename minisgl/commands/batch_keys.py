@@ -17,7 +17,6 @@ import re
 import sys
 from pathlib import Path
 
-from minisgl.client.curve import read_key
 from minisgl.commands.parser import Parser
 from minisgl.errors import UserError
 
@@ -95,6 +94,8 @@ def server_secret(folder: str) -> bytes:
     """The secret key of the server.  Raises UserError."""
     import zmq
 
+    from minisgl.client.curve import read_key
+
     if not zmq.has("curve"):
         raise UserError(f"{FLAG}: this libzmq {zmq.zmq_version()} has no CURVE: `pip install pyzmq` has one that has")
     return read_key(str(Path(folder) / "server.key_secret"), FLAG, secret=True)[1]
@@ -102,6 +103,8 @@ def server_secret(folder: str) -> bytes:
 
 def client_keys(folder: str) -> list[str]:
     """The public keys of the clients that are allowed.  Raises UserError."""
+    from minisgl.client.curve import read_key
+
     clients = Path(folder) / _CLIENTS
     try:
         paths = sorted(path for path in clients.iterdir() if path.suffix == ".key")
