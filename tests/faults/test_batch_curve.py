@@ -95,7 +95,7 @@ class Live:
 
     def guests(self) -> int:
         """Open connections, as the server counts them."""
-        return len(self.server._guests._all)
+        return len(self.server._guests)
 
 
 @pytest.fixture
@@ -402,6 +402,27 @@ def test_strangers_are_few_at_a_time_and_a_client_finds_its_way_in(live: Live, k
         finally:
             for sock in strangers:
                 sock.close()
+
+
+def test_a_stranger_that_sends_more_than_a_handshake_is_shown_out_before_it_has_sent_it(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_side, "HANDSHAKE_SECONDS", 600.0)
+    running = Live(keys)
+    try:
+        with socket.create_connection(("127.0.0.1", running.port), 20) as large, client(running, keys) as c:
+            large.sendall(CURVE + frame(4, 15 << 20) + bytes(8192))
+            with suppress(ConnectionError):
+                while large.recv(4096):
+                    pass
+            with socket.create_connection(("127.0.0.1", running.port), 20) as slow:
+                slow.sendall(CURVE + frame(4, 15 << 20) + bytes(1000))
+                assert len(slow.recv(4096))
+                eventually(lambda: running.guests() == 2)
+                assert [r.status for r in c.run([BatchRequest("a", CHAT, BODY)])] == [200]
+                assert running.guests() == 2
+    finally:
+        running.close()
 
 
 def test_connections_are_bounded(live: Live, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ hold is bounded by `_Guests`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -37,8 +38,10 @@ _HEARTBEAT_MS, _DEAD_MS = 5_000, 15_000
 _LINGER_MS = 500
 _BURST = 64  # events that are handled before the loop goes on
 _SAY_SECONDS = 60.0  # between two lines about refused keys
-_STRANGER_BYTES = 64 + 170 + 4  # what the server has sent in a handshake: greeting, WELCOME; then comes READY
-_ACKED = struct.Struct("120xQ")  # tcpi_bytes_acked in struct tcp_info of Linux
+_SERVER_BYTES = 64 + 170 + 4  # of the server in a handshake at most: greeting, WELCOME; then comes READY
+_CLIENT_BYTES = 4096  # of a client: greeting, HELLO, INITIATE with a few properties
+_LOOK_SECONDS = 0.02  # between two looks at what strangers send
+_TCP_INFO = struct.Struct("120xQQ")  # tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info of Linux
 
 
 class ClientKeys:
@@ -77,7 +80,7 @@ class CurveServer:
         host, port = listener.getsockname()[:2]
         self.address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         listener.setblocking(False)
-        self._clients, self._guests = clients, _Guests(port)
+        self._clients, self._guests = clients, _Guests(port, asyncio.get_running_loop())
         self._refused, self._say_at = 0, 0.0
         self._loop, self._closed = asyncio.get_running_loop(), False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -101,6 +104,7 @@ class CurveServer:
     def close(self) -> None:
         """Cancel all running requests and close the sockets."""
         self._closed = True
+        self._guests.close()
         self._server.close()
         for sock, _ in self._watched:
             self._loop.remove_reader(sock.FD)
@@ -157,18 +161,25 @@ class CurveServer:
 class _Guests:
     """Bounds the connections of a port, which libzmq does not, by their descriptors; it closes them when they are shut down."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._port, self._loop = port, loop
         self._all: set[int] = set()
         self._new: dict[int, float] = {}  # those that may still be in the handshake, and when it ends at the latest
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def close(self) -> None:
+        self._new.clear()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def came(self, fd: int) -> None:
-        now = time.monotonic()
         self._all.add(fd)
         self._new.pop(fd, None)
-        self._new[fd] = now + HANDSHAKE_SECONDS
-        for old in [old for old, end in self._new.items() if end < now or not _is_stranger(old)]:
-            del self._new[old]
+        self._new[fd] = time.monotonic() + HANDSHAKE_SECONDS
+        self._look()
         if len(self._new) > STRANGERS:
             self._shut(next(iter(self._new)))
         elif len(self._all) > CONNECTIONS:
@@ -178,29 +189,41 @@ class _Guests:
         self._all.discard(fd)
         self._new.pop(fd, None)
 
+    def _look(self) -> None:
+        """Shut out strangers that send what belongs to no handshake, before libzmq has all of it."""
+        now = time.monotonic()
+        for fd, end in list(self._new.items()):
+            said, heard = _traffic(fd)
+            if end < now or said > _SERVER_BYTES:
+                del self._new[fd]
+            elif heard > _CLIENT_BYTES:
+                self._shut(fd)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(_LOOK_SECONDS, self._look) if self._new else None
+
     def _shut(self, fd: int) -> None:
         self._new.pop(fd, None)
-        try:
-            held = socket.socket(fileno=os.dup(fd))  # what has this number now keeps it, and may be another's
-        except OSError:
-            return
-        with held:
-            try:
-                if held.type == socket.SOCK_STREAM and held.getsockname()[1] == self._port:
-                    held.shutdown(socket.SHUT_RDWR)
-            except (OSError, IndexError):  # it has ended, or is no socket of this kind
-                return
+        with contextlib.suppress(OSError, IndexError), _held(fd) as held:  # it has ended, or is a socket of another kind
+            if held.type == socket.SOCK_STREAM and held.getsockname()[1] == self._port:
+                held.shutdown(socket.SHUT_RDWR)
 
 
-def _is_stranger(fd: int) -> bool:
-    """Whether a connection is in the handshake: the server has said no more than belongs to that."""
+def _held(fd: int) -> socket.socket:
+    """What has this number now, kept from closing.  Raises OSError where that is no socket."""
+    own = os.dup(fd)
     try:
-        held = socket.socket(fileno=os.dup(fd))
+        return socket.socket(fileno=own)
     except OSError:
-        return False
-    with held:
-        try:
-            info = held.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)
-        except OSError:
-            return False
-        return len(info) == _ACKED.size and _ACKED.unpack(info)[0] <= _STRANGER_BYTES
+        os.close(own)
+        raise
+
+
+def _traffic(fd: int) -> tuple[int, int]:
+    """Bytes that the server has sent on a connection, and received; where the system does not say, it is no stranger's."""
+    with contextlib.suppress(OSError), _held(fd) as held:
+        info = held.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) == _TCP_INFO.size:
+            acked, received = _TCP_INFO.unpack(info)
+            return acked, received
+    return _SERVER_BYTES + 1, 0
