@@ -105,6 +105,15 @@ def live(keys: Path) -> Iterator[Live]:
     running.close()
 
 
+@pytest.fixture
+def patient(keys: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+    """A server that would wait for handshakes for ever."""
+    monkeypatch.setattr(server_side, "HANDSHAKE_SECONDS", 600.0)
+    running = Live(keys)
+    yield running
+    running.close()
+
+
 def eventually(what: Callable[[], Any], seconds: float = 20.0) -> Any:
     end = time.monotonic() + seconds
     while not (value := what()):
@@ -389,14 +398,14 @@ def test_other_mechanisms_of_zmq_are_not_served(live: Live, keys: Path) -> None:
     assert not live.engine.options
 
 
-def test_strangers_are_few_at_a_time_and_a_client_finds_its_way_in(live: Live, keys: Path) -> None:
-    with client(live, keys) as c:
-        strangers = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(5 * server_side.STRANGERS)]
+def test_strangers_are_few_at_a_time_and_a_client_finds_its_way_in(patient: Live, keys: Path) -> None:
+    with client(patient, keys) as c:
+        strangers = [socket.create_connection(("127.0.0.1", patient.port)) for _ in range(5 * server_side.STRANGERS)]
         try:
             for sock in strangers[::2]:
                 sock.sendall(CURVE + frame(4, 1 << 20) + bytes(1000))
-            eventually(lambda: live.guests() <= server_side.STRANGERS + 1)
-            with client(live, keys, "bob") as late:
+            eventually(lambda: patient.guests() <= server_side.STRANGERS + 1)
+            with client(patient, keys, "bob") as late:
                 assert [r.status for r in late.run([BatchRequest("a", CHAT, BODY)])] == [200]
             assert [r.status for r in c.run([BatchRequest("a", CHAT, BODY)])] == [200]
         finally:
@@ -404,25 +413,18 @@ def test_strangers_are_few_at_a_time_and_a_client_finds_its_way_in(live: Live, k
                 sock.close()
 
 
-def test_a_stranger_that_sends_more_than_a_handshake_is_shown_out_before_it_has_sent_it(
-    keys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_side, "HANDSHAKE_SECONDS", 600.0)
-    running = Live(keys)
-    try:
-        with socket.create_connection(("127.0.0.1", running.port), 20) as large, client(running, keys) as c:
-            large.sendall(CURVE + frame(4, 15 << 20) + bytes(8192))
-            with suppress(ConnectionError):
-                while large.recv(4096):
-                    pass
-            with socket.create_connection(("127.0.0.1", running.port), 20) as slow:
-                slow.sendall(CURVE + frame(4, 15 << 20) + bytes(1000))
-                assert len(slow.recv(4096))
-                eventually(lambda: running.guests() == 2)
-                assert [r.status for r in c.run([BatchRequest("a", CHAT, BODY)])] == [200]
-                assert running.guests() == 2
-    finally:
-        running.close()
+def test_a_stranger_that_sends_more_than_a_handshake_is_shown_out_before_it_has_sent_it(patient: Live, keys: Path) -> None:
+    with socket.create_connection(("127.0.0.1", patient.port), 20) as large, client(patient, keys) as c:
+        large.sendall(CURVE + frame(4, 15 << 20) + bytes(8192))
+        with suppress(ConnectionError):
+            while large.recv(4096):
+                pass
+        with socket.create_connection(("127.0.0.1", patient.port), 20) as slow:
+            slow.sendall(CURVE + frame(4, 15 << 20) + bytes(1000))
+            assert len(slow.recv(4096))
+            eventually(lambda: patient.guests() == 2)
+            assert [r.status for r in c.run([BatchRequest("a", CHAT, BODY)])] == [200]
+            assert patient.guests() == 2
 
 
 def test_connections_are_bounded(live: Live, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
