@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "minisgl.commands.serve",
     "chat": "minisgl.commands.chat",
     "batch": "minisgl.commands.batch",
+    "batch-keys": "minisgl.commands.batch_keys",
     "doctor": "minisgl.commands.doctor",
     "simulate": "minisgl.commands.simulate",
     "prebuild": "minisgl.commands.prebuild",

@@ -329,11 +329,11 @@ class ServerConfig:
     admin_api_keys: tuple[str, ...] = setting(
         (), "administrators' keys, for /flush_cache and everybody's files", "FILE", flag="--admin-api-key-file", options=_LIST
     )
-    salt_by_key: str = setting(
-        "on", "each API key has cached prefixes of its own: on, off", choices=("on", "off"), options=_ALONE
-    )
+    salt_by_key: str = setting("on", "each key has cached prefixes of its own: on, off", choices=("on", "off"), options=_ALONE)
     ssl_certfile: str = setting("", "serve https: the certificate and those that sign it, PEM; default: http", "FILE")
     ssl_keyfile: str = setting("", "its private key, PEM; default: in --ssl-certfile", "FILE")
+    batch_socket: str = setting("", "serve `minisgl batch` through a network, too, with --batch-keys", "tcp://HOST:PORT")
+    batch_keys: str = setting("", "who may use --batch-socket, see `minisgl batch-keys DIR`", "DIR")
     allow_origins: tuple[str, ...] = setting(  # as browsers send them; "*": all
         (), "web pages that may use the API (CORS); '*': all; may be repeated", "ORIGIN", flag="--allow-origin", options=_MANY
     )

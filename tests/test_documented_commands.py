@@ -49,6 +49,7 @@ NOT_RUN = {
     ("README.md", "$ head -1 in.jsonl"): TRANSCRIPT,
     ("README.md", "$ .venv/bin/minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",
+    ("README.md", "minisgl batch-keys"): "tests/commands/test_batch_keys.py",
     ("docs/adding-a-model.md", ".venv/bin/python -m pytest"): "a whole test file",
     ("docs/adding-a-model.md", ".venv/bin/python -m minisgl selfcheck"): "a model from the hub",
     (
@@ -126,7 +127,7 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|doctor|selfcheck|prebuild|simulate)\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 

@@ -1,4 +1,4 @@
-"""Sends many requests over one ZMQ connection to a server on the same machine.  No torch.
+"""Sends many requests over one ZMQ connection to a server on the same machine, or with keys on another.  No torch.
 
 with BatchClient() as client:  # finds the socket through http://127.0.0.1:8000/server_info
     texts = client.generate(["Once upon", "a time"], SamplingParams(max_tokens=32))
@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minisgl.actors.messages import BatchResult, BatchSubmit
-from minisgl.client.connection import Link, ServerGone, check_path
+from minisgl.client.connection import Link, check_address
+from minisgl.client.curve import ServerGone, read_curve
 from minisgl.errors import RequestError, UserError
 from minisgl.sampling_params import SamplingParams
 
@@ -46,11 +47,12 @@ class BatchRequest:
 
 
 class BatchClient:
-    """Raises UserError when no server can be reached at `url` (or `socket`, an ipc:// address), then and later.
+    """Raises UserError when no server can be reached at `url` (or `socket`, an ipc:// or tcp:// address), then and later.
 
     `wait`: seconds, in the middle of a run, for another server to come up there when this one has ended.  It is sent what has
     no answer; each request still has one result.  `say` is told of it.
     `api_key`: an administrator's, where the server at `url` asks for one; default: MINISGL_ADMIN_API_KEY or MINISGL_API_KEY.
+    `server_key`, `client_key`: for tcp://, the files of the server's public key and of this client's pair.
     """
 
     def __init__(
@@ -62,23 +64,30 @@ class BatchClient:
         wait: float = 0.0,
         say: Callable[[str], object] = lambda text: None,
         api_key: str = "",
+        server_key: str = "",
+        client_key: str = "",
     ) -> None:
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
         self.window = window  # most requests without an answer at a time
         self.wait, self.say = wait, say
         self._url, self._socket, self._key = url, socket, api_key
-        self.address = socket or find_socket(url, api_key)
-        check_path(self.address)
-        self.link = Link(self.address)
-        self._running = False
+        self._curve = read_curve(server_key, client_key)
+        self.address, self.link = self._connect()
+        self._running = self._left = False
 
     def reconnect(self) -> None:
         """Connect to the server that is there now.  Raises UserError if there is none."""
         self.link.close()
+        self.address, self.link = self._connect()
+        self._left = False
+
+    def _connect(self) -> tuple[str, Link]:
+        if self._curve is not None and self._socket is None:
+            raise UserError("--server-key and --client-key need the address of the batch socket: --socket tcp://HOST:PORT")
         address = self._socket or find_socket(self._url, self._key)
-        check_path(address)
-        self.address, self.link = address, Link(address)
+        check_address(address, self._curve)
+        return address, Link(address, self._curve)
 
     def __enter__(self) -> BatchClient:
         return self
@@ -98,15 +107,17 @@ class BatchClient:
         """
         if self._running:
             raise RuntimeError("a BatchClient does one run at a time")
+        if self._left:
+            self.reconnect()
         self._running = True
         run = _Run(self, requests)
         try:
             yield from run.results()
         finally:
             self._running = False
-            if run.open:  # a new connection is the way to cancel
+            if run.open:  # to end the connection is the way to cancel
+                self._left = True
                 self.link.close()
-                self.link = Link(self.address)
 
     def chat(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]], **params: Any

@@ -1,6 +1,7 @@
 """Connects a batch client to a server: a ZMQ socket, and the one thread that uses it.
 
-The thread pings the server once a second, so that a caller who is slow between two results is not taken for dead.
+The thread pings the server once a second, so that a caller who is slow between two results is not taken for dead.  Over TCP
+it also follows the handshake (curve.py).
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import zmq
 
 from minisgl.actors.messages import BatchPing, BatchPong, BatchRefused, BatchResult, BatchSubmit
 from minisgl.actors.wire import BadMessage, decode, encode
+from minisgl.client.curve import Curve, Entrance, ServerGone
 from minisgl.errors import UserError
 
 PING_SECONDS = 1.0
 SILENT_SECONDS = 15.0  # of silence after which the server counts as gone
 
 
-class ServerGone(UserError):
-    """The server has ended, or has forgotten this client: what has no answer may be asked of the next one."""
-
-
 class Link:
-    """Connects on construction.  `send`, `receive` and `close` are for the caller's thread."""
+    """Connects on construction.  `send`, `receive` and `close` are for the caller's thread.
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    With keys (`curve`, for tcp://) it waits for the server to let it in.  Raises UserError where that does not.
+    """
+
+    def __init__(self, address: str, curve: Curve | None = None) -> None:
+        self._address, self._curve = address, curve
         self._context = zmq.Context()
         self._context.linger = self._context.sndhwm = self._context.rcvhwm = 0  # of every socket
         self._outbox, requests = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)  # b"" ends the thread
@@ -43,8 +44,12 @@ class Link:
         self._inbox: queue.SimpleQueue[BatchResult | UserError] = queue.SimpleQueue()
         self._submitted = self._answered = 0
         self._pings: collections.deque[int] = collections.deque()  # requests submitted before each ping that has no pong
+        self._entered: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, args=(requests,), name="minisgl-batch", daemon=True)
         self._thread.start()
+        if curve is not None and (fault := self._entered.get()) is not None:
+            self.close()
+            raise fault
 
     def send(self, msg: BatchSubmit) -> None:
         self._post(encode(msg))
@@ -71,25 +76,42 @@ class Link:
 
     # ---------------- in the thread
     def _main(self, requests: zmq.Socket[bytes]) -> None:
+        fault = UserError("the batch client is closed")
         try:
             with requests, self._context.socket(zmq.DEALER) as sock:
-                sock.connect(self._address)
-                self._serve(sock, requests)
+                if self._curve is None:
+                    sock.connect(self._address)
+                    self._serve(sock, requests, None)
+                else:
+                    entrance = Entrance(sock, self._address, self._curve)
+                    with entrance.monitor:
+                        self._enter(entrance)
+                        self._serve(sock, requests, entrance)
         except UserError as e:
-            self._inbox.put(e)
+            fault = e
         except zmq.ZMQError as e:
-            self._inbox.put(UserError(f"the batch socket {self._address} cannot be used: {e}"))
+            fault = UserError(f"the batch socket {self._address} cannot be used: {e}")
         finally:
-            self._inbox.put(UserError("the batch client is closed"))
+            self._entered.put(fault)
+            self._inbox.put(fault)
 
-    def _serve(self, sock: zmq.Socket[bytes], requests: zmq.Socket[bytes]) -> None:
+    def _enter(self, entrance: Entrance) -> None:
+        while not entrance.inside:
+            entrance.monitor.poll(100)
+            entrance.look()
+        self._entered.put(None)
+
+    def _serve(self, sock: zmq.Socket[bytes], requests: zmq.Socket[bytes], entrance: Entrance | None) -> None:
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)
         poller.register(requests, zmq.POLLIN)
         heard = next_ping = time.monotonic()
         while True:
             if time.monotonic() >= next_ping:
-                check_path(self._address)
+                if entrance is None:
+                    check_path(self._address)
+                else:
+                    entrance.look()
                 if time.monotonic() - heard > SILENT_SECONDS:
                     raise ServerGone(f"the server has not answered for {SILENT_SECONDS:.0f} seconds; is it still running?")
                 sock.send(encode(BatchPing()), zmq.NOBLOCK)
@@ -127,20 +149,34 @@ def _close(context: zmq.Context[zmq.Socket[bytes]], outbox: zmq.Socket[bytes]) -
     context.term()
 
 
+def check_address(address: str, curve: Curve | None) -> None:
+    """Raises UserError where an address is of no kind that has a batch socket, or not of that for which there are keys."""
+    if address.startswith("tcp://"):
+        if curve is None:
+            raise UserError(
+                f"the batch socket {address[:80]!r} needs keys, as it is reached through a network: --server-key FILE and "
+                "--client-key FILE; `minisgl batch-keys` makes them"
+            )
+    elif curve is not None:
+        raise UserError("--server-key and --client-key are for a batch socket over TCP: name it with --socket tcp://HOST:PORT")
+    else:
+        check_path(address)
+
+
 def check_path(address: str) -> None:
     """Raises UserError where an address is not that of a socket of this user, or of root, and ServerGone where it is none."""
     path = address.removeprefix("ipc://")
     if path == address:
         raise UserError(
-            f"the batch socket {address[:80]!r} cannot be used: its address begins with ipc://, as it works on the server's "
-            "own machine only; through a network use /v1/batches over https"
+            f"the batch socket {address[:80]!r} cannot be used: its address begins with ipc:// on the server's own machine, "
+            "and with tcp:// elsewhere (--batch-socket of the server)"
         )
     try:
         owner = os.stat(path).st_uid
     except OSError as e:
         raise ServerGone(
             f"the batch socket {path} does not exist here: the server has ended, or runs on another machine "
-            "(the batch socket works on the server's own machine only)"
+            "(this socket works on the server's own machine only; from another --socket tcp://HOST:PORT, or /v1/batches)"
         ) from e
     if os.geteuid() and owner not in (0, os.geteuid()):
         raise UserError(

@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import ssl
 import stat
 from typing import TYPE_CHECKING
 
 from minisgl import logs
+from minisgl.commands.batch_keys import check_flags, client_keys, server_secret
 from minisgl.commands.flags import keys_from
 from minisgl.config import Config
 from minisgl.errors import UserError
 
 if TYPE_CHECKING:
+    from minisgl.api.batches.curve import ClientKeys
     from minisgl.api.http.auth import Keys
 
 PASSWORD_VARIABLE = "MINISGL_SSL_KEYFILE_PASSWORD"
@@ -79,6 +82,11 @@ def _load(context: ssl.SSLContext, certfile: str, keyfile: str) -> None:
         raise UserError(f"{files}: cannot be used: {reason.replace('_', ' ').lower() or 'it is damaged'}") from e
 
 
+def counted(n: int, what: str) -> str:
+    """So many of something, and the verb."""
+    return f"{n} {what}{' is' if n == 1 else 's are'}"
+
+
 class Access:
     """What a server has been given to tell its users from others, and what of that changes while it runs.
 
@@ -90,6 +98,10 @@ class Access:
         server = config.server
         self.config = config
         self.tls = tls(server.ssl_certfile, server.ssl_keyfile)
+        check_flags(server.batch_socket, server.batch_keys)
+        self.batch_listener: socket.socket | None = None  # on --batch-socket
+        self.batch_secret = server_secret(server.batch_keys) if server.batch_keys else b""
+        self.batch_clients = client_keys(server.batch_keys) if server.batch_keys else []
         self._args = args
         self._on_terminal = os.isatty(_STDERR)
 
@@ -105,12 +117,15 @@ class Access:
             text = f"minisgl: whoever reaches {host} may use this server: --api-key-file FILE (or --api-key) asks for a key"
             logs.say("unprotected", text, logging.WARNING, host=host)
 
-    def reload(self, keys: Keys) -> None:
-        """Read the files of keys and certificate again.  What cannot be used changes nothing, and is said."""
+    def reload(self, keys: Keys, clients: ClientKeys | None = None) -> None:
+        """Read the files of keys and certificate again.  What cannot be used changes nothing, and is said.
+
+        `clients`: those of the batch socket over TCP.
+        """
         args, server = self._args, self.config.server
         files = [("--api-key-file", args.api_keys), ("--admin-api-key-file", args.admin_api_keys)] if args is not None else []
         given = [(flag, path) for flag, path in files if path]
-        if not given and self.tls is None:
+        if not given and self.tls is None and clients is None:
             logs.say("keys", "SIGHUP: there is no --api-key-file to read again; nothing has changed", logging.WARNING)
         try:
             for flag, path in given:
@@ -119,7 +134,7 @@ class Access:
             if args is not None and given:
                 users, admins = keys_from(args)
                 keys.replace(users, admins)
-                text = f"SIGHUP: {len(users)} API {'key is' if len(users) == 1 else 'keys are'} in force"
+                text = f"SIGHUP: {counted(len(users), 'API key')} in force"
                 text += f", and {len(admins)} of administrators" if admins else ""
                 logs.say("keys", text, keys=len(users), admin_keys=len(admins))
         except (UserError, OSError) as e:
@@ -131,3 +146,10 @@ class Access:
                 logs.say("certificate", f"SIGHUP: new connections get the certificate of {server.ssl_certfile}")
             except UserError as e:
                 logs.say("certificate", f"SIGHUP: the certificate stays as it was: {e}", logging.ERROR)
+        if clients is not None:
+            try:
+                clients.replace(client_keys(server.batch_keys))
+                text = f"SIGHUP: {counted(len(clients), 'client key')} in force on the batch socket"
+                logs.say("batch_keys", text, keys=len(clients))
+            except UserError as e:
+                logs.say("batch_keys", f"SIGHUP: the keys of the batch socket stay as they were: {e}", logging.ERROR)

@@ -63,8 +63,11 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("input", help="requests, one JSON object per line; - is stdin")
     parser.add_argument("output", help="answers, appended; may hold those of an earlier run; - is stdout")
     parser.add_argument("--errors", metavar="FILE", help="where answers other than 200 go; default: the output file")
-    parser.add_argument("--url", default=DEFAULT_URL, help="the server, on this machine (%(default)s)")
-    parser.add_argument("--socket", metavar="ADDRESS", help="its batch socket (ipc://...); default: as --url tells it")
+    parser.add_argument("--url", help=f"the server, on this machine ({DEFAULT_URL})")
+    parser.add_argument("--port", type=int, metavar="P", help="the same as --url http://127.0.0.1:P")
+    parser.add_argument("--socket", metavar="ADDRESS", help="its batch socket (ipc:// or tcp://); default: as --url tells it")
+    parser.add_argument("--server-key", default="", metavar="FILE", help="for tcp://: the server's public key, server.key")
+    parser.add_argument("--client-key", default="", metavar="FILE", help="for tcp://: the pair of this client, NAME.key_secret")
     parser.add_argument("--api-key-file", metavar="FILE", help="its first key is an administrator's, where the server has any")
     parser.add_argument("--window", type=int, default=256, metavar="N", help="requests in flight at a time (%(default)s)")
     parser.add_argument(
@@ -77,6 +80,11 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.wait < float("inf"):
         raise UserError(f"--wait must be a number of seconds, 0 or more, got {args.wait}")
+    if args.port is not None and (args.url or args.socket):
+        raise UserError(f"--port {args.port}: the server is named by {'--url' if args.url else '--socket'} already")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise UserError(f"--port must be between 1 and 65535, got {args.port}")
+    args.url = args.url or (DEFAULT_URL if args.port is None else f"http://127.0.0.1:{args.port}")
     paths = [p for p in (args.input, args.output, args.errors) if p and p != "-"]
     if any(_same(a, b) for a, b in itertools.combinations(paths, 2)):
         raise UserError("the input, the output and --errors must be different files")
@@ -129,8 +137,9 @@ def _work(args: argparse.Namespace, todo: list[BatchRequest], log: ResultLog, er
     if not todo:
         return
     key = next(iter(key_lines(args.api_key_file)), "") if args.api_key_file else ""
+    link: dict[str, Any] = {"api_key": key, "server_key": args.server_key, "client_key": args.client_key}
     bar = tqdm(total=count.total, initial=count.ok, unit="req", disable=None)  # None: only on a terminal
-    with bar, BatchClient(args.url, args.socket, args.window, wait=args.wait, say=say, api_key=key) as client:
+    with bar, BatchClient(args.url, args.socket, args.window, wait=args.wait, say=say, **link) as client:
         for result in client.run(todo):
             body = _json(result.body)
             if not answered(result):

@@ -17,14 +17,16 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from minisgl import logs
 from minisgl.actors import spawn
 from minisgl.actors.spawn import MakeWorker
-from minisgl.commands.access import Access
+from minisgl.commands.access import Access, counted
 from minisgl.commands.announcement import announce
+from minisgl.commands.batch_keys import address_of
 from minisgl.commands.flags import add_engine_flags, add_server_flags, config_from, given_of, hide_keys, model_of
 from minisgl.commands.parser import Parser
 from minisgl.config import Config
@@ -32,6 +34,7 @@ from minisgl.errors import UserError
 from minisgl.version import __version__
 
 if TYPE_CHECKING:
+    from minisgl.api.batches.curve import ClientKeys
     from minisgl.api.http.auth import Keys
     from minisgl.api.http.connection_limits import Connections
 
@@ -80,33 +83,38 @@ def _serve(args: argparse.Namespace, start: float) -> int:
     from minisgl.model.common.shard import check_tp
     from minisgl.model.text.chat_format import styles_of
 
-    with bind(args.host, args.port) as sock:
+    with ExitStack() as stack:
+        sock = stack.enter_context(bind(args.host, args.port))
         spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
         from minisgl.api.http.fair_loop import run as run_fair
 
         access = Access(config, args)
+        if address := config.server.batch_socket:
+            access.batch_listener = stack.enter_context(bind(*address_of(address), f"--batch-socket {address}"))
         return run_fair(_Server(config, sock, start, given=given_of(args), access=access).main())
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.  Raises UserError where the port is taken or the address is not of this host."""
+def bind(host: str, port: int, flag: str = "") -> socket.socket:
+    """A listening socket.  Raises UserError where the port is taken or the address is not of this host.
+
+    `flag`: by which the address was given, where it is not by --host and --port.
+    """
     if not 0 <= port <= 65535:
-        raise UserError(f"--port must be between 0 and 65535, got {port}")
+        raise UserError((f"{flag}: the port must" if flag else "--port must") + f" be between 0 and 65535, got {port}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as e:
-        raise UserError(f"--host {host}: {e.strerror}") from e
+    except (socket.gaierror, UnicodeError) as e:
+        raise UserError(f"{flag or f'--host {host}'}: {getattr(e, 'strerror', None) or 'it is no name of a host'}") from e
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" also takes IPv4
     try:
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"--port {port} is already in use on {host}: stop what listens there, or choose another port"
-            ) from e
-        raise UserError(f"cannot listen on --host {host} --port {port}: {os.strerror(e.errno or 0)}") from e
+            taken = f"{flag} is already in use" if flag else f"--port {port} is already in use on {host}"
+            raise UserError(f"{taken}: stop what listens there, or choose another port") from e
+        raise UserError(f"cannot listen on {flag or f'--host {host} --port {port}'}: {os.strerror(e.errno or 0)}") from e
 
 
 class _Server:
@@ -140,7 +148,8 @@ class _Server:
         import setproctitle
         from aiohttp import web
 
-        from minisgl.api.batches.socket import BatchServer
+        from minisgl.api.batches.curve import CONNECTIONS, ClientKeys, CurveServer
+        from minisgl.api.batches.socket import BatchServer, local_socket
         from minisgl.api.batches.store import Store
         from minisgl.api.http.acceptor import Acceptor
         from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app, keys_of
@@ -159,7 +168,8 @@ class _Server:
         kept = self.config.server
         store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
         keys = keys_of(self.config, store)
-        loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys)
+        clients = ClientKeys(self.access.batch_clients, keys.name) if self.access.batch_listener else None
+        loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys, clients)
         stored = self.config.model.weight_format
         how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
         if self.config.model.format == "fake":
@@ -169,13 +179,21 @@ class _Server:
         descriptors = raise_descriptors()
         self.access.warn(self.sock.getsockname()[0])
         self.system = System(self.config, self.make_worker)
+        batches: list[BatchServer | CurveServer] = []
         try:
             engine = Metered(self.system.gateway)
             for name in self.system.supervisor.pids:
                 self.system.ctx.peer(name)  # while there are descriptors
             request_log = RequestLog(kept.log_requests)
             load = LoadLines(engine, request_log, loop.call_later)
-            batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
+            batch = BatchServer(local_socket(self.system.ctx, self.system.run_dir), engine, request_log)
+            batches.append(batch)
+            if self.access.batch_listener and clients is not None:
+                away = CurveServer(self.access.batch_listener, self.access.batch_secret, clients, engine, request_log)
+                batches.append(away)
+                descriptors -= CONNECTIONS
+                text = f"batch socket: {away.address}, where {counted(len(clients), 'client key')} in force"
+                logs.say("batch_socket", text, address=away.address, keys=len(clients))
             app = build_app(engine, batch.address, store, request_log, keys)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUN_KWARGS)
             await runner.setup()
@@ -199,13 +217,16 @@ class _Server:
             if BATCHES in app:  # they continue with the next start
                 await app[BATCHES].close()
             await self.drain()
-            batch.close()
+            while batches:
+                batches.pop().close()
             listener.close()
             await runner.cleanup()
             load.close()
         finally:
             for fd in self.watched:
                 loop.remove_reader(fd)
+            while batches:
+                batches.pop().close()
             self.closed = True
             self.system.close()
         return self.exit_code()
@@ -270,12 +291,12 @@ class _Server:
             self.connections.drain()
         self.done.set()
 
-    def hang_up(self, keys: Keys) -> None:
+    def hang_up(self, keys: Keys, clients: ClientKeys | None) -> None:
         """Handle SIGHUP: read keys and certificate again, unless it means that the server's terminal has been closed."""
         if self.access.terminal_closed():
             self.stop()
         else:
-            self.access.reload(keys)
+            self.access.reload(keys, clients)
 
     async def drain(self) -> None:
         gateway = self.system.gateway

@@ -662,6 +662,7 @@ def test_bodies_that_are_not_plain_json_are_refused_by_their_headers(headers: di
     async def scene(engine: ScriptedEngine, http: Server) -> None:
         status, got, raw = await ask(http, CHAT, json.dumps(GOOD).encode(), headers=headers)
         assert (status, check_error(status, got, raw)["param"]) == (400, None)
+        assert ("curl: -H 'Content-Type: application/json'" in raw.decode()) is ("Content-Encoding" not in headers)
 
     assert not play(scene).opened
 

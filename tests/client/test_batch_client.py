@@ -314,6 +314,24 @@ def test_a_file_of_requests_becomes_a_file_of_answers(command: Any, capsys: pyte
     assert "20 of 20 done, 0 failed, 40 tokens" in capsys.readouterr().err
 
 
+def test_the_server_of_a_port_is_on_this_machine(
+    command: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(batch_client, "find_socket", lambda url, key: asked.append(url) or server.address)
+    for number, flags in enumerate(([], ["--port", "8123"], ["--url", "https://a.example"])):
+        Path("in.jsonl").write_text(line(f"a{number}"))
+        assert command(*flags) == 0
+    assert asked == ["http://127.0.0.1:8000", "http://127.0.0.1:8123", "https://a.example"]
+    for wrong, said in (
+        (["--port", "1", "--url", "http://x"], "--port 1: the server is named by --url already"),
+        (["--port", "1", "--socket", "ipc://x"], "--port 1: the server is named by --socket already"),
+        (["--port", "70000"], "--port must be between 1 and 65535, got 70000"),
+    ):
+        assert command(*wrong) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_second_run_does_only_what_is_left(command: Any, server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     Path("in.jsonl").write_text(line("a") + line("b") + line("c"))
     server.reply = lambda body: (400, {"error": {"message": "no"}}) if len(server.seen) == 2 else echo(body)

@@ -21,7 +21,7 @@ from minisgl.actors.runtime import process, supervisor
 from minisgl.actors.runtime.process import ZmqContext, address
 from minisgl.actors.runtime.supervisor import make_run_dir
 from minisgl.actors.wire import decode, encode
-from minisgl.api.batches.socket import BatchServer
+from minisgl.api.batches.socket import BatchServer, local_socket
 from minisgl.client import connection
 from minisgl.client.batch_client import BatchClient, find_socket
 from minisgl.commands import batch
@@ -82,7 +82,7 @@ def test_the_batch_socket_has_the_same_guard(tmp_path: Path, monkeypatch: Any) -
             if not mine:
                 monkeypatch.setattr(process, "peers", lambda: {NOBODY - 1})
             ctx = ZmqContext(str(run_dir), "api")
-            server = BatchServer(ctx, str(run_dir), engine)  # type: ignore[arg-type]
+            server = BatchServer(local_socket(ctx, str(run_dir)), engine)  # type: ignore[arg-type]
             with zmq.Context() as other, other.socket(zmq.DEALER) as sock:
                 sock.linger = 0
                 sock.connect(server.address)
@@ -141,9 +141,15 @@ def test_a_file_system_that_keeps_nothing_private_is_refused_and_left_clean(tmp_
 
 
 # ---------------- the client
-@pytest.mark.parametrize("given", ["tcp://127.0.0.1:5555", "tcp://*:1", "inproc://x", "127.0.0.1:5555", "x" * 300, "IPC:///x"])
+@pytest.mark.parametrize("given", ["tcp:/127.0.0.1:5555", "pgm://x", "inproc://x", "127.0.0.1:5555", "x" * 300, "IPC:///x"])
 def test_a_batch_socket_that_is_no_file_of_this_machine_is_refused(given: str) -> None:
-    with pytest.raises(UserError, match=r"begins with ipc://.* /v1/batches over https"):
+    with pytest.raises(UserError, match=r"begins with ipc://.* with tcp:// elsewhere"):
+        BatchClient(socket=given)
+
+
+@pytest.mark.parametrize("given", ["tcp://127.0.0.1:5555", "tcp://*:1", "tcp://"])
+def test_a_batch_socket_over_tcp_is_refused_without_keys(given: str) -> None:
+    with pytest.raises(UserError, match=r"needs keys.*: --server-key FILE and --client-key FILE"):
         BatchClient(socket=given)
 
 

@@ -56,11 +56,11 @@ class Keys:
 
     def replace(self, users: Iterable[str], admins: Iterable[str] = ()) -> None:
         """Have these keys instead, from the next request on."""
-        known = [(_digest(key), Tenant(self._name(key), admin=True)) for key in admins]
+        known = [(_digest(key), Tenant(self.name(key), admin=True)) for key in admins]
         self.has_admins = bool(known)
         keys = list(users)
         self.required = bool(keys)
-        self._known = known + [(_digest(key), Tenant(self._name(key), heir=len(keys) == 1)) for key in keys]
+        self._known = known + [(_digest(key), Tenant(self.name(key), heir=len(keys) == 1)) for key in keys]
 
     def find(self, request: web.Request) -> Tenant | None:
         """Whose request it is; None if it needs one of the keys, and brings none."""
@@ -85,7 +85,8 @@ class Keys:
         tenant: Tenant = request[TENANT]
         return tenant.admin or (not self.has_admins and not self.required and _local(request))
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
+        """The name of the tenant with a key."""
         return hmac.new(self._salt, b"tenant " + key.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:32]
 
 

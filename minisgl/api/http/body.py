@@ -31,7 +31,8 @@ _SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 async def read_body(request: web.Request, limit: int) -> bytes:
     """The bytes of a JSON body.  Raises RequestError if it is something else, larger than `limit` bytes, or too slow."""
     if request.content_type != "application/json":
-        raise RequestError("The Content-Type header must be application/json.", code="unsupported_content_type")
+        text = "The Content-Type header must be application/json (curl: -H 'Content-Type: application/json')."
+        raise RequestError(text, code="unsupported_content_type")
     check_encoding(request)
     if (request.content_length or 0) > limit:
         raise body_too_large(limit)
