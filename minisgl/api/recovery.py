@@ -95,7 +95,7 @@ class Recovery:
         gateway, memory, takes_over = self._gateway, self._memory, 0
         if "scheduler" in names:
             takes_over = 0 if self._workers[0] in names else gateway.num_pages
-            memory.renew("requests", *(() if takes_over else ("plans", "results")))
+            memory.renew("requests", *(() if takes_over else ("plans", "results", "pages")))
         for name in names:
             self._ctx.forget(name)
             gateway.watchdog.clear(name)
