@@ -55,7 +55,7 @@ class KeptPages:
     def add(self, pages: I32, before: int, salt: str = "") -> None:
         """These pages, in order, have entered the tree behind the page `before`, NONE where a prompt begins."""
         if before == NONE and salt:
-            if len(name := salt.encode("utf-8", "surrogatepass")) > SALT_BYTES:
+            if len(name := salt.encode()) > SALT_BYTES:
                 return
             self.salt[pages[0]] = np.frombuffer(name.ljust(SALT_BYTES, b"\0"), np.uint8)
             before = SALTED

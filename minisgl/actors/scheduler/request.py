@@ -39,7 +39,7 @@ class Request:
     def __post_init__(self) -> None:
         self.n_prompt = self.n_prompt or len(self.ids)
         if given := self.options.cache_salt:  # of any length
-            self.salt = hashlib.blake2b(given.encode("utf-8", "surrogatepass"), digest_size=SALT_BYTES // 2).hexdigest()
+            self.salt = hashlib.blake2b(given.encode(), digest_size=SALT_BYTES // 2).hexdigest()
 
     @property
     def turn(self) -> tuple[int, float, int]:
