@@ -79,20 +79,8 @@ FAULTS: dict[str, tuple[list[Edit], str, str]] = {
         [(Recovery, "_start", 'memory.renew("requests", ', "memory.renew(")],
         *("", "scheduler"),
     ),
-    "pages of plans that were not run are kept": ([(KeptPages, "runs", "& (mark <= self.published[0])", "")], "", "scheduler"),
-    "a page of the future is kept once more plans have run": (
-        [(RadixCache, "restore", "kept.mark[np.setdiff1d(np.flatnonzero(kept.mark), found)] = 0", "pass")],
-        *("", "scheduler"),
-    ),
-    "the plan of a takeover counts as a step": (
-        [(SchedulerActor, "_flush", "if plan.kind == PlanKind.STEP", "if 1")],
-        *("", "scheduler"),
-    ),
+    "pages of plans that were not run are kept": ([(KeptPages, "runs", "& (mark <= self.published[0])", "")], "n", "scheduler"),
     "evicted pages are kept": ([(RadixCache, "evict", "self._kept.drop(found)", "pass")], "", "scheduler"),
-    "pages are kept before their place": (
-        [(KeptPages, "add", "for page in p", "self.mark[pages] = self.planned\n    for page in p")],
-        *("", "scheduler"),
-    ),
     "pages are kept without their salt": ([(KeptPages, "add", "before = SALTED", "pass")], "salted", "scheduler"),
     "pages that are taken over are free, too": (
         [(RunningBatch, "__init__", "self.pool.claim(self.cache.restore(self.kept))", "self.cache.restore(self.kept)")],

@@ -235,6 +235,9 @@ class Served:
             for name in names:
                 self.cluster.kill(name)
 
+    def published(self) -> int:
+        return int(self.cluster.actors["scheduler"].machine.kept.published[0])
+
     def flush(self) -> None:
         with self._watched():
             self.cluster.gateway.flush_cache()
@@ -305,6 +308,16 @@ def test_a_scheduler_that_dies_before_its_first_plan_has_a_successor_with_the_sa
         served.kill("scheduler", later=later)
         assert served.ask(41) == (said, 40), later
         served.close()
+
+
+def test_a_takeover_does_not_count_as_a_plan_that_writes_pages() -> None:
+    served = Served()
+    served.ask(41)
+    before = served.published()
+    served.kill("scheduler")
+    served.flush()
+    assert served.published() == before > 0
+    served.close()
 
 
 def test_a_scheduler_may_die_before_anything_was_asked() -> None:
