@@ -116,6 +116,7 @@ def test_what_was_cached_outlives_a_scheduler_that_is_killed_under_load() -> Non
     answers.close()
 
 
+@pytest.mark.timeout(400)
 def test_a_conversation_with_a_model_goes_on_with_its_prefix_after_the_scheduler_was_killed() -> None:
     engine = EngineConfig(kv_tokens=4096, max_context=2048, device="cpu")
     answers = Answers(config=Config(resolve(None), engine, ServerConfig(max_restarts=5)))

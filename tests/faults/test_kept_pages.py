@@ -10,7 +10,7 @@ import crash_scenario
 import numpy as np
 import pytest
 from conftest import Loop, cases
-from crash_cluster import Cluster, prefix, torn
+from crash_cluster import Cluster, Torn, prefix, torn
 from crash_faults import Edit, edited
 
 from minisgl.api.engine import Chunk, TokenPrompt
@@ -343,3 +343,17 @@ def test_pages_without_numbers_are_found_no_more_by_the_next_machine() -> None:
     kept.published[0] = kept.planned
     assert loop.machine.cache.num_pages > 0
     assert not len(RadixCache(4).restore(kept))
+
+
+def test_a_decode_step_within_a_page_writes_nothing_but_its_tokens() -> None:
+    loop, written = Loop(page_size=16), list[str]()
+    loop.add(list(range(3, 8)), 10, ignore_eos=True)
+    loop.step()
+    kept = loop.machine.kept
+    for name in ("mark", "before", "salt"):
+        setattr(kept, name, getattr(kept, name).view(Torn))
+        getattr(kept, name).write = lambda store, n, name=name: written.append(name)
+    for _ in range(8):
+        loop.step()
+    assert loop.said[1]
+    assert not written
