@@ -9,6 +9,7 @@ its mail    of what it has sent, the end may be lost; what others sent to it is 
 late mail   what a dead process has sent arrives at any time, beside the messages of the next one
 notice      Recovery learns of a death some events later, perhaps of several at once
 birth       another process comes up some events later, with the shared memory that was current when it was started
+torn words  a scheduler may be killed in each write of the memory that keeps its cache, with any part of it done
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from minisgl import logs
 from minisgl.actors import worker
@@ -33,6 +36,8 @@ from minisgl.actors.runtime.shared_memory import Arenas, Memory, actor_names
 from minisgl.actors.wire import decode, encode
 from minisgl.api.gateway import Gateway
 from minisgl.api.recovery import Recovery
+from minisgl.cache.kept import KeptPages
+from minisgl.cache.radix import Node, RadixCache
 from minisgl.config import Config
 
 KILLED, CRASHED = -9, -11
@@ -50,6 +55,35 @@ class Killed(BaseException):
 
 class Crashed(Killed):
     """It has ended itself."""
+
+
+class Torn(np.ndarray):
+    """A column of KeptPages.  `write(store, n)`: store the n parts of one assignment: words of 8 bytes, or else bytes."""
+
+    write: Callable[[Callable[[int], None], int], None] | None = None
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self.write is None:
+            return super().__setitem__(index, value)
+        places = np.arange(self.size).reshape(self.shape)[index].reshape(-1)
+        values = np.broadcast_to(value, np.asarray(self)[index].shape).reshape(-1).astype(self.dtype)
+        flat, width = np.asarray(self).reshape(-1), self.itemsize
+        if width < 8:
+            flat, values = flat.view(np.uint8), values.view(np.uint8)
+            places = (places[:, None] * width + np.arange(width)).reshape(-1)
+        self.write(lambda i: flat.__setitem__(places[i], values[i]), len(places))
+
+
+def torn(kept: KeptPages, write: Callable[[Callable[[int], None], int], None]) -> None:
+    """Have `write` do what is assigned to the columns."""
+    for name in ("published", "mark", "before", "salt", "ids"):
+        setattr(kept, name, getattr(kept, name).view(Torn))
+        getattr(kept, name).write = write
+
+
+def prefix(node: Node) -> bytes:
+    """The tokens of all pages from the root to the end of a node."""
+    return b"" if node.parent is None else prefix(node.parent) + node.key
 
 
 @dataclass(eq=False)
@@ -107,6 +141,8 @@ class Cluster:
         self.lives: Counter[str] = Counter()
         self.deaths: Counter[str] = Counter()
         self.clock, self.events = 0.0, 0
+        self.held: dict[int, tuple[str, bytes]] = {}  # of each page: the salt and the prefix under which it was last cached
+        self.kept = 0  # pages that schedulers have taken over
         self.actors: dict[str, Actor] = {}
         self._alive: dict[str, Process] = {}
         self._awake: set[str] = set()
@@ -299,12 +335,43 @@ class Cluster:
             self.point(self._current)
             return at
 
+        make, add = KeptPages.__init__, RadixCache._add
+
+        def write(store: Callable[[int], None], n: int) -> None:
+            order = random.Random(self.events).sample(range(n), n)
+            try:
+                self.point(self._current)
+            except Killed:
+                order = order[: self.events % (n + 1)]
+                raise
+            finally:
+                for i in order:
+                    store(i)
+
+        def make_torn(kept: KeptPages, *args: Any) -> None:
+            make(kept, *args)
+            torn(kept, write)
+
+        def added(cache: RadixCache, parent: Node, key: bytes, pages: Any) -> Node:
+            size = len(key) // len(pages)
+            for i, page in enumerate(pages.tolist(), 1):
+                here = parent.salt, prefix(parent) + key[: i * size]
+                if cache._kept is None:
+                    assert self.held.get(page) == here, "a scheduler has taken over what no page holds"
+                    self.kept += 1
+                self.held[page] = here
+            return add(cache, parent, key, pages)
+
         patches = (
+            mock.patch.object(KeptPages, "__init__", make_torn),
+            mock.patch.object(RadixCache, "_add", added),
             mock.patch.object(RingWriter, "publish", reported),
             mock.patch.object(logs, "say", mock.Mock()),
             mock.patch.object(worker, "time", SimpleNamespace(sleep=lambda seconds: None)),
         )
-        with self._rings, patches[0], patches[1], patches[2]:
+        with self._rings, ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
             yield
 
     def close(self) -> None:

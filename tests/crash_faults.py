@@ -6,21 +6,24 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from minisgl.actors.detokenizer import DetokenizerActor
 from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.actors.scheduler.running_batch import RunningBatch
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.worker import WorkerActor
 from minisgl.api.dispatcher import Dispatcher
 from minisgl.api.grammar_checks import GrammarChecks
 from minisgl.api.recovery import Recovery
 from minisgl.api.tokenizer_pool import Tokenizers
+from minisgl.cache.kept import KeptPages
+from minisgl.cache.radix import RadixCache
 
-_Edit = tuple[type, str, str, str]  # class, method, what its source says, what it says instead
+Edit = tuple[type, str, str, str]  # class, method, what its source says, what it says instead
 _ENGINE = "scheduler worker detokenizer"
 # name -> (edits, how the names of the requests and of the victims begin that show it, "" for any)
-FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
+FAULTS: dict[str, tuple[list[Edit], str, str]] = {
     "a replay has the name of the first try": ([(Dispatcher, "_send", "else self._new_name()", "else entry.uid")], "", ""),
     "a new detokenizer is told the old names": ([(Dispatcher, "_send", "entry.fresh and", "entry.fresh or")], "", ""),
     "log probabilities of lost tokens stay": ([(Dispatcher, "recall", "entry.logprobs.clear()", "pass")], "echo", _ENGINE),
@@ -81,17 +84,29 @@ FAULTS: dict[str, tuple[list[_Edit], str, str]] = {
         [(Recovery, "_start", 'memory.renew("requests", ', "memory.renew(")],
         *("", "scheduler"),
     ),
+    "pages of plans that were not run are kept": ([(KeptPages, "runs", "& (mark <= self.published[0])", "")], "n", "scheduler"),
+    "evicted pages are kept": ([(RadixCache, "evict", "self._kept.drop(found)", "pass")], "", "scheduler"),
+    "pages are kept without their salt": ([(KeptPages, "add", "before = SALTED", "pass")], "salted", "scheduler"),
+    "pages that are taken over are free, too": (
+        [(RunningBatch, "__init__", "self.pool.claim(self.cache.restore(self.kept))", "self.cache.restore(self.kept)")],
+        *("", "scheduler"),
+    ),
     "a scheduler takes over from dead workers": ([(Recovery, "_start", "0 if self._workers[0] in names else ", "")], "", ""),
-    "a scheduler dies alone while workers load": ([(Recovery, "_group", "not self._gateway.engine_up", "0")], "", "s worker"),
+    "a scheduler dies alone while workers load": ([(Recovery, "_group", "not self._loaded", "0")], "", "s worker"),
     "who is acquitted does not go on": ([(Dispatcher, "go_on", "self._backlog.append(entry)", "pass")], "n", _ENGINE),
 }
 
 
-@contextmanager
-def planted(name: str) -> Iterator[None]:
+def planted(name: str) -> AbstractContextManager[None]:
     """Have methods with the fault in them."""
+    return edited(FAULTS[name][0])
+
+
+@contextmanager
+def edited(edits: list[Edit]) -> Iterator[None]:
+    """Have methods that say something else."""
     sound = []
-    for owner, method, right, wrong in FAULTS[name][0]:
+    for owner, method, right, wrong in edits:
         sound.append((owner, method, vars(owner)[method]))
         source = textwrap.dedent(inspect.getsource(vars(owner)[method]))
         assert source.count(right) == 1, f"{owner.__name__}.{method} does not say {right!r} once"

@@ -91,6 +91,7 @@ class Runner(FakeRunner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, PromptGrammars())
+        self._under: dict[int, int] = {}  # page -> of which prefix it was written full
         self._own: dict[int, list[int]] = {}  # slot -> what its request brings
         self._extra: dict[int, tuple[list[int], list[tuple[int, int, int]], list[int], bool]] = {}
 
@@ -106,7 +107,18 @@ class Runner(FakeRunner):
             counted = plan.history[said : said + n_prompt + n_output].tolist()
             self._extra[slot] = [*numbers, *sorted(counted[:n_prompt])], bias, counted[n_prompt:], numbers != [0, 0, 64]
             at, said = at + n_bias, said + n_prompt + n_output
-        return Later(super().launch(plan), plan.step % 3)
+        launched = super().launch(plan)
+        for slot, cached in plan.new_slots[["slot", "kv_len"]].tolist():
+            tokens = self._context(slot).tolist()
+            for i, page in enumerate(self.table[slot, : cached // self._size].tolist(), 1):
+                assert self._under.get(page) == hash(tuple(tokens[: i * self._size])), "a page has another prefix"
+        return Later(launched, plan.step % 3)
+
+    def _append(self, slot: int, token: int) -> None:
+        super()._append(slot, token)
+        if not self.kv_len[slot] % self._size:
+            context = self._context(slot)
+            self._under[int(self.table[slot, len(context) // self._size - 1])] = hash(tuple(context.tolist()))
 
     def _sample(self, slot: int, step: Any) -> None:
         context, here = self._context(slot), np.array([slot])

@@ -77,6 +77,8 @@ REQUESTS: dict[str, Open] = {
     "mean": _request(TokenPrompt(_TRUNK * 2), P(max_tokens=1), RequestOptions(pooling="mean")),
     "last": _request(TextPrompt("embed me"), P(max_tokens=1), RequestOptions(pooling="last")),
     "first": _request(TextPrompt("first of all"), P(max_tokens=8), RequestOptions(priority=5, cache_salt="a", client=3)),
+    "salted, a": _request(TokenPrompt(_TRUNK), P(max_tokens=9), RequestOptions(cache_salt="a")),
+    "salted, b": _request(TokenPrompt(_TRUNK), P(max_tokens=9), RequestOptions(cache_salt="b" * 99)),
     "tokenize": lambda gateway, took: gateway.tokenize(TextPrompt("tokenize <think> me"), took),
     "tokenize, chat": lambda gateway, took: gateway.tokenize(_chat(True), took),
     "tokenize, not": lambda gateway, took: gateway.tokenize(ChatPrompt(b"5"), took),

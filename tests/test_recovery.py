@@ -46,6 +46,7 @@ class Answers:
         self.said: dict[int, list[int]] = {}
         self.text: dict[int, str] = {}
         self.ends: dict[int, Any] = {}
+        self.cached: dict[int, int] = {}
 
     def ask(self, key: int, prompt: Any, **params: Any) -> None:
         def take(item: Chunk | RequestError) -> None:
@@ -54,6 +55,7 @@ class Answers:
                 self.ends[key] = item
                 return
             self.said.setdefault(key, []).extend(item.token_ids)
+            self.cached[key] = item.cached_tokens
             self.text[key] = self.text.get(key, "") + item.text
             if item.finish:
                 self.ends[key] = item.finish
@@ -93,6 +95,41 @@ def test_after_the_death_of_any_process_every_answer_goes_on_where_it_was(victim
         answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
     answers.until(lambda: len(answers.ends) == 14)
     assert answers.said == {i: expected(i) for i in range(14)}
+    answers.close()
+
+
+def test_what_was_cached_outlives_a_scheduler_that_is_killed_under_load() -> None:
+    answers, page = Answers(), EngineConfig(**ENGINE).page_size
+    long = TokenPrompt(tuple(i % 50 for i in range(20 * page + 1)))
+    right = expected_tokens(list(long.ids), 9, resolve("fake").vocab_size, ())
+    answers.ask(100, long, max_tokens=9)
+    answers.until(lambda: answers.ends)
+    for i in range(10):
+        answers.ask(i, TokenPrompt((i + 1, 2, 3)), max_tokens=LONG)
+    for n in range(1, 4):
+        answers.until(lambda n=n: min((len(answers.said.get(i, ())) for i in range(10)), default=0) > 20 * n)
+        answers.kill("scheduler")
+        answers.ask(100 + n, long, max_tokens=9)
+    answers.until(lambda: len(answers.ends) == 14)
+    assert [answers.cached[100 + n] for n in range(4)] == [0, *[20 * page] * 3]
+    assert [answers.said[100 + n] for n in range(4)] == [right] * 4
+    assert answers.said.items() >= {i: expected(i) for i in range(10)}.items()
+    answers.close()
+
+
+@pytest.mark.timeout(400)
+def test_a_conversation_with_a_model_goes_on_with_its_prefix_after_the_scheduler_was_killed() -> None:
+    engine = EngineConfig(kv_tokens=4096, max_context=2048, device="cpu")
+    answers = Answers(config=Config(resolve(None), engine, ServerConfig(max_restarts=5)))
+    conversation = TextPrompt("".join(f"{i}: the river is {i * i % 17} metres deep.\n" for i in range(125)))
+    for key in range(2):
+        answers.ask(key, conversation, temperature=0.0, max_tokens=8)
+        answers.until(lambda key=key: key in answers.ends)
+        if not key:
+            answers.kill("scheduler")
+    assert answers.said[0] == answers.said[1]
+    assert answers.cached[0] == 0
+    assert answers.cached[1] > 1400
     answers.close()
 
 

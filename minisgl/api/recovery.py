@@ -3,7 +3,7 @@
 Every other process is disposable, because the gateway's ledger has all that is needed to run an open request again.
 
 tokenizer, checker, detokenizer   one of them is started again alone (OTP's one_for_one);
-scheduler                         is started again alone, and takes the workers over with their weights;
+scheduler                         is started again alone, and takes the workers over with their weights and cached pages;
 worker                            all workers and the scheduler, because ranks wait for each other in collectives (one_for_all).
 
 More than --max-restarts within --restart-window end the server: then something is wrong that a restart does not mend.  What a
@@ -54,6 +54,7 @@ class Recovery:
         self._processes = processes
         self._workers = tuple(n for n in actor_names(config.engine.tp) if n.startswith("worker"))
         self._restarts: deque[float] = deque()  # when
+        self._loaded = False  # a scheduler can take the workers over, also if the last one has not come to that
         self._report = _Report(gateway)
         self._oom = _oom_kills()
         self._doomed: dict[str, float] = {}  # stands still -> when it is killed
@@ -86,7 +87,9 @@ class Recovery:
 
     def _group(self, dead: set[str]) -> list[str]:
         """The processes to start again, in order: what takes longest first."""
-        if not dead.isdisjoint(self._workers) or ("scheduler" in dead and not self._gateway.engine_up):
+        self._loaded |= self._gateway.engine_up
+        if not dead.isdisjoint(self._workers) or ("scheduler" in dead and not self._loaded):
+            self._loaded = False
             dead |= {*self._workers, "scheduler"}
         first = [n for n in (*self._workers, "scheduler") if n in dead]
         return [*first, *sorted(dead.difference(first))]
@@ -95,7 +98,7 @@ class Recovery:
         gateway, memory, takes_over = self._gateway, self._memory, 0
         if "scheduler" in names:
             takes_over = 0 if self._workers[0] in names else gateway.num_pages
-            memory.renew("requests", *(() if takes_over else ("plans", "results")))
+            memory.renew("requests", *(() if takes_over else ("plans", "results", "pages")))
         for name in names:
             self._ctx.forget(name)
             gateway.watchdog.clear(name)

@@ -31,6 +31,12 @@ class PagePool:
         self._n -= n
         return np.copy(self._stack[self._n : self._n + n])
 
+    def claim(self, pages: I32) -> None:
+        """Take these, which are free, while no others are taken."""
+        rest = np.setdiff1d(self._stack, pages)[::-1]
+        self._n = len(rest)
+        self._stack[: self._n] = rest
+
     def release(self, pages: I32) -> None:
         """Give pages back.  Raises ValueError if that makes more free pages than exist: a page came back twice."""
         n = len(pages)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minisgl.arrays import I32
+from minisgl.cache.kept import NONE, KeptPages
 
 MAX_GHOSTS = 1 << 15  # evicted runs that are remembered, for statistics
 NO_PAGES = np.zeros(0, np.int32)
@@ -83,6 +84,7 @@ class RadixCache:
         self.num_pages = 0
         self.num_nodes = 0
         self.evicted_pages = 0
+        self._kept: KeptPages | None = None
         self._salted: dict[str, Node] = {}  # cache_salt -> root, for salts that have pages or users
         self._page_bytes = 4 * page_size
         self._forgotten = 0  # nodes that no match finds any more
@@ -172,6 +174,8 @@ class RadixCache:
             assert node.parent.children is not None
             self._forgotten += 1
             del node.parent.children[node.key[: self._page_bytes]]
+            if self._kept is not None:
+                self._kept.drop(node.pages)
             node.key = (-self._forgotten).to_bytes(4, "little", signed=True) * (len(node.key) // 4)
             node.parent.children[node.key[: self._page_bytes]] = node
             node = node.parent
@@ -219,6 +223,8 @@ class RadixCache:
         parent.children[key[: self._page_bytes]] = node
         self.num_pages += len(pages)
         self.num_nodes += 1
+        if self._kept is not None:
+            self._kept.add(pages, int(parent.pages[-1]) if len(parent.pages) else NONE, node.salt)
         return node
 
     def _split(self, node: Node, k: int) -> Node:
@@ -237,6 +243,31 @@ class RadixCache:
         node.key, node.pages, node.parent = node.key[cut:], node.pages[k:].copy(), front
         self.num_nodes += 1
         return front
+
+    def restore(self, kept: KeptPages) -> I32:
+        """Enter what the scheduler before this one has kept into the tree, which is empty; returns its pages.
+
+        From now on the tree is kept there.  Eviction begins with what is oldest, as there is no record of its last use.
+        """
+        ends: dict[int, Node] = {}  # by last page
+        newest: dict[Node, int] = {}
+        for before, salt, pages in kept.runs():
+            parent, key = self._root(salt) if before == NONE else ends.get(before), kept.ids[pages].tobytes()
+            if parent is None or key[: self._page_bytes] in (parent.children or ()):
+                continue  # damaged: no tree writes one prefix twice
+            if parent.salt and parent.parent is None:
+                self._salted[salt] = parent
+            node = ends[int(pages[-1])] = self._add(parent, key, pages)
+            node.refs, newest[node] = 0, int(kept.mark[pages].max())
+        order = list(newest)[::-1]  # from the leaves up
+        for node in order:  # each is as new as what is below it
+            if node.parent in newest:
+                newest[node.parent] = max(newest[node.parent], newest[node])
+        self._unused.update(dict.fromkeys(sorted(order, key=newest.__getitem__)))
+        self.evictable, self._kept = self.num_pages, kept
+        found = np.concatenate([NO_PAGES, *(node.pages for node in newest)])
+        kept.mark[np.setdiff1d(np.flatnonzero(kept.mark), found)] = 0  # before a plan makes them look written
+        return found
 
     # ---------------- eviction
     def next_victim(self) -> Node:
@@ -271,7 +302,10 @@ class RadixCache:
         self.num_pages -= done
         self.evictable -= done
         self.evicted_pages += done
-        return np.concatenate(freed) if freed else NO_PAGES
+        found = np.concatenate(freed) if freed else NO_PAGES
+        if self._kept is not None:
+            self._kept.drop(found)
+        return found
 
     def flush(self) -> I32:
         """Free every page that no request is using."""

@@ -7,6 +7,7 @@ from conftest import World, fake_config
 
 from minisgl.actors.messages import Capacity
 from minisgl.actors.scheduler.slot_table import SlotTable
+from minisgl.cache.kept import KeptPages
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import RadixCache
 from minisgl.model.fake_runner import FakeRunner
@@ -43,7 +44,7 @@ def test_capacity_is_told_once_every_rank_has_reported() -> None:
 
 def test_no_table_grows_with_slots_times_context() -> None:
     slots, context, page, pool_tokens = 256, 131_072, 16, 300_000
-    table = SlotTable(slots, context // page, pool_tokens // page, page, RadixCache(page).root)
+    table = SlotTable(slots, context // page, KeptPages(pool_tokens // page, page).ids, RadixCache(page).root)
     arrays = [v for v in vars(table).values() if isinstance(v, np.ndarray)]
     dense = 4 * slots * context  # one int32 per slot and position: what such tables cost elsewhere, three times over
     assert sum(a.nbytes for a in arrays) < dense / 12

@@ -8,6 +8,7 @@ import pytest
 from minisgl.actors.scheduler.plan_builder import InFlight, PlanBuilder
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
+from minisgl.cache.kept import KeptPages
 from minisgl.cache.radix import RadixCache
 from minisgl.plan import DRAW, POOL, StepResult
 from minisgl.sampling_params import RequestOptions, SamplingParams
@@ -23,7 +24,7 @@ def request(uid: int, pooling: str = "", **params: object) -> Request:
 def one_step(*requests: Request) -> tuple[SlotTable, dict[int, tuple[int, Request]], InFlight]:
     """A step in which every request joins, is prefilled and draws."""
     cache = RadixCache(4)
-    table = SlotTable(4, 4, 16, 4, cache.root)
+    table = SlotTable(4, 4, KeptPages(16, 4).ids, cache.root)
     builder, running = PlanBuilder(table, ()), {}
     for r in requests:
         slot = table.take(r, cache.root, NO_PAGES)

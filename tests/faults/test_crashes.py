@@ -26,11 +26,13 @@ def test_an_actor_may_die_at_each_point_of_a_scenario(name: str) -> None:
 
 @pytest.mark.parametrize("block", range(5))
 def test_actors_may_die_at_any_time_also_several_and_during_recovery(block: int) -> None:
-    died = 0
+    died = kept = 0
     for i in range(cases(30)):
         run = crash_scenario.finish(crash_scenario.disturbed(block + 5 * i))
         died += sum(run.cluster.deaths.values())
+        kept += run.cluster.kept
     assert died > 30
+    assert kept > 30, "no scheduler has begun with the pages of the one before"
 
 
 def test_what_a_process_said_before_it_died_says_nothing_of_the_next() -> None:

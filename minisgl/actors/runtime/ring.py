@@ -47,11 +47,13 @@ def create_arena(name: str, size: int) -> tuple[Arena, int]:
     return Arena(f"/proc/{os.getpid()}/fd/{fd}", size), fd
 
 
-def attach(arena: Arena) -> mmap.mmap:
-    """Map an arena into this process.  Raises OSError if its owner is gone."""
+def attach(arena: Arena, size: int = 0) -> mmap.mmap:
+    """Map an arena into this process.  Raises OSError if its owner is gone.  `size`: of one that was made without a size."""
     fd = os.open(arena.path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return mmap.mmap(fd, arena.size)
+        if size:
+            os.ftruncate(fd, size)
+        return mmap.mmap(fd, size or arena.size)
     finally:
         os.close(fd)
 

@@ -5,6 +5,7 @@ plans     scheduler   worker 0..N-1 StepPlan records
 results   worker 0    scheduler     StepResult records
 prompts   tokenizer   api           token ids of prompts, i32, announced by Tokenized; one ring for each tokenizer
 requests  api         scheduler     token ids to continue, i32, announced by Generate
+pages     scheduler   the next    what each cached KV page holds (cache/kept.py)
 board     every one   api         one line per process: its heartbeat and state
 """
 
@@ -14,7 +15,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisgl.actors.runtime.ring import RingSpec, create_ring
+from minisgl.actors.runtime.ring import Arena, RingSpec, create_arena, create_ring
 from minisgl.actors.runtime.status import BoardSpec, create_board
 from minisgl.config import Config
 from minisgl.plan import POOLED_ROWS, SCORED_TOKENS
@@ -31,6 +32,7 @@ class Arenas:
     results: RingSpec
     prompts: tuple[RingSpec, ...]  # of each tokenizer
     requests: RingSpec
+    pages: Arena  # as large as its users find right
     board: BoardSpec
 
 
@@ -58,23 +60,28 @@ class Memory:
         result = 8 * (1 + MAX_LOGPROBS) * (engine.max_running + SCORED_TOKENS)  # with every log probability
         result += 4 * config.model.hidden_size * POOLED_ROWS
         prompts = max(16 * _MIB, 3 * longest)
-        # name -> (readers, bytes)
-        self._rings = {"plans": (engine.tp, 4 * plan), "results": (1, _MIB + 2 * engine.lag * result), "requests": (1, prompts)}
+        # name -> (readers, or 0 where there is no ring; bytes)
+        self._shapes = {
+            "plans": (engine.tp, 4 * plan),
+            "results": (1, _MIB + 2 * engine.lag * result),
+            "requests": (1, prompts),
+            "pages": (0, 0),
+        }
         self._fds: dict[str, int] = {}
         made = {name: self._make(name, 1, prompts) for name in tokenizers}
-        rings = {name: self._make(name, *shape) for name, shape in self._rings.items()}
+        shared = {name: self._make(name, *shape) for name, shape in self._shapes.items()}
         board, self._fds["board"] = create_board(("api", *actor_names(engine.tp, config.server.num_tokenizers)))
-        self.arenas = Arenas(**rings, prompts=tuple(made.values()), board=board)
+        self.arenas = Arenas(**shared, prompts=tuple(made.values()), board=board)
 
-    def _make(self, name: str, readers: int, size: int) -> RingSpec:
-        spec, self._fds[name] = create_ring(name, readers, size)
-        return spec
+    def _make(self, name: str, readers: int, size: int) -> Any:
+        made, self._fds[name] = create_ring(name, readers, size) if readers else create_arena(name, size)
+        return made
 
     def renew(self, *names: str) -> None:
-        """Replace rings by empty ones.  Raises OSError.  Processes that have mapped the old ones keep those."""
+        """Replace arenas by empty ones.  Raises OSError.  Processes that have mapped the old ones keep those."""
         for name in names:
             old = self._fds[name]
-            made: dict[str, Any] = {name: self._make(name, *self._rings[name])}
+            made: dict[str, Any] = {name: self._make(name, *self._shapes[name])}
             os.close(old)
             self.arenas = replace(self.arenas, **made)
 

@@ -16,13 +16,14 @@ import numpy as np
 
 import minisgl.actors.messages as msg
 from minisgl.actors.runtime.actor import Actor, Context, on
-from minisgl.actors.runtime.ring import RingReader, RingWriter
+from minisgl.actors.runtime.ring import RingReader, RingWriter, attach
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
 from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.wire import BadMessage
+from minisgl.cache.kept import KeptPages
 from minisgl.cache.no_cache import CACHES
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
@@ -34,12 +35,13 @@ class SchedulerActor(Actor):
     """Connects the machine to the messages and rings of the other processes."""
 
     def __init__(self, ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> None:
-        """`takes_over`: this many KV pages, from a scheduler that has died, with the workers that have them; 0: none."""
+        """`takes_over`: this many KV pages, and the cache, from a scheduler that has died, with the workers; 0: none."""
         super().__init__(ctx)
         self.config = config
         self.plans = RingWriter(arenas.plans)
         self.results = RingReader(arenas.results)
         self.requests = RingReader(arenas.requests)
+        self._pages = arenas.pages
         self.board = Board(arenas.board, ctx.name)
         self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
@@ -89,7 +91,8 @@ class SchedulerActor(Actor):
             order=engine.order,
             grammar_waits_for_token=engine.device == "cuda",
         )
-        self.machine = StepMachine(limits)
+        size = KeptPages.size(num_pages, engine.page_size)
+        self.machine = StepMachine(limits, KeptPages(num_pages, engine.page_size, memoryview(attach(self._pages, size))))
         self.machine.counters.steps = self._first_step
 
     @on(msg.WorkerArmed)
@@ -257,6 +260,8 @@ class SchedulerActor(Actor):
         if not self.plans.has_room(len(raw)):
             return False
         self.plans.publish(raw)
+        if plan.kind == PlanKind.STEP:
+            self._machine().kept.published[0] = plan.step + 1
         self._unsent = None
         for rank in self.plans.parked():
             self.ctx.send(f"worker{rank}", msg.Wake())

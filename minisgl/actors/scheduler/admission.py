@@ -14,6 +14,7 @@ from minisgl.actors.scheduler.plan_builder import PlanBuilder
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.running_batch import RunningBatch
 from minisgl.actors.scheduler.waiting_queue import WaitQueue
+from minisgl.cache.kept import KeptPages
 from minisgl.cache.radix import Match
 
 WINDOW = 16  # waiting requests that one step may try in vain
@@ -25,8 +26,8 @@ MAX_FIRST = 16  # waiting requests for which one step makes way
 class Admission(RunningBatch):
     """The waiting requests, and their way into the running batch and, retracted, back."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
-        super().__init__(limits)
+    def __init__(self, limits: SchedulerLimits, kept: KeptPages | None = None) -> None:
+        super().__init__(limits, kept)
         self.waiting = WaitQueue()
         self._arrivals = self._seen = 0  # requests that have come, and those of them that had a chance to start
         self._newcomers: list[Request] = []  # those whose claim to be started first has not been judged

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from minisgl.arrays import I32
+from minisgl.cache.kept import SALT_BYTES
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
 
@@ -31,10 +33,13 @@ class Request:
     borrows: bool = False  # reads pages that another request has computed
     retried: bool = False  # had no finite logits while it did
     n_prompt: int = 0
+    salt: str = ""  # of the cache: a digest of that of the options
     scored: int = 1  # prompt tokens whose log probabilities are sent already; the first token has none
 
     def __post_init__(self) -> None:
         self.n_prompt = self.n_prompt or len(self.ids)
+        if given := self.options.cache_salt:  # of any length
+            self.salt = hashlib.blake2b(given.encode(), digest_size=SALT_BYTES // 2).hexdigest()
 
     @property
     def turn(self) -> tuple[int, float, int]:

@@ -14,6 +14,7 @@ from minisgl.actors.scheduler.plan_builder import NO_SLOTS
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.arrays import I32
+from minisgl.cache.kept import KeptPages
 from minisgl.cache.pages import PagePool
 from minisgl.cache.radix import Match
 
@@ -21,12 +22,15 @@ from minisgl.cache.radix import Match
 class RunningBatch:
     """Slots and pages of the running requests.  A page is free, cached, or owned by one request (`check`)."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, kept: KeptPages | None = None) -> None:
+        """`kept`: what the cache of another scheduler has left, with the same workers, to begin with; None: nothing."""
         self.limits = limits
+        self.kept = kept or KeptPages(limits.num_pages, limits.page_size)
         self.cache = limits.cache(limits.page_size)
         self.pool = PagePool(limits.num_pages)
         max_pages = -(-limits.max_context // limits.page_size)
-        self.table = SlotTable(limits.slots, max_pages, limits.num_pages, limits.page_size, self.cache.root)
+        self.table = SlotTable(limits.slots, max_pages, self.kept.ids, self.cache.root)
+        self.pool.claim(self.cache.restore(self.kept))
         self.running: dict[int, tuple[int, Request]] = {}  # uid -> (slot, request)
         self.fair = FairQueue()  # knows how many rows each client has
         self.counters = Counters()
@@ -39,7 +43,7 @@ class RunningBatch:
     def _match(self, request: Request) -> Match:
         """The cached prefix of a request; empty if it must compute its whole prompt."""
         ids = request.ids[:1] if request.computes_all else request.ids
-        return self.cache.match(ids, request.options.cache_salt)
+        return self.cache.match(ids, request.salt)
 
     def _make_room(self, n: int) -> bool:
         """Have `n` free pages, evicting from the cache if needed.  False if that is not enough."""

@@ -23,10 +23,10 @@ from minisgl.plan import GRANT
 
 
 class SlotTable:
-    """All columns; see the picture above.  `max_pages` is the length of a page table row."""
+    """All columns; see the picture above.  `max_pages` is the length of a page table row, `page_ids` i32[pages, page_size]."""
 
-    def __init__(self, slots: int, max_pages: int, num_pages: int, page_size: int, root: Node) -> None:
-        self.page_size = page_size
+    def __init__(self, slots: int, max_pages: int, page_ids: I32, root: Node) -> None:
+        self.page_size = page_ids.shape[1]
         self.uid = np.full(slots, -1, np.int64)
         self.epoch = np.zeros(slots, np.int64)  # counts the owners of a slot, so that results for a former owner are recognised
         self.length = np.zeros(slots, np.int32)  # tokens known: prompt and received
@@ -41,7 +41,7 @@ class SlotTable:
         self.has_grammar = np.zeros(slots, np.bool_)  # the workers hold a grammar of this slot, perhaps a former owner's
         self.pages = np.zeros((slots, max_pages), np.int32)
         self.handle: list[Node] = [root] * slots
-        self.page_ids = np.zeros((num_pages, page_size), np.int32)
+        self.page_ids = page_ids
         self.stop_ids: dict[int, frozenset[int]] = {}  # slot -> stop_token_ids, for the few requests that have any
         self.with_logprobs: set[int] = set()  # slots whose owners report log probabilities
         self.with_grammar: set[int] = set()  # slots whose owners have a grammar

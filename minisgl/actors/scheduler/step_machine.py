@@ -33,6 +33,7 @@ from minisgl.actors.scheduler.plan_builder import NO_SLOTS, InFlight, PlanBuilde
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_cost import PrefillRate, StepCosts
 from minisgl.arrays import I32, U8
+from minisgl.cache.kept import KeptPages
 from minisgl.plan import DRAW, NOT_A_NUMBER, StepResult
 from minisgl.sampling_params import MAX_EOS_IDS, Finish
 
@@ -40,8 +41,8 @@ from minisgl.sampling_params import MAX_EOS_IDS, Finish
 class StepMachine(Admission):
     """All decisions of the scheduler.  Deterministic: the same inboxes give the same outputs."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
-        super().__init__(limits)
+    def __init__(self, limits: SchedulerLimits, kept: KeptPages | None = None) -> None:
+        super().__init__(limits, kept)
         self.inflight: deque[InFlight] = deque()
         self.costs = StepCosts()
         self._since = 0.0  # when the first step in flight began
@@ -284,6 +285,7 @@ class StepMachine(Admission):
         out.plan, inflight = builder.build(self.counters.steps, decode, repeats, context)
         self.inflight.append(inflight)
         self.counters.steps += 1
+        self.kept.planned = self.counters.steps
         self.counters.prefill_tokens += len(out.plan.ids)
         if len(decode):
             self.costs.spend(len(out.plan.ids))
