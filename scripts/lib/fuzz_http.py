@@ -101,6 +101,8 @@ class House:
 
         async def start() -> None:
             await runner.setup()
+            if runner.server is None:
+                raise RuntimeError("the runner has been set up")
             make = functools.partial(Connection, runner.server, 30.0, None, self.all)
             sock = socket.create_server(("127.0.0.1", 0))
             self.acceptor = Acceptor(sock, lambda: make(self.door if self.by_door else None), self.door, self.all)
