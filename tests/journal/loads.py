@@ -1,0 +1,110 @@
+"""Random loads for the step machine, recorded as they run."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from conftest import Loop, prompt
+
+from minisgl.actors.scheduler.interface import Event, Output
+from minisgl.journal.recorder import Recorder, Writer
+from minisgl.journal.replay import Replay
+from minisgl.sampling_params import RequestOptions
+
+
+class Recorded(Loop):
+    """A Loop whose machine is watched by writers with and without token ids; `parts` has the bytes of their parts."""
+
+    def __init__(self, tokens: tuple[bool, ...] = (True, False), **limits: Any) -> None:
+        super().__init__(**limits)
+        self.parts: dict[bool, list[bytearray]] = {kind: [] for kind in tokens}
+        self.writers = {kind: Writer(self._sink(kind), {"run": "test"}, kind) for kind in tokens}
+        self.recorder = Recorder(self.machine)
+        self.plain_step = self.machine.step
+        self.machine.step = self._watched  # type: ignore[method-assign]
+        self.outputs: list[Output] = []
+        for kind, writer in self.writers.items():
+            self.parts[kind].append(bytearray())
+            self.recorder.add(writer)
+
+    def _sink(self, kind: bool) -> Any:
+        return lambda data: self.parts[kind][-1].extend(data)
+
+    def _watched(self, inbox: list[Event], now: float) -> Output:
+        out = self.plain_step(inbox, now)
+        self.recorder.saw(inbox, now, out)
+        return out
+
+    def rotate(self) -> None:
+        """Begin another part."""
+        self.recorder.rest(self.now)
+        for kind, writer in self.writers.items():
+            self.parts[kind].append(bytearray())
+            writer.begin(self.machine)
+
+
+def random_load(seed: int, **limits: Any) -> Recorded:
+    """Arrivals with common beginnings, cancellations, flushes, salts, priorities, clients, late results."""
+    rng = random.Random(seed)
+    settings: dict[str, Any] = {
+        "slots": rng.choice([2, 4, 7]),
+        "num_pages": rng.choice([16, 24, 40]),
+        "max_steps_in_flight": rng.choice([1, 2, 2, 3]),
+        "step_tokens": rng.choice([9, 16, 40]),
+        "itl_target": rng.choice([0.0, None, 0.002]),
+        "order": rng.choice(["prefix", "arrival"]),
+        "grammar_waits_for_token": rng.random() < 0.5,
+    }
+    loop = Recorded(**(settings | limits))
+    trunks = [prompt(rng.randrange(1, 30), i) for i in range(4)]
+    said: list[list[int]] = []
+    for _ in range(rng.randrange(40, 100)):
+        for _ in range(rng.choice([0, 0, 0, 1, 1, 3])):
+            ids = [*rng.choice(trunks), *prompt(rng.randrange(1, 12), rng.randrange(1, 20))]
+            if said and rng.random() < 0.3:
+                ids = [*rng.choice(said)[:40], 5]
+            more: dict[str, Any] = {}
+            if rng.random() < 0.3:
+                more["stop_token_ids"] = tuple(rng.sample(range(1, 23), rng.randrange(1, 4)))
+            if rng.random() < 0.2:
+                more["logit_bias"] = ((3, 0.0), (4, 0.0))
+            if rng.random() < 0.2:
+                more["repetition_penalty"] = 1.0 + 1e-12
+            if rng.random() < 0.2:
+                more["ignore_eos"] = True
+            options = RequestOptions(
+                priority=rng.choice([0, 0, 0, 1, -3]),
+                cache_salt=rng.choice(["", "", "pepper", "curry"]),
+                client=rng.randrange(3),
+                call=rng.randrange(6),
+            )
+            loop.add(ids[:50], rng.randrange(1, 24), options, **more)
+            said.append(ids)
+        if loop.asked and rng.random() < 0.06:
+            loop.drop(rng.choice(list(loop.asked)))
+        if rng.random() < 0.03:
+            loop.flush()
+        loop.now += rng.choice([0.0, 0.0001, 0.003, 0.01])
+        loop.step(rng.choice([None, None, 0, 1, 2]))
+        if rng.random() < 0.1:
+            loop.recorder.rest(loop.now)
+        if rng.random() < 0.05:
+            loop.rotate()
+    for _ in range(3000):
+        loop.now += 0.01
+        loop.step()
+        if loop.machine.idle:
+            break
+    loop.recorder.rest(loop.now)
+    return loop
+
+
+def replayed(parts: list[bytearray]) -> Replay:
+    """All parts, lived through again."""
+    replay = Replay()
+    for data in parts:
+        replay.next_part(bytes(data))
+        while replay.advance():
+            pass
+    return replay
