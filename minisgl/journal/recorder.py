@@ -10,10 +10,10 @@ and one without anything to plan after another like it.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from minisgl.journal.requests import limits_of, pack
 from minisgl.journal.snapshot import freeze, request_values
 from minisgl.plan import StepPlan, StepResult
 
-BATCH = 32  # calls of the machine that are written together
+BATCH = 16  # calls of the machine that are written together,
+BATCH_SECONDS = 0.05  # unless the first of them is older
 
 
 class Call(NamedTuple):
@@ -45,11 +46,32 @@ class Call(NamedTuple):
     uids: I64
 
 
-class Writer:
-    """Turns calls of the machine into records, for one sink: a function that takes bytes.  `info`: what else a part says."""
+class Sink(Protocol):
+    """Where the bytes of a journal go.  `error`: why they cannot any longer; `due`: another part may begin."""
 
-    def __init__(self, sink: Callable[[bytes], None], info: dict[str, Any], tokens: bool) -> None:
-        self._sink, self._info, self._tokens = sink, info, tokens
+    error: str
+
+    @property
+    def due(self) -> bool: ...
+
+    def begin(self, data: bytes) -> None:
+        """Begin a part with these bytes."""
+
+    def write(self, data: bytes) -> None:
+        """Append to the part."""
+
+    def flush(self, now: float) -> float:
+        """Send on what waits, if that is due.  Returns when it is."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class Writer:
+    """Turns calls of the machine into records, for one sink.  `info`: what else a part says of itself."""
+
+    def __init__(self, sink: Sink, info: dict[str, Any], tokens: bool) -> None:
+        self.sink, self._info, self._tokens = sink, info, tokens
         self.part = -1
         self._key: Key | None = None
         self._ids = PlainIds()
@@ -65,7 +87,7 @@ class Writer:
         head = {**self._info, "version": VERSION, "part": self.part, "hashed": self._ids.hashed, "limits": limits_of(limits)}
         state = freeze(machine, self._ids)
         self._epochs = machine.table.epoch.copy()
-        self._sink(MAGIC + frame(Kind.PART, head) + frame(Kind.SNAPSHOT, state))
+        self.sink.begin(MAGIC + frame(Kind.PART, head) + frame(Kind.SNAPSHOT, state))
 
     def write(self, calls: list[Call]) -> None:
         """Write a record for each of these calls."""
@@ -80,7 +102,7 @@ class Writer:
             frame(Kind.STEP, [call.now, events, call.decisions, outcome(call.output, self._ids.hashed)])
             for call, (events, _) in zip(calls, steps, strict=True)
         ]
-        self._sink(b"".join(records))
+        self.sink.write(b"".join(records))
 
     def _events(self, call: Call) -> tuple[list[Any], list[tuple[list[Any], int, Tokens]]]:
         """What came in, and the ids that are not settled yet, with their places."""
@@ -165,7 +187,9 @@ class Recorder:
         self._costs = machine.costs = RecordedCosts(machine.costs)
         self._most = machine.limits.max_steps_in_flight
         self._quiet = False
+        self._first = 0.0  # when the first of the calls was made
         self._calls: list[Call] = []
+        self.wrote = False  # in `saw`
         self.writers: list[Writer] = []
 
     def add(self, writer: Writer) -> None:
@@ -200,17 +224,30 @@ class Recorder:
         costs.made = []
         ids = [(e.request.ids, e.request.scored) for e in inbox if type(e) is Add]
         table, sent = machine.table, machine.inflight[-1] if plan is not None else None
+        if not self._calls:
+            self._first = now
         self._calls.append(Call(inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
         if len(self._calls) >= 2 * BATCH:
             self._write()
+            self.wrote = True
 
     def rest(self, now: float) -> float:
-        """The scheduler has nothing to do: write what has come."""
+        """The scheduler has nothing to do: write what has come, if it is much or old.  Returns when it will be old."""
+        if not self._calls:
+            return math.inf
+        if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
+            return self._first + BATCH_SECONDS
         self._write()
         return math.inf
 
     def _write(self) -> None:
+        """Write all calls.  What goes wrong ends a journal, never the scheduler."""
         calls, self._calls = self._calls, []
-        if calls:
-            for writer in self.writers:
+        for writer in self.writers if calls else ():
+            try:
                 writer.write(calls)
+                if writer.sink.due:
+                    writer.begin(self._machine)
+            except Exception as e:
+                logging.getLogger("minisgl").exception("the journal cannot go on")
+                writer.sink.error = repr(e)

@@ -13,23 +13,40 @@ from minisgl.journal.replay import Replay
 from minisgl.sampling_params import RequestOptions
 
 
+class Kept:
+    """A sink that keeps the bytes of its parts."""
+
+    error, due = "", False
+
+    def __init__(self, parts: list[bytearray]) -> None:
+        self.parts = parts
+
+    def begin(self, data: bytes) -> None:
+        self.due = False
+        self.parts.append(bytearray(data))
+
+    def write(self, data: bytes) -> None:
+        self.parts[-1] += data
+
+    def flush(self, now: float) -> float:
+        return float("inf")
+
+    def close(self) -> None: ...
+
+
 class Recorded(Loop):
     """A Loop whose machine is watched by writers with and without token ids; `parts` has the bytes of their parts."""
 
     def __init__(self, tokens: tuple[bool, ...] = (True, False), **limits: Any) -> None:
         super().__init__(**limits)
         self.parts: dict[bool, list[bytearray]] = {kind: [] for kind in tokens}
-        self.writers = {kind: Writer(self._sink(kind), {"run": "test"}, kind) for kind in tokens}
+        self.writers = {kind: Writer(Kept(self.parts[kind]), {"run": "test"}, kind) for kind in tokens}
         self.recorder = Recorder(self.machine)
         self.plain_step = self.machine.step
         self.machine.step = self._watched  # type: ignore[method-assign]
         self.outputs: list[Output] = []
-        for kind, writer in self.writers.items():
-            self.parts[kind].append(bytearray())
+        for writer in self.writers.values():
             self.recorder.add(writer)
-
-    def _sink(self, kind: bool) -> Any:
-        return lambda data: self.parts[kind][-1].extend(data)
 
     def _watched(self, inbox: list[Event], now: float) -> Output:
         out = self.plain_step(inbox, now)
@@ -38,10 +55,8 @@ class Recorded(Loop):
 
     def rotate(self) -> None:
         """Begin another part."""
-        self.recorder.rest(self.now)
-        for kind, writer in self.writers.items():
-            self.parts[kind].append(bytearray())
-            writer.begin(self.machine)
+        for writer in self.writers.values():
+            writer.sink.due = True  # type: ignore[misc]
 
 
 def random_load(seed: int, **limits: Any) -> Recorded:
@@ -88,7 +103,7 @@ def random_load(seed: int, **limits: Any) -> Recorded:
         loop.now += rng.choice([0.0, 0.0001, 0.003, 0.01])
         loop.step(rng.choice([None, None, 0, 1, 2]))
         if rng.random() < 0.1:
-            loop.recorder.rest(loop.now)
+            loop.recorder.rest(loop.now + rng.choice([0, 1]))
         if rng.random() < 0.05:
             loop.rotate()
     for _ in range(3000):
@@ -96,7 +111,7 @@ def random_load(seed: int, **limits: Any) -> Recorded:
         loop.step()
         if loop.machine.idle:
             break
-    loop.recorder.rest(loop.now)
+    loop.recorder.rest(loop.now + 1)
     return loop
 
 

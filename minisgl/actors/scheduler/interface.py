@@ -82,6 +82,9 @@ class Watcher(Protocol):
     def rest(self, now: float) -> float:
         """The scheduler has nothing to do.  Returns when this should be called again, if nothing happens before."""
 
+    def close(self) -> None:
+        """The scheduler ends."""
+
 
 # ---------------- what comes out
 @dataclass(slots=True)
