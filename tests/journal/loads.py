@@ -10,6 +10,7 @@ from conftest import Loop, prompt
 from minisgl.actors.scheduler.interface import Event, Output
 from minisgl.journal.recorder import Recorder, Writer
 from minisgl.journal.replay import Replay
+from minisgl.plan import StepPlan
 from minisgl.sampling_params import RequestOptions
 
 
@@ -44,7 +45,7 @@ class Recorded(Loop):
         self.recorder = Recorder(self.machine)
         self.plain_step = self.machine.step
         self.machine.step = self._watched  # type: ignore[method-assign]
-        self.outputs: list[Output] = []
+        self.times = random.Random(0)
         for writer in self.writers.values():
             self.recorder.add(writer)
 
@@ -52,6 +53,12 @@ class Recorded(Loop):
         out = self.plain_step(inbox, now)
         self.recorder.saw(inbox, now, out)
         return out
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Steps take a time, so that the cost model has something to fit."""
+        super()._launch(plan)
+        rows = len(plan.ids) + 3 * len(self.machine.inflight[-1].slots)
+        self.pending[-1].busy_us = 200 + 20 * rows + self.times.randrange(30)
 
     def rotate(self) -> None:
         """Begin another part."""
