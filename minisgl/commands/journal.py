@@ -78,7 +78,8 @@ def run(argv: list[str]) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    changed = [flag for flag in ("--policy", *(f for f, *_ in _CHANGES)) if getattr(args, _name(flag)) is not None]
+    flags = ["--policy", *(flag for flag, _, _, _ in _CHANGES)]
+    changed = [flag for flag in flags if getattr(args, _name(flag)) is not None]
     if changed and (args.step is not None or args.pdb):
         raise UserError(f"{changed[0]} simulates other plans: use it without --step and --pdb")
     try:

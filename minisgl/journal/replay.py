@@ -33,6 +33,7 @@ from minisgl.plan import StepLogprobs, StepResult
 
 Call = Callable[[StepMachine, list[Event], float, int | None], Output]
 _CHUNK = 1 << 20
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _APART = ("ghosts", "since", "inflight")  # of a snapshot: not compared
 
 
@@ -150,6 +151,8 @@ class Replay:
             self.output = self.call(machine, self.events, now, want[1][0] if want[1] else None)
         except Unasked:
             raise Divergence(self._where(want) + "more was asked of the cost model than when it was recorded") from None
+        except _FAULTS as e:
+            raise Divergence(self._where(want) + f"it went on when it was recorded; now {type(e).__name__}: {e}") from e
         got = outcome(self.output, self.head["hashed"])
         if got != want:
             raise Divergence(self._where(want) + _difference(want, got))
@@ -205,7 +208,12 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
-_PARTS = ("joins (slot, cached tokens)", "prompt chunks (slot, flags, tokens)", "decoding slots", "number of page grants")
+_PARTS = (
+    "joins (slot, cached tokens)",
+    "prompt chunks (slot, flags, tokens)",
+    "decoding slots",
+    "page grants (slot, place, page)",
+)
 
 
 def _difference(want: list[Any], got: list[Any]) -> str:
@@ -217,7 +225,7 @@ def _difference(want: list[Any], got: list[Any]) -> str:
         for name, a, b in zip(_PARTS, want[1][1:], got[1][1:], strict=True):
             if a != b:
                 return f"{name}: recorded {_plain(a)}, now {_plain(b)}"
-        return "the plan has other pages or parameters"
+        return "the plan has other parameters of its new requests than those recorded"
     for name, a, b in zip(("started (request, cached tokens)", "ended (request, reason)"), want[2:], got[2:], strict=True):
         if a != b:
             return f"{name}: recorded {a}, now {b}"
@@ -225,4 +233,4 @@ def _difference(want: list[Any], got: list[Any]) -> str:
 
 
 def _plain(part: Any) -> Any:
-    return "as before" if part is None else unpack(part).tolist() if isinstance(part, bytes) else part
+    return "as in the plan before" if part is None else unpack(part).tolist() if isinstance(part, bytes) else part

@@ -79,7 +79,7 @@ def _plan(row: list[Any]) -> dict[str, Any]:
         "joins": [{"slot": slot, "cached_tokens": cached} for slot, cached in joins],
         "prefill": [{"slot": slot, "tokens": n} for slot, _, n in chunks],
         "decode": rows,
-        "page_grants": grants,
+        "page_grants": len(grants) // 12,
     }
 
 
