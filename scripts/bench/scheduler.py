@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from minisgl import LLM
 from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -132,6 +134,28 @@ def journal(slots: int) -> None:
         report(f"journal_{name}_bytes", sink.size / len(watched), "bytes", "<= 2048", rows=slots, of="a step")
 
 
+def throughput(folder: str) -> None:
+    """Tokens a second through all processes, with the fake engine and 256 rows: without a journal, with, without, and so on."""
+    prompts = [random_ids(100) % 250 for _ in range(512)]
+    rates: dict[str, list[float]] = {"none": [], "hashes": [], "tokens": []}
+    with LLM("fake", kv_tokens=1 << 18, max_running=256, step_tokens=1024) as llm:
+        journals = llm.system.gateway.journals
+        for turn in range(5):
+            for kind, found in rates.items():
+                if kind != "none":
+                    journals.begin(f"{folder}/{kind}{turn}", kind == "tokens", 64.0, lambda on, error: None)
+                start = time.perf_counter()
+                answers = llm.generate([p.tolist() for p in prompts], SamplingParams(max_tokens=100, ignore_eos=True))
+                found.append(sum(len(a.token_ids) for a in answers) / (time.perf_counter() - start))
+                if kind != "none":
+                    journals.end(lambda on, error: None)
+                    while journals.file is not None:
+                        llm.system.pump(0.1)
+    base = statistics.median(rates["none"])
+    for kind in ("hashes", "tokens"):
+        report(f"journal_{kind}_throughput", statistics.median(rates[kind]) / base, "x", ">= 0.99", tokens_per_s=round(base))
+
+
 def concurrency() -> int:
     """Most requests running at once: a pool of 300k tokens, prompts of 1k, answers of 200, max_tokens of 32,768."""
     driver = Driver(slots=1024, num_pages=300_000 // PAGE, step_tokens=9216, max_context=40_000)
@@ -227,6 +251,8 @@ def main() -> None:
     crowded = steady(256, waiting=100_000)
     report("waiting_ratio", crowded / steady(256), "x", "<= 1.1", running=256, waiting=100_000)
     journal(256)
+    with tempfile.TemporaryDirectory() as folder:
+        throughput(folder)
     tree()
     report("evict_1k", eviction(1000), "us", "<= 3", leaves=1000)
     report("evict_64k", eviction(65_536), "us", "<= 3", leaves=65_536)
