@@ -20,6 +20,7 @@ COMMANDS = {
     "batch-keys": "minisgl.commands.batch_keys",
     "doctor": "minisgl.commands.doctor",
     "simulate": "minisgl.commands.simulate",
+    "journal": "minisgl.commands.journal",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }

@@ -61,6 +61,8 @@ NOT_RUN = {
     ("docs/simulator.md", "python -m minisgl simulate TRACE --gpu"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 1500"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 4000"): "a recorded trace",
+    ("docs/journal.md", "minisgl --journal"): "a server; tests/journal runs one, and these commands",
+    ("docs/journal.md", "from minisgl.journal.replay"): "a journal of hours; tests/journal reads smaller ones",
     ("docs/reliability.md", "a client's stream"): PICTURE,
     ("docs/structures.md", "HTTP, SSE"): PICTURE,
     ("docs/structures.md", "scheduler   | plan k"): PICTURE,
@@ -127,7 +129,7 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|doctor|selfcheck|prebuild|simulate)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|doctor|selfcheck|prebuild|simulate|journal)\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 

@@ -3,10 +3,10 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens
           (dispatcher.py).
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Started, Stats, Wake (scheduler); Tokenized,
-          Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs,
-          ThoughtEnded (detokenizer).
-Sends     FlushCache, Reconnect (scheduler); for it, dispatcher.py: Generate, Cancel (scheduler), Forget (detokenizer),
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Started, Stats, Journaled, JournalBytes, Wake
+          (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker);
+          Started, Text, Logprobs, ThoughtEnded (detokenizer).
+Sends     FlushCache, Reconnect, Journal (scheduler); for it, dispatcher.py: Generate, Cancel (scheduler), Forget (detokenizer),
           tokenizer_pool.py: Tokenize, Detokenize, Wake (tokenizer), grammar_checks.py: CheckGrammar (checker), and system.py:
           Stop (all but the workers).
 
@@ -33,6 +33,7 @@ from minisgl.api.deadlines import Deadlines
 from minisgl.api.dispatcher import Dispatcher
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.grammar_checks import GrammarChecks
+from minisgl.api.journals import Journals
 from minisgl.api.ledger import Entry, failure_of, poison, timed_out
 from minisgl.api.logprob_rows import logprob_rows
 from minisgl.api.request_checks import check_eos, check_ids, check_length, check_vocabulary, source_of, with_thinking
@@ -67,6 +68,7 @@ class Gateway(Actor):
         self.hellos: dict[str, msg.Hello] = {}
         self.engine_up_at = self.resumed = 0.0  # when that began, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
+        self.journals = Journals(ctx, config.server)
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._ledger: dict[int, Entry] = {}
@@ -342,7 +344,8 @@ class Gateway(Actor):
 
     @on(msg.Stats)
     def keep_stats(self, m: msg.Stats) -> None:
-        self.stats = dict(zip(m.names, m.values.tolist(), strict=True)) | {"timeouts": self.timeouts}
+        mine = {"timeouts": self.timeouts, "journal_failures": self.journals.failures}
+        self.stats = dict(zip(m.names, m.values.tolist(), strict=True)) | mine
         self._admission.prefill_rate = self.stats.get("prefill_tokens_per_s", 0)
 
     @on(msg.Wake)
@@ -366,8 +369,18 @@ class Gateway(Actor):
     def engine_ready(self, m: msg.EngineReady) -> None:
         if self.pids.get("scheduler", m.pid) == m.pid:
             self.num_pages, self._dispatcher.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
+            self.journals.engine_ready()
             self._become_ready()
             self._dispatcher.go_on()
+
+    @on(msg.Journaled)
+    def journaled(self, m: msg.Journaled) -> None:
+        self.journals.said(m)
+        self.stats = self.stats | {"journal_failures": self.journals.failures}
+
+    @on(msg.JournalBytes)
+    def journal_bytes(self, m: msg.JournalBytes) -> None:
+        self.journals.came(m)
 
     def _become_ready(self) -> None:
         if self.state in ("starting", "recovering") and self.engine_up and not self.silent:
