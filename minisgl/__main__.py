@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "minisgl.commands.chat",
     "batch": "minisgl.commands.batch",
     "doctor": "minisgl.commands.doctor",
+    "fit": "minisgl.commands.fit.command",
     "simulate": "minisgl.commands.simulate",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",

@@ -65,6 +65,15 @@ def available_bytes(root: str = "/") -> int:
     return max(0, min(candidates))
 
 
+def anonymous_bytes(root: str = "/") -> int:
+    """The memory of this process that belongs to no file; 0 where the kernel does not say."""
+    try:
+        lines = Path(root, "proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
 # ---------------- files of the kernel
 def groups(root: str, controller: str) -> list[Path]:
     """The directories of this process's control groups and their parents, for both versions of the interface.
