@@ -17,7 +17,7 @@ COMMANDS = {
     "serve": "minisgl.commands.serve",
     "chat": "minisgl.commands.chat",
     "batch": "minisgl.commands.batch",
-    "doctor": "minisgl.commands.doctor",
+    "doctor": "minisgl.commands.doctor.command",
     "fit": "minisgl.commands.fit.command",
     "simulate": "minisgl.commands.simulate",
     "prebuild": "minisgl.commands.prebuild",

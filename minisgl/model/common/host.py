@@ -22,8 +22,13 @@ def usable_cores(root: str = "/") -> int:
 
     root: a stand-in for the root directory in tests.
     """
-    quotas = [q for group in groups(root, "cpu") if (q := _quota(group)) is not None]
-    return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, quotas)]))
+    quota = cpu_quota(root)
+    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(quota) if quota is not None else 1 << 30))
+
+
+def cpu_quota(root: str = "/") -> float | None:
+    """The cores' worth of time that the control groups around this process leave it; None: no limit.  root: as above."""
+    return min((q for group in groups(root, "cpu") if (q := _quota(group)) is not None), default=None)
 
 
 def threads_per_rank(engine: EngineConfig) -> int:
