@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "minisgl.commands.doctor.command",
     "fit": "minisgl.commands.fit.command",
     "simulate": "minisgl.commands.simulate",
+    "journal": "minisgl.commands.journal",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }

@@ -321,6 +321,9 @@ class ServerConfig:
     any_model_name: bool = setting(False, "serve requests for whatever model they name")
     data_dir: str = setting("", "keep /v1/files and /v1/batches here; default: off", "DIR")
     data_dir_gb: float = setting(10.0, "GiB that uploads and results may take in --data-dir", "GB", 1, 100_000)
+    journal: str = setting("", "keep a journal of the scheduler here, for `minisgl journal`; default: off", "FILE")
+    journal_mb: float = setting(256.0, "MB that a journal may take; its oldest parts go first", "MB", 1, 1 << 20)
+    journal_tokens: bool = setting(False, "a journal has token ids and grammars; default: keyed hashes, and no texts")
     log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
     log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed

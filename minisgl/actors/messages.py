@@ -281,6 +281,40 @@ class FlushCache:
 
 
 @message
+class Journal:
+    """api -> scheduler: begin a journal of the steps, or end it.
+
+    `path`: its first file; "" is the stream that comes to api as JournalBytes.  `tokens`: it has token ids, not hashes of them.
+    `megabytes`: of all its files.
+    """
+
+    path: str
+    on: bool
+    tokens: bool
+    megabytes: float
+
+    def agrees(self) -> bool:
+        return self.megabytes > 0
+
+
+@message
+class Journaled:
+    """scheduler -> api: the journal at `path` has begun (`on`) or ended; `error`: why, where it was not told to."""
+
+    path: str
+    on: bool
+    error: str
+
+
+@message
+class JournalBytes:
+    """scheduler -> api: how the stream of the journal goes on, at most ten times a second.  `begins`: with a part, anew."""
+
+    data: bytes
+    begins: bool
+
+
+@message
 class Stats:
     """scheduler -> api: statistics, at most once a second while it works and once when it becomes idle.
 

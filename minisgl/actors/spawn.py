@@ -64,8 +64,9 @@ def make_detokenizer(ctx: Context, config: Config) -> Actor:
 def make_scheduler(ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> Actor:
     """Runs in the scheduler process, which never imports torch.  `takes_over`: see SchedulerActor."""
     from minisgl.actors.scheduler.actor import SchedulerActor
+    from minisgl.journal.desk import Desk
 
-    return SchedulerActor(ctx, config, arenas, takes_over)
+    return SchedulerActor(ctx, config, arenas, takes_over, Desk(ctx, config))
 
 
 def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:

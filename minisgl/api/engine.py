@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.api.journals import Journals
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -169,6 +170,10 @@ class Engine(Protocol):
     def accepted(self, uid: int) -> bool:
         """Whether the request has passed every check of this process and the tokenizer, and been sent to the scheduler."""
 
+    @property
+    def journals(self) -> Journals:
+        """The journals of the scheduler."""
+
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
 
@@ -229,6 +234,10 @@ class WrappedEngine:
 
     def accepted(self, uid: int) -> bool:
         return self._engine.accepted(uid)
+
+    @property
+    def journals(self) -> Journals:
+        return self._engine.journals
 
     def flush_cache(self) -> None:
         self._engine.flush_cache()

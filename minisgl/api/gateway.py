@@ -2,11 +2,11 @@
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens.
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Wake (scheduler); Tokenized, Detokenized,
-          TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text, Logprobs, ThoughtEnded
-          (detokenizer).
-Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache (scheduler); Forget
-          (detokenizer); Stop (all but the workers).
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Journaled, JournalBytes, Wake (scheduler);
+          Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text,
+          Logprobs, ThoughtEnded (detokenizer).
+Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache, Journal (scheduler);
+          Forget (detokenizer); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -33,6 +33,7 @@ from minisgl.actors.wire import BadMessage
 from minisgl.api.admission import AdmissionControl
 from minisgl.api.deadlines import Deadlines
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from minisgl.api.journals import Journals
 from minisgl.api.tokenizer_pool import MAX_DEATHS, Tokenizers
 from minisgl.api.trials import Trials
 from minisgl.api.watchdog import Watchdog
@@ -92,6 +93,7 @@ class Gateway(Actor):
         self.engine_up = False  # the scheduler takes requests
         self.engine_up_at = self.resumed = 0.0  # since when, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
+        self.journals = Journals(ctx, config.server)
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._requests = RingWriter(arenas.requests)
@@ -463,7 +465,8 @@ class Gateway(Actor):
 
     @on(msg.Stats)
     def keep_stats(self, m: msg.Stats) -> None:
-        self.stats = dict(zip(m.names, m.values.tolist(), strict=True)) | {"timeouts": self.timeouts}
+        mine = {"timeouts": self.timeouts, "journal_failures": self.journals.failures}
+        self.stats = dict(zip(m.names, m.values.tolist(), strict=True)) | mine
         self._admission.prefill_rate = self.stats.get("prefill_tokens_per_s", 0)
 
     @on(msg.Wake)
@@ -482,8 +485,18 @@ class Gateway(Actor):
     def engine_ready(self, m: msg.EngineReady) -> None:
         if self.pids.get("scheduler", m.pid) == m.pid:
             self.num_pages, self.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
+            self.journals.engine_ready()
             self._become_ready()
             self._go_on_with_trials()
+
+    @on(msg.Journaled)
+    def journaled(self, m: msg.Journaled) -> None:
+        self.journals.said(m)
+        self.stats = self.stats | {"journal_failures": self.journals.failures}
+
+    @on(msg.JournalBytes)
+    def journal_bytes(self, m: msg.JournalBytes) -> None:
+        self.journals.came(m)
 
     def _become_ready(self) -> None:
         if self.state in ("starting", "recovering") and self.engine_up and not self.silent:

@@ -1,8 +1,8 @@
 """The scheduler actor runs the step machine: it feeds it messages and results, and publishes its plans to the workers.
 
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
-Receives  Generate, Cancel (api, detokenizer); FlushCache, Reconnect, Stop (api); WorkerLoaded, WorkerArmed, GrammarPrepared,
-          MayCapture, Wake (workers); results through the token ring.
+Receives  Generate, Cancel (api, detokenizer); FlushCache, Journal, Reconnect, Stop (api); WorkerLoaded, WorkerArmed,
+          GrammarPrepared, MayCapture, Wake (workers); results through the token ring.
 Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar,
           Wake (workers); plans through the plan ring.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingReader, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board
-from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits
+from minisgl.actors.scheduler.interface import GPU_PROMPT_SECONDS, Add, Drop, Event, Flush, Output, SchedulerLimits, Watcher
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.actors.wire import BadMessage
@@ -28,12 +29,15 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
+Watching = Callable[[StepMachine, msg.Journal], Watcher | None]  # begins or ends a journal; returns who watches from now on
 
 
 class SchedulerActor(Actor):
     """Connects the machine to the messages and rings of the other processes."""
 
-    def __init__(self, ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> None:
+    def __init__(
+        self, ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0, watching: Watching | None = None
+    ) -> None:
         """`takes_over`: this many KV pages, from a scheduler that has died, with the workers that have them; 0: none."""
         super().__init__(ctx)
         self.config = config
@@ -41,6 +45,8 @@ class SchedulerActor(Actor):
         self.results = RingReader(arenas.results)
         self.requests = RingReader(arenas.requests)
         self.board = Board(arenas.board, ctx.name)
+        self.watcher: Watcher | None = None
+        self._watching = watching
         self.machine: StepMachine | None = None  # made when the workers have reported their memory
         self._inbox: list[Event] = []
         self._compiling: dict[int, tuple[Request, set[int]]] = {}  # by uid: who waits for a grammar, of which ranks
@@ -170,6 +176,12 @@ class SchedulerActor(Actor):
     def flush_cache(self, m: msg.FlushCache) -> None:
         self._inbox.append(Flush())
 
+    @on(msg.Journal)
+    def journal(self, m: msg.Journal) -> None:
+        if self.machine is None or self._watching is None:
+            raise BadMessage("there is nothing to keep a journal of")
+        self.watcher = self._watching(self.machine, m)
+
     @on(msg.Reconnect)
     def reconnect(self, m: msg.Reconnect) -> None:
         self.ctx.forget(m.name)
@@ -214,6 +226,8 @@ class SchedulerActor(Actor):
                     self._unsent = StepPlan(self.machine.counters.steps, PlanKind.CAPTURE)
             worked |= self._unsent is not None
             self._flush()
+            if self.watcher is not None:
+                self.watcher.saw(inbox, now, output)
         if worked:
             self._arm(False)
             self._report(STATS_SECONDS)
@@ -221,7 +235,13 @@ class SchedulerActor(Actor):
         if self._look_again():
             return True
         self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # at once, unless a step is running
+        if self.watcher is not None:
+            self.wake_at = min(self.wake_at, self.watcher.rest(self.ctx.now()))
         return False
+
+    def stopping(self) -> None:
+        if self.watcher is not None:
+            self.watcher.close()
 
     def _report(self, seconds: float) -> None:
         """Send the statistics to api, unless they have not changed or were sent less than `seconds` ago."""

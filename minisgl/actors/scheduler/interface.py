@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from minisgl.actors.messages import TokenLogprobs, Tokens
 from minisgl.actors.scheduler.request import Request
@@ -69,6 +70,20 @@ class Flush:
 
 
 Event = Add | Drop | Flush | StepResult
+
+
+# ---------------- who looks on
+class Watcher(Protocol):
+    """Sees every call of the machine, in the scheduler's thread.  It changes nothing, and raises nothing."""
+
+    def saw(self, inbox: list[Event], now: float, output: Output) -> None:
+        """After a call of `step`, whose cost is part of the step."""
+
+    def rest(self, now: float) -> float:
+        """The scheduler has nothing to do.  Returns when this should be called again, if nothing happens before."""
+
+    def close(self) -> None:
+        """The scheduler ends."""
 
 
 # ---------------- what comes out

@@ -28,6 +28,7 @@ from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.door import DOOR, Door
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
+from minisgl.api.http.journal_routes import JournalRoutes
 from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import CONTENT_TYPE, Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
@@ -76,6 +77,7 @@ def build_app(
     routes.add_to(app.router)
     app.on_cleanup.append(routes.close)
     app[DOOR] = Door(metered, keys, routes.callers, request_log)
+    JournalRoutes(metered, keys).add_to(app.router)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 

@@ -139,6 +139,7 @@ class Metered(WrappedEngine):
             ("num_preemptions", "Running requests that were retracted for want of memory.", stats["retractions"]),
             ("request_timeouts", "Requests that missed their deadline.", stats["timeouts"]),
             ("nan_requests", "Requests that ended because their logits were no finite numbers.", stats["nan_requests"]),
+            ("journal_failures", "Journals that ended because they could not be written.", stats["journal_failures"]),
             ("engine_steps", "Steps of the engine.", stats["steps"]),
             ("prompt_tokens", "Tokens of the prompts of requests that got a first token.", m.prompt_tokens),
             ("prompt_tokens_cached", "Of these, found in the prefix cache.", m.cached_tokens),

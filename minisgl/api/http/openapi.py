@@ -11,6 +11,7 @@ from typing import Any
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.http.auth import OPEN
 from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
+from minisgl.api.http.journal_routes import JOURNAL
 from minisgl.api.http.openapi_examples import BODIES, PATH_VALUES, UPLOAD
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
 from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, nullable, string
@@ -78,6 +79,15 @@ ROUTES = (
     Route("get", "/metrics", "Prometheus text.", gives=("text/plain",)),
     Route("get", "/server_info", "What runs here, and the scheduler's statistics; more for administrators."),
     Route("post", "/flush_cache", "Empty the prefix cache; for administrators.", refusals=(401, 403)),
+    Route(
+        "post",
+        "/debug/journal/start",
+        "Begin a journal of the scheduler; for administrators.",
+        JOURNAL,
+        refusals=(401, 403, *_BODY, 409, 503, 507),
+    ),
+    Route("post", "/debug/journal/stop", "End it; for administrators.", refusals=(401, 403, 409, 503)),
+    Route("get", "/debug/journal", "The journal that runs; for administrators.", refusals=(401, 403)),
     Route("get", "/", _START, gives=_START_KINDS),
     Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),
@@ -118,6 +128,7 @@ _REFUSALS = {
     500: "The server failed.",
     503: "Not ready, or about to end; see Retry-After.",
     504: "The request's timeout has passed.",
+    507: "The disk is full.",
 }
 _ALWAYS = (400, 431, 500)
 

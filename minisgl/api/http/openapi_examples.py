@@ -19,6 +19,7 @@ BODIES: Mapping[str, Mapping[str, Any]] = {  # path -> a body, without the model
     "/generate": {"text": "The capital of Japan is", "sampling_params": {"max_new_tokens": 8, "temperature": 0}},
     "/tokenize": {"prompt": "Hello, world"},
     "/detokenize": {"tokens": [1, 2, 3]},
+    "/debug/journal/start": {"name": "morning"},
     "/v1/batches": {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
 }
 _LINE = {"custom_id": "q-0", "method": "POST", "url": "/v1/chat/completions", "body": _FORMED}

@@ -74,6 +74,9 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     **dict.fromkeys(("get /", "get /v1"), _has("routes", model=_STRING, state=_STRING)),
     "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),
+    "post /debug/journal/start": _has(journal=_STRING),
+    "post /debug/journal/stop": _has(journal=_STRING),
+    "get /debug/journal": _has("journal", failures={"type": "integer"}),
 }
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 ERROR = _has(error=_has(message=_STRING, type=_STRING, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL))

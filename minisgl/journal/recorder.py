@@ -1,0 +1,253 @@
+"""The recorder: a Watcher that keeps references to what the machine was given, and writes records of it when there is time.
+
+The step pays for `saw`: references, and copies of two small columns.  Everything else, hashes, digests and packing, is done in
+`rest`, when the scheduler has nothing to do, or, where it always has, a batch at a time.  One machine has one recorder and any
+number of writers: a file, and a stream for those who watch.
+
+A call of the machine that changes nothing leaves no record: one that has all its plans in flight, or holds the next one back,
+and one without anything to plan after another like it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from minisgl.actors.scheduler.interface import Add, Drop, Event, Output
+from minisgl.actors.scheduler.plan_builder import InFlight
+from minisgl.actors.scheduler.step_machine import StepMachine
+from minisgl.arrays import I32, I64
+from minisgl.journal.decisions import RecordedCosts
+from minisgl.journal.format import MAGIC, VERSION, Kind, frame
+from minisgl.journal.identity import HashedIds, PlainIds, Said, Tokens
+from minisgl.journal.keyed import Key
+from minisgl.journal.requests import limits_of, pack
+from minisgl.journal.snapshot import freeze, request_values
+from minisgl.plan import StepPlan, StepResult
+
+BATCH = 16  # calls of the machine that are written together,
+BATCH_SECONDS = 0.05  # unless the first of them is older
+
+
+class Call(NamedTuple):
+    """One call of the machine."""
+
+    inbox: list[Event]
+    now: float
+    output: Output
+    decisions: list[float]
+    sent: InFlight | None  # its plan
+    ids: list[tuple[I32, int]]  # of the requests in the inbox, with `scored`
+    epochs: I64  # by slot, after the call
+    uids: I64
+
+
+class Sink(Protocol):
+    """Where the bytes of a journal go.  `error`: why they cannot any longer; `due`: another part may begin."""
+
+    error: str
+
+    @property
+    def due(self) -> bool: ...
+
+    def begin(self, data: bytes) -> None:
+        """Begin a part with these bytes."""
+
+    def write(self, data: bytes) -> None:
+        """Append to the part."""
+
+    def flush(self, now: float) -> float:
+        """Send on what waits, if that is due.  Returns when it is."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class Writer:
+    """Turns calls of the machine into records, for one sink.  `info`: what else a part says of itself."""
+
+    def __init__(self, sink: Sink, info: dict[str, Any], tokens: bool) -> None:
+        self.sink, self._info, self._tokens = sink, info, tokens
+        self.part = -1
+        self._key: Key | None = None
+        self._ids = PlainIds()
+        self._epochs: I64 = np.zeros(0, np.int64)
+
+    def begin(self, machine: StepMachine) -> None:
+        """Begin a part: MAGIC, what it is a part of, and the state of the machine, between two of its calls."""
+        limits = machine.limits
+        if not self._tokens:
+            self._key = self._key or Key(machine._eos_ids)
+            self._ids = HashedIds(self._key, limits.slots)
+        self.part += 1
+        head = {**self._info, "version": VERSION, "part": self.part, "hashed": self._ids.hashed, "limits": limits_of(limits)}
+        state = freeze(machine, self._ids)
+        self._epochs = machine.table.epoch.copy()
+        self.sink.begin(MAGIC + frame(Kind.PART, head) + frame(Kind.SNAPSHOT, state))
+
+    def write(self, calls: list[Call]) -> None:
+        """Write a record for each of these calls."""
+        steps = [self._events(call) for call in calls]
+        self._ids.settle()
+        for _, later in steps:
+            for event, at, tokens in later:
+                event[at] = pack(tokens.ids)
+                if tokens.stops:
+                    event.append(tokens.stops)
+        records = [
+            frame(Kind.STEP, [call.now, events, call.decisions, outcome(call.output, self._ids.hashed)])
+            for call, (events, _) in zip(calls, steps, strict=True)
+        ]
+        self.sink.write(b"".join(records))
+
+    def _events(self, call: Call) -> tuple[list[Any], list[tuple[list[Any], int, Tokens]]]:
+        """What came in, and the ids that are not settled yet, with their places."""
+        events: list[Any] = []
+        later: list[tuple[list[Any], int, Tokens]] = []
+        said: Said | None = None
+        arrivals = iter(call.ids)
+        for event in call.inbox:
+            if isinstance(event, StepResult):
+                said = said or Said(call.output, sum(isinstance(e, StepResult) for e in call.inbox))
+                row, at, tokens = result_values(event), 2, self._ids.result(event, self._epochs, said)
+            elif isinstance(event, Add):
+                ids, scored = next(arrivals)
+                tokens = self._ids.request(event.request, ids)
+                row, at = ["add", *request_values(event.request, tokens, self._ids)], 2
+                row[-1] = scored
+            else:
+                events.append(["drop", event.uid] if isinstance(event, Drop) else ["flush"])
+                continue
+            events.append(row)
+            later.append((row, at, tokens))
+        if call.sent is not None:
+            self._ids.sent(call.sent, call.uids)
+        for uid in [*(uid for uid, _ in ended(call.output)), *(uid for uid, _ in call.output.vectors)]:
+            self._ids.ended(uid)
+        self._epochs = call.epochs
+        return events, later
+
+
+def result_values(result: StepResult) -> list[Any]:
+    """A result: its step, its tokens (filled in later), its times; of log probabilities only where they are no numbers."""
+    scores = None
+    if result.scores is not None:
+        broken = np.flatnonzero(np.isnan(result.scores.logprobs)).tolist()
+        scores = [len(result.scores.logprobs), result.scores.top_ids.shape[1], broken]
+    times = (result.busy_us, result.idle_us, result.launch_us, result.warmups)
+    return ["result", result.step, b"", *times, scores, 0 if result.vectors is None else len(result.vectors)]
+
+
+def ended(output: Output) -> list[list[int]]:
+    """[uid, finish] of the requests that ended."""
+    return [
+        [uid, why]
+        for rows in output.outputs
+        if rows.finish.any()
+        for uid, why in zip(rows.uids.tolist(), rows.finish.tolist(), strict=True)
+        if why
+    ]
+
+
+def outcome(output: Output, hashed: bool) -> list[Any]:
+    """What a call decided, short: a digest of its plan, the plan's outline, who started and who ended."""
+    plan = output.plan
+    if plan is None:
+        return [b"", None, [list(pair) for pair in output.started], ended(output)]
+    return [digest(plan, hashed), outline(plan), [list(pair) for pair in output.started], ended(output)]
+
+
+def digest(plan: StepPlan, hashed: bool) -> bytes:
+    """Equal for equal plans; with hashed ids up to tokens and texts."""
+    if not hashed:
+        return blake2b(plan.pack(), digest_size=8).digest()
+    decode = b"same" if plan.decode is None else pack(plan.decode)
+    sizes = f"{plan.step} {len(plan.ids)} {len(plan.history)} {len(plan.targets)} {len(plan.said)} {len(decode)} "
+    rows = (plan.new_slots, plan.page_grants, plan.prefill, plan.extras["slot"], plan.grammars)
+    return blake2b(sizes.encode() + decode + b"".join(r.tobytes() for r in rows), digest_size=8).digest()
+
+
+def outline(plan: StepPlan) -> list[Any]:
+    """The plan for people: step, joins [slot, cached tokens], chunks [slot, flags, tokens], decode slots, page grants."""
+    joins = [list(pair) for pair in zip(plan.new_slots["slot"].tolist(), plan.new_slots["kv_len"].tolist(), strict=True)]
+    decode = None if plan.decode is None else pack(plan.decode)
+    return [plan.step, joins, [list(row) for row in plan.prefill.tolist()], decode, len(plan.page_grants)]
+
+
+class Recorder:
+    """Watches one machine for some writers, which are told when to begin a part."""
+
+    def __init__(self, machine: StepMachine) -> None:
+        self._machine = machine
+        self._inner = machine.costs
+        self._costs = machine.costs = RecordedCosts(machine.costs)
+        self._most = machine.limits.max_steps_in_flight
+        self._quiet = False
+        self._first = 0.0  # when the first of the calls was made
+        self._calls: list[Call] = []
+        self.wrote = False  # in `saw`
+        self.writers: list[Writer] = []
+
+    def add(self, writer: Writer) -> None:
+        """Have a writer begin, between two calls of the machine."""
+        self._write()
+        writer.begin(self._machine)
+        self.writers.append(writer)
+
+    def remove(self, writer: Writer) -> None:
+        """End a writer: it gets what has happened."""
+        self._write()
+        self.writers.remove(writer)
+
+    def close(self) -> None:
+        """Leave the machine as it was."""
+        self._write()
+        self._machine.costs = self._inner
+
+    def saw(self, inbox: list[Event], now: float, output: Output) -> None:
+        """The machine was called.  Runs in the step: see above."""
+        machine, costs, plan = self._machine, self._costs, output.plan
+        decisions = costs.made
+        if plan is None:
+            entered = not output.again_in and len(machine.inflight) < self._most
+            quiet = entered and not machine._prefilling and not len(machine.waiting)
+            if not inbox and (not entered or (quiet and self._quiet)):
+                decisions.clear()
+                return
+            self._quiet = quiet
+        else:
+            self._quiet = False
+        costs.made = []
+        ids = [(e.request.ids, e.request.scored) for e in inbox if type(e) is Add]
+        table, sent = machine.table, machine.inflight[-1] if plan is not None else None
+        if not self._calls:
+            self._first = now
+        self._calls.append(Call(inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
+        if len(self._calls) >= 2 * BATCH:
+            self._write()
+            self.wrote = True
+
+    def rest(self, now: float) -> float:
+        """The scheduler has nothing to do: write what has come, if it is much or old.  Returns when it will be old."""
+        if not self._calls:
+            return math.inf
+        if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
+            return self._first + BATCH_SECONDS
+        self._write()
+        return math.inf
+
+    def _write(self) -> None:
+        """Write all calls.  What goes wrong ends a journal, never the scheduler."""
+        calls, self._calls = self._calls, []
+        for writer in self.writers if calls else ():
+            try:
+                writer.write(calls)
+                if writer.sink.due:
+                    writer.begin(self._machine)
+            except Exception as e:
+                logging.getLogger("minisgl").exception("the journal cannot go on")
+                writer.sink.error = repr(e)
