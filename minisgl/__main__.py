@@ -19,6 +19,7 @@ COMMANDS = {
     "batch": "minisgl.commands.batch",
     "doctor": "minisgl.commands.doctor.command",
     "fit": "minisgl.commands.fit.command",
+    "explain": "minisgl.commands.explain.command",
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
     "prebuild": "minisgl.commands.prebuild",

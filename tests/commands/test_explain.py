@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Loop, prompt
 
+from minisgl.__main__ import main
 from minisgl.actors.scheduler.interface import Event, Output
 from minisgl.commands.explain.witness import Chunk, End, Join, Retraction, Step, Wait, Witness
 from minisgl.commands.explain.words import headline, narrate, sentences, waiting
+from minisgl.journal.recorder import Recorder, Writer
 from minisgl.plan import DRAW, StepPlan
 from minisgl.sampling_params import Finish, RequestOptions
 
@@ -275,3 +279,71 @@ def test_each_reason_has_its_words() -> None:
     assert "1 row with a grammar must see its token in flight first" in said
     for target, words in ((0.05, "longer than 50 ms"), (None, "slow 2 decodes down")):
         assert any(words in text for text in sentences(replace(step, budget=9, target=target)))
+
+
+# ---------------- the command
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_journal_is_told_as_its_machine_was_seen(tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Kept:
+        """A sink in memory."""
+
+        error, due = "", False
+        data = b""
+
+        def begin(self, data: bytes) -> None:
+            self.data = bytes(data)
+
+        def write(self, data: bytes) -> None:
+            self.data += data
+
+        def flush(self, now: float) -> float:
+            return float("inf")
+
+        def close(self) -> None: ...
+
+    class Journaled(Told):
+        """Recorded while it is witnessed."""
+
+        def __init__(self, *args: Any, **limits: Any) -> None:
+            super().__init__(*args, **limits)
+            self.recorder, self.sink = Recorder(self.machine), Kept()
+            self.recorder.add(Writer(self.sink, {"run": "test"}, tokens))
+
+        def _told(self, inbox: list[Event], now: float) -> Output:
+            out = super()._told(inbox, now)
+            self.recorder.saw(inbox, now, out)
+            return out
+
+    for seed in range(4):
+        loop = load(seed, kind=Journaled)
+        loop.recorder.close()
+        file = tmp_path / f"{seed}"
+        file.write_bytes(loop.sink.data)
+        assert main(["explain", str(file)]) == 0
+        said = capsys.readouterr().out.splitlines()
+        if not tokens:
+            for step in loop.steps:
+                step.joins = [replace(j, why="gone") if j.why in ("new", "evicted") else j for j in step.joins]
+        assert said == list(narrate(loop.steps))
+        numbers = [step.number for step in loop.steps if step.number is not None]
+        middle = numbers[len(numbers) // 2]
+        assert main(["explain", str(file), "--steps", f"{middle}-{middle + 3}", "--json"]) == 0
+        facts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [f["number"] for f in facts if f["number"] is not None] == list(range(middle, min(middle + 4, len(numbers))))
+        assert main(["explain", str(file), "--request", "1"]) == 0
+        life = capsys.readouterr().out
+        assert "request 1 arrives" in life
+        assert "request 1 ends" in life
+        assert not re.search(r"request [2-9]\d* (arrives|joins|ends)", life)
+
+
+def test_what_is_no_journal_is_refused_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("a text that is no journal at all")
+    for words, named in (
+        ([str(tmp_path / "none")], "there is no such journal"),
+        ([str(tmp_path / "text")], "no journal of minisgl"),
+        (["http://127.0.0.1:8000"], "POST /debug/journal/start"),
+        ([str(tmp_path / "text"), "--steps", "a"], "--steps a: write 7, 7-20 or 7-"),
+    ):
+        assert main(["explain", *words]) == 2
+        assert named in capsys.readouterr().err

@@ -12,6 +12,7 @@ _MISSED = {
     "short": "no whole page is left to be cached",
     "new": "the next page was never in the cache",
     "evicted": "the next page was evicted",
+    "gone": "the next page is not in the cache (a journal of hashes does not tell whether it ever was)",
 }
 _ENDS = {
     Finish.NONE: "its vector is computed",
