@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import chain
+from typing import Any
 
 from minisgl.actors.scheduler.interface import Event, Output
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -36,7 +38,8 @@ def run(argv: list[str]) -> int:
     if not parts_of(args.journal):
         raise UserError(f"{args.journal}: there is no such journal")
     first, last = _bounds(args.steps)
-    told = _between(witnessed(args.journal), first, last)
+    head: dict[str, Any] = {}
+    told = _between(witnessed(args.journal, head), first, last)
     if args.request is not None:
         told = (mine for step in told if (mine := of_request(step, args.request)) is not None)
     try:
@@ -44,11 +47,12 @@ def run(argv: list[str]) -> int:
             for step in told:
                 print(json.dumps(_plain(step)))
         else:
-            for line in narrate(told):
-                print(line)
+            _print(told, head)
     except Divergence as e:
         print(f"{args.journal}: the replay differs, and what follows cannot be told: {e}")
         return DIFFERS
+    except BrokenPipeError:
+        raise
     except OSError as e:
         raise UserError(f"{args.journal}: cannot be read ({e.strerror})") from e
     except (KeyError, TypeError, ValueError, IndexError) as e:
@@ -56,11 +60,21 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def witnessed(path: str) -> Iterator[Step]:
-    """The facts of every recorded call.  Raises Divergence."""
+def _print(told: Iterator[Step], head: dict[str, Any]) -> None:
+    first = next(told, None)
+    if head.get("hashed"):
+        print("(a journal of hashes: a page that was evicted cannot be told from one that never was in the cache)")
+    if first is not None:
+        for line in narrate(chain((first,), told), head.get("time", 0.0)):
+            print(line)
+
+
+def witnessed(path: str, head: dict[str, Any]) -> Iterator[Step]:
+    """The facts of every recorded call; `head` gets the values of its first part.  Raises Divergence."""
     watch, replay = _Watch(), Replay()
     replay.call = watch
     for _ in steps(path, replay):
+        head.update({} if head else replay.head)
         if replay.head["hashed"]:  # an evicted page is not known again
             joins = [replace(j, why="gone") if j.why in ("new", "evicted") else j for j in watch.last.joins]
             watch.last.joins = joins

@@ -12,7 +12,7 @@ _MISSED = {
     "short": "no whole page is left to be cached",
     "new": "the next page was never in the cache",
     "evicted": "the next page was evicted",
-    "gone": "the next page is not in the cache (a journal of hashes does not tell whether it ever was)",
+    "gone": "the next page is not in the cache",
 }
 _ENDS = {
     Finish.NONE: "its vector is computed",
@@ -142,8 +142,11 @@ def _count(n: int, what: str) -> str:
 
 
 # ---------------- many steps
-def narrate(steps: Iterable[Step]) -> Iterator[str]:
-    """Lines for a run of steps.  What is like the step before, and not special, is folded; waits are told when they change."""
+def narrate(steps: Iterable[Step], began: float = 0.0) -> Iterator[str]:
+    """Lines for a run of steps, with times since `began`.
+
+    What is like the step before, and not special, is folded; waits are told when they change.
+    """
     folded: tuple[str, int, int] | None = None  # headline, first and last step
     waited: list[tuple[int, str]] = []
     for step in steps:
@@ -166,7 +169,7 @@ def narrate(steps: Iterable[Step]) -> Iterator[str]:
         if folded is not None:
             yield _folded(*folded)
             folded = None
-        yield f"{'between steps' if step.number is None else f'step {step.number}'}, {step.now:.3f} s: {head}"
+        yield f"{'between steps' if step.number is None else f'step {step.number}'}, {step.now - began:.3f} s: {head}"
         yield from (f"  {text}" for text in details)
     if folded is not None:
         yield _folded(*folded)
