@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import interpreter  # noqa: F401  before the kernels
 import pytest
 import torch
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("needs triton", allow_module_level=True)
+if not torch.cuda.is_available():
+    import interpreter  # noqa: F401  before the kernels
 from tiny_models import ARCHITECTURES, config_for, needs_compiler, save_architecture
 
 from minisgl.commands.fit.predict import ITEM_BYTES, MatrixBytes, in_blocks, in_dtype, in_fp8, largest_step, weight_bytes
@@ -83,6 +88,19 @@ def test_the_weights_of_every_architecture_are_predicted_to_the_byte(name: str, 
     # Where a head is tied to the embedding, oneDNN's layout of it is a copy.
     found = built_bytes(spec, Shard.of(spec), CpuLayers(torch.float32), torch.float32)
     assert found == predicted(spec, Shard.of(spec), 4, in_dtype(4), separate_head=torch._C._has_mkldnn)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["int8", "q4"])
+def test_the_packed_weights_of_a_directory_are_predicted_to_the_byte(name: str, kind: str, tmp_path: Path) -> None:
+    save_architecture(tmp_path, name)
+    spec = config_for(tmp_path).model
+    for size in (1, 2):
+        for rank in range(size):
+            shard = Shard.of(spec, rank, size)
+            found = built_bytes(spec, shard, QuantizedLayers(kind, Kernels(1)), torch.float32, lazy=True)
+            assert found == predicted(spec, shard, 4, in_blocks(kind, stored_types(spec)), separate_head=True)
 
 
 @needs_compiler
