@@ -203,8 +203,8 @@ class EngineConfig:
     )
     itl_target_ms: float = setting(
         0.0,
-        "keep the time between a request's tokens near this by smaller prefill chunks; 0: off; -1, the server's default: "
-        "below twice that without prompts, as measured",
+        "longest wait between two tokens of an answer while prompts of others are computed beside it, whose chunks shrink to "
+        "that; 0: no bound; -1, the server's default: prompts at most double the wait",
         "MS",
         AUTO_ITL,
         60_000.0,

@@ -91,6 +91,8 @@ def _modes(given: Mapping[str, Any], config: Config, cores: int) -> _Found:
             yield "threads", served, f"the same number for each of {engine.tp} ranks"
         if served > cores:
             yield "threads", served, f"but this process may use {cores} core{'s' * (cores > 1)}: more threads slow it down"
+    if engine.device == "cpu" and config.model.format != "fake" and given.get("tp", 1) > cores:
+        yield "tp", engine.tp, f"but this process may use {cores} core{'s' * (cores > 1)}: more ranks slow it down"
     if "lag" in given and engine.lag != given["lag"]:
         yield "lag", engine.lag, "as MINISGL_DISABLE_OVERLAP_SCHEDULING says"
     if given.get("quantization") == "auto" and engine.device == "cpu" and engine.dtype != "auto":

@@ -108,7 +108,7 @@ class Conversation:
         note = self._terminal.note
         self._terminal.end_thought()
         if turn.text or not (turn.error or turn.stopped or turn.thought):
-            print(flush=True)
+            self._terminal.end_answer()
             self.messages.append({"role": "assistant", "content": turn.text})
         else:
             self.messages.pop()  # a question without an answer would leave two in a row

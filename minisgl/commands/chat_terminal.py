@@ -9,6 +9,8 @@ import select
 import sys
 from pathlib import Path
 
+from minisgl.commands.chat_wrap import Wrap
+
 _CONTROL = {c: None for c in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(c) not in "\n\t"}
 _PASTE_SECONDS = 0.02  # nobody types a line in so short a time
 
@@ -26,6 +28,7 @@ class Terminal:
         self._colours = interactive and "NO_COLOR" not in os.environ
         self._bracketed = False  # the terminal marks what is pasted, and readline takes it as one line
         self._thinking = False
+        self._wrap: Wrap | None = Wrap() if interactive else None  # of what is streamed now
 
     def edit_lines(self) -> None:
         """Arrow keys, pasted text as one message, and a history in a file."""
@@ -70,19 +73,27 @@ class Terminal:
     def write(self, text: str) -> None:
         """A piece of an answer, at once."""
         self.end_thought()
-        print(strip_control(text), end="", flush=True)
+        print(self._wrapped(strip_control(text)), end="", flush=True)
+
+    def end_answer(self) -> None:
+        """The answer is whole: print what was kept of it, and end the line."""
+        print(self._wrap.end() if self._wrap else "", flush=True)
+
+    def _wrapped(self, text: str) -> str:
+        return self._wrap.add(text) if self._wrap else text
 
     def think(self, text: str) -> None:
         """A piece of a thought: dim, or between marks where there are no colours; apart from the answers like a note."""
         if not self._colours and not self._thinking:
-            self._aside("[thought] ", end="")
+            self._aside(self._wrapped("[thought] "), end="")
         self._thinking = True
-        self._aside(strip_control(text), end="")
+        self._aside(self._wrapped(strip_control(text)), end="")
 
     def end_thought(self) -> None:
         """What comes now is no thought any more."""
         if self._thinking:
-            self._aside("" if self._colours else " [/thought]")
+            rest = self._wrap.end() if self._wrap else ""
+            self._aside(rest if self._colours else f"{rest} [/thought]")
         self._thinking = False
 
     def note(self, text: str) -> None:

@@ -36,6 +36,8 @@ def found(flags: str, kv: int = KV, cores: int = 2, model: Any = SPEC) -> dict[s
         ("--kv-tokens 65", {"kv": 128}, "--kv-tokens", 128, "whole pages"),
         ("--kv-tokens 1024", {"kv": 1024}, "--max-context", 1024, "8192: 1024 is served, since a request is at most as long"),
         ("--threads 500", {}, "--threads", 500, "500 is served, but this process may use 2 cores: more threads slow it"),
+        ("--tp 3", {}, "--tp", 3, "3 is served, but this process may use 2 cores: more ranks slow it down"),
+        ("--tp 2", {"cores": 1}, "--tp", 2, "1 core:"),
         ("--threads 3", {"cores": 1}, "--threads", 3, "1 core:"),
         ("--threads 3 --tp 2", {"cores": 4}, "--threads", 2, "2 is served, the same number for each of 2 ranks"),
         ("--threads 1 --tp 2", {}, "--threads", 2, "the same number for each of 2 ranks"),

@@ -38,10 +38,11 @@ from minisgl.model.cpu.sampler import sample as cpu_sample
 from minisgl.model.cuda import device_state as state_module
 from minisgl.model.cuda import step as steps_module
 from minisgl.model.cuda.attention.base import AttentionSpec
-from minisgl.model.cuda.attention.choose import check_float8, choose
+from minisgl.model.cuda.attention.choose import choose
 from minisgl.model.cuda.attention.flashinfer import paging
 from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from minisgl.model.cuda.attention.paged import PagedAttention
+from minisgl.model.cuda.attention.requirements import check_float8
 from minisgl.model.cuda.attention.torch import TorchReference
 from minisgl.model.cuda.attention.triton import TritonAttention
 from minisgl.model.cuda.device_state import DeviceState
@@ -418,22 +419,22 @@ def test_a_gpu_that_no_kernel_serves_falls_back_to_torch_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("settings", "dtype", "capability", "named"),
     [
-        ({"quantization": "fp8"}, torch.bfloat16, 80, "--quantization fp8.*8.0"),
-        ({"kv_cache_dtype": "fp8"}, torch.bfloat16, 86, "--kv-cache-dtype fp8.*8.6"),
-        ({"quantization": "fp8"}, torch.float16, 90, "--dtype bfloat16"),
+        ({"quantization": "fp8"}, "bfloat16", 80, "--quantization fp8.*8.0"),
+        ({"kv_cache_dtype": "fp8"}, "bfloat16", 86, "--kv-cache-dtype fp8.*8.6"),
+        ({"quantization": "fp8"}, "float16", 90, "--dtype bfloat16"),
     ],
 )
 def test_float8_is_refused_where_it_cannot_be_computed(
-    settings: dict[str, str], dtype: torch.dtype, capability: int, named: str
+    settings: dict[str, str], dtype: str, capability: int, named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
         check_float8(EngineConfig(device="cuda", **settings), dtype, capability)
-    check_float8(EngineConfig(device="cuda", **settings), torch.bfloat16, 90)
+    check_float8(EngineConfig(device="cuda", **settings), "bfloat16", 90)
 
 
 def test_float8_wants_sizes_that_the_library_can_multiply() -> None:
     with pytest.raises(UserError, match=r"--quantization fp8.*--tp 3.*4779"):
-        check_float8(EngineConfig(device="cuda", quantization="fp8", tp=3), torch.bfloat16, 90, [4096, 4779])
+        check_float8(EngineConfig(device="cuda", quantization="fp8", tp=3), "bfloat16", 90, [4096, 4779])
 
 
 def test_uploads_larger_than_their_buffer_arrive_too() -> None:

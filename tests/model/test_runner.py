@@ -16,10 +16,16 @@ from tiny_models import LLAMA3_ROPE, Driver, config_for, save_llama, save_qwen3
 from minisgl.actors.spawn import make_runner
 from minisgl.config import Config, EngineConfig
 from minisgl.errors import UserError
-from minisgl.model.common.host import SPIN_COUNT, available_bytes, prepare_environment, threads_per_rank, usable_cores
+from minisgl.model.common.host import (
+    MAX_KV_TOKENS,
+    SPIN_COUNT,
+    available_bytes,
+    prepare_environment,
+    threads_per_rank,
+    usable_cores,
+)
 from minisgl.model.common.slots import SlotState
 from minisgl.model.cpu import runner as runner_module
-from minisgl.model.cpu.runner import MAX_KV_TOKENS
 from minisgl.plan import StepPlan
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(3, 203, 5 + 9 * i)] for i in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 from minisgl.config import ModelSpec
 from minisgl.errors import UserError
@@ -15,12 +16,30 @@ from minisgl.model.common.registry import GGUF_ARCHS, HF_ARCHS
 
 _QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|T?Q\d_\w+|MXFP4\w*|BF16|F16|FP16|F32|FP32)$", re.IGNORECASE)
 _F32, _F16 = 0, 1  # ggml types
+_NAMES = {  # part of a model -> the file's tensor, without its layer
+    **{f"{part}_proj": f"attn_{part}.weight" for part in "qkv"},
+    "o_proj": "attn_output.weight",
+    **{f"{part}_proj": f"ffn_{part}.weight" for part in ("gate", "up", "down")},
+    "embed_tokens": "token_embd.weight",
+    "lm_head": "output.weight",
+}
 
 
 def served_name(path: str) -> str:
     """The file's name without extension, part and quantisation: "SmolLM2-135M-Instruct.Q4_1.gguf" -> the model's name."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", os.path.basename(path).removesuffix(".gguf"))
     return _QUANT_SUFFIX.sub("", stem) or stem
+
+
+def stored_types(spec: ModelSpec) -> Callable[[int, str], int]:
+    """(layer, part) -> ggml's number of the type in which the file of `spec` has it; -1 without such a file."""
+    tensors = GGUFFile(spec.path).tensors if spec.format == "gguf" else {}
+
+    def kind(layer: int, part: str) -> int:
+        found = tensors.get(_NAMES[part] if layer < 0 else f"blk.{layer}.{_NAMES[part]}")
+        return -1 if found is None else found.kind
+
+    return kind
 
 
 def spec_from_gguf(path: str) -> ModelSpec:

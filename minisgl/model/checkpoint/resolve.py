@@ -27,12 +27,13 @@ _METADATA = ("*.json", "*.jinja", "*.model", "*.txt")  # settings, tokenizer, ch
 _HINT = "Check the spelling, or give the path of a local copy."
 
 
-def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
+def resolve(model: str | None, revision: str | None = None, *, weights: bool = True) -> ModelSpec:
     """Find a model and read its metadata.
 
     `model` is a .gguf file, a directory with config.json and safetensors, or a hub id "org/name", where `revision` selects a
     branch, tag or commit; None is the small model that comes as a Python package; "random:NAME" is the shape of a published
     model with random weights, for measurements; "fake" is no model at all: see `fake_model`.  Only a hub id uses the network.
+    `weights=False`: files of weights may be absent, and are not fetched.
     Raises UserError with one sentence that names the fault and the remedy.
     """
     if revision is not None and (model is None or model == FAKE or model.startswith(RANDOM)):
@@ -48,12 +49,12 @@ def resolve(model: str | None, revision: str | None = None) -> ModelSpec:
     if os.path.exists(path):
         if revision is not None:
             raise UserError(f"--revision {revision}: only a hub id has revisions, and --model {model} is a local path.")
-        return spec_from_directory(path) if os.path.isdir(path) else spec_from_gguf(path)
+        return spec_from_directory(path, weights=weights) if os.path.isdir(path) else spec_from_gguf(path)
     if not model or model[0] in "./~" or model.endswith(".gguf") or model.count(os.sep) > 1:
         raise UserError(f"--model {model}: no such file or directory.")
     if not _HUB_ID.fullmatch(model):
         raise UserError(f"--model {model}: neither an existing file or directory nor a hub id of the form org/name.")
-    return _download(model, revision)
+    return _download(model, revision, weights)
 
 
 def embedded_model() -> str:
@@ -80,7 +81,7 @@ def fake_model() -> ModelSpec:
         return replace(random_shape("qwen3-0.6b"), name=FAKE, format=FAKE, eos_ids=(_FAKE_VOCAB - 1,), vocab_size=_FAKE_VOCAB)
 
 
-def _download(model: str, revision: str | None) -> ModelSpec:
+def _download(model: str, revision: str | None, weights: bool) -> ModelSpec:
     """Fetch a hub model into the shared cache, or find it there, with a progress bar.
 
     The small files come first, so that an unsupported model is refused before gigabytes are fetched.  The weights are those of
@@ -90,7 +91,9 @@ def _download(model: str, revision: str | None) -> ModelSpec:
     if not os.path.isfile(os.path.join(path, "config.json")):
         kinds = sorted(glob("*", root_dir=path))[:5]
         raise UserError(f"--model {model}: has no config.json{' (only ' + ', '.join(kinds) + ')' if kinds else ''}. {_HINT}")
-    spec_from_directory(path, name=model, weights=False)
+    spec = spec_from_directory(path, name=model, weights=False)
+    if not weights:
+        return spec
     commit = os.path.basename(path)  # both parts of one version, even after a push in between
     pinned = commit if _COMMIT.fullmatch(commit) else revision
     names = [os.path.basename(f) for f in weight_files(path)] if os.path.isfile(os.path.join(path, INDEX)) else [SINGLE]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minisgl.model.common import shard
+from minisgl.model.common import memory, shard
 from minisgl.model.common.weights import StoredWeight, Weight
 
 GROUP = shard.GROUP  # inputs that share a scale
 Q4_0, Q4_1, Q8_0 = 2, 3, 8  # ggml's numbers of the block types
-BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
+BITS = memory.STORED_BITS
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # ggml's numbers of plain types
 
 

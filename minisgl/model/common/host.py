@@ -22,8 +22,13 @@ def usable_cores(root: str = "/") -> int:
 
     root: a stand-in for the root directory in tests.
     """
-    quotas = [q for group in groups(root, "cpu") if (q := _quota(group)) is not None]
-    return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, quotas)]))
+    quota = cpu_quota(root)
+    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(quota) if quota is not None else 1 << 30))
+
+
+def cpu_quota(root: str = "/") -> float | None:
+    """The cores' worth of time that the control groups around this process leave it; None: no limit.  root: as above."""
+    return min((q for group in groups(root, "cpu") if (q := _quota(group)) is not None), default=None)
 
 
 def threads_per_rank(engine: EngineConfig) -> int:
@@ -63,6 +68,15 @@ def available_bytes(root: str = "/") -> int:
         v1 = (group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         candidates += [left for left in (_left(*v2), _left(*v1)) if left is not None]
     return max(0, min(candidates))
+
+
+def anonymous_bytes(root: str = "/") -> int:
+    """The memory of this process that belongs to no file; 0 where the kernel does not say."""
+    try:
+        lines = Path(root, "proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 # ---------------- files of the kernel

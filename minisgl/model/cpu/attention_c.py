@@ -11,17 +11,9 @@ from minisgl.model.common.interfaces import QKNorm, Rotation
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.slots import StepBatch
 from minisgl.model.cpu.kernels import Kernels, Layer, Step
-from minisgl.model.cpu.packing import LANES
 
 QUERIES = 16  # tokens of a prompt in one item of work
-MAX_DIM = 512
 KV_DTYPE = torch.float16
-
-
-def can_attend(spec: ModelSpec, page_size: int) -> bool:
-    """Whether the kernel serves this model with this page size.  TorchAttention serves all."""
-    rotary = spec.rotary_dim or spec.head_dim
-    return page_size % LANES == 0 and spec.head_dim % LANES == 0 and spec.head_dim <= MAX_DIM and rotary % 2 == 0
 
 
 class KernelAttention:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.config import EngineConfig, ModelSpec
+from minisgl.model.common.memory import can_attend
 from minisgl.model.common.shard import Shard
 from minisgl.model.cpu.attention import TorchAttention
-from minisgl.model.cpu.attention_c import KV_DTYPE, KernelAttention, can_attend
+from minisgl.model.cpu.attention_c import KV_DTYPE, KernelAttention
 from minisgl.model.cpu.build import NoKernels
 from minisgl.model.cpu.kernels import Kernels
 from minisgl.model.cpu.layers import CpuLayers

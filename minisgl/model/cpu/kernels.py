@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from minisgl.model.common.gguf_blocks import GROUP
+from minisgl.model.common.memory import BLOCK_BYTES, LANES
 from minisgl.model.cpu.build import load_kernels
-from minisgl.model.cpu.packing import BLOCK_BYTES, LANES
 
 
 class Weight(Structure):

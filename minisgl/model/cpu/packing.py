@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from minisgl.model.common.gguf_blocks import GROUP, Groups
-
-LANES = 16
-BLOCK_BYTES = {4: 320, 8: 544}
+from minisgl.model.common.memory import LANES
 
 
 def quantise(weight: torch.Tensor, bits: int) -> Groups:

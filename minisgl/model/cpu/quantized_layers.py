@@ -13,11 +13,12 @@ import torch
 from minisgl.model.common.activations import Activations, Product, plain
 from minisgl.model.common.gguf_blocks import FLOATS, GROUP, Groups, from_gguf, stored_bits
 from minisgl.model.common.interfaces import GatedLayer, LinearLayer, NormLayer
+from minisgl.model.common.memory import LANES, bits_of
 from minisgl.model.common.weights import StoredWeight, Weight, dense
 from minisgl.model.cpu import kernels, layers
 from minisgl.model.cpu.kernels import Kernels, PackedWeight
 from minisgl.model.cpu.layers import CpuLayers, RMSNorm
-from minisgl.model.cpu.packing import LANES, quantise, round_trip
+from minisgl.model.cpu.packing import quantise, round_trip
 
 
 class Normed:  # a DeferredNorm, not derived from it: isinstance() is slow for a class derived from a protocol
@@ -107,11 +108,7 @@ class QuantizedLayers(CpuLayers):
 
     def bits(self, weights: Sequence[Weight]) -> int:
         """Bits of the weights of one product, which all have the same."""
-        stored = [stored_bits(w) for w in weights]
-        if self._kind != "int8" and set(stored) == {4}:
-            return 4
-        # The table of tokens is often the head, too, where 4 bits cost most: it stays at 8 unless it is stored in 4.
-        return 4 if self._kind == "q4" and not stored[0] else 8
+        return bits_of(self._kind, [stored_bits(w) for w in weights])
 
 
 def _row_factors(weight: Weight, bits: int) -> torch.Tensor:

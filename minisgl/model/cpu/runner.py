@@ -14,8 +14,9 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.common.finished import Finished
 from minisgl.model.common.grammar import Grammars, unpack
-from minisgl.model.common.host import MAX_KV_TOKENS, available_bytes, threads_per_rank
+from minisgl.model.common.host import anonymous_bytes, available_bytes, threads_per_rank
 from minisgl.model.common.interfaces import Build
+from minisgl.model.common.memory import host_line, host_pages, token_bytes
 from minisgl.model.common.parallel import Parallel, to_stderr
 from minisgl.model.common.pooling import Pooling
 from minisgl.model.common.registry import model_class
@@ -48,12 +49,14 @@ class Runner:
             to_stderr(self._arithmetic.text)
         self._shard = Shard.of(spec, rank, engine.tp)
         self._parallel = Parallel(rank, engine.tp, run_dir)
+        before = anonymous_bytes()
         with torch.inference_mode():
             weights = open_weights(spec, self._arithmetic.dtype, lazy=self._arithmetic.lazy)
             served = replace(spec, max_context=config.max_context)
             build = Build(served, self._shard, weights, self._parallel, self._arithmetic.layers)
             self._model = model_class(spec.architecture)(build)
             weights.finish()
+        self._weights, self._available = max(0, anonymous_bytes() - before), 0
         self._state = SlotState(engine.max_running, config.max_context, engine.page_size)
         self._adjustments = Adjustments(engine.max_running, spec.vocab_size)
         self._grammars = grammars
@@ -63,23 +66,20 @@ class Runner:
     def max_pages(self) -> int:
         """The number of KV pages that fit next to the weights on this rank.  Raises UserError if none fits."""
         engine = self._config.engine
-        page_bytes = engine.page_size * self._token_bytes()
-        if engine.kv_tokens:
-            tokens = engine.kv_tokens
-        else:
-            share = int(available_bytes() * engine.memory_fraction) // engine.tp // page_bytes * engine.page_size
-            tokens = min(share, engine.max_running * self._config.max_context, MAX_KV_TOKENS)
-        pages = -(-tokens // engine.page_size)
+        self._available, token = available_bytes(), self._token_bytes()
+        pages = host_pages(engine, self._config.max_context, token, self._available)
         if pages < 1:
             raise UserError(
-                f"no memory for the KV cache: one page of {engine.page_size} tokens takes {page_bytes >> 10} KiB and "
-                f"memory_fraction {engine.memory_fraction:g} of the free memory is less. Free some memory, or set kv_tokens."
+                f"no memory for the KV cache: a page of {engine.page_size} tokens takes {engine.page_size * token >> 10} KiB, "
+                f"and memory_fraction {engine.memory_fraction:g} of the free memory is less. Free some, or set kv_tokens."
             )
         return pages
 
     def allocate(self, num_pages: int) -> None:
         """Create the KV cache: `num_pages` pages, the same number on every rank."""
         page_size = self._config.engine.page_size
+        if self._parallel.rank == 0:
+            to_stderr(host_line(self._weights, self._available, num_pages * page_size, self._token_bytes()))
         self._attention = self._arithmetic.attention(self._config.model, self._shard, num_pages, page_size)
 
     def launch(self, plan: StepPlan) -> Finished:
@@ -158,5 +158,4 @@ class Runner:
 
     def _token_bytes(self) -> int:
         """Bytes of the KV cache per token on this rank."""
-        spec = self._config.model
-        return spec.num_layers * 2 * self._shard.num_kv_heads * spec.head_dim * self._arithmetic.kv_dtype.itemsize
+        return token_bytes(self._config.model, self._shard, self._arithmetic.kv_dtype.itemsize)

@@ -1,13 +1,27 @@
-"""Divides a GPU's memory between weights, steps, graphs and KV cache, from measurements.  Runs in the workers."""
+"""Divides a GPU's memory between weights, steps, graphs and KV cache: `Ledger`.  No torch.
+
+In the workers from measurements; `minisgl fit` predicts what they measure.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minisgl.config import EngineConfig, ModelSpec
 from minisgl.errors import UserError
+from minisgl.model.common.memory import extras_bytes
+from minisgl.plan import SCORED_TOKENS
 
 GRAPHS = 1 << 30  # kept free for the temporaries of graphs, which are captured later; their logits come on top
 _GIB = 1 << 30
+
+
+def graph_bytes(engine: EngineConfig, spec: ModelSpec, item: int) -> int:
+    """Bytes kept free for graphs, their logits and the extras of all slots.  item: bytes of a number of the model's dtype."""
+    # Logits of the largest decode step and of the largest short one; ranks also gather and join theirs.
+    rows = engine.max_running + SCORED_TOKENS
+    logits = rows * spec.vocab_size * item * (2 if engine.tp == 1 else 6)
+    return GRAPHS + logits + extras_bytes(engine.max_running + 65, spec.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

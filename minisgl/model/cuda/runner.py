@@ -21,23 +21,24 @@ from minisgl.config import Config
 from minisgl.errors import UserError
 from minisgl.model.common.grammar import Grammars
 from minisgl.model.common.interfaces import Build
+from minisgl.model.common.memory import token_bytes
 from minisgl.model.common.parallel import to_stderr
 from minisgl.model.common.registry import model_class
 from minisgl.model.common.shard import Shard
 from minisgl.model.common.weights import OpenWeights
 from minisgl.model.cuda.attention.base import AttentionSpec
-from minisgl.model.cuda.attention.choose import check_float8, choose, find
-from minisgl.model.cuda.attention.kv_cache import FP8, KVCache, page_bytes
+from minisgl.model.cuda.attention.choose import choose, find
+from minisgl.model.cuda.attention.kv_cache import FP8, KVCache
 from minisgl.model.cuda.attention.paged import PagedAttention
+from minisgl.model.cuda.attention.requirements import check_float8
 from minisgl.model.cuda.graphs import Graphs
 from minisgl.model.cuda.layers import CudaLayers
-from minisgl.model.cuda.memory import GRAPHS, Ledger
+from minisgl.model.cuda.memory import Ledger, graph_bytes
 from minisgl.model.cuda.parallel import make_parallel
 from minisgl.model.cuda.step import Steps
 from minisgl.model.kernels.compilations import compiled, watch
 from minisgl.model.kernels.logprobs import DeviceLogprobs
-from minisgl.model.kernels.sampling import Extras
-from minisgl.plan import FAILED, SCORED_TOKENS, StepPlan, StepResult
+from minisgl.plan import FAILED, StepPlan, StepResult
 
 _PAUSE_MS = 20.0  # a device that waited longer had no work, which is not counted as idle
 
@@ -100,7 +101,7 @@ class CudaRunner:
         kv_dtype = FP8 if engine.kv_cache_dtype == "fp8" else self._dtype
         self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
         widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
-        check_float8(engine, self._dtype, self._heads.capability, widths, experts=spec.num_experts)
+        check_float8(engine, config.dtype, self._heads.capability, widths, experts=spec.num_experts)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free
@@ -157,18 +158,15 @@ class CudaRunner:
     def max_pages(self) -> int:
         """KV pages that fit next to the weights and the largest step, which is run once.  Raises UserError if none does."""
         engine, spec = self._config.engine, self._config.model
-        page = page_bytes(spec.num_layers, engine.page_size, self._shard.num_kv_heads, spec.head_dim, self._heads.kv_dtype)
+        page = engine.page_size * token_bytes(spec, self._shard, self._heads.kv_dtype.itemsize)
         try:
             step = self._largest_step(page)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"a step of --step-tokens {engine.step_tokens} does not fit GPU {self._rank} next to the weights; use less."
             ) from e
-        # Logits of the largest decode step and of the largest short one; ranks also gather and join theirs.
-        rows = engine.max_running + SCORED_TOKENS
-        logits = rows * spec.vocab_size * self._dtype.itemsize * (2 if engine.tp == 1 else 6)
-        logits += Extras.reserve(engine.max_running + 65, spec.vocab_size)
-        self._ledger = Ledger(self._total, self._other, self._weights, step, page, engine.page_size, GRAPHS + logits)
+        graphs = graph_bytes(engine, spec, self._dtype.itemsize)
+        self._ledger = Ledger(self._total, self._other, self._weights, step, page, engine.page_size, graphs)
         return self._ledger.pages(engine.kv_tokens, engine.memory_fraction, self._rank)
 
     def _largest_step(self, page: int) -> int:

@@ -19,12 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.model.common.memory import MAX_BIAS
 from minisgl.model.kernels.pdl import begin, launch_options
 from minisgl.plan import NOT_A_NUMBER
-from minisgl.sampling_params import MAX_EOS_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _BLOCK = 4096
-MAX_BIAS = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_IDS  # entries of a slot
 
 
 @triton.jit
@@ -246,8 +245,3 @@ class Extras:
         """Make `seen`, if it is missing."""
         if self.seen is None:
             self.seen = torch.zeros(len(self.bias), self.vocab, dtype=torch.int32, device=self.bias.device)
-
-    @staticmethod
-    def reserve(slots: int, vocab: int) -> int:
-        """Bytes of an Extras, with the adjusted logits of a step of as many rows."""
-        return 4 * slots * (2 * vocab + 3 * MAX_BIAS)

@@ -1,14 +1,11 @@
-"""Chooses the attention backends of prefill and decode, and checks what the flags demand of the GPU.  Runs in the workers."""
+"""Chooses the attention backends of prefill and decode.  Runs in the workers."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from minisgl.config import EngineConfig
 from minisgl.errors import UserError
 from minisgl.model.cuda.attention.base import AttentionSpec, Backend
 
@@ -54,28 +51,3 @@ def find(name: str) -> type[Backend]:
     """The class of a backend.  Importing FlashInfer takes a second, so only its backend does it, when it is constructed."""
     found: type[Backend] = getattr(importlib.import_module(f"minisgl.model.cuda.attention.{name}"), _CLASSES[name])
     return found
-
-
-def check_float8(
-    engine: EngineConfig, dtype: torch.dtype, capability: int, widths: Sequence[int] = (), *, experts: int = 0
-) -> None:
-    """Raises UserError where a flag demands float8 and the GPU, or its library, cannot compute it.
-
-    `widths`: rows and columns of this rank's linear layers; `experts`: experts in each of the model's layers.
-    """
-    for flag, value in (("--quantization", engine.quantization), ("--kv-cache-dtype", engine.kv_cache_dtype)):
-        if value == "fp8" and capability < 89:
-            has = f"this GPU has compute capability {capability / 10:.1f}, float8 needs 8.9 or newer"
-            raise UserError(f"{flag} fp8: {has}. Leave the flag out.")
-    if engine.quantization != "fp8":
-        return
-    if dtype != torch.bfloat16:
-        raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
-    if experts:
-        raise UserError("--quantization fp8: the experts of a mixture of experts have no float8 kernel. Leave the flag out.")
-    uneven = [width for width in widths if width % 16]
-    if uneven:
-        raise UserError(
-            f"--quantization fp8 needs layers whose sizes are multiples of 16, and with --tp {engine.tp} a rank has one of "
-            f"{uneven[0]}. Use another --tp, or leave --quantization out."
-        )

@@ -16,7 +16,6 @@ step k - lag is known, and the copies of the step between stand right behind it 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,12 +25,10 @@ import torch
 from minisgl.arrays import I32
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
-from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS, HEAD_DIMS
+from minisgl.model.cuda.attention.requirements import WIDENED_BYTES, WORKSPACE_BYTES, flashinfer_lacks
+from minisgl.model.cuda.flashinfer.modules import CUDA_CORE_GROUPS
 from minisgl.model.kernels.fp8_pages import widen_pages
 from minisgl.model.kernels.uploads import upload
-
-WORKSPACE_BYTES = 256 << 20  # for partial results; shared by all wrappers (one stream, one after the other)
-WIDENED_BYTES = 512 << 20  # the scratch cache of one layer: 131,072 tokens of 8 heads of 128
 
 
 class FlashInferAttention:
@@ -65,17 +62,8 @@ class FlashInferAttention:
 
     @classmethod
     def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
-        if heads.capability < 80:
-            return "it needs compute capability 8.0 or newer"
-        if heads.dtype == torch.float32:
-            return "it has no kernels for float32"
-        if heads.sinks:
-            return "its kernels are used without attention sinks"
-        if heads.head_dim not in HEAD_DIMS:
-            return f"it has no kernels for a head size of {heads.head_dim}"
-        if importlib.util.find_spec("flashinfer") is None:
-            return "the package flashinfer-python is not installed"
-        return None
+        dtype = str(heads.dtype).removeprefix("torch.")
+        return flashinfer_lacks(heads.head_dim, dtype, heads.capability, sinks=heads.sinks)
 
     def plan_prefill(self, chunks: Chunks) -> None:
         starts = torch.zeros(len(chunks.chunk_lens) + 1, dtype=torch.int32)

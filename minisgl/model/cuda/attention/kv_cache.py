@@ -47,8 +47,3 @@ class KVCache:
     def values(self, layer: int) -> torch.Tensor:
         """[pages, K, page_size, D] of one layer."""
         return self._cache[layer, :, 1]
-
-
-def page_bytes(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers."""
-    return layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize

@@ -8,6 +8,7 @@ import torch
 
 from minisgl.model.cuda.attention.base import AttentionSpec, Chunks, DecodeRows
 from minisgl.model.cuda.attention.kv_cache import KVCache
+from minisgl.model.cuda.attention.requirements import triton_lacks
 from minisgl.model.kernels.decode_attention import DecodeWorkspace, decode_attention
 from minisgl.model.kernels.prefill_attention import prefill_attention, tiles_of
 from minisgl.model.kernels.uploads import upload
@@ -27,9 +28,7 @@ class TritonAttention:
 
     @classmethod
     def refuses(cls, heads: AttentionSpec, task: str) -> str | None:
-        if heads.head_dim > 256:
-            return f"a head size of {heads.head_dim} is above 256"
-        return None if heads.capability >= 80 else "it needs compute capability 8.0 or newer"
+        return triton_lacks(heads.head_dim, heads.capability)
 
     def plan_prefill(self, chunks: Chunks) -> None:
         self._tiles = chunks.tiles

@@ -1,0 +1,1 @@
+"""`minisgl explain`: the decisions of the scheduler, step by step, in English."""
