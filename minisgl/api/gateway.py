@@ -67,7 +67,9 @@ class Entry:
     cached: int = 0  # tokens of the prompt that the cache had
     deaths: int = 0  # see trials.py
     said_at_death: int = 0
-    queued: float = 0.0  # seconds of waiting for the first step
+    began: float = 0.0  # when it was opened
+    queued: float = 0.0  # seconds of waiting for the first step, in the scheduler
+    waited: float = 0.0  # and from its opening
     thought_tokens: int = 0  # tokens of the thought, once it has ended
     delivered: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens in the next Text message
@@ -124,6 +126,7 @@ class Gateway(Actor):
             self._check_eos("response_format")
         self._opened += 1
         entry = Entry(self._new_uid(), params, options, on_chunk, _source(prompt, options), seed=self._seed(params))
+        entry.began = self.ctx.now()
         if isinstance(prompt, TokenPrompt):
             ids = self._check_ids(prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
@@ -372,7 +375,8 @@ class Gateway(Actor):
         entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
             self._leave(entry.uid)
-            entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
+            queued, waited = entry.queued, entry.waited
+            entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector, queued=queued, waited=waited))
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
@@ -381,7 +385,7 @@ class Gateway(Actor):
             entry.started = True
             self.resumed = self.resumed or self.ctx.now()
             if not entry.delivered:
-                entry.queued = m.queued
+                entry.queued, entry.waited = m.queued, self.ctx.now() - entry.began
 
     @on(msg.ThoughtEnded)
     def thought_ended(self, m: msg.ThoughtEnded) -> None:
@@ -413,9 +417,9 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            n, params = len(entry.ids), entry.params
+            n, thinking, thought = len(entry.ids), entry.params.thinking, entry.thought_tokens
             entry.on_chunk(
-                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
+                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, thought, thinking, entry.waited)
             )
         if self._trials.open:
             self._go_on_with_trials()

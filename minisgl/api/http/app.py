@@ -28,8 +28,9 @@ from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.door import DOOR, Door
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
+from minisgl.api.http.exposition import Exposition
 from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
-from minisgl.api.http.metrics import CONTENT_TYPE, Metered
+from minisgl.api.http.metrics import Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.reader import Reader
@@ -149,6 +150,7 @@ class _Routes:
         self._batch_socket = batch_socket
         self._reader = Reader()
         self._keys = keys
+        self._exposition = Exposition(engine)
         self._chat_page, self._docs_page = Page("page.html"), Page("docs.html")
 
     async def close(self, _: web.Application) -> None:
@@ -227,8 +229,9 @@ class _Routes:
         state = self._engine.state
         return web.json_response({"status": state}, status=200 if state == "ready" else 503)
 
-    async def metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._engine.render(), headers={"Content-Type": CONTENT_TYPE})
+    async def metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._exposition.render(",".join(request.headers.getall("Accept", ())))
+        return web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept"})
 
     async def start(self, request: web.Request) -> web.Response:
         """What runs: a page with a chat for browsers, JSON for programs."""
