@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "minisgl.commands.serve",
     "chat": "minisgl.commands.chat",
     "batch": "minisgl.commands.batch",
+    "top": "minisgl.commands.top",
     "doctor": "minisgl.commands.doctor",
     "simulate": "minisgl.commands.simulate",
     "prebuild": "minisgl.commands.prebuild",

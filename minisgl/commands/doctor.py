@@ -44,6 +44,7 @@ PACKAGES = {
     "llguidance": "llguidance>=1.6,<2",
     "tqdm": "tqdm>=4.66",
     "typing_extensions": "typing_extensions>=4.5",
+    "rich": "rich>=13",
 }
 _INSTRUCTIONS = {
     "avx2": "AVX2",

@@ -48,7 +48,7 @@ def parser() -> Parser:
     p = Parser(
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
-        "embedded one.  Other commands, each with --help: chat, batch, doctor, selfcheck, prebuild, simulate.",
+        "embedded one.  Other commands, each with --help: chat, batch, top, doctor, selfcheck, prebuild, simulate.",
         epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
         engine=True,
     )
