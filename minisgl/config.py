@@ -323,6 +323,7 @@ class ServerConfig:
     data_dir_gb: float = setting(10.0, "GiB that uploads and results may take in --data-dir", "GB", 1, 100_000)
     log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
     log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
+    otel_endpoint: str = setting("", "send spans to this OpenTelemetry collector (OTLP over HTTP); default: off", "URL")
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )

@@ -158,13 +158,16 @@ class _Server:
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
+        from minisgl.api.requests.openai import served_names
         from minisgl.api.system import System
+        from minisgl.api.telemetry import telemetry
 
         setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         kept = self.config.server
+        spans = telemetry(kept.otel_endpoint, served_names(self.config)[0])
         store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
         keys = keys_of(self.config, store)
         loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys)
@@ -182,6 +185,8 @@ class _Server:
             for name in self.system.supervisor.pids:
                 self.system.ctx.peer(name)  # while there are descriptors
             request_log = RequestLog(kept.log_requests)
+            if spans is not None:
+                request_log.told, engine.metrics.spans = spans.ended, spans.counts
             load = LoadLines(engine, request_log, loop.call_later)
             batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
             app = build_app(engine, batch.address, store, request_log, keys)
@@ -219,6 +224,8 @@ class _Server:
                 loop.remove_reader(fd)
             self.closed = True
             self.system.close()
+            if spans is not None:
+                spans.close()
         return self.exit_code()
 
     def processes(self) -> dict[str, Process]:

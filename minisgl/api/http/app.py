@@ -37,6 +37,7 @@ from minisgl.api.reader import Reader
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
+from minisgl.api.spans import TRACE_HEADERS
 from minisgl.config import Config
 from minisgl.errors import model_loading
 from minisgl.version import __version__
@@ -120,6 +121,8 @@ def _count(engine: Metered, request_log: RequestLog) -> Middleware:
         kept = unnoticed if route in OPEN else request_log
         with kept.request(f"{method} {route}" if resource is not None else route, "http", request_id(request)) as account:
             request[ACCOUNT] = account
+            if kept.told is not None:
+                account.caller = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
             try:
                 response = await handler(request)
                 account.status = response.status
