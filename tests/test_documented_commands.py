@@ -126,7 +126,7 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|top|selfcheck|prebuild|simulate)\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 

@@ -26,7 +26,7 @@ from minisgl.version import __version__
 MOST, BATCH = 8192, 512  # spans that may wait, and that leave together
 SECONDS = 1.0  # until fewer leave, too
 _END_SECONDS = 2.0  # for the last ones
-INSTALL = "pip install 'minisgl[otel]'"
+INSTALL = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 _ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 

@@ -158,7 +158,6 @@ class _Server:
         from minisgl.api.http.load import LoadLines
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
-        from minisgl.api.requests.openai import served_names
         from minisgl.api.system import System
         from minisgl.api.telemetry import telemetry
 
@@ -167,7 +166,7 @@ class _Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         kept = self.config.server
-        spans = telemetry(kept.otel_endpoint, served_names(self.config)[0])
+        spans = telemetry(kept.otel_endpoint, (*kept.served_names, self.config.model.name)[0])
         store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
         keys = keys_of(self.config, store)
         loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys)

@@ -101,7 +101,7 @@ def test_prometheus_client_reads_both_formats_back_and_they_say_the_same() -> No
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/html", f"x{OPEN}", "a,,;=", "text/plain; version=abc; escaping=?"])
 def test_whoever_does_not_ask_for_openmetrics_gets_the_text_format(accept: str) -> None:
-    body, content_type = Exposition(Metered(ScriptedEngine())).render(accept)
+    body, content_type = asyncio.run(Exposition(Metered(ScriptedEngine())).render(accept))
     assert content_type.startswith("text/plain; version=0.0.4")
     assert not body.endswith(b"# EOF\n")
 
@@ -110,7 +110,7 @@ def test_whoever_does_not_ask_for_openmetrics_gets_the_text_format(accept: str) 
     "accept", [f"{OPEN}; version=abc", f"{OPEN};version=9.9.9;escaping=none", OPEN.upper(), f"a/b,{OPEN};q=1"]
 )
 def test_openmetrics_is_version_one_whatever_version_is_asked_for(accept: str) -> None:
-    body, content_type = Exposition(Metered(ScriptedEngine())).render(accept)
+    body, content_type = asyncio.run(Exposition(Metered(ScriptedEngine())).render(accept))
     assert content_type.startswith(f"{OPEN}; version=1.0.0")
     assert list(parse_open(body.decode()))
 
@@ -135,7 +135,7 @@ def test_every_alias_has_the_value_type_and_labels_of_the_fact_that_it_is() -> N
 def test_requests_are_counted_by_how_they_ended_under_the_reasons_that_vllm_has() -> None:
     engine = Metered(ScriptedEngine())
     engine.metrics.finished.update({"stop": 3, "timeout": 2, "error": 1, "abort": 4})
-    text = Exposition(engine).render()[0].decode()
+    text = asyncio.run(Exposition(engine).render())[0].decode()
     found = {f.name: {s.labels["finished_reason"]: s.value for s in f.samples} for f in parse_text(text) if "success" in f.name}
     assert found["minisgl_request_success"] == {"stop": 3, "length": 0, "abort": 4, "timeout": 2, "error": 1}
     assert found["vllm:request_success"] == {"stop": 3, "length": 0, "abort": 4, "error": 3}
@@ -244,7 +244,7 @@ def test_the_pages_that_a_running_request_shares_with_the_cache_are_in_use() -> 
 def test_those_that_wait_for_a_prefix_or_a_grammar_do_not_wait_for_room() -> None:
     engine = ScriptedEngine()
     engine.stats = {"waiting_requests": 7, "following_requests": 2, "compiling_requests": 3}
-    text = Exposition(Metered(engine)).render()[0].decode()
+    text = asyncio.run(Exposition(Metered(engine)).render())[0].decode()
     found = {f.name: [s.value for s in f.samples] for f in parse_text(text)}
     assert found["vllm:num_requests_waiting_by_reason"] == [5, 5]
     assert found["vllm:num_requests_waiting"] == found["minisgl_num_requests_waiting"] == [10]
@@ -335,6 +335,6 @@ def test_every_count_is_drawn_from_the_facts_of_a_scrape_and_none_is_kept_twice(
     """Nothing in a chunk's way is counted under a second name: aliases are made when somebody reads."""
     engine = Metered(ScriptedEngine())
     before = vars(engine.metrics).keys()
-    Exposition(engine).render()
+    asyncio.run(Exposition(engine).render())
     assert vars(engine.metrics).keys() == before
     assert len(before) < 25

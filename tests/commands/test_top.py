@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -47,7 +48,7 @@ class Scripted:
         self.scripted.stats = {"total_pages": 200, "free_pages": 100, "evictable_pages": 50, "running_requests": 3}
 
     def text(self) -> str:
-        return Exposition(self.engine).render()[0].decode()
+        return asyncio.run(Exposition(self.engine).render())[0].decode()
 
     def reading(self, at: float, state: str = "ready", **health: Any) -> Reading:
         return Reading(at, self.text(), {"status": state, **health})

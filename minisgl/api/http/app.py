@@ -233,7 +233,7 @@ class _Routes:
         return web.json_response({"status": state}, status=200 if state == "ready" else 503)
 
     async def metrics(self, request: web.Request) -> web.Response:
-        body, content_type = self._exposition.render(",".join(request.headers.getall("Accept", ())))
+        body, content_type = await self._exposition.render(",".join(request.headers.getall("Accept", ())))
         return web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept"})
 
     async def start(self, request: web.Request) -> web.Response:

@@ -7,11 +7,12 @@ request.  Runs in the api process, on its event loop; docs/metrics.md has the ta
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
@@ -27,7 +28,17 @@ _VLLM_ENDS = {"timeout": "error"}  # the others have the same name there
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _OPEN = "application/openmetrics-text"
 _OPEN_METRICS = f"{_OPEN}; version=1.0.0; charset=utf-8"
+_EOF, _SLICE = b"# EOF\n", 6  # metrics that are written down at a time
 _HELD = "Share of the KV cache that is not free:"
+
+
+class _Slice(NamedTuple):
+    """A part of a scrape, in the place of prometheus_client's registry."""
+
+    metrics: Sequence[Metric]
+
+    def collect(self) -> Sequence[Metric]:
+        return self.metrics
 
 
 class _Facts(NamedTuple):
@@ -214,18 +225,23 @@ class Exposition:
 
     def __init__(self, engine: Metered) -> None:
         self._engine = engine
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The body and its content type: Prometheus' text format, or OpenMetrics where the Accept header asks for it."""
+    async def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The body and its content type: Prometheus' text format, or OpenMetrics where the Accept header asks for it.
+
+        All numbers are of one moment; writing them down takes milliseconds, in which streams have their turns.
+        """
         wanted = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
         # All names fit the oldest rules but for their colons, which the encoder would replace without this escaping.
         encode, _ = choose_encoder(f"{_OPEN}; version=1.0.0; escaping=allow-utf-8" if _OPEN in wanted else "")
-        return encode(self._registry), _OPEN_METRICS if _OPEN in wanted else _TEXT
+        metrics, parts = list(self.collect()), list[bytes]()
+        for at in range(0, len(metrics), _SLICE):
+            parts.append(encode(_Slice(metrics[at : at + _SLICE])).removesuffix(_EOF))
+            await asyncio.sleep(0)
+        return (b"".join((*parts, _EOF)), _OPEN_METRICS) if _OPEN in wanted else (b"".join(parts), _TEXT)
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics as prometheus_client has them; called by the registry."""
+        """The metrics as prometheus_client has them."""
         stats = defaultdict(int, self._engine.stats)
         facts = _Facts(stats, self._engine.metrics, self._engine, *kv_shares(stats))
         yield from _unlabelled(facts)
@@ -310,6 +326,11 @@ def _by(  # noqa: PLR0917
     return _family(kind, name, text, [({**(more or {}), label: key}, value) for key, value in values.items()])
 
 
+@functools.lru_cache
+def _written(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return (*map(floatToGoString, bounds), "+Inf")
+
+
 def _histograms(facts: _Facts) -> Iterator[Metric]:
     for name, text, of, aliases, bounds in HISTOGRAMS:
         histogram = of(facts.counts)
@@ -317,7 +338,7 @@ def _histograms(facts: _Facts) -> Iterator[Metric]:
             mine = each.startswith("minisgl_")
             shown = histogram.bounds if mine or bounds is None else bounds
             labels = {} if mine else _model(facts, each)
-            buckets = zip((*map(floatToGoString, shown), "+Inf"), histogram.at_most(shown), strict=True)
+            buckets = zip(_written(shown), histogram.at_most(shown), strict=True)
             family = HistogramMetricFamily(each, about, labels=tuple(labels))
             family.add_metric(tuple(labels.values()), list(buckets), histogram.total)
             yield family
