@@ -148,7 +148,7 @@ def test_without_the_packages_the_flag_says_what_to_install_and_the_environment_
     import sys
 
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(UserError, match="--otel-endpoint http://a: .*pip install opentelemetry-sdk"):
+    with pytest.raises(UserError, match=r"--otel-endpoint http://a: .*pip install opentelemetry-sdk"):
         telemetry("http://a", "tiny", {})
     with caplog.at_level("WARNING", "minisgl"):
         assert telemetry("", "tiny", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://b"}) is None
