@@ -46,7 +46,7 @@ def attributes_of(account: Account, model: str) -> dict[str, Value]:
         "http.route": account.route.partition(" ")[2],
         "http.response.status_code": account.status,
     }
-    if params is not None:
+    if params is not None and OPERATIONS[account.route] != "embeddings":
         out |= {f"gen_ai.request.{name}": getattr(params, name) for name in ("temperature", "top_p")}
         given: dict[str, float | None] = {"top_k": params.top_k or None, "seed": params.seed, "max_tokens": params.max_tokens}
         given |= {"frequency_penalty": params.frequency_penalty or None, "presence_penalty": params.presence_penalty or None}

@@ -72,17 +72,17 @@ class Outbox:
     """The spans that wait to be sent.  A span processor of OpenTelemetry: `on_end` gets each span, on the event loop."""
 
     def __init__(self, exporter: Any, endpoint: str) -> None:
-        self._exporter, self._endpoint = exporter, endpoint
+        self._exporter, self._endpoint = exporter, re.sub(r"//[^/@]*@", "//", endpoint)  # without a password
         self._waiting: deque[Any] = deque()
         self._wake, self._closed = threading.Event(), False
-        self._no_room = self._failed = self.exported = 0  # each is written by one thread
+        self._no_room = self._failed = self.exported = self.unmade = 0  # each is written by one thread
         self._reaches = True
         self._thread = threading.Thread(target=self._run, name="otel", daemon=True)
         self._thread.start()
 
     @property
     def lost(self) -> int:
-        return self._no_room + self._failed
+        return self._no_room + self._failed + self.unmade
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
         """Nothing is done with a span that has not ended."""
@@ -165,9 +165,15 @@ class Telemetry:
         return {"exported": self.outbox.exported, "lost": self.outbox.lost}
 
     def ended(self, account: Account, now: float) -> None:
-        """A request has ended: make its span, and one for each of its phases."""
-        if account.route not in OPERATIONS:
-            return
+        """A request has ended: make its spans.  Whatever goes wrong with them is not the request's."""
+        if account.route in OPERATIONS:
+            try:
+                self._make_spans(account, now)
+            except Exception:
+                self.outbox.unmade += 1
+
+    def _make_spans(self, account: Account, now: float) -> None:
+        """One for the request, and one for each of its phases."""
         offset, trace = time.time() - self._now(), self._trace
         root = self._tracer.start_span(
             f"{OPERATIONS[account.route]} {self._model}",

@@ -18,7 +18,8 @@ from test_server import ScriptedEngine, Server, ask
 
 from minisgl.actors.messages import Started
 from minisgl.api.engine import Chunk, TokenPrompt
-from minisgl.api.http.exposition import COUNTERS, ENDS, GAUGES, HISTOGRAMS, Exposition
+from minisgl.api.http.exposition import ENDS, Exposition
+from minisgl.api.http.metric_names import COUNTERS, GAUGES, HISTOGRAMS
 from minisgl.api.http.metrics import E2E, Histogram, Metered, kv_shares, token_bounds
 from minisgl.api.http.process_facts import Process, ProcessFacts, usage_of
 from minisgl.api.in_process import InProcessSystem
@@ -148,10 +149,10 @@ def test_the_buckets_of_an_alias_are_the_other_engines_and_count_what_ours_count
     for bars in HISTOGRAMS:
         mine = {s.labels["le"]: s.value for s in known[f"minisgl_{bars.name}"].samples if s.name.endswith("_bucket")}
         assert list(mine.values()) == sorted(mine.values())
-        for alias in bars.aliases:
+        for alias, bounds in bars.aliases.items():
             got = known[alias]
             theirs = {s.labels["le"]: s.value for s in got.samples if s.name.endswith("_bucket")}
-            expected = bars.bounds or token_bounds(8192)
+            expected = bounds or token_bounds(8192)
             assert [float(le) for le in theirs] == [*expected, float("inf")]
             assert theirs.items() <= mine.items()
             assert all("model_name" in s.labels for s in got.samples)

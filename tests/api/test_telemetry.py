@@ -73,6 +73,8 @@ def test_the_attributes_of_a_request_have_the_names_of_the_conventions() -> None
         "http.response.status_code": 200,
     }
     assert SECRET not in str(attributes_of(account, "tiny"))
+    vectors = attributes_of(finished(SamplingParams(), "POST /v1/embeddings")[0], "tiny")
+    assert "gen_ai.request.temperature" not in vectors
     plain = attributes_of(finished(SamplingParams())[0], "tiny")
     assert not {"gen_ai.request.seed", "gen_ai.request.max_tokens", "gen_ai.request.top_k"} & set(plain)
 
@@ -329,6 +331,14 @@ def test_a_collector_that_is_slow_holds_up_no_request_and_no_more_than_so_many_s
     assert 40 - 12 - 5 <= lost <= 40 - 12
     collector.gate.set()
     eventually(lambda: spans.counts()["exported"] == 40 - lost)
+    spans.close()
+
+
+def test_a_span_that_cannot_be_made_is_lost_and_its_request_is_not(collector: Collector) -> None:
+    spans = sender(collector.url)
+    spans._propagator = None
+    assert served(spans, (CHAT, {"messages": USER}, {})) == [200]
+    assert spans.counts() == {"exported": 0, "lost": 1}
     spans.close()
 
 

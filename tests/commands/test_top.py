@@ -27,7 +27,7 @@ from test_server import ScriptedEngine
 from minisgl.__main__ import main
 from minisgl.api.engine import Chunk
 from minisgl.api.http.exposition import Exposition
-from minisgl.api.http.metrics import TTFT, Histogram, Metered
+from minisgl.api.http.metrics import Metered
 from minisgl.api.http.process_facts import Process
 from minisgl.commands.top import _Watched
 from minisgl.commands.top_frame import frame
@@ -107,16 +107,16 @@ def test_a_quantile_lies_in_the_bucket_of_the_observation_that_has_its_rank(valu
     readings.add(engine.reading(1.0))
     found = readings.quantile("time_to_first_token_seconds", q)
     rank = next(i for i in range(1, len(values) + 1) if i >= q * len(values))
-    bucket = bisect_left(TTFT, sorted(values)[rank - 1])
+    bounds = engine.metrics.ttft.bounds
+    bucket = bisect_left(bounds, sorted(values)[rank - 1])
     assert found is not None
-    assert (TTFT[bucket - 1] if bucket else 0.0) <= found <= TTFT[min(bucket, len(TTFT) - 1)]
+    assert (bounds[bucket - 1] if bucket else 0.0) <= found <= bounds[min(bucket, len(bounds) - 1)]
 
 
 def test_what_lies_above_all_bounds_is_shown_as_the_last_of_them_and_without_observations_there_is_none() -> None:
     engine, readings = Scripted(), Readings()
     readings.add(engine.reading(0.0))
     assert readings.quantile("time_to_first_token_seconds", 0.5) is None
-    engine.metrics.ttft = Histogram(TTFT)
     engine.metrics.ttft.observe(1e6)
     readings.add(engine.reading(1.0))
     assert readings.quantile("time_to_first_token_seconds", 0.5) == 2560
@@ -156,7 +156,7 @@ def test_a_frame_shows_requests_tokens_latencies_the_cache_and_the_processes() -
     assert re.search(r"tiny +ready +context 8192 +tp 2 +minisgl 0.1", text)
     assert re.search(r"3 running +4 waiting \(3 capacity, 1 deferred\)", text)
     assert re.search(r"1,500/s in +50/s out", text)
-    assert re.search(r"TTFT +p50 375.0 ms", text)
+    assert re.search(r"TTFT +p50 325.0 ms", text)
     assert re.search(r"ITL +p50 17.5 ms +p99 24.9 ms", text)
     assert "25 % used, 25 % cached, 50 % free of 200 pages; prefix hit rate 20 %" in text
     assert re.search(r"worker0 +\d+ % +\d+ MB +\d+ +\d+ +61.0 s +2", text)

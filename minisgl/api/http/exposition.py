@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
-from minisgl.api.http.metrics import E2E, ITL, TTFT, Histogram, Metered, Metrics, kv_shares
+from minisgl.api.http.metric_names import COUNTERS, GAUGES, HISTOGRAMS, Facts
+from minisgl.api.http.metrics import Metered, kv_shares
 from minisgl.api.requests.openai import served_names
-from minisgl.config import Config
 from minisgl.version import __version__
 
 ENDS = ("stop", "length", "abort", "timeout", "error")
@@ -29,7 +29,6 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _OPEN = "application/openmetrics-text"
 _OPEN_METRICS = f"{_OPEN}; version=1.0.0; charset=utf-8"
 _EOF, _SLICE = b"# EOF\n", 6  # metrics that are written down at a time
-_HELD = "Share of the KV cache that is not free:"
 
 
 class _Slice(NamedTuple):
@@ -39,185 +38,6 @@ class _Slice(NamedTuple):
 
     def collect(self) -> Sequence[Metric]:
         return self.metrics
-
-
-class _Facts(NamedTuple):
-    """What is known when a scrape comes.  `stats`: of the scheduler, 0 for what it has not said."""
-
-    stats: Mapping[str, int]
-    counts: Metrics
-    engine: Metered
-    filled: float
-    used: float
-
-    @property
-    def config(self) -> Config:
-        return self.engine.config
-
-
-class _Row(NamedTuple):
-    """A fact without labels.  `aliases`: what other engines call it; theirs have the label model_name."""
-
-    name: str
-    text: str
-    value: Callable[[_Facts], float]
-    aliases: tuple[str, ...] = ()
-
-
-def _stat(name: str, scale: float = 1) -> Callable[[_Facts], float]:
-    return lambda f: f.stats[name] * scale
-
-
-GAUGES = (
-    _Row(
-        "num_requests_running",
-        "Requests in the running batch.",
-        _stat("running_requests"),
-        ("vllm:num_requests_running", "sglang:num_running_reqs"),
-    ),
-    _Row(
-        "num_requests_waiting",
-        "Requests that wait to be started.",
-        lambda f: f.stats["waiting_requests"] + f.stats["compiling_requests"],
-        ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
-    ),
-    _Row("num_requests_open", "Requests that have no end yet, wherever they are.", lambda f: f.engine.open_requests),
-    _Row("num_tokens_waiting", "Prompt tokens of the waiting requests.", _stat("waiting_tokens")),
-    _Row(
-        "kv_cache_usage_perc",
-        f"{_HELD} what running requests hold.",
-        lambda f: f.used,
-        ("vllm:kv_cache_usage_perc", "sglang:token_usage"),
-    ),
-    _Row("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", lambda f: f.filled),
-    _Row("kv_cache_pages", "Pages of the KV cache.", _stat("total_pages")),
-    _Row(
-        "kv_cache_tokens",
-        "Tokens that the KV cache holds.",
-        lambda f: f.stats["total_pages"] * f.config.engine.page_size,
-        ("sglang:max_total_num_tokens",),
-    ),
-    _Row("http_connections", "Open connections.", lambda f: f.counts.connections()),
-    _Row(
-        "unread_bytes", "Of answers that wait to be complete, or for their clients to read on.", lambda f: f.engine.kept.bytes
-    ),
-)
-COUNTERS = (
-    _Row(
-        "prefix_cache_queries",
-        "Prompt tokens that were looked for in the cache.",
-        _stat("prompt_tokens"),
-        ("vllm:prefix_cache_queries",),
-    ),
-    _Row("prefix_cache_hits", "Prompt tokens that were found there.", _stat("cached_tokens"), ("vllm:prefix_cache_hits",)),
-    _Row(
-        "evicted_tokens",
-        "Tokens of cached prefixes that made room for others.",
-        lambda f: f.stats["evicted_pages"] * f.config.engine.page_size,
-        ("sglang:evicted_tokens",),
-    ),
-    _Row("num_warmups", "Graphs captured and kernels compiled while a step waited for them.", _stat("warmups")),
-    _Row(
-        "num_preemptions",
-        "Running requests that were retracted for want of memory.",
-        _stat("retractions"),
-        ("vllm:num_preemptions", "sglang:num_retracted_requests"),
-    ),
-    _Row("request_timeouts", "Requests that missed their deadline.", _stat("timeouts")),
-    _Row("nan_requests", "Requests that ended because their logits were no finite numbers.", _stat("nan_requests")),
-    _Row("engine_steps", "Steps of the engine.", _stat("steps")),
-    _Row("engine_busy_seconds", "Time that the device computed steps.", _stat("busy_us", 1e-6)),
-    _Row("engine_idle_seconds", "Time between steps that the device waited for the next.", _stat("idle_us", 1e-6)),
-    _Row("prefill_tokens", "Prompt tokens that were computed.", _stat("prefill_tokens")),
-    _Row("wasted_rows", "Tokens computed for requests that had already ended.", _stat("wasted_rows")),
-    _Row(
-        "prompt_tokens",
-        "Tokens of the prompts of requests that got a first token.",
-        lambda f: f.counts.prompt_tokens,
-        ("vllm:prompt_tokens", "sglang:prompt_tokens"),
-    ),
-    _Row(
-        "prompt_tokens_cached",
-        "Of these, cached.",
-        lambda f: f.counts.cached_tokens,
-        ("vllm:prompt_tokens_cached",),
-    ),
-    _Row(
-        "generation_tokens",
-        "Tokens that were generated and delivered.",
-        lambda f: f.counts.generation_tokens,
-        ("vllm:generation_tokens", "sglang:generation_tokens"),
-    ),
-)
-
-
-class _Bars(NamedTuple):
-    """A histogram.  `bounds`: those of its aliases, where they have fewer."""
-
-    name: str
-    text: str
-    of: Callable[[Metrics], Histogram]
-    aliases: tuple[str, ...]
-    bounds: tuple[float, ...] | None = None
-
-
-_FROM = "From the arrival of a request to its"
-HISTOGRAMS = (
-    _Bars(
-        "time_to_first_token_seconds",
-        f"{_FROM} first token.",
-        lambda m: m.ttft,
-        ("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
-        TTFT,
-    ),
-    _Bars(
-        "inter_token_latency_seconds",
-        "Between the tokens of a request.",
-        lambda m: m.itl,
-        ("vllm:inter_token_latency_seconds",),
-        ITL,
-    ),
-    _Bars(
-        "request_time_per_output_token_seconds",
-        "Of a request, the mean time of its tokens behind the first.",
-        lambda m: m.tpot,
-        ("vllm:request_time_per_output_token_seconds",),
-        ITL,
-    ),
-    _Bars("e2e_request_latency_seconds", f"{_FROM} end.", lambda m: m.e2e, ("vllm:e2e_request_latency_seconds",), E2E),
-    _Bars(
-        "request_queue_time_seconds",
-        "From the arrival of a request at the scheduler to its first step.",
-        lambda m: m.queue,
-        ("vllm:request_queue_time_seconds",),
-        E2E,
-    ),
-    _Bars(
-        "request_prefill_time_seconds",
-        "From the first step of a request to its first token.",
-        lambda m: m.prefill,
-        ("vllm:request_prefill_time_seconds",),
-        E2E,
-    ),
-    _Bars(
-        "request_decode_time_seconds",
-        "From the first token of a request to its last.",
-        lambda m: m.decode,
-        ("vllm:request_decode_time_seconds",),
-        E2E,
-    ),
-    _Bars(
-        "request_inference_time_seconds",
-        "From the first step of a request to its last token.",
-        lambda m: m.inference,
-        ("vllm:request_inference_time_seconds",),
-        E2E,
-    ),
-    _Bars("request_prompt_tokens", "Tokens of a request's prompt.", lambda m: m.prompts, ("vllm:request_prompt_tokens",)),
-    _Bars(
-        "request_generation_tokens", "Tokens of a request's answer.", lambda m: m.answers, ("vllm:request_generation_tokens",)
-    ),
-)
 
 
 class Exposition:
@@ -243,7 +63,7 @@ class Exposition:
     def collect(self) -> Iterator[Metric]:
         """The metrics as prometheus_client has them."""
         stats = defaultdict(int, self._engine.stats)
-        facts = _Facts(stats, self._engine.metrics, self._engine, *kv_shares(stats))
+        facts = Facts(stats, self._engine.metrics, self._engine, *kv_shares(stats))
         yield from _unlabelled(facts)
         yield from _labelled(facts)
         yield from _histograms(facts)
@@ -251,7 +71,7 @@ class Exposition:
         yield from _processes(facts)
 
 
-def _model(facts: _Facts, alias: str) -> dict[str, str]:
+def _model(facts: Facts, alias: str) -> dict[str, str]:
     """The labels of an alias."""
     name = {"model_name": served_names(facts.config)[0]}
     return name | {"engine": "0"} if alias.startswith("vllm:") else name
@@ -275,7 +95,7 @@ def _family(
     return family
 
 
-def _unlabelled(facts: _Facts) -> Iterator[Metric]:
+def _unlabelled(facts: Facts) -> Iterator[Metric]:
     for kind, rows in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
         for name, text, value, aliases in rows:
             found = value(facts)
@@ -284,7 +104,7 @@ def _unlabelled(facts: _Facts) -> Iterator[Metric]:
                 yield _family(kind, alias, _as(name), [(_model(facts, alias), found)])
 
 
-def _labelled(facts: _Facts) -> Iterator[Metric]:
+def _labelled(facts: Facts) -> Iterator[Metric]:
     stats, m, engine = facts.stats, facts.counts, facts.engine
     capacity = stats["waiting_requests"] - stats["following_requests"]
     waiting = {"capacity": capacity, "deferred": stats["compiling_requests"] + stats["following_requests"]}
@@ -331,12 +151,12 @@ def _written(bounds: tuple[float, ...]) -> tuple[str, ...]:
     return (*map(floatToGoString, bounds), "+Inf")
 
 
-def _histograms(facts: _Facts) -> Iterator[Metric]:
-    for name, text, of, aliases, bounds in HISTOGRAMS:
+def _histograms(facts: Facts) -> Iterator[Metric]:
+    for name, text, of, aliases in HISTOGRAMS:
         histogram = of(facts.counts)
         for each, about in ((f"minisgl_{name}", text), *((alias, _as(name)) for alias in aliases)):
             mine = each.startswith("minisgl_")
-            shown = histogram.bounds if mine or bounds is None else bounds
+            shown = aliases.get(each) or histogram.bounds
             labels = {} if mine else _model(facts, each)
             buckets = zip(_written(shown), histogram.at_most(shown), strict=True)
             family = HistogramMetricFamily(each, about, labels=tuple(labels))
@@ -344,7 +164,7 @@ def _histograms(facts: _Facts) -> Iterator[Metric]:
             yield family
 
 
-def _infos(facts: _Facts) -> Iterator[Metric]:
+def _infos(facts: Facts) -> Iterator[Metric]:
     """What does not change, as labels of a 1."""
     engine = facts.config.engine
     mine = {"version": __version__, "model": served_names(facts.config)[0], "device": engine.device, "tp": str(engine.tp)}
@@ -360,7 +180,7 @@ def _infos(facts: _Facts) -> Iterator[Metric]:
         yield _family(GaugeMetricFamily, "vllm:cache_config_info", "The KV cache, as vLLM names its settings.", [(cache, 1)])
 
 
-def _processes(facts: _Facts) -> Iterator[Metric]:
+def _processes(facts: Facts) -> Iterator[Metric]:
     found = facts.counts.processes.read()
     for kind, name, text, of in (
         (CounterMetricFamily, "cpu_seconds", "Processor time that a process has taken.", "cpu_seconds"),

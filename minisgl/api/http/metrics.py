@@ -18,9 +18,10 @@ from minisgl.api.http.process_facts import ProcessFacts
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
-# Bounds in seconds: vLLM's, so that boards of both add up, and before them some for what is fast.
+# Bounds in seconds: vLLM's and SGLang's, so that their boards and ours add up, and before them some for what is fast.
 TTFT: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0)
 TTFT += (2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+SGLANG_TTFT = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 40.0, 60.0, 80.0, 100.0, 200.0, 400.0)
 ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 E2E: tuple[float, ...] = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 E2E += (120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
@@ -71,8 +72,8 @@ class Metrics:
         self.processes = ProcessFacts()
         self.spans: Callable[[], Mapping[str, int]] | None = None  # by what has become of them; None: nobody traces
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
-        self.ttft, self.itl, self.e2e = Histogram(TTFT), Histogram((*_FAST_ITL, *ITL)), Histogram((*_FAST_PHASE, *E2E))
-        self.tpot = Histogram((*_FAST_ITL, *ITL))
+        self.ttft, self.e2e = Histogram(sorted({*TTFT, *SGLANG_TTFT})), Histogram((*_FAST_PHASE, *E2E))
+        self.itl, self.tpot = (Histogram((*_FAST_ITL, *ITL)) for _ in range(2))
         self.queue, self.prefill, self.decode, self.inference = (Histogram((*_FAST_PHASE, *E2E)) for _ in range(4))
         self.prompts, self.answers = (Histogram(token_bounds(max_context)) for _ in range(2))  # of tokens
 
