@@ -91,19 +91,19 @@ class Account:
 
 
 class RequestLog:
-    """Makes the accounts of all requests.  `each`: print a line for every request; `told`: is called when one has ended."""
+    """Makes the accounts of all requests.  `each`: print a line for every request; `on_end`: is called when one has ended."""
 
     def __init__(self, each: bool = False, now: Callable[[], float] = time.monotonic) -> None:
         self.each, self.now = each, now
         self.refused: Counter[tuple[int, str]] = Counter()  # by status and code; LoadLines prints and clears them
         self.last_end = 0.0
         self.on_begin: Callable[[], object] = lambda: None
-        self.told: Callable[[Account, float], object] | None = None
+        self.on_end: Callable[[Account, float], object] | None = None
 
     @property
     def watches(self) -> bool:
         """Whether anybody wants to know what is counted in chunks."""
-        return self.each or self.told is not None
+        return self.each or self.on_end is not None
 
     @contextmanager
     def request(self, route: str, kind: str, request_id: str) -> Iterator[Account]:
@@ -128,8 +128,8 @@ class RequestLog:
             self._report(account, now)
         elif (failure is not None or status >= 400) and status != LEFT:
             self.refused[failure[:2] if failure is not None else (status, "")] += 1
-        if self.told is not None:
-            self.told(account, now)
+        if self.on_end is not None:
+            self.on_end(account, now)
 
     def _report(self, account: Account, now: float) -> None:
         failure, status, generated = account.failure, account.status, bool(account.first)

@@ -135,7 +135,7 @@ class Outbox:
 
 
 class Telemetry:
-    """Makes the spans.  `ended` is RequestLog.told.  `now`: the clock of the accounts."""
+    """Makes the spans.  `ended` is RequestLog.on_end.  `now`: the clock of the accounts."""
 
     def __init__(
         self,

@@ -185,7 +185,7 @@ class _Server:
                 self.system.ctx.peer(name)  # while there are descriptors
             request_log = RequestLog(kept.log_requests)
             if spans is not None:
-                request_log.told, engine.metrics.spans = spans.ended, spans.counts
+                request_log.on_end, engine.metrics.spans = spans.ended, spans.counts
             load = LoadLines(engine, request_log, loop.call_later)
             batch = BatchServer(self.system.ctx, self.system.run_dir, engine, request_log)
             app = build_app(engine, batch.address, store, request_log, keys)

@@ -35,7 +35,7 @@ def finished(params: SamplingParams, route: str = f"POST {CHAT}") -> tuple[Accou
     clock = [100.0]
     told: list[tuple[Account, float]] = []
     log = RequestLog(now=lambda: clock[0])
-    log.told = lambda account, now: told.append((account, now))
+    log.on_end = lambda account, now: told.append((account, now))
     with log.request(route, "stream", "id-1") as account:
         clock[0] = 101.0
         watch = account.watch(TextPrompt(SECRET), lambda item: None, params)
@@ -102,7 +102,7 @@ def test_phases_lie_within_their_request_whatever_the_clocks_say(queued: float, 
 
 def test_a_request_that_is_refused_or_left_has_a_span_that_says_so() -> None:
     log, told = RequestLog(), list[Account]()
-    log.told = lambda account, now: told.append(account)
+    log.on_end = lambda account, now: told.append(account)
     log.refuse(f"POST {CHAT}", "a", OVERLOADED)
     with log.request(f"POST {CHAT}", "http", "b"):
         pass  # its client has left
@@ -241,7 +241,7 @@ def served(spans: Telemetry, *asks: tuple[str, dict[str, Any], dict[str, str]]) 
     async def main() -> list[int]:
         engine = ScriptedEngine()
         http = Server(engine)
-        http.request_log.told = spans.ended
+        http.request_log.on_end = spans.ended
         await http.start()
         try:
             return [(await ask(http, path, body, headers=headers))[0] for path, body, headers in asks]

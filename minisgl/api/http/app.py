@@ -121,7 +121,7 @@ def _count(engine: Metered, request_log: RequestLog) -> Middleware:
         kept = unnoticed if route in OPEN else request_log
         with kept.request(f"{method} {route}" if resource is not None else route, "http", request_id(request)) as account:
             request[ACCOUNT] = account
-            if kept.told is not None:
+            if kept.on_end is not None:
                 account.caller = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
             try:
                 response = await handler(request)
