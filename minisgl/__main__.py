@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "minisgl.commands.doctor.command",
     "fit": "minisgl.commands.fit.command",
     "explain": "minisgl.commands.explain.command",
+    "top": "minisgl.commands.top",
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
     "prebuild": "minisgl.commands.prebuild",

@@ -326,6 +326,7 @@ class ServerConfig:
     journal_tokens: bool = setting(False, "a journal has token ids and grammars; default: keyed hashes, and no texts")
     log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
     log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
+    otel_endpoint: str = setting("", "send spans to this OpenTelemetry collector (OTLP over HTTP); default: off", "URL")
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed
         (), "keys, one a line: a request must bring one; default: none", "FILE", flag="--api-key-file", options=_LIST
     )

@@ -129,7 +129,7 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|doctor|fit|explain|selfcheck|prebuild|simulate|journal)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|top|doctor|fit|explain|selfcheck|prebuild|simulate|journal)\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 

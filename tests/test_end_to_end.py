@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field
 from tiny_models import save_byte_tokenizer, save_qwen3
 
 from minisgl import LLM, BatchClient, SamplingParams, grammar
+from minisgl.__main__ import main
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.text.tokenizer import load_tokenizer
 
@@ -364,6 +365,23 @@ def test_the_other_endpoints_answer_with_the_real_model(url: str, client: openai
         assert json.load(info_answer)["eos_token"] == "<|im_end|>"
     with urllib.request.urlopen(f"{url}/metrics") as metrics:
         assert 'minisgl_request_success_total{finished_reason="stop"}' in metrics.read().decode()
+
+
+def test_metrics_and_top_show_every_process_of_the_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    processes = {"api", "tokenizer", "checker", "detokenizer", "scheduler", "worker0", "worker1"}
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    for what in ("cpu_seconds_total", "resident_memory_bytes", "threads", "open_fds"):
+        found = dict(re.findall(rf'minisgl_process_{what}{{process="(\w+)"}} (\S+)', text))
+        assert found.keys() == processes
+        assert all(float(value) > 0 for value in found.values())
+    beats = dict(re.findall(r'minisgl_process_heartbeat_age_seconds{process="(\w+)"} (\S+)', text))
+    assert beats.keys() == processes - {"api"}
+    assert all(0 <= float(age) < 30 for age in beats.values())
+    assert main(["top", url, "--once", "--seconds", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert {line.split()[0] for line in shown.splitlines() if " MB " in line} == processes
+    assert "of 1,024 pages" in shown
 
 
 def test_vectors_of_two_ranks_are_the_same_however_they_are_asked_for(url: str, client: openai.OpenAI) -> None:

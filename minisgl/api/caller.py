@@ -83,7 +83,7 @@ class _Caller(WrappedEngine):
         salt = _salt(self._tenant, options.cache_salt) if self._tenant else options.cache_salt
         marked = replace(self._marked(options), priority=priority, cache_salt=salt)
         if self._account is not None:
-            on_chunk = self._account.watch(prompt, on_chunk)
+            on_chunk = self._account.watch(prompt, on_chunk, params)
         return super().open(prompt, params, on_chunk, marked)
 
 

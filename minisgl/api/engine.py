@@ -75,7 +75,8 @@ class Chunk(NamedTuple):
     `text` may lag behind `token_ids`: half of a UTF-8 character or of a stop string is held back.  `logprobs`: of the
     `token_ids`, preceded with `echo` by those of the prompt; empty unless requested.  `vector`: f32[hidden size] if requested.
 
-    `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt.
+    `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt, and
+    `waited` to the same from its opening.
     `thought_tokens`: tokens of the thoughts (see parsers/outline.py), once they have ended.  `thinking`: the answer begins
     inside a thought, as its prompt shows; None: nobody has looked.
     """
@@ -90,6 +91,7 @@ class Chunk(NamedTuple):
     queued: float = 0.0
     thought_tokens: int = 0
     thinking: bool | None = None
+    waited: float = 0.0
 
 
 OnChunk = Callable[[Chunk | RequestError], None]

@@ -97,6 +97,7 @@ class Gateway(Actor):
             check_eos(self.config, "response_format")
         self._opened += 1
         entry = Entry(self._new_uid(), params, options, on_chunk, source_of(prompt, options), seed=self._seed(params))
+        entry.began = self.ctx.now()
         if isinstance(prompt, TokenPrompt):
             ids = check_ids(self.config, prompt.ids, entry.source)
             self._ledger[entry.uid] = entry
@@ -268,7 +269,8 @@ class Gateway(Actor):
         entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
             self._leave(entry.uid)
-            entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
+            queued, waited = entry.queued, entry.waited
+            entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector, queued=queued, waited=waited))
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
@@ -277,7 +279,7 @@ class Gateway(Actor):
             entry.started = True
             self.resumed = self.resumed or self.ctx.now()
             if not entry.delivered:
-                entry.queued = m.queued
+                entry.queued, entry.waited = m.queued, self.ctx.now() - entry.began
 
     @on(msg.ThoughtEnded)
     def thought_ended(self, m: msg.ThoughtEnded) -> None:
@@ -309,9 +311,9 @@ class Gateway(Actor):
             logprobs: tuple[TokenLogprob, ...] = ()
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
-            n, params = len(entry.ids), entry.params
+            n, thinking, thought = len(entry.ids), entry.params.thinking, entry.thought_tokens
             entry.on_chunk(
-                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
+                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, thought, thinking, entry.waited)
             )
         self._dispatcher.heard()
 

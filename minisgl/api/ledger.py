@@ -29,7 +29,9 @@ class Entry:
     cached: int = 0  # tokens of the prompt that the cache had
     deaths: int = 0  # see trials.py
     said_at_death: int = 0
-    queued: float = 0.0  # seconds of waiting for the first step
+    began: float = 0.0  # when it was opened
+    queued: float = 0.0  # seconds of waiting for the first step, in the scheduler
+    waited: float = 0.0  # and from its opening
     thought_tokens: int = 0  # tokens of the thought, once it has ended
     delivered: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens in the next Text message

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from minisgl.api.engine import Chunk, OnChunk, Prompt
 from minisgl.errors import RequestError
 from minisgl.logs import REQUEST, say
+from minisgl.sampling_params import SamplingParams
 
 LEFT = 499  # the status of a request whose client has left, as nginx has it
 _MAX_PARAM = 60  # characters of a field's name, which a client may have made up
@@ -31,13 +32,14 @@ class Failure(NamedTuple):
 class Account:
     """Accumulates the facts about one request until it ends.  Whoever answers it sets `status` and calls `fail`.
 
-    Choices of one prompt count its tokens once.  Times in seconds.
+    Choices of one prompt count its tokens once.  Times in seconds.  `caller`: headers that say which trace it belongs to.
     """
 
     def __init__(self, request_log: RequestLog, route: str, kind: str, request_id: str) -> None:
         self.route, self.kind, self.request_id = route, kind, request_id
         self.status = LEFT  # until there is an answer
         self.began = request_log.now()
+        self.caller: Mapping[str, str] = {}
         self._request_log = request_log
         self.try_again()
 
@@ -46,18 +48,22 @@ class Account:
         self.failure: Failure | None = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.finish: list[str] = []  # the different reasons, in the order of their coming
-        self.first = 0.0  # when the first token came
+        self.params: SamplingParams | None = None  # of the first prompt
+        self.thought_tokens = 0
+        self.first = self.last = 0.0  # when the first token came, and the end of the answer that was the last to end
+        self.queued_at = self.started_at = 0.0  # of its prompt: when it came to the scheduler, and its first step
         self._prompt: Prompt | None = None  # the latest
 
     def fail(self, error: RequestError) -> None:
         """The request ends with this error."""
         self.failure = Failure(error.status, error.code or error.kind, error.param)
 
-    def watch(self, prompt: Prompt, on_chunk: OnChunk) -> OnChunk:
+    def watch(self, prompt: Prompt, on_chunk: OnChunk, params: SamplingParams | None = None) -> OnChunk:
         """`on_chunk`, with the chunks of an answer to `prompt` counted on their way where somebody wants to know."""
-        if not self._request_log.each:
+        if not self._request_log.watches:
             return on_chunk
         fresh, self._prompt = prompt is not self._prompt, prompt
+        self.params, opened = self.params or params, self._request_log.now()
 
         def count(item: Chunk | RequestError) -> None:
             nonlocal fresh
@@ -67,27 +73,37 @@ class Account:
             else:
                 n = len(item.token_ids)
                 if not self.first and (n or item.finish):
-                    self.first = self._request_log.now()
+                    self.first, self.started_at = self._request_log.now(), opened + item.waited
+                    self.queued_at = self.started_at - item.queued
                 if fresh:
                     fresh = False
                     self.prompt_tokens += item.prompt_tokens
                     self.cached_tokens += item.cached_tokens
                 self.completion_tokens += n
-                if item.finish and (reason := item.finish.reason or "") not in self.finish:
-                    self.finish.append(reason)
+                if item.finish:
+                    self.last = self._request_log.now()
+                    self.thought_tokens += item.thought_tokens
+                    if (reason := item.finish.reason or "") not in self.finish:
+                        self.finish.append(reason)
             on_chunk(item)
 
         return count
 
 
 class RequestLog:
-    """Makes the accounts of all requests.  `each`: print a line for every request."""
+    """Makes the accounts of all requests.  `each`: print a line for every request; `on_end`: is called when one has ended."""
 
     def __init__(self, each: bool = False, now: Callable[[], float] = time.monotonic) -> None:
         self.each, self.now = each, now
         self.refused: Counter[tuple[int, str]] = Counter()  # by status and code; LoadLines prints and clears them
         self.last_end = 0.0
         self.on_begin: Callable[[], object] = lambda: None
+        self.on_end: Callable[[Account, float], object] | None = None
+
+    @property
+    def watches(self) -> bool:
+        """Whether anybody wants to know what is counted in chunks."""
+        return self.each or self.on_end is not None
 
     @contextmanager
     def request(self, route: str, kind: str, request_id: str) -> Iterator[Account]:
@@ -117,6 +133,8 @@ class RequestLog:
             self._report(account, now)
         elif (failure is not None or status >= 400) and status != LEFT:
             self.refused[failure[:2] if failure is not None else (status, "")] += 1
+        if self.on_end is not None:
+            self.on_end(account, now)
 
     def _report(self, account: Account, now: float) -> None:
         failure, status, generated = account.failure, account.status, bool(account.first)

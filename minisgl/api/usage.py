@@ -50,7 +50,7 @@ class Result:
     last: int = -1  # the latest token
 
     def add(self, chunk: Chunk) -> None:
-        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _ = chunk
+        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _, _ = chunk
         self.completion_tokens += len(ids)
         if ids:
             self.last = ids[-1]

@@ -25,9 +25,8 @@ def run(argv: list[str]) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    url = args.url or (f"http://127.0.0.1:{args.port}" if args.port else DEFAULT_URL)
     try:
-        server = Server(url, _api_key(args))
+        server = server_of(args)
         served = server.served()
     except ChatError as e:
         print(f"minisgl chat: {e}", file=sys.stderr)
@@ -39,7 +38,7 @@ def run(argv: list[str]) -> int:
     chat.allow_repeats = args.allow_repeats
     if interactive:
         terminal.edit_lines()
-        terminal.note(f"{args.model or served.name} at {url}; /help shows the commands")
+        terminal.note(f"{args.model or served.name} at {server.url}; /help shows the commands")
     try:
         chat.loop()
     except KeyboardInterrupt:
@@ -53,12 +52,7 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
         description="Chat with a running server.",
         epilog=f"Type /help inside.  {KEY_VARIABLE} in the environment is the key of a server that wants one.",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help=f"the server, with or without /v1 ({DEFAULT_URL})")
-    where.add_argument("--port", type=_port, metavar="PORT", help="the server on this machine that listens there")
-    key = parser.add_mutually_exclusive_group()
-    key.add_argument("--api-key-file", metavar="FILE", help="its first line is the key of a server that wants one")
-    key.add_argument("--api-key", metavar="KEY", help="the key itself; other users of this machine can see it (ps)")
+    add_client_flags(parser)
     parser.add_argument("--model", help="name of the model; default: the server's")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
@@ -71,6 +65,21 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="SEED", help="makes answers repeatable")
     parser.add_argument("--allow-repeats", action="store_true", help="do not stop an answer that only repeats itself")
     return parser.parse_args(argv)
+
+
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a running server, and its key."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help=f"the server, with or without /v1 ({DEFAULT_URL})")
+    where.add_argument("--port", type=_port, metavar="PORT", help="the server on this machine that listens there")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--api-key-file", metavar="FILE", help="its first line is the key of a server that wants one")
+    key.add_argument("--api-key", metavar="KEY", help="the key itself; other users of this machine can see it (ps)")
+
+
+def server_of(args: argparse.Namespace) -> Server:
+    """The server that these flags name.  Raises ChatError."""
+    return Server(args.url or (f"http://127.0.0.1:{args.port}" if args.port else DEFAULT_URL), _api_key(args))
 
 
 def _port(text: str) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import http.client
 import json
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -82,6 +82,14 @@ class Server:
             except (ValueError, LookupError, TypeError, AttributeError, OSError, http.client.HTTPException) as e:
                 raise ChatError(f"what answers at {self.url} is no minisgl server; name another with --url") from e
 
+    def get(self, path: str, seconds: float, good: Container[int] = (200,)) -> bytes:
+        """The body of an answer with one of the `good` statuses, which may take so long.  Raises ChatError."""
+        with self._request("GET", path, seconds=seconds, good=good) as response:
+            try:
+                return response.read()
+            except (OSError, http.client.HTTPException) as e:
+                raise ChatError(f"the connection to {self.url} was lost ({_why(e)})") from e
+
     def stream(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
         """The pieces of an answer.  Raises ChatError.
 
@@ -97,8 +105,10 @@ class Server:
                 raise ChatError(f"the server at {self.url} sent something that is no part of an answer") from e
 
     @contextlib.contextmanager
-    def _request(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        """An answer with status 200.  Leaving the context closes the connection, which cancels the request."""
+    def _request(
+        self, method: str, path: str, body: Any = None, seconds: float = _ANSWER_SECONDS, good: Container[int] = (200,)
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An answer with one of the `good` statuses.  Leaving the context closes the connection, which cancels the request."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
         try:
@@ -108,7 +118,7 @@ class Server:
         with contextlib.closing(connection):
             try:
                 connection.connect()
-                connection.sock.settimeout(_ANSWER_SECONDS)
+                connection.sock.settimeout(seconds)
                 data = None if body is None else json.dumps(body)
                 connection.request(method, self._prefix + path, data, headers)
                 response = connection.getresponse()
@@ -118,7 +128,7 @@ class Server:
                     "Start one with scripts/launch.sh, or name another with --url."
                 ) from e
             with response:
-                if response.status != 200:
+                if response.status not in good:
                     raise self._refusal(response)
                 yield response
 

@@ -19,6 +19,7 @@ SAME = {
     "--block-size": "--page-size",
     "--seed": "--sample-seed",
     "-q": "--quantization",
+    "--otlp-traces-endpoint": "--otel-endpoint",
     # SGLang
     "--model-path": "--model",
     "--tp-size": "--tp",

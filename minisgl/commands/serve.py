@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from minisgl.api.batches.curve import ClientKeys
     from minisgl.api.http.auth import Keys
     from minisgl.api.http.connection_limits import Connections
+    from minisgl.api.http.process_facts import Process
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 EXIT_REFUSED = 2  # as __main__ has it for a UserError
@@ -50,7 +51,8 @@ def parser() -> Parser:
     p = Parser(
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
-        "embedded one.  Other commands, each with --help: chat, batch, doctor, fit, explain, selfcheck, prebuild, simulate.",
+        "embedded one.  Other commands, each with --help: chat, batch, batch-keys, top, doctor, fit, explain, journal, "
+        "selfcheck, prebuild, simulate.",
         epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
         engine=True,
     )
@@ -168,12 +170,14 @@ class _Server:
         from minisgl.api.http.metrics import Metered
         from minisgl.api.request_log import RequestLog
         from minisgl.api.system import System
+        from minisgl.api.telemetry import telemetry
 
         setproctitle.setproctitle("minisgl::api")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         kept = self.config.server
+        spans = telemetry(kept.otel_endpoint, (*kept.served_names, self.config.model.name)[0])
         store = Store(kept.data_dir, int(kept.data_dir_gb * (1 << 30))) if kept.data_dir else None
         keys = keys_of(self.config, store)
         clients = ClientKeys(self.access.batch_clients, keys.name) if self.access.batch_listener else None
@@ -193,6 +197,8 @@ class _Server:
             for name in self.system.supervisor.pids:
                 self.system.ctx.peer(name)  # while there are descriptors
             request_log = RequestLog(kept.log_requests)
+            if spans is not None:
+                request_log.on_end, engine.metrics.spans = spans.ended, spans.counts
             load = LoadLines(engine, request_log, loop.call_later)
             batch = BatchServer(local_socket(self.system.ctx, self.system.run_dir), engine, request_log)
             batches.append(batch)
@@ -211,6 +217,7 @@ class _Server:
             limit, closed, door = connections_within(descriptors), engine.metrics.closed, app[DOOR]
             self.connections = connections = Connections(limit, engine.kept, closed)
             engine.metrics.connections = connections.__len__
+            engine.metrics.processes.processes = self.processes
             listener = Acceptor(
                 self.sock,
                 lambda: Connection(server, HEADER_SECONDS, request_log, connections, door),
@@ -237,7 +244,17 @@ class _Server:
                 batches.pop().close()
             self.closed = True
             self.system.close()
+            if spans is not None:
+                spans.close()
         return self.exit_code()
+
+    def processes(self) -> dict[str, Process]:
+        """All processes of the server, this one included."""
+        from minisgl.api.http.process_facts import Process
+
+        ages = self.system.gateway.watchdog.beat_ages()
+        children = {name: Process(pid, ages.get(name)) for name, pid in self.system.supervisor.pids.items()}
+        return {"api": Process(os.getpid()), **children}
 
     # ---------------- serving
     def pump(self) -> None:

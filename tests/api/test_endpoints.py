@@ -692,7 +692,7 @@ def parse_metrics(raw: bytes) -> dict[str, float]:
             known.setdefault(name, {})[what] = rest
             continue
         name, value = line.rsplit(" ", 1)
-        assert re.fullmatch(r'[a-z_0-9]+(\{([a-z_]+="[^"\\\n]*",?)+\})?', name), name
+        assert re.fullmatch(r'[a-z_0-9:]+(\{([a-z_]+="[^"\\\n]*",?)+\})?', name), name
         family = re.sub(r"\{.*", "", name)
         if family not in known:
             family = re.sub(r"_(bucket|sum|count)$", "", family)
@@ -705,7 +705,8 @@ def parse_metrics(raw: bytes) -> dict[str, float]:
 
 def test_metrics_count_what_happened() -> None:
     async def scene(engine: ScriptedEngine, http: Server) -> None:
-        engine.stats = {"running_requests": 2, "waiting_requests": 5, "total_pages": 100, "free_pages": 40, "cached_pages": 30}
+        engine.stats = {"running_requests": 2, "waiting_requests": 5}
+        engine.stats |= {"total_pages": 100, "free_pages": 40, "evictable_pages": 30}
         await ask(http, CHAT, {"messages": USER})
         await ask(http, COMPLETION, {"prompt": ["a", "b"], "stream": True})
         await ask(http, CHAT, {"messages": USER, "temperature": 9})

@@ -103,7 +103,7 @@ class Loaded:
         self.engine, self.clock = ScriptedEngine(), Clock()
         self.engine.stats = dict.fromkeys(
             ("running_requests", "prefill_tokens", "prompt_tokens", "cached_tokens", "retractions", "warmups"), 0
-        ) | {"total_pages": 100, "free_pages": 100, "cached_pages": 0}
+        ) | {"total_pages": 100, "free_pages": 100, "evictable_pages": 0}
         self.metered, self.request_log = Metered(self.engine), RequestLog(now=self.clock)
         self.lines = LoadLines(self.metered, self.request_log, self.clock.later)
 
@@ -137,7 +137,7 @@ def test_load_is_a_line_every_five_seconds_and_a_last_one(heard: Heard) -> None:
     stats |= {"prefill_tokens": 1000, "prompt_tokens": 900, "cached_tokens": 90}  # of earlier load
     end, end_other = loaded.begin(), loaded.begin()
     stats |= {"running_requests": 1, "prefill_tokens": 1500, "prompt_tokens": 1900, "cached_tokens": 590}
-    stats |= {"free_pages": 60, "cached_pages": 30, "retractions": 2}
+    stats |= {"free_pages": 60, "evictable_pages": 30, "retractions": 2}
     metrics.generation_tokens += 100
     loaded.clock.advance(SECONDS)
     metrics.generation_tokens += 30

@@ -251,7 +251,7 @@ class SchedulerActor(Actor):
         now = self.ctx.now()
         if now - self._reported < seconds:
             return
-        self._reported, stats = now, self._machine().stats()
+        self._reported, stats = now, self._machine().stats() | {"compiling_requests": len(self._compiling)}
         if stats != self._stats:
             self._stats = stats
             self.ctx.send("api", msg.Stats(tuple(stats), np.array(list(stats.values()), np.int64)))

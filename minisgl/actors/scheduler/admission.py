@@ -29,7 +29,8 @@ class Admission(RunningBatch):
     def __init__(self, limits: SchedulerLimits, kept: KeptPages | None = None) -> None:
         super().__init__(limits, kept)
         self.waiting = WaitQueue()
-        self._arrivals = self._seen = 0  # requests that have come, and those of them that had a chance to start
+        # Requests that have come, those of them that had a chance to start, and those that wait for pages of another's prompt.
+        self._arrivals = self._seen = self.followers = 0
         self._newcomers: list[Request] = []  # those whose claim to be started first has not been judged
 
     def _join_queue(self, request: Request, now: float) -> None:

@@ -251,6 +251,7 @@ class StepMachine(Admission):
                 blocked = True
             else:
                 skipped.add(candidate.uid)
+        self.followers = len(followers)
         self.fair.serve(max(0, budget))  # nobody could use the rest
 
     def _cut_chunk(self, slot: int, budget: int, builder: PlanBuilder) -> int:
@@ -300,16 +301,12 @@ class StepMachine(Admission):
 
     def stats(self) -> dict[str, int]:
         """The current state and the totals since the start.  Tokens unless the name says otherwise."""
+        waiting = len(self.waiting)
+        requests = {"running_requests": len(self.running), "waiting_requests": waiting, "waiting_tokens": self.waiting.tokens}
+        requests |= {"following_requests": min(self.followers, waiting)}
+        requests |= {"prefill_tokens_per_s": round(self.prefill_rate.per_second)}
+        pages = {"total_pages": self.limits.num_pages, "free_pages": self.pool.free, "cached_pages": self.cache.num_pages}
+        pages |= {"evictable_pages": self.cache.evictable, "evicted_pages": self.cache.evicted_pages}
         counters = {name: value for name, value in asdict(self.counters).items() if isinstance(value, int)}
-        return {
-            "running_requests": len(self.running),
-            "waiting_requests": len(self.waiting),
-            "waiting_tokens": self.waiting.tokens,
-            "prefill_tokens_per_s": round(self.prefill_rate.per_second),
-            "total_pages": self.limits.num_pages,
-            "free_pages": self.pool.free,
-            "cached_pages": self.cache.num_pages,
-            "evicted_pages": self.cache.evicted_pages,
-            **counters,
-            **{f"missed_{why}_tokens": n for why, n in self.counters.misses.items()},
-        }
+        misses = {f"missed_{why}_tokens": n for why, n in self.counters.misses.items()}
+        return requests | pages | counters | misses

@@ -22,7 +22,7 @@ from minisgl.api.http.door import Door
 from minisgl.api.http.lobby import Lobby, Waiting
 
 BACKLOG = 1 << 14  # connections that wait in the kernel, which takes its own limit (somaxconn) where that is lower
-_ACCEPTED, _TOLD = 128, 8  # in one turn of the loop: connections, and those of them for which there is no room
+_ACCEPTED, _TURNED_AWAY = 128, 8  # in one turn of the loop: connections, and those of them for which there is no room
 _PEEKED = 1 << 14  # bytes of a request that is refused at once
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _LAST = int(socket.MSG_MORE | socket.MSG_DONTWAIT)  # to be sent with the connection's end
@@ -63,7 +63,7 @@ class Acceptor:
         self._lobby.close()
 
     def _accept(self) -> None:
-        told = 0
+        turned_away = 0
         for _ in range(_ACCEPTED):
             try:
                 connection, address = self._sock.accept()
@@ -74,8 +74,8 @@ class Acceptor:
                 self._pause()
                 break
             if not self._lobby.enter(connection, str(address[0]) if address else ""):
-                told += 1
-                if told == _TOLD:
+                turned_away += 1
+                if turned_away == _TURNED_AWAY:
                     break
 
     def _pause(self) -> None:

@@ -28,15 +28,17 @@ from minisgl.api.http.cors import preflights, sharing
 from minisgl.api.http.docs_page import docs_values
 from minisgl.api.http.door import DOOR, Door
 from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, name_response, request_id
+from minisgl.api.http.exposition import Exposition
 from minisgl.api.http.journal_routes import JournalRoutes
 from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
-from minisgl.api.http.metrics import CONTENT_TYPE, Metered
+from minisgl.api.http.metrics import Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.reader import Reader
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
 from minisgl.api.requests.unknown_fields import approximated_header, ignored_header
+from minisgl.api.spans import TRACE_HEADERS
 from minisgl.config import Config
 from minisgl.errors import model_loading
 from minisgl.version import __version__
@@ -121,6 +123,8 @@ def _count(engine: Metered, request_log: RequestLog) -> Middleware:
         kept = unnoticed if route in OPEN else request_log
         with kept.request(f"{method} {route}" if resource is not None else route, "http", request_id(request)) as account:
             request[ACCOUNT] = account
+            if kept.on_end is not None:
+                account.caller = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
             try:
                 response = await handler(request)
                 account.status = response.status
@@ -151,6 +155,7 @@ class _Routes:
         self._batch_socket = batch_socket
         self._reader = Reader()
         self._keys = keys
+        self._exposition = Exposition(engine)
         self._chat_page, self._docs_page = Page("page.html"), Page("docs.html")
 
     async def close(self, _: web.Application) -> None:
@@ -229,8 +234,9 @@ class _Routes:
         state = self._engine.state
         return web.json_response({"status": state}, status=200 if state == "ready" else 503)
 
-    async def metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._engine.render(), headers={"Content-Type": CONTENT_TYPE})
+    async def metrics(self, request: web.Request) -> web.Response:
+        body, content_type = await self._exposition.render(",".join(request.headers.getall("Accept", ())))
+        return web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept"})
 
     async def start(self, request: web.Request) -> web.Response:
         """What runs: a page with a chat for browsers, JSON for programs."""

@@ -1,39 +1,44 @@
-"""Counts requests, tokens and latencies, and exposes them at GET /metrics for Prometheus.  Runs in the api process.
+"""Counts requests, tokens and latencies for GET /metrics.  Runs in the api process.
 
 `Metered` stands between the facade and the gateway and counts the chunks that pass; the engine does not know of it.  It keeps
 plain numbers, because metrics of prometheus_client would make a chunk three times as expensive.  The numbers become metrics
-when they are scraped.  The names are vLLM's with our prefix (minisgl_num_requests_running, ...), so a dashboard needs one
-substitution.  Labels come from closed sets, never from a request.
+when they are scraped (exposition.py).
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, takewhile
 
 from minisgl.api.engine import Chunk, Engine, OnChunk, Prompt, WrappedEngine
+from minisgl.api.http.process_facts import ProcessFacts
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_HELD = "Share of the KV cache that is not free:"
-_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_E2E = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
+# Bounds in seconds: vLLM's and SGLang's, so that their boards and ours add up, and before them some for what is fast.
+TTFT: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0)
+TTFT += (2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+SGLANG_TTFT = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 40.0, 60.0, 80.0, 100.0, 200.0, 400.0)
+ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+E2E: tuple[float, ...] = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+E2E += (120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_FAST_ITL, _FAST_PHASE = (0.001, 0.0025, 0.005), (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+def token_bounds(most: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    steps = (float(f"{digit}e{power}") for power in range(19) for digit in (1, 2, 5))
+    return tuple(takewhile(lambda n: n <= most, steps))
 
 
 class Histogram:
     """Observations, counted by the smallest of the ascending `bounds` that is not below them; `counts[-1]` are above all."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
+        self.bounds = tuple(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
@@ -41,15 +46,16 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
-    def metric(self, name: str, text: str) -> Metric:
-        buckets = zip((*map(str, self.bounds), "+Inf"), accumulate(self.counts), strict=True)
-        return HistogramMetricFamily(f"minisgl_{name}_seconds", text, list(buckets), self.total)
+    def at_most(self, bounds: Sequence[float]) -> list[int]:
+        """How many observations are at most each of some of its bounds, and how many there are."""
+        sums = list(accumulate(self.counts))
+        return [*(sums[self.bounds.index(bound)] for bound in bounds), sums[-1]]
 
 
 def kv_shares(stats: Mapping[str, int]) -> tuple[float, float]:
-    """The shares of the KV cache that are not free: with cached prefixes, and of running requests alone."""
+    """The shares of the KV cache that are not free: with prefixes that nobody uses now, and without those."""
     pages, filled = stats["total_pages"] or 1, stats["total_pages"] - stats["free_pages"]
-    return filled / pages, (filled - stats["cached_pages"]) / pages
+    return filled / pages, (filled - stats["evictable_pages"]) / pages
 
 
 class Metrics:
@@ -58,13 +64,37 @@ class Metrics:
     `connections`: how many are open; `closed`: those ended for the good of others, see connection_limits.py.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_context: int) -> None:
         self.responses: Counter[tuple[str, str, int]] = Counter()
         self.finished: Counter[str] = Counter()
         self.closed: Counter[str] = Counter()
         self.connections: Callable[[], int] = int
+        self.processes = ProcessFacts()
+        self.spans: Callable[[], Mapping[str, int]] | None = None  # by what has become of them; None: nobody traces
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
-        self.ttft, self.itl, self.e2e = Histogram(_TTFT), Histogram(_ITL), Histogram(_E2E)
+        self.ttft, self.e2e = Histogram(sorted({*TTFT, *SGLANG_TTFT})), Histogram((*_FAST_PHASE, *E2E))
+        self.itl, self.tpot = (Histogram((*_FAST_ITL, *ITL)) for _ in range(2))
+        self.queue, self.prefill, self.decode, self.inference = (Histogram((*_FAST_PHASE, *E2E)) for _ in range(4))
+        self.prompts, self.answers = (Histogram(token_bounds(max_context)) for _ in range(2))  # of tokens
+
+    def begin(self, chunk: Chunk, ttft: float) -> None:
+        """The first chunk of a request has come, so many seconds after it was opened."""
+        self.ttft.observe(ttft)
+        self.queue.observe(chunk.queued)
+        self.prefill.observe(ttft - chunk.waited)
+        self.prompt_tokens += chunk.prompt_tokens
+        self.cached_tokens += chunk.cached_tokens
+
+    def end(self, chunk: Chunk, ttft: float, e2e: float, tokens: int) -> None:
+        """The last chunk of a request has come; its answer has so many tokens."""
+        self.finished[chunk.finish.reason or "abort"] += 1
+        self.e2e.observe(e2e)
+        self.decode.observe(e2e - ttft)
+        self.inference.observe(e2e - chunk.waited)
+        self.prompts.observe(chunk.prompt_tokens)
+        self.answers.observe(tokens)
+        if tokens > 1:
+            self.tpot.observe((e2e - ttft) / (tokens - 1))
 
 
 class Metered(WrappedEngine):
@@ -72,16 +102,14 @@ class Metered(WrappedEngine):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.metrics = Metrics()
+        self.metrics = Metrics(engine.config.max_context)
         self._open: set[int] = set()
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
 
     def open(self, prompt: Prompt, params: SamplingParams, on_chunk: OnChunk, options: RequestOptions = DEFAULT_OPTIONS) -> int:
-        metrics, began, last, uid = self.metrics, time.monotonic(), 0.0, -1
+        metrics, began, first, last, tokens, uid = self.metrics, time.monotonic(), 0.0, 0.0, 0, -1
 
         def count(item: Chunk | RequestError) -> None:
-            nonlocal last
+            nonlocal first, last, tokens
             on_chunk(item)
             now = time.monotonic()
             if isinstance(item, RequestError):
@@ -89,17 +117,16 @@ class Metered(WrappedEngine):
                 self._open.discard(uid)
             else:
                 n = len(item.token_ids)
-                if not last and (n or item.finish):
-                    metrics.ttft.observe(now - began)
-                    metrics.prompt_tokens += item.prompt_tokens
-                    metrics.cached_tokens += item.cached_tokens
+                if not first and (n or item.finish):
+                    first = now
+                    metrics.begin(item, now - began)
                 elif n:
                     metrics.itl.observe((now - last) / n, n)
+                tokens += n
                 metrics.generation_tokens += n
                 last = now
                 if item.finish:
-                    metrics.finished[item.finish.reason or "abort"] += 1
-                    metrics.e2e.observe(now - began)
+                    metrics.end(item, first - began, now - began, tokens)
                     self._open.discard(uid)
 
         uid = super().open(prompt, params, count, options)
@@ -111,57 +138,3 @@ class Metered(WrappedEngine):
             self._open.discard(uid)
             self.metrics.finished["abort"] += 1  # the client left before the end
         super().close(uid)
-
-    def render(self) -> bytes:
-        """The body of GET /metrics: Prometheus' text format."""
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics as prometheus_client has them; called by the registry."""
-        m, stats = self.metrics, defaultdict(int, self._engine.stats)
-        filled, used = kv_shares(stats)
-        for name, text, value in (
-            ("num_requests_running", "Requests in the running batch.", stats["running_requests"]),
-            ("num_requests_waiting", "Requests that wait to be started.", stats["waiting_requests"]),
-            ("num_requests_open", "Requests that have no end yet, wherever they are.", self._engine.open_requests),
-            ("num_tokens_waiting", "Prompt tokens of the waiting requests.", stats["waiting_tokens"]),
-            ("kv_cache_usage_perc", f"{_HELD} running requests alone.", used),
-            ("kv_cache_filled_perc", f"{_HELD} cached prefixes included.", filled),
-            ("kv_cache_pages", "Pages of the KV cache.", stats["total_pages"]),
-            ("http_connections", "Open connections.", m.connections()),
-            ("unread_bytes", "Of answers that wait to be complete, or for their clients to read on.", self._engine.kept.bytes),
-        ):
-            yield GaugeMetricFamily(f"minisgl_{name}", text, value)
-        for name, text, value in (
-            ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", stats["prompt_tokens"]),
-            ("prefix_cache_hits", "Prompt tokens that were found there.", stats["cached_tokens"]),
-            ("num_warmups", "Graphs captured and kernels compiled while a step waited for them.", stats["warmups"]),
-            ("num_preemptions", "Running requests that were retracted for want of memory.", stats["retractions"]),
-            ("request_timeouts", "Requests that missed their deadline.", stats["timeouts"]),
-            ("nan_requests", "Requests that ended because their logits were no finite numbers.", stats["nan_requests"]),
-            ("journal_failures", "Journals that ended because they could not be written.", stats["journal_failures"]),
-            ("engine_steps", "Steps of the engine.", stats["steps"]),
-            ("prompt_tokens", "Tokens of the prompts of requests that got a first token.", m.prompt_tokens),
-            ("prompt_tokens_cached", "Of these, found in the prefix cache.", m.cached_tokens),
-            ("generation_tokens", "Tokens that were generated and delivered.", m.generation_tokens),
-        ):
-            yield CounterMetricFamily(f"minisgl_{name}", text, value)
-        restarts = CounterMetricFamily(
-            "minisgl_restarts", "Processes that were started again, after a death or a hang.", labels=("process",)
-        )
-        for name, n in self._engine.restarts.items():
-            restarts.add_metric((name,), n)
-        yield restarts
-        ends = CounterMetricFamily("minisgl_request_success", "Requests by how they ended.", labels=("finished_reason",))
-        for reason, n in m.finished.items():
-            ends.add_metric((reason,), n)
-        answers = CounterMetricFamily("minisgl_http_requests", "HTTP answers.", labels=("method", "route", "status"))
-        for (method, route, status), n in m.responses.items():
-            answers.add_metric((method, route, str(status)), n)
-        closed = CounterMetricFamily("minisgl_http_connections_closed", "Connections ended early.", labels=("reason",))
-        for reason, n in m.closed.items():
-            closed.add_metric((reason,), n)
-        yield from (ends, answers, closed)
-        yield m.ttft.metric("time_to_first_token", "From the arrival of a request to its first token.")
-        yield m.itl.metric("inter_token_latency", "Between the tokens of a request.")
-        yield m.e2e.metric("e2e_request_latency", "From the arrival of a request to its end.")

@@ -27,6 +27,7 @@ PACKAGES = {
     "msgpack": "msgpack>=1.0.8",
     "aiohttp": "aiohttp>=3.11,<4",
     "prometheus_client": "prometheus_client>=0.20",
+    "rich": "rich>=13",
     "setproctitle": "setproctitle>=1.3",
     "gguf": "gguf>=0.17",
     "safetensors": "safetensors>=0.5",
