@@ -86,9 +86,9 @@ def _row(runs: Sequence[Run], first: Sequence[list[int]], keys: Sequence[str]) -
     )
 
 
-def percent(factor: float) -> float:
-    """A factor as a difference in percent."""
-    return (factor - 1) * 100
+def percent(factor: float) -> str:
+    """A factor as a difference in percent; one above ten as it is."""
+    return f"{(factor - 1) * 100:+.1f} %" if factor < 10 else f"x {factor:,.0f}"
 
 
 def ablation_table(found: Sequence[Row]) -> str:
@@ -111,10 +111,10 @@ def ablation_table(found: Sequence[Row]) -> str:
 def _cell(row: Row, m: Metric) -> str:
     value = format(row.values[m.key], m.digits)
     if m.key in row.noise:
-        return f"{value} (± {percent(row.noise[m.key]):.1f} %)"
+        return f"{value} (± {percent(row.noise[m.key]).lstrip('+')})"
     d = row.differences[m.key]
     mark = "≈ " if d.is_noise else ""
-    return f"{value} ({mark}{percent(d.factor):+.1f} %, {percent(d.low):+.1f} to {percent(d.high):+.1f})"
+    return f"{value} ({mark}{percent(d.factor)}, {percent(d.low).removesuffix(' %')} to {percent(d.high).removesuffix(' %')})"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
