@@ -95,6 +95,9 @@ def run(argv: list[str]) -> int:
     if args.settle is None:
         args.settle = _GPU_SETTLE if config.engine.device == "cuda" and not base.fake else 0.0
     planned, labels, found = _plan(args, config, base, work)
+    for p in planned:
+        if engine_config(p.setup.settings) != p.setup.engine:
+            raise UserError(f"{p.name}: MINISGL_DISABLE_OVERLAP_SCHEDULING holds --lag at 1; unset it")
     about = provenance()
     print(f"{line(about)}\n{spec.name} on {config.engine.device} {base.changed}".rstrip())
     tokens = sum(len(job.prompt) for job in work.jobs), sum(job.output for job in work.jobs)
@@ -202,7 +205,8 @@ def _plan(
             label = f"{name}, {args.sweep.partition('=')[0]} {value}"
             labels[label] = (name, value)
             points.append(Planned(label, its_setup, its_work))
-    points.sort(key=lambda run: labels[run.name][0] != "base")  # stable: a series is a line, in the order of its values
+    order = list(dict.fromkeys(series for series, _ in labels.values()))
+    points.sort(key=lambda run: order.index(labels[run.name][0]))  # stable: a series is a line, in the order of its values
     return points * args.repeats, labels, list(dict.fromkeys(found))
 
 
@@ -225,7 +229,7 @@ def _sweep(args: argparse.Namespace, config: Config, base: Setup, work: Workload
         except ValueError:
             number = 0
         if not math.isfinite(number) or number <= 0 or number > 65535:
-            raise UserError(f"--sweep {key}: {value!r} is no {'number' if key == 'rate' else 'whole number'} from 1 to 65535")
+            raise UserError(f"--sweep {key}: {value!r} is no {'whole ' * (key != 'rate')}number above 0, at most 65535")
         changed_work = work if key == "rate" else Workload(work.name, work.jobs, int(number))
         yield value, base, _workload(args, config, number)[0] if key == "rate" else changed_work
 
@@ -240,14 +244,13 @@ def _execute(spec: ModelSpec, planned: Sequence[Planned], settle: float) -> tupl
                 continue
             try:
                 runs.append(measure(p.name, spec, p.setup, p.work, settle=settle, progress=bar(p.name)))
+                if not runs[-1].figures:
+                    raise UserError(f"no request has an answer ({runs[-1].streams[0].error})")
             except UserError as e:
                 if p.name == "base":
-                    raise
+                    raise UserError(f"base: {e}") from e
                 failed[p.name] = str(e)
     kept = [r for r in runs if r.name not in failed]
-    for name in {r.name for r in kept}:
-        if not any(r.figures for r in kept if r.name == name):
-            raise UserError(f"{name}: no request has an answer ({kept[0].streams[0].error})")
     if not any(r.name != "base" for r in kept):
         raise UserError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     return kept, failed

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from minisgl.bench.intervals import CONFIDENCE
 from minisgl.bench.report import METRICS, PER_USER, Metric, Point, Row
 
-_PANEL, _LEFT, _TOP, _ROW = 250, 150, 58, 26
+_PANEL, _LEFT, _TOP, _ROW = 250, 150, 66, 26
 _STYLE = """
 :root { --ink: #1f2328; --soft: #6b7280; --line: #d0d7de; --page: #ffffff;
   --a: #0969da; --b: #bc4c00; --c: #1a7f37; --d: #8250df; }
@@ -80,10 +81,12 @@ def ablations(found: Sequence[Row], title: str) -> str:
     """A panel for each metric: a bar for each variant, from 1 to its factor, with its interval; behind it the base's noise."""
     variants, base = found[1:], found[0]
     metrics = [m for m in METRICS if m.key in base.values]
-    height = _TOP + _ROW * len(variants) + 34
+    height = _TOP + _ROW * len(variants) + 54
     parts = [_text(_LEFT - 10, _TOP + _ROW * (i + 0.5) + 4, row.name, anchor="end") for i, row in enumerate(variants)]
     for number, metric in enumerate(metrics):
-        parts += _bars(base, variants, metric, _LEFT + number * (_PANEL + 20), height - 30)
+        parts += _bars(base, variants, metric, _LEFT + number * (_PANEL + 20), height - 50)
+    legend = f"bars: variant / base; lines: {CONFIDENCE:.0%} intervals; band: base to base; grey: may be noise"
+    parts.append(_text(_LEFT, height - 10, legend, "soft"))
     return _document(_LEFT + len(metrics) * (_PANEL + 20), height, title, parts)
 
 
@@ -93,7 +96,7 @@ def _bars(base: Row, variants: Sequence[Row], metric: Metric, x: float, bottom: 
     axis = Axis(min(factors) / 1.1, max(factors) * 1.1, x, x + _PANEL, log=True)
     low, high = axis.at(1 / noise), axis.at(noise)
     parts = [
-        _text(x, 44, f"{metric.title} ({'more' if metric.more else 'less'} is better)", "title"),
+        _text(x, _TOP - 14, f"{metric.title} ({'more' if metric.more else 'less'} is better)", "title"),
         f'<rect class="noise" x="{low:g}" y="{_TOP}" width="{high - low:g}" height="{bottom - _TOP:g}"/>',
     ]
     last = -math.inf

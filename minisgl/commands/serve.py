@@ -47,7 +47,7 @@ def parser() -> Parser:
     p = Parser(
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
-        "embedded one.  Other commands, each with --help: chat, batch, doctor, selfcheck, prebuild, simulate.",
+        "embedded one.  Other commands, each with --help: chat, batch, bench, doctor, selfcheck, prebuild, simulate.",
         epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
         engine=True,
     )

@@ -64,6 +64,14 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(flags: str, text: st
     assert err.count("\n") == 1
 
 
+def test_the_environment_does_not_undo_a_variant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MINISGL_DISABLE_OVERLAP_SCHEDULING", "1")
+    assert main(["bench", "fake", "--ablate", "lag=3"]) == 2
+    assert "lag=3: MINISGL_DISABLE_OVERLAP_SCHEDULING holds --lag at 1; unset it" in capsys.readouterr().err
+    assert main(["bench", "fake", "--ablate", "overlap"]) == 2
+    assert "--ablate overlap: it is off already" in capsys.readouterr().err
+
+
 def fast(name: str, _: Any, setup: Any, work: Workload, **__: Any) -> Run:
     """Stands in for a run: as fast as its budget, and a tenth slower without overlap."""
     seconds = (0.01 if setup.engine.lag > 1 else 0.011) * 256 / setup.engine.step_tokens / (work.concurrency or 1)
@@ -102,9 +110,9 @@ def test_base_and_variants_take_turns(order: list[tuple[str, Any, Workload]], ca
 def test_a_sweep_is_run_by_turns_and_printed_by_series(
     order: list[tuple[str, Any, Workload]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    flags = ["--sweep", "step_tokens=256,512", "--ablate", "overlap", "--repeats", "2"]
+    flags = ["--sweep", "step_tokens=256,512", "--ablate", "overlap,radix", "--repeats", "2"]
     assert main(["bench", *FAKE, *flags, "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]) == 0
-    once = ["base, step_tokens 256", "base, step_tokens 512", "overlap off, step_tokens 256", "overlap off, step_tokens 512"]
+    once = [f"{series}, step_tokens {value}" for series in ("base", "overlap off", "radix off") for value in (256, 512)]
     assert [name for name, _, _ in order] == once * 2
     data = json.loads((tmp_path / "a.json").read_text())
     found = {(p["series"], p["value"]): p["figures"]["tpot_ms"]["mean"] for p in data["points"]}
@@ -117,7 +125,7 @@ def test_a_sweep_is_run_by_turns_and_printed_by_series(
         if "data-series" in c.attrib
     }
     assert names == set(found)
-    assert len(data["runs"]) == 8
+    assert len(data["runs"]) == 12
 
 
 def test_rate_and_concurrency_change_the_requests(order: list[tuple[str, Any, Workload]]) -> None:
