@@ -20,6 +20,7 @@ from minisgl.config import AUTO_ITL, EngineConfig
 from minisgl.errors import UserError
 from minisgl.plan import StepPlan
 from minisgl.simulation.trace import load
+from scripts.check import lines
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"max_running": 6, "step_tokens": 48, "kv_tokens": 2048, "max_context": 512, "page_size": 4}
@@ -36,6 +37,14 @@ def test_every_ablation_names_code_that_exists() -> None:
             body = found.body
         assert ablation.term, name
         assert ablation.off, name
+
+
+def test_the_documents_have_the_table_of_the_code() -> None:
+    rows = lines.tables((ROOT / "docs/ablations.md").read_text())["ablation"]
+    assert [[cell.strip("`") for cell in row[:3]] for row in rows] == [[n, a.term, a.off] for n, a in ABLATIONS.items()]
+    for row, ablation in zip(rows, ABLATIONS.values(), strict=True):
+        module, _, symbol = ablation.where.partition(":")
+        assert row[3] == f"[`{symbol}`](../{module.replace('.', '/')}.py)"
 
 
 def test_a_machine_overrides_the_code_that_its_ablation_names() -> None:
