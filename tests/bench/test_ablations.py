@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import World
 
-from minisgl import LLM
+from minisgl.actors.scheduler.interface import SchedulerLimits
+from minisgl.actors.scheduler.step_cost import features
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.bench.ablations import ABLATIONS, Setup, changed, variants
 from minisgl.bench.machines import EarlyPlans, SeparateSteps, WholePrompts
-from minisgl.bench.replay import Stream, replay
 from minisgl.bench.workload import jobs_of
-from minisgl.config import AUTO_ITL, EngineConfig
+from minisgl.config import AUTO_ITL, Config, EngineConfig
 from minisgl.errors import UserError
+from minisgl.model.checkpoint.resolve import fake_model
 from minisgl.plan import StepPlan
+from minisgl.sampling_params import Finish
 from minisgl.simulation.trace import load
 from scripts.check import lines
 
@@ -83,16 +86,19 @@ class Plans:
 JOBS = jobs_of(load("synthetic:rate=0,n=24,input=3-300,output=1-20,shared=40,groups=3,seed=1"), 256, 512)
 
 
-def answers(setup: Setup, jobs: Any = JOBS) -> list[Stream]:
-    with LLM("fake", processes=False, make_scheduler=setup.make_scheduler, **setup.settings) as llm:
-        _, streams = replay(llm, jobs)
-        assert not [s.error for s in streams if s.error]
-        return streams
+def answers(setup: Setup, jobs: Any = JOBS, seed: int | None = None) -> list[list[int]]:
+    """Of all actors in one thread, with the scheduler of a setup; its books are checked at the end."""
+    world = World(seed, Config(replace(fake_model(), max_context=512), setup.engine), setup.make_scheduler)
+    uids = [world.submit(list(job.prompt), job.output, temperature=0, ignore_eos=True) for job in jobs]
+    world.system.run()
+    world.close()
+    assert [world.ends[uid] for uid in uids] == [Finish.LENGTH] * len(jobs)
+    return [world.answers[uid] for uid in uids]
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    return [s.ids for s in answers(BASE)]
+    return answers(BASE)
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
@@ -103,8 +109,7 @@ def test_an_ablation_computes_the_same_answers_in_another_way(
     answers(BASE)
     monkeypatch.undo()
     without = Plans(monkeypatch)
-    streams = answers(ABLATIONS[name].change(BASE))
-    assert [s.ids for s in streams] == expected
+    assert answers(ABLATIONS[name].change(BASE)) == expected
     both = {"usual": usual, "without": without}
     whole = {len(job.prompt) for job in JOBS}
     if name == "overlap":
@@ -134,15 +139,22 @@ def test_edited_schedulers_answer_all_when_pages_are_short(name: str, seed: int)
     small = {"max_running": int(rng.integers(1, 9)), "step_tokens": int(rng.integers(10, 40)), "kv_tokens": 128, "page_size": 4}
     base = Setup(EngineConfig(**small, max_context=100), 100, fake=True)
     jobs = jobs_of(load(f"synthetic:rate=0,n=20,input=1-60,output=1-30,shared=8,groups=2,seed={seed}"), 256, 100)
-    assert [s.ids for s in answers(ABLATIONS[name].change(base), jobs)] == [s.ids for s in answers(base, jobs)]
+    assert answers(ABLATIONS[name].change(base), jobs, seed) == answers(base, jobs, seed)
 
 
 def test_plans_just_in_time_are_early_without_it() -> None:
     server = BASE.set(itl_target_ms=AUTO_ITL)
     setup = ABLATIONS["just-in-time"].change(server)
-    machine = setup.edit.machine
-    assert machine is EarlyPlans
-    assert [s.ids for s in answers(setup)] == [s.ids for s in answers(server)]
+    limits = SchedulerLimits(4, 64, 4, 128, 64, 2, 256, itl_target=None)
+    costs = [machine(limits).costs for machine in (StepMachine, setup.edit.machine)]
+    for c in costs:
+        for rows in range(1, 40):
+            c.observe(features(0, rows, 100 * rows), 0.03 + 0.001 * rows)
+    slacks = [c.slack([features(0, 20, 2000)], 0.0, 0.0) for c in costs]
+    assert slacks[0] == pytest.approx(0.9 * 0.05 - 1.5e-3, rel=0.05)
+    assert slacks[1] == 0.0
+    assert costs[0].seconds(8, 20, 2000) == costs[1].seconds(8, 20, 2000)  # all else is as it was
+    assert answers(setup) == answers(server)
     [variant], _ = variants("pacing", server)
     assert variant.setup.engine.itl_target_ms == 0
 
