@@ -34,8 +34,9 @@ METHOD = (
     f"Differences to the mean of the base runs before and after, with {CONFIDENCE:.0%} intervals (Student's t over the "
     "logarithms of runs; noise from neighbouring base runs, pooled with the variant's repeats). ≈: the interval contains 0, "
     "the difference may be noise; of twenty such intervals one misses. base: ± the largest step from one base run to the next. "
-    "TTFT: mean time to the first token, queue included; ITL: mean time per later token; ITL p99: of all pauses. idle: share "
-    "of the workers' time without a plan. same: answers that are those of the first base run, token for token."
+    "TTFT: mean time to the first token, queue included; ITL: mean time per later token; ITL p99: of all pauses. Without "
+    "noise: cached share of the prompt tokens, prompt tokens computed, steps. idle: share of the workers' time without a plan. "
+    "same: answers that are those of the first base run, token for token."
 )
 
 
@@ -49,6 +50,8 @@ class Row:
     differences: dict[str, Difference]
     noise: dict[str, float]  # of the base alone: the largest factor between neighbours
     cached: float
+    computed: float  # prompt tokens of a run
+    steps: float  # of a run
     idle: float | None
     same: float
     repeats: int
@@ -80,6 +83,8 @@ def _row(runs: Sequence[Run], first: Sequence[list[int]], keys: Sequence[str]) -
         {},
         {},
         sum(run.cached for run in runs) / len(runs),
+        sum(run.counters.get("prefill_tokens", 0) for run in runs) / len(runs),
+        sum(run.counters.get("steps", 0) for run in runs) / len(runs),
         sum(idle) / len(idle) if idle else None,
         same / (len(runs) * len(first)),
         len(runs),
@@ -94,12 +99,14 @@ def percent(factor: float) -> str:
 def ablation_table(found: Sequence[Row]) -> str:
     """Base and variants as a Markdown table."""
     metrics = [m for m in METRICS if m.key in found[0].values]
-    head = ["", *(m.title for m in metrics), "cached", "idle", "same"]
+    head = ["", *(m.title for m in metrics), "cached", "computed", "steps", "idle", "same"]
     body = [
         [
             row.name,
             *(_cell(row, m) for m in metrics),
             f"{row.cached:.1%}",
+            f"{row.computed:,.0f}",
+            f"{row.steps:,.0f}",
             "-" if row.idle is None else f"{row.idle:.1%}",
             f"{row.same:.0%}",
         ]
@@ -213,6 +220,8 @@ def row_data(row: Row) -> dict[str, Any]:
         "differences": {k: {**d._asdict(), "is_noise": d.is_noise} for k, d in row.differences.items()},
         "base_to_base": row.noise,
         "cached": row.cached,
+        "prefill_tokens": row.computed,
+        "steps": row.steps,
         "idle": row.idle,
         "same_answers": row.same,
     }

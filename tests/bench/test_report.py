@@ -27,6 +27,7 @@ def run_of(name: str, speed: float, seed: int = 0, **counters: int) -> Run:
         gaps = rng.uniform(0.009, 0.011, 8) / speed
         times = (1.0 + np.cumsum(gaps)).tolist()
         streams.append(Stream(0.0, 0.9, times, 40, 16, 8, "", [i, i + 1], True))
+    counters = {"prefill_tokens": 1200, "steps": 30} | counters
     return Run(name, max(s.pieces[-1] for s in streams) - 0.9, streams, counters)
 
 
@@ -75,12 +76,12 @@ def test_the_table_marks_what_may_be_noise() -> None:
     table = report.ablation_table(report.rows(turns(3, a=0.5, none=1.0)))
     lines = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table.splitlines()}
     assert [c.strip() for c in table.splitlines()[0].split("|")[2:-1]] == [
-        *("tok/s", "TTFT ms", "ITL ms", "ITL p99 ms", "cached", "idle", "same")
+        *("tok/s", "TTFT ms", "ITL ms", "ITL p99 ms", "cached", "computed", "steps", "idle", "same")
     ]
     assert re.fullmatch(r"[\d,]+ \(± [\d.]+ %\)", lines["base"][0])
     assert "≈" not in lines["a off"][2]
     assert "≈" in lines["none off"][2]
-    assert lines["a off"][-3:] == ["40.0%", "-", "100%"]
+    assert lines["a off"][-5:] == ["40.0%", "1,200", "30", "-", "100%"]
     assert len({len(line) for line in table.splitlines()}) == 1
     assert [report.percent(x) for x in (0.5, 1.1, 12.3, 1234)] == ["-50.0 %", "+10.0 %", "x 12", "x 1,234"]
 
