@@ -49,7 +49,7 @@ NOT_RUN = {
     ("README.md", "$ head -1 in.jsonl"): TRANSCRIPT,
     ("README.md", "$ .venv/bin/minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",
-    ("docs/ablations.md", "python -m minisgl bench"): "minutes of measuring (tests/bench runs it small)",
+    ("docs/ablations.md", "python -m minisgl bench --offline"): "minutes of measuring (tests/bench runs it small)",
     ("docs/adding-a-model.md", ".venv/bin/python -m pytest"): "a whole test file",
     ("docs/adding-a-model.md", ".venv/bin/python -m minisgl selfcheck"): "a model from the hub",
     (
