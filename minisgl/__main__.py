@@ -24,6 +24,7 @@ COMMANDS = {
     "top": "minisgl.commands.top",
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
+    "bench": "minisgl.bench.command",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }
@@ -61,7 +62,7 @@ def _unknown(name: str) -> str:
     if "/" in name or name.endswith(".gguf") or name.startswith(("random:", "fake")):
         return f"unknown command {name!r}: to serve a model, `minisgl serve {name}`"
     others = {"run": "serve", "start": "serve", "server": "serve", "launch": "serve", "api": "serve", "launch_server": "serve"}
-    others |= {"check": "doctor", "bench": "simulate", "complete": "chat"}
+    others |= {"check": "doctor", "benchmark": "bench", "complete": "chat"}
     close = [others[name]] if name in others else difflib.get_close_matches(name, COMMANDS, 1)
     meant = f" (did you mean `minisgl {close[0]}`?)" if close else ""
     return f"unknown command {name!r}{meant}; the commands are {', '.join(COMMANDS)}"

@@ -104,6 +104,7 @@ class LLM:
         revision: str | None = None,
         processes: bool = True,
         make_worker: spawn.MakeWorker = spawn.make_worker,
+        make_scheduler: spawn.MakeScheduler = spawn.make_scheduler,
         default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
         **engine: Any,
     ) -> None:
@@ -123,7 +124,7 @@ class LLM:
         self._defaults = config.sampling_defaults
         self._closed = False
         kind = System if processes else InProcessSystem
-        self.system = cast(System, kind(config, make_worker))  # the two have this class's calls in common
+        self.system = cast(System, kind(config, make_worker, make_scheduler))  # the two have this class's calls in common
         try:
             self.system.wait_ready()
         except BaseException:

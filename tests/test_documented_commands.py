@@ -50,6 +50,7 @@ NOT_RUN = {
     ("README.md", "$ .venv/bin/minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",
     ("README.md", "minisgl batch-keys"): "tests/commands/test_batch_keys.py",
+    ("docs/ablations.md", "python -m minisgl bench --offline"): "minutes of measuring (tests/bench runs it small)",
     ("docs/adding-a-model.md", ".venv/bin/python -m pytest"): "a whole test file",
     ("docs/adding-a-model.md", ".venv/bin/python -m minisgl selfcheck"): "a model from the hub",
     (

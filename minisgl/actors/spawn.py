@@ -15,6 +15,7 @@ from minisgl.actors.runtime.status import Board, BoardSpec
 from minisgl.config import Config, ModelSpec
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
+MakeScheduler = Callable[[Context, Config, Arenas, int], Actor]
 
 
 def find_model(model: str | ModelSpec | None, revision: str | None, tp: int) -> ModelSpec:

@@ -20,7 +20,13 @@ from minisgl.errors import UserError
 class InProcessSystem:
     """A System without processes.  One rank only: ranks wait for each other in collectives, which takes a thread each."""
 
-    def __init__(self, config: Config, make_worker: spawn.MakeWorker = spawn.make_worker, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        make_worker: spawn.MakeWorker = spawn.make_worker,
+        make_scheduler: spawn.MakeScheduler = spawn.make_scheduler,
+        seed: int | None = None,
+    ) -> None:
         """`seed` picks an interleaving of messages; None: a fixed order.  Raises UserError for more than one rank."""
         if config.engine.tp != 1:
             raise UserError(f"--tp {config.engine.tp}: an engine in one thread has one rank. Use --tp 1, or processes.")
@@ -34,7 +40,7 @@ class InProcessSystem:
             start(name, lambda ctx, i=i: spawn.make_tokenizer(ctx, config, arenas, i))  # type: ignore[misc]
         start("detokenizer", lambda ctx: spawn.make_detokenizer(ctx, config))
         start("checker", lambda ctx: spawn.make_checker(ctx, config))
-        start("scheduler", lambda ctx: spawn.make_scheduler(ctx, config, arenas))
+        start("scheduler", lambda ctx: make_scheduler(ctx, config, arenas, 0))
         start("worker0", lambda ctx: make_worker(ctx, config, arenas, 0, ""))
         for name in [name for name in self.actors.actors if name != "api"]:
             self.actors.post(name, "api", Hello(name, os.getpid()))

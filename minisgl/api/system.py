@@ -35,9 +35,14 @@ class System:
     An actor that dies is started again, see recovery.py: a System is its Processes.
     """
 
-    def __init__(self, config: Config, make_worker: spawn.MakeWorker = spawn.make_worker) -> None:
+    def __init__(
+        self,
+        config: Config,
+        make_worker: spawn.MakeWorker = spawn.make_worker,
+        make_scheduler: spawn.MakeScheduler = spawn.make_scheduler,
+    ) -> None:
         self.config = config
-        self._make_worker = make_worker
+        self._make_worker, self._make_scheduler = make_worker, make_scheduler
         self._closed = False
         self._dead: list[ActorDied] = []  # whose last messages have not been handled
         with ExitStack() as undo:  # in case a later step fails
@@ -62,7 +67,7 @@ class System:
         index = int(name.removeprefix(kind) or 0)
         make: tuple[Any, ...] = {
             "worker": (self._make_worker, config, arenas, index, self.run_dir),
-            "scheduler": (spawn.make_scheduler, config, arenas, takes_over),
+            "scheduler": (self._make_scheduler, config, arenas, takes_over),
             "tokenizer": (spawn.make_tokenizer, config, arenas, index),
             "detokenizer": (spawn.make_detokenizer, config),
             "checker": (spawn.make_checker, config),

@@ -16,9 +16,10 @@ import time
 from dataclasses import replace
 
 from minisgl import LLM, SamplingParams
+from minisgl.bench.provenance import provenance
+from minisgl.bench.replay import engine_stats
 from minisgl.model.checkpoint.presets import random_shape
-from scripts.bench.offline import Roofline, engine_stats
-from scripts.lib.reference import provenance
+from scripts.bench.offline import Roofline
 
 ANSWER = 65
 

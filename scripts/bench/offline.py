@@ -1,14 +1,15 @@
 """The offline benchmark of nano-vllm and mini-sglang through all processes, with random weights of published shapes.
 
-    python scripts/bench/offline.py [--shape S ...] [--passes 2] [--latency] [--kernels] [--ablate [WHAT ...]] [engine flags]
+    python scripts/bench/offline.py [--shape S ...] [--passes 2] [--latency] [--kernels] [--ablate [NAMES]] [engine flags]
 
 256 requests, 100 to 1,024 tokens in and out each, seed 0 (142,827 tokens in, 133,966 out), temperature 0.6, EOS ignored,
 prefill budget 16,384 tokens a step, no prefix cache.  One JSON line a measurement: tokens per second and their share of a
 roofline (every operation at the larger of its bytes over --bandwidth and its flops over --flops, one after another, divided by
 --tp); CPU time of a launch; the share of time in which the GPU waited for the host.  --latency adds batch 1 (ms per token) and
 the time to the first token of a prompt of 128 tokens, --kernels the number of kernels in decode steps (see profile_step.py).
---ablate measures variants of one setting each, all or some (by their first word).  --sums, with --tp: --latency again in
-another engine, whose ranks do not add up their parts, and the share of a decode step that goes into sums.
+--ablate measures variants, too, one after the other (`minisgl bench --ablate` measures by turns, with intervals).  --sums, with
+--tp: --latency again in another engine, whose ranks do not add up their parts, and the share of a decode step that goes into
+sums.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from typing import Any
 import numpy as np
 
 from minisgl import LLM, SamplingParams
-from minisgl.config import ModelSpec
+from minisgl.bench.ablations import Setup, variants
+from minisgl.bench.provenance import provenance
+from minisgl.bench.replay import engine_stats
+from minisgl.config import ModelSpec, engine_config
+from minisgl.errors import UserError
 from minisgl.model.checkpoint.presets import random_shape
 from scripts.lib import silent_worker
-from scripts.lib.reference import provenance
 
 
 def requests(n: int = 256) -> tuple[list[list[int]], list[int]]:
@@ -90,16 +94,6 @@ class Roofline:
             rows = [(1, i + step) for i, o in zip(ins, outs, strict=True) if o > step]
             seconds += self.step(rows, len(rows))
         return seconds
-
-
-def engine_stats(llm: LLM) -> dict[str, int]:
-    """The scheduler's counters; it sends them at most once a second, so wait for those of an idle engine."""
-    end = time.monotonic() + 3
-    while time.monotonic() < end:
-        llm.system.pump(0.1)
-        if llm.system.gateway.stats.get("running_requests") == 0:
-            break
-    return dict(llm.system.gateway.stats)
 
 
 def offline(llm: LLM, spec: ModelSpec, passes: int, limit: float, **about: Any) -> None:
@@ -188,45 +182,31 @@ def latency(llm: LLM, spec: ModelSpec, **about: Any) -> dict[str, float]:
     return steps
 
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "lag1: no overlap": {"lag": 1},
-    "lag3": {"lag": 3},
-    "eager: no CUDA graphs": {"graphs": "off"},
-    "page1": {"page_size": 1},
-    "page64": {"page_size": 64},
-    "flashinfer for everything": {"attention_backend": "flashinfer"},
-    "triton for everything": {"attention_backend": "triton"},
-    "fp8 KV cache": {"kv_cache_dtype": "fp8"},
-}
+ABLATIONS = (
+    "overlap,lag=3,graphs,page_size=1,page_size=64,attention_backend=flashinfer,attention_backend=triton,kv_cache_dtype=fp8"
+)
 
 
-def measure(name: str, args: argparse.Namespace, passes: int, with_latency: bool, **settings: Any) -> None:
-    spec = random_shape(name)
-    engine: dict[str, Any] = {
-        "device": "cuda",
-        "tp": args.tp,
-        "max_running": 256,
-        "step_tokens": 16_384,
-        "cache": "none",
-        **settings,
-    }
+def measure(spec: ModelSpec, args: argparse.Namespace, setup: Setup, with_latency: bool, **about: Any) -> None:
+    """A line for each pass, and more with `with_latency`; `about` goes into each."""
+    engine, scheduler = setup.settings, setup.make_scheduler
     prompts, outs = requests()
     roof = Roofline(
         spec,
         args.bandwidth * args.tp,
         args.flops * args.tp,
-        1 if engine.get("quantization") == "fp8" else 2,
-        1 if engine.get("kv_cache_dtype") == "fp8" else 2,
+        1 if engine["quantization"] == "fp8" else 2,
+        1 if engine["kv_cache_dtype"] == "fp8" else 2,
     )
     limit = roof.offline(list(map(len, prompts)), outs, 16_384)
     start = time.perf_counter()
-    with LLM(spec, **engine) as llm:
+    with LLM(spec, make_scheduler=scheduler, **engine) as llm:
         time.sleep(args.settle)
-        about = {"tp": args.tp, "settings": settings, "ready_s": round(time.perf_counter() - start, 1)}
-        offline(llm, spec, passes, limit, **about)
+        about |= {"tp": args.tp, "settings": setup.changed, "ready_s": round(time.perf_counter() - start, 1)}
+        offline(llm, spec, args.passes, limit, **about)
         whole = latency(llm, spec, **about) if with_latency else {}
     if with_latency and args.sums:
-        with LLM(spec, make_worker=silent_worker.make_worker, **engine) as llm:
+        with LLM(spec, make_worker=silent_worker.make_worker, make_scheduler=scheduler, **engine) as llm:
             without = latency(llm, spec, **about, sums="left out")
         shares = {f"share_{rows}": round(1 - without[rows] / whole[rows], 3) for rows in whole}
         count = 2 * spec.num_layers + 1
@@ -240,7 +220,9 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--ablate", nargs="*", metavar="WHAT", help=", ".join(ABLATIONS))
+    parser.add_argument(
+        "--ablate", nargs="?", const=ABLATIONS, metavar="NAMES", help=f"as in `minisgl bench`; alone: {ABLATIONS}"
+    )
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
@@ -258,7 +240,14 @@ def main() -> int:
     print(json.dumps({"provenance": provenance()}), flush=True)
     base = {k: getattr(args, k) for k in ("quantization", "kv_cache_dtype", "attention_backend", "lag")}
     for name in args.shape:
-        measure(name, args, args.passes, args.latency or args.sums, **base)
+        spec = random_shape(name)
+        of_peers = {"device": "cuda", "tp": args.tp, "max_running": 256, "step_tokens": 16_384, "cache": "none"}
+        try:
+            setup = Setup(engine_config(of_peers | base), longest=2048)
+            others = variants(args.ablate, setup)[0] if args.ablate else []
+        except UserError as e:
+            parser.error(str(e))
+        measure(spec, args, setup, args.latency or args.sums)
         if args.kernels:
             from scripts.bench.ablate_step import Bench
             from scripts.bench.profile_step import report
@@ -267,12 +256,8 @@ def main() -> int:
             bench = Bench(name, points, 0, **{k: v for k, v in base.items() if k != "lag"})
             for rows, context in points:
                 report(bench, bench.decode(rows, context), 0, model=name, decode_rows=rows, context=context)
-        if args.ablate is not None:
-            for what, change in ABLATIONS.items():
-                if args.ablate and not any(what.startswith(word) for word in args.ablate):
-                    continue
-                print(json.dumps({"ablation": what}), flush=True)
-                measure(name, args, args.passes, False, **{**base, **change})
+        for variant in others:
+            measure(spec, args, variant.setup, False, ablation=variant.name)
     return 0
 
 

@@ -15,58 +15,20 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from minisgl import LLM, SamplingParams
-from minisgl.api.engine import Chunk, TokenPrompt
-from minisgl.errors import RequestError
-from minisgl.sampling_params import Finish
-from scripts.lib.reference import provenance
-
-
-@dataclass(slots=True)
-class Stream:
-    """When a request was sent, and its tokens came."""
-
-    sent: float = 0.0
-    times: list[float] = field(default_factory=list)
-    ended: bool = False
-
-    def on_chunk(self, chunk: Chunk | RequestError) -> None:
-        if isinstance(chunk, RequestError):
-            raise chunk
-        self.times += [time.perf_counter()] * len(chunk.token_ids)
-        self.ended = chunk.finish != Finish.NONE
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    values = np.percentile(np.array(seconds) * 1e3, [50, 90, 99, 100])
-    return dict(zip(("p50", "p90", "p99", "max"), (round(float(v), 2) for v in values), strict=True))
+from minisgl import LLM
+from minisgl.bench.outcomes import gaps, spread
+from minisgl.bench.provenance import provenance
+from minisgl.bench.replay import replay
+from minisgl.bench.workload import Job
 
 
 def between(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     return int(low), int(high or low) + 1
-
-
-def serve(llm: LLM, requests: list[tuple[float, list[int], int]], alone: bool = False) -> list[Stream]:
-    """Send each (time, prompt, output) at its time, or after the one before has ended."""
-    streams: list[Stream] = []
-    start = time.perf_counter()
-    waiting = list(reversed(requests))
-    while waiting or not all(s.ended for s in streams):
-        now = time.perf_counter() - start
-        if waiting and (not llm.system.gateway.open_requests if alone else waiting[-1][0] <= now):
-            _, prompt, output = waiting.pop()
-            streams.append(Stream(time.perf_counter()))
-            params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=output)
-            llm.system.gateway.open(TokenPrompt(tuple(prompt)), params, streams[-1].on_chunk)
-        else:
-            llm.system.pump(min(1.0, max(0.0, waiting[-1][0] - now)) if waiting and not alone else 1.0)
-    return streams
 
 
 def main() -> int:
@@ -90,26 +52,27 @@ def main() -> int:
             for rate in args.rate:
                 rng = np.random.default_rng(0)
                 at = np.cumsum(rng.exponential(1 / rate, int(args.seconds * rate) + 1))
-                requests = [
-                    (
+                jobs = [
+                    Job(
                         float(t),
-                        rng.integers(0, 10_000, int(rng.integers(*args.input))).tolist(),
+                        tuple(rng.integers(0, 10_000, int(rng.integers(*args.input))).tolist()),
                         int(rng.integers(*args.output)),
                     )
                     for t in at
                 ]
-                alone = serve(llm, [(0.0, prompt, 2) for _, prompt, _ in requests[::5]], alone=True)
-                start = time.perf_counter()
-                streams = serve(llm, requests)
-                gaps = [float(g) for s in streams for g in np.diff(s.times)]
+                _, alone = replay(llm, [Job(0.0, job.prompt, 2) for job in jobs[::5]], concurrency=1)
+                seconds, streams = replay(llm, jobs)
+                if failed := [s.error for s in (*alone, *streams) if s.error]:
+                    raise SystemExit(f"a request has no answer: {failed[0]}")
                 line = {
                     "engine": engine,
                     "rate": rate,
                     "requests": len(streams),
-                    "seconds": round(time.perf_counter() - start, 1),
+                    "seconds": round(seconds, 1),
+                    "empty_ms": (spread([s.ttft for s in alone]) or {})["p50"],
+                    "ttft_ms": spread([s.ttft for s in streams]),
+                    "itl_ms": spread(gaps(streams)),
                 }
-                line |= {"empty_ms": percentiles([s.times[0] - s.sent for s in alone])["p50"]}
-                line |= {"ttft_ms": percentiles([s.times[0] - s.sent for s in streams]), "itl_ms": percentiles(gaps)}
                 print(json.dumps(line), flush=True)
     return 0
 

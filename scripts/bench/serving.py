@@ -24,48 +24,19 @@ import json
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import numpy as np
-import numpy.typing as npt
 
+from minisgl.bench.outcomes import Outcome, summary
+from minisgl.bench.provenance import provenance
+from minisgl.bench.workload import prompt_ids
 from minisgl.errors import UserError
-from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, TraceRequest, ideal_hits, load
+from minisgl.simulation.trace import TraceRequest, ideal_hits, load
 from scripts.lib.live_server import live_server
-from scripts.lib.reference import provenance
 
-FIRST_ID = 1000  # of the vocabulary: what lies below may be special
 PAGE = 16  # tokens; what `ideal_cached` supposes
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a request.  Times in seconds on the client's clock."""
-
-    late: float = 0.0
-    sent: float = 0.0
-    pieces: list[float] = field(default_factory=list)  # when text came
-    prompt: int = 0
-    cached: int = 0
-    tokens: int = 0
-    error: str = ""
-
-
-def prompt_ids(request: TraceRequest, vocab: int) -> list[int]:
-    """The prompt as token ids from FIRST_ID to `vocab`.  Equal blocks are equal, different ones differ from their first two
-    tokens on, although a trace has more blocks than a vocabulary has tokens."""
-    size = vocab - FIRST_ID
-    high, low = np.divmod(request.tokens - FIRST_PROMPT_TOKEN, size)
-    ids = np.repeat(low, request.counts)
-    starts = np.cumsum(request.counts) - request.counts
-    long = request.counts > 1
-    ids[starts[long] + 1] = high[long]
-    out: list[int] = (ids + FIRST_ID).tolist()
-    return out
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float, due: float) -> Outcome:
@@ -109,40 +80,6 @@ async def replay(url: str, model: str, requests: Sequence[TraceRequest], vocab: 
         sends = (send(session, url, body, start, r.arrival) for body, r in zip(bodies, requests, strict=True))
         outcomes = list(await asyncio.gather(*sends))
     return time.perf_counter() - start, outcomes
-
-
-def spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float] | None:
-    """Percentiles in milliseconds; None of nothing."""
-    if not len(seconds):
-        return None
-    ms = np.asarray(seconds) * 1e3
-    found = {f"p{p}": round(float(np.percentile(ms, p)), 2) for p in (50, 90, 99)}
-    return {**found, "max": round(float(ms.max()), 2)}
-
-
-def summary(outcomes: Sequence[Outcome], seconds: float, ttft_ms: float, tpot_ms: float) -> dict[str, Any]:
-    """The figures of one replay."""
-    done = [o for o in outcomes if not o.error and o.pieces]
-    first = [o.pieces[0] - o.sent for o in done]
-    each = [(o.pieces[-1] - o.pieces[0]) / (o.tokens - 1) if o.tokens > 1 else 0.0 for o in done]
-    good = sum(f * 1e3 <= ttft_ms and e * 1e3 <= tpot_ms for f, e in zip(first, each, strict=True))
-    prompts = sum(o.prompt for o in done)
-    return {
-        "requests": len(outcomes),
-        "completed": len(done),
-        "errors": dict(Counter(o.error for o in outcomes if o.error)),
-        "seconds": round(seconds, 2),
-        "requests_s": round(len(done) / seconds, 3),
-        "output_tok_s": round(sum(o.tokens for o in done) / seconds, 1),
-        "total_tok_s": round((prompts + sum(o.tokens for o in done)) / seconds, 1),
-        "ttft_ms": spread(first),
-        "tpot_ms": spread([e for e, o in zip(each, done, strict=True) if o.tokens > 1]),
-        "itl_ms": spread(np.concatenate([np.diff(o.pieces) for o in done]) if done else []),
-        "e2e_ms": spread([o.pieces[-1] - o.sent for o in done]),
-        "goodput": round(good / len(outcomes), 4),
-        "cached": round(sum(o.cached for o in done) / prompts, 4) if prompts else None,
-        "lateness_ms": round(max(o.late for o in outcomes) * 1e3, 1),
-    }
 
 
 def get(url: str) -> dict[str, Any]:

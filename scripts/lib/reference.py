@@ -8,16 +8,13 @@ from __future__ import annotations
 import inspect
 import json
 import json.decoder
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from minisgl.bench.provenance import provenance
 from minisgl.config import ModelSpec
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.selfcheck.reference import load_transformers
@@ -69,21 +66,3 @@ def prompts(spec: ModelSpec) -> list[list[int]]:
     text = tokenizer.encode(inspect.getsource(json.decoder), False)
     cuts = [text[17 * i : 17 * i + n] for i, n in enumerate(_LENGTHS)]
     return [np.asarray(p).tolist() for p in (*chats, *cuts)]
-
-
-def provenance() -> dict[str, Any]:
-    """How a figure was made: commit, host, versions.  Printed with every measurement."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=here, check=False).stdout.strip()
-
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":")[1].strip() if names else platform.machine()
-    return {
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

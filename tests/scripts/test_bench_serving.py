@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from minisgl.bench.workload import FIRST_ID
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, TraceRequest, load
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +32,10 @@ def request(blocks: list[int], counts: list[int], arrival: float = 0.0, output: 
 
 
 def test_equal_blocks_give_equal_tokens_and_different_ones_differ_at_once(bench: ModuleType) -> None:
-    vocab = bench.FIRST_ID + 10  # far fewer tokens than blocks
+    vocab = FIRST_ID + 10  # far fewer tokens than blocks
     prompts = [bench.prompt_ids(request([block], [16]), vocab) for block in range(90)]
     assert all(a[:2] != b[:2] for a, b in combinations(prompts, 2))
-    assert all(bench.FIRST_ID <= t < vocab for p in prompts for t in p)
+    assert all(FIRST_ID <= t < vocab for p in prompts for t in p)
     long = bench.prompt_ids(request([3, 41, 7], [16, 16, 1]), vocab)
     assert long == prompts[3] + prompts[41] + prompts[7][:1]
 

@@ -1,0 +1,1 @@
+"""Measures what each optimisation of the engine buys: `python -m minisgl bench`."""
