@@ -107,11 +107,11 @@ def _siphash(key: list[Any], words: U64) -> U64:
         v = [np.full(len(part), np.uint64(c) ^ k) for c, k in zip(_SIP, (*key, *key), strict=True)]
         scratch = np.empty(len(part), np.uint64)
         v[3] ^= part
-        _sip_round(*v, scratch)
+        _sip_round(v[0], v[1], v[2], v[3], scratch)
         v[0] ^= part
         v[2] ^= np.uint64(0xFF)
         for _ in range(3):
-            _sip_round(*v, scratch)
+            _sip_round(v[0], v[1], v[2], v[3], scratch)
         mixed[at : at + _BLOCK] = v[0] ^ v[1] ^ v[2] ^ v[3]
     return mixed
 
