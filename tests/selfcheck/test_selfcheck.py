@@ -25,11 +25,12 @@ from minisgl.model.checkpoint.loader import open_weights
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.common.gguf_blocks import Groups
 from minisgl.model.common.interfaces import Rotation
+from minisgl.model.common.memory import BLOCK_BYTES
 from minisgl.model.cpu import quantized_layers
 from minisgl.model.cpu.attention import TorchAttention
 from minisgl.model.cpu.attention_c import KernelAttention
 from minisgl.model.cpu.kernels import Kernels
-from minisgl.model.cpu.packing import BLOCK_BYTES, quantise
+from minisgl.model.cpu.packing import quantise
 from minisgl.selfcheck import command, compare, reference
 from minisgl.selfcheck.job import work, write_job
 
