@@ -189,7 +189,7 @@ class Recorder:
         self._most = machine.limits.max_steps_in_flight
         self._quiet = False
         self._first = 0.0  # when the first of the calls was made
-        self._calls: list[Call] = []
+        self._calls: list[tuple[Any, ...]] = []  # values of Call
         self.wrote = False  # in `saw`
         self.writers: list[Writer] = []
 
@@ -223,12 +223,16 @@ class Recorder:
         else:
             self._quiet = False
         costs.made = []
-        ids = [(e.request.ids, e.request.scored) for e in inbox if type(e) is Add]
-        table, sent = machine.table, machine.inflight[-1] if plan is not None else None
-        if not self._calls:
+        ids = []
+        for event in inbox:
+            if type(event) is Add:
+                ids.append((event.request.ids, event.request.scored))
+        table, calls = machine.table, self._calls
+        if not calls:
             self._first = now
-        self._calls.append(Call(inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
-        if len(self._calls) >= 2 * BATCH:
+        sent = machine.inflight[-1] if plan is not None else None
+        calls.append((inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
+        if len(calls) >= 2 * BATCH:
             self._write()
             self.wrote = True
 
@@ -243,7 +247,7 @@ class Recorder:
 
     def _write(self) -> None:
         """Write all calls.  What goes wrong ends a journal, never the scheduler."""
-        calls, self._calls = self._calls, []
+        calls, self._calls = list(map(Call._make, self._calls)), []
         for writer in self.writers if calls else ():
             try:
                 writer.write(calls)
