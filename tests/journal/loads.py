@@ -132,7 +132,8 @@ def random_load(seed: int, rotations: float = 0.05, **limits: Any) -> Recorded:
         loop.step()
         if loop.machine.idle:
             break
-    loop.recorder.rest(loop.now + 1)
+    while loop.recorder.rest(loop.now + 1) < float("inf"):
+        pass
     return loop
 
 
