@@ -83,7 +83,7 @@ class Replay:
         self.now = 0.0
         self.output = Output()
         self.events: list[Event] = []
-        self.steps = self.requests = 0
+        self.calls = self.steps = self.requests = 0  # so far: calls of the machine, their plans, new requests
         self.record: Record | None = None
         self.call: Call = lambda machine, inbox, now, step: machine.step(inbox, now)
         self._given = GivenCosts()
@@ -145,7 +145,7 @@ class Replay:
 
     def _step(self, machine: StepMachine, now: float, events: list[Any], decisions: list[float], want: list[Any]) -> None:
         self.now, self.events = now, [self._event(machine, kind, values) for kind, *values in events]
-        self.steps += 1
+        self.calls += 1
         self._given.given = deque(decisions)
         try:
             self.output = self.call(machine, self.events, now, want[1][0] if want[1] else None)
@@ -156,12 +156,13 @@ class Replay:
         got = outcome(self.output, self.head["hashed"])
         if got != want:
             raise Divergence(self._where(want) + _difference(want, got))
+        self.steps += want[1] is not None
         if self._given.given:
             raise Divergence(self._where(want) + "less was asked of the cost model than when it was recorded")
 
     def _where(self, want: list[Any]) -> str:
         step = want[1][0] if want[1] else f"after {self.machine.counters.steps if self.machine else 0}"
-        return f"call {self.steps} of the machine (step {step}, time {self.now:.6f}): "
+        return f"call {self.calls} of the machine (step {step}, time {self.now:.6f}): "
 
     def _event(self, machine: StepMachine, kind: str, values: list[Any]) -> Event:
         if kind == "add":

@@ -111,27 +111,31 @@ class Nowhere:
 
 def journal(slots: int) -> None:
     """What a journal adds to a decode step, and what it takes beside the steps: alternating, on one machine."""
-    driver = Driver(slots=slots, num_pages=slots * 260 + 4096, step_tokens=slots + 8192)
+    driver = Driver(slots=slots, num_pages=slots * 360 + 4096, step_tokens=slots + 8192)
     driver.step([driver.request(100, 30_000) for _ in range(slots)])
     while len(driver.machine.running) < slots or driver.machine._prefilling:
         driver.step([])
+    added = []
+    for _ in range(100):  # without writers: what the step pays for
+        driver.watcher = None
+        without = statistics.median(driver.step([]) for _ in range(BATCH))
+        driver.watcher = recorder = Recorder(driver.machine)
+        added.append((statistics.median(driver.step([]) for _ in range(BATCH)) - without) * 1e3)
+        recorder.close()
+    report("journal", statistics.median(added), "us", "<= 5", rows=slots, of="a step")
     for name, tokens in (("hashes", False), ("tokens", True)):
-        sink, without, watched, beside = Nowhere(), [], [], []
-        for _ in range(12):
-            driver.watcher = None
-            without += [driver.step([]) for _ in range(64)]
-            driver.watcher = recorder = Recorder(driver.machine)
-            recorder.add(Writer(sink, {}, tokens))
-            for _ in range(64 // BATCH):
-                watched += [driver.step([]) for _ in range(BATCH)]
-                start = time.process_time_ns()
-                recorder.rest(driver.now)
-                beside.append((time.process_time_ns() - start) / 1e3 / BATCH)
-            recorder.close()
-        added = (statistics.median(watched) - statistics.median(without)) * 1e3
-        report(f"journal_{name}", added, "us", "<= 5", rows=slots, of="a step")
+        sink, beside = Nowhere(), []
+        driver.watcher = recorder = Recorder(driver.machine)
+        recorder.add(Writer(sink, {}, tokens))
+        for _ in range(60):
+            for _ in range(BATCH):
+                driver.step([])
+            start = time.process_time_ns()
+            recorder.rest(driver.now)
+            beside.append((time.process_time_ns() - start) / 1e3 / BATCH)
+        recorder.close()
         report(f"journal_{name}_beside", statistics.median(beside), "us", "<= 150", rows=slots, of="time beside a step")
-        report(f"journal_{name}_bytes", sink.size / len(watched), "bytes", "<= 2048", rows=slots, of="a step")
+        report(f"journal_{name}_bytes", sink.size / len(beside) / BATCH, "bytes", "<= 2048", rows=slots, of="a step")
 
 
 def throughput(folder: str) -> None:
