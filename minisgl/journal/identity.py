@@ -138,7 +138,7 @@ class HashedIds(PlainIds):
             self._uids = np.append(self._uids, np.full(more, -1))
         place = self._places[request.uid] = self._free.pop()
         self._uids[place] = request.uid
-        states = self.key.scan(self.key.start(request.options.cache_salt), ids)
+        states = self.key.scan(self.key.start(request.salt), ids)
         self._states[:, place] = states[:, -1]
         if request.params.stop_token_ids:
             self._stops[place] = frozenset(request.params.stop_token_ids)

@@ -59,7 +59,9 @@ def make_request(uid: int, ids: I32, values: Sequence[Any]) -> Request:
     if "logit_bias" in params:
         params = params | {"logit_bias": tuple(map(tuple, params["logit_bias"]))}
     made = SamplingParams(**params)
-    return Request(uid, ids, limit, seed, made, RequestOptions(**options), n_prompt=n_prompt, scored=scored)
+    request = Request(uid, ids, limit, seed, made, RequestOptions(**options), n_prompt=n_prompt, scored=scored)
+    request.salt = request.options.cache_salt  # recorded is the cache's, not the client's
+    return request
 
 
 def state_of(request: Request) -> list[Any]:

@@ -126,7 +126,7 @@ def _tokens(machine: StepMachine, request: Request) -> I32:
 
 def request_values(request: Request, ids: PlainIds) -> list[Any]:
     """What a request brings.  Its ids, the second value, are filled in when they are settled."""
-    params, options = params_of(ids.params(request.params)), options_of(request.options, ids.salt(request.options.cache_salt))
+    params, options = params_of(ids.params(request.params)), options_of(request.options, ids.salt(request.salt))
     return [request.uid, b"", request.limit, request.seed, params, options, request.n_prompt, request.scored]
 
 
