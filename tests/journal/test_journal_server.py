@@ -128,7 +128,7 @@ def test_a_journal_of_mixed_requests_replays_also_after_its_scheduler_was_killed
     assert int(out.split()[2]) >= 2 * 25
     whole = b"".join(Path(name).read_bytes() for name in parts_of(str(path)))
     assert (b"choice" in whole or b"yes" in whole) is tokens
-        assert b"pepper" not in whole, "what the cache knows of a salt is a digest"
+    assert b"pepper" not in whole, "what the cache knows of a salt is a digest"
     assert main(["journal", "info", str(path)]) == 0
     assert "2 of run" not in capsys.readouterr().out
 
