@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "minisgl.commands.doctor",
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
+    "trace": "minisgl.commands.trace",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }

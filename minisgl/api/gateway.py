@@ -2,11 +2,11 @@
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens.
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Journaled, JournalBytes, Wake (scheduler);
-          Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text,
-          Logprobs, ThoughtEnded (detokenizer).
+Receives  Hello, Stopped, Failed, Traced (every actor); EngineReady, Rejected, Embedded, Journaled, JournalBytes, Wake
+          (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker);
+          Started, Text, Logprobs, ThoughtEnded (detokenizer).
 Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache, Journal (scheduler);
-          Forget (detokenizer); Stop (all but the workers).
+          Forget (detokenizer); Trace (every actor); Stop (all but the workers).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -35,6 +35,7 @@ from minisgl.api.deadlines import Deadlines
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.journals import Journals
 from minisgl.api.tokenizer_pool import MAX_DEATHS, Tokenizers
+from minisgl.api.traces import Traces
 from minisgl.api.trials import Trials
 from minisgl.api.watchdog import Watchdog
 from minisgl.arrays import I32
@@ -94,6 +95,8 @@ class Gateway(Actor):
         self.engine_up_at = self.resumed = 0.0  # since when, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
         self.journals = Journals(ctx, config.server)
+        names = actor_names(config.engine.tp, config.server.num_tokenizers)
+        self.traces = Traces(ctx, self, config.server.trace, config.server.trace_mb, lambda: self._traceable(names))
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._requests = RingWriter(arenas.requests)
@@ -189,6 +192,10 @@ class Gateway(Actor):
             self.ctx.send("scheduler", msg.Cancel(entry.name))
             del self._sent[entry.name]
             entry.name, entry.started = 0, False
+
+    def _traceable(self, names: Sequence[str]) -> list[str]:
+        """The actors that can be traced now."""
+        return [name for name in names if name not in self.silent and (self.engine_up or name != "scheduler")]
 
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
@@ -479,6 +486,8 @@ class Gateway(Actor):
         if self.pids.get(m.name, m.pid) == m.pid:
             self.silent.discard(m.name)
             self.hellos[m.name] = m
+            if m.name != "scheduler":
+                self.traces.joined(m.name)
             self._become_ready()
 
     @on(msg.EngineReady)
@@ -486,6 +495,7 @@ class Gateway(Actor):
         if self.pids.get("scheduler", m.pid) == m.pid:
             self.num_pages, self.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
             self.journals.engine_ready()
+            self.traces.joined("scheduler")
             self._become_ready()
             self._go_on_with_trials()
 
@@ -493,6 +503,10 @@ class Gateway(Actor):
     def journaled(self, m: msg.Journaled) -> None:
         self.journals.said(m)
         self.stats = self.stats | {"journal_failures": self.journals.failures}
+
+    @on(msg.Traced)
+    def traced(self, m: msg.Traced) -> None:
+        self.traces.said(m)
 
     @on(msg.JournalBytes)
     def journal_bytes(self, m: msg.JournalBytes) -> None:
@@ -549,6 +563,7 @@ class Gateway(Actor):
             self.state = "recovering"
         started = [name for name in names if name not in self.silent]
         self.silent.update(names)
+        self.traces.lost(names)
         self.restarts.update(names)
         if "scheduler" in names:
             self.engine_up, self._requests = False, RingWriter(requests)

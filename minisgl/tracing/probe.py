@@ -1,0 +1,210 @@
+"""Records what one actor does, with the time: a Probe in every process, which sends its events to the api process.
+
+The core knows nothing of it.  While a trace runs, methods of the actor, of its context and of what it owns are shadowed on
+these objects by others that note when they were called; when it ends, the shadows are deleted, and what is left is the code as
+it was.  A new name in the core is a line in one of the tables below, and a test checks that the names exist.
+
+Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.  An event is a list:
+
+    track | begin | end | name | arguments or None | hop or None
+
+`track`: "" for the thread itself, "device" for a worker's device, others by their name, "requests" for what assemble.py makes
+tracks of requests of.  `hop`: [OUT, kind, key, receivers] where something leaves the process, [IN, kind, key] where it comes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import msgpack
+
+from minisgl.actors.messages import Trace, Traced
+from minisgl.actors.runtime.actor import Actor, Context
+from minisgl.actors.wire import BadMessage
+
+OUT, IN = 0, 1
+BATCH = 4096  # events of a message
+REQUESTS, DEVICE = "requests", "device"
+Call = Callable[..., Any]
+# By the kind of actor: where the object is that has the method, the method, and the name of its slices.
+PLAIN: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "api": (("", "open", "open request"),),
+    "scheduler": (("machine", "_retract", "retract"),),
+    "worker": (("_runner", "capture_ahead", "capture a graph"),),
+}
+
+
+def key_of(m: Any) -> int:
+    """What tells a message from others of its type, the same at both ends; nearly always."""
+    if (uid := getattr(m, "uid", None)) is not None:
+        return int(uid)
+    if (uids := getattr(m, "uids", None)) is not None:
+        return zlib.crc32(m.tokens.tobytes(), zlib.crc32(uids.tobytes()))
+    return 0
+
+
+def _packed(events: list[Any]) -> bytes:
+    """Events in msgpack: their names, then each with its duration instead of its end, and the number of its name."""
+    names: dict[str, int] = {}
+    rows = [
+        (track, began, ended - began, names.setdefault(name, len(names)), *rest) for track, began, ended, name, *rest in events
+    ]
+    packed: bytes = msgpack.packb([list(names), rows])
+    return packed
+
+
+def unpacked(data: bytes) -> Iterator[tuple[str, int, int, str, Any, Any]]:
+    """The events again."""
+    names, rows = msgpack.unpackb(data)
+    for track, began, took, name, args, hop in rows:
+        yield track, began, began + took, names[name], args, hop
+
+
+class Probe:
+    """The observer of an actor: see Actor.observer.  `ship` takes its messages, by default to the api process."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        actor: Actor,
+        ship: Callable[[Traced], object] | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._ctx, self._actor, self._clock = ctx, actor, clock
+        self._ship = ship
+        self._events: list[Any] | None = None
+        self._count = 0  # of events
+        self._undo: list[tuple[Any, str]] = []
+        self._finish: list[Callable[[], None]] = []  # what else is to be done at the end
+        self._enough = False
+
+    def __call__(self, m: Trace) -> None:
+        if m.on and self._events is None:
+            self._begin(m)
+        elif not m.on:
+            self.end()
+
+    def _begin(self, m: Trace) -> None:
+        kind = self._ctx.name.rstrip("0123456789")
+        if kind == "scheduler" and getattr(self._actor, "machine", None) is None:
+            raise BadMessage("the scheduler has nothing to trace yet")
+        self._events, self._enough = [], False
+        self._send: Call = self._ctx.send
+        self._shadow(self._ctx, "send", self._sending)
+        self._shadow(self._actor, "receive", self._receiving)
+        self._shadow(self._actor, "stopping", self._stopping)
+        for where, method, name in PLAIN.get(kind, ()):
+            owner = getattr(self._actor, where) if where else self._actor
+            self._shadow(owner, method, partial(self._plain, name))
+        if kind == "scheduler":
+            from minisgl.tracing.scheduler import probe_scheduler
+
+            probe_scheduler(self, self._actor, m.steps)
+        elif kind == "worker":
+            from minisgl.tracing.worker import probe_worker
+
+            probe_worker(self, self._actor, m.kernels)
+
+    def end(self) -> None:
+        """Take everything back and send what is left.  Idempotent."""
+        if self._events is None:
+            return
+        for owner, name in reversed(self._undo):
+            delattr(owner, name)
+        self._undo.clear()
+        for finish in self._finish:
+            finish()
+        self._finish.clear()
+        self._flush(last=True)
+        self._events = None
+
+    def _flush(self, last: bool = False, enough: bool = False) -> None:
+        events, self._events = self._events or [], []
+        for first in range(0, len(events) or 1, BATCH):
+            batch = events[first : first + BATCH]
+            closing = first + BATCH >= len(events)
+            m = Traced(self._ctx.name, os.getpid(), _packed(batch), last and closing, enough and closing)
+            if self._ship is not None:
+                self._ship(m)
+            else:
+                self._send("api", m)
+
+    # ---------------- for those who shadow
+    def now(self) -> int:
+        return self._clock()
+
+    @property
+    def count(self) -> int:
+        """Events so far."""
+        return self._count
+
+    def shadow(self, owner: Any, name: str, make: Callable[[Call], Call]) -> None:
+        """Have `owner.name` be what `make` makes of it, until the end."""
+        self._shadow(owner, name, make)
+
+    def _shadow(self, owner: Any, name: str, make: Callable[[Call], Call]) -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+        self._undo.append((owner, name))
+
+    def at_end(self, finish: Callable[[], None]) -> None:
+        """Have this called when the trace ends, before the last events are sent."""
+        self._finish.append(finish)
+
+    def add(self, began: int, ended: int, name: str, args: Any = None, hop: Any = None, *, track: str = "") -> None:
+        """Note an event."""
+        if (events := self._events) is not None:
+            self._count += 1
+            events.append((track, began, ended, name, args, hop))
+            if len(events) >= BATCH:
+                self._flush()
+
+    def enough(self) -> None:
+        """Say that the steps asked for have come."""
+        if not self._enough:
+            self._enough = True
+            self._flush(enough=True)
+
+    # ---------------- what all actors have
+    def _plain(self, name: str, original: Call) -> Call:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = self._clock()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.add(began, self._clock(), name)
+
+        return call
+
+    def _sending(self, original: Call) -> Call:
+        def send(to: str, m: Any) -> None:
+            began = self._clock()
+            original(to, m)
+            kind = type(m).__name__
+            if kind not in ("Traced", "Trace"):
+                self.add(began, self._clock(), "send " + kind, None, (OUT, kind, key_of(m), (to,)))
+
+        return send
+
+    def _receiving(self, original: Call) -> Call:
+        def receive(m: Any) -> None:
+            began = self._clock()
+            try:
+                original(m)
+            finally:
+                kind = type(m).__name__
+                if kind not in ("Traced", "Trace"):
+                    self.add(began, self._clock(), kind, None, (IN, kind, key_of(m)))
+
+        return receive
+
+    def _stopping(self, original: Call) -> Call:
+        def stopping() -> None:
+            original()
+            self.end()
+
+        return stopping
