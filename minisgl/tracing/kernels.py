@@ -15,9 +15,9 @@ class Kernels:
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
-        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._kind = "stream" if cuda else "operators of thread"
-        self._profile = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+        self._gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._kind = "stream" if self._gpu else "operators of thread"
+        self._profile = profile(activities=[ProfilerActivity.CUDA if self._gpu else ProfilerActivity.CPU])
         self._profile.start()
 
     def stop(self) -> None:
@@ -26,5 +26,7 @@ class Kernels:
         behind = time.time_ns() - time.monotonic_ns()
         results = self._profile.profiler.kineto_results if self._profile.profiler is not None else None
         for e in results.events() if results is not None else ():
+            if self._gpu and e.device_type().name != "CUDA":  # a launch
+                continue
             began = e.start_ns() - behind
             self._probe.add(began, began + e.duration_ns(), e.name(), track=f"{self._kind} {e.device_resource_id()}")

@@ -25,12 +25,13 @@ class _Device:
         self._at = self._ended = 0
 
     def mark(self, event: Any) -> None:
-        """Learn the time of the device, with an event of the same kind.  Waits for the device, the first time."""
+        """Learn the time of the device, with an event of the same kind: the first time, when the step has ended."""
         if self._mark is None:
-            self._mark = type(event)(enable_timing=True)
+            event.synchronize()
+            self._mark, before = type(event)(enable_timing=True), self._probe.now()
             self._mark.record()
             self._mark.synchronize()
-            self._at = self._probe.now()
+            self._at = (before + self._probe.now()) // 2
 
     def ran(self, pending: Any, launched: int, seen: int) -> tuple[int, int]:
         """Begin and end of a step that was launched and seen to have ended then.

@@ -97,6 +97,7 @@ ROUTES = (
         refusals=(401, 403, 409, 413, 503),
         gives=("application/octet-stream",),
     ),
+    Route("get", "/debug/trace", "Whether a trace runs; for administrators.", refusals=(401, 403)),
     Route("get", "/", _START, gives=_START_KINDS),
     Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),

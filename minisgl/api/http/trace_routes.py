@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 from aiohttp import web
 
 from minisgl.api.engine import Engine
 from minisgl.api.http.auth import Keys
+from minisgl.api.http.body import json_handler
 from minisgl.api.reader import Reader
 from minisgl.api.requests.fields import Fields, integer, number
 from minisgl.api.traces import MAX_BYTES
@@ -38,10 +40,16 @@ class TraceRoutes:
 
     def add_to(self, app: web.Application) -> None:
         app.router.add_post("/debug/trace", self.trace)
+        app.router.add_get("/debug/trace", json_handler(self.show))
         app.on_cleanup.append(self.close)
 
     async def close(self, _: web.Application) -> None:
         self._reader.close()
+
+    def show(self, request: web.Request) -> Any:
+        """Whether a trace runs."""
+        self._keys.check_admin(request)
+        return {"running": self._engine.traces.running}
 
     async def trace(self, request: web.Request) -> web.Response:
         self._keys.check_admin(request)
