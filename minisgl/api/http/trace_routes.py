@@ -14,6 +14,7 @@ from aiohttp import web
 from minisgl.api.engine import Engine
 from minisgl.api.http.auth import Keys
 from minisgl.api.http.body import json_handler
+from minisgl.api.http.connection import connection_of
 from minisgl.api.reader import Reader
 from minisgl.api.requests.fields import Fields, integer, number
 from minisgl.api.traces import MAX_BYTES
@@ -62,6 +63,8 @@ class TraceRoutes:
             raise InvalidParam("kernels", "kernels must be 0: the fake engine has none.")
         if self._engine.state not in ("ready", "recovering"):
             raise model_loading()
+        if (connection := connection_of(request)) is not None:
+            connection.generates()  # so that a client that has left is noticed
         spool = await self._events(values.get("steps", 0), values.get("seconds", _SECONDS), bool(values.get("kernels")))
         raw = await self._reader.run(assemble, spool, MAX_BYTES)
         headers = {"Content-Disposition": 'attachment; filename="minisgl.pftrace"'}
