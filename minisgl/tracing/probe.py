@@ -28,7 +28,7 @@ from minisgl.actors.runtime.actor import Actor, Context
 from minisgl.actors.wire import BadMessage
 
 OUT, IN = 0, 1
-BATCH = 4096  # events of a message
+BATCH = 1024  # events of a message
 REQUESTS, DEVICE = "requests", "device"
 Call = Callable[..., Any]
 # By the kind of actor: where the object is that has the method, the method, and the name of its slices.

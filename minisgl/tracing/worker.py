@@ -10,6 +10,7 @@ from collections import deque
 from typing import Any
 
 from minisgl.actors.worker import WorkerActor
+from minisgl.model.common.finished import Finished
 from minisgl.plan import PlanKind, StepPlan
 from minisgl.tracing.probe import DEVICE, IN, OUT, Call, Probe
 
@@ -39,11 +40,12 @@ class _Device:
         The times cannot be outside of these, nor before the end of the step before.  CUDA counts in float32 milliseconds, so
         from time to time the end of a step is the next mark.
         """
-        began = self._at + int(self._mark.elapsed_time(pending.start) * 1e6)
-        ended = self._at + int(self._mark.elapsed_time(pending.end) * 1e6)
-        ended = max(min(ended, seen), launched)
+        began, ended = launched, seen  # all that is known of a device without events
+        if self._mark is not None:
+            began = self._at + int(self._mark.elapsed_time(pending.start) * 1e6)
+            ended = max(min(self._at + int(self._mark.elapsed_time(pending.end) * 1e6), seen), launched)
         began = min(max(began, launched, self._ended), ended)
-        if ended - self._at > _MARK_NS:
+        if self._mark is not None and ended - self._at > _MARK_NS:
             self._mark, self._at = pending.end, ended
         self._ended = ended
         return began, ended
@@ -74,9 +76,9 @@ def probe_worker(probe: Probe, actor: Any, kernels: bool) -> None:
             if plan.kind != PlanKind.STEP:
                 return
             pending = actor._running[-1]
-            if not hasattr(pending, "end"):  # it has run already
+            if isinstance(pending, Finished):
                 probe.add(began, ended, "step", {"step": plan.step}, track=DEVICE)
-            else:
+            elif hasattr(pending, "end"):
                 device.mark(pending.end)
             launched.append((plan.step, began, pending))
             probe.add(began, ended, "launch", {"step": plan.step})
@@ -92,7 +94,7 @@ def probe_worker(probe: Probe, actor: Any, kernels: bool) -> None:
                 step, at, pending = entry
                 hop = (OUT, "result", step, ("scheduler",)) if actor.results is not None else None
                 probe.add(began, probe.now(), "post result", {"step": step}, hop)
-                if hasattr(pending, "end"):
+                if not isinstance(pending, Finished):
                     probe.add(*device.ran(pending, at, began), "step", {"step": step}, track=DEVICE)
             return posted
 

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,21 +84,24 @@ def faults(tracks: dict[int, Track]) -> Iterator[str]:
                 yield f"{track.name} has its parts in another order: {names[:9]}"
 
 
-def ask(url: str, path: str, body: Any = None) -> bytes:
+def ask(url: str, path: str, body: Any = None, method: str = "POST") -> bytes:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method="POST")
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
     with urllib.request.urlopen(request, timeout=300) as answer:
         return bytes(answer.read())
 
 
 def traced(flags: list[str], steps: int, kernels: bool, requests: int, tokens: int) -> bytes:
     """The trace of a server with these flags under a load of so many requests."""
-    words = "one two three four five six seven eight nine ten "
-    bodies = [{"prompt": words * (1 + i % 7) + str(i), "max_tokens": tokens, "ignore_eos": True} for i in range(requests)]
+    bodies = [
+        {"prompt": [10 + (7 * i + k) % 200 for k in range(20 + 30 * (i % 7))], "max_tokens": tokens, "ignore_eos": True}
+        for i in range(requests)
+    ]
     with live_server(*flags) as url, ThreadPoolExecutor(requests + 1) as pool:
         ask(url, "/v1/completions", bodies[0] | {"max_tokens": 8})  # what is compiled or captured for the first one
-        query = f"/debug/trace?steps={steps}&seconds=60{'&kernels=1' * kernels}"
-        trace = pool.submit(ask, url, query)
+        trace = pool.submit(ask, url, f"/debug/trace?steps={steps}&seconds=60{'&kernels=1' * kernels}")
+        while not json.loads(ask(url, "/debug/trace", method="GET"))["running"]:
+            time.sleep(0.01)
         for answer in [pool.submit(ask, url, "/v1/completions", body) for body in bodies]:
             answer.result()
         return trace.result()
