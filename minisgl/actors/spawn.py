@@ -13,7 +13,7 @@ from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board, BoardSpec
 from minisgl.config import Config, ModelSpec
-from minisgl.tracing.probe import Probe
+from minisgl.tracing.observe import observe
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 
@@ -33,7 +33,7 @@ def in_process(ctx: ZmqContext, board: BoardSpec, log_format: str, make: Callabl
     logs.setup(log_format)
     ctx.board = Board(board, ctx.name)
     actor = make(ctx, *args)
-    actor.observer = Probe(ctx, actor)
+    actor.observer = observe(ctx, actor)
     return actor
 
 

@@ -31,7 +31,7 @@ class Traces:
     def __init__(self, ctx: Context, actor: Actor, path: str, megabytes: float, living: Callable[[], Iterable[str]]) -> None:
         """`path`: of --trace; "": none.  `living`: names of the other actors that take messages.  Raises UserError."""
         self._ctx, self._living = ctx, living
-        self._probe = Probe(ctx, actor, self.said)
+        self._probe = Probe(ctx, actor, ship=self.said)
         self._order: msg.Trace | None = None  # of the trace that runs, or is about to
         self._waiting: set[str] = set()  # actors whose last events have not come
         self._spool: list[bytes] = []

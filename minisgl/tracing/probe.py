@@ -66,16 +66,20 @@ def unpacked(data: bytes) -> Iterator[tuple[str, int, int, str, Any, Any]]:
 
 
 class Probe:
-    """The observer of an actor: see Actor.observer.  `ship` takes its messages, by default to the api process."""
+    """The observer of an actor: see Actor.observer.
+
+    `more` shadows what actors of this kind have beyond messages; `ship` takes what is sent, by default to the api process.
+    """
 
     def __init__(
         self,
         ctx: Context,
         actor: Actor,
+        more: Callable[[Probe, Actor, Trace], None] | None = None,
         ship: Callable[[Traced], object] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self._ctx, self._actor, self._clock = ctx, actor, clock
+        self._ctx, self._actor, self._more, self._clock = ctx, actor, more, clock
         self._ship = ship
         self._events: list[Any] | None = None
         self._count = 0  # of events
@@ -101,14 +105,8 @@ class Probe:
         for where, method, name in PLAIN.get(kind, ()):
             owner = getattr(self._actor, where) if where else self._actor
             self._shadow(owner, method, partial(self._plain, name))
-        if kind == "scheduler":
-            from minisgl.tracing.scheduler import probe_scheduler
-
-            probe_scheduler(self, self._actor, m.steps)
-        elif kind == "worker":
-            from minisgl.tracing.worker import probe_worker
-
-            probe_worker(self, self._actor, m.kernels)
+        if self._more is not None:
+            self._more(self, self._actor, m)
 
     def end(self) -> None:
         """Take everything back and send what is left.  Idempotent."""

@@ -1,70 +1,62 @@
-"""What a trace costs while it runs: the same load on the fake engine without and with one, in turn.
+"""What a trace costs while it runs: CPU time of the same load without and with one, in turn.
 
-    .venv/bin/python scripts/bench/tracing.py [--rows 64] [--tokens 200] [--rounds 6]
+    .venv/bin/python scripts/bench/tracing.py [--rows 64] [--tokens 100] [--rounds 20]
 
-One JSON line.  `cpu_ms`: CPU milliseconds of all processes of the server for the load without and with a trace, the smallest of
-the rounds, as others may use the machine, too; `tokens_per_s`: the largest.  The file is made after the load, and not counted.
+All actors run in this thread, around the fake engine, so that nothing but the work counts.  One JSON line: `step_us`, CPU
+microseconds of a step over all processes, median of the rounds, without and with; `events` of a step; `event_us`, CPU of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.check.trace import ask
-from scripts.lib.live_server import live_server
+from minisgl import LLM, SamplingParams
+from minisgl.actors.messages import Trace, Traced
+from minisgl.tracing.observe import observe
+from minisgl.tracing.probe import unpacked
 from scripts.lib.reference import provenance
-
-
-def cpu_ms(pid: int) -> float:
-    """CPU time so far of the server's processes but the one that makes the file."""
-    total = 0.0
-    pids = [pid, *(int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split())]
-    for p in pids:
-        if "reader" not in Path(f"/proc/{p}/cmdline").read_text():
-            total += sum(int(t.joinpath("schedstat").read_text().split()[0]) for t in Path(f"/proc/{p}/task").iterdir()) / 1e6
-    return total
 
 
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--rows", type=int, default=64, help="requests at the same time")
-    p.add_argument("--tokens", type=int, default=200, help="of each answer")
-    p.add_argument("--rounds", type=int, default=6)
+    p.add_argument("--tokens", type=int, default=100, help="of each answer")
+    p.add_argument("--rounds", type=int, default=20)
     args = p.parse_args()
-    flags = ("--model", "fake", "--device", "cpu", "--max-running", str(args.rows), "--step-tokens", "512")
-    rounds: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    with live_server(*flags) as url, ThreadPoolExecutor(args.rows) as pool:
-        pid = json.loads(ask(url, "/server_info", method="GET"))["pid"]
-        bodies = [
-            {"prompt": [3 + (i * 7 + k) % 200 for k in range(100)], "max_tokens": args.tokens, "ignore_eos": True}
-            for i in range(args.rows)
-        ]
-        for n in range(2 * args.rounds + 1):
-            on = n % 2 == 0
-            tracing = threading.Thread(target=ask, args=(url, "/debug/trace?seconds=8"))
-            if on:
-                tracing.start()
-                time.sleep(0.5)
-            before, began = cpu_ms(pid), time.monotonic()
-            for answer in [pool.submit(ask, url, "/v1/completions", body) for body in bodies]:
-                answer.result()
-            seconds, spent = time.monotonic() - began, cpu_ms(pid) - before
-            if on:
-                tracing.join()
-            if n:  # the first one warms up
-                rounds[on].append((spent, args.rows * args.tokens / seconds))
-    cpu = {on: min(spent for spent, _ in of) for on, of in rounds.items()}
-    rate = {on: max(per_second for _, per_second in of) for on, of in rounds.items()}
-    out = {"cpu_ms": [round(cpu[False]), round(cpu[True])], "cpu_more": round(cpu[True] / cpu[False] - 1, 4)}
-    out |= {"tokens_per_s": [round(rate[False]), round(rate[True])], "rounds": args.rounds, "rows": args.rows}
+    llm = LLM("fake", processes=False, max_running=args.rows, step_tokens=8192)
+    prompts = [[3 + (i * 7 + k) % 200 for k in range(100)] for i in range(args.rows)]
+    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    sent: list[Traced] = []
+    probes = [observe(actor.ctx, actor, ship=sent.append) for actor in llm._system.actors.actors.values()]
+    spent: dict[bool, list[float]] = {False: [], True: []}
+    steps, n = 0, 0
+    for i in range(2 * args.rounds + 2):
+        on = i % 2 == 1
+        if on:
+            for probe in probes:
+                probe(Trace(on=True))
+        before = llm._system.gateway.stats.get("steps", 0)
+        began = time.process_time_ns()
+        llm.generate(prompts, params)
+        for probe in probes:
+            probe(Trace(on=False))
+        took = time.process_time_ns() - began
+        steps = llm._system.gateway.stats["steps"] - before
+        n = sum(1 for m in sent for _ in unpacked(m.data)) if on else n
+        sent.clear()
+        if i > 1:
+            spent[on].append(took / 1000 / steps)
+    llm.close()
+    off, on_ = (statistics.median(spent[on]) for on in (False, True))
+    out = {"rows": args.rows, "step_us": [round(off, 1), round(on_, 1)], "more_us": round(on_ - off, 1)}
+    out |= {"events": round(n / steps, 1), "event_us": round((on_ - off) / (n / steps), 2)}
     print(json.dumps(out | provenance()))
 
 

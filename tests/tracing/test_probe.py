@@ -19,7 +19,8 @@ from minisgl.sampling_params import Finish, SamplingParams
 from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.replica import Log, Replica
 from minisgl.tracing.assemble import assemble, head, pack
-from minisgl.tracing.probe import Probe, _packed
+from minisgl.tracing.observe import observe
+from minisgl.tracing.probe import _packed
 from minisgl.tracing.summary import Track, overlap, parse
 from scripts.check.trace import faults
 
@@ -33,7 +34,7 @@ class Tracer:
         clock = itertools.count(1_000_000, 700).__next__
         actors = world.system.actors
         self.pids = {name: 100 + i for i, name in enumerate(actors)}  # they are of one process
-        self.probes = {name: Probe(actor.ctx, actor, self.said, clock) for name, actor in actors.items()}
+        self.probes = {name: observe(actor.ctx, actor, ship=self.said, clock=clock) for name, actor in actors.items()}
 
     def said(self, m: Traced) -> None:
         self.parts.append(pack(m.name, self.pids[m.name], m.data))
@@ -140,7 +141,7 @@ def test_a_scheduler_that_has_no_machine_yet_refuses_to_be_traced() -> None:
     actor = world.scheduler
     actor.machine, machine = None, actor.machine
     with pytest.raises(BadMessage):
-        Probe(actor.ctx, actor)(Trace(on=True))
+        observe(actor.ctx, actor)(Trace(on=True))
     with pytest.raises(BadMessage):
         actor.receive(Trace(on=True))  # nobody observes it
     actor.machine = machine
