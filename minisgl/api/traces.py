@@ -35,7 +35,7 @@ class Traces:
         self._order: msg.Trace | None = None  # of the trace that runs, or is about to
         self._waiting: set[str] = set()  # actors whose last events have not come
         self._spool: list[bytes] = []
-        self._room = 0
+        self._most = self._room = 0  # bytes of the file, and left for events
         self._then: Then | None = None
         self._path = os.path.abspath(path) if path else ""
         if path:
@@ -61,7 +61,7 @@ class Traces:
         self._begin(msg.Trace(on=True, steps=steps, kernels=kernels), MAX_BYTES, then)
 
     def _begin(self, order: msg.Trace, most: int, then: Then) -> None:
-        self._order, self._room, self._then = order, most // SPOOLED, then
+        self._order, self._most, self._room, self._then = order, most, most // SPOOLED, then
         self._spool, self._waiting = [], set()
         self._keep(head(time.monotonic_ns(), time.time_ns()))
         self._probe(order)
@@ -128,7 +128,7 @@ class Traces:
         self._file.close()
         spool = Path(self._path + SUFFIX)
         try:
-            Path(self._path).write_bytes(assemble(spool.read_bytes()))
+            Path(self._path).write_bytes(assemble(spool.read_bytes(), self._most))
             spool.unlink()
         except OSError as e:
             logging.getLogger("minisgl").warning("the trace %s is not written: %s", self._path, e.strerror)

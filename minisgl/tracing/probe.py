@@ -48,20 +48,36 @@ def key_of(m: Any) -> int:
     return 0
 
 
-def _packed(events: list[Any]) -> bytes:
-    """Events in msgpack: their names, then each with its duration instead of its end, and the number of its name."""
-    names: dict[str, int] = {}
-    rows = [
-        (track, began, ended - began, names.setdefault(name, len(names)), *rest) for track, began, ended, name, *rest in events
-    ]
-    packed: bytes = msgpack.packb([list(names), rows])
-    return packed
+class Batch:
+    """Events in msgpack, packed as they come: the collector of garbage has nothing to look through.
+
+    First their names, then each with its duration instead of its end, and the number of its name.
+    """
+
+    def __init__(self) -> None:
+        self.events = 0
+        self._names: dict[str, int] = {}
+        self._packer = msgpack.Packer(autoreset=False)
+
+    def add(self, began: int, ended: int, name: str, args: Any, hop: Any, *, track: str) -> None:
+        names = self._names
+        self._packer.pack((track, began, ended - began, names.setdefault(name, len(names)), args, hop))
+        self.events += 1
+
+    def take(self) -> bytes:
+        """All events, which leave the batch."""
+        data: bytes = msgpack.packb(list(self._names)) + self._packer.bytes()
+        self._packer.reset()
+        self._names, self.events = {}, 0
+        return data
 
 
 def unpacked(data: bytes) -> Iterator[tuple[str, int, int, str, Any, Any]]:
     """The events again."""
-    names, rows = msgpack.unpackb(data)
-    for track, began, took, name, args, hop in rows:
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1)
+    unpacker.feed(data)
+    names = unpacker.unpack()
+    for track, began, took, name, args, hop in unpacker:
         yield track, began, began + took, names[name], args, hop
 
 
@@ -81,14 +97,14 @@ class Probe:
     ) -> None:
         self._ctx, self._actor, self._more, self._clock = ctx, actor, more, clock
         self._ship = ship
-        self._events: list[Any] | None = None
+        self._batch: Batch | None = None  # while it traces
         self._count = 0  # of events
         self._undo: list[tuple[Any, str]] = []
         self._finish: list[Callable[[], None]] = []  # what else is to be done at the end
         self._enough = False
 
     def __call__(self, m: Trace) -> None:
-        if m.on and self._events is None:
+        if m.on and self._batch is None:
             self._begin(m)
         elif not m.on:
             self.end()
@@ -97,7 +113,7 @@ class Probe:
         kind = self._ctx.name.rstrip("0123456789")
         if kind == "scheduler" and getattr(self._actor, "machine", None) is None:
             raise BadMessage("the scheduler has nothing to trace yet")
-        self._events, self._enough = [], False
+        self._batch, self._enough = Batch(), False
         self._send: Call = self._ctx.send
         self._shadow(self._ctx, "send", self._sending)
         self._shadow(self._actor, "receive", self._receiving)
@@ -110,7 +126,7 @@ class Probe:
 
     def end(self) -> None:
         """Take everything back and send what is left.  Idempotent."""
-        if self._events is None:
+        if self._batch is None:
             return
         for owner, name in reversed(self._undo):
             delattr(owner, name)
@@ -119,18 +135,12 @@ class Probe:
             finish()
         self._finish.clear()
         self._flush(last=True)
-        self._events = None
+        self._batch = None
 
     def _flush(self, last: bool = False, enough: bool = False) -> None:
-        events, self._events = self._events or [], []
-        for first in range(0, len(events) or 1, BATCH):
-            batch = events[first : first + BATCH]
-            closing = first + BATCH >= len(events)
-            m = Traced(self._ctx.name, os.getpid(), _packed(batch), last and closing, enough and closing)
-            if self._ship is not None:
-                self._ship(m)
-            else:
-                self._send("api", m)
+        if self._batch is not None:
+            m = Traced(self._ctx.name, os.getpid(), self._batch.take(), last, enough)
+            (self._ship or partial(self._send, "api"))(m)
 
     # ---------------- for those who shadow
     def now(self) -> int:
@@ -155,10 +165,10 @@ class Probe:
 
     def add(self, began: int, ended: int, name: str, args: Any = None, hop: Any = None, *, track: str = "") -> None:
         """Note an event."""
-        if (events := self._events) is not None:
+        if (batch := self._batch) is not None:
             self._count += 1
-            events.append((track, began, ended, name, args, hop))
-            if len(events) >= BATCH:
+            batch.add(began, ended, name, args, hop, track=track)
+            if batch.events >= BATCH:
                 self._flush()
 
     def enough(self) -> None:

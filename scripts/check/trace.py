@@ -114,7 +114,7 @@ def in_sql(binary: str, raw: bytes) -> dict[str, float]:
         query.write_text(SQL)
         file.write_bytes(raw)
         done = subprocess.run([binary, "-q", str(query), str(file)], capture_output=True, text=True, check=True)
-    header, row, *_ = list(csv.reader(io.StringIO(done.stdout)))
+    header, row, *_ = [line for line in csv.reader(io.StringIO(done.stdout)) if line]
     return dict(zip(header, map(float, row), strict=True))
 
 

@@ -13,7 +13,7 @@ from minisgl.commands.trace import about
 from minisgl.errors import UserError
 from minisgl.tracing.assemble import Slice, assemble, head, lanes, pack
 from minisgl.tracing.perfetto import BEGIN, COUNTER, END, Writer, varint
-from minisgl.tracing.probe import IN, OUT, _packed
+from minisgl.tracing.probe import IN, OUT, Batch
 from minisgl.tracing.summary import common, fields, overlap, parse, union
 from scripts.check.trace import faults
 
@@ -22,8 +22,15 @@ PIDS = {"api": 1, "scheduler": 2, "worker0": 3, "detokenizer": 4}
 
 def spool(events: dict[str, list[tuple[Any, ...]]]) -> bytes:
     """A spool of events without their ends: (track, begin, end, name, args, hop)."""
-    parts = [pack(name, PIDS[name], _packed([(*e, *[None] * (6 - len(e))) for e in of])) for name, of in events.items()]
-    return head(1_000, 1_700_000_000_000_000_000) + b"".join(parts)
+    return head(1_000, 1_700_000_000_000_000_000) + b"".join(pack(name, PIDS[name], packed(of)) for name, of in events.items())
+
+
+def packed(events: list[tuple[Any, ...]]) -> bytes:
+    batch = Batch()
+    for track, begin, end, name, *more in events:
+        args, hop = [*more, None, None][:2]
+        batch.add(begin, end, name, args, hop, track=track)
+    return batch.take()
 
 
 def step(n: int, begin: int, end: int) -> tuple[Any, ...]:

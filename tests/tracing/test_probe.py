@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import EOS, VOCAB, World, fake_config, random_traffic, talker
+from tracing.test_perfetto import packed
 
 from minisgl.actors.messages import Trace, Traced
 from minisgl.actors.scheduler.interface import SchedulerLimits
@@ -20,7 +21,6 @@ from minisgl.simulation.gpu import CostModel, Work
 from minisgl.simulation.replica import Log, Replica
 from minisgl.tracing.assemble import assemble, head, pack
 from minisgl.tracing.observe import observe
-from minisgl.tracing.probe import _packed
 from minisgl.tracing.summary import Track, overlap, parse
 from scripts.check.trace import faults
 
@@ -209,7 +209,7 @@ def simulated(lag: int) -> dict[str, Any]:
         replica.submit(Request(uid, np.arange(3, 23, dtype=np.int32) + uid * 20, 40, 0, params), 0.0)
     while replica.wake < np.inf:
         replica.call()
-    parts = [pack("scheduler", 1, _packed(replica.work)), pack("worker0", 2, _packed(replica.gpu))]
+    parts = [pack("scheduler", 1, packed(replica.work)), pack("worker0", 2, packed(replica.gpu))]
     tracks = parse(assemble(head(1, 1) + b"".join(parts)))
     assert not list(faults(tracks))
     return overlap(tracks)
