@@ -25,6 +25,7 @@ COMMANDS = {
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
     "bench": "minisgl.bench.command",
+    "trace": "minisgl.commands.trace",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }

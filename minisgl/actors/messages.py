@@ -315,6 +315,32 @@ class JournalBytes:
 
 
 @message
+class Trace:
+    """api -> every actor: begin a trace of what the actor does, or end it.
+
+    `steps`: the scheduler says when the results of so many have come; 0: never.  `kernels`: workers profile theirs.
+    """
+
+    on: bool
+    steps: int = 0
+    kernels: bool = False
+
+
+@message
+class Traced:
+    """actor -> api: events of its trace (see minisgl.tracing.probe).
+
+    `last`: no more of them come from process `pid`.  `enough`: the steps asked for have come.
+    """
+
+    name: str
+    pid: int
+    data: bytes
+    last: bool
+    enough: bool
+
+
+@message
 class Stats:
     """scheduler -> api: statistics, at most once a second while it works and once when it becomes idle.
 

@@ -13,6 +13,7 @@ from minisgl.actors.runtime.process import ZmqContext
 from minisgl.actors.runtime.shared_memory import Arenas
 from minisgl.actors.runtime.status import Board, BoardSpec
 from minisgl.config import Config, ModelSpec
+from minisgl.tracing.observe import observe
 
 MakeWorker = Callable[[Context, Config, Arenas, int, str], Actor]
 MakeScheduler = Callable[[Context, Config, Arenas, int], Actor]
@@ -32,7 +33,9 @@ def in_process(ctx: ZmqContext, board: BoardSpec, log_format: str, make: Callabl
     """`make(ctx, *args)`, in a process that shows on the `board` that it lives, and prints its log in `log_format`."""
     logs.setup(log_format)
     ctx.board = Board(board, ctx.name)
-    return make(ctx, *args)
+    actor = make(ctx, *args)
+    actor.observer = observe(ctx, actor)
+    return actor
 
 
 def make_tokenizer(ctx: Context, config: Config, arenas: Arenas, index: int = 0) -> Actor:

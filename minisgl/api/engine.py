@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.api.journals import Journals
+from minisgl.api.traces import Traces
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.errors import RequestError
@@ -176,6 +177,10 @@ class Engine(Protocol):
     def journals(self) -> Journals:
         """The journals of the scheduler."""
 
+    @property
+    def traces(self) -> Traces:
+        """The trace of all processes."""
+
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
 
@@ -240,6 +245,10 @@ class WrappedEngine:
     @property
     def journals(self) -> Journals:
         return self._engine.journals
+
+    @property
+    def traces(self) -> Traces:
+        return self._engine.traces
 
     def flush_cache(self) -> None:
         self._engine.flush_cache()

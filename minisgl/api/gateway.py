@@ -3,12 +3,12 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens
           (dispatcher.py).
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Started, Stats, Journaled, JournalBytes, Wake
-          (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker);
-          Started, Text, Logprobs, ThoughtEnded (detokenizer).
+Receives  Hello, Stopped, Failed, Traced (every actor); EngineReady, Rejected, Embedded, Started, Stats, Journaled,
+          JournalBytes, Wake (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected
+          (checker); Started, Text, Logprobs, ThoughtEnded (detokenizer).
 Sends     FlushCache, Reconnect, Journal (scheduler); for it, dispatcher.py: Generate, Cancel (scheduler), Forget (detokenizer),
           tokenizer_pool.py: Tokenize, Detokenize, Wake (tokenizer), grammar_checks.py: CheckGrammar (checker), and system.py:
-          Stop (all but the workers).
+          Stop (all but the workers), traces.py: Trace (every actor).
 
 Runs in the api process; `open` and `close` are called by the HTTP routes, the batch socket and the LLM class on the same
 thread.
@@ -38,6 +38,7 @@ from minisgl.api.ledger import Entry, failure_of, poison, timed_out
 from minisgl.api.logprob_rows import logprob_rows
 from minisgl.api.request_checks import check_eos, check_ids, check_length, check_vocabulary, source_of, with_thinking
 from minisgl.api.tokenizer_pool import Tokenizers
+from minisgl.api.traces import Traces
 from minisgl.api.watchdog import Watchdog
 from minisgl.arrays import I32
 from minisgl.config import Config
@@ -69,6 +70,8 @@ class Gateway(Actor):
         self.engine_up_at = self.resumed = 0.0  # when that began, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
         self.journals = Journals(ctx, config.server)
+        names = actor_names(config.engine.tp, config.server.num_tokenizers)
+        self.traces = Traces(ctx, self, config.server.trace, config.server.trace_mb, lambda: self._traceable(names))
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._ledger: dict[int, Entry] = {}
@@ -150,6 +153,10 @@ class Gateway(Actor):
     def _new_uid(self) -> int:
         self._last_uid += 1
         return self._last_uid
+
+    def _traceable(self, names: Sequence[str]) -> list[str]:
+        """The actors that can be traced now."""
+        return [name for name in names if name not in self.silent and (self.engine_up or name != "scheduler")]
 
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
@@ -365,6 +372,8 @@ class Gateway(Actor):
         if self.pids.get(m.name, m.pid) == m.pid:
             self.silent.discard(m.name)
             self.hellos[m.name] = m
+            if m.name != "scheduler":
+                self.traces.joined(m.name)
             self._become_ready()
 
     @on(msg.EngineReady)
@@ -372,6 +381,7 @@ class Gateway(Actor):
         if self.pids.get("scheduler", m.pid) == m.pid:
             self.num_pages, self._dispatcher.engine_up, self.engine_up_at = m.num_pages, True, self.ctx.now()
             self.journals.engine_ready()
+            self.traces.joined("scheduler")
             self._become_ready()
             self._dispatcher.go_on()
 
@@ -379,6 +389,10 @@ class Gateway(Actor):
     def journaled(self, m: msg.Journaled) -> None:
         self.journals.said(m)
         self.stats = self.stats | {"journal_failures": self.journals.failures}
+
+    @on(msg.Traced)
+    def traced(self, m: msg.Traced) -> None:
+        self.traces.said(m)
 
     @on(msg.JournalBytes)
     def journal_bytes(self, m: msg.JournalBytes) -> None:
@@ -435,6 +449,7 @@ class Gateway(Actor):
             self.state = "recovering"
         started = [name for name in names if name not in self.silent]
         self.silent.update(names)
+        self.traces.lost(names)
         self.restarts.update(names)
         if "scheduler" in names:
             self._dispatcher.engine_lost(requests)

@@ -134,6 +134,7 @@ class System:
                 self.supervisor.join(_LEAVE_SECONDS, self.pump)
         finally:
             self.supervisor.kill()
+            self.gateway.traces.finish()
             self.ctx.close()
             self._memory.close()
             shutil.rmtree(self.run_dir, ignore_errors=True)

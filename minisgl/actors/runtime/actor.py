@@ -7,7 +7,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from minisgl.actors.messages import Stop
+from minisgl.actors.messages import Stop, Trace
+from minisgl.actors.wire import BadMessage
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -51,8 +52,9 @@ class Actor:
     for is refused then: the class does not exist.
     """
 
+    observer: Callable[[Trace], None] | None = None  # set from outside, and all that an actor knows of traces
     wake_at = math.inf  # when, by the clock of the context, `idle` wants to be called even if no mail arrives
-    _table: ClassVar[dict[type, str]] = {Stop: "stop"}  # message type -> name of its handler
+    _table: ClassVar[dict[type, str]] = {Stop: "stop", Trace: "trace"}  # message type -> name of its handler
 
     def __init_subclass__(cls) -> None:
         cls._table = dict(cls._table)
@@ -85,6 +87,12 @@ class Actor:
     def stop(self, m: Stop) -> None:
         """Leave after the current handler.  An actor with something to finish first handles Stop itself."""
         self.ctx.stop()
+
+    def trace(self, m: Trace) -> None:
+        """Let the observer of this actor, if it has one, begin or end a trace."""
+        if self.observer is None:
+            raise BadMessage("nobody traces this actor")
+        self.observer(m)
 
     def started(self) -> None:
         """Runs once, in the actor's own process, before the first message."""

@@ -34,6 +34,7 @@ from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.metrics import Metered
 from minisgl.api.http.pages import Page, about, chat_values, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
+from minisgl.api.http.trace_routes import TraceRoutes
 from minisgl.api.reader import Reader
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
@@ -80,6 +81,7 @@ def build_app(
     app.on_cleanup.append(routes.close)
     app[DOOR] = Door(metered, keys, routes.callers, request_log)
     JournalRoutes(metered, keys).add_to(app.router)
+    TraceRoutes(metered, keys).add_to(app)
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 

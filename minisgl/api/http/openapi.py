@@ -14,6 +14,7 @@ from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
 from minisgl.api.http.journal_routes import JOURNAL
 from minisgl.api.http.openapi_examples import BODIES, PATH_VALUES, UPLOAD
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
+from minisgl.api.http.trace_routes import TRACE
 from minisgl.api.requests.fields import Field, Fields, Schema, Support, integer, nullable, string
 from minisgl.api.requests.openai import served_names
 from minisgl.config import Config
@@ -88,6 +89,15 @@ ROUTES = (
     ),
     Route("post", "/debug/journal/stop", "End it; for administrators.", refusals=(401, 403, 409, 503)),
     Route("get", "/debug/journal", "The journal that runs; for administrators.", refusals=(401, 403)),
+    Route(
+        "post",
+        "/debug/trace",
+        "A timeline of all processes for ui.perfetto.dev; for administrators.",
+        query=TRACE,
+        refusals=(401, 403, 409, 413, 503),
+        gives=("application/octet-stream",),
+    ),
+    Route("get", "/debug/trace", "Whether a trace runs; for administrators.", refusals=(401, 403)),
     Route("get", "/", _START, gives=_START_KINDS),
     Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),

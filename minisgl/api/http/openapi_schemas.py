@@ -77,6 +77,7 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "post /debug/journal/start": _has(journal=_STRING),
     "post /debug/journal/stop": _has(journal=_STRING),
     "get /debug/journal": _has("journal", failures={"type": "integer"}),
+    "get /debug/trace": _has(running={"type": "boolean"}),
 }
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 ERROR = _has(error=_has(message=_STRING, type=_STRING, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL))

@@ -1,0 +1,1 @@
+"""One timeline of all processes, as a file for Perfetto.  Nobody else knows of it while nobody traces."""
