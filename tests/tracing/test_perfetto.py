@@ -238,6 +238,39 @@ def test_the_published_protos_read_the_same() -> None:
     assert (descriptors[0].process.pid, descriptors[1].thread.tid, descriptors[2].parent_uuid) == (77, 78, 1)
 
 
+def test_a_trace_read_by_the_published_protos_has_the_same_slices_and_flows() -> None:
+    protos = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
+    rng = random.Random(1)
+    hops = [("", 10 * i, 10 * i + 4, f"publish {i % 7}", {"step": i}, (OUT, "plan", i, ["worker0"])) for i in range(90)]
+    takes = [("", 10 * i + 2, 10 * i + 9, "take", {"step": i}, (IN, "plan", i)) for i in range(90) if rng.random() < 0.8]
+    raw = assemble(
+        spool({"scheduler": [*hops, ("", 0, 2000, "step")], "worker0": [*takes, step(0, 1, 900), step(1, 3000, 4000)]})
+    )
+    names: dict[int, str] = {}
+    stacks: dict[int, list[list[Any]]] = {}
+    found, last = [], 0
+    for packet in protos.Trace.FromString(raw).packet:
+        names |= {n.iid: n.name for n in packet.interned_data.event_names}
+        if not packet.HasField("track_event"):
+            continue
+        e = packet.track_event
+        assert packet.timestamp >= last
+        last = packet.timestamp
+        if e.type == protos.TrackEvent.TYPE_SLICE_END:
+            stacks[e.track_uuid].pop().append(packet.timestamp)
+        else:
+            found.append(
+                [e.track_uuid, names[e.name_iid], *map(sorted, (e.flow_ids, e.terminating_flow_ids)), packet.timestamp]
+            )
+            stacks.setdefault(e.track_uuid, []).append(found[-1])
+    assert not any(stacks.values())
+    mine = [
+        [uuid, e.name, sorted(e.starts), sorted(e.ends), e.begin, e.end] for uuid, t in parse(raw).items() for e in t.events
+    ]
+    assert sorted(mine) == sorted(found)
+    assert sum(len(row[3]) for row in mine) == len(takes)
+
+
 def test_fields_of_all_wire_types_are_read() -> None:
     assert list(fields(b"\x08\x96\x01\x12\x02hi\x19" + b"\x01" + b"\0" * 7 + b"\x25\x02\0\0\0")) == [
         (1, 150),
