@@ -17,6 +17,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -39,7 +40,8 @@ def main() -> None:
     prompts = [[3 + (i * 7 + k) % 200 for k in range(100)] for i in range(args.rows)]
     params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
     sent: list[Traced] = []
-    actors = llm.system.actors.actors
+    system: Any = llm.system  # all actors in this process
+    actors = system.actors.actors
     worker = actors["worker0"]
     probes = [observe(actor.ctx, actor, ship=sent.append) for actor in actors.values()]
     llm.generate(prompts, params)
@@ -49,7 +51,8 @@ def main() -> None:
 
     def launching(plan: StepPlan) -> Pending:
         times.append(time.process_time_ns())
-        return launch(plan)
+        pending: Pending = launch(plan)
+        return pending
 
     worker._runner.launch = launching
     spent: dict[bool, list[float]] = {False: [], True: []}
