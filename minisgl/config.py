@@ -324,6 +324,7 @@ class ServerConfig:
     journal: str = setting("", "keep a journal of the scheduler here, for `minisgl journal`; default: off", "FILE")
     journal_mb: float = setting(256.0, "MB that a journal may take; its oldest parts go first", "MB", 1, 1 << 20)
     journal_tokens: bool = setting(False, "a journal has token ids and grammars; default: keyed hashes, and no texts")
+    no_page: bool = setting(False, "no page at GET /, and no /debug/live; default: both")
     log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
     log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
     api_keys: tuple[str, ...] = setting(  # a request must bring one of them; (): no key is needed

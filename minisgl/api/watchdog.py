@@ -29,6 +29,11 @@ class Watchdog:
         """Another process has this name now."""
         self._board.clear(name)
 
+    def beat_ages(self) -> dict[str, float]:
+        """Seconds since the last sign of life of each process that has given one."""
+        now, lines = time.monotonic_ns(), {name: self._board.line(name) for name in self._names}
+        return {name: (now - line.beat_ns) / 1e9 for name, line in lines.items() if line.beat_ns}
+
     def still(self, seconds: float) -> list[str]:
         """The processes without a sign of life for so long (two beats at least), and workers with a step that takes so long."""
         limit = max(seconds, 2 * BEAT_SECONDS) * 1e9
