@@ -17,12 +17,13 @@ let boxes, pointed = null;
 
 export function build(root) {
   boxes = PLOTS.map(([id, title]) => {
-    const figures = el("span", { class: "figures" }), [box, body] = card(title, figures), plot = svg("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "img" });
+    const figures = el("div", { class: "figures" }), [box, body] = card(title), plot = svg("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "img" });
     box.id = "plot-" + id;
-    body.append(plot);
+    const scale = el("span", { class: "scale" });
+    body.append(figures, el("div", { class: "plotbox" }, plot, scale));
     plot.addEventListener("pointermove", (event) => { pointed = event.offsetX / plot.clientWidth; draw(); });
     plot.addEventListener("pointerleave", () => { pointed = null; draw(); });
-    return [box, plot, figures];
+    return [box, plot, figures, scale];
   });
   root.append(el("div", { class: "plots" }, ...boxes.map((b) => b[0])));
 }
@@ -30,7 +31,7 @@ export function build(root) {
 export function draw() {
   const rows = curve(), last = rows.at(-1)?.[0] ?? 0, from = Math.min(rows[0]?.[0] ?? 0, last - 20), span = Math.max(1, last - from);
   PLOTS.forEach(([, title, lines, write], i) => {
-    const [box, plot, figures] = boxes[i];
+    const [box, plot, figures, scale] = boxes[i];
     const series = lines.map(([, , value]) => rows.map((r) => [r[0], value(r)]));
     const values = series.flat().map((p) => p[1]).filter((v) => v !== null), most = nice(Math.max(...values, write === percent ? 1 : 0.001));
     const parts = [0, 0.5, 1].map((f) => svg("line", { class: "grid", x1: 0, x2: W, y1: H - f * (H - 4) - 1, y2: H - f * (H - 4) - 1, "vector-effect": "non-scaling-stroke" }));
@@ -52,6 +53,7 @@ export function draw() {
     figures.title = `scale up to ${write(most)}; ${at ? `${last - at[0]} s before the last second` : "nothing yet"}`;
     plot.setAttribute("aria-label", `${title}: ${figures.textContent}`);
     box.dataset.most = most;
+    scale.textContent = write(most);
   });
 }
 

@@ -31,7 +31,7 @@ export const legend = (...parts) =>
   el("div", { class: "legend" }, ...parts.map(([kind, text]) => el("span", {}, el("i", { class: "bg-" + kind }), text)));
 
 export const num = (n) => (n === null || n === undefined ? "\u2013" : Math.round(n).toLocaleString("en"));
-export const ms = (x) => (x === null || x === undefined ? "\u2013" : x >= 10000 ? (x / 1000).toFixed(1) + " s" : x >= 100 ? x.toFixed(0) + " ms" : x >= 1 ? x.toFixed(1) + " ms" : x.toFixed(2) + " ms");
+export const ms = (x) => (x === null || x === undefined ? "\u2013" : x >= 10000 ? (x / 1000).toFixed(1) + " s" : x >= 1000 ? (x / 1000).toFixed(2) + " s" : x >= 100 ? x.toFixed(0) + " ms" : x >= 1 ? x.toFixed(1) + " ms" : x.toFixed(2) + " ms");
 export const secs = (x) => (x === null || x === undefined ? "\u2013" : x < 1 ? ms(x * 1000) : x < 120 ? x.toFixed(1) + " s" : x < 7200 ? (x / 60).toFixed(0) + " min" : (x / 3600).toFixed(1) + " h");
 export const percent = (x) => (x === null || x === undefined || Number.isNaN(x) ? "\u2013" : (100 * x).toFixed(x < 0.1 && x > 0 ? 1 : 0) + " %");
 export const bytes = (n) => (n >= 1 << 30 ? (n / 2 ** 30).toFixed(1) + " GiB" : n >= 1 << 20 ? (n / 2 ** 20).toFixed(0) + " MiB" : (n / 1024).toFixed(0) + " KiB");

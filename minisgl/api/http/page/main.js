@@ -62,7 +62,7 @@ for (const tab of tabs) {
     if (next) { event.preventDefault(); next.focus(); show(next.id.slice(4)); }
   });
 }
-wide.addEventListener("change", () => show(shown));
+wide.addEventListener("change", () => { $("settings").open = !wide.matches; show(shown); });
 document.addEventListener("visibilitychange", follow);
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
