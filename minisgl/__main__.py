@@ -19,6 +19,7 @@ COMMANDS = {
     "batch": "minisgl.commands.batch",
     "doctor": "minisgl.commands.doctor",
     "simulate": "minisgl.commands.simulate",
+    "journal": "minisgl.commands.journal",
     "prebuild": "minisgl.commands.prebuild",
     "selfcheck": "minisgl.selfcheck.command",
 }

@@ -35,6 +35,9 @@ class Kind(enum.IntEnum):
     STEP = 2
 
 
+_KINDS = frozenset(Kind)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record: its kind, its values, and where it stands in its part."""
@@ -54,40 +57,46 @@ def frame(kind: Kind, values: Any) -> bytes:
 class Parser:
     """Cuts bytes that arrive piece by piece into records.
 
-    `torn`: bytes at the end that are no whole record, or have followed one that is damaged.
+    `torn`: bytes at the end that are no whole record, or have followed one that is damaged.  Another MAGIC may stand between
+    two records, as where parts are joined to one file.
     """
 
     def __init__(self) -> None:
         self._data = bytearray()
-        self._offset = 0  # of _data in the part
-        self._damaged = False
+        self._at = self._offset = 0  # the next record in _data, and _data in the part
+        self._begun = self._damaged = False
 
     @property
     def torn(self) -> int:
-        return len(self._data)
+        return len(self._data) - self._at
 
     def feed(self, data: bytes) -> Iterator[Record]:
         """Take in the next bytes; yields the records that they complete.  Raises UserError if this is no journal."""
         self._data += data
-        if not self._offset:
-            if not MAGIC.startswith(self._data[: len(MAGIC)]):
-                raise UserError("this is no journal of minisgl: it does not begin like one")
-            if len(self._data) < len(MAGIC):
-                return
-            self._advance(len(MAGIC))
-        while not self._damaged and len(self._data) >= _HEAD.size:
-            size, crc, kind = _HEAD.unpack_from(self._data)
-            end = _HEAD.size + size
-            if size <= MAX_RECORD and len(self._data) < end:
-                return
-            payload = bytes(self._data[_HEAD.size : end])
-            if size > MAX_RECORD or kind not in list(Kind) or zlib.crc32(payload, kind) != crc:
-                self._damaged = True
-                return
-            record = Record(Kind(kind), msgpack.unpackb(payload, use_list=True, strict_map_key=False), self._offset)
-            self._advance(end)
+        while not self._damaged and (record := self._next()) is not None:
             yield record
+        self._offset += self._at
+        del self._data[: self._at]
+        self._at = 0
 
-    def _advance(self, n: int) -> None:
-        del self._data[:n]
-        self._offset += n
+    def _next(self) -> Record | None:
+        at = self._at
+        if MAGIC.startswith(begin := bytes(self._data[at : at + len(MAGIC)])):
+            if len(begin) < len(MAGIC):
+                return None
+            self._begun = True
+            self._at = at = at + len(MAGIC)
+        elif not self._begun:
+            raise UserError("this is no journal of minisgl: it does not begin like one")
+        if len(self._data) < at + _HEAD.size:
+            return None
+        size, crc, kind = _HEAD.unpack_from(self._data, at)
+        end = at + _HEAD.size + size
+        if size <= MAX_RECORD and len(self._data) < end:
+            return None
+        payload = bytes(self._data[at + _HEAD.size : end]) if size <= MAX_RECORD else b""
+        if kind not in _KINDS or zlib.crc32(payload, kind) != crc:
+            self._damaged = True
+            return None
+        self._at = end
+        return Record(Kind(kind), msgpack.unpackb(payload, use_list=True, strict_map_key=False), self._offset + at)

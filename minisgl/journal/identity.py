@@ -62,8 +62,8 @@ class PlainIds:
     def params(self, params: SamplingParams) -> SamplingParams:
         return params
 
-    def request(self, request: Request, ids: I32) -> Tokens:
-        """A request comes, or was there when the journal began, with all its tokens."""
+    def request(self, request: Request, ids: I32, handle: Node | None = None) -> Tokens:
+        """A request comes, or was there when the journal began, with all its tokens; `handle`: where its cached prefix ends."""
         return Tokens(ids)
 
     def node(self, node: Node) -> Tokens:
@@ -117,7 +117,7 @@ class HashedIds(PlainIds):
     def params(self, params: SamplingParams) -> SamplingParams:
         return veil(params)
 
-    def request(self, request: Request, ids: I32) -> Tokens:
+    def request(self, request: Request, ids: I32, handle: Node | None = None) -> Tokens:
         if not self._free:
             n = len(self._places)  # all there are
             more = max(64, n)
@@ -130,6 +130,14 @@ class HashedIds(PlainIds):
         self._states[:, place] = states[:, -1]
         if request.params.stop_token_ids:
             self._stops[place] = frozenset(request.params.stop_token_ids)
+        path: list[Node] = []
+        while handle is not None and handle.parent is not None:
+            path.append(handle)
+            handle = handle.parent
+        end = 0
+        for node in reversed(path):
+            end += len(node.key) // 4
+            self._nodes[node] = states[:, end - 1]
         return self._hash(states, ids)
 
     def node(self, node: Node) -> Tokens:
@@ -137,9 +145,11 @@ class HashedIds(PlainIds):
         if node.parent is None:
             self._nodes[node] = self.key.start(node.salt)
             return Tokens(ids)
+        if ids[0] < 0:  # forgotten: if a running request holds it, its tokens are known from there
+            return Tokens(ids)
         states = self.key.scan(self._nodes[node.parent], ids)
         self._nodes[node] = states[:, -1]
-        return self._hash(states, ids) if ids[0] >= 0 else Tokens(ids)  # negative: no request finds this node any more
+        return self._hash(states, ids)
 
     def sent(self, plan: InFlight, uids: I64) -> None:
         for slot in np.flatnonzero(uids != self._owners).tolist():

@@ -26,6 +26,7 @@ from minisgl.arrays import I32
 U64 = npt.NDArray[np.uint64]
 _P = np.uint64((1 << 31) - 1)
 _MARK = 1 << 30
+_LOW = 18  # bits of a token id that have a table of their own
 NOTHING = np.zeros(0, np.int32)
 
 
@@ -34,8 +35,9 @@ class Key:
 
     def __init__(self, eos_ids: tuple[int, ...]) -> None:
         rng = np.random.Generator(np.random.PCG64(secrets.randbits(256)))
-        self._low: U64 = rng.integers(1, int(_P), (2, 1 << 16), np.uint64)  # by the low 16 bits of a token id
-        self._high: U64 = rng.integers(1, int(_P), (2, 1 << 15), np.uint64)
+        self._low: U64 = rng.integers(1, int(_P), (2, 1 << _LOW), np.uint64)  # by the low bits of a token id
+        self._high: U64 = rng.integers(1, int(_P), (2, 1 << (31 - _LOW)), np.uint64)
+        self._high[:, 0] = 0
         points = [secrets.randbelow(int(_P) - 3) + 2 for _ in range(2)]
         self._point: U64 = np.array(points, np.uint64)
         self._inverse: U64 = np.array([pow(x, -1, int(_P)) for x in points], np.uint64)
@@ -72,8 +74,10 @@ class Key:
         return found
 
     def _terms(self, ids: npt.NDArray[Any]) -> U64:
-        ids = ids.astype(np.int64)
-        found: U64 = (self._low[:, ids & 0xFFFF] + self._high[:, (ids >> 16) & 0x7FFF]) % _P
+        high = ids >> _LOW
+        if not high.any():  # but for vocabularies that do not exist
+            return self._low.take(ids, axis=1)
+        found: U64 = (self._low[:, ids & ((1 << _LOW) - 1)] + self._high[:, high]) % _P
         return found
 
     def hashes(self, states: U64, ids: npt.NDArray[Any]) -> I32:
@@ -91,39 +95,41 @@ def _doubled(powers: U64, point: U64) -> U64:
     return np.concatenate((powers, powers * top[:, None] % _P), axis=1)
 
 
+_SIP = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
+_BLOCK = 4096  # words that are mixed at a time: they and the state stay in the processor's nearest cache
+
+
 def _siphash(key: list[Any], words: U64) -> U64:
     """SipHash-1-3 of blocks of one word, without the block for the length."""
-    v = [np.uint64(c) ^ k for c, k in zip(_SIP, (*key, *key), strict=True)]
-    v0, v1, v2, v3 = (np.full(len(words), x) for x in v)
-    v3 ^= words
-    v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
-    v0 ^= words
-    v2 ^= np.uint64(0xFF)
-    for _ in range(3):
-        v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
-    mixed: U64 = v0 ^ v1 ^ v2 ^ v3
+    mixed = np.empty(len(words), np.uint64)
+    for at in range(0, len(words), _BLOCK):
+        part = words[at : at + _BLOCK]
+        v = [np.full(len(part), np.uint64(c) ^ k) for c, k in zip(_SIP, (*key, *key), strict=True)]
+        scratch = np.empty(len(part), np.uint64)
+        v[3] ^= part
+        _sip_round(*v, scratch)
+        v[0] ^= part
+        v[2] ^= np.uint64(0xFF)
+        for _ in range(3):
+            _sip_round(*v, scratch)
+        mixed[at : at + _BLOCK] = v[0] ^ v[1] ^ v[2] ^ v[3]
     return mixed
 
 
-_SIP = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
+def _sip_round(v0: U64, v1: U64, v2: U64, v3: U64, scratch: U64) -> None:
+    for to, other, n in ((v0, v1, 13), (v2, v3, 16), (v0, v3, 21), (v2, v1, 17)):
+        np.add(to, other, out=to)
+        _rotate(other, n, scratch)
+        np.bitwise_xor(other, to, out=other)
+        if n in (13, 17):
+            _rotate(to, 32, scratch)
 
 
-def _sip_round(v0: U64, v1: U64, v2: U64, v3: U64) -> tuple[U64, U64, U64, U64]:
-    v0 = v0 + v1
-    v1 = _left(v1, 13) ^ v0
-    v0 = _left(v0, 32)
-    v2 = v2 + v3
-    v3 = _left(v3, 16) ^ v2
-    v0 = v0 + v3
-    v3 = _left(v3, 21) ^ v0
-    v2 = v2 + v1
-    v1 = _left(v1, 17) ^ v2
-    return v0, v1, _left(v2, 32), v3
-
-
-def _left(v: U64, n: int) -> U64:
-    turned: U64 = v << np.uint64(n) | v >> np.uint64(64 - n)
-    return turned
+def _rotate(v: U64, n: int, scratch: U64) -> None:
+    """Rotate to the left, in place."""
+    np.left_shift(v, np.uint64(n), out=scratch)
+    np.right_shift(v, np.uint64(64 - n), out=v)
+    v |= scratch
 
 
 def ends(hashes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -172,10 +172,11 @@ def digest(plan: StepPlan, hashed: bool) -> bytes:
 
 
 def outline(plan: StepPlan) -> list[Any]:
-    """The plan for people: step, joins [slot, cached tokens], chunks [slot, flags, tokens], decode slots, page grants."""
+    """The plan for people: step, joins [slot, cached tokens], chunks [slot, flags, tokens], decode slots i32[n] (None: as in
+    the plan before), page grants i32[3 n] (slot, place, page)."""
     joins = [list(pair) for pair in zip(plan.new_slots["slot"].tolist(), plan.new_slots["kv_len"].tolist(), strict=True)]
     decode = None if plan.decode is None else pack(plan.decode)
-    return [plan.step, joins, [list(row) for row in plan.prefill.tolist()], decode, len(plan.page_grants)]
+    return [plan.step, joins, [list(row) for row in plan.prefill.tolist()], decode, plan.page_grants.tobytes()]
 
 
 class Recorder:

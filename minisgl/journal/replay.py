@@ -1,7 +1,8 @@
 """Reads journals: records, parts, and the machine at every step.  This file is what others build on.
 
-    for record in records(open(path, "rb")): ...          every whole record of a part
-    replay = Replay(); replay.feed(data); replay.advance()  the machine, step by step, also of a stream that goes on
+    for replay in steps(path): ...                          the machine after each call, from all parts of a journal
+    replay = Replay(); replay.feed(data); replay.advance()  the same of a stream that goes on
+    for record in records(open(path, "rb")): ...            every whole record of a part, as plain values
 
 A replay runs the real step machine on what the real one was given.  Its plans are compared with the recorded ones: `Divergence`
 says, in plain words, at which step another decision came out.
@@ -10,7 +11,7 @@ says, in plain words, at which step another decision came out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import msgpack
@@ -22,6 +23,7 @@ from minisgl.arrays import F32
 from minisgl.errors import UserError
 from minisgl.journal import keyed
 from minisgl.journal.decisions import GivenCosts, Unasked
+from minisgl.journal.files import parts_of
 from minisgl.journal.format import VERSION, Kind, Parser, Record
 from minisgl.journal.identity import PlainIds
 from minisgl.journal.recorder import outcome
@@ -29,8 +31,22 @@ from minisgl.journal.requests import make_limits, make_request, unpack
 from minisgl.journal.snapshot import freeze, thaw
 from minisgl.plan import StepLogprobs, StepResult
 
+Call = Callable[[StepMachine, list[Event], float, int | None], Output]
 _CHUNK = 1 << 20
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _APART = ("ghosts", "since", "inflight")  # of a snapshot: not compared
+
+
+def steps(path: str, replay: Replay | None = None) -> Iterator[Replay]:
+    """A journal in files, lived through: the same Replay after each of its calls.  Raises as Replay does, and OSError."""
+    replay = replay or Replay()
+    for name in parts_of(path):
+        replay.next_part()
+        with open(name, "rb") as file:
+            while data := file.read(_CHUNK):
+                replay.feed(data)
+                while replay.advance():
+                    yield replay
 
 
 def records(file: IO[bytes]) -> Iterator[Record]:
@@ -55,7 +71,8 @@ class Replay:
     """A machine that lives through a journal again.
 
     `machine` is in the state after the last record; `now` and `output` are those of its last call, `events` its inbox, `head`
-    the values of the part.  Feed it bytes (`feed`), then call `advance` until it returns False: then it needs more bytes.
+    the values of the part, `record` what was read last.  Feed it bytes (`feed`), then call `advance` until it returns False:
+    then it needs more bytes.  `call` makes a call of the machine, given the step that it plans by the record (None: none).
     """
 
     def __init__(self, data: bytes = b"") -> None:
@@ -68,6 +85,7 @@ class Replay:
         self.events: list[Event] = []
         self.steps = self.requests = 0
         self.record: Record | None = None
+        self.call: Call = lambda machine, inbox, now, step: machine.step(inbox, now)
         self._given = GivenCosts()
         self.feed(data)
 
@@ -76,7 +94,9 @@ class Replay:
         self._records.extend(self._parser.feed(data))
 
     def next_part(self, data: bytes = b"") -> None:
-        """The next bytes begin another part."""
+        """The next bytes begin another part.  One that was torn is not continued: the next begins with its snapshot."""
+        if self.torn:
+            self.machine = None
         self._parser = Parser()
         self.feed(data)
 
@@ -107,7 +127,7 @@ class Replay:
     def _begin(self, head: dict[str, Any]) -> None:
         if head["version"] != VERSION:
             raise UserError(f"the journal has version {head['version']}; this minisgl reads version {VERSION}")
-        if head.get("run") != self.head.get("run") or head["part"] != self.head["part"] + 1:
+        if head.get("run") != self.head.get("run") or head["part"] != self.head.get("part", head["part"]) + 1:
             self.machine = None
         self.head = head
 
@@ -128,9 +148,11 @@ class Replay:
         self.steps += 1
         self._given.given = deque(decisions)
         try:
-            self.output = machine.step(self.events, now)
+            self.output = self.call(machine, self.events, now, want[1][0] if want[1] else None)
         except Unasked:
             raise Divergence(self._where(want) + "more was asked of the cost model than when it was recorded") from None
+        except _FAULTS as e:
+            raise Divergence(self._where(want) + f"it went on when it was recorded; now {type(e).__name__}: {e}") from e
         got = outcome(self.output, self.head["hashed"])
         if got != want:
             raise Divergence(self._where(want) + _difference(want, got))
@@ -186,7 +208,12 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
-_PARTS = ("joins (slot, cached tokens)", "prompt chunks (slot, flags, tokens)", "decoding slots", "number of page grants")
+_PARTS = (
+    "joins (slot, cached tokens)",
+    "prompt chunks (slot, flags, tokens)",
+    "decoding slots",
+    "page grants (slot, place, page)",
+)
 
 
 def _difference(want: list[Any], got: list[Any]) -> str:
@@ -198,7 +225,7 @@ def _difference(want: list[Any], got: list[Any]) -> str:
         for name, a, b in zip(_PARTS, want[1][1:], got[1][1:], strict=True):
             if a != b:
                 return f"{name}: recorded {_plain(a)}, now {_plain(b)}"
-        return "the plan has other pages or parameters"
+        return "the plan has other parameters of its new requests than those recorded"
     for name, a, b in zip(("started (request, cached tokens)", "ended (request, reason)"), want[2:], got[2:], strict=True):
         if a != b:
             return f"{name}: recorded {a}, now {b}"
@@ -206,4 +233,4 @@ def _difference(want: list[Any], got: list[Any]) -> str:
 
 
 def _plain(part: Any) -> Any:
-    return "as before" if part is None else unpack(part).tolist() if isinstance(part, bytes) else part
+    return "as in the plan before" if part is None else unpack(part).tolist() if isinstance(part, bytes) else part

@@ -26,6 +26,7 @@ from minisgl.journal.requests import make_request, options_of, pack, params_of, 
 from minisgl.plan import GRANT
 
 _COLUMNS = ("uid", "epoch", "length", "planned", "limit", "n_pages", "n_shared", "logprobs")  # i64 in a snapshot
+_LOST = -(1 << 30)  # less the number of its node: a token that does not exist
 _SWITCHES = ("ignore_eos", "sampling_extra", "has_grammar")
 _CACHE = ("evictable", "num_pages", "num_nodes", "evicted_pages", "_forgotten")
 
@@ -37,7 +38,8 @@ def freeze(machine: StepMachine, ids: PlainIds) -> dict[str, Any]:
     known = [r for _, r in machine.running.values()] + [r for _, r in machine.waiting._sorted]
     requests, later = [], []
     for request in known:
-        tokens = ids.request(request, _tokens(machine, request))
+        slot = machine.running[request.uid][0] if request.uid in machine.running else None
+        tokens = ids.request(request, _tokens(machine, request), None if slot is None else table.handle[slot])
         requests.append(row := [*request_values(request, tokens, ids), len(request.ids), state_of(request)])
         later.append((row, tokens))
     tree, nodes, keys = _tree(machine.cache, ids)
@@ -108,7 +110,15 @@ def _tree(cache: RadixCache, ids: PlainIds) -> tuple[dict[str, Any], dict[Node, 
             number[node] = len(order)
             order.append(node)
             stack.extend(reversed((node.children or {}).values()))
-    keys = [ids.node(node) for node in order]
+    keys: list[Tokens] = []
+    lost: set[Node] = set()  # below a forgotten node that nobody holds: no request comes there any more
+    for i, node in enumerate(order):
+        above = node.parent
+        if above is not None and (above in lost or (above.refs == 0 and above.key and above.key[3] >= 0x80)):
+            lost.add(node)
+            keys.append(Tokens(np.full(len(node.key) // 4, _LOST - i, np.int32)))
+        else:
+            keys.append(ids.node(node))
     columns = {
         "salts": [ids.salt(salt) for salt in cache._salted],
         "parents": pack([-1 if n.parent is None else number[n.parent] for n in order]),

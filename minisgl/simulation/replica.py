@@ -54,6 +54,20 @@ class Log:
         return fresh.tolist(), rows.uids[rows.finish > 0].tolist()
 
 
+def work_of(machine: StepMachine, plan: StepPlan, decode: I32) -> Work:
+    """The work of a plan that the machine has just made; `decode`: its slots that decode."""
+    slots, n = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"].astype(np.int64)
+    context = machine.table.planned[slots].astype(np.int64)  # at the end of each chunk
+    return Work(
+        prefill_tokens=int(n.sum()),
+        pairs=int((n * (context - n) + n * (n + 1) // 2).sum()),
+        prefill_context=int(context.sum()),
+        decode_rows=len(decode),
+        decode_context=int(machine.table.planned[decode].sum()),
+        samples=int(((plan.prefill["sample"] & DRAW) > 0).sum()) + len(decode),
+    )
+
+
 class Replica:
     """A machine, its GPU, and the plans and results on their way between them.  `call` is due at time `wake`."""
 
@@ -106,29 +120,23 @@ class Replica:
         self._again = out.plan is not None and len(self.machine.inflight) < self.machine.limits.max_steps_in_flight
         return [self._log.enter(rows, now) for rows in out.outputs]
 
+    def _tokens(self, rows: I32) -> I32:
+        """What the slots draw: every request of a trace has its own answer."""
+        return (self.machine.table.uid[rows] % FIRST_PROMPT_TOKEN).astype(np.int32)
+
     def _run(self, plan: StepPlan) -> None:
         """Queue a plan on the GPU and its result for the scheduler."""
-        machine, table = self.machine, self.machine.table
+        machine = self.machine
         if plan.decode is not None:
             self._decode = plan.decode
-        slots, n = plan.prefill["slot"].astype(np.int64), plan.prefill["n_ids"].astype(np.int64)
-        context = table.planned[slots].astype(np.int64)  # at the end of each chunk
-        sampling = slots[(plan.prefill["sample"] & DRAW) > 0]
-        work = Work(
-            prefill_tokens=int(n.sum()),
-            pairs=int((n * (context - n) + n * (n + 1) // 2).sum()),
-            prefill_context=int(context.sum()),
-            decode_rows=len(self._decode),
-            decode_context=int(table.planned[self._decode].sum()),
-            samples=len(sampling) + len(self._decode),
-        )
+        sampling = plan.prefill["slot"][(plan.prefill["sample"] & DRAW) > 0].astype(np.int32)
+        work = work_of(machine, plan, self._decode)
         seconds = self._costs.seconds(work)
         start = max(self._gpu_free, self._scheduler_free)
         self._gpu_free = start + seconds
         self.busy += seconds
         rows = np.concatenate([sampling, self._decode])
-        tokens = (table.uid[rows] % FIRST_PROMPT_TOKEN).astype(np.int32)  # every request of a trace has its own answer
-        self._results.append((self._gpu_free, StepResult(plan.step, tokens, max(1, round(seconds * 1e6)))))
+        self._results.append((self._gpu_free, StepResult(plan.step, self._tokens(rows), max(1, round(seconds * 1e6)))))
         if len(self._decode):
             self.starved = max(self.starved, int((plan.step - self._served[self._decode]).max()) - 1)
         self._served[rows] = plan.step

@@ -23,6 +23,7 @@ from minisgl.actors.scheduler.interface import Add, Event, SchedulerLimits
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.radix import RadixCache
+from minisgl.journal.recorder import BATCH, Recorder, Writer
 from minisgl.plan import StepResult
 from minisgl.sampling_params import SamplingParams
 from scripts.lib.reference import provenance
@@ -54,6 +55,7 @@ class Driver:
         self.machine = StepMachine(SchedulerLimits(**settings))
         self.now = 0.0
         self.uid = 0
+        self.watcher: Recorder | None = None
 
     def request(self, prompt: int, answer: int, limit: int | None = None) -> Add:
         self.uid += 1
@@ -72,6 +74,8 @@ class Driver:
         out = self.machine.step(events, self.now)
         if out.plan is not None:
             out.plan.pack()
+        if self.watcher is not None:
+            self.watcher.saw(events, self.now, out)
         return (time.process_time_ns() - start) / 1e6
 
 
@@ -86,6 +90,46 @@ def steady(slots: int, waiting: int = 0) -> float:
         driver.step([])
     assert len(driver.machine.running) == slots
     return statistics.median(driver.step([]) for _ in range(400))
+
+
+class Nowhere:
+    """A sink that counts bytes."""
+
+    error, due, size = "", False, 0
+
+    def begin(self, data: bytes) -> None: ...
+    def write(self, data: bytes) -> None:
+        self.size += len(data)
+
+    def flush(self, now: float) -> float:
+        return 0.0
+
+    def close(self) -> None: ...
+
+
+def journal(slots: int) -> None:
+    """What a journal adds to a decode step, and what it takes beside the steps: alternating, on one machine."""
+    driver = Driver(slots=slots, num_pages=slots * 260 + 4096, step_tokens=slots + 8192)
+    driver.step([driver.request(100, 30_000) for _ in range(slots)])
+    while len(driver.machine.running) < slots or driver.machine._prefilling:
+        driver.step([])
+    for name, tokens in (("hashes", False), ("tokens", True)):
+        sink, without, watched, beside = Nowhere(), [], [], []
+        for _ in range(12):
+            driver.watcher = None
+            without += [driver.step([]) for _ in range(64)]
+            driver.watcher = recorder = Recorder(driver.machine)
+            recorder.add(Writer(sink, {}, tokens))
+            for _ in range(64 // BATCH):
+                watched += [driver.step([]) for _ in range(BATCH)]
+                start = time.process_time_ns()
+                recorder.rest(driver.now)
+                beside.append((time.process_time_ns() - start) / 1e3 / BATCH)
+            recorder.close()
+        added = (statistics.median(watched) - statistics.median(without)) * 1e3
+        report(f"journal_{name}", added, "us", "<= 5", rows=slots, of="a step")
+        report(f"journal_{name}_beside", statistics.median(beside), "us", "<= 150", rows=slots, of="time beside a step")
+        report(f"journal_{name}_bytes", sink.size / len(watched), "bytes", "<= 2048", rows=slots, of="a step")
 
 
 def concurrency() -> int:
@@ -182,6 +226,7 @@ def main() -> None:
     report("step_4096", many, "ms", "<= 1.5", running=4096, max_steps_in_flight=2)
     crowded = steady(256, waiting=100_000)
     report("waiting_ratio", crowded / steady(256), "x", "<= 1.1", running=256, waiting=100_000)
+    journal(256)
     tree()
     report("evict_1k", eviction(1000), "us", "<= 3", leaves=1000)
     report("evict_64k", eviction(65_536), "us", "<= 3", leaves=65_536)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 from conftest import Loop, prompt
 
 from minisgl.actors.scheduler.interface import Event, Output
 from minisgl.journal.recorder import Recorder, Writer
 from minisgl.journal.replay import Replay
+from minisgl.plan import FAILED, NOT_A_NUMBER, StepPlan
 from minisgl.sampling_params import RequestOptions
 
 
@@ -37,21 +39,34 @@ class Kept:
 class Recorded(Loop):
     """A Loop whose machine is watched by writers with and without token ids; `parts` has the bytes of their parts."""
 
-    def __init__(self, tokens: tuple[bool, ...] = (True, False), **limits: Any) -> None:
+    def __init__(self, tokens: tuple[bool, ...] = (True, False), broken: float = 0.0, **limits: Any) -> None:
         super().__init__(**limits)
         self.parts: dict[bool, list[bytearray]] = {kind: [] for kind in tokens}
         self.writers = {kind: Writer(Kept(self.parts[kind]), {"run": "test"}, kind) for kind in tokens}
         self.recorder = Recorder(self.machine)
         self.plain_step = self.machine.step
         self.machine.step = self._watched  # type: ignore[method-assign]
-        self.outputs: list[Output] = []
+        self.times, self.decided, self.broken = random.Random(0), 0, broken
         for writer in self.writers.values():
             self.recorder.add(writer)
 
     def _watched(self, inbox: list[Event], now: float) -> Output:
         out = self.plain_step(inbox, now)
+        self.decided += len(self.recorder._costs.made)
         self.recorder.saw(inbox, now, out)
         return out
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Steps take a time, so that the cost model has something to fit."""
+        super()._launch(plan)
+        rows = len(plan.ids) + 3 * len(self.machine.inflight[-1].slots)
+        result = self.pending[-1]
+        result.busy_us = 200 + 20 * rows + self.times.randrange(30)
+        if self.times.random() < self.broken and len(result.tokens):
+            row = self.times.randrange(len(result.tokens))
+            result.tokens[row] = self.times.choice([FAILED, NOT_A_NUMBER])
+        if self.times.random() < 5 * self.broken and result.scores is not None:
+            result.scores.logprobs[self.times.randrange(len(result.scores.logprobs))] = np.nan
 
     def rotate(self) -> None:
         """Begin another part."""
@@ -67,6 +82,7 @@ def random_load(seed: int, **limits: Any) -> Recorded:
         "num_pages": rng.choice([16, 24, 40]),
         "max_steps_in_flight": rng.choice([1, 2, 2, 3]),
         "step_tokens": rng.choice([9, 16, 40]),
+        "broken": rng.choice([0.0, 0.02]),
         "itl_target": rng.choice([0.0, None, 0.002]),
         "order": rng.choice(["prefix", "arrival"]),
         "grammar_waits_for_token": rng.random() < 0.5,
@@ -88,7 +104,12 @@ def random_load(seed: int, **limits: Any) -> Recorded:
                 more["repetition_penalty"] = 1.0 + 1e-12
             if rng.random() < 0.2:
                 more["ignore_eos"] = True
+            if rng.random() < 0.2:
+                more["grammar"] = 'root ::= "é€😀"' * rng.randrange(1, 4)
+            if rng.random() < 0.2:
+                more |= {"logprobs": rng.randrange(3), "echo": rng.random() < 0.5}
             options = RequestOptions(
+                pooling="" if {"logprobs", "grammar"} & more.keys() else rng.choice(["", "", "", "", "mean", "last"]),
                 priority=rng.choice([0, 0, 0, 1, -3]),
                 cache_salt=rng.choice(["", "", "pepper", "curry"]),
                 client=rng.randrange(3),

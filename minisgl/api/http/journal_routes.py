@@ -85,7 +85,12 @@ class JournalRoutes:
     async def _answer(self, ask: Callable[[Then], object]) -> tuple[bool, str]:
         """Ask the scheduler, and wait for its answer."""
         found: asyncio.Future[tuple[bool, str]] = asyncio.get_running_loop().create_future()
-        ask(lambda on, error: found.done() or found.set_result((on, error)))
+
+        def then(on: bool, error: str) -> None:
+            if not found.done():
+                found.set_result((on, error))
+
+        ask(then)
         try:
             return await asyncio.wait_for(found, _ANSWER_SECONDS)
         except asyncio.TimeoutError:
