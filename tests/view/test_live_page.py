@@ -47,6 +47,7 @@ class Engine(World):
             messages = self.system._lanes.get(lane, ())
             while messages:
                 actor.receive(decode(messages.popleft()))
+                self.system._asleep.discard(lane[1])
 
     def run(self, steps: int) -> None:
         """Until the machine has made so many steps more, or rests."""
