@@ -176,7 +176,10 @@ class History:
 
     def _plan(self, machine: StepMachine, plan: StepPlan, now: float, second: Second) -> None:
         uids = machine.table.uid
-        joins = [(slot, int(uids[slot]), n) for slot, n in zip(*(plan.new_slots[k].tolist() for k in ("slot", "kv_len")), strict=True)]
+        joins = [
+            (slot, int(uids[slot]), n)
+            for slot, n in zip(*(plan.new_slots[k].tolist() for k in ("slot", "kv_len")), strict=True)
+        ]
         for slot, uid, cached in joins:
             if (life := self.lives.get(uid)) is not None:
                 life.slot, life.why = slot, ""

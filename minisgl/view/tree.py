@@ -124,13 +124,22 @@ def tree(machine: StepMachine, history: History, names: Names, sight: Sight, cho
     return rows
 
 
-def _row(
-    node: Node, names: Names, history: History, below: Subtree, children: int, uids: list[int], opened: bool
-) -> list[Any]:
+def _row(node: Node, names: Names, history: History, below: Subtree, children: int, uids: list[int], opened: bool) -> list[Any]:
     parent = names.by_node[node.parent] if node.parent is not None else 0
     used = history.touched.get(node)
     age = None if used is None else round(history.now - used, 1)
-    return [parent, len(node.pages), node.refs, age, children, below.pages, below.nodes, uids[:8], int(opened), int(bool(node.salt))]
+    return [
+        parent,
+        len(node.pages),
+        node.refs,
+        age,
+        children,
+        below.pages,
+        below.nodes,
+        uids[:8],
+        int(opened),
+        int(bool(node.salt)),
+    ]
 
 
 def _paths(users: dict[Node, list[int]]) -> set[Node]:

@@ -139,7 +139,15 @@ def waiting(machine: StepMachine, history: History, sight: Sight) -> dict[str, A
         if sight.may(request):
             word, text = reason(machine, request)
             cached = machine._match(request).num_pages * machine.limits.page_size
-            out[str(request.uid)] = [place, len(request.ids), round(request.arrived, 3), word, text, cached, int(request.resumed)]
+            out[str(request.uid)] = [
+                place,
+                len(request.ids),
+                round(request.arrived, 3),
+                word,
+                text,
+                cached,
+                int(request.resumed),
+            ]
     return out
 
 

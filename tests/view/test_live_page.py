@@ -146,7 +146,9 @@ def test_what_the_page_shows_is_the_state_of_the_engine(tmp_path: Path) -> None:
             f"{machine.pool.free} free",
         ]
         assert await tab.text("#pool .legend span") == legend
-        rows = await tab.value("[...document.querySelectorAll('#slots tbody tr')].map((r) => [...r.children].map((c) => c.textContent))")
+        rows = await tab.value(
+            "[...document.querySelectorAll('#slots tbody tr')].map((r) => [...r.children].map((c) => c.textContent))"
+        )
         want = []
         for slot in sorted(slot for slot, _ in machine.running.values()):
             request = machine._request(slot)
@@ -154,10 +156,14 @@ def test_what_the_page_shows_is_the_state_of_the_engine(tmp_path: Path) -> None:
             first = slot in machine._prefilling
             done = f"prompt {table.planned[slot]} of {n}" if first else f"{length - n} said"
             left = request.limit - (n if first else length)
-            want.append([str(slot), f"#{request.uid}", "", done, str(left), str(table.n_pages[slot]), str(table.n_shared[slot])])
+            want.append(
+                [str(slot), f"#{request.uid}", "", done, str(left), str(table.n_pages[slot]), str(table.n_shared[slot])]
+            )
         assert rows == want
         # the newest steps
-        steps = await tab.value("[...document.querySelectorAll('#steps tbody tr')].map((r) => [...r.children].map((c) => c.textContent))")
+        steps = await tab.value(
+            "[...document.querySelectorAll('#steps tbody tr')].map((r) => [...r.children].map((c) => c.textContent))"
+        )
         assert [int(row[0]) for row in steps] == list(range(counters.steps - 1, counters.steps - 1 - len(steps), -1))
         assert sum(int(row[1]) for row in steps) == counters.prefill_tokens
         assert sum(int(row[2]) for row in steps) == counters.decode_tokens
@@ -170,7 +176,9 @@ def test_what_the_page_shows_is_the_state_of_the_engine(tmp_path: Path) -> None:
         assert await tab.text("#waiting tbody td:nth-child(2)") == [f"#{waiting.uid}"]
         assert "all 4 slots are taken" in (await tab.text("#waiting tbody td:last-child"))[0]
         states = dict(
-            await tab.value("[...document.querySelectorAll('#list tbody tr')].map((r) => [r.dataset.uid, r.children[1].textContent])")
+            await tab.value(
+                "[...document.querySelectorAll('#list tbody tr')].map((r) => [r.dataset.uid, r.children[1].textContent])"
+            )
         )
         for uid, (slot, _) in machine.running.items():
             assert states[str(uid)] == ("prefill" if slot in machine._prefilling else "decode")
@@ -187,7 +195,9 @@ def test_what_the_page_shows_is_the_state_of_the_engine(tmp_path: Path) -> None:
         cached = engine.cached.get(uid, 0)
         assert cached > 0
         assert facts["cached"].startswith(f"{cached} of {len(request.ids)} prompt tokens")
-        assert facts["said"].startswith(f"{table.length[slot] - len(request.ids)} tokens, {request.limit - table.length[slot]} more")
+        assert facts["said"].startswith(
+            f"{table.length[slot] - len(request.ids)} tokens, {request.limit - table.length[slot]} more"
+        )
         hit = "document.querySelector('#life .pieces').querySelectorAll('.hit').length"
         assert await tab.value(hit) == cached
         assert await tab.value("document.querySelector('#life .pieces').querySelectorAll('span').length") == len(request.ids)
@@ -216,7 +226,9 @@ def test_the_tree_on_the_page_is_the_engines_and_the_keyboard_goes_through_it(tm
         items = "[...document.querySelectorAll('#tree [role=treeitem]')]"
         assert await tab.value(f"{items}.length") == 1 + len(nodes)
         users = {r.uid for _, r in machine.running.values()}
-        shown = await tab.value(f"{items}.flatMap((i) => [...i.querySelectorAll('.users')].flatMap((u) => u.textContent.split(' ')))")
+        shown = await tab.value(
+            f"{items}.flatMap((i) => [...i.querySelectorAll('.users')].flatMap((u) => u.textContent.split(' ')))"
+        )
         assert sorted(shown) == sorted(f"#{uid}" for uid in users)
         texts = await tab.value(f"{items}.slice(1).map((i) => i.children[2].textContent)")
         assert sorted(texts) == sorted(f"{len(node.pages) * PAGE} tokens" for node in nodes)
@@ -240,7 +252,12 @@ def test_the_tree_on_the_page_is_the_engines_and_the_keyboard_goes_through_it(tm
         await tab.until("!document.querySelector('#crumbs button')")
         # and the tabs
         await tab.value("document.querySelector('#tab-cache').focus()")
-        for key, name_ in (("ArrowRight", "requests"), ("End", "processes"), ("ArrowRight", "batch"), ("ArrowLeft", "processes")):
+        for key, name_ in (
+            ("ArrowRight", "requests"),
+            ("End", "processes"),
+            ("ArrowRight", "batch"),
+            ("ArrowLeft", "processes"),
+        ):
             await press(tab, key)
             assert await tab.value("document.activeElement.id") == f"tab-{name_}"
             assert await tab.value(f"document.querySelector('#{name_}').hidden") is False
@@ -380,7 +397,9 @@ def test_a_key_sees_its_own_requests_an_admin_key_all_and_nobody_nothing() -> No
                 foreign = set(readers[ADMIN].view["tree"]) - set(view["tree"])
                 for name in foreign:
                     if "+" not in name:
-                        async with session.post(url, json={"watcher": reader.watcher, "node": int(name)}, headers=as_(key)) as answer:
+                        async with session.post(
+                            url, json={"watcher": reader.watcher, "node": int(name)}, headers=as_(key)
+                        ) as answer:
                             assert answer.status == 404
             # whoever knows the name of another's stream has nothing of it
             async with session.post(url, json={"watcher": readers[ADMIN].watcher, "life": uids[30]}, headers=as_(A)) as answer:
@@ -449,12 +468,16 @@ def test_a_journal_is_walked_through_with_a_slider(tmp_path: Path) -> None:
 
     async def scene(engine: Engine, tab: Tab) -> None:
         await tab.until("document.querySelectorAll('#journal option').length === 2")
-        await tab.value("(s => { s.value = 'morning'; s.dispatchEvent(new Event('change')); })(document.querySelector('#journal'))")
+        await tab.value(
+            "(s => { s.value = 'morning'; s.dispatchEvent(new Event('change')); })(document.querySelector('#journal'))"
+        )
         await tab.until("!document.querySelector('#player').hidden")
         assert await tab.value("document.querySelector('#slider').max") == str(len(want) - 1)
         assert "hashes instead of tokens" in (await tab.text("#banner"))[0]
         for place in (len(want) - 1, 0, len(want) // 2, len(want) // 3):
-            await tab.value(f"(s => {{ s.value = {place}; s.dispatchEvent(new Event('input')); }})(document.querySelector('#slider'))")
+            await tab.value(
+                f"(s => {{ s.value = {place}; s.dispatchEvent(new Event('input')); }})(document.querySelector('#slider'))"
+            )
             step, running, waiting, free, nodes = want[place]
             await tab.until(f"document.querySelector('#where').textContent === 'step {step:,} ({place + 1} of {len(want)})'")
             assert (await tile(tab, "running"), await tile(tab, "waiting")) == (str(running), str(waiting))

@@ -103,7 +103,9 @@ def test_what_a_view_says_is_the_state_of_the_machine_at_every_step(seed: int) -
         # deltas bring whoever looks on to the same view, also as JSON
         change = json.loads(json.dumps(delta(shown, view)))
         merged = merge(shown, change)
-        assert {name: rows for name, rows in merged.items() if rows} == {n: r for n, r in json.loads(json.dumps(view)).items() if r}
+        assert {name: rows for name, rows in merged.items() if rows} == {
+            n: r for n, r in json.loads(json.dumps(view)).items() if r
+        }
         shown = json.loads(json.dumps(view))
 
 

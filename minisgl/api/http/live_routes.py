@@ -124,7 +124,11 @@ class LiveRoutes:
             if what in values:
                 body = await self.watchers.ask(watcher, what, values[what])
                 if body == b"null":
-                    raise RequestError(f"There is no {'request' if what == 'life' else what} {values[what]} here.", status=404, code="not_shown")
+                    raise RequestError(
+                        f"There is no {'request' if what == 'life' else what} {values[what]} here.",
+                        status=404,
+                        code="not_shown",
+                    )
                 return web.Response(body=body, content_type="application/json", headers=headers)
         return web.json_response({"watcher": watcher.secret}, headers=headers)
 

@@ -181,7 +181,10 @@ class Watchers:
                 share = None if now <= then else round((cpu - before) / (now - then), 3)
                 rows[name] = [pid, None if beat is None else round(beat, 2), share, memory]
             state = {"state": self._engine.state, "open": self._engine.open_requests, "down": self._engine.down}
-            self._usage = now, {"processes": rows, "restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, **state}
+            self._usage = (
+                now,
+                {"processes": rows, "restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, **state},
+            )
         return self._usage[1]
 
 

@@ -43,8 +43,9 @@ export const escape = () => { selected = null; paint(); };
 function recent(all) {
   const done = all.filter((s) => s.done !== null || s === all.at(-1));
   const spans = done.map((s) => (s.done ?? s.at) - s.at).sort((a, b) => a - b), usual = spans[spans.length >> 1] || 1;
+  const most = Math.max(12, Math.min(48, canvas.clientWidth / 14));
   let first = done.length - 1, pause = 0;
-  while (first > 0 && done.length - first < 48) {
+  while (first > 0 && done.length - first < most) {
     const gap = done[first].at - (done[first - 1].done ?? done[first].at);
     if (gap > Math.max(50, 4 * usual)) { pause = gap; break; }
     first--;
