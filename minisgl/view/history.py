@@ -1,7 +1,7 @@
 """What has happened to a machine, as far as pages show it: its last steps, the lives of requests, and what each second brought.
 
-A machine knows its state; how it got there is noted here after each of its calls (`saw`), from what went in and came out.  All of
-it is bounded.  Times are those of the machine's clock, in seconds; `History` runs in the viewer process (process.py).
+A machine knows its state; how it got there is noted here after each of its calls (`saw`), from what went in and came out.  All
+of it is bounded.  Times are those of the machine's clock, in seconds.  Runs in the viewer process (process.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from minisgl.actors.messages import Tokens
 from minisgl.actors.scheduler.interface import Add, Event, Output
 from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -138,7 +139,7 @@ class History:
             elif isinstance(event, StepResult):
                 self._result(event, now, second)
         for rows in output.outputs:
-            self._tokens(rows.uids.tolist(), rows.counts.tolist(), rows.tokens.tolist(), rows.finish.tolist(), now, second)
+            self._tokens(rows, now, second)
         for uid, _ in output.vectors:
             self._end(uid, int(Finish.STOP), now, second)
         for uid, cached in output.started:
@@ -213,11 +214,9 @@ class History:
         second.busy_us += result.busy_us
         second.idle_us += result.idle_us
 
-    def _tokens(
-        self, uids: list[int], counts: list[int], tokens: list[int], finish: list[int], now: float, second: Second
-    ) -> None:
-        at = 0
-        for uid, n, why in zip(uids, counts, finish, strict=True):
+    def _tokens(self, rows: Tokens, now: float, second: Second) -> None:
+        at, tokens = 0, rows.tokens.tolist()
+        for uid, n, why in zip(rows.uids.tolist(), rows.counts.tolist(), rows.finish.tolist(), strict=True):
             life = self.lives.get(uid)
             if life is None:
                 at += n

@@ -60,7 +60,7 @@ class Live(Scene):
 
 
 class Opened:
-    """A journal in files.  `steps`: number and time of every step that it has; `seek` goes to one.  Raises UserError, OSError."""
+    """A journal in files.  `steps`: number and time of every step in it; `seek` goes to one.  Raises UserError, OSError."""
 
     def __init__(self, path: str) -> None:
         self.parts = parts_of(path)

@@ -1,7 +1,7 @@
 """A view of the radix tree: the top of it, the largest subtrees, and what somebody opened; the rest is added up.
 
-Nodes have names, numbers that stay while a node lives.  One walk over the tree adds up its subtrees; then nodes are opened in the
-order of their size until BUDGET rows are shown.  A row that stands for siblings that are left out has the key "PARENT+".
+Nodes have names, numbers that stay while a node lives.  One walk over the tree adds up its subtrees; then nodes are opened in
+the order of their size until BUDGET rows are shown.  A row that stands for siblings that are left out has the key "PARENT+".
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def hanging(machine: StepMachine, sight: Sight) -> dict[Node, list[int]]:
 
 
 def tree(machine: StepMachine, history: History, names: Names, sight: Sight, choice: Choice = Choice()) -> dict[str, Any]:
-    """Rows by name: [parent or 0, pages, references, seconds since it was used, children, pages below and in it, nodes below and in
-    it, uids that hang here, open, salted].  Roots have the parent 0 and no pages."""
+    """Rows by name: [parent or 0, pages, references, seconds since it was used, children, pages in and below it, nodes in and
+    below it, uids that hang here, open, salted].  Roots have the parent 0 and no pages."""
     sums = add_up(machine)
     names.renew(sums)
     users = hanging(machine, sight)
@@ -110,7 +110,11 @@ def tree(machine: StepMachine, history: History, names: Names, sight: Sight, cho
         name = names.by_node[node]
         children = [c for c in (node.children or {}).values() if allowed is None or c in allowed]
         opened = bool(children) and name not in choice.closed and (name in choice.opened or len(rows) + len(heap) < BUDGET)
-        rows[str(name)] = _row(node, names, history, sums[node], len(children), users.get(node, []), opened)
+        used, below = history.touched.get(node), sums[node]
+        age = None if used is None else round(history.now - used, 1)
+        parent = names.by_node[node.parent] if node.parent is not None else 0
+        mine = [parent, len(node.pages), node.refs, age, len(children), below.pages, below.nodes]
+        rows[str(name)] = [*mine, users.get(node, [])[:8], int(opened), int(bool(node.salt))]
         if not opened:
             continue
         children.sort(key=lambda c: (-sums[c].refs, -sums[c].pages))
@@ -122,24 +126,6 @@ def tree(machine: StepMachine, history: History, names: Names, sight: Sight, cho
             pages, nodes = sum(sums[c].pages for c in rest), sum(sums[c].nodes for c in rest)
             rows[f"{name}+"] = [name, pages, len(rest), nodes]
     return rows
-
-
-def _row(node: Node, names: Names, history: History, below: Subtree, children: int, uids: list[int], opened: bool) -> list[Any]:
-    parent = names.by_node[node.parent] if node.parent is not None else 0
-    used = history.touched.get(node)
-    age = None if used is None else round(history.now - used, 1)
-    return [
-        parent,
-        len(node.pages),
-        node.refs,
-        age,
-        children,
-        below.pages,
-        below.nodes,
-        uids[:8],
-        int(opened),
-        int(bool(node.salt)),
-    ]
 
 
 def _paths(users: dict[Node, list[int]]) -> set[Node]:

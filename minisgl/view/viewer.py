@@ -39,7 +39,7 @@ class Watcher:
     """Somebody who looks on.  `shown`: the view that it has."""
 
     sight: Sight
-    choice: Choice = Choice()
+    choice: Choice = field(default_factory=Choice)
     opened: Opened | None = None
     shown: View = field(default_factory=dict)
     anew: bool = True  # the next view is a whole one

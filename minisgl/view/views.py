@@ -92,7 +92,7 @@ def limits(machine: StepMachine) -> dict[str, Any]:
 
 
 def slots(machine: StepMachine, sight: Sight) -> dict[str, Any]:
-    """By slot: [uid, 1 while its prompt is computed, prompt tokens, tokens known, tokens planned, limit, pages, shared pages]."""
+    """By slot: [uid, 1 while its prompt is computed, prompt tokens, known and planned tokens, limit, pages, shared pages]."""
     table, prefilling = machine.table, set(machine._prefilling)
     rows = [(slot, r) for slot, r in machine.running.values() if sight.may(r)][:SLOTS]
     at = [slot for slot, _ in rows]
@@ -255,8 +255,8 @@ def curves(history: History) -> dict[str, Any]:
 
 
 def curve_row(s: Second) -> list[Any]:
-    """[tokens, prompt tokens computed, prompt tokens asked for, of these cached, TTFT p50 p95 ms, ITL p50 p95 ms, running, waiting,
-    busy us, idle us, steps]."""
+    """[tokens, prompt tokens computed, prompt tokens asked for, of these cached, TTFT p50, p95, ITL p50, p95 (ms), running,
+    waiting, busy us, idle us, steps]."""
     shares = [*_percentiles(s.ttft), *_percentiles(s.itl)]
     return [s.tokens, s.prefill, s.prompt, s.cached, *shares, s.running, s.waiting, s.busy_us, s.idle_us, s.steps]
 

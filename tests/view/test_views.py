@@ -13,7 +13,7 @@ from journal.loads import Recorded, random_load
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.radix import Node
 from minisgl.plan import StepPlan
-from minisgl.sampling_params import RequestOptions
+from minisgl.sampling_params import Finish, RequestOptions
 from minisgl.view import tree as trees
 from minisgl.view import views
 from minisgl.view.history import History
@@ -81,7 +81,7 @@ def check_tree(machine: StepMachine, rows: dict[str, Any], names: Names) -> None
 @pytest.mark.parametrize("seed", range(cases(3)))
 def test_what_a_view_says_is_the_state_of_the_machine_at_every_step(seed: int) -> None:
     rng, shown = random.Random(seed), {}
-    for loop, scene in scenes(seed):
+    for _, scene in scenes(seed):
         machine = scene.machine
         assert machine is not None
         if rng.random() < 0.6:
@@ -111,11 +111,7 @@ def test_what_a_view_says_is_the_state_of_the_machine_at_every_step(seed: int) -
 
 @pytest.mark.parametrize("seed", range(cases(3)))
 def test_the_steps_and_lives_are_those_of_the_plans_and_answers(seed: int) -> None:
-    loop, scene = None, None
-    for loop, scene in scenes(seed):
-        pass
-    assert loop is not None
-    assert scene is not None
+    loop, scene = list(scenes(seed))[-1]
     history: History = scene.history
     plans: dict[int, StepPlan] = {plan.step: plan for plan in loop.plans}
     decoding: dict[int, list[int]] = {}
@@ -133,7 +129,7 @@ def test_the_steps_and_lives_are_those_of_the_plans_and_answers(seed: int) -> No
         assert life.said == loop.said[uid]
         assert life.prompt.tolist() == ids
         assert life.cached == loop.started.get(uid)
-        assert life.finish == loop.ends[uid]
+        assert life.finish == loop.ends.get(uid, Finish.STOP)  # that of a vector is none
         spans = [(start, start + n) for _, _, start, n in life.chunks]
         if life.cached is not None and not life.retracted and life.said:
             assert spans[0][0] == life.cached
@@ -157,7 +153,9 @@ def test_looking_changes_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(cases(3)))
 def test_a_client_sees_its_own_requests_alone(seed: int) -> None:
-    for _, scene in scenes(seed):
+    for i, (_, scene) in enumerate(scenes(seed)):
+        if i % 6:
+            continue
         machine, history = scene.machine, scene.history
         whose = {uid: life.client for uid, life in [*history.lives.items(), *history.ended.items()]}
         for client in range(3):

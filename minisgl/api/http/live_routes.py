@@ -1,7 +1,7 @@
-"""Serves what the page shows of the engine: GET /debug/live, a stream of views, and POST /debug/live, what its reader wants to see.
+"""Serves what the page shows of the engine: GET /debug/live, a stream of views, and POST /debug/live, what its reader wants.
 
-Everything is for administrators (on a server without keys: for this machine); somebody with another key sees the requests of that
-key alone.  Runs in the api process.
+Everything is for administrators (on a server without keys: for this machine); somebody with another key sees the requests of
+that key alone.  Runs in the api process.
 """
 
 from __future__ import annotations

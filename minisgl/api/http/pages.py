@@ -1,8 +1,8 @@
 """Serves the pages for people: GET / (a chat, and what the engine does) and GET /docs.  Runs in the api process.
 
-A page is one file.  /docs loads nothing, and its Content-Security-Policy admits its own script and style alone, by their hashes;
-that of / admits the modules and the style of the folder page/, which are served as they are written, at /page/NAME.  Values take
-the place of {{name}}.  Pages need no API key, as a browser's address bar has none to send, and say no more than the names of the
+/docs is one file that loads nothing: its Content-Security-Policy admits its own script and style alone, by their hashes.  That
+of / admits the modules and the style of the folder page/, which are served as they are written, at /page/NAME.  Values take the
+place of {{name}}.  Pages need no API key, as a browser's address bar has none to send, and say no more than the names of the
 model to whoever has none.
 """
 

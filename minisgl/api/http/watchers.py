@@ -165,8 +165,8 @@ class Watchers:
 
     # ---------------- the processes
     def actors(self) -> dict[str, Any]:
-        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory], at most a
-        second old; and what waits in this process."""
+        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory]; and
+        what waits in this process.  At most a second old."""
         now = time.monotonic()
         if now - self._usage[0] >= 0.9:
             rows = {}
