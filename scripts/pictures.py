@@ -49,7 +49,7 @@ async def cached(tab: Page, ask: Ask) -> None:
     await shoot(tab, "cached-request", "#life")
     await _pick(tab, "cache")
     await tab.until("document.querySelectorAll('#tree [role=treeitem]').length > 6")
-    await tab.value("document.querySelectorAll('#tree [role=treeitem]')[1].click()")
+    await tab.value("document.querySelectorAll('#icicle button')[1].dispatchEvent(new PointerEvent('pointerenter'))")
     await tab.until("document.querySelector('#node .pieces')")
     await shoot(tab, "cached-tree", "#cache")
 
@@ -80,16 +80,18 @@ async def queued(tab: Page, ask: Ask) -> None:
 async def page(tab: Page, ask: Ask) -> None:
     """The whole page at work."""
     await tab.call("Emulation.setDeviceMetricsOverride", width=1500, height=860, deviceScaleFactor=1, mobile=False)
+    await tab.value("document.querySelector('#settings').open = false")
+    await tab.value("document.querySelector('#max_tokens').value = 40")
+    await tab.type("#input", "What is a lighthouse for?\n")
+    await tab.until("document.querySelector('.note')")
     running = [
         asyncio.ensure_future(
             ask(RULES if i % 3 else "", f"What do you know of pier {i % 4}? " * (1 + i % 3), 30 + 8 * (i % 4))
         )
         for i in range(24)
     ]
-    await tab.value("document.querySelector('#settings').open = false")
-    await tab.type("#input", "What is a lighthouse for?\n")
-    await tab.until("document.querySelector('.note')")
     await tab.until("document.querySelectorAll('#slots tbody tr').length > 5")
+    await asyncio.sleep(2.5)
     await shoot(tab, "page")
     await asyncio.gather(*running)
 

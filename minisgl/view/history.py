@@ -26,6 +26,7 @@ ENDED = 200  # requests that have ended and are kept
 SECONDS = 300  # of the curves
 EVENTS = 512  # chunks, retractions of one request
 TIMES = 4096  # tokens of one request whose times are kept
+PAUSE_US = 50_000  # a longer gap between two steps is a pause: there was nothing to do
 SAMPLES = 512  # of a second's latencies
 LOOK_SECONDS = 0.02  # between two looks at why requests wait
 
@@ -106,7 +107,7 @@ class History:
         self.now = self.began = 0.0
         self.calls = 0
         self._looked = 0.0
-        self._waits: dict[int, tuple[str, float]] = {}  # uid -> why, and since when
+        self._measured = False  # the device says how long it waited; otherwise it is what the scheduler sees of that
 
     # ---------------- what is noted
     def begin(self, machine: StepMachine, now: float) -> None:
@@ -209,10 +210,14 @@ class History:
             return
         step.done = step.end = now
         step.busy_us, step.idle_us, step.launch_us = result.busy_us, result.idle_us, result.launch_us
+        self._measured |= result.idle_us > 0
         if before is not None and before.end is not None:
             before.end = min(before.end, now - (result.busy_us + result.idle_us) * 1e-6)
+            gap = int((now - before.end) * 1e6) - result.busy_us
+            if not self._measured and result.busy_us and gap < PAUSE_US:
+                step.idle_us = max(0, gap)
         second.busy_us += result.busy_us
-        second.idle_us += result.idle_us
+        second.idle_us += step.idle_us
 
     def _tokens(self, rows: Tokens, now: float, second: Second) -> None:
         at, tokens = 0, rows.tokens.tolist()
