@@ -25,6 +25,7 @@ from minisgl.api.engine import ChatPrompt, TextPrompt, TokenPrompt
 from minisgl.api.gateway import Gateway
 from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.grammar import regex
+from minisgl.journal.desk import Desk
 from minisgl.model.checkpoint.resolve import resolve
 from minisgl.model.fake_runner import FakeRunner
 from minisgl.sampling_params import RequestOptions, SamplingParams
@@ -52,12 +53,13 @@ def observed_edges() -> set[tuple[str, str, str]]:
     system.spawn("tokenizer", lambda ctx: TokenizerActor(ctx, config, RingWriter(shared.prompts[0])))
     system.spawn("detokenizer", lambda ctx: DetokenizerActor(ctx, config))
     system.spawn("checker", lambda ctx: make_checker(ctx, config))
-    system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared))
+    system.spawn("scheduler", lambda ctx: SchedulerActor(ctx, config, shared, 0, Desk(ctx, config)))
     for rank in range(2):
         system.spawn(f"worker{rank}", lambda ctx, r=rank: WorkerActor(ctx, r, shared, lambda: FakeRunner(config, 32)))
     gateway.silent.clear()
     system.run()
     seen: list[object] = []
+    gateway.journals.watch(lambda data, begins: seen.append(data))
     greedy, thinks = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, reasoning="deepseek_r1")
     gateway.open(TextPrompt("Once upon a time"), greedy, seen.append)
     gateway.open(ChatPrompt(b'{"messages": [{"role": "user", "content": "Hi"}], "kwargs": {}}'), thinks, seen.append)

@@ -41,6 +41,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRANSCRIPT = "a transcript: its command is parsed"
 PICTURE = "a picture"
 TOUR = "tests/test_tour.py"
+PLAYED = "scripts/pictures.py plays it, for the pictures"
 # Document and first line -> why the block is not run here, or which test runs it.  Its commands are parsed all the same.
 NOT_RUN = {
     ("README.md", "scripts/launch.sh"): "installs packages and serves until ^C",
@@ -60,10 +61,18 @@ NOT_RUN = {
     ("docs/simulator.md", "python -m minisgl simulate TRACE --gpu"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 1500"): "a recorded trace",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 4000"): "a recorded trace",
+    ("docs/journal.md", "minisgl --journal"): "a server; tests/journal runs one, and these commands",
+    ("docs/journal.md", "from minisgl.journal.replay"): "a journal of hours; tests/journal reads smaller ones",
     ("docs/reliability.md", "a client's stream"): PICTURE,
     ("docs/structures.md", "HTTP, SSE"): PICTURE,
     ("docs/structures.md", "scheduler   | plan k"): PICTURE,
     ("docs/structures.md", "routes (http/app.py)"): PICTURE,
+    ("docs/walkthroughs.md", "minisgl --page-size 16"): PLAYED,
+    ("docs/walkthroughs.md", "rules="): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --lag 1"): PLAYED,
+    ("docs/walkthroughs.md", "for i in 0 1 2 3"): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --max-running 2"): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --data-dir state"): "tests/view/test_live_page.py walks through a journal",
     ("docs/tour.md", "# chunks.py"): TOUR,
     ("docs/tour.md", "$ .venv/bin/python chunks.py"): TOUR,
     ("docs/tour.md", "# lfu.py"): TOUR,
@@ -126,7 +135,7 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|doctor|selfcheck|prebuild|simulate|journal)\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 

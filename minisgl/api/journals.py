@@ -30,10 +30,13 @@ class Journals:
             self.file = msg.Journal(path, on=True, tokens=config.journal_tokens, megabytes=config.journal_mb)
         self._stream: msg.Journal | None = None
         self._on_bytes: OnBytes = lambda data, begins: None
+        self._ending = False
         self._waiting: list[Then] = []  # for what becomes of the one in files
 
     def engine_ready(self) -> None:
-        """A scheduler takes messages."""
+        """A scheduler takes messages.  What the one before was to end has ended with it."""
+        if self.file is not None and self._ending:
+            self.said(msg.Journaled(self.file.path, on=False, error=""))
         for m in (self.file, self._stream):
             if m is not None:
                 self._ctx.send("scheduler", m)
@@ -52,6 +55,7 @@ class Journals:
         if self.file is None:
             raise RequestError("No journal runs: start one with POST /debug/journal/start.", status=409, code="no_journal")
         self._waiting.append(then)
+        self._ending = True
         self._ctx.send("scheduler", msg.Journal(self.file.path, on=False, tokens=False, megabytes=1.0))
         return self.file.path
 
@@ -74,7 +78,7 @@ class Journals:
             return
         self.failures += bool(m.error)
         if not m.on and self.file is not None and m.path == self.file.path:
-            self.file = None
+            self.file, self._ending = None, False
         waiting, self._waiting = self._waiting, []
         for then in waiting:
             then(m.on, m.error)

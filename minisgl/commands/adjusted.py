@@ -103,6 +103,9 @@ def _modes(given: Mapping[str, Any], config: Config, cores: int) -> _Found:
         yield "graphs", "off", f"for decodes, which {flag('attention_backend')} {engine.attention_backend} cannot capture"
     if "data_dir_gb" in given and not server.data_dir:
         yield "data_dir_gb", None, f"without {flag('data_dir')} nothing is kept"
+    for name in ("journal_mb", "journal_tokens"):
+        if given.get(name) and not server.journal and not server.data_dir:
+            yield name, None, f"without {flag('journal')} or {flag('data_dir')} no journal is kept"
 
 
 def _show(value: Any) -> str:

@@ -84,10 +84,18 @@ def _serve(args: argparse.Namespace, start: float) -> int:
         spec = resolve(model_of(args), args.revision)
         config = config_from(args, spec, styles_of(spec, args.chat_template or ""))
         check_tp(spec, config.engine.tp)
+        check_journal(config.server.journal)
         from minisgl.api.http.fair_loop import run as run_fair
 
         access = Access(config, args)
         return run_fair(_Server(config, sock, start, given=given_of(args), access=access).main())
+
+
+def check_journal(path: str) -> None:
+    """Raises UserError if a journal could not be kept there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if path and (not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK) or os.path.isdir(path)):
+        raise UserError(f"--journal {path}: a file in a folder that exists and can be written to is expected")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -6,10 +6,13 @@ too slow ends the journal and nothing else: `error` says why.  Runs in the sched
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import re
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 PARTS = 4  # that a journal of its full size has
@@ -35,8 +38,8 @@ class Files:
         self.error = ""
         self._limit = int(megabytes * (1 << 20))
         self._size = 0  # of the part
-        self._queued = 0
-        self._tasks: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()  # descriptor, data; no data: close it
+        self._given = self._taken = 0  # bytes, by the scheduler and by the thread
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._fd = self._open()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -49,32 +52,31 @@ class Files:
     def begin(self, data: bytes) -> None:
         """Begin a part with these bytes."""
         if self._size:
-            self._tasks.put((self._fd, b""))
+            self._tasks.put(partial(os.close, self._fd))
             try:
                 self._fd = self._open()
-                self._trim()
             except OSError as e:
-                self.error, self._fd = self.error or str(e), -1
+                self._fail(e)
+            self._tasks.put(self._trim)
         self._size = 0
         self.write(data)
 
     def write(self, data: bytes) -> None:
         """Have the thread append to the part."""
-        if self._queued > MAX_QUEUED:
+        if self._given - self._taken > MAX_QUEUED:
             self.error = self.error or "the disk is too slow"
-        if self.error:
-            return
-        self._size += len(data)
-        self._queued += len(data)
-        self._tasks.put((self._fd, data))
+        if not self.error:
+            self._size += len(data)
+            self._given += len(data)
+            self._tasks.put(partial(self._append, self._fd, data))
 
     def flush(self, now: float) -> float:
         """Nothing waits here."""
-        return float("inf")
+        return math.inf
 
     def close(self) -> None:
         """Wait for the disk, for a while."""
-        self._tasks.put((self._fd, b""))
+        self._tasks.put(partial(os.close, self._fd))
         self._tasks.put(None)
         self._thread.join(_CLOSE_SECONDS)
 
@@ -84,6 +86,23 @@ class Files:
         name = f"{self.path}.part{int(last) + 1}" if known else self.path
         return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
+    def _fail(self, e: OSError) -> None:
+        self.error = self.error or e.strerror or str(e)
+
+    # ---------------- in the thread
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except OSError as e:
+                self._fail(e)
+
+    def _append(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view and not self.error:
+            view = view[os.write(fd, view) :]
+        self._taken += len(data)
+
     def _trim(self) -> None:
         """Remove the oldest parts, so that all together, with one more, keep to the limit."""
         *old, _ = parts_of(self.path)
@@ -92,16 +111,3 @@ class Files:
         while sizes and sum(sizes) > room:
             os.unlink(old.pop(0))
             sizes.pop(0)
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            fd, data = task
-            try:
-                if not data:
-                    os.close(fd)
-                view = memoryview(data)
-                while view and not self.error:
-                    view = view[os.write(fd, view) :]
-            except OSError as e:
-                self.error = self.error or str(e)
-            self._queued -= len(data)

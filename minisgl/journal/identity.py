@@ -7,6 +7,7 @@ process of the scheduler, outside of its steps.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,13 @@ from minisgl.actors.scheduler.interface import Output
 from minisgl.actors.scheduler.plan_builder import InFlight
 from minisgl.actors.scheduler.request import Request
 from minisgl.arrays import I32, I64
-from minisgl.cache.radix import Node
 from minisgl.journal.keyed import NOTHING, U64, Key
 from minisgl.journal.requests import veil
 from minisgl.plan import StepResult
 from minisgl.sampling_params import SamplingParams
+
+Path = Sequence[tuple[int, int]]  # numbers of nodes from the root down, and how many tokens lead to the end of each
+_SLICE = 1 << 14  # tokens that are hashed at a time
 
 
 @dataclass(slots=True)
@@ -62,13 +65,13 @@ class PlainIds:
     def params(self, params: SamplingParams) -> SamplingParams:
         return params
 
-    def request(self, request: Request, ids: I32, handle: Node | None = None) -> Tokens:
-        """A request comes, or was there when the journal began, with all its tokens; `handle`: where its cached prefix ends."""
+    def request(self, request: Request, ids: I32, path: Path = ()) -> Tokens:
+        """A request comes, or was there when the journal began, with all its tokens; `path`: the nodes that it holds then."""
         return Tokens(ids)
 
-    def node(self, node: Node) -> Tokens:
-        """The tokens of a node of the radix tree; parents come before their children."""
-        return Tokens(np.frombuffer(node.key, np.int32))
+    def node(self, number: int, parent: int, key: bytes, salt: str) -> Tokens:
+        """The tokens of a node of the radix tree; parents (-1: none) come before their children."""
+        return Tokens(np.frombuffer(key, np.int32))
 
     def sent(self, plan: InFlight, uids: I64) -> None:
         """A plan was published; `uids`: the owners of all slots after that."""
@@ -80,8 +83,17 @@ class PlainIds:
     def ended(self, uid: int) -> None:
         """A request has left."""
 
+    def settling(self) -> Iterator[None]:
+        """Fill in the ids of all tokens since the last call, in slices."""
+        yield from ()
+
     def settle(self) -> None:
-        """Fill in the ids of all tokens since the last call."""
+        """All slices of `settling`."""
+        for _ in self.settling():
+            pass
+
+
+_Due = tuple[Tokens, Any, U64, I32]  # tokens, which of their rows (None: all), states, ids
 
 
 @dataclass(slots=True)
@@ -108,8 +120,8 @@ class HashedIds(PlainIds):
         self._by_slot: I64 = np.zeros(slots, np.int64)  # slot -> place
         self._owners: I64 = np.full(slots, -1, np.int64)  # slot -> uid
         self._inflight: deque[_Rows] = deque()
-        self._nodes: dict[Node, U64] = {}
-        self._due: list[tuple[Tokens, Any, U64, I32]] = []  # tokens, which of their rows, states, ids
+        self._nodes: dict[int, U64] = {}
+        self._due: list[_Due] = []
 
     def salt(self, salt: str) -> str:
         return self.key.salt(salt)
@@ -117,7 +129,7 @@ class HashedIds(PlainIds):
     def params(self, params: SamplingParams) -> SamplingParams:
         return veil(params)
 
-    def request(self, request: Request, ids: I32, handle: Node | None = None) -> Tokens:
+    def request(self, request: Request, ids: I32, path: Path = ()) -> Tokens:
         if not self._free:
             n = len(self._places)  # all there are
             more = max(64, n)
@@ -130,25 +142,19 @@ class HashedIds(PlainIds):
         self._states[:, place] = states[:, -1]
         if request.params.stop_token_ids:
             self._stops[place] = frozenset(request.params.stop_token_ids)
-        path: list[Node] = []
-        while handle is not None and handle.parent is not None:
-            path.append(handle)
-            handle = handle.parent
-        end = 0
-        for node in reversed(path):
-            end += len(node.key) // 4
-            self._nodes[node] = states[:, end - 1]
+        for number, end in path:
+            self._nodes[number] = states[:, end - 1]
         return self._hash(states, ids)
 
-    def node(self, node: Node) -> Tokens:
-        ids = np.frombuffer(node.key, np.int32)
-        if node.parent is None:
-            self._nodes[node] = self.key.start(node.salt)
+    def node(self, number: int, parent: int, key: bytes, salt: str) -> Tokens:
+        ids = np.frombuffer(key, np.int32)
+        if parent < 0:
+            self._nodes[number] = self.key.start(salt)
             return Tokens(ids)
         if ids[0] < 0:  # forgotten: if a running request holds it, its tokens are known from there
             return Tokens(ids)
-        states = self.key.scan(self._nodes[node.parent], ids)
-        self._nodes[node] = states[:, -1]
+        states = self.key.scan(self._nodes[parent], ids)
+        self._nodes[number] = states[:, -1]
         return self._hash(states, ids)
 
     def sent(self, plan: InFlight, uids: I64) -> None:
@@ -182,11 +188,18 @@ class HashedIds(PlainIds):
         self._due.append((written, None, states, ids))
         return written
 
-    def settle(self) -> None:
+    def settling(self) -> Iterator[None]:
         due, self._due = self._due, []
         self._nodes.clear()
-        if not due:
-            return
+        first = size = 0
+        for i, (_, _, _, ids) in enumerate(due, 1):
+            size += len(ids)
+            if size >= _SLICE or i == len(due):
+                self._fill(due[first:i])
+                first, size = i, 0
+                yield
+
+    def _fill(self, due: list[_Due]) -> None:
         hashes = self.key.hashes(np.concatenate([d[2] for d in due], axis=1), np.concatenate([d[3] for d in due]))
         at = 0
         for written, rows, _, ids in due:

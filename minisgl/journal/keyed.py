@@ -107,16 +107,17 @@ def _siphash(key: list[Any], words: U64) -> U64:
         v = [np.full(len(part), np.uint64(c) ^ k) for c, k in zip(_SIP, (*key, *key), strict=True)]
         scratch = np.empty(len(part), np.uint64)
         v[3] ^= part
-        _sip_round(*v, scratch)
+        _sip_round(v, scratch)
         v[0] ^= part
         v[2] ^= np.uint64(0xFF)
         for _ in range(3):
-            _sip_round(*v, scratch)
+            _sip_round(v, scratch)
         mixed[at : at + _BLOCK] = v[0] ^ v[1] ^ v[2] ^ v[3]
     return mixed
 
 
-def _sip_round(v0: U64, v1: U64, v2: U64, v3: U64, scratch: U64) -> None:
+def _sip_round(v: list[U64], scratch: U64) -> None:
+    v0, v1, v2, v3 = v
     for to, other, n in ((v0, v1, 13), (v2, v3, 16), (v0, v3, 21), (v2, v1, 17)):
         np.add(to, other, out=to)
         _rotate(other, n, scratch)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
@@ -26,11 +28,13 @@ from minisgl.journal.format import MAGIC, VERSION, Kind, frame
 from minisgl.journal.identity import HashedIds, PlainIds, Said, Tokens
 from minisgl.journal.keyed import Key
 from minisgl.journal.requests import limits_of, pack
-from minisgl.journal.snapshot import freeze, request_values
+from minisgl.journal.snapshot import capture, request_values
 from minisgl.plan import StepPlan, StepResult
 
 BATCH = 16  # calls of the machine that are written together,
 BATCH_SECONDS = 0.05  # unless the first of them is older
+SLICE_SECONDS = 0.001  # of work on the beginning of a part, between two looks at the mail
+MAX_HELD = 1024  # calls that wait for it
 
 
 class Call(NamedTuple):
@@ -75,19 +79,38 @@ class Writer:
         self.part = -1
         self._key: Key | None = None
         self._ids = PlainIds()
+        self._beginning: Iterator[None] | None = None
         self._epochs: I64 = np.zeros(0, np.int64)
 
     def begin(self, machine: StepMachine) -> None:
-        """Begin a part: MAGIC, what it is a part of, and the state of the machine, between two of its calls."""
+        """Begin a part: MAGIC, what it is a part of, and the state of the machine, between two of its calls.  See `begun`."""
         limits = machine.limits
         if not self._tokens:
             self._key = self._key or Key(machine._eos_ids)
             self._ids = HashedIds(self._key, limits.slots)
         self.part += 1
         head = {**self._info, "version": VERSION, "part": self.part, "hashed": self._ids.hashed, "limits": limits_of(limits)}
-        state = freeze(machine, self._ids)
+        self._beginning = self._begin(head, *capture(machine, self._ids))
         self._epochs = machine.table.epoch.copy()
+
+    def _begin(self, head: dict[str, Any], state: dict[str, Any], work: Iterator[None]) -> Iterator[None]:
+        yield from work
         self.sink.begin(MAGIC + frame(Kind.PART, head) + frame(Kind.SNAPSHOT, state))
+
+    def begun(self, seconds: float = math.inf) -> bool:
+        """Whether the part has begun, after working on it for about so long: until then nothing can be written."""
+        end = time.perf_counter() + seconds
+        while self._beginning is not None:
+            if next(self._beginning, self) is self:
+                self._beginning = None
+            if time.perf_counter() >= end:
+                break
+        return self._beginning is None
+
+    def fail(self, e: Exception) -> None:
+        """The journal cannot go on."""
+        logging.getLogger("minisgl").exception("the journal cannot go on")
+        self.sink.error, self._beginning = repr(e), None
 
     def write(self, calls: list[Call]) -> None:
         """Write a record for each of these calls."""
@@ -117,7 +140,7 @@ class Writer:
             elif isinstance(event, Add):
                 ids, scored = next(arrivals)
                 tokens = self._ids.request(event.request, ids)
-                row, at = ["add", *request_values(event.request, tokens, self._ids)], 2
+                row, at = ["add", *request_values(event.request, self._ids)], 2
                 row[-1] = scored
             else:
                 events.append(["drop", event.uid] if isinstance(event, Drop) else ["flush"])
@@ -189,24 +212,24 @@ class Recorder:
         self._most = machine.limits.max_steps_in_flight
         self._quiet = False
         self._first = 0.0  # when the first of the calls was made
-        self._calls: list[Call] = []
+        self._calls: list[tuple[Any, ...]] = []  # values of Call
         self.wrote = False  # in `saw`
         self.writers: list[Writer] = []
 
     def add(self, writer: Writer) -> None:
         """Have a writer begin, between two calls of the machine."""
-        self._write()
+        self._write(math.inf)
         writer.begin(self._machine)
         self.writers.append(writer)
 
     def remove(self, writer: Writer) -> None:
         """End a writer: it gets what has happened."""
-        self._write()
+        self._write(math.inf)
         self.writers.remove(writer)
 
     def close(self) -> None:
         """Leave the machine as it was."""
-        self._write()
+        self._write(math.inf)
         self._machine.costs = self._inner
 
     def saw(self, inbox: list[Event], now: float, output: Output) -> None:
@@ -223,32 +246,49 @@ class Recorder:
         else:
             self._quiet = False
         costs.made = []
-        ids = [(e.request.ids, e.request.scored) for e in inbox if type(e) is Add]
-        table, sent = machine.table, machine.inflight[-1] if plan is not None else None
-        if not self._calls:
+        ids = []
+        for event in inbox:
+            if type(event) is Add:
+                ids.append((event.request.ids, event.request.scored))
+        table, calls = machine.table, self._calls
+        if not calls:
             self._first = now
-        self._calls.append(Call(inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
-        if len(self._calls) >= 2 * BATCH:
-            self._write()
+        sent = machine.inflight[-1] if plan is not None else None
+        calls.append((inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
+        if len(calls) >= 2 * BATCH:
+            self._write(SLICE_SECONDS if len(calls) < MAX_HELD else math.inf)
             self.wrote = True
 
     def rest(self, now: float) -> float:
         """The scheduler has nothing to do: write what has come, if it is much or old.  Returns when it will be old."""
+        if not self._begun(SLICE_SECONDS):
+            return now
         if not self._calls:
             return math.inf
         if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
             return self._first + BATCH_SECONDS
-        self._write()
+        self._write(math.inf)
         return math.inf
 
-    def _write(self) -> None:
-        """Write all calls.  What goes wrong ends a journal, never the scheduler."""
-        calls, self._calls = self._calls, []
+    def _write(self, seconds: float) -> None:
+        """Write all calls, unless a part takes more `seconds` to begin.  What goes wrong ends a journal, not the scheduler."""
+        if not self._begun(seconds):
+            return
+        calls, self._calls = list(map(Call._make, self._calls)), []
         for writer in self.writers if calls else ():
             try:
                 writer.write(calls)
                 if writer.sink.due:
                     writer.begin(self._machine)
             except Exception as e:
-                logging.getLogger("minisgl").exception("the journal cannot go on")
-                writer.sink.error = repr(e)
+                writer.fail(e)
+
+    def _begun(self, seconds: float) -> bool:
+        """Whether all writers have begun their parts, after so much work on each."""
+        done = True
+        for writer in self.writers:
+            try:
+                done &= writer.begun(seconds)
+            except Exception as e:
+                writer.fail(e)
+        return done

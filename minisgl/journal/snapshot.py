@@ -8,6 +8,7 @@ Every field is named here; nothing else of the machine is read, and nothing but 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,7 @@ from minisgl.actors.scheduler.request import Request
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.arrays import I32
 from minisgl.cache.radix import NO_PAGES, Node, RadixCache
-from minisgl.journal.identity import PlainIds, Tokens
+from minisgl.journal.identity import PlainIds
 from minisgl.journal.requests import make_request, options_of, pack, params_of, set_state, state_of, unpack
 from minisgl.plan import GRANT
 
@@ -33,25 +34,26 @@ _CACHE = ("evictable", "num_pages", "num_nodes", "evicted_pages", "_forgotten")
 
 # ---------------- out of the machine
 def freeze(machine: StepMachine, ids: PlainIds) -> dict[str, Any]:
-    """The state of a machine between two steps."""
+    """The state of a machine between two calls."""
+    state, work = capture(machine, ids)
+    for _ in work:
+        pass
+    return state
+
+
+def capture(machine: StepMachine, ids: PlainIds) -> tuple[dict[str, Any], Iterator[None]]:
+    """The state without ids, and the work of filling these in: short slices, between which the machine may go on."""
     table, fair = machine.table, machine.fair
+    tree, nodes, number = _tree(machine.cache, ids)
     known = [r for _, r in machine.running.values()] + [r for _, r in machine.waiting._sorted]
-    requests, later = [], []
+    requests, coming = [], []
     for request in known:
         slot = machine.running[request.uid][0] if request.uid in machine.running else None
-        tokens = ids.request(request, _tokens(machine, request), None if slot is None else table.handle[slot])
-        requests.append(row := [*request_values(request, tokens, ids), len(request.ids), state_of(request)])
-        later.append((row, tokens))
-    tree, nodes, keys = _tree(machine.cache, ids)
+        requests.append(row := [*request_values(request, ids), len(request.ids), state_of(request)])
+        coming.append((row, request, _tokens(machine, request), () if slot is None else _path(table.handle[slot], number)))
     uids = {r.uid for r in known}
     live = [slot for slot, _ in machine.running.values()]
-    for plan in machine.inflight:
-        ids.sent(plan, table.uid.copy())
-    ids.settle()
-    for row, tokens in later:
-        row[1] = pack(tokens.ids)
-    tree["keys"] = pack(np.concatenate([k.ids for k in keys])) if keys else b""
-    return {
+    state = {
         "requests": requests,
         "running": [[uid, slot] for uid, (slot, _) in machine.running.items()],
         "waiting": [[list(key), request.uid] for key, request in machine.waiting._sorted],
@@ -65,7 +67,7 @@ def freeze(machine: StepMachine, ids: PlainIds) -> dict[str, Any]:
         "columns": {name: getattr(table, name).astype("<i8").tobytes() for name in _COLUMNS},
         "switches": {name: getattr(table, name).tobytes() for name in _SWITCHES},
         "pages": pack(np.concatenate([NO_PAGES, *(table.row(s, 0, int(table.n_pages[s])) for s in live)])),
-        "handles": [nodes[table.handle[slot]] for slot in live],
+        "handles": [number[table.handle[slot]] for slot in live],
         "free_slots": list(table._free),
         "grants": [rows.tobytes() for rows in table._grants],
         "fair": {
@@ -83,6 +85,36 @@ def freeze(machine: StepMachine, ids: PlainIds) -> dict[str, Any]:
         "since": machine._since,
         "inflight": [_sent(plan, ids) for plan in machine.inflight],
     }
+    sent = [(plan, table.uid.copy()) for plan in machine.inflight]
+    return state, _fill(ids, coming, sent, nodes, tree)
+
+
+def _fill(ids: PlainIds, coming: list[Any], sent: list[Any], nodes: list[Any], tree: dict[str, Any]) -> Iterator[None]:
+    """Fill in the ids of requests and nodes."""
+    rows, keys = [], []
+    for row, request, raw, path in coming:
+        rows.append((row, ids.request(request, raw, path)))
+        yield
+    for i, (parent, key, salt) in enumerate(nodes):
+        keys.append(ids.node(i, parent, key, salt))
+        if i % 16 == 0:
+            yield
+    for plan, uids in sent:
+        ids.sent(plan, uids)
+    yield from ids.settling()
+    for row, tokens in rows:
+        row[1] = pack(tokens.ids)
+    tree["keys"] = pack(np.concatenate([k.ids for k in keys]))
+
+
+def _path(handle: Node, number: dict[Node, int]) -> list[tuple[int, int]]:
+    """The nodes from the root to a handle, see identity.Path."""
+    path, end = [], 0
+    while handle.parent is not None:
+        path.append((number[handle], len(handle.key) // 4))
+        handle = handle.parent
+    path.reverse()
+    return [(i, end := end + n) for i, n in path]
 
 
 def _tokens(machine: StepMachine, request: Request) -> I32:
@@ -92,14 +124,14 @@ def _tokens(machine: StepMachine, request: Request) -> I32:
     return machine.table.ids(slot)
 
 
-def request_values(request: Request, tokens: Tokens, ids: PlainIds) -> list[Any]:
-    """What a request brings.  The second value is filled in when the ids are settled."""
+def request_values(request: Request, ids: PlainIds) -> list[Any]:
+    """What a request brings.  Its ids, the second value, are filled in when they are settled."""
     params, options = params_of(ids.params(request.params)), options_of(request.options, ids.salt(request.options.cache_salt))
-    return [request.uid, pack(tokens.ids), request.limit, request.seed, params, options, request.n_prompt, request.scored]
+    return [request.uid, b"", request.limit, request.seed, params, options, request.n_prompt, request.scored]
 
 
-def _tree(cache: RadixCache, ids: PlainIds) -> tuple[dict[str, Any], dict[Node, int], list[Tokens]]:
-    """The radix tree as columns, parents before their children; the numbers of its nodes; their keys, not yet settled."""
+def _tree(cache: RadixCache, ids: PlainIds) -> tuple[dict[str, Any], list[tuple[int, bytes, str]], dict[Node, int]]:
+    """The radix tree as columns, parents before their children; (parent, key, salt) of its nodes; the numbers of the nodes."""
     roots = [cache.root, *cache._salted.values()]
     order: list[Node] = []
     number: dict[Node, int] = {}
@@ -110,18 +142,17 @@ def _tree(cache: RadixCache, ids: PlainIds) -> tuple[dict[str, Any], dict[Node, 
             number[node] = len(order)
             order.append(node)
             stack.extend(reversed((node.children or {}).values()))
-    keys: list[Tokens] = []
+    nodes: list[tuple[int, bytes, str]] = []
     lost: set[Node] = set()  # below a forgotten node that nobody holds: no request comes there any more
     for i, node in enumerate(order):
-        above = node.parent
+        above, key = node.parent, node.key
         if above is not None and (above in lost or (above.refs == 0 and above.key and above.key[3] >= 0x80)):
             lost.add(node)
-            keys.append(Tokens(np.full(len(node.key) // 4, _LOST - i, np.int32)))
-        else:
-            keys.append(ids.node(node))
+            key = pack(np.full(len(key) // 4, _LOST - i))
+        nodes.append((-1 if above is None else number[above], key, node.salt))
     columns = {
         "salts": [ids.salt(salt) for salt in cache._salted],
-        "parents": pack([-1 if n.parent is None else number[n.parent] for n in order]),
+        "parents": pack([parent for parent, _, _ in nodes]),
         "sizes": pack([len(n.pages) for n in order]),
         "refs": pack([n.refs for n in order]),
         "scores": np.array([n.score for n in order], "<f8").tobytes(),
@@ -130,7 +161,7 @@ def _tree(cache: RadixCache, ids: PlainIds) -> tuple[dict[str, Any], dict[Node, 
         "unused": pack([number[n] for n in cache._unused]),
         "totals": [getattr(cache, name) for name in _CACHE],
     }
-    return columns, number, keys
+    return columns, nodes, number
 
 
 def _sent(plan: InFlight, ids: PlainIds) -> list[Any]:

@@ -257,7 +257,7 @@ def test_the_start_prints_an_address_that_a_browser_can_open(host: str, url: str
 # ---------------- the documentation
 def test_every_route_has_an_example_that_it_answers(tmp_path: Path) -> None:
     async def scene() -> None:
-        engine = ScriptedEngine()
+        engine = ScriptedEngine(data_dir=str(tmp_path))
         http = Server(engine, store=Store(str(tmp_path), 1 << 20))
         await http.start()
         document = openapi.document(engine.config)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -21,12 +22,14 @@ from test_openai_validation import FIELDS, JSON
 
 import minisgl
 from minisgl import __version__, grammar
+from minisgl.actors.messages import Journal, Journaled
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
 from minisgl.api.http.app import RUN_KWARGS, build_app
 from minisgl.api.http.connection import Connection
+from minisgl.api.journals import Journals
 from minisgl.api.rendering import json_pieces
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests.openai import served_names
@@ -70,11 +73,15 @@ class ScriptedEngine:
         self.down: list[str] = []
         self.stuck: list[str] = []
         self.restarts: dict[str, int] = {}
+        self.journals = Journals(SimpleNamespace(send=self._journal), self.config.server)
         self.changed = asyncio.Condition()
         self.tasks: list[asyncio.Task[None]] = []
 
     def flush_cache(self) -> None:
         self.flushed = True
+
+    def _journal(self, _: str, m: Journal) -> None:
+        asyncio.get_running_loop().call_soon(self.journals.said, Journaled(m.path, m.on, ""))
 
     def still(self, seconds: float) -> list[str]:
         return self.stuck

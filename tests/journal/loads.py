@@ -74,7 +74,7 @@ class Recorded(Loop):
             writer.sink.due = True  # type: ignore[misc]
 
 
-def random_load(seed: int, **limits: Any) -> Recorded:
+def random_load(seed: int, rotations: float = 0.05, **limits: Any) -> Recorded:
     """Arrivals with common beginnings, cancellations, flushes, salts, priorities, clients, late results."""
     rng = random.Random(seed)
     settings: dict[str, Any] = {
@@ -125,14 +125,15 @@ def random_load(seed: int, **limits: Any) -> Recorded:
         loop.step(rng.choice([None, None, 0, 1, 2]))
         if rng.random() < 0.1:
             loop.recorder.rest(loop.now + rng.choice([0, 1]))
-        if rng.random() < 0.05:
+        if rng.random() < rotations:
             loop.rotate()
     for _ in range(3000):
         loop.now += 0.01
         loop.step()
         if loop.machine.idle:
             break
-    loop.recorder.rest(loop.now + 1)
+    while loop.recorder.rest(loop.now + 1) < float("inf"):
+        pass
     return loop
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import World, fake_config, random_traffic
 from journal.loads import replayed
 
 from minisgl.actors.scheduler.actor import SchedulerActor
+from minisgl.api.journals import Journals
+from minisgl.config import ServerConfig
 from minisgl.journal import files
 from minisgl.journal.desk import Desk
 from minisgl.journal.files import parts_of
@@ -79,6 +82,23 @@ def test_a_full_disk_ends_the_journal_and_not_the_scheduler(tmp_path: Path, monk
     assert world.gateway.journals.file is None
     assert world.gateway.stats["journal_failures"] == 1
     world.close()
+
+
+def test_a_scheduler_that_takes_over_is_told_again_and_ends_what_was_to_end() -> None:
+    sent: list[Any] = []
+    config = ServerConfig(journal="/x/j", journal_mb=3.0)
+    journals = Journals(SimpleNamespace(send=lambda to, m: sent.append((to, m.path, m.on, m.megabytes))), config)
+    journals.watch(lambda data, begins: None)
+    sent.clear()
+    journals.engine_ready()
+    assert sent == [("scheduler", "/x/j", True, 3.0), ("scheduler", "", True, 1.0)]
+    told: list[Any] = []
+    journals.end(lambda on, error: told.append((on, error)))
+    sent.clear()
+    journals.engine_ready()  # the one that was told to end it has died
+    assert told == [(False, "")]
+    assert journals.file is None
+    assert sent == [("scheduler", "", True, 1.0)]
 
 
 def test_a_file_that_cannot_be_made_is_said_at_once(tmp_path: Path) -> None:

@@ -182,6 +182,12 @@ def test_administrators_begin_and_end_journals_by_name(tmp_path: Path, capsys: p
         assert oct((data / "journals" / "a.1").stat().st_mode & 0o777) == "0o600"
 
 
+def test_a_journal_that_has_no_place_is_refused_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "nowhere" / "j", tmp_path):
+        assert main(["serve", "--model", "fake", "--port", "0", "--journal", str(path)]) == 2
+        assert f"--journal {path}: a file in a folder" in capsys.readouterr().err
+
+
 def test_who_is_no_administrator_begins_no_journal(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret-of-administrators\n")
     with server(tmp_path, "--model", "fake", "--admin-api-key-file", str(tmp_path / "key")) as running:
