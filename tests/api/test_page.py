@@ -261,7 +261,7 @@ def test_every_route_has_an_example_that_it_answers(tmp_path: Path) -> None:
         http = Server(engine, store=Store(str(tmp_path), 1 << 20))
         await http.start()
         document = openapi.document(engine.config)
-        ids = {"name": "org/alias"}
+        ids = {"name": "org/alias", "file": "main.js"}
         served = [route for route in openapi.ROUTES if "/debug/" not in route.path]  # these need a scheduler
         for route in sorted(served, key=lambda r: (r.method == "delete", r.path.endswith("cancel"), r.path.count("/"))):
             described = document["paths"][route.path][route.method]

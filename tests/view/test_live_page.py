@@ -59,7 +59,7 @@ class Engine(World):
     def show(self) -> None:
         self.deliver()
         if (desk := self.scheduler.watcher) is not None:
-            desk._recorder._write()
+            desk._recorder._write(1e9)
             self.later += 1.0
             desk._flush(self.later)
         self.deliver()
