@@ -424,11 +424,16 @@ def test_a_key_sees_its_own_requests_an_admin_key_all_and_nobody_nothing() -> No
 
 def test_without_keys_only_the_machine_itself_looks_on_and_the_seventeenth_page_is_refused() -> None:
     async def main() -> None:
-        async with served() as engine, aiohttp.ClientSession() as session:
+        async with served(allow_origins=("*",)) as engine, aiohttp.ClientSession() as session:
             url = engine.http.make_url("/debug/live")
             async with session.get(url, headers={"X-Forwarded-For": "10.1.2.3"}) as answer:
                 assert answer.status == 403
                 assert "administrator" in (await answer.json())["error"]["message"]
+            for origin, status in (("https://elsewhere.example", 403), ("null", 403), (engine.http.make_url(""), 404)):
+                async with session.post(url, json={"watcher": "nobody"}, headers={"Origin": origin}) as answer:
+                    assert answer.status == status, origin
+            async with session.get(url, headers={"Origin": "https://elsewhere.example"}) as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (403, "foreign_origin")
             opened = [await session.get(url) for _ in range(MOST)]
             async with session.get(url) as answer:
                 assert (answer.status, (await answer.json())["error"]["code"]) == (429, "too_many_watchers")

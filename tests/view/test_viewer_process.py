@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import aiohttp
+from browser import browse, needs_chromium
 from processes import alive, eventually
 from test_live_page import Reader
 from test_system import ServerProcess
@@ -42,6 +43,37 @@ def test_whoever_looks_on_sees_the_next_scheduler_after_a_kill_and_nothing_is_le
 
     asyncio.run(main())
     eventually(lambda: "minisgl::viewer" not in server.children())
+    os.kill(server.proc.pid, signal.SIGTERM)
+    assert server.proc.wait(timeout=60) == 0
+
+
+@needs_chromium
+def test_the_chat_shows_which_tokens_of_its_prompt_came_from_the_cache(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+
+    async def main() -> None:
+        async with browse(f"{server.url}/docs", tmp_path / "profile") as tab:
+            await tab.call("Emulation.setDeviceMetricsOverride", width=1300, height=900, deviceScaleFactor=1, mobile=False)
+            await tab.go(f"{server.url}/")
+            await tab.until("document.querySelector('#tile-steps')")
+            await tab.value("document.querySelector('#settings').open = true")
+            await tab.type("#max_tokens", "8")
+            for i in range(2):
+                await tab.type("#input", "Which of the ships in this harbour is the oldest, and who owns it today?\n")
+                await tab.until(f"document.querySelectorAll('.note button').length === {i + 1}")
+                cached = int((await tab.text(".note"))[i].split(" cached")[0].split()[-1])
+                assert bool(cached) is bool(i)
+                await tab.value(f"document.querySelectorAll('.note button')[{i}].click()")
+                await tab.until(f"document.querySelectorAll('#log .pieces, #log .note + .error').length === {i + 1}")
+                assert (
+                    await tab.value(f"document.querySelectorAll('#log .pieces')[{i}].querySelectorAll('.hit').length") == cached
+                )
+                shown = (await tab.text("#log .pieces"))[i]
+                assert "Which of the ships in this harbour is the oldest" in shown
+            await tab.click("#clear")
+            assert tab.complaints == []
+
+    asyncio.run(main())
     os.kill(server.proc.pid, signal.SIGTERM)
     assert server.proc.wait(timeout=60) == 0
 

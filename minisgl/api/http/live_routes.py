@@ -11,6 +11,7 @@ import contextlib
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import HttpVersion11, web
 
@@ -66,6 +67,11 @@ class LiveRoutes:
         """Whose requests may be seen: None for all.  Raises RequestError (401, 403, 404)."""
         if self._engine.config.server.no_page:
             raise page_off()
+        origin = request.headers.get("Origin")
+        foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("Host")
+        if foreign and not request[TENANT].name:  # whatever else --allow-origin lets it call
+            text = "A page of another origin sees what the engine does with a key alone."
+            raise RequestError(text, status=403, code="foreign_origin")
         if self._keys.may_administer(request):
             return None
         if request[TENANT].name:

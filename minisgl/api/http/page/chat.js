@@ -39,7 +39,8 @@ function offerTokens(note, usage) {
   let box = null;
   button.addEventListener("click", async () => {
     if (box) { box.remove(); box = null; button.setAttribute("aria-expanded", "false"); return; }
-    const uid = requestOf(usage);
+    let uid;  // the engine's view comes a moment after the answer
+    for (let i = 0; i < 40 && (uid = requestOf(usage)) === undefined; i++) await new Promise((done) => setTimeout(done, 100));
     try {
       if (uid === undefined) throw new Error("The engine's view no longer has this request.");
       const life = await ask({ life: uid });
