@@ -165,6 +165,11 @@ def test_a_client_sees_its_own_requests_alone(seed: int) -> None:
             assert all(whose[int(uid)] == client for uid in [*view["waiting"], *view["requests"]])
             for row in view["steps"].values():
                 assert all(whose.get(c[1]) == client for c in row["chunks"] + row["joins"])
+            for step in history.steps:
+                pairs = zip(step.decode.tolist(), step.uids.tolist(), strict=True)
+                mine_ = sorted(slot for slot, uid in pairs if whose.get(uid) == client)
+                shown = view["steps"][str(step.number)]["decode"]
+                assert [slot for a, b in shown for slot in range(a, b + 1)] == mine_
             mine = [r.uid for _, r in machine.running.values() if r.options.client == client]
             rows = tree(machine, history, scene.names, sight)
             assert sorted(uid for key, row in rows.items() if "+" not in key for uid in row[7]) == sorted(mine)[: len(mine)]
@@ -193,6 +198,16 @@ def test_the_reason_why_a_request_waits_is_the_one_that_holds_it() -> None:
     assert why(loop) == {2: "pages"}
     text = views.reason(loop.machine, loop.machine.waiting.front(1)[0])[1]
     assert "needs 9 pages" in text
+    loop.run()
+
+    loop = Recorded(slots=4, num_pages=16, step_tokens=64)
+    loop.add(prompt(20, 1), 12)
+    loop.add(prompt(16, 2), 12)
+    loop.step()
+    loop.add(prompt(32, 3), 8)
+    loop.step(0)
+    assert len(loop.machine.running) == 2
+    assert why(loop) == {3: "pages"}
     loop.run()
 
     loop = Recorded(slots=4, num_pages=40, step_tokens=9)
