@@ -26,6 +26,7 @@ class Scene(Replay):
 
     def __init__(self) -> None:
         self.history, self.names = History(), Names()
+        self.previews: dict[tuple[str, int], str] = {}  # by name and size of nodes: how their text begins
         super().__init__()
 
     @property

@@ -29,6 +29,7 @@ from minisgl.view.views import Sight, View, delta, life_of, sections
 SECONDS = 0.1  # between two views
 SHARE = 10  # a view that takes a second is not made again for so many
 _NODE_TOKENS = 400  # whose text is shown
+_PREVIEW = 10  # tokens that name a node
 _BEFORE = 24  # tokens before a node, for context
 
 Pieces = Callable[[Iterable[int]], list[str]]
@@ -49,6 +50,11 @@ class Watcher:
     next: float = 0.0
     next_tree: float = 0.0
     tree: dict[str, Any] = field(default_factory=dict)
+    tree_calls: int = -1
+
+    def when(self, calls: int) -> float:
+        """The time of the next view, of a history with so many calls: where the tree alone is old, it waits for the tree."""
+        return self.next if self.calls != calls else max(self.next, self.next_tree)
 
 
 class Viewer:
@@ -139,13 +145,14 @@ class Viewer:
         wait = 60.0
         for who, watcher in self._watchers.items():
             scene = self._scene(watcher)
-            if not watcher.ready or (not watcher.stale and watcher.calls == scene.history.calls):
+            calls = scene.history.calls
+            if not watcher.ready or (not watcher.stale and watcher.calls == watcher.tree_calls == calls):
                 continue
             now = self._now()
-            if now >= watcher.next or watcher.stale:
+            if watcher.stale or now >= watcher.when(calls):
                 self._view(who, watcher, scene)
                 watcher.next = now + max(SECONDS, SHARE * (self._now() - now))
-            wait = min(wait, max(0.0, watcher.next - now))
+            wait = min(wait, max(0.0, watcher.when(calls) - now))
         return wait
 
     def _view(self, who: int, watcher: Watcher, scene: Scene) -> None:
@@ -159,7 +166,10 @@ class Viewer:
         began = self._now()
         if began >= watcher.next_tree:
             watcher.tree = tree(machine, history, scene.names, watcher.sight, watcher.choice)
+            if watcher.sight.text and not scene.hashed and not watcher.anew:  # the first view does not wait for a tokenizer
+                self._preview(scene, watcher.tree)
             watcher.next_tree = began + max(SECONDS, 2 * SHARE * (self._now() - began))
+            watcher.tree_calls = -1 if watcher.anew else history.calls  # the next one has texts
         view["tree"] = watcher.tree
         view["journal"] = self._about(watcher, scene)
         change = delta(watcher.shown, view)
@@ -168,6 +178,20 @@ class Viewer:
         watcher.anew = watcher.stale = False
         if change or "view" in message:
             self._say(who, watcher, message)
+
+    def _preview(self, scene: Scene, rows: dict[str, Any]) -> None:
+        """Append to the rows of nodes how their text begins."""
+        old, scene.previews = scene.previews, {}
+        for key, row in rows.items():
+            if key.endswith("+"):
+                continue
+            raw = scene.names.by_name[int(key)].key
+            known = key, len(raw)
+            text = old.get(known)
+            if text is None:
+                text = "".join(self._pieces(np.frombuffer(raw, np.int32, min(_PREVIEW, len(raw) // 4)).tolist()))[:40]
+            scene.previews[known] = text
+            row.append(text)
 
     def _about(self, watcher: Watcher, scene: Scene) -> dict[str, Any]:
         text = watcher.sight.text and not scene.hashed

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from browser import Tab, browse, needs_chromium
 from conftest import World, fake_spec
@@ -25,6 +26,7 @@ from minisgl.api.http.app import WATCHERS
 from minisgl.api.http.watchers import MOST
 from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.journal.desk import Desk
+from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.view.scenes import Scene
 
 A, B, ADMIN = "the key of a user, twenty", "the key of another user", "the key of an administrator"
@@ -232,6 +234,11 @@ def test_the_tree_on_the_page_is_the_engines_and_the_keyboard_goes_through_it(tm
         assert sorted(shown) == sorted(f"#{uid}" for uid in users)
         texts = await tab.value(f"{items}.slice(1).map((i) => i.children[2].textContent)")
         assert sorted(texts) == sorted(f"{len(node.pages) * PAGE} tokens" for node in nodes)
+        await tab.until(f"{items}[1].querySelector('.opening')")
+        tokens = load_tokenizer(engine.config.model)
+        begins = {tokens.decode(np.frombuffer(n.key, np.int32).tolist()[:10], False)[:40] for n in nodes}
+        openings = await tab.value("[...document.querySelectorAll('#tree .opening')].map((o) => o.textContent.slice(0, -1))")
+        assert {" ".join(text.split()) for text in openings} <= {" ".join(text.split()) for text in begins}
         # only with keys
         await tab.value(f"{items}[0].focus()")
         for _ in range(2):

@@ -19,6 +19,7 @@ from minisgl.view import views
 from minisgl.view.history import History
 from minisgl.view.scenes import Scene
 from minisgl.view.tree import Choice, Names, tree
+from minisgl.view.viewer import Viewer
 from minisgl.view.views import Sight, delta, merge, sections
 
 ALL = Sight(None, True)
@@ -280,3 +281,70 @@ def test_ten_thousand_nodes_are_shown_as_a_bounded_view_that_opens_on_demand(mon
     monkeypatch.setattr(trees, "add_up", counted)
     tree(machine, history, names, ALL)
     assert walks == 1
+
+
+# ---------------- the viewer
+def test_the_last_view_has_the_last_tree_even_if_the_tree_was_not_due_with_the_last_change() -> None:
+    """A large tree is made less often than the rest; when nothing happens any more, it follows."""
+    loop = Recorded()
+    clock, shown = 0.0, dict[str, dict[str, Any]]()
+    viewer = Viewer(lambda ids: [f"<{i}>" for i in ids], lambda: clock)
+    sent = 0
+
+    def follow(seconds: float) -> None:
+        nonlocal clock, shown, sent
+        loop.recorder.rest(loop.now + 1)
+        data = bytes(loop.parts[True][0])
+        if len(data) > sent:
+            viewer.take("journal", data[sent:], sent == 0)
+            sent = len(data)
+        for _ in range(int(seconds / 0.01)):
+            clock += 0.01
+            viewer.due()
+            for message in viewer.out:
+                said = json.loads(message[2])
+                shown = merge({} if "view" in said else shown, said.get("view") or said.get("change") or {})
+                viewer.take("ready", 1)
+            viewer.out = []
+
+    viewer.take("watch", 1, None, True)
+    follow(0.05)
+    for i in range(12):
+        loop.add(prompt(12, i), 3)
+        loop.step()
+        follow(0.03 * (i % 4))
+    loop.run()
+    follow(1.0)
+    machine = viewer.live.machine
+    assert machine is not None
+    watcher = viewer._watchers[1]
+    want = tree(machine, viewer.live.history, viewer.live.names, ALL)
+    assert {k: row[:3] for k, row in shown["tree"].items()} == {k: row[:3] for k, row in want.items()}
+    assert shown["totals"]["steps"] == machine.counters.steps
+    assert all(row[10].startswith("<") for k, row in shown["tree"].items() if row[1] and "+" not in k)
+    before = watcher.calls
+    follow(1.0)
+    assert (watcher.calls, viewer.out) == (before, [])
+
+
+def test_a_reader_that_is_slow_gets_its_next_view_when_it_has_taken_the_last_one() -> None:
+    loop = Recorded()
+    clock = 0.0
+    viewer = Viewer(lambda ids: [""] * len(list(ids)), lambda: clock)
+    viewer.take("watch", 1, None, True)
+    loop.recorder.rest(1.0)
+    sent = 0
+    for i in range(30):
+        loop.add(prompt(12, i % 7), 3)
+        loop.step()
+        loop.recorder.rest(loop.now + 1)
+        viewer.take("journal", bytes(loop.parts[True][0][sent:]), sent == 0)
+        sent = len(loop.parts[True][0])
+        clock += 1.0
+        viewer.due()
+    assert len(viewer.out) == 1
+    viewer.out = []
+    viewer.take("ready", 1)
+    viewer.due()
+    (message,) = viewer.out
+    assert json.loads(message[2])["change"]["totals"]["steps"] == loop.machine.counters.steps

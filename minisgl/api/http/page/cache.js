@@ -35,8 +35,8 @@ function nodes() {
   const all = new Map(), roots = [];
   for (const [name, r] of Object.entries(state.tree)) {
     if (name.endsWith("+")) continue;
-    const [parent, pages, refs, age, children, allPages, allNodes, users, opened, salted] = r;
-    all.set(Number(name), { name: Number(name), parent, pages, refs, age, n: children, allPages, allNodes, users, opened: !!opened, salted: !!salted, children: [] });
+    const [parent, pages, refs, age, children, allPages, allNodes, users, opened, salted, preview] = r;
+    all.set(Number(name), { name: Number(name), parent, pages, refs, age, n: children, allPages, allNodes, users, opened: !!opened, salted: !!salted, preview: preview ?? "", children: [] });
   }
   for (const node of all.values()) if (node.parent) all.get(node.parent)?.children.push(node); else roots.push(node);
   for (const [name, r] of Object.entries(state.tree)) if (name.endsWith("+") && all.has(r[0])) all.get(r[0]).rest = { pages: r[1], n: r[2], nodes: r[3] };
@@ -46,6 +46,7 @@ function nodes() {
 }
 
 const size = () => state.limits.page_size ?? 1;
+const opening = (node) => node.preview.replace(/\s+/g, " ").trim();
 const label = (node) => (node.parent ? `${num(node.pages * size())} tokens` : node.salted ? "root of a salt" : "root");
 
 export function draw() {
@@ -84,7 +85,7 @@ function drawMap(all, roots) {
   map.style.overflowY = depthMost > 12 ? "auto" : "hidden";
   const focused = document.activeElement?.closest("#icicle") && document.activeElement.dataset.key;
   map.replaceChildren(...out.map(([node, x, w, depth]) => {
-    const rest = node.rest && node.of, text = rest ? `+${num(node.rest.n)}` : w > 34 ? label(node) + (node.users.length ? " " + node.users.map((u) => "#" + u).join(" ") : "") : "";
+    const rest = node.rest && node.of, text = rest ? `+${num(node.rest.n)}` : w > 34 ? label(node) + (opening(node) && w > 150 ? " \u201c" + opening(node) + "\u2026\u201d" : "") + (node.users.length ? " " + node.users.map((u) => "#" + u).join(" ") : "") : "";
     const key = rest ? node.of.name + "+" : String(node.name);
     const b = el("button", { type: "button", tabindex: -1, "data-key": key, title: rest ? `${num(node.rest.n)} more children with ${num(node.rest.pages * size())} tokens: click to show them` : `${label(node)}; below and in it ${num(node.allPages * size())} tokens in ${num(node.allNodes)} nodes`, class: rest ? "rest" : (node.refs ? "used" : "") + (node.name === selected ? " on" : "") }, text);
     Object.assign(b.style, { left: x + "px", width: Math.max(2, w - 1) + "px", top: depth * LEVEL + 2 + "px" });
@@ -122,6 +123,7 @@ function item(node, level) {
     el("span", { class: "twist" }, node.n ? (node.opened ? "\u25be" : "\u25b8") : "\u00b7"),
     bar([[node.refs ? "cached" : "soft", node.allPages], ["free", Math.max(0, state.totals.cached_pages - node.allPages)]], "bar mini"),
     el("span", {}, label(node)),
+    opening(node) ? el("span", { class: "opening" }, opening(node) + "\u2026") : null,
     node.refs && node.parent ? el("span", { class: "dim" }, `${num(node.refs)} ref${node.refs === 1 ? "" : "s"}`) : null,
     node.users.length ? el("span", { class: "users" }, node.users.map((u) => "#" + u).join(" ")) : null,
     node.n ? el("span", { class: "dim" }, `${num(node.allNodes)} node${node.allNodes === 1 ? "" : "s"}, ${num(node.allPages * size())} tokens in all`) : null,
