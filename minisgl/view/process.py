@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -103,7 +104,8 @@ def _main(connection: socket.socket, model: ModelSpec, parent: int) -> None:
     os.nice(_NICE)
     from minisgl.view.viewer import Viewer
 
-    viewer = Viewer(_Pieces(model))
+    pieces = _Pieces(model)
+    viewer = Viewer(pieces, loaded=pieces.loaded)
     data = bytearray()
     wait = 60.0
     with contextlib.suppress(OSError):
@@ -136,17 +138,30 @@ def _messages(data: bytearray) -> Iterable[list[Any]]:
 
 
 class _Pieces:
-    """The texts of tokens; the tokenizer is loaded when they are first asked for."""
+    """The texts of tokens.  The tokenizer is loaded beside everything else, from when somebody first asks for it."""
 
     def __init__(self, model: ModelSpec) -> None:
         self._model = model
         self._tokenizer: Any = None
+        self._loading: threading.Thread | None = None
+
+    def loaded(self) -> bool:
+        """Whether a call will not wait."""
+        if self._loading is None:
+            self._loading = threading.Thread(target=self._load, daemon=True)
+            self._loading.start()
+        return self._tokenizer is not None
+
+    def _load(self) -> None:
+        from minisgl.model.text.tokenizer import load_tokenizer
+
+        self._tokenizer = load_tokenizer(self._model)
 
     def __call__(self, ids: Iterable[int]) -> list[str]:
-        if self._tokenizer is None:
-            from minisgl.model.text.tokenizer import load_tokenizer
-
-            self._tokenizer = load_tokenizer(self._model)
+        if not self.loaded() and self._loading is not None:
+            self._loading.join()
+        if self._tokenizer is None:  # it cannot be loaded: there is no text
+            return []
         stream = self._tokenizer.stream(skip_special=False)
         out = [stream.push(token) for token in ids]
         if out:

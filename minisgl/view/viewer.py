@@ -58,11 +58,13 @@ class Watcher:
 
 
 class Viewer:
-    """See above.  `pieces`: the texts of tokens, one by one."""
+    """See above.  `pieces`: the texts of tokens, one by one; it waits for the tokenizer, `loaded` says whether it must."""
 
-    def __init__(self, pieces: Pieces, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, pieces: Pieces, now: Callable[[], float] = time.monotonic, loaded: Callable[[], bool] = lambda: True
+    ) -> None:
         self.live = Live()
-        self._pieces, self._now = pieces, now
+        self._pieces, self._now, self._loaded = pieces, now, loaded
         self._watchers: dict[int, Watcher] = {}
         self._trouble = ""
         self.out: list[list[Any]] = []
@@ -166,10 +168,11 @@ class Viewer:
         began = self._now()
         if began >= watcher.next_tree:
             watcher.tree = tree(machine, history, scene.names, watcher.sight, watcher.choice)
-            if watcher.sight.text and not scene.hashed and not watcher.anew:  # the first view does not wait for a tokenizer
+            wanted = watcher.sight.text and not scene.hashed
+            if wanted and (loaded := self._loaded()):
                 self._preview(scene, watcher.tree)
             watcher.next_tree = began + max(SECONDS, 2 * SHARE * (self._now() - began))
-            watcher.tree_calls = -1 if watcher.anew else history.calls  # the next one has texts
+            watcher.tree_calls = history.calls if not wanted or loaded else -1  # the next one has texts
         view["tree"] = watcher.tree
         view["journal"] = self._about(watcher, scene)
         change = delta(watcher.shown, view)

@@ -65,6 +65,7 @@ def test_the_chat_shows_which_tokens_of_its_prompt_came_from_the_cache(tmp_path:
                 assert bool(cached) is bool(i)
                 await tab.value(f"document.querySelectorAll('.note button')[{i}].click()")
                 await tab.until(f"document.querySelectorAll('#log .pieces, #log .note + .error').length === {i + 1}")
+                assert await tab.text("#log .error") == []
                 assert (
                     await tab.value(f"document.querySelectorAll('#log .pieces')[{i}].querySelectorAll('.hit').length") == cached
                 )
