@@ -51,6 +51,7 @@ async def cached(tab: Page, ask: Ask) -> None:
     await tab.until("document.querySelectorAll('#tree [role=treeitem]').length > 6")
     await tab.value("document.querySelectorAll('#icicle button')[1].dispatchEvent(new PointerEvent('pointerenter'))")
     await tab.until("document.querySelector('#node .pieces')")
+    await asyncio.sleep(3.0)
     await shoot(tab, "cached-tree", "#cache")
 
 

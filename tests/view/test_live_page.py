@@ -226,7 +226,7 @@ def test_the_tree_on_the_page_is_the_engines_and_the_keyboard_goes_through_it(tm
         nodes = list(machine.cache.nodes())
         assert (await tab.text("#crumbs"))[0] == f"{len(nodes)} nodes, {machine.cache.num_pages * PAGE} tokens"
         items = "[...document.querySelectorAll('#tree [role=treeitem]')]"
-        assert await tab.value(f"{items}.length") == 1 + len(nodes)
+        await tab.until(f"{items}.length === {1 + len(nodes)}")
         users = {r.uid for _, r in machine.running.values()}
         shown = await tab.value(
             f"{items}.flatMap((i) => [...i.querySelectorAll('.users')].flatMap((u) => u.textContent.split(' ')))"
