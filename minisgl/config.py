@@ -326,6 +326,7 @@ class ServerConfig:
     journal_tokens: bool = setting(False, "a journal has token ids and grammars; default: keyed hashes, and no texts")
     trace: str = setting("", "write a timeline of the whole run here, for ui.perfetto.dev; default: off", "FILE")
     trace_mb: float = setting(64.0, "MB that it may have; then it ends", "MB", 1, 1 << 12)
+    no_page: bool = setting(False, "no page at GET /, and no /debug/live; default: both")
     log_requests: bool = setting(False, "print a line for every request when it ends; default: a summary of refusals")
     log_format: str = setting("text", "what stderr gets: text, or json, an object a line", "KIND", choices=("text", "json"))
     otel_endpoint: str = setting("", "send spans to this OpenTelemetry collector (OTLP over HTTP); default: off", "URL")

@@ -41,6 +41,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRANSCRIPT = "a transcript: its command is parsed"
 PICTURE = "a picture"
 TOUR = "tests/test_tour.py"
+PLAYED = "scripts/pictures.py plays it, for the pictures"
 # Document and first line -> why the block is not run here, or which test runs it.  Its commands are parsed all the same.
 NOT_RUN = {
     ("README.md", "scripts/launch.sh"): "installs packages and serves until ^C",
@@ -68,6 +69,12 @@ NOT_RUN = {
     ("docs/structures.md", "HTTP, SSE"): PICTURE,
     ("docs/structures.md", "scheduler   | plan k"): PICTURE,
     ("docs/structures.md", "routes (http/app.py)"): PICTURE,
+    ("docs/walkthroughs.md", "minisgl --page-size 16"): PLAYED,
+    ("docs/walkthroughs.md", "rules="): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --lag 1"): PLAYED,
+    ("docs/walkthroughs.md", "for i in 0 1 2 3"): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --max-running 2"): PLAYED,
+    ("docs/walkthroughs.md", "minisgl --data-dir state"): "tests/view/test_live_page.py walks through a journal",
     ("docs/tour.md", "# chunks.py"): TOUR,
     ("docs/tour.md", "$ .venv/bin/python chunks.py"): TOUR,
     ("docs/tour.md", "# lfu.py"): TOUR,

@@ -17,6 +17,7 @@ thread.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -160,6 +161,11 @@ class Gateway(Actor):
 
     def flush_cache(self) -> None:
         self.ctx.send("scheduler", msg.FlushCache())
+
+    def processes(self) -> dict[str, tuple[int, float | None]]:
+        """All that live, this one included: pid, and seconds since the last sign of life."""
+        beats = self.watchdog.beat_ages()
+        return {"api": (os.getpid(), None), **{name: (pid, beats.get(name)) for name, pid in self.pids.items()}}
 
     def check_open(self, client: int = 0, generates: bool = True) -> None:
         if self.state == "starting":

@@ -162,7 +162,7 @@ class _Server:
         from minisgl.api.batches.socket import BatchServer, local_socket
         from minisgl.api.batches.store import Store
         from minisgl.api.http.acceptor import Acceptor
-        from minisgl.api.http.app import BATCHES, RUN_KWARGS, build_app, keys_of
+        from minisgl.api.http.app import BATCHES, RUN_KWARGS, WATCHERS, build_app, keys_of
         from minisgl.api.http.connection import HEADER_SECONDS, Connection
         from minisgl.api.http.connection_limits import Connections, connections_within, raise_descriptors
         from minisgl.api.http.door import DOOR
@@ -218,6 +218,7 @@ class _Server:
             self.connections = connections = Connections(limit, engine.kept, closed)
             engine.metrics.connections = connections.__len__
             engine.metrics.processes.processes = self.processes
+            app[WATCHERS].processes = self.system.gateway.processes
             listener = Acceptor(
                 self.sock,
                 lambda: Connection(server, HEADER_SECONDS, request_log, connections, door),

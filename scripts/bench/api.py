@@ -1,12 +1,13 @@
 """The path from a sampled token to a client's socket, without a model: CPU time, tokens a second, gaps, memory.
 
-    .venv/bin/python scripts/bench/api.py [stream] [flood] [gap] [memory]
+    .venv/bin/python scripts/bench/api.py [stream] [flood] [page] [gap] [memory]
 
 The server and all its processes are real except the worker (fast_worker.py: a token for each running request at a set
 pace).  The clients are raw sockets in this process.  CPU times are those of /proc.  One JSON line per measure.
 
 stream   256 streams at 100 tokens a second each: CPU time of every process per streamed token
 flood    256 streams at more and more tokens a second, until the clients no longer get them: streamed tokens a second
+page     256 streams at `--rate`, in turns with and without an open page (GET /debug/live): tokens a second, CPU time
 gap      longest time between two pieces of a running stream while prompts of 47,000 tokens are tokenized, and without them
 memory   resident memory of every process after more and more short requests (--requests), and its slope
 """
@@ -28,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -183,16 +184,45 @@ def report(measure: str, value: object, unit: str, must: str, **config: object) 
 
 
 # ---------------- the measures
-def run_streams(rate: float, seconds: float) -> dict[str, Any]:
-    """STREAMS streams to their end, `rate` tokens a second each; counted from when all of them have begun."""
+@contextmanager
+def looking_on(server: Server) -> Iterator[list[int]]:
+    """Somebody who reads GET /debug/live, as an open page does.  Yields the counts of events and bytes."""
+    read = [0, 0]
+    sock = socket.create_connection(server.address)
+
+    def follow() -> None:
+        while data := sock.recv(1 << 18):
+            read[0] += data.count(b"\n\n")
+            read[1] += len(data)
+
+    sock.sendall(b"GET /debug/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    while read[0] < 3:  # the viewer has begun
+        time.sleep(0.05)
+    yield read
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    thread.join(2.0)
+    sock.close()
+
+
+def run_streams(rate: float, seconds: float, page: bool = False) -> dict[str, Any]:
+    """STREAMS streams to their end, `rate` tokens a second each; counted from when all of them have begun.
+
+    `page`: one is open.
+    """
     tokens = int(rate * seconds)
-    with server(rate) as s:
+    with server(rate) as started, looking_on(started) if page else nullcontext([0, 0]) as events:
+        s = Server(started.address[1], started.pids["api"])  # with the viewer
         streams = Streams(s, STREAMS, tokens)
         streams.start()
+        read = list(events)
         before, start, begun = s.cpu(), time.monotonic(), int(streams.events.sum())
         mine = resource.getrusage(resource.RUSAGE_SELF)
         streams.follow(4 * seconds + 30)
         wall, after, mine_after = time.monotonic() - start, s.cpu(), resource.getrusage(resource.RUSAGE_SELF)
+        read = [now - then for now, then in zip(events, read, strict=True)]
         streams.close()
     if streams.open:
         raise RuntimeError(f"{streams.open} streams did not end")
@@ -204,6 +234,8 @@ def run_streams(rate: float, seconds: float) -> dict[str, Any]:
         "tokens_per_second": round(said / wall),
         "target": round(rate * STREAMS),
         "tokens_per_event": round(said / (int(streams.events.sum()) - begun), 2),
+        "updates_per_second": round(read[0] / wall, 1),
+        "update_bytes": round(read[1] / max(1, read[0])),
     }
 
 
@@ -223,6 +255,19 @@ def measure_flood(args: argparse.Namespace) -> None:
         if reached <= 1.02 * best:
             break
         best = reached
+
+
+def measure_page(args: argparse.Namespace) -> None:
+    """Pairs of runs, one of each kind, the order turned round each time; the difference of each pair."""
+    losses = []
+    for i in range(args.repeats):
+        found = {page: run_streams(args.rate, args.seconds, page) for page in ((False, True) if i % 2 else (True, False))}
+        reached = {page: r["tokens_per_second"] for page, r in found.items()}
+        losses.append(100 * (1 - reached[True] / reached[False]))
+        cpu = {name: [found[False]["cpu"].get(name, 0), us] for name, us in found[True]["cpu"].items()}
+        more = {name: found[True][name] for name in ("updates_per_second", "update_bytes")}
+        report("page", round(losses[-1], 2), "% of throughput", "<= 2", tokens_per_second=reached, cpu_us_per_token=cpu, **more)
+    report("page_mean", round(float(np.mean(losses)), 2), "% of throughput", "<= 2", error=round(float(np.std(losses)), 2))
 
 
 def send_each(s: Server, raw: bytes, n: int) -> None:
@@ -313,7 +358,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measures = {"stream": measure_stream, "flood": measure_flood, "gap": measure_gap, "memory": measure_memory}
+    measures = {
+        "stream": measure_stream,
+        "flood": measure_flood,
+        "page": measure_page,
+        "gap": measure_gap,
+        "memory": measure_memory,
+    }
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(measures)}; default: all")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of every stream")
     parser.add_argument("--rate", type=float, default=100.0, help="tokens a second of every stream of `stream`")

@@ -648,7 +648,7 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
         odd = ({"Authorization": "Bearer k\xe9"}, {"x-api-key": KEY[:-1]}, {"Authorization": f"Bearer {KEY.upper()}"})
         app = build_app(engine)
         routes = {r.resource.canonical for r in app.router.routes() if r.resource is not None}
-        pages = {"/", "/v1", "/docs"}
+        pages = {"/", "/v1", "/docs", "/page/{file}"}
         guarded = sorted(routes - {"/health", "/ready", "/ping", "/metrics"} - pages)
         assert len(guarded) > 20
         for headers in (*wrong, *odd):
@@ -660,7 +660,7 @@ def test_every_route_but_the_open_ones_needs_a_key() -> None:
             assert (await get(http, re.sub(r"{.*?}", "x", path)))[0] == 401, path
             assert (await ask(http, re.sub(r"{.*?}", "x", path), {}))[0] == 401, path
         for path in ("/health", "/ready", "/ping", "/metrics", *pages):
-            assert (await get(http, path))[0] == 200
+            assert (await get(http, path.format(file="main.js")))[0] == 200
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"}, {"x-api-key": "z" * 20}):
             assert (await get(http, "/v1/models", headers=headers))[0] == 200
         _, _, raw = await ask(http, MESSAGES, {})
@@ -789,7 +789,7 @@ def test_what_the_description_says_of_a_field_is_what_is_checked(path: str) -> N
             wrong: list[Any] = [WRONG[kind] for kind in kinds]
             wrong += [field[b] + d for b, d in (("minimum", -1), ("maximum", 1)) if b in field]
             for value in wrong:
-                others = OTHERWISE.get((path, name)) or {**BODIES, "/v1/embeddings": {"input": "a"}}[path]
+                others = OTHERWISE.get((path, name)) or {**BODIES, **MORE_BODIES}[path]
                 body = {**others, **EXTRA.get(name, {}), name: value}
                 status, _, raw = await ask(http, path, body)
                 error = json.loads(raw)["error"]
@@ -799,6 +799,11 @@ def test_what_the_description_says_of_a_field_is_what_is_checked(path: str) -> N
     play(scene)
 
 
+MORE_BODIES: dict[str, Any] = {
+    "/v1/embeddings": {"input": "a"},
+    "/debug/journal/start": {"name": "morning"},
+    "/debug/live": {"watcher": "nobody"},
+}
 OTHERWISE: dict[tuple[str, str], Any] = {  # fields that exclude each other
     ("/generate", "input_ids"): {"stream": False},
     ("/tokenize", "messages"): {"model": "tiny"},

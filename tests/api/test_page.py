@@ -23,7 +23,7 @@ from minisgl import __version__
 from minisgl.api.batches.store import Store
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, Prompt
-from minisgl.api.http import openapi
+from minisgl.api.http import openapi, pages
 from minisgl.api.http.docs_page import written
 from minisgl.api.http.pages import wants_page
 from minisgl.api.requests.fields import Support
@@ -167,24 +167,77 @@ class Inline(HTMLParser):
         self.inside = ""
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
-def test_a_page_loads_nothing_and_its_policy_admits_its_own_script_and_style_alone(path: str) -> None:
+FORBIDDEN = r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b"
+
+
+def policy_of(headers: Any) -> dict[str, str]:
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    return policy
+
+
+def test_the_documentation_loads_nothing_and_its_policy_admits_its_own_script_and_style_alone() -> None:
     async def scene(engine: ScriptedEngine, http: Server) -> None:
-        _, headers, text = await get(http, path)
+        _, headers, text = await get(http, "/docs")
         page = Inline()
         page.feed(text)
         assert (page.loads, page.handlers) == (["data:,"], [])
-        assert not re.search(r"https?://|@import|url\(|innerHTML|insertAdjacent|document\.write|\beval\b", text)
-        policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
-        assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+        assert not re.search(FORBIDDEN, text)
+        policy = policy_of(headers)
         for kind, texts in page.parts.items():
             assert len(texts) == 1
             digest = base64.b64encode(hashlib.sha256(texts[0].encode()).digest()).decode()
             assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
-        assert headers["X-Content-Type-Options"] == "nosniff"
         assert len(text.splitlines()) < 250
 
     play(scene)
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+def test_the_page_loads_its_own_modules_as_they_are_written_and_is_small(path: str) -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
+        _, headers, text = await get(http, path)
+        page = Inline()
+        page.feed(text)
+        up = "../" if path == "/v1/" else ""
+        assert (page.loads, page.handlers) == (["data:,", f"{up}page/style.css", f"{up}page/main.js"], [])
+        assert not any(part.strip() for texts in page.parts.values() for part in texts)
+        policy = policy_of(headers)
+        assert policy["script-src"] == policy["style-src"] == "'self'"
+        folder = Path(pages.__file__).parent / "page"
+        total = len(text)
+        for file in sorted(folder.iterdir()):
+            written = file.read_text()
+            assert not re.search(FORBIDDEN, written), file.name
+            if file.suffix == ".html":
+                continue
+            status, headers, served = await get(http, f"/page/{file.name}", "*/*")
+            assert (status, served) == (200, written)
+            assert headers["Content-Type"].split(";")[0] == {".js": "text/javascript", ".css": "text/css"}[file.suffix]
+            imported = re.findall(r'from "\./([^"]+)"', written)
+            assert all((folder / name).is_file() for name in imported)
+            total += len(written)
+        assert total < 150_000
+        for name in ("nothing.js", "index.html", "..%2fpages.py", "%2e%2e/app.py"):
+            status, headers, text = await get(http, f"/page/{name}", "*/*")
+            assert status == 404
+
+    play(scene)
+
+
+def test_without_the_page_a_browser_is_told_so_and_programs_have_all_they_had() -> None:
+    async def scene(engine: ScriptedEngine, http: Server) -> None:
+        for path in ("/", "/v1", "/page/main.js", "/debug/live", "/debug/journals"):
+            status, headers, text = await get(http, path)
+            assert (status, check_error(status, headers, text.encode())["code"]) == (404, "page_off")
+            assert "--no-page" in text
+        status, headers, raw = await ask(http, "/debug/live", {"watcher": "x"})
+        assert (status, check_error(status, headers, raw)["code"]) == (404, "page_off")
+        assert (await get(http, "/", "application/json"))[0] == 200
+        assert (await get(http, "/docs"))[0] == 200
+
+    play(scene, no_page=True)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +261,9 @@ def test_every_route_has_an_example_that_it_answers(tmp_path: Path) -> None:
         http = Server(engine, store=Store(str(tmp_path), 1 << 20))
         await http.start()
         document = openapi.document(engine.config)
-        ids = {"name": "org/alias"}
-        for route in sorted(openapi.ROUTES, key=lambda r: (r.method == "delete", r.path.endswith("cancel"), r.path.count("/"))):
+        ids = {"name": "org/alias", "file": "main.js"}
+        served = [route for route in openapi.ROUTES if "/debug/" not in route.path]  # these need a scheduler
+        for route in sorted(served, key=lambda r: (r.method == "delete", r.path.endswith("cancel"), r.path.count("/"))):
             described = document["paths"][route.path][route.method]
             assert all(p["example"] for p in described.get("parameters", ()) if p["in"] == "path")
             content = described.get("requestBody", {}).get("content", {})

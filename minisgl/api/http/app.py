@@ -31,10 +31,12 @@ from minisgl.api.http.errors import ACCOUNT, account_of, errors, for_anthropic, 
 from minisgl.api.http.exposition import Exposition
 from minisgl.api.http.journal_routes import JournalRoutes
 from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
+from minisgl.api.http.live_routes import LiveRoutes, page_off
 from minisgl.api.http.metrics import Metered
-from minisgl.api.http.pages import Page, about, chat_values, wants_page
+from minisgl.api.http.pages import Page, about, chat_values, page_file, page_files, wants_page
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.http.trace_routes import TraceRoutes
+from minisgl.api.http.watchers import Watchers
 from minisgl.api.reader import Reader
 from minisgl.api.request_log import RequestLog
 from minisgl.api.requests import generate as serving
@@ -49,6 +51,7 @@ from minisgl.version import __version__
 RUN_KWARGS: Mapping[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "keepalive_timeout": 75.0}
 STILL_SECONDS = 5.0  # without a sign of life, or for one step: /health shows it
 BATCHES = web.AppKey("batches", Batches)  # only with a store
+WATCHERS = web.AppKey("watchers", Watchers)
 
 
 def build_app(
@@ -82,6 +85,10 @@ def build_app(
     app[DOOR] = Door(metered, keys, routes.callers, request_log)
     JournalRoutes(metered, keys).add_to(app.router)
     TraceRoutes(metered, keys).add_to(app)
+    live = LiveRoutes(metered, keys, routes.callers)
+    live.add_to(app.router)
+    app.on_shutdown.append(live.close)
+    app[WATCHERS] = live.watchers
     FileRoutes(engine.config, app.get(BATCHES)).add_to(app.router)
     return app
 
@@ -158,7 +165,7 @@ class _Routes:
         self._reader = Reader()
         self._keys = keys
         self._exposition = Exposition(engine)
-        self._chat_page, self._docs_page = Page("page.html"), Page("docs.html")
+        self._chat_page, self._docs_page, self._page_files = Page("page/index.html"), Page("docs.html"), page_files()
 
     async def close(self, _: web.Application) -> None:
         self._reader.close()
@@ -177,6 +184,7 @@ class _Routes:
         router.add_post("/flush_cache", json_handler(self.flush_cache))
         router.add_get("/openapi.json", json_handler(lambda _: openapi.document(config)))
         router.add_get("/docs", self.docs)
+        router.add_get("/page/{file}", self.page)
         router.add_get("/version", json_handler(lambda _: {"version": __version__}))
         router.add_get("/health", self.health)
         router.add_get("/ping", self.health)
@@ -244,11 +252,20 @@ class _Routes:
         """What runs: a page with a chat for browsers, JSON for programs."""
         facts = about(self._engine, request[TENANT] is not NOBODY)
         if wants_page(",".join(request.headers.getall("Accept", ()))):
-            response = self._chat_page.response(chat_values(facts))
+            if self._config.server.no_page:
+                raise page_off()
+            up = "../" if request.path.rstrip("/") != request.path and request.path != "/" else ""
+            response = self._chat_page.response({**chat_values(facts), "up": up})
         else:
             response = web.json_response(facts)
         response.headers["Vary"] = "Accept"
         return response
+
+    async def page(self, request: web.Request) -> web.Response:
+        """A file that the page loads: a module or its style."""
+        if self._config.server.no_page:
+            raise page_off()
+        return page_file(self._page_files, request.match_info["file"])
 
     async def docs(self, request: web.Request) -> web.Response:
         return self._docs_page.response(docs_values(self._config, request[TENANT] is not NOBODY))

@@ -22,6 +22,7 @@ from minisgl.errors import RequestError
 
 OPEN = frozenset({"/", "/v1", "/docs", "/health", "/ready", "/ping", "/metrics"})  # routes that need no key
 _OPEN_PATHS = OPEN | {"/v1/"}
+_PAGE = "/page/{file}"  # what the page at / loads
 _FORWARDED = re.compile(r"(x-)?forwarded.*|via|x-real-ip", re.IGNORECASE)  # headers that proxies add
 _PORT = re.compile(r":\d*$")  # at the end of a Host header, where an IPv6 address is in brackets
 
@@ -99,7 +100,8 @@ def authenticate(keys: Keys) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource, tenant = request.match_info.route.resource, keys.find(request)
-        if tenant is None and (resource is None or resource.canonical not in OPEN or request.path not in _OPEN_PATHS):
+        route = resource.canonical if resource is not None else ""
+        if tenant is None and route != _PAGE and (route not in OPEN or request.path not in _OPEN_PATHS):
             text = "A valid API key is needed: send it as Authorization: Bearer KEY."
             raise RequestError(text, status=401, code="invalid_api_key")
         request[TENANT] = tenant or NOBODY

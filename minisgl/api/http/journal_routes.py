@@ -22,7 +22,7 @@ from minisgl.api.requests.fields import Fields, boolean, check_string, number, r
 from minisgl.api.requests.unknown_fields import ignored_header
 from minisgl.errors import InvalidParam, RequestError
 
-_NAME = re.compile(r"(?!\.+$)(?!.*\.part\d+$)[A-Za-z0-9._-]{1,100}")
+NAME = re.compile(r"(?!\.+$)(?!.*\.part\d+$)[A-Za-z0-9._-]{1,100}")
 _ANSWER_SECONDS = 10.0  # for the scheduler, which may be between two steps or about to start
 JOURNAL = Fields(
     required(string("name", "Letters, digits, '.', '_' and '-': the file in journals/ of --data-dir.")),
@@ -47,7 +47,7 @@ class JournalRoutes:
         server = self._config.server
         values, unknown = JOURNAL.read(await read_json(request, server.max_body_bytes))
         name = check_string("name", values["name"])
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             text = "name may have up to 100 of the characters A-Z a-z 0-9 . _ - and not end like a part (.part1)."
             raise InvalidParam("name", text)
         path = self._path(name)

@@ -12,6 +12,7 @@ from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.http.auth import OPEN
 from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
 from minisgl.api.http.journal_routes import JOURNAL
+from minisgl.api.http.live_routes import LIVE
 from minisgl.api.http.openapi_examples import BODIES, PATH_VALUES, UPLOAD
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
 from minisgl.api.http.trace_routes import TRACE
@@ -42,7 +43,7 @@ _BODY = (404, 408, 413)  # of a route with a body: an unknown model, too slow, t
 _ENGINE = (*_BODY, 429, 503, 504)  # of a route that needs the engine: too many requests, not ready, timed out
 _STREAMS = ("application/json", "text/event-stream")
 _PAGE = (string("after", "The id behind which the list begins."), integer("limit", "So many at most.", 1, MAX_PAGE))
-_START, _START_KINDS = "What runs here, and the routes; for browsers a page with a chat.", ("application/json", "text/html")
+_START, _START_KINDS = "What runs here, and the routes; for browsers a page.", ("application/json", "text/html")
 ROUTES = (
     *(
         Route("post", path, e.summary, e.fields, (), _ENGINE, _STREAMS if e.stream else ("application/json",))
@@ -98,6 +99,16 @@ ROUTES = (
         gives=("application/octet-stream",),
     ),
     Route("get", "/debug/trace", "Whether a trace runs; for administrators.", refusals=(401, 403)),
+    Route(
+        "get",
+        "/debug/live",
+        "What the scheduler does, as server-sent events; for administrators, with another key of its requests alone.",
+        refusals=(401, 403, 404, 429, 503),
+        gives=("text/event-stream",),
+    ),
+    Route("post", "/debug/live", "What such a stream shows.", LIVE, refusals=(401, 403, 404, 408, 413, 503)),
+    Route("get", "/debug/journals", "The journals in --data-dir; for administrators.", refusals=(401, 403, 404)),
+    Route("get", "/page/{file}", "A file of the page at /.", refusals=(404,), gives=("text/javascript", "text/css")),
     Route("get", "/", _START, gives=_START_KINDS),
     Route("get", "/v1", _START, gives=_START_KINDS),
     Route("get", "/openapi.json", "This description, for programs."),

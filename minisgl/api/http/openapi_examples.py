@@ -20,8 +20,9 @@ BODIES: Mapping[str, Mapping[str, Any]] = {  # path -> a body, without the model
     "/tokenize": {"prompt": "Hello, world"},
     "/detokenize": {"tokens": [1, 2, 3]},
     "/debug/journal/start": {"name": "morning"},
+    "/debug/live": {"watcher": "0123456789abcdef01234567", "opened": [1], "closed": []},
     "/v1/batches": {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
 }
 _LINE = {"custom_id": "q-0", "method": "POST", "url": "/v1/chat/completions", "body": _FORMED}
 UPLOAD: Mapping[str, str] = {"file": json.dumps(_LINE) + "\n", "purpose": "batch"}
-PATH_VALUES: Mapping[str, str] = {"file_id": "file-1", "batch_id": "batch_1"}  # others are the model's name
+PATH_VALUES: Mapping[str, str] = {"file_id": "file-1", "batch_id": "batch_1", "file": "main.js"}  # others are the model's name

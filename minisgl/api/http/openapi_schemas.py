@@ -76,6 +76,8 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "post /flush_cache": _has(flushed={"const": True}),
     "post /debug/journal/start": _has(journal=_STRING),
     "post /debug/journal/stop": _has(journal=_STRING),
+    "post /debug/live": _has(watcher=_STRING),
+    "get /debug/journals": _has("journals"),
     "get /debug/journal": _has("journal", failures={"type": "integer"}),
     "get /debug/trace": _has(running={"type": "boolean"}),
 }

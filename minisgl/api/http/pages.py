@@ -1,8 +1,9 @@
-"""Serves the pages for people: GET / (what runs, and a chat) and GET /docs.  Runs in the api process.
+"""Serves the pages for people: GET / (a chat, and what the engine does) and GET /docs.  Runs in the api process.
 
-A page is one file beside this one.  It loads nothing, and its Content-Security-Policy admits its own script and style alone, by
-their hashes; values take the place of {{name}} outside both.  Pages need no API key, as a browser's address bar has none to
-send, and say no more than the names of the model to whoever has none.
+/docs is one file that loads nothing: its Content-Security-Policy admits its own script and style alone, by their hashes.  That
+of / admits the modules and the style of the folder page/, which are served as they are written, at /page/NAME.  Values take the
+place of {{name}}.  Pages need no API key, as a browser's address bar has none to send, and say no more than the names of the
+model to whoever has none.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from aiohttp import web
 from minisgl.api.engine import Engine
 from minisgl.api.http.openapi import ROUTES
 from minisgl.api.requests.openai import served_names
+from minisgl.errors import RequestError
 from minisgl.version import __version__
 
 _POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SELF = "'self'"
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+_KINDS = {".js": "text/javascript", ".css": "text/css"}
 
 
 class Page:
@@ -29,13 +34,8 @@ class Page:
 
     def __init__(self, name: str) -> None:
         self._text = (Path(__file__).parent / name).read_text(encoding="utf-8")
-        hashes = (f"; {kind}-src {_hashes(self._text, kind)}" for kind in ("script", "style"))
-        self._headers = {
-            "Content-Security-Policy": _POLICY + "".join(hashes),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
+        sources = (f"; {kind}-src {_hashes(self._text, kind) or SELF}" for kind in ("script", "style"))
+        self._headers = {"Content-Security-Policy": _POLICY + "".join(sources), "Referrer-Policy": "no-referrer", **_HEADERS}
 
     def response(self, values: dict[str, str]) -> web.Response:
         """The page with these values, which are HTML."""
@@ -46,6 +46,20 @@ class Page:
 def _hashes(text: str, kind: str) -> str:
     inline = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in inline)
+
+
+def page_files() -> dict[str, tuple[str, str]]:
+    """The files that the page loads, by name: content type and text."""
+    found = (Path(__file__).parent / "page").iterdir()
+    return {p.name: (_KINDS[p.suffix], p.read_text(encoding="utf-8")) for p in found if p.suffix in _KINDS}
+
+
+def page_file(files: dict[str, tuple[str, str]], name: str) -> web.Response:
+    """One of them.  Raises RequestError (404)."""
+    if name not in files:
+        raise RequestError(f"The page has no file {name[:100]!r}.", status=404, code="not_found")
+    kind, text = files[name]
+    return web.Response(text=text, content_type=kind, charset="utf-8", headers=_HEADERS)
 
 
 def about(engine: Engine, known: bool) -> dict[str, Any]:

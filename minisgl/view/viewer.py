@@ -1,0 +1,247 @@
+"""The viewer: lives through journals and writes views of them for all who look on, at most ten a second for each.
+
+It takes messages and gives messages, lists of plain values (process.py carries them); every view that it has sent waits for a
+`ready` before the next one, so that nothing piles up before a slow reader.
+
+    ["journal", bytes, begins]   ["watch", who, client, text]   ["choose", who, opened, closed, whole]   ["ready", who]
+    ["leave", who]   ["open", who, path]   ["seek", who, place]   ["ask", number, who, what, value]
+
+    ["view", who, json]   ["answer", number, json]   ["again"]: the live journal cannot be followed, it must begin anew
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minisgl.arrays import I32
+from minisgl.errors import UserError
+from minisgl.journal.replay import Divergence
+from minisgl.view.scenes import Live, Opened, Scene
+from minisgl.view.tree import Choice, tree
+from minisgl.view.views import Sight, View, delta, life_of, sections
+
+SECONDS = 0.1  # between two views
+SHARE = 10  # a view that takes a second is not made again for so many
+_NODE_TOKENS = 400  # whose text is shown
+_PREVIEW = 10  # tokens that name a node
+_BEFORE = 24  # tokens before a node, for context
+
+Pieces = Callable[[Iterable[int]], list[str]]
+
+
+@dataclass(slots=True)
+class Watcher:
+    """Somebody who looks on.  `shown`: the view that it has."""
+
+    sight: Sight
+    choice: Choice = field(default_factory=Choice)
+    opened: Opened | None = None
+    shown: View = field(default_factory=dict)
+    anew: bool = True  # the next view is a whole one
+    ready: bool = True
+    stale: bool = True  # it has asked for something
+    calls: int = -1  # of the history, when the view was made
+    next: float = 0.0
+    next_tree: float = 0.0
+    tree: dict[str, Any] = field(default_factory=dict)
+    tree_calls: int = -1
+
+    def when(self, calls: int) -> float:
+        """The time of the next view, of a history with so many calls: where the tree alone is old, it waits for the tree."""
+        return self.next if self.calls != calls else max(self.next, self.next_tree)
+
+
+class Viewer:
+    """See above.  `pieces`: the texts of tokens, one by one; it waits for the tokenizer, `loaded` says whether it must."""
+
+    def __init__(
+        self, pieces: Pieces, now: Callable[[], float] = time.monotonic, loaded: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.live = Live()
+        self._pieces, self._now, self._loaded = pieces, now, loaded
+        self._watchers: dict[int, Watcher] = {}
+        self._trouble = ""
+        self.out: list[list[Any]] = []
+
+    # ---------------- messages
+    def take(self, kind: str, *values: Any) -> None:
+        """A message has come."""
+        getattr(self, f"_{kind}")(*values)
+
+    def _journal(self, data: bytes, begins: bool) -> None:
+        if self._trouble and not begins:
+            return
+        try:
+            self.live.take(data, begins)
+            self._trouble = ""
+        except (Divergence, UserError, ValueError, KeyError, IndexError) as e:
+            self._trouble = f"{type(e).__name__}: {e}"
+            self.out.append(["again"])
+        if begins:
+            for watcher in self._watchers.values():
+                if watcher.opened is None:
+                    self._afresh(watcher)
+
+    def _watch(self, who: int, client: int | None, text: bool) -> None:
+        self._watchers[who] = Watcher(Sight(client, text))
+
+    def _choose(self, who: int, opened: list[int], closed: list[int], whole: list[int]) -> None:
+        if (watcher := self._watchers.get(who)) is not None:
+            watcher.choice, watcher.next_tree, watcher.stale = Choice(*map(frozenset, (opened, closed, whole))), 0.0, True
+
+    def _ready(self, who: int) -> None:
+        if (watcher := self._watchers.get(who)) is not None:
+            watcher.ready = True
+
+    def _leave(self, who: int) -> None:
+        self._watchers.pop(who, None)
+
+    def _open(self, who: int, path: str) -> None:
+        """Show a journal of a file; without a path the live one again."""
+        if (watcher := self._watchers.get(who)) is None:
+            return
+        self._afresh(watcher)
+        watcher.opened = None
+        if path:
+            try:
+                watcher.opened = Opened(path)
+                watcher.opened.seek(len(watcher.opened.steps) - 1)
+            except (UserError, OSError, ValueError, Divergence) as e:
+                self._say(who, watcher, {"trouble": f"The journal cannot be shown: {e}"})
+
+    def _seek(self, who: int, place: int) -> None:
+        watcher = self._watchers.get(who)
+        if watcher is not None and watcher.opened is not None:
+            watcher.stale, watcher.next_tree = True, 0.0
+            try:
+                watcher.opened.seek(place)
+            except (UserError, OSError, ValueError, Divergence) as e:
+                self._say(who, watcher, {"trouble": f"The journal cannot be shown: {e}"})
+
+    @staticmethod
+    def _afresh(watcher: Watcher) -> None:
+        watcher.shown, watcher.tree, watcher.choice = {}, {}, Choice()
+        watcher.anew = watcher.stale = True
+        watcher.next_tree = 0.0
+
+    def _ask(self, number: int, who: int, what: str, value: int) -> None:
+        watcher = self._watchers.get(who)
+        scene = self._scene(watcher) if watcher is not None else self.live
+        answer: Any = None
+        if watcher is not None and scene.machine is not None:
+            answer = (self._life if what == "life" else self._node)(scene, watcher.sight, value)
+        self.out.append(["answer", number, _json(answer)])
+
+    # ---------------- views
+    def _scene(self, watcher: Watcher) -> Scene:
+        return watcher.opened.scene if watcher.opened is not None else self.live
+
+    def due(self) -> float:
+        """Make the views that are due; returns the seconds until the next may be."""
+        wait = 60.0
+        for who, watcher in self._watchers.items():
+            scene = self._scene(watcher)
+            calls = scene.history.calls
+            if not watcher.ready or (not watcher.stale and watcher.calls == watcher.tree_calls == calls):
+                continue
+            now = self._now()
+            if watcher.stale or now >= watcher.when(calls):
+                self._view(who, watcher, scene)
+                watcher.next = now + max(SECONDS, SHARE * (self._now() - now))
+            wait = min(wait, max(0.0, watcher.when(calls) - now))
+        return wait
+
+    def _view(self, who: int, watcher: Watcher, scene: Scene) -> None:
+        if scene.machine is None:
+            if self._trouble:
+                self._say(who, watcher, {"trouble": self._trouble})
+            watcher.stale = False
+            return
+        machine, history = scene.machine, scene.history
+        view = sections(machine, history, watcher.sight)
+        began = self._now()
+        if began >= watcher.next_tree:
+            watcher.tree = tree(machine, history, scene.names, watcher.sight, watcher.choice)
+            wanted = watcher.sight.text and not scene.hashed
+            if wanted and (loaded := self._loaded()):
+                self._preview(scene, watcher.tree)
+            watcher.next_tree = began + max(SECONDS, 2 * SHARE * (self._now() - began))
+            watcher.tree_calls = history.calls if not wanted or loaded else -1  # the next one has texts
+        view["tree"] = watcher.tree
+        view["journal"] = self._about(watcher, scene)
+        change = delta(watcher.shown, view)
+        message: dict[str, Any] = {"view" if watcher.anew else "change": change}
+        watcher.shown, watcher.calls = view, history.calls
+        watcher.anew = watcher.stale = False
+        if change or "view" in message:
+            self._say(who, watcher, message)
+
+    def _preview(self, scene: Scene, rows: dict[str, Any]) -> None:
+        """Append to the rows of nodes how their text begins."""
+        old, scene.previews = scene.previews, {}
+        for key, row in rows.items():
+            if key.endswith("+"):
+                continue
+            raw = scene.names.by_name[int(key)].key
+            known = key, len(raw)
+            text = old.get(known)
+            if text is None:
+                text = "".join(self._pieces(np.frombuffer(raw, np.int32, min(_PREVIEW, len(raw) // 4)).tolist()))[:40]
+            scene.previews[known] = text
+            row.append(text)
+
+    def _about(self, watcher: Watcher, scene: Scene) -> dict[str, Any]:
+        text = watcher.sight.text and not scene.hashed
+        out: dict[str, Any] = {"hashed": scene.hashed, "text": text, "model": scene.head.get("model", "")}
+        out["everything"] = watcher.sight.client is None
+        if watcher.opened is not None:
+            steps = watcher.opened.steps
+            out |= {"at": watcher.opened.at, "steps": len(steps), "step": steps[watcher.opened.at][0]}
+        return out
+
+    def _say(self, who: int, watcher: Watcher, message: dict[str, Any]) -> None:
+        watcher.ready = False
+        self.out.append(["view", who, _json(message)])
+
+    # ---------------- questions
+    def _life(self, scene: Scene, sight: Sight, uid: int) -> Any:
+        life = scene.history.find(uid)
+        if life is None or scene.machine is None or not sight.of(life):
+            return None
+        out = life_of(scene.machine, scene.history, life)
+        if sight.text and not scene.hashed:
+            out["prompt_pieces"], out["said_pieces"] = self._pieces(life.prompt.tolist()), self._pieces(life.said)
+        return out
+
+    def _node(self, scene: Scene, sight: Sight, name: int) -> Any:
+        node = scene.names.by_name.get(name)
+        if node is None or str(name) not in self._seen(sight, scene):
+            return None
+        ids: I32 = np.frombuffer(node.key, np.int32)
+        above: I32 = np.zeros(0, np.int32)
+        walk = node.parent
+        while walk is not None and len(above) < _BEFORE:
+            above = np.concatenate([np.frombuffer(walk.key, np.int32), above])
+            walk = walk.parent
+        out: dict[str, Any] = {"name": name, "tokens": len(ids)}
+        if sight.text and not scene.hashed:
+            out["before"] = "".join(self._pieces(above[-_BEFORE:].tolist()))
+            out["pieces"] = self._pieces(ids[:_NODE_TOKENS].tolist())
+            out["ids"] = ids[:_NODE_TOKENS].tolist()
+        return out
+
+    def _seen(self, sight: Sight, scene: Scene) -> set[str]:
+        """The names of nodes that may be asked about: all, or those that were shown to somebody with this sight."""
+        if sight.client is None:
+            return {str(name) for name in scene.names.by_name}
+        return {key for w in self._watchers.values() if w.sight.client == sight.client for key in w.tree}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
