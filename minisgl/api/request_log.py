@@ -117,7 +117,7 @@ class RequestLog:
 
     def refuse(self, route: str, request_id: str, error: RequestError) -> None:
         """Note a request that was refused before it could be read."""
-        if not self.each:
+        if not self.each and self.on_end is None:  # nobody looks at it alone
             self.on_begin()
             self.last_end = self.now()
             self.refused[error.status, error.code or error.kind] += 1

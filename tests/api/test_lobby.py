@@ -124,7 +124,7 @@ def test_who_has_been_silent_for_longest_makes_room(monkeypatch: pytest.MonkeyPa
 
 def test_where_all_are_served_a_new_client_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Served, "limit", 0)
-    monkeypatch.setattr(acceptor, "_TOLD", 2)
+    monkeypatch.setattr(acceptor, "_TURNED_AWAY", 2)
 
     async def scene(served: Served) -> None:
         clients = knock(served, 10, GET)
