@@ -1,6 +1,6 @@
 """The viewer process, as the api process has it: a plain child that is there while somebody looks on.
 
-Messages are msgpack, each behind its length, on a pair of sockets.  The child is nicer than the engine (`nice` 10), so that
+Messages are msgpack, each behind its length, on a pair of sockets.  The child is nicer than the engine (`nice` 19), so that
 where processors are short it falls behind, and not the engine.  Runs in the api process; `_main` in the child.
 """
 
@@ -27,7 +27,7 @@ from minisgl.lifeline import die_with_parent
 
 MAX_BEHIND = 32 << 20  # bytes that wait for the child
 _HEAD = struct.Struct("<I")
-_NICE = 10
+_NICE = 19
 
 OnMessage = Callable[[list[Any]], None]
 
