@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.api.cache_reasons import CacheExplanation, CacheReasons
 from minisgl.api.journals import Journals
 from minisgl.arrays import I32
 from minisgl.config import Config
@@ -77,7 +78,7 @@ class Chunk(NamedTuple):
 
     `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt.
     `thought_tokens`: tokens of the thoughts (see parsers/outline.py), once they have ended.  `thinking`: the answer begins
-    inside a thought, as its prompt shows; None: nobody has looked.
+    inside a thought, as its prompt shows; None: nobody has looked.  `explanation`: of the last chunk, if it was asked for.
     """
 
     text: str
@@ -90,6 +91,7 @@ class Chunk(NamedTuple):
     queued: float = 0.0
     thought_tokens: int = 0
     thinking: bool | None = None
+    explanation: CacheExplanation | None = None
 
 
 OnChunk = Callable[[Chunk | RequestError], None]
@@ -174,6 +176,10 @@ class Engine(Protocol):
     def journals(self) -> Journals:
         """The journals of the scheduler."""
 
+    @property
+    def cache_reasons(self) -> CacheReasons:
+        """Why prompts were not cached."""
+
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
 
@@ -238,6 +244,10 @@ class WrappedEngine:
     @property
     def journals(self) -> Journals:
         return self._engine.journals
+
+    @property
+    def cache_reasons(self) -> CacheReasons:
+        return self._engine.cache_reasons
 
     def flush_cache(self) -> None:
         self._engine.flush_cache()

@@ -2,9 +2,9 @@
 
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens.
-Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Journaled, JournalBytes, Wake (scheduler);
-          Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker); Started, Text,
-          Logprobs, ThoughtEnded (detokenizer).
+Receives  Hello, Stopped, Failed (every actor); EngineReady, Rejected, Embedded, Evicted, Journaled, JournalBytes, Wake
+          (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected (checker);
+          Started, Text, Logprobs, ThoughtEnded (detokenizer).
 Sends     Tokenize, Detokenize, Wake (tokenizer); CheckGrammar (checker); Generate, Cancel, FlushCache, Journal (scheduler);
           Forget (detokenizer); Stop (all but the workers).
 
@@ -31,6 +31,7 @@ from minisgl.actors.runtime.ring import RingSpec, RingWriter
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.wire import BadMessage
 from minisgl.api.admission import AdmissionControl
+from minisgl.api.cache_reasons import CacheReasons, Recollection
 from minisgl.api.deadlines import Deadlines
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 from minisgl.api.journals import Journals
@@ -66,6 +67,9 @@ class Entry:
     fresh: bool = True  # it never was
     started: bool = False  # under this name
     cached: int = 0  # tokens of the prompt that the cache had
+    shape: bytes = b""  # of a conversation, see Tokenized
+    known: Recollection | None = None  # of its prompt
+    heard: bool = False  # that its prompt is computed
     deaths: int = 0  # see trials.py
     said_at_death: int = 0
     queued: float = 0.0  # seconds of waiting for the first step
@@ -94,6 +98,7 @@ class Gateway(Actor):
         self.engine_up_at = self.resumed = 0.0  # since when, and when the first request was started since the last death
         self.watchdog = Watchdog(arenas.board)
         self.journals = Journals(ctx, config.server)
+        self.cache_reasons = CacheReasons(config)
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._requests = RingWriter(arenas.requests)
@@ -219,6 +224,8 @@ class Gateway(Actor):
         self._deadlines.discard(uid)
         self.wake_at = self._deadlines.next
         if entry is not None:
+            if entry.known is not None:
+                self.cache_reasons.end(entry.known, entry.delivered)
             self._sent.pop(entry.name, None)
             if self._trials.open:
                 self._trials.withdraw(entry)
@@ -290,7 +297,7 @@ class Gateway(Actor):
         if self._trials.knows(ids, self.ctx.now()):
             raise _poison()
         self._admission.read(entry.uid, n, self.config.server)
-        entry.ids = ids
+        entry.ids, entry.known = ids, self.cache_reasons.recall(ids, entry.params, entry.options, entry.shape)
         if requested is None:
             bound = self.config.server.default_max_tokens
             requested = min(context - n, max(bound, entry.params.min_tokens) if bound else context)
@@ -344,6 +351,7 @@ class Gateway(Actor):
         if (question := self._question(uid)) is not None:
             question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(uid)) is not None:  # otherwise its client has left
+            entry.shape = m.shape
             if m.thinking is not None:
                 entry.params = _thinking(entry.params, m.thinking)
             try:
@@ -373,8 +381,15 @@ class Gateway(Actor):
     def embedded(self, m: msg.Embedded) -> None:
         entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
+            if entry.known is not None:
+                self.cache_reasons.prove(entry.known)
             self._leave(entry.uid)
             entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector))
+
+    @on(msg.Evicted)
+    def evicted(self, m: msg.Evicted) -> None:
+        if (entry := self._sent.get(m.uid)) is not None and entry.known is not None:
+            entry.known.evicted = m.seconds
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
@@ -404,6 +419,9 @@ class Gateway(Actor):
                 continue
             if not entry.delivered:  # otherwise it runs again, and its answer so far may be cached as well
                 entry.cached = cached
+                if entry.known is not None and not entry.heard:
+                    entry.heard = True
+                    self.cache_reasons.begin(entry.known, entry.ids, cached, entry.options.explain_cache)
             entry.delivered.extend(new)
             end = _UNFINISHED
             if finish:
@@ -416,9 +434,9 @@ class Gateway(Actor):
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
             n, params = len(entry.ids), entry.params
-            entry.on_chunk(
-                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, entry.thought_tokens, params.thinking)
-            )
+            explained = entry.known.explanation if end and entry.known is not None else None
+            more = entry.queued, entry.thought_tokens, params.thinking, explained
+            entry.on_chunk(Chunk(text, new, end, n, entry.cached, logprobs, None, *more))
         if self._trials.open:
             self._go_on_with_trials()
 
@@ -551,6 +569,7 @@ class Gateway(Actor):
         self.silent.update(names)
         self.restarts.update(names)
         if "scheduler" in names:
+            self.cache_reasons.lose()
             self.engine_up, self._requests = False, RingWriter(requests)
         elif "detokenizer" in names:
             self.ctx.send("scheduler", msg.Reconnect("detokenizer"))

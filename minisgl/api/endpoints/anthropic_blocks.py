@@ -11,7 +11,7 @@ from typing import Any
 
 from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.engine import Chunk, TokenLogprob
-from minisgl.api.generation import Pieces
+from minisgl.api.generation import Pieces, explained
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import sse
@@ -51,7 +51,7 @@ class Message(ItemAnswer):
             **self._reason(),
             "usage": self._usage(),
         }
-        return body | ({"timings": self.timings} if self.timings else {})
+        return body | ({"timings": self.timings} if self.timings else {}) | explained([self.result])
 
     def _usage(self) -> Fields:
         """The tokens of the request; those found in the cache do not count as input tokens."""
@@ -95,7 +95,7 @@ class Message(ItemAnswer):
 
     def ended(self) -> list[Event]:
         last = {"delta": self._reason(), "usage": self._usage(), "timings": self.timings}
-        return [("message_delta", last), ("message_stop", {})]
+        return [("message_delta", last), ("message_stop", explained([self.result]))]
 
     def failed(self, error: RequestError) -> bytes:
         return self.render([("error", error_body(error))])

@@ -15,6 +15,7 @@ from minisgl.api.endpoints.answer_items import Event, Fields, ItemAnswer
 from minisgl.api.endpoints.openai_answers import chat_logprobs
 from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.engine import TokenLogprob
+from minisgl.api.generation import explained
 from minisgl.api.parsers.reply import Item
 from minisgl.api.rendering import Rendered, Turns, by_tokens
 from minisgl.config import Config
@@ -71,6 +72,7 @@ class Response(ItemAnswer):
             "truncation": "disabled",
             "usage": self._usage() if ended else None,
             "timings": self.timings,
+            **explained([self.result]),
             **self._echoed,
         }
 

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+from minisgl.api.cache_reasons import REASONS
 from minisgl.api.engine import Chunk, Engine, OnChunk, Prompt, WrappedEngine
 from minisgl.errors import RequestError
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -146,6 +147,15 @@ class Metered(WrappedEngine):
             ("generation_tokens", "Tokens that were generated and delivered.", m.generation_tokens),
         ):
             yield CounterMetricFamily(f"minisgl_{name}", text, value)
+        reasons = self._engine.cache_reasons
+        for name, text, counts in (
+            ("prefix_cache_misses", "Requests by why no more of their prompt was cached.", reasons.requests),
+            ("prefix_cache_missed_tokens", "Their prompt tokens that were not cached.", reasons.tokens),
+        ):
+            family = CounterMetricFamily(f"minisgl_{name}", text, labels=("reason",))
+            for reason in REASONS:
+                family.add_metric((reason,), counts[reason])
+            yield family
         restarts = CounterMetricFamily(
             "minisgl_restarts", "Processes that were started again, after a death or a hang.", labels=("process",)
         )
