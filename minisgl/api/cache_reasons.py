@@ -140,8 +140,9 @@ class CacheReasons:
             return "salt", cached, False
         if known.evicted is not None and (self.memory.forgotten or cached + page <= seen):
             return "evicted", cached, False
-        if cached < seen or found.common < cached or not found.common:  # it was not yet computed, or nobody remembers it
-            return "new", cached, False
+        known_better = max(0, found.common - 1) // self._page * self._page  # the last token of an answer is not computed
+        if cached < min(seen, known_better) or found.common < cached or not found.common:
+            return "new", cached, False  # they were not computed yet, or this is all that is remembered
         return "template" if known.template else "new", found.common, True
 
     def _pages(self, tokens: int, n: int) -> int:
@@ -188,7 +189,7 @@ def shown(explanation: CacheExplanation, texts: list[str]) -> CacheExplanation:
     A token may end inside a character, so the bar stands before the first character that is not the same as a whole.
     """
     windows, (before, *wholes) = explanation.windows, texts
-    cut = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))
+    cut = len(before)
     for whole in wholes:
         cut = next((i for i, (a, b) in enumerate(zip(before[:cut], whole, strict=False)) if a != b), min(cut, len(whole)))
     lines = []

@@ -21,20 +21,20 @@ import numpy as np
 
 Tag = tuple[str, int]  # the salt of the cache, and whose prompts may be shown to each other under it
 MEGABYTES = 32
-NODE_BYTES, SEEN_BYTES = 560, 180  # of a node with one `Seen`, and of each further one, without key and shape
+NODE_BYTES, SEEN_BYTES = 320, 100  # of a node and of each `Seen`, without key and shape
 
 
 class Seen:
     """What is known of a node under one tag.
 
-    `proven`: of the node's tokens, from the first; `life`: of the cache when that was proven.  `shape`: of the conversation
-    that ends here (see Tokenized), b"" for none.  `below`: the child that was used last.
+    `proven`: how many of the node's tokens, from the first, were in the cache; `fresh`: in its life number `life`.  `shape`: of
+    the conversation that ends here (see Tokenized), b"" for none.  `below`: the child that was used last.
     """
 
-    __slots__ = ("below", "life", "proven", "shape")
+    __slots__ = ("below", "fresh", "life", "proven", "shape")
 
     def __init__(self) -> None:
-        self.proven, self.life, self.shape = 0, 0, b""
+        self.proven, self.fresh, self.life, self.shape = 0, 0, 0, b""
         self.below: Node | None = None
 
 
@@ -102,9 +102,9 @@ class PromptMemory:
                 if salt == tag[0]:
                     ever = max(ever, seen.proven)
                     if seen.life == life:
-                        now = max(now, seen.proven)
+                        now = max(now, seen.fresh)
                 elif seen.life == life:
-                    elsewhere = max(elsewhere, seen.proven)
+                    elsewhere = max(elsewhere, seen.fresh)
             if proven:
                 found.proven, proven = found.proven + min(n, ever), ever >= n
             if fresh:
@@ -144,8 +144,8 @@ class PromptMemory:
         while node is not None and node.parent is not None:
             if (seen := node.seen.get(tag)) is not None:
                 proven = len(node.key) // 4 - but
-                if proven >= seen.proven or seen.life != life:
-                    seen.proven, seen.life = proven, life
+                seen.proven = max(seen.proven, proven)
+                seen.fresh, seen.life = max(seen.fresh, proven) if seen.life == life else proven, life
             node, but = node.parent, 0
 
     def _grow(self, node: Node, rest: bytes, tag: Tag, shape: bytes) -> Node:
@@ -182,10 +182,11 @@ class PromptMemory:
         front = Node(node.key[:cut], parent)
         for tag, seen in node.seen.items():
             half = front.seen[tag] = Seen()
-            half.life, half.proven, half.below = seen.life, min(seen.proven, cut // 4), node
+            half.life, half.below = seen.life, node
+            half.proven, half.fresh = min(seen.proven, cut // 4), min(seen.fresh, cut // 4)
             if (above := parent.seen.get(tag)) is not None and above.below is node:
                 above.below = front
-            seen.proven = max(0, seen.proven - cut // 4)
+            seen.proven, seen.fresh = max(0, seen.proven - cut // 4), max(0, seen.fresh - cut // 4)
         parent.children[front.key[:4]] = front
         front.children = {node.key[cut : cut + 4]: node}
         node.key, node.parent = node.key[cut:], front

@@ -22,6 +22,7 @@ from test_openai_validation import FIELDS, JSON
 import minisgl
 from minisgl import __version__, grammar
 from minisgl.api.batches.store import Store
+from minisgl.api.cache_reasons import CacheReasons
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
@@ -53,6 +54,7 @@ class ScriptedEngine:
         names = ("tiny", "org/alias")
         self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
         self.kept = Kept()
+        self.cache_reasons = CacheReasons(self.config)
         self.state = "ready"
         self.refuse: RequestError | Exception | None = None
         self.admit = 0
