@@ -75,6 +75,7 @@ class Recollection:
 
     found: Found
     tag: Tag
+    life: int  # of the cache
     off: bool  # it reads nothing from the cache
     template: bool = False
     message: int | None = None
@@ -103,7 +104,7 @@ class CacheReasons:
         tag = options.cache_salt, options.client if self._apart else 0
         found = self.memory.enter(ids.tobytes(), tag, self.life, shape, AFTER if options.explain_cache else 0)
         off = self._off or (params.echo and params.logprobs is not None and len(ids) > 1) or options.pooling == "mean"
-        known = Recollection(found, tag, off)
+        known = Recollection(found, tag, self.life, off)
         if shape and found.shape and found.common < len(ids):
             known.template, known.message = _place(shape, found.shape, found.common)
         return known
@@ -132,7 +133,8 @@ class CacheReasons:
         if cached >= self._pages(n, n):
             return "short", cached, False
         if cached < self._pages(found.proven, n):
-            lost = cached >= self._pages(found.fresh, n) and known.evicted is None
+            fresh = found.fresh if known.life == self.life else 0
+            lost = cached >= self._pages(fresh, n) and known.evicted is None
             return "restart" if lost else "evicted", cached, False
         alike = known.template and known.message is None
         seen, elsewhere = self._pages(found.common, n), self._pages(found.other, n)
@@ -140,9 +142,8 @@ class CacheReasons:
             return "salt", cached, False
         if known.evicted is not None and (self.memory.forgotten or cached + page <= seen):
             return "evicted", cached, False
-        known_better = max(0, found.common - 1) // self._page * self._page  # the last token of an answer is not computed
-        if cached < min(seen, known_better) or found.common < cached or not found.common:
-            return "new", cached, False  # they were not computed yet, or this is all that is remembered
+        if cached < self._pages(found.common - 1, n) or found.common < max(1, cached):
+            return "new", cached, False  # it was not computed yet, but for the last token of an answer, or is not remembered
         return "template" if known.template else "new", found.common, True
 
     def _pages(self, tokens: int, n: int) -> int:

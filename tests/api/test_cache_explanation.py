@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from processes import REPOSITORY, eventually, minisgl_command
 
@@ -53,7 +54,7 @@ class Server:
             return json.load(e)
         return json.loads(raw) if raw.startswith((b"{", b"[")) else raw.decode()
 
-    def why(self, unit: str, messages: Any = QUESTION, key: str = "", **more: Any) -> dict[str, Any]:
+    def why(self, unit: str, messages: Any = QUESTION, key: str = "", *, expect: bool = True, **more: Any) -> dict[str, Any]:
         """The explanation of a chat's prompt; a text is that of the user behind the system message.
 
         `unit`: the first word of its text, so that a test knows no prompts but its own.
@@ -63,6 +64,8 @@ class Server:
         more["chat_template_kwargs"] = {"unit": unit, **more.get("chat_template_kwargs", {})}
         body = {"messages": messages, "max_tokens": 2, "temperature": 0, "explain_cache": True}
         answer = self.ask("/v1/chat/completions", body | more, key)
+        if not expect:
+            return {}
         assert "cache_explanation" in answer, answer
         found: dict[str, Any] = answer["cache_explanation"]
         assert found["cached_tokens"] == answer["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -70,6 +73,9 @@ class Server:
 
     def flush(self) -> None:
         self.ask("/flush_cache", {})
+
+    def flush_with(self, key: str) -> None:
+        assert self.ask("/flush_cache", {}, key) == {"flushed": True}
 
     def process_named(self, name: str) -> int:
         """The pid of one of its processes; 0 while there is none."""
@@ -122,7 +128,8 @@ def serving(tmp: Path, *flags: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("explain")) as running:
+    tmp = tmp_path_factory.mktemp("explain")
+    with serving(tmp, "--data-dir", str(tmp / "data")) as running:
         yield running
 
 
@@ -228,3 +235,142 @@ def test_what_a_restart_has_lost_is_restart_and_then_it_is_there_again(server: S
     assert server.why("restart")["reason"] == "short"
     server.flush()
     assert server.why("restart")["reason"] == "evicted"
+
+
+# ---------------- in every dialect, with the clients that people use
+FIRST = ("new", "template")  # of a unit's first prompt: other tests may have sent the same messages in another unit
+
+
+def chat(unit: str, text: str = QUESTION) -> dict[str, Any]:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    return {"model": "SmolLM2-135M-Instruct", "messages": messages, "max_tokens": 3, "temperature": 0} | {
+        "extra_body": {"explain_cache": True, "chat_template_kwargs": {"unit": unit}}
+    }
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def last_of(stream: Any) -> tuple[dict[str, Any], int]:
+    """(the explanation in the last event, how many events have one)."""
+    found = [event.model_extra.get("cache_explanation") for event in stream]
+    assert found[-1] is not None
+    return found[-1], sum(f is not None for f in found)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_chat_has_its_explanation_at_the_top_and_a_stream_in_its_last_event(client: openai.OpenAI, n: int) -> None:
+    create = client.chat.completions.create
+    whole = create(**chat(f"chat{n}"), n=n)
+    assert whole.model_extra is not None
+    assert whole.model_extra["cache_explanation"]["reason"] in FIRST
+    for usage in (True, False):
+        stream = create(**chat(f"chat{n}", "Who was it?"), n=n, stream=True, stream_options={"include_usage": usage})
+        why, events = last_of(stream)
+        assert events == 1
+        assert why["reason"] == ("new" if usage else "short")
+    one = client.chat.completions.create(**{**chat(f"chat{n}"), "extra_body": {"chat_template_kwargs": {"unit": "x"}}})
+    assert "cache_explanation" not in (one.model_extra or {})
+
+
+def test_completions_have_one_for_each_prompt(client: openai.OpenAI) -> None:
+    create = client.completions.create
+    extra: Any = {"extra_body": {"explain_cache": True}, "model": "SmolLM2-135M-Instruct", "max_tokens": 2}
+    text = "The quick brown fox jumps over the lazy dog, and then it goes on and on over the hills. " * 2
+    one = create(prompt=text + "one", **extra)
+    assert (one.model_extra or {})["cache_explanation"]["theirs"] is None
+    two = (create(prompt=[text + "two" + text, "Hi"], n=2, **extra).model_extra or {})["cache_explanation"]
+    assert [why["reason"] for why in two] == ["new", "short"]
+    assert "hills.| two" in two[0]["ours"]
+    assert "|" in two[0]["theirs"]
+    why, events = last_of(create(prompt=text + "three" + text, stream=True, **extra))
+    assert (why["reason"], events) == ("new", 1)
+
+
+def test_responses_have_it_in_the_response(client: openai.OpenAI) -> None:
+    body: Any = {"model": "SmolLM2-135M-Instruct", "instructions": SYSTEM, "max_output_tokens": 3}
+    body["extra_body"] = {"explain_cache": True, "chat_template_kwargs": {"unit": "responses"}}
+    whole = client.responses.create(input=QUESTION, **body)
+    assert (whole.model_extra or {})["cache_explanation"]["reason"] in FIRST
+    *before, last = client.responses.create(input="Who was it?", stream=True, **body)
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.model_extra["cache_explanation"]["message"] == 1
+    assert not any("cache_explanation" in event.to_json() for event in before)
+
+
+def test_messages_have_it_at_the_top_and_in_the_last_event(server: Server) -> None:
+    body = {"system": SYSTEM, "max_tokens": 3, "explain_cache": True, "chat_template_kwargs": {"unit": "messages"}}
+    whole = server.ask("/v1/messages", body | {"messages": [{"role": "user", "content": QUESTION}]})
+    assert whole["cache_explanation"]["reason"] in FIRST
+    stream = server.ask("/v1/messages", body | {"messages": [{"role": "user", "content": QUESTION[::-1]}], "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
+    assert events[-1]["type"] == "message_stop"
+    assert events[-1]["cache_explanation"]["message"] == 1
+    assert sum("cache_explanation" in event for event in events) == 1
+
+
+def test_a_line_of_a_batch_has_it_and_vectors_refuse_it(client: openai.OpenAI, server: Server) -> None:
+    body = {**chat("batch"), **chat("batch")["extra_body"]}
+    del body["extra_body"]
+    line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    file = client.files.create(file=("in.jsonl", line.encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    done = eventually(lambda: (b := client.batches.retrieve(batch.id)).status == "completed" and b)
+    answer = json.loads(client.files.content(done.output_file_id).text)
+    assert answer["response"]["body"]["cache_explanation"]["cached_tokens"] == 0
+    refused = server.ask("/v1/embeddings", {"input": "x", "explain_cache": True})
+    assert (refused["error"]["param"], refused["error"]["code"]) == ("explain_cache", "unsupported_parameter")
+    assert "data" in server.ask("/v1/embeddings", {"input": "x", "explain_cache": False})
+    wrong = server.ask("/v1/completions", {"prompt": "x", "explain_cache": 1})
+    assert (wrong["error"]["param"], wrong["error"]["code"]) == ("explain_cache", "invalid_type")
+    fields = server.ask("/openapi.json", None, method="GET")["paths"]["/v1/messages"]["post"]["requestBody"]
+    assert "explain_cache" in json.dumps(fields)
+
+
+def test_the_metrics_count_every_request_by_reason_also_without_being_asked(server: Server) -> None:
+    before = server.reasons()
+    for _ in range(2):
+        server.why("metrics", explain_cache=False, expect=False)
+    after = server.reasons()
+    grown = {name: (n - before[name][0], m - before[name][1]) for name, (n, m) in after.items()}
+    assert grown["new"][0] + grown["template"][0] == grown["short"][0] == 1
+    assert grown["new"][1] + grown["template"][1] > 40
+    assert 0 < grown["short"][1] <= 16
+    assert sum(n for n, _ in grown.values()) == 2
+
+
+def test_a_conversation_that_goes_on_says_where(server: Server) -> None:
+    first = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    said = server.ask("/v1/chat/completions", {"messages": first, "max_tokens": 30, "chat_template_kwargs": {"unit": "go"}})
+    answer = said["choices"][0]["message"]["content"] or "Nothing."
+    longer = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "And when is that?"}]
+    why = server.why("go", longer)
+    assert (why["reason"], why["message"] in (2, 3)) == ("new", True)
+    assert why["cached_tokens"] > 0
+    edited = [*first, {"role": "assistant", "content": "It is not so."}, {"role": "user", "content": "And when is that?"}]
+    why = server.why("go", edited)
+    assert (why["reason"], why["message"]) == ("new", 2)
+
+
+# ---------------- keys
+@pytest.mark.parametrize("by_key", ["on", "off"])
+def test_other_keys_give_the_reason_alone(tmp_path: Path, by_key: str) -> None:
+    for name, keys in (("users", "key-of-a-user-number-1\nkey-of-a-user-number-2\n"), ("admins", "key-of-an-administrator\n")):
+        (tmp_path / name).write_text(keys)
+    flags = ("--api-key-file", str(tmp_path / "users"), "--admin-api-key-file", str(tmp_path / "admins"))
+    secret = [{"role": "user", "content": f"{QUESTION} The word of the day is parsnip, and that is all that I can say."}]
+    guess = [{"role": "user", "content": f"{QUESTION} The word of the day is turnip, and that is all that I can say."}]
+    with serving(tmp_path, "--model", "fake", "--salt-by-key", by_key, *flags) as server:
+        server.why("k", secret, key="key-of-a-user-number-1")
+        for key in ("key-of-a-user-number-2", "key-of-an-administrator"):
+            why = server.why("k", guess, key=key)
+            assert "parsnip" not in json.dumps(why)
+            assert why["theirs"] is None
+            assert why["reason"] in (("salt",) if by_key == "on" else ("new", "evicted"))
+            server.flush_with("key-of-an-administrator")
+        mine = server.why("k", guess, key="key-of-a-user-number-1")
+        assert mine["reason"] in ("new", "salt", "evicted")
+        again = server.why("k", guess, key="key-of-a-user-number-2")
+        assert again["reason"] in ("short", "evicted")

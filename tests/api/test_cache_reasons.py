@@ -139,6 +139,7 @@ def test_requests_at_the_same_time_never_look_evicted_where_nothing_was(seed: in
 def test_a_page_evicted_by_a_pool_that_is_full_says_how_long_ago() -> None:
     world = World(None, fake_config(tp=1, kv_tokens=PAGE * 16))
     first = [1, 2, 3, 4] * 4
+    world.system.clock = 50.0
     for ids in (first, [5, 6, 7, 8] * 9):
         ask(world, ids, 1)
         world.system.run()
@@ -151,6 +152,37 @@ def test_a_page_evicted_by_a_pool_that_is_full_says_how_long_ago() -> None:
     assert found.reason == "evicted"
     assert found.seconds_ago == pytest.approx(7.0, abs=1.0)
     world.close()
+
+
+def test_what_is_only_being_computed_is_new_and_compared_with_nothing() -> None:
+    reasons, ids = CacheReasons(fake_config()), np.array([1, 2, 3, 4] * 4, np.int32)
+    options = RequestOptions(explain_cache=True)
+    waiting, second = (reasons.recall(ids, SamplingParams(), options, b"") for _ in range(2))
+    reasons.begin(second, ids, 0, explain=True)
+    reasons.begin(waiting, ids, 12, explain=True)
+    assert second.explanation is not None
+    assert waiting.explanation is not None
+    assert (second.explanation.reason, second.explanation.miss_at) == ("new", 0)
+    assert second.explanation.windows.theirs is None
+    assert waiting.explanation.reason == "short"
+    third = reasons.recall(ids, SamplingParams(), options, b"")
+    reasons.lose()
+    reasons.begin(third, ids, 0, explain=True)
+    assert reasons.requests == {"new": 1, "short": 1, "restart": 1}
+    assert reasons.tokens == {"new": 16, "short": 4, "restart": 16}
+
+
+def test_the_conversation_that_is_compared_is_that_of_the_latest_prompt_behind_the_place() -> None:
+    memory, tag = PromptMemory(), ("", 0)
+
+    def enter(text: bytes, shape: bytes) -> bytes:
+        return memory.enter(b"".join(bytes([0, 0, 0, c]) for c in text), tag, 0, shape, show=2).shape
+
+    assert enter(b"ab", b"1") == b""
+    assert enter(b"abcd", b"2") == b"1"
+    assert enter(b"abx", b"3") == b"2"
+    assert enter(b"abcy", b"4") == b"2"
+    assert enter(b"abz", b"5") == b"4"
 
 
 def test_who_must_compute_all_or_has_no_cache_is_off() -> None:
