@@ -7,6 +7,7 @@ process; a request costs some microseconds, a token nothing.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from minisgl.sampling_params import RequestOptions, SamplingParams
 
 REASONS = ("new", "template", "evicted", "restart", "salt", "short", "off")
 BEFORE, AFTER = 24, 8  # tokens that are shown on each side of the difference
-_NOWHERE = (1 << 32) - 1  # minisgl.model.text.conversation.NOWHERE
+_ROW, _NOWHERE = 12, (1 << 32) - 1  # bytes of a message in a shape: role, rest and place; see conversation.shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,16 @@ class CacheExplanation:
 class Recollection:
     """What is known of one request's prompt, from its tokens to its end.
 
-    `template`: an earlier prompt differs in what its chat template wrote.  `message`: the first message that differs.
+    `off`: it reads nothing from the cache.  `shape`: of its conversation.  `evicted`: the scheduler says that its next pages
+    were, so many seconds before its start.
     """
 
     found: Found
     tag: Tag
     life: int  # of the cache
-    off: bool  # it reads nothing from the cache
-    template: bool = False
-    message: int | None = None
-    evicted: float | None = None  # seconds before its start, as the scheduler says
+    off: bool
+    shape: bytes
+    evicted: float | None = None
     explanation: CacheExplanation | None = None
 
 
@@ -104,14 +105,11 @@ class CacheReasons:
         tag = options.cache_salt, options.client if self._apart else 0
         found = self.memory.enter(ids.tobytes(), tag, self.life, shape, AFTER if options.explain_cache else 0)
         off = self._off or (params.echo and params.logprobs is not None and len(ids) > 1) or options.pooling == "mean"
-        known = Recollection(found, tag, self.life, off)
-        if shape and found.shape and found.common < len(ids):
-            known.template, known.message = _place(shape, found.shape, found.common)
-        return known
+        return Recollection(found, tag, self.life, off, shape)
 
     def begin(self, known: Recollection, ids: I32, cached: int, explain: bool) -> None:
         """The first token of an answer has come."""
-        reason, at, compared = self._judge(known, len(ids), cached)
+        reason, at, compared, message = self._judge(known, len(ids), cached)
         self.requests[reason] += 1
         self.tokens[reason] += len(ids) - cached
         self.prove(known)
@@ -121,30 +119,32 @@ class CacheReasons:
         before, ours = tuple(ids[first:at].tolist()), tuple(ids[at : at + AFTER].tolist())
         theirs = tuple(np.frombuffer(known.found.theirs, np.int32).tolist()) if compared else None
         windows = Windows(before, ours, theirs, first > 0, at + AFTER >= len(ids))
-        message = known.message if compared and reason == "new" else None
         seconds = known.evicted if reason == "evicted" else None
         known.explanation = CacheExplanation(cached, reason, at, windows, message=message, seconds_ago=seconds)
 
-    def _judge(self, known: Recollection, n: int, cached: int) -> tuple[str, int, bool]:
-        """(the reason, miss_at, whether it is a difference to an earlier prompt)."""
-        found, page = known.found, self._page
+    def _judge(self, known: Recollection, n: int, cached: int) -> tuple[str, int, bool, int | None]:
+        """(the reason, miss_at, whether it is a difference to an earlier prompt, the index of the message that differs)."""
+        found, page, most = known.found, self._page, self._pages(n, n)
         if known.off:
-            return "off", cached, False
-        if cached >= self._pages(n, n):
-            return "short", cached, False
+            return "off", cached, False, None
+        if cached >= most:
+            return "short", cached, False, None
         if cached < self._pages(found.proven, n):
             fresh = found.fresh if known.life == self.life else 0
             lost = cached >= self._pages(fresh, n) and known.evicted is None
-            return "restart" if lost else "evicted", cached, False
-        alike = known.template and known.message is None
+            return "restart" if lost else "evicted", cached, False, None
         seen, elsewhere = self._pages(found.common, n), self._pages(found.other, n)
-        if elsewhere > seen and 2 * (elsewhere - cached) > self._pages(n, n) - cached and not alike:
-            return "salt", cached, False
-        if known.evicted is not None and (self.memory.forgotten or cached + page <= seen):
-            return "evicted", cached, False
+        if known.evicted is not None and cached + page <= seen:
+            return "evicted", cached, False, None
+        template, message = _place(known.shape, found.shape, found.common) if known.shape and found.shape else (False, None)
+        alike = template and message is None
+        if elsewhere > seen and 2 * (elsewhere - cached) > most - cached and not alike:
+            return "salt", cached, False, None
+        if known.evicted is not None and self.memory.forgotten:
+            return "evicted", cached, False, None
         if cached < self._pages(found.common - 1, n) or found.common < max(1, cached):
-            return "new", cached, False  # it was not computed yet, but for the last token of an answer, or is not remembered
-        return "template" if known.template else "new", found.common, True
+            return "new", cached, False, None  # not computed yet, but for the last token of an answer, or not remembered
+        return ("template", found.common, True, None) if template else ("new", found.common, True, message)
 
     def _pages(self, tokens: int, n: int) -> int:
         """How many of the first `tokens` of a prompt of `n` can be cached: whole pages, and never the last token."""
@@ -158,7 +158,7 @@ class CacheReasons:
     def end(self, known: Recollection, said: list[int]) -> None:
         """The answer has ended."""
         if said and known.found.end is not None:
-            self.memory.extend(known.found.end, np.array(said, np.int32).tobytes(), known.tag, self.life)
+            self.memory.extend(known.found.end, array("i", said).tobytes(), known.tag, self.life)
 
     def lose(self) -> None:
         """The cache may be lost: from now on what is not in it has perhaps not been evicted."""
@@ -173,15 +173,17 @@ def _place(ours: bytes, theirs: bytes, common: int) -> tuple[bool, int | None]:
     differs, the template has made it: by its variables, by the tools, or by the clock.  A message that the other conversation
     does not have, or that has another role there, begins behind the one before it, which is the same.
     """
-    mine, other = (np.frombuffer(shape, "<u4").reshape(-1, 3) for shape in (ours, theirs))
-    n = min(len(mine), len(other))
-    unlike = (mine[:n, :2] != other[:n, :2]).any(1)
-    first = int(unlike.argmax()) if unlike.any() else n
-    if first == len(mine) == len(other):
+    n, first = min(len(ours), len(theirs)) // _ROW, 0
+    while first < n and ours[_ROW * first : _ROW * first + 8] == theirs[_ROW * first : _ROW * first + 8]:
+        first += 1
+    if _ROW * first == len(ours) == len(theirs):
         return True, None
-    same_role = first < n and mine[first, 0] == other[first, 0]
-    starts = [int(start) for start in mine[: first + 1 if same_role else first, 2] if start != _NOWHERE]
-    return bool(starts) and common < starts[-1], first
+    at = _ROW * first
+    same_role = first < n and ours[at : at + 4] == theirs[at : at + 4]
+    for start in range(at + 8 if same_role else at - 4, 0, -_ROW):
+        if (place := int.from_bytes(ours[start : start + 4], "little")) != _NOWHERE:
+            return common < place, first if at < len(ours) else None
+    return False, first if at < len(ours) else None
 
 
 def shown(explanation: CacheExplanation, texts: list[str]) -> CacheExplanation:

@@ -84,7 +84,7 @@ class PromptMemory:
         found = Found()
         node, inside, at = self.root, 0, 0  # `inside`: bytes of the last node that match
         last, last_inside = self.root, 0  # the same for the tag
-        mine = proven = fresh = other = True  # so far
+        mine = in_proven = in_fresh = in_other = True  # so far
         while at < len(data) and node.children is not None:
             child = node.children.get(data[at : at + 4])
             if child is None:
@@ -92,25 +92,28 @@ class PromptMemory:
             size = len(child.key)
             same = size if data.startswith(child.key, at) else _common(child.key, data, at)
             node, inside, at, n = child, same, at + same, same // 4
-            if mine and tag in child.seen:
+            known = child.seen.get(tag)
+            if mine and known is not None:
                 found.common += n
                 last, last_inside = child, same
             else:
                 mine = False
             ever = now = elsewhere = 0
-            for (salt, _), seen in child.seen.items():
-                if salt == tag[0]:
-                    ever = max(ever, seen.proven)
-                    if seen.life == life:
-                        now = max(now, seen.fresh)
-                elif seen.life == life:
-                    elsewhere = max(elsewhere, seen.fresh)
-            if proven:
-                found.proven, proven = found.proven + min(n, ever), ever >= n
-            if fresh:
-                found.fresh, fresh = found.fresh + min(n, now), now >= n
-            if other:
-                found.other, other = found.other + min(n, elsewhere), elsewhere >= n
+            if known is not None and len(child.seen) == 1:  # nearly always
+                ever, now = known.proven, known.fresh if known.life == life else 0
+            else:
+                for (salt, _), seen in child.seen.items():
+                    fresh = seen.fresh if seen.life == life else 0
+                    if salt == tag[0]:
+                        ever, now = max(ever, seen.proven), max(now, fresh)
+                    else:
+                        elsewhere = max(elsewhere, fresh)
+            if in_proven:
+                found.proven, in_proven = found.proven + min(n, ever), ever >= n
+            if in_fresh:
+                found.fresh, in_fresh = found.fresh + min(n, now), now >= n
+            if in_other:
+                found.other, in_other = found.other + min(n, elsewhere), elsewhere >= n
             if same < size:
                 break
         if found.common and (show or shape):
@@ -142,8 +145,10 @@ class PromptMemory:
         """All tokens up to the end of a node, `but` the last ones of it, are in the cache now."""
         node: Node | None = end
         while node is not None and node.parent is not None:
+            proven = len(node.key) // 4 - but
             if (seen := node.seen.get(tag)) is not None:
-                proven = len(node.key) // 4 - but
+                if seen.life == life and seen.fresh >= proven and not but:
+                    return  # and all above it
                 seen.proven = max(seen.proven, proven)
                 seen.fresh, seen.life = max(seen.fresh, proven) if seen.life == life else proven, life
             node, but = node.parent, 0
