@@ -157,7 +157,7 @@ class CacheReasons:
 
     def end(self, known: Recollection, said: list[int]) -> None:
         """The answer has ended."""
-        if said and known.found.end is not None:
+        if known.found.end is not None:
             self.memory.extend(known.found.end, array("i", said).tobytes(), known.tag, self.life)
 
     def lose(self) -> None:

@@ -39,14 +39,15 @@ class Seen:
 
 
 class Node:
-    """A run of tokens, `key` as i32 bytes, behind those of its parents."""
+    """A run of tokens, `key` as i32 bytes, behind those of its parents.  `open`: prompts that end here and have no end yet."""
 
-    __slots__ = ("children", "key", "parent", "seen")
+    __slots__ = ("children", "key", "open", "parent", "seen")
 
     def __init__(self, key: bytes, parent: Node | None) -> None:
         self.key = key
         self.parent = parent  # None for the root, and for a node that is forgotten
         self.children: dict[bytes, Node] | None = None
+        self.open = 0
         self.seen: dict[Tag, Seen] = {}
 
 
@@ -121,11 +122,19 @@ class PromptMemory:
         if inside < len(node.key):
             node = self._split(node, inside)
         found.end = self._grow(node, data[at:], tag, shape)
+        found.end.open += 1
         return found
 
     def extend(self, end: Node, data: bytes, tag: Tag, life: int) -> None:
-        """The answer to the prompt that ends in `end` is complete: its tokens, i32 bytes."""
+        """The answer to the prompt that ends in `end` is complete: its tokens, i32 bytes.  Called once for every `enter`."""
+        end.open -= 1
         if end.parent is None or tag not in end.seen or not data:
+            return
+        if end.children is None and not end.open and len(end.seen) == 1:  # nearly always: no other sequence ends here
+            end.key += data
+            self.bytes += len(data)
+            self._shrink()
+            self.prove(end, tag, life, but=1)
             return
         shape, node, inside, at = end.seen[tag].shape, end, len(end.key), 0
         while at < len(data) and node.children is not None:
@@ -175,8 +184,7 @@ class PromptMemory:
         if shape and node.parent is not None:
             self.bytes += len(shape) - len(node.seen[tag].shape)
             node.seen[tag].shape = shape
-        while self.bytes > self._most and order:
-            self._forget(next(iter(order)))
+        self._shrink()
         return node
 
     def _split(self, node: Node, cut: int) -> Node:
@@ -198,6 +206,10 @@ class PromptMemory:
         self.bytes += NODE_BYTES + SEEN_BYTES * len(front.seen)
         self._order[front] = None  # behind the node; it is used at once
         return front
+
+    def _shrink(self) -> None:
+        while self.bytes > self._most and self._order:
+            self._forget(next(iter(self._order)))
 
     def _forget(self, leaf: Node) -> None:
         parent = leaf.parent

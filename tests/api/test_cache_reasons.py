@@ -185,6 +185,22 @@ def test_the_conversation_that_is_compared_is_that_of_the_latest_prompt_behind_t
     assert enter(b"abz", b"5") == b"4"
 
 
+def test_two_answers_to_one_prompt_are_both_remembered_whichever_ends_first() -> None:
+    memory, tag = PromptMemory(), ("", 0)
+
+    def ids(*tokens: int) -> bytes:
+        return np.array(tokens, np.int32).tobytes()
+
+    ends = [memory.enter(ids(1, 2, 3), tag, 0).end for _ in range(2)]
+    for end, said in zip(ends, (ids(4, 5), ids(4, 6, 7)), strict=True):
+        assert end is not None
+        memory.prove(end, tag, 0)
+        memory.extend(end, said, tag, 0)
+    found = [memory.enter(ids(1, 2, 3, 4, last, 7, 8), tag, 0) for last in (5, 6, 9)]
+    assert [f.common for f in found] == [5, 6, 4]
+    assert [f.proven for f in found] == [4, 5, 4]
+
+
 def test_who_must_compute_all_or_has_no_cache_is_off() -> None:
     reasons, ids = CacheReasons(fake_config()), np.array([1, 2, 3, 4] * 4, np.int32)
     for params, options in (
