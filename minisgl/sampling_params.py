@@ -73,6 +73,8 @@ class RequestOptions:
 
     `client` and `call`: whose request it is, as opaque numbers.  Clients share the engine equally, calls of a client its share.
 
+    `explain_cache`: the answer says why no more of its prompt was cached.
+
     `pooling`: the answer is a vector instead of text, the mean or the last of the prompt's final hidden states.  Such a
     request draws one token, which is dropped.
     Raises `InvalidParam` naming the field when a value cannot be used.
@@ -85,6 +87,7 @@ class RequestOptions:
     client: int = 0
     call: int = 0
     began: float = 0.0
+    explain_cache: bool = False
 
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import World, fake_config, random_traffic
+from conftest import World, fake_config, prompt, random_traffic
 
 from minisgl.actors.detokenizer import DetokenizerActor
 from minisgl.actors.runtime import shared_memory
@@ -86,6 +86,9 @@ def observed_edges() -> set[tuple[str, str, str]]:
     small = World(0, fake_config(tp=1, kv_tokens=16))
     small.submit(list(range(1, 20)), 2)
     random_traffic(small, 0)
+    for first in (1, 2, 1):  # each takes the pages of the one before
+        small.submit(prompt(12, first), 1)
+        small.system.run()
     edges = system.edges | small.system.edges
     small.close()
     return {(name, re.sub(r"\d+$", "", src), re.sub(r"\d+$", "", dst)) for name, src, dst in edges}

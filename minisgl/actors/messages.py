@@ -160,15 +160,17 @@ class Tokenized:
 
     It is the next one, but for records whose messages were lost when the tokenizer died.
 
-    `thinking`: whether the conversation ends inside a thought of the model; None: that was not asked.
+    `thinking`: whether the conversation ends inside a thought of the model; None: that was not asked.  `shape`: of a
+    conversation, three u32 for each message, as minisgl.model.text.conversation.shape_of has them.
     """
 
     uid: int
     n: int
     thinking: bool | None = None
+    shape: bytes = b""
 
     def agrees(self) -> bool:
-        return self.n >= 0
+        return self.n >= 0 and len(self.shape) % 12 == 0
 
 
 @message
@@ -360,6 +362,17 @@ class Embedded:
 
     uid: int
     vector: F32
+
+
+@message
+class Evicted:
+    """scheduler -> api, as request `uid` is admitted: the pages that it would read next were evicted so many `seconds` ago."""
+
+    uid: int
+    seconds: float
+
+    def agrees(self) -> bool:
+        return self.seconds >= 0
 
 
 @message

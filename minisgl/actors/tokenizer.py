@@ -12,6 +12,8 @@ import json
 import logging
 from collections import deque
 
+import numpy as np
+
 from minisgl.actors.messages import Detokenize, Detokenized, Rejected, Tokenize, Tokenized, TokenizerInfo, Wake
 from minisgl.actors.runtime.actor import Actor, Context, on
 from minisgl.actors.runtime.ring import RingWriter
@@ -36,7 +38,7 @@ class TokenizerActor(Actor):
         super().__init__(ctx)
         self.config = config
         self._ring = ring
-        self._backlog: deque[tuple[int, I32, bool | None]] = deque()  # (uid, ids, thinking): encoded, waiting for room
+        self._backlog: deque[tuple[I32, Tokenized]] = deque()  # encoded, waiting for room
 
     def started(self) -> None:
         self._tokenizer = load_tokenizer(self.config.model, self.config.engine.chat_template)
@@ -45,7 +47,7 @@ class TokenizerActor(Actor):
     @on(Tokenize)
     def tokenize(self, m: Tokenize) -> None:
         try:
-            ids = self._encode(m)
+            ids, shape = self._encode(m)
             self._check_length(ids, "prompt" if m.chat is None else "messages")
             thinking = self._thinking(ids, m.chat, m.reasoning) if m.chat and m.reasoning else None
         except RequestError as e:
@@ -56,13 +58,14 @@ class TokenizerActor(Actor):
             text = f"The tokenizer failed on this request ({type(e).__name__})."
             self.ctx.send("api", Rejected(m.uid, 500, text, None, "tokenizer_error", None))
             return
-        self._backlog.append((m.uid, ids, thinking))
+        self._backlog.append((ids, Tokenized(m.uid, len(ids), thinking, shape)))
         self._flush()
 
-    def _encode(self, m: Tokenize) -> I32:
-        if m.chat is not None:
-            return self._tokenizer.encode_chat(m.chat)[: m.keep or None]
-        return self._tokenizer.encode(m.text or "", m.add_special, "prompt", m.keep)
+    def _encode(self, m: Tokenize) -> tuple[I32, bytes]:
+        if m.chat is None:
+            return self._tokenizer.encode(m.text or "", m.add_special, "prompt", m.keep), b""
+        ids, shape = self._tokenizer.read_chat(m.chat)
+        return ids[: m.keep or None], np.array(shape, "<u4").tobytes()
 
     def _thinking(self, ids: I32, chat: bytes, style: str) -> bool:
         """Whether the answer to a conversation, which has been encoded, begins inside a thought."""
@@ -91,13 +94,13 @@ class TokenizerActor(Actor):
         """Publish the prompts that fit, in order.  While one waits, the ring's flag makes api send Wake after it has read."""
         worked = False
         while self._backlog:
-            uid, ids, thinking = self._backlog[0]
-            raw = uid.to_bytes(8, "little") + ids.astype("<i4", copy=False).tobytes()
+            ids, m = self._backlog[0]
+            raw = m.uid.to_bytes(8, "little") + ids.astype("<i4", copy=False).tobytes()
             if not self._ring.has_room(len(raw)):
                 break
             self._ring.publish(raw)
             self._backlog.popleft()
-            self.ctx.send("api", Tokenized(uid, len(ids), thinking))
+            self.ctx.send("api", m)
             worked = True
         self._ring.starve(bool(self._backlog))
         return worked

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from minisgl.api.engine import ChatPrompt, Engine, OnChunk, OnIds, OnText, Prompt, TextPrompt, WrappedEngine
+from minisgl.api.explaining import Explaining
 from minisgl.api.request_log import Account
 from minisgl.errors import InvalidParam
 from minisgl.sampling_params import DEFAULT_OPTIONS, RequestOptions, SamplingParams
@@ -26,7 +27,7 @@ class Callers:
     """Numbers the calls of all clients of an engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine = Explaining(engine)
         self._secret = secrets.token_bytes(16)
         self._calls = itertools.count(1)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.api.cache_reasons import CacheExplanation, CacheReasons
 from minisgl.api.journals import Journals
 from minisgl.api.traces import Traces
 from minisgl.arrays import I32
@@ -79,7 +80,7 @@ class Chunk(NamedTuple):
     `queued`: seconds from the request's arrival at the scheduler to the first step that computes a part of its prompt, and
     `waited` to the same from its opening.
     `thought_tokens`: tokens of the thoughts (see parsers/outline.py), once they have ended.  `thinking`: the answer begins
-    inside a thought, as its prompt shows; None: nobody has looked.
+    inside a thought, as its prompt shows; None: nobody has looked.  `explanation`: of the last chunk, if it was asked for.
     """
 
     text: str
@@ -93,6 +94,7 @@ class Chunk(NamedTuple):
     thought_tokens: int = 0
     thinking: bool | None = None
     waited: float = 0.0
+    explanation: CacheExplanation | None = None
 
 
 OnChunk = Callable[[Chunk | RequestError], None]
@@ -181,6 +183,10 @@ class Engine(Protocol):
     def traces(self) -> Traces:
         """The trace of all processes."""
 
+    @property
+    def cache_reasons(self) -> CacheReasons:
+        """Why prompts were not cached."""
+
     def flush_cache(self) -> None:
         """Empty the cache of prefixes, except those that running requests use."""
 
@@ -249,6 +255,10 @@ class WrappedEngine:
     @property
     def traces(self) -> Traces:
         return self._engine.traces
+
+    @property
+    def cache_reasons(self) -> CacheReasons:
+        return self._engine.cache_reasons
 
     def flush_cache(self) -> None:
         self._engine.flush_cache()

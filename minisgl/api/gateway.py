@@ -3,7 +3,7 @@
 Owns      the ledger: for every open request its prompt ids, parameters, seed and the tokens already delivered.  If any other
           actor dies, recovery.py starts another, and the request is replayed: it goes on behind prompt + delivered tokens
           (dispatcher.py).
-Receives  Hello, Stopped, Failed, Traced (every actor); EngineReady, Rejected, Embedded, Started, Stats, Journaled,
+Receives  Hello, Stopped, Failed, Traced (every actor); EngineReady, Rejected, Embedded, Started, Evicted, Stats, Journaled,
           JournalBytes, Wake (scheduler); Tokenized, Detokenized, TokenizerInfo, Rejected (tokenizer); GrammarChecked, Rejected
           (checker); Started, Text, Logprobs, ThoughtEnded (detokenizer).
 Sends     FlushCache, Reconnect, Journal (scheduler); for it, dispatcher.py: Generate, Cancel (scheduler), Forget (detokenizer),
@@ -30,6 +30,7 @@ from minisgl.actors.runtime.ring import RingSpec
 from minisgl.actors.runtime.shared_memory import Arenas, actor_names
 from minisgl.actors.wire import BadMessage
 from minisgl.api.admission import AdmissionControl
+from minisgl.api.cache_reasons import CacheReasons
 from minisgl.api.deadlines import Deadlines
 from minisgl.api.dispatcher import Dispatcher
 from minisgl.api.engine import ChatPrompt, Chunk, Kept, OnChunk, OnIds, OnText, Prompt, TextPrompt, TokenLogprob, TokenPrompt
@@ -73,6 +74,7 @@ class Gateway(Actor):
         self.journals = Journals(ctx, config.server)
         names = actor_names(config.engine.tp, config.server.num_tokenizers)
         self.traces = Traces(ctx, self, config.server.trace, config.server.trace_mb, lambda: self._traceable(names))
+        self.cache_reasons = CacheReasons(config)
         self.restarts: Counter[str] = Counter()  # by process
         self._tokenizers = Tokenizers(ctx, arenas.prompts, config.max_context, self._new_uid)
         self._ledger: dict[int, Entry] = {}
@@ -193,6 +195,8 @@ class Gateway(Actor):
         self._deadlines.discard(uid)
         self.wake_at = self._deadlines.next
         if entry is not None:
+            if entry.known is not None:
+                self.cache_reasons.end(entry.known, entry.delivered)
             self._dispatcher.drop(entry)
 
     def _question(self, uid: int) -> tuple[Callable[[Any], None], str] | None:
@@ -234,6 +238,7 @@ class Gateway(Actor):
             raise poison()
         self._admission.read(entry.uid, n, self.config.server)
         entry.ids, entry.max_tokens = ids, max_tokens
+        entry.known = self.cache_reasons.recall(ids, entry.params, entry.options, entry.shape)
         self._dispatcher.submit(entry)
 
     def _seed(self, params: SamplingParams) -> int:
@@ -252,6 +257,7 @@ class Gateway(Actor):
         if (question := self._question(uid)) is not None:
             question[0](tuple(ids.tolist()))
         elif (entry := self._ledger.get(uid)) is not None:  # otherwise its client has left
+            entry.shape = m.shape
             if m.thinking is not None:
                 entry.params = with_thinking(entry.params, m.thinking)
             try:
@@ -281,9 +287,16 @@ class Gateway(Actor):
     def embedded(self, m: msg.Embedded) -> None:
         entry = self._sent.get(m.uid)
         if entry is not None and entry.ids is not None:
+            if entry.known is not None:
+                self.cache_reasons.prove(entry.known)
             self._leave(entry.uid)
             queued, waited = entry.queued, entry.waited
             entry.on_chunk(Chunk("", (), Finish.STOP, len(entry.ids), 0, (), m.vector, queued=queued, waited=waited))
+
+    @on(msg.Evicted)
+    def evicted(self, m: msg.Evicted) -> None:
+        if (entry := self._sent.get(m.uid)) is not None and entry.known is not None:
+            entry.known.evicted = m.seconds
 
     @on(msg.Started)
     def request_started(self, m: msg.Started) -> None:
@@ -313,6 +326,9 @@ class Gateway(Actor):
                 continue
             if not entry.delivered:  # otherwise it runs again, and its answer so far may be cached as well
                 entry.cached = cached
+                if entry.known is not None and not entry.heard:
+                    entry.heard = True
+                    self.cache_reasons.begin(entry.known, entry.ids, cached, entry.options.explain_cache)
             entry.delivered.extend(new)
             end = _UNFINISHED
             if finish:
@@ -325,9 +341,9 @@ class Gateway(Actor):
             if entry.logprobs:
                 logprobs, entry.logprobs = tuple(entry.logprobs), []
             n, thinking, thought = len(entry.ids), entry.params.thinking, entry.thought_tokens
-            entry.on_chunk(
-                Chunk(text, new, end, n, entry.cached, logprobs, None, entry.queued, thought, thinking, entry.waited)
-            )
+            explained = entry.known.explanation if end and entry.known is not None else None
+            more = entry.queued, thought, thinking, entry.waited, explained
+            entry.on_chunk(Chunk(text, new, end, n, entry.cached, logprobs, None, *more))
         self._dispatcher.heard()
 
     @on(msg.Logprobs)
@@ -458,6 +474,7 @@ class Gateway(Actor):
         self.traces.lost(names)
         self.restarts.update(names)
         if "scheduler" in names:
+            self.cache_reasons.lose()
             self._dispatcher.engine_lost(requests)
         elif "detokenizer" in names:
             self.ctx.send("scheduler", msg.Reconnect("detokenizer"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minisgl.api.cache_reasons import Recollection
 from minisgl.api.engine import OnChunk, TokenLogprob
 from minisgl.arrays import I32
 from minisgl.errors import RequestError
@@ -27,6 +28,9 @@ class Entry:
     fresh: bool = True  # it never was
     started: bool = False  # under this name
     cached: int = 0  # tokens of the prompt that the cache had
+    shape: bytes = b""  # of a conversation, see Tokenized
+    known: Recollection | None = None  # of its prompt
+    heard: bool = False  # that its prompt is computed
     deaths: int = 0  # see trials.py
     said_at_death: int = 0
     began: float = 0.0  # when it was opened

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minisgl.api.cache_reasons import CacheExplanation
 from minisgl.api.engine import Chunk
 from minisgl.sampling_params import Finish
 
@@ -48,9 +49,21 @@ class Result:
     completion_tokens: int = 0
     reasoning_tokens: int = 0  # completion tokens that belong to the thought (see parsers/outline.py), known when it has ended
     last: int = -1  # the latest token
+    explanation: CacheExplanation | None = None  # of the cache, known at the end if it was asked for
 
     def add(self, chunk: Chunk) -> None:
-        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _, _ = chunk
+        _, ids, self.finish, self.prompt_tokens, self.cached_tokens, _, _, _, self.reasoning_tokens, _, _, explanation = chunk
         self.completion_tokens += len(ids)
         if ids:
             self.last = ids[-1]
+        if explanation is not None:
+            self.explanation = explanation
+
+
+def explained(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
+    """`cache_explanation`, if it was asked for: of the first choice of the prompt; of several prompts, an array of these.
+
+    `n`: choices per prompt.
+    """
+    found = [r.explanation.render() for r in results[::n] if r.explanation is not None]
+    return {"cache_explanation": found[0] if len(results) == n else found} if found else {}

@@ -85,10 +85,11 @@ class RadixCache:
         self.num_nodes = 0
         self.evicted_pages = 0
         self._kept: KeptPages | None = None
+        self.now = 0.0  # on the clock of the machine
         self._salted: dict[str, Node] = {}  # cache_salt -> root, for salts that have pages or users
         self._page_bytes = 4 * page_size
         self._forgotten = 0  # nodes that no match finds any more
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._ghosts: OrderedDict[bytes, float] = OrderedDict()  # when they were evicted
         self._unused: OrderedDict[Node, None] = OrderedDict()  # nodes without references, least recently used first
 
     # ---------------- lookup (read-only)
@@ -123,7 +124,15 @@ class RadixCache:
             return "whole"
         if at + self.page_size > len(ids) - 1:
             return "short"
-        return "evicted" if match.salt.encode() + ids[at : at + self.page_size].tobytes() in self._ghosts else "new"
+        return "evicted" if self._ghost(ids, match) in self._ghosts else "new"
+
+    def since_evicted(self, ids: I32, match: Match) -> float:
+        """How many seconds ago the page was evicted that a match lacks; only after `why_missed` has said so."""
+        return self.now - self._ghosts[self._ghost(ids, match)]
+
+    def _ghost(self, ids: I32, match: Match) -> bytes:
+        at = match.num_pages * self.page_size
+        return match.salt.encode() + ids[at : at + self.page_size].tobytes()
 
     def _common_pages(self, key: bytes, data: bytes, at: int) -> int:
         """How many whole pages of `key` equal `data` from `at` on (at least the first is known to)."""
@@ -313,7 +322,7 @@ class RadixCache:
 
     def _remember(self, first_page: bytes) -> None:
         """Remember how an evicted run began, after its salt: statistics tell a lost prefix from one that never was here."""
-        self._ghosts[first_page] = None
+        self._ghosts[first_page] = self.now
         self._ghosts.move_to_end(first_page)
         if len(self._ghosts) > MAX_GHOSTS:
             self._ghosts.popitem(last=False)

@@ -185,7 +185,7 @@ def thaw(state: dict[str, Any], limits: SchedulerLimits) -> StepMachine:
         request = requests[uid] = make_request(uid, known[uid][:n], values)
         set_state(request, written)
     nodes = _thaw_tree(machine.cache, state["tree"], size)
-    machine.cache._ghosts.update(dict.fromkeys(state["ghosts"]))
+    machine.cache._ghosts.update(dict.fromkeys(state["ghosts"], 0.0))
     for name, raw in state["columns"].items():
         getattr(table, name)[:] = np.frombuffer(raw, "<i8")
     for name, raw in state["switches"].items():

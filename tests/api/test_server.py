@@ -24,6 +24,7 @@ import minisgl
 from minisgl import __version__, grammar
 from minisgl.actors.messages import Journal, Journaled
 from minisgl.api.batches.store import Store
+from minisgl.api.cache_reasons import CacheReasons
 from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.engine import Chunk, Kept, OnChunk, Prompt, TextPrompt, TokenLogprob
 from minisgl.api.generation import Generation, complete
@@ -56,6 +57,7 @@ class ScriptedEngine:
         names = ("tiny", "org/alias")
         self.config = Config(fake_spec(), server=ServerConfig(**{"served_names": names, "max_body_bytes": 4096, **server}))
         self.kept = Kept()
+        self.cache_reasons = CacheReasons(self.config)
         self.state = "ready"
         self.refuse: RequestError | Exception | None = None
         self.admit = 0

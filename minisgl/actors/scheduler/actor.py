@@ -3,8 +3,8 @@
 Owns      the state of every request, the page pool and the radix cache (inside the StepMachine); torch is never imported.
 Receives  Generate, Cancel (api, detokenizer); FlushCache, Journal, Reconnect, Stop (api); WorkerLoaded, WorkerArmed,
           GrammarPrepared, MayCapture, Wake (workers); results through the token ring.
-Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Started, Embedded, EngineReady (api); Capacity, PrepareGrammar,
-          Wake (workers); plans through the plan ring.
+Sends     Track, TokenLogprobs, Tokens (detokenizer); Rejected, Evicted, Started, Embedded, EngineReady (api); Capacity,
+          PrepareGrammar, Wake (workers); plans through the plan ring.
 """
 
 from __future__ import annotations
@@ -299,6 +299,8 @@ class SchedulerActor(Actor):
 
     def _send(self, output: Output, now: float) -> None:
         machine = self._machine()
+        for uid, seconds in output.evicted:
+            self.ctx.send("api", msg.Evicted(uid, seconds))
         for uid, cached in output.started:
             request = machine.running[uid][1]
             if request.options.pooling:  # its answer is a vector, not text

@@ -135,6 +135,8 @@ class Admission(RunningBatch):
         if not self._has_pages_for(request, match) or not builder.has_room_for(request):
             return None  # the cache was only read: a waiting request does not protect pages from eviction
         reason = self.cache.why_missed(request.ids, match)
+        if reason == "evicted" and not request.resumed:
+            out.evicted.append((request.uid, self.cache.since_evicted(request.ids, match)))
         handle, cached = self.cache.acquire(match)
         self.waiting.remove(request.uid)
         self.fair.hold(request, 1)

@@ -92,8 +92,9 @@ class Output:
     """What one call of `step` decided.
 
     `outputs` and `logprobs` are for the detokenizer.  `started`: (uid, cached prompt tokens) of the requests admitted for the
-    first time.  `vectors`: (uid, pooled vector); these requests end with their vector and have no row in `outputs`.
-    `again_in`: seconds after which a plan that is held back is due, 0 if the machine waits for events only.
+    first time; `evicted`: (uid, seconds ago) of those among them whose next pages had been evicted.  `vectors`: (uid, pooled
+    vector); these requests end with their vector and have no row in `outputs`.  `again_in`: seconds after which a plan that is
+    held back is due, 0 if the machine waits for events only.
     """
 
     plan: StepPlan | None = None
@@ -101,6 +102,7 @@ class Output:
     outputs: list[Tokens] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
+    evicted: list[tuple[int, float]] = field(default_factory=list)
     vectors: list[tuple[int, F32]] = field(default_factory=list)
 
 

@@ -56,7 +56,7 @@ class StepMachine(Admission):
     # ---------------- the one entry
     def step(self, inbox: Iterable[Event], now: float) -> Output:
         """Take in the events and decide the next plan, if one is due.  `now` in seconds, on any clock that never goes back."""
-        out = Output()
+        out, self.cache.now = Output(), now
         for event in inbox:
             if isinstance(event, StepResult):
                 self._since = now

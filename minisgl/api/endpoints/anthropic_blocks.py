@@ -15,6 +15,7 @@ from minisgl.api.events import Pieces
 from minisgl.api.parsers.reply import Item
 from minisgl.api.requests.openai import ChatRequest
 from minisgl.api.sse import sse
+from minisgl.api.usage import explained
 from minisgl.config import Config
 from minisgl.errors import InvalidParam, RequestError
 from minisgl.sampling_params import Finish
@@ -51,7 +52,7 @@ class Message(ItemAnswer):
             **self._reason(),
             "usage": self._usage(),
         }
-        return body | ({"timings": self.timings} if self.timings else {})
+        return body | ({"timings": self.timings} if self.timings else {}) | explained([self.result])
 
     def _usage(self) -> Fields:
         """The tokens of the request; those found in the cache do not count as input tokens."""
@@ -95,7 +96,7 @@ class Message(ItemAnswer):
 
     def ended(self) -> list[Event]:
         last = {"delta": self._reason(), "usage": self._usage(), "timings": self.timings}
-        return [("message_delta", last), ("message_stop", {})]
+        return [("message_delta", last), ("message_stop", explained([self.result]))]
 
     def failed(self, error: RequestError) -> bytes:
         return self.render([("error", error_body(error))])

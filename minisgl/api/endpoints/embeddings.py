@@ -13,7 +13,7 @@ from minisgl.api.engine import Engine, Prompt
 from minisgl.api.generation import complete
 from minisgl.api.rendering import Rendered, Turns, json_pieces
 from minisgl.api.requests.chat_prompt import MESSAGES, RENDERING, chat_prompt
-from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, integer, string
+from minisgl.api.requests.fields import Fields, anything, boolean, check_integer, integer, refused, string
 from minisgl.api.requests.openai import ADD_SPECIAL_TOKENS, HARMLESS, MODEL, TEXTS, served_model, text_prompts
 from minisgl.api.requests.sampling import OPTIONS, options
 from minisgl.arrays import F32
@@ -32,6 +32,7 @@ EMBEDDINGS = Fields(
     boolean("normalize", "Vectors have length one (default)."),
     ADD_SPECIAL_TOKENS,
     *OPTIONS,
+    refused("explain_cache", False, sentence="explain_cache is for requests that generate text, not for /v1/embeddings."),
     integer("truncate_prompt_tokens", "Only so many tokens from the beginning of each; -1: as many as the context has.", -1),
     *HARMLESS,
     either=("input", "messages"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii
+from types import MappingProxyType
 from typing import Any
 
 from minisgl.api.engine import Chunk, TokenLogprob
@@ -18,7 +19,7 @@ from minisgl.api.parsers.reply import Reply, delta
 from minisgl.api.rendering import Rendered, Turns, by_tokens, json_pieces, parts_of
 from minisgl.api.requests.openai import ChatRequest, GenerationRequest
 from minisgl.api.sse import COMMENT, sse
-from minisgl.api.usage import Result, Timings
+from minisgl.api.usage import Result, Timings, explained
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.version import __version__
@@ -120,7 +121,7 @@ class OpenAIAnswer(SmallEvents):
                 chunks[i] = chunk._replace(logprobs=())
                 choices[-1] = Rendered(json_pieces(choices[-1]))
                 await turns.spend(20 + len(chunk.text) // 256)
-        return {**self._fields, "choices": choices, **self._cached(), **self._counts(timings)}
+        return {**self._fields, "choices": choices, **self._cached(), **self._explained(), **self._counts(timings)}
 
     async def _choice(self, index: int, chunk: Chunk, turns: Turns) -> Any:
         reason, logprobs = chunk.finish.reason, None
@@ -151,6 +152,9 @@ class OpenAIAnswer(SmallEvents):
             return {}
         return {"sglext": {"cached_tokens_details": {"device": self._results[0].cached_tokens, "host": 0}}}
 
+    def _explained(self) -> dict[str, Any]:
+        return explained(self._results, self.request.n) if self.request.options.explain_cache else {}
+
     def _render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         requested = self.request.params.logprobs or 0
         return chat_logprobs(logprobs) if self._chat else completion_logprobs(logprobs, requested)
@@ -166,9 +170,12 @@ class OpenAIAnswer(SmallEvents):
         """The events of a chunk of choice `index`, none if all of its text is held back."""
         head, result = self._heads[index], self._results[index]
         result.add(chunk)
-        if self._so_far or self._details:
+        if self._so_far or self._details or self.request.options.explain_cache:
             counts = b',"usage":' + _dump(usage([result])) if self._so_far else self._no_usage
-            self._set_end(counts, last=self._details and bool(chunk.finish) and index == 0)
+            more = self._cached() if self._details and chunk.finish and index == 0 else {}
+            if chunk.finish and not self.request.usage.last and all(r.finish for r in self._results):
+                more |= self._explained()
+            self._set_end(counts, more)
         if not chunk.finish:
             return self._items(index, chunk) if self._replies else self._text_event(head, chunk, None)
         if not self._chat:
@@ -182,18 +189,18 @@ class OpenAIAnswer(SmallEvents):
     def end(self, timings: Timings) -> bytes:
         if not self.request.usage.last:
             return DONE
-        return self._common + b"]," + _dump(self._counts(timings))[1:] + b"\n\n" + DONE
+        return self._common + b"]," + _dump({**self._explained(), **self._counts(timings)})[1:] + b"\n\n" + DONE
 
     def failed(self, error: RequestError) -> bytes:
         return sse(error.body()) + DONE
 
-    def _set_end(self, counts: bytes, last: bool = False) -> None:
+    def _set_end(self, counts: bytes, more: Mapping[str, Any] = MappingProxyType({})) -> None:
         """The end of events from now on.
 
-        `last`: when the choice ends, its last event tells of the cache; some clients look for a choice in every event.
+        `more`: what the last event of a choice tells of the cache; some clients look for a choice in every event.
         """
         self._end = b"}]" + counts + b"}\n\n"
-        self._final = b"}]," + _dump(self._cached())[1:-1] + counts + b"}\n\n" if last else self._end
+        self._final = b"}]," + _dump(dict(more))[1:-1] + counts + b"}\n\n" if more else self._end
         self._go_on = self._logprobs + b'null,"finish_reason":null' + self._end
 
     def _text_event(self, head: bytes, chunk: Chunk, reason: str | None) -> bytes:

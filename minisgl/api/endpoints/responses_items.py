@@ -17,6 +17,7 @@ from minisgl.api.endpoints.responses import ResponsesRequest
 from minisgl.api.engine import TokenLogprob
 from minisgl.api.parsers.reply import Item
 from minisgl.api.rendering import Rendered, Turns, by_tokens
+from minisgl.api.usage import explained
 from minisgl.config import Config
 from minisgl.errors import RequestError
 from minisgl.sampling_params import Finish
@@ -71,6 +72,7 @@ class Response(ItemAnswer):
             "truncation": "disabled",
             "usage": self._usage() if ended else None,
             "timings": self.timings,
+            **explained([self.result]),
             **self._echoed,
         }
 

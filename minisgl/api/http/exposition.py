@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
+from minisgl.api.cache_reasons import REASONS
 from minisgl.api.http.metric_names import COUNTERS, GAUGES, HISTOGRAMS, Facts
 from minisgl.api.http.metrics import Metered, kv_shares
 from minisgl.api.requests.openai import served_names
@@ -123,9 +124,13 @@ def _labelled(facts: Facts) -> Iterator[Metric]:
     restarts = {name: engine.restarts.get(name, 0) for name in names}
     text = "Processes that were started again, after a death or a hang."
     yield _by("process", CounterMetricFamily, "minisgl_restarts", text, restarts)
-    missed = {n.removeprefix("missed_").removesuffix("_tokens"): v for n, v in stats.items() if n.startswith("missed_")}
-    text = "Prompt tokens that were not cached, by why their prompt did not match further."
-    yield _by("reason", CounterMetricFamily, "minisgl_prefix_cache_missed_tokens", text, missed)
+    reasons = engine.cache_reasons
+    for name, text, counts in (
+        ("misses", "Requests by why no more of their prompt was cached.", reasons.requests),
+        ("missed_tokens", "Their prompt tokens that were not cached.", reasons.tokens),
+    ):
+        by = {reason: counts[reason] for reason in REASONS}
+        yield _by("reason", CounterMetricFamily, f"minisgl_prefix_cache_{name}", text, by)
     closed = {reason: m.closed[reason] for reason in (*CLOSED, *m.closed)}
     yield _by("reason", CounterMetricFamily, "minisgl_http_connections_closed", "Connections ended early.", closed)
     answers = [({"method": a, "route": b, "status": str(c)}, float(n)) for (a, b, c), n in m.responses.items()]

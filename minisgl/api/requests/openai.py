@@ -89,6 +89,7 @@ _COMMON = (
     ),
     fields.boolean("return_cached_tokens_details", "sglext.cached_tokens_details, as SGLang reports the prefix cache."),
     *OPTIONS,
+    sampling.EXPLAIN,
     *EXTENSIONS,
     *HARMLESS,
 )

@@ -98,6 +98,7 @@ OPTIONS = (
     fields.number("timeout", "Seconds until the request is given up; 0: never.", 0, limits.MAX_TIMEOUT),
     fields.string("cache_salt", "Cached prefixes are shared with the same salt only."),
 )
+EXPLAIN = fields.boolean("explain_cache", "cache_explanation says why no more of the prompt came from the prefix cache.")
 CHOICES = (
     fields.integer("n", "Answers to each prompt.", 1, MAX_CHOICES),
     fields.integer("best_of", "1, or the same as n.", 1, MAX_CHOICES),
@@ -146,7 +147,7 @@ def params(
 
 
 def options(values: Mapping[str, Any]) -> RequestOptions:
-    return RequestOptions(**_given(values, OPTIONS))
+    return RequestOptions(**_given(values, (*OPTIONS, EXPLAIN)))
 
 
 def _given(values: Mapping[str, Any], declared: Iterable[Field]) -> dict[str, Any]:

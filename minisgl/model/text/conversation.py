@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # (messages, whether an answer shall follow) -> text; may raise anything
@@ -171,3 +172,37 @@ def _shallow(value: Any, depth: int) -> bool:
         return True
     inner = value.values() if isinstance(value, dict) else value
     return depth > 0 and all(_shallow(v, depth - 1) for v in inner)
+
+
+# ---------------- the shape of a conversation
+PLACED = 8  # messages whose places are looked for: a place takes a walk over the tokens
+NOWHERE = (1 << 32) - 1
+
+
+def shape_of(messages: Sequence[Message], text: str, place: Callable[[int], int | None]) -> list[tuple[int, int, int]]:
+    """What tells the messages of one conversation from those of another, and where the first ones are in the rendered text.
+
+    For each: a checksum of its role, one of all else in it, and the token where its content begins, NOWHERE if that is not
+    known.  `place`: the token of a character.  The contents are looked for from the end of the text, because the tools and what
+    a template says by itself stand at its beginning.
+    """
+    starts, end = [NOWHERE] * len(messages), len(text)
+    for i in range(len(messages) - 1, -1, -1):
+        content = messages[i].get("content")
+        if not isinstance(content, str) or not content:
+            continue
+        at = text.rfind(content, 0, end)
+        if at < 0:
+            content = content.strip()
+            at = text.rfind(content, 0, end) if content else -1
+        if at < 0:
+            continue
+        end = at
+        if i < PLACED and (token := place(at)) is not None:
+            starts[i] = token
+    out = []
+    for message, start in zip(messages, starts, strict=True):
+        content, rest = message.get("content"), [item for item in message.items() if item[0] not in ("role", "content")]
+        said = crc32(content.encode()) if isinstance(content, str) else crc32(json.dumps(content).encode(), 1)
+        out.append((crc32(message["role"].encode()), crc32(json.dumps(rest).encode(), said) if rest else said, start))
+    return out

@@ -24,6 +24,7 @@ from minisgl.model.checkpoint.files import check_size, read_json, reason
 from minisgl.model.text.added_tokens import complete
 from minisgl.model.text.chat_format import chat_templates, in_gguf
 from minisgl.model.text.chat_template import ChatTemplate
+from minisgl.model.text.conversation import shape_of
 from minisgl.model.text.detokenize import ByteStream, DecodeState, WindowStream
 from minisgl.model.text.guard import check_tokenizer, one_sentence
 from minisgl.model.text.token_bytes import BYTE_ALPHABET, SPACE, decoders_of, token_bytes
@@ -74,15 +75,24 @@ class Tokenizer:
         finally:
             if keep:
                 self._backend.no_truncation()
-        ids = np.array(encoding.ids[: keep or None], np.int32)
+        ids = self._checked(encoding.ids[: keep or None], field)
+        return ids[1:] if add_special and self._adds_bos and ids[1:2].tolist() == [self.bos_id] else ids
+
+    def _checked(self, encoded: list[int], field: str) -> I32:
+        ids = np.array(encoded, np.int32)
         if len(ids) and ids.max() >= self.vocab_size:
             token = self._backend.id_to_token(int(ids.max()))
             raise InvalidParam(field, f"{field} holds the token {token!r}, which this model has no embedding for.")
-        return ids[1:] if add_special and self._adds_bos and ids[1:2].tolist() == [self.bos_id] else ids
+        return ids
 
     def encode_chat(self, payload: bytes) -> I32:
-        """i32[n] of a conversation, the JSON {"messages": [...], "kwargs": {...}}, as the chat template writes it.
+        """i32[n] of a conversation, see `read_chat`."""
+        return self.read_chat(payload)[0]
 
+    def read_chat(self, payload: bytes) -> tuple[I32, list[tuple[int, int, int]]]:
+        """i32[n] and the shape (see conversation.shape_of) of a conversation, as the chat template writes it.
+
+        `payload`: the JSON {"messages": [...], "kwargs": {...}}.
         A tokenizer that begins texts with BOS begins a conversation with exactly one, whether or not the template writes it.
         Raises RequestError 400 when the payload is no conversation, when there is no template, or when it refuses the messages.
         """
@@ -94,11 +104,21 @@ class Tokenizer:
         if not isinstance(request, dict) or not isinstance(kwargs, dict | None):
             raise InvalidParam("messages", 'a conversation is {"messages": [...], "kwargs": {...}}.')
         text = self._template_for(request.get("template")).render(request.get("messages"), kwargs or {})
-        ids = self.encode(text, add_special=False, field="messages")
-        if not self._adds_bos:
-            return ids
-        begun = next((i for i, token in enumerate(ids.tolist()) if token != self.bos_id), len(ids))
-        return ids[begun - 1 :] if begun else np.array([self.bos_id, *ids.tolist()], np.int32)
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except TypeError as e:  # as in `encode`
+            raise InvalidParam("messages", "messages holds a lone surrogate (half of a character), which is not text.") from e
+        ids, more = self._checked(encoding.ids, "messages"), 0
+        if self._adds_bos:
+            begun = next((i for i, token in enumerate(ids.tolist()) if token != self.bos_id), len(ids))
+            more = 1 - begun
+            ids = ids[begun - 1 :] if begun else np.array([self.bos_id, *ids.tolist()], np.int32)
+
+        def place(char: int) -> int | None:
+            token = encoding.char_to_token(char)
+            return None if token is None else token + more
+
+        return ids, shape_of(request["messages"], text, place)
 
     def _template_for(self, given: str | None) -> ChatTemplate:
         """The template of a request, or the model's own.  Raises RequestError 400 if there is none."""
