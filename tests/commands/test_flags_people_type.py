@@ -164,8 +164,9 @@ def test_the_tables_name_flags_that_exist_and_none_of_our_own() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "serve"])
 def test_no_command_takes_an_abbreviation(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    begins = {"chat": "--temp 1", "batch": "a b --win 3", "simulate": "x --lat 5", "doctor": "--js"}.get(command, "--rev x")
-    assert "did you mean --" in refused([command, *begins.split()], capsys)
+    begins = {"chat": "--temp 1", "batch": "a b --win 3", "simulate": "x --lat 5", "doctor": "--js", "trace": "x --js"}
+    begins["journal"] = "info x --js"
+    assert "did you mean --" in refused([command, *begins.get(command, "--rev x").split()], capsys)
 
 
 def test_every_parser_of_the_repository_refuses_abbreviations() -> None:
