@@ -47,6 +47,7 @@ NOT_RUN = {
     ("README.md", "scripts/launch.sh"): "installs packages and serves until ^C",
     ("README.md", "HTTP / SSE ---> api"): PICTURE,
     ("README.md", "$ scripts/chat.sh"): TRANSCRIPT,
+    ("docs/cache_explanation.md", '"cache_explanation"'): "a part of an answer",
     ("README.md", "$ head -1 in.jsonl"): TRANSCRIPT,
     ("README.md", "$ .venv/bin/minisgl selfcheck --tp 2"): TRANSCRIPT + " (tests/selfcheck runs it)",
     ("README.md", "minisgl: GPU 0: 139.8 GiB"): "a line of a machine with a GPU",

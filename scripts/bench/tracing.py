@@ -31,7 +31,7 @@ from scripts.lib.reference import provenance
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument("--rows", type=int, default=64, help="requests at the same time")
     p.add_argument("--tokens", type=int, default=100, help="of each answer")
     p.add_argument("--rounds", type=int, default=20)

@@ -119,7 +119,7 @@ def in_sql(binary: str, raw: bytes) -> dict[str, float]:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description="Trace a server, check the file, print the overlap as JSON.")
+    p = argparse.ArgumentParser(allow_abbrev=False, description="Trace a server, check the file, print the overlap as JSON.")
     p.add_argument("--model", default="", help="default: the embedded one")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--lag", default="2")

@@ -14,7 +14,19 @@ from test_tokenizer_actor import Recorder
 
 from minisgl.actors import detokenizer as module
 from minisgl.actors.detokenizer import DetokenizerActor
-from minisgl.actors.messages import Cancel, Forget, Logprobs, Started, Stop, Text, ThoughtEnded, TokenLogprobs, Tokens, Track
+from minisgl.actors.messages import (
+    Cancel,
+    Forget,
+    Logprobs,
+    Started,
+    Stop,
+    Text,
+    ThoughtEnded,
+    TokenLogprobs,
+    Tokens,
+    Trace,
+    Track,
+)
 from minisgl.actors.wire import decode, encode
 from minisgl.model.text.tokenizer import Tokenizer
 from minisgl.sampling_params import Finish, SamplingParams
@@ -334,7 +346,7 @@ def test_state_is_dropped_for_any_end(world: Setup) -> None:
 
 
 def test_the_actor_handles_what_the_protocol_sends_it() -> None:
-    assert set(DetokenizerActor._table) == {Track, TokenLogprobs, Tokens, Forget, Stop}
+    assert set(DetokenizerActor._table) == {Track, TokenLogprobs, Tokens, Forget, Stop, Trace}
 
 
 # ---------------- thoughts
