@@ -58,7 +58,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("what", [*door._UNUSUAL, *(set(ODD) - set(door._UNUSUAL)), "no host"])
+@pytest.mark.parametrize("what", [*door._UNUSUAL, *(name for name in ODD if name not in door._UNUSUAL), "no host"])
 def test_what_is_odd_is_left_to_the_long_way(house: House, what: str) -> None:
     raw = fuzz_http._post("/v1/completions", {"prompt": "abc"}, f"Authorization: Bearer {fuzz_http.KEY}")
     house.full = True

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from journal.test_server import Server, server
+from journal.test_journal_server import Server, server
 from processes import eventually
 
 from minisgl.__main__ import main
