@@ -139,7 +139,7 @@ class Client:
         elif isinstance(news, Chunk):
             assert news.cached_tokens <= news.prompt_tokens
             vector = None if news.vector is None else news.vector.tolist()
-            self.heard.append(news._replace(cached_tokens=0, queued=0.0, vector=vector))
+            self.heard.append(news._replace(cached_tokens=0, queued=0.0, waited=0.0, vector=vector))
         else:
             self.heard.append(news)
         self.ended = not isinstance(news, Chunk) or news.finish is not Finish.NONE

@@ -241,7 +241,7 @@ def test_people_can_talk_to_the_fake_engine_and_stop_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_embedded_model_the_fake_engine_speaks_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_embedded_model_the_fake_engine_reads_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise UserError("not installed")
 
@@ -252,7 +252,7 @@ def test_without_the_embedded_model_the_fake_engine_speaks_bytes(monkeypatch: py
     prompt = "user: a\nassistant: "
     ids = load_tokenizer(spec).encode(prompt, False).tolist()
     assert answer.prompt_tokens == len(ids) == len(prompt)
-    assert answer.token_ids == expected_tokens(ids, 5, 256, ())
+    assert answer.token_ids == expected_tokens(ids, 5, spec.vocab_size, spec.eos_ids)
 
 
 def test_the_same_engine_in_one_thread_gives_the_same_text(llm: LLM) -> None:

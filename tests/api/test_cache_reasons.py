@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import VOCAB, World, cases, fake_config
 
+from minisgl.actors.scheduler.plan_builder import NO_SLOTS
+from minisgl.actors.scheduler.request import Request
 from minisgl.api.cache_reasons import AFTER, BEFORE, CacheExplanation, CacheReasons, Windows, shown
 from minisgl.api.engine import Chunk, TokenPrompt
 from minisgl.api.prompt_memory import NODE_BYTES, PromptMemory
@@ -17,6 +19,8 @@ from minisgl.model.text.conversation import NOWHERE, shape_of
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 PAGE = 4
+# The cache knows salts by their digests.
+NAMES = {Request(0, NO_SLOTS, 1, 0, SamplingParams(), RequestOptions(cache_salt=salt)).salt: salt for salt in ("", "pepper")}
 
 
 def ask(world: World, ids: list[int], n: int, salt: str = "", **more: Any) -> list[Chunk]:
@@ -49,7 +53,7 @@ def cached_prefixes(world: World) -> set[tuple[str, tuple[int, ...]]]:
     for node in world.machine.cache.nodes():
         ids = path(node)
         for end in range(PAGE * (len(ids) // PAGE - len(node.pages) + 1), len(ids) + 1, PAGE):
-            out.add((node.salt, tuple(ids[:end])))
+            out.add((NAMES[node.salt], tuple(ids[:end])))
     return out
 
 

@@ -159,7 +159,7 @@ def test_a_frame_shows_requests_tokens_latencies_the_cache_and_the_processes() -
     assert re.search(r"TTFT +p50 325.0 ms", text)
     assert re.search(r"ITL +p50 17.5 ms +p99 24.9 ms", text)
     assert "25 % used, 25 % cached, 50 % free of 200 pages; prefix hit rate 20 %" in text
-    assert re.search(r"worker0 +\d+ % +\d+ MB +\d+ +\d+ +61.0 s +2", text)
+    assert re.search(r"worker0 +\d+ % +[\d,]+ MB +\d+ +\d+ +61.0 s +2", text)
     assert re.search(r"api +\d+ %", text)
     bar = next(line for line in text.splitlines() if "█" in line)
     assert (bar.count("█"), bar.count("▒"), bar.count("·")) == (24, 24, 48)

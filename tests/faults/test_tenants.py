@@ -208,7 +208,7 @@ def test_a_salt_that_is_damaged_is_not_replaced_in_silence(tmp_path: Path, conte
 
 
 def test_the_name_of_a_tenant_needs_key_and_salt() -> None:
-    names = {Keys((key,), salt=salt)._name(key) for key in (ALICE, BOB) for salt in (b"a" * 16, b"b" * 16, b"")}
+    names = {Keys((key,), salt=salt).name(key) for key in (ALICE, BOB) for salt in (b"a" * 16, b"b" * 16, b"")}
     assert len(names) == 6
     assert all(len(name) == 32 and ALICE not in name for name in names)
 
@@ -243,7 +243,7 @@ def cached_by(world: World, engine: Engine, salt: str = "") -> int:
 def tenants(world: World, **server: Any) -> dict[str, Engine]:
     world.gateway.config = dc.replace(world.config, server=ServerConfig(**server))
     keys, callers = Keys((ALICE, BOB)), Callers(world.gateway)
-    return {key: callers.call("", tenant=keys._name(key)) for key in (ALICE, BOB)} | {"": callers.call("127.0.0.1")}
+    return {key: callers.call("", tenant=keys.name(key)) for key in (ALICE, BOB)} | {"": callers.call("127.0.0.1")}
 
 
 def test_cached_tokens_tell_a_key_nothing_of_what_another_has_asked() -> None:
