@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from minisgl.api.batches.curve import ClientKeys
     from minisgl.api.http.auth import Keys
     from minisgl.api.http.connection_limits import Connections
-    from minisgl.api.http.process_facts import Process
 
 EXIT_DIED = 70  # a process of the engine died; EX_SOFTWARE
 EXIT_REFUSED = 2  # as __main__ has it for a UserError
@@ -217,7 +216,7 @@ class _Server:
             limit, closed, door = connections_within(descriptors), engine.metrics.closed, app[DOOR]
             self.connections = connections = Connections(limit, engine.kept, closed)
             engine.metrics.connections = connections.__len__
-            engine.metrics.processes.processes = self.processes
+            engine.metrics.processes.processes = self.system.gateway.processes
             app[WATCHERS].processes = self.system.gateway.processes
             listener = Acceptor(
                 self.sock,
@@ -248,14 +247,6 @@ class _Server:
             if spans is not None:
                 spans.close()
         return self.exit_code()
-
-    def processes(self) -> dict[str, Process]:
-        """All processes of the server, this one included."""
-        from minisgl.api.http.process_facts import Process
-
-        ages = self.system.gateway.watchdog.beat_ages()
-        children = {name: Process(pid, ages.get(name)) for name, pid in self.system.supervisor.pids.items()}
-        return {"api": Process(os.getpid()), **children}
 
     # ---------------- serving
     def pump(self) -> None:

@@ -14,6 +14,9 @@ _FRESH_SECONDS = 1.0
 _TICKS, _PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
+Processes = Callable[[], Mapping[str, tuple[int, float | None]]]  # by name: pid, seconds since the last sign of life
+
+
 class Process(NamedTuple):
     """A process of the server.  `beat_age`: seconds since its last sign of life, None where nobody needs one of it."""
 
@@ -30,8 +33,8 @@ class Usage(NamedTuple):
     descriptors: int | None
 
 
-def usage_of(pid: int, proc: str = "/proc") -> Usage | None:
-    """The usage of a process as the kernel counts it; None if it has ended, or there is no /proc."""
+def stat_of(pid: int, proc: str = "/proc") -> tuple[float, int, int] | None:
+    """Processor seconds, resident bytes and threads of a process; None if it has ended, or there is no /proc."""
     try:
         with open(f"{proc}/{pid}/stat", "rb") as f:
             fields = f.read().rpartition(b")")[2].split()  # its name may hold blanks and brackets
@@ -40,18 +43,25 @@ def usage_of(pid: int, proc: str = "/proc") -> Usage | None:
     if len(fields) < 22 or fields[0] in (b"Z", b"X"):
         return None
     user, system, threads, pages = (int(fields[i]) for i in (11, 12, 17, 21))
+    return (user + system) / _TICKS, pages * _PAGE, threads
+
+
+def usage_of(pid: int, proc: str = "/proc") -> Usage | None:
+    """The usage of a process as the kernel counts it; None if it has ended, or there is no /proc."""
+    if (stat := stat_of(pid, proc)) is None:
+        return None
     try:
         descriptors = len(os.listdir(f"{proc}/{pid}/fd"))
     except OSError:  # of another user
         descriptors = None
-    return Usage((user + system) / _TICKS, pages * _PAGE, threads, descriptors)
+    return Usage(*stat, descriptors)
 
 
 class ProcessFacts:
     """The processes by name, with what they take.  `processes` tells which there are."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.processes: Callable[[], Mapping[str, Process]] = dict
+        self.processes: Processes = dict
         self._now = now
         self._read_at = -_FRESH_SECONDS
         self._last: dict[str, tuple[Process, Usage]] = {}
@@ -60,6 +70,6 @@ class ProcessFacts:
         """Of those that live, at most _FRESH_SECONDS old."""
         if (now := self._now()) - self._read_at >= _FRESH_SECONDS:
             self._read_at = now
-            found = ((name, process, usage_of(process.pid)) for name, process in self.processes().items())
-            self._last = {name: (process, usage) for name, process, usage in found if usage is not None}
+            found = ((name, process, usage_of(process[0])) for name, process in self.processes().items())
+            self._last = {name: (Process(*process), usage) for name, process, usage in found if usage is not None}
         return self._last

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from minisgl.api.engine import Engine
+from minisgl.api.http.process_facts import Processes, stat_of
 from minisgl.errors import RequestError
 from minisgl.view.process import MAX_BEHIND, ViewerProcess
 
 MOST = 16  # watchers
 LINGER_SECONDS = 3.0  # the viewer stays after the last one
 ANSWER_SECONDS = 20.0  # of the viewer: it may load a tokenizer, or live through a journal
-_TICKS, _PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-
-Processes = Callable[[], Mapping[str, tuple[int, float | None]]]  # by name: pid, seconds since the last sign of life
 
 
 class Watcher:
@@ -172,10 +168,9 @@ class Watchers:
             rows = {}
             known = {**self.processes(), **({"viewer": (self._viewer.pid, None)} if self._viewer is not None else {})}
             for name, (pid, beat) in known.items():
-                usage = _usage(pid)
-                if usage is None:
+                if (stat := stat_of(pid)) is None:
                     continue
-                cpu, memory = usage
+                cpu, memory, _ = stat
                 then, before = self._cpu.get(f"{name} {pid}", (now, cpu))
                 self._cpu[f"{name} {pid}"] = now, cpu
                 share = None if now <= then else round((cpu - before) / (now - then), 3)
@@ -186,13 +181,3 @@ class Watchers:
                 {"processes": rows, "restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, **state},
             )
         return self._usage[1]
-
-
-def _usage(pid: int) -> tuple[float, int] | None:
-    """Processor seconds and resident bytes of a process; None if /proc does not say."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            fields = f.read().rpartition(b")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE
-    except (OSError, IndexError, ValueError):
-        return None
