@@ -124,6 +124,10 @@ class ModelSpec:
         """The factor of queries times keys."""
         return self.attn_scale or self.head_dim**-0.5
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return bool(self.num_experts) and layer not in self.dense_layers
+
     def window(self, layer: int) -> int:
         """Tokens that a query of `layer` sees, its own included; 0: all."""
         return self.windows[layer] if self.windows else 0

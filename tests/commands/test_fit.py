@@ -120,6 +120,14 @@ def test_bounds_are_those_of_a_plain_calculation() -> None:
     assert bounds.seconds(prompt) == prompt.flops / 989e12
 
 
+def test_experts_in_float8_take_a_byte_for_each_number_and_a_scale_for_each_output() -> None:
+    engine = EngineConfig(device="cuda", quantization="fp8")
+    found = estimate(random_shape("qwen3-30b-a3b"), engine, GPUS["h100"])
+    inner, hidden, router = 768, 2048, 2 * 2048
+    each = 2 * inner * (hidden + 4) + hidden * (inner + 4) + router
+    assert found.weights["experts"] == 48 * 128 * each
+
+
 def test_a_window_and_experts_bound_what_a_step_reads(tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -149,7 +157,6 @@ def test_a_rank_has_its_share_and_the_ledger_is_of_the_one_with_the_most(capsys:
 def test_what_the_engine_would_refuse_is_refused_in_its_words(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, named in (
         (["random:qwen3-8b", "--gpu", "a100", "--quantization", "fp8"], "compute capability 8.0"),
-        (["random:qwen3-30b-a3b", "--gpu", "h100", "--quantization", "fp8"], "experts"),
         (["random:qwen3-8b", "--gpu", "b9000"], "--gpu must be one of h200"),
         (["random:qwen3-8b", "--gpu", "h100", "--gpus", "33"], "--tp 33"),
         (["random:qwen3-8b", "--context", "99999999"], "--context 99999999: qwen3-8b has a context of 40960"),

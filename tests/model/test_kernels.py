@@ -20,7 +20,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from minisgl.model.common.activations import PartialSums, Product, Quantized, Scaled
-from minisgl.model.common.functional import route
+from minisgl.model.common.functional import act_mul, route
 from minisgl.model.common.interfaces import ExpertWeights, QKNorm
 from minisgl.model.common.slots import SamplingRows
 from minisgl.model.cpu.layers import Experts
@@ -461,6 +461,32 @@ def test_experts_are_the_weighted_sum_of_what_each_says(tokens: int, e: int, inn
     assert error(more.float().sum(0), clamped) < TOLERANCE
     assert parts.shape == (2, tokens, 96)
     assert error(parts.float().sum(0), want) < TOLERANCE
+
+
+@pytest.mark.parametrize(("tokens", "e", "inner"), [(1, 4, 24), (37, 5, 64)])
+def test_experts_in_float8_say_what_their_rounded_weights_say(tokens: int, e: int, inner: int) -> None:
+    torch.manual_seed(e)
+    x, router = rand(tokens, 96), rand(e, 96)
+    biases = (rand(e), 4 * rand(e, 2 * inner), rand(e, 96))
+    exact = moe.Weights(rand(e, 2 * inner, 96) / 10, rand(e, 96, inner) / 10, *biases[1:])
+    weights = moe.in_float8(exact)
+    assert weights.gate_up_scales is not None
+    assert weights.down_scales is not None
+    gate_up = weights.gate_up.float() * weights.gate_up_scales.view(e, -1, 1)
+    down = weights.down.float() * weights.down_scales.view(e, -1, 1)
+    assert error(gate_up, exact.gate_up) < FP8_TOLERANCE
+    parts = moe.experts(x, F.linear(x, router, biases[0]), weights, moe.Settings(2, True, clamped=True))
+    rounded = norm_activation.quantize_rows(x)
+    rows = rounded.values.float() * rounded.scales
+    chosen, shares = moe.route(F.linear(x, router, biases[0]), 2, True)
+    want = torch.zeros(tokens, 96, device=DEVICE)
+    for token, (mine, weight) in enumerate(zip(chosen.tolist(), shares, strict=True)):
+        for expert, share in zip(mine, weight, strict=True):
+            both = gate_up[expert] @ rows[token] + biases[1][expert].float()
+            hidden = act_mul(both[None].to(x.dtype), "clamped_swiglu").float()
+            hidden = (q := norm_activation.quantize_rows(hidden.to(x.dtype))).values.float() * q.scales
+            want[token] += share * (down[expert] @ hidden[0] + biases[2][expert].float())
+    assert error(parts.float().sum(0), want) < FP8_TOLERANCE
 
 
 def test_a_router_that_says_nothing_chooses_experts_that_exist() -> None:

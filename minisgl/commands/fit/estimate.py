@@ -102,7 +102,7 @@ def _of_rank(config: Config, shard: Shard, hardware: Hardware, kernels: bool) ->
         refused = "" if 0 < kv <= free else "the weights and a page of the KV cache do not fit"
         return Estimate(spec, engine, hardware, weights, token, {}, 0 if refused else pages, refused)
     widths = [spec.hidden_size, *(end - start for start, end in (shard.q_rows, shard.kv_rows, shard.mlp))]
-    check_float8(engine, config.dtype, hardware.capability, widths, experts=spec.num_experts)
+    check_float8(engine, config.dtype, hardware.capability, widths)
     token = token_bytes(spec, shard, 1 if engine.kv_cache_dtype == "fp8" else item)
     lacks = flashinfer_lacks(spec.head_dim, config.dtype, hardware.capability, sinks=spec.sinks, installed=True)
     other = int((OTHER_GIB if engine.tp == 1 else OTHER_GIB_RANKS) * GIB)

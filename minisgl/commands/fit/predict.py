@@ -43,7 +43,7 @@ def matrices(spec: ModelSpec, shard: Shard) -> Iterator[Matrix]:
     for layer in range(spec.num_layers):
         yield Matrix("attention", layer, ("q_proj", "k_proj", "v_proj"), q + 2 * kv, hidden)
         yield Matrix("attention", layer, ("o_proj",), hidden, q, odd_q)
-        if spec.num_experts and layer not in spec.dense_layers:
+        if spec.has_experts(layer):
             yield Matrix("experts", layer, ("gate_up",), 2 * expert, hidden, count=spec.num_experts)
             yield Matrix("experts", layer, ("down",), hidden, expert, count=spec.num_experts)
         else:
@@ -67,9 +67,9 @@ def in_dtype(item: int) -> MatrixBytes:
 
 
 def in_fp8(item: int) -> MatrixBytes:
-    """A byte for each number and a float32 for each output; experts and the head keep their `item` bytes."""
+    """A byte for each number and a float32 for each output; the head keeps its `item` bytes."""
     plain = in_dtype(item)
-    return lambda m: plain(m) if m.kind in ("experts", "head") else m.outputs * (m.inputs + 4)
+    return lambda m: plain(m) if m.kind == "head" else m.count * m.outputs * (m.inputs + 4)
 
 
 def in_blocks(kind: str, stored: Callable[[int, str], int]) -> MatrixBytes:

@@ -94,7 +94,8 @@ class Layer:
         name = f"model.layers.{layer}."
         self.attn_norm = make_norm(build, name + "input_layernorm")
         self.attn = Attention(build, layer)
-        self.mlp_norm = make_norm(build, name + "post_attention_layernorm")
+        routed = build.spec.has_experts(layer)  # a router reads plain rows
+        self.mlp_norm = make_norm(build, name + "post_attention_layernorm", plain_output=routed)
         self.mlp = self.make_mlp(build, layer)
 
     def make_mlp(self, build: Build, layer: int) -> LinearLayer:

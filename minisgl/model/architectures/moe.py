@@ -48,9 +48,7 @@ class Layer(llama.Layer):
     """A decoder block with experts, or with a dense MLP if it is one of `dense_layers`."""
 
     def make_mlp(self, build: Build, layer: int) -> LinearLayer:
-        if layer in build.spec.dense_layers:
-            return super().make_mlp(build, layer)
-        return Experts(build, read_experts(build, layer))
+        return Experts(build, read_experts(build, layer)) if build.spec.has_experts(layer) else super().make_mlp(build, layer)
 
 
 class Qwen3Moe(llama.Llama):

@@ -118,10 +118,13 @@ def biased(product: LinearLayer, bias: torch.Tensor | None) -> LinearLayer:
 class Experts:
     """A mixture of experts.  Returns a part for each of a token's choices, or their sum with `no_partial_sums`."""
 
-    def __init__(self, weights: ExpertWeights, *, no_partial_sums: bool) -> None:
+    def __init__(self, weights: ExpertWeights, *, no_partial_sums: bool, fp8: bool = False) -> None:
+        """fp8: of the experts; the router keeps its dtype, because small differences would choose others."""
         w = weights
         self._router = biased(Linear(w.router, no_partial_sums=True), w.router_bias)
         self._weights = moe.Weights(w.gate_up, w.down, w.gate_up_bias, w.down_bias)
+        if fp8:
+            self._weights = moe.in_float8(self._weights)
         self._settings = moe.Settings(w.top_k, w.normalise, clamped=w.activation == "clamped_swiglu")
         self._no_partial_sums = no_partial_sums
 
@@ -170,7 +173,7 @@ class CudaLayers:
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
     def experts(self, weights: ExpertWeights) -> LinearLayer:
-        return Experts(weights, no_partial_sums=self._no_partial_sums)
+        return Experts(weights, no_partial_sums=self._no_partial_sums, fp8=self._fp8)
 
     def rope(self, spec: ModelSpec) -> RopeLayer:
         freqs, amplitude = frequencies(spec)

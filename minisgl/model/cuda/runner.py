@@ -101,7 +101,7 @@ class CudaRunner:
         kv_dtype = FP8 if engine.kv_cache_dtype == "fp8" else self._dtype
         self._heads = AttentionSpec.of(spec, self._shard, self._dtype, kv_dtype, 10 * properties.major + properties.minor)
         widths = [spec.hidden_size, *(end - start for start, end in (self._shard.q_rows, self._shard.kv_rows, self._shard.mlp))]
-        check_float8(engine, config.dtype, self._heads.capability, widths, experts=spec.num_experts)
+        check_float8(engine, config.dtype, self._heads.capability, widths)
         self._backends = choose(engine.attention_backend, self._heads, self._compile_flashinfer)
         free, total = torch.cuda.mem_get_info(self._device)
         self._total, self._other = total, total - free

@@ -12,19 +12,21 @@ tokens alone.
 The result is TOP parts [TOP, T, C], one for each rank of choice, which the next norm adds up as it does the parts of a product
 with a split sum (see small_batch_matmul).
 
+In float8 the rows before each product are quantised by a launch of its own, and both sides of the product are float8.
+
 Bytes of a decode step: the weights of every expert that is chosen, once; few rows each, so the weights are the large side of
 the tiles, as in small_batch_matmul.  Sorting into padded blocks is the idea of MegaBlocks (Gale et al., arXiv:2211.15841).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from minisgl.model.kernels.norm_activation import gate
+from minisgl.model.kernels.norm_activation import gate, quantize_rows
 from minisgl.model.kernels.pdl import begin, launch_options
 
 SUB = 64  # choices that are compared with all experts at a time
@@ -103,14 +105,14 @@ def _place(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _experts(
-    x, weight, bias, out, weights, order, blocks, tokens, N, K, E,
+    x, weight, bias, row_scales, scales, out, weights, order, blocks, tokens, N, K, E,
     TOP: tl.constexpr, FIRST: tl.constexpr, CLAMPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of N outputs, block of choices).
 
     FIRST: x [T, K], weight [E, 2 N, K], out [T TOP, N] gated.  Otherwise: x [T TOP, K], weight [E, N, K], out [TOP, T, N],
-    times the choice's weight.  bias [E, 2 N or N], or None.
+    times the choice's weight.  bias [E, 2 N or N], or None.  In float8: scales [E, 2 N or N] of the weight, and of x's rows.
     """
     begin(PDL)
     block = tl.program_id(1)
@@ -141,11 +143,16 @@ def _experts(
                 acc_up = tl.dot(w_up, tl.trans(xs), acc_up, input_precision=PRECISION)
             at_x += BLOCK_K
             at_w += BLOCK_K
-        if bias is not None:
-            at_bias = bias + expert.to(tl.int64) * height + n
-            acc += tl.load(at_bias, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        column = expert.to(tl.int64) * height + n
+        if scales is not None:
+            of_row = tl.load(row_scales + row, mask=inside, other=0.0)[None, :]
+            acc *= tl.load(scales + column, mask=n < N, other=0.0)[:, None] * of_row
             if FIRST:
-                acc_up += tl.load(at_bias + N, mask=n < N, other=0.0).to(tl.float32)[:, None]
+                acc_up *= tl.load(scales + column + N, mask=n < N, other=0.0)[:, None] * of_row
+        if bias is not None:
+            acc += tl.load(bias + column, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            if FIRST:
+                acc_up += tl.load(bias + column + N, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if FIRST:
             value, to = clamped_gate(acc, acc_up, out) if CLAMPED else gate(acc, acc_up, out), choice
         else:
@@ -164,12 +171,17 @@ def clamped_gate(gate, up, out):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """gate_up [E, 2 I, C] and down [E, C, I], with their biases [E, 2 I] and [E, C] if they have any; all contiguous."""
+    """gate_up [E, 2 I, C] and down [E, C, I], with their biases [E, 2 I] and [E, C] if they have any; all contiguous.
+
+    In float8 they have scales f32 [E, 2 I] and [E, C] (see `in_float8`), and the rows before both products are quantised.
+    """
 
     gate_up: torch.Tensor
     down: torch.Tensor
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    gate_up_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +228,23 @@ def sort(experts: torch.Tensor, e: int, block_m: int) -> tuple[torch.Tensor, tor
     return order, blocks
 
 
-def choose(tokens: int, top: int, e: int) -> dict[str, int]:
+def in_float8(weights: Weights) -> Weights:
+    """The same in float8, with a scale for each output channel of each expert."""
+    gate_up, down = (quantize_rows(w.flatten(0, 1)) for w in (weights.gate_up, weights.down))
+    return replace(
+        weights,
+        gate_up=gate_up.values.view(weights.gate_up.shape),
+        down=down.values.view(weights.down.shape),
+        gate_up_scales=gate_up.scales,
+        down_scales=down.scales,
+    )
+
+
+def choose(tokens: int, top: int, e: int, *, fp8: bool = False) -> dict[str, int]:
     """The sizes of a program, by how many choices fall on an expert.  From scripts/tune/experts.py on an H200."""
     each = tokens * top / e
     block_m, block_k = (16, 128) if each <= 8 else (32, 64) if each <= 32 else (64, 64) if each <= 64 else (128, 64)
-    return {"block_m": block_m, "block_n": 64, "block_k": block_k, "warps": 4, "stages": 3}
+    return {"block_m": block_m, "block_n": 64, "block_k": 128 if fp8 else block_k, "warps": 4, "stages": 3}
 
 
 def experts(
@@ -228,19 +252,23 @@ def experts(
 ) -> torch.Tensor:
     """x [T, C] and router logits [T, E], contiguous -> parts [top, T, C] of x's dtype.  `sizes`: instead of `choose`'s."""
     tokens, (e, width, inner), top = len(x), weights.down.shape, settings.top
-    sizes = sizes or choose(tokens, top, e)
+    sizes = sizes or choose(tokens, top, e, fp8=weights.down_scales is not None)
     chosen, shares = route(logits, top, settings.normalise)
     order, blocks = sort(chosen, e, sizes["block_m"])
     hidden = torch.empty(tokens * top, inner, dtype=x.dtype, device=x.device)
     parts = torch.empty(top, tokens, width, dtype=x.dtype, device=x.device)
-    for source, weight, bias, out, first in (
-        (x, weights.gate_up, weights.gate_up_bias, hidden, True),
-        (hidden, weights.down, weights.down_bias, parts, False),
+    for source, weight, bias, scales, out, first in (
+        (x, weights.gate_up, weights.gate_up_bias, weights.gate_up_scales, hidden, True),
+        (hidden, weights.down, weights.down_bias, weights.down_scales, parts, False),
     ):
         n, k = out.shape[-1], source.shape[1]
-        block_k = min(sizes["block_k"], max(16, triton.next_power_of_2(k)))
+        rows, row_scales = source, None
+        if scales is not None:
+            quantized = quantize_rows(source)
+            rows, row_scales = quantized.values, quantized.scales
+        block_k = min(sizes["block_k"], max(16 if scales is None else 32, triton.next_power_of_2(k)))
         _experts[(triton.cdiv(n, sizes["block_n"]), len(blocks))](
-            source, weight, bias, out, shares, order, blocks, tokens, n, k, e,
+            rows, weight, bias, row_scales, scales, out, shares, order, blocks, tokens, n, k, e,
             TOP=top, FIRST=first, CLAMPED=settings.clamped, BLOCK_M=sizes["block_m"], BLOCK_N=sizes["block_n"],
             BLOCK_K=block_k, EVEN=k % block_k == 0, PRECISION="ieee", num_warps=sizes["warps"],
             num_stages=sizes["stages"], **launch_options(x),

@@ -36,10 +36,10 @@ def triton_lacks(head_dim: int, capability: int) -> str | None:
     return None if capability >= 80 else "it needs compute capability 8.0 or newer"
 
 
-def check_float8(engine: EngineConfig, dtype: str, capability: int, widths: Sequence[int] = (), *, experts: int = 0) -> None:
+def check_float8(engine: EngineConfig, dtype: str, capability: int, widths: Sequence[int] = ()) -> None:
     """Raises UserError where a flag demands float8 and the GPU, or its library, cannot compute it.
 
-    `widths`: rows and columns of this rank's linear layers; `experts`: experts in each of the model's layers.
+    `widths`: rows and columns of this rank's linear layers.
     """
     for flag, value in (("--quantization", engine.quantization), ("--kv-cache-dtype", engine.kv_cache_dtype)):
         if value == "fp8" and capability < FLOAT8_CAPABILITY:
@@ -49,8 +49,6 @@ def check_float8(engine: EngineConfig, dtype: str, capability: int, widths: Sequ
         return
     if dtype != "bfloat16":
         raise UserError(f"--quantization fp8 multiplies into bfloat16, and the model runs in {dtype}. Add --dtype bfloat16.")
-    if experts:
-        raise UserError("--quantization fp8: the experts of a mixture of experts have no float8 kernel. Leave the flag out.")
     uneven = [width for width in widths if width % 16]
     if uneven:
         raise UserError(
