@@ -7,9 +7,9 @@ once from another process and another address, FLOODS times, each time another o
 questions, one after another.  One JSON line a flood:
 
 refused_p50_ms, refused_p99_ms   from the last byte sent to the first byte of a refusal, the ways through the kernel included
-last_answer_s                    from the flood's first connection to its last answer; `opened_s`: to its last connection
+last_refusal_s                   from the flood's first connection to its last refusal; `opened_s`: to its last connection
 pause_ms                         the longest time between two pieces of one of the four streams; `alone_ms` before the floods
-cpu_s, refusal_us                CPU time of the api process until the last answer; for each refusal, without the streams'
+cpu_s, refusal_us                CPU time of the api process until the last refusal; for each refusal, without the streams'
 third                            the answers to the third client by status, and the longest time that one took
 rss_mb                           memory of the api process after the flood
 ok                               refusals are 429, the last within 3 s, and no pause was 100 ms longer than the longest alone
@@ -114,7 +114,7 @@ async def measure(url: str, requests: int, floods: int, flags: list[str]) -> boo
             served = "429" in found["answers"] and set(found["answers"]) <= {"200", "429", "admitted"}
             of_streams = piece * pieces(times, found.pop("until"))
             refused = sum(found["answers"].get(status, 0) for status in REFUSED)
-            ok = served and found["last_answer_s"] <= LAST_SECONDS and pause <= alone + PAUSE_MS
+            ok = served and found["last_refusal_s"] <= LAST_SECONDS and pause <= alone + PAUSE_MS
             oks.append(ok)
             more = {
                 "refusal_us": round(1e6 * (found["cpu_s"] - of_streams) / max(1, refused)),

@@ -3,9 +3,10 @@
     python -m scripts.lib.flood URL REQUESTS ADDRESS PID
 
 Every request has a connection of its own, from ADDRESS; all connections are opened before any is used.  Those that were
-admitted ask for long answers: when no answer has come for QUIET seconds, they are given up.  Prints one JSON object: answers by
-status, how long refusals took from the last byte sent to the first byte received, when the last one came, counted from the
-first connection, and the CPU time of process PID until then.  `until`: when that was, by the clock of all processes.
+admitted ask for long answers: when no answer has come for QUIET seconds, they are given up, and some may be answered in full
+before.  Prints one JSON object: answers by status, how long refusals took from the last byte sent to the first byte received,
+when the last refusal came, counted from the first connection, and the CPU time of process PID until then.  `until`: when that
+was, by the clock of all processes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(url: str, n: str, address: str, pid: str) -> dict[str, Any]:
     )
     events, sent, left = selectors.DefaultSelector(), dict[Any, float](), int(n)
     statuses, refusals = Counter[str](), list[float]()
-    start = last = sampled = time.monotonic()
+    start = last = refused = sampled = time.monotonic()
     began = cpu = cpu_seconds(int(pid))
     for _ in range(left):
         sock = socket.socket()
@@ -53,7 +54,7 @@ def main(url: str, n: str, address: str, pid: str) -> dict[str, Any]:
         sock.bind((address, 0))
         sock.connect_ex((to.hostname or "", to.port or 80))
         events.register(sock, selectors.EVENT_WRITE)
-    opened = last = time.monotonic()
+    opened = last = refused = time.monotonic()
     while left and time.monotonic() - last < QUIET:
         for key, _ in events.select(0.5):
             sock: Any = key.fileobj  # type: ignore[no-redef]
@@ -69,17 +70,18 @@ def main(url: str, n: str, address: str, pid: str) -> dict[str, Any]:
             last = time.monotonic()
             statuses[status] += 1
             if status in REFUSED:
+                refused = last
                 refusals.append(last - sent[sock])
             events.unregister(sock)
             sock.close()
             left -= 1
-        if sampled < last - SAMPLE_SECONDS:
-            sampled, cpu = last, cpu_seconds(int(pid))
+        if sampled < refused - SAMPLE_SECONDS:
+            sampled, cpu = refused, cpu_seconds(int(pid))
     statuses["admitted"] += left
     refusals.sort()
     ms = {f"refused_p{p}_ms": round(1000 * refusals[(len(refusals) - 1) * p // 100], 1) for p in (50, 99) if refusals}
-    seconds = {"opened_s": opened - start, "last_answer_s": last - start, "cpu_s": cpu - began}
-    return {"answers": dict(+statuses), **ms, **{name: round(value, 2) for name, value in seconds.items()}, "until": last}
+    seconds = {"opened_s": opened - start, "last_refusal_s": refused - start, "cpu_s": cpu - began}
+    return {"answers": dict(+statuses), **ms, **{name: round(value, 2) for name, value in seconds.items()}, "until": refused}
 
 
 if __name__ == "__main__":
