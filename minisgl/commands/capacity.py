@@ -35,7 +35,7 @@ def check(args: argparse.Namespace) -> list[str]:
     names: list[str] = list(dict.fromkeys(args.routers.split(",")))
     if unknown := [n for n in names if n not in ROUTERS]:
         raise UserError(f"--routers: unknown router {unknown[0]!r}; there are {', '.join(ROUTERS)}")
-    if not args.slo:
+    if args.slo is None:
         for flag, given in (("--price-per-hour", args.price_per_hour), ("--step-level", args.step_level)):
             if given:
                 raise UserError(f"{flag} belongs to a capacity plan: give --slo, as in --slo ttft=500ms,itl=50ms,share=0.9")

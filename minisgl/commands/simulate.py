@@ -144,7 +144,7 @@ def run(argv: list[str]) -> int:
     if limits.kv_tokens != args.kv_tokens:
         whole = Adjusted("--kv-tokens", args.kv_tokens, limits.kv_tokens, f"in whole pages of {args.page_size} tokens")
         print(f"minisgl simulate: {whole}", file=sys.stderr)
-    if args.slo:
+    if args.slo is not None:
         capacity.plan(args, requests, limits, costs)
         return 0
     replicas = args.replicas or 1

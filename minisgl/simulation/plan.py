@@ -49,7 +49,7 @@ def parse_slo(text: str) -> Slo:
         number = value.rstrip("smu")
         unit = value[len(number) :]
         try:
-            found[name] = float(number) * (1.0 if name == "share" and not unit else _UNITS[unit])
+            found[name] = float(number) * ({"": 1.0} if name == "share" else _UNITS)[unit]
         except (ValueError, KeyError):
             example = "0.9" if name == "share" else "500ms or 0.5s"
             raise UserError(f"--slo {text}: {name} must look like {example}, got {value!r}") from None
