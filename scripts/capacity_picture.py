@@ -1,6 +1,6 @@
 """Makes the picture of docs/capacity.md, from an hour of conversations (a Mooncake trace).
 
-    .venv/bin/python scripts/capacity_picture.py TRACE.jsonl
+.venv/bin/python scripts/capacity_picture.py TRACE.jsonl
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Does exact routing find what `minisgl simulate` predicts?  Three real servers behind vllm-router; one JSON line a policy.
 
-    .venv/bin/python scripts/check/routing.py TRACE.jsonl --router /path/to/vllm-router [--limit 400] [--pool-tokens 24576]
+    .venv/bin/python scripts/check/routing.py TRACE.jsonl --router /path/to/vllm-router [--limit 600] [--pool-tokens 24576]
 
-TRACE is Mooncake's; its lengths, and its blocks of 512 tokens, are divided by --divide.  Prompts are texts of words that are
-one token each.  The servers run the fake engine with pools so small that they evict; each policy begins with empty caches.
+TRACE is Mooncake's: those of its first requests that share more than their first block with another one; lengths, and the
+blocks of 512 tokens, are divided by --divide.  Prompts are texts of words that are one token each.  The servers run the fake
+engine with pools so small that they evict; each policy begins with empty caches.
 
 hit_rate                 share of the prompt tokens that the servers read from their caches, as they say in `usage`
 predicted, one_cache     what `simulate` finds for this policy over the same pools, and for one cache of the total size
@@ -29,6 +30,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,10 +54,13 @@ COSTS = FittedCosts(3e-3, 1e-6, 1e-5, 0.0)  # of a step of the fake engine, its 
 
 
 def shortened(path: str, limit: int, scale: float, divide: int) -> list[TraceRequest]:
-    """The trace with all lengths divided; equal blocks stay equal."""
+    """Those of the first requests that share more than the first block with another one, with all lengths divided."""
+    requests = [r for r in load(path, limit=limit, scale=scale) if len(r.tokens) > 1]
+    seconds = Counter(int(r.tokens[1]) for r in requests)
     return [
         replace(r, output=max(1, r.output // divide), counts=np.maximum(1, r.counts // divide).astype(np.int32))
-        for r in load(path, limit=limit, scale=scale)
+        for r in requests
+        if seconds[int(r.tokens[1])] > 1
     ]
 
 
@@ -198,7 +203,8 @@ def requests_of(url: str) -> int:
     """How many requests a server has had, by its metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    return int(sum(float(line.split()[-1]) for line in lines if line.startswith("minisgl_requests_total")))
+    counted = (line for line in lines if line.startswith("minisgl_http_requests_total") and 'route="/v1/completions"' in line)
+    return int(sum(float(line.split()[-1]) for line in counted))
 
 
 def knows_events() -> bool:
@@ -212,7 +218,7 @@ def main() -> int:
     parser.add_argument("trace", help="of Mooncake, .jsonl")
     parser.add_argument("--router", default="vllm-router", help="pip install vllm-router==0.1.17, in an environment of its own")
     parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--limit", type=int, default=400, help="the first so many requests")
+    parser.add_argument("--limit", type=int, default=600, help="a part of the first so many requests")
     parser.add_argument("--scale", type=float, default=4.0, help="times as fast as the trace")
     parser.add_argument("--divide", type=int, default=16, help="lengths are divided by this")
     parser.add_argument("--replicas", type=int, default=3)
