@@ -8,6 +8,7 @@ engine with pools so small that they evict; each policy begins with empty caches
 
 hit_rate                 share of the prompt tokens that the servers read from their caches, as they say in `usage`
 predicted, one_cache     what `simulate` finds for this policy over the same pools, and for one cache of the total size
+step_ms                  of the simulated steps: the median time of a request here over its tokens, so that as many are open
 share                    hit_rate / predicted for exact routing (kv_aware alone: at least LEAST)
 per_replica              requests by server
 restart_hits             after the router was stopped and started anew: the newest prompts, one after another, from the moment
@@ -25,6 +26,7 @@ import contextlib
 import json
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -50,7 +52,6 @@ from scripts.lib.reference import provenance
 
 LEAST, PAGE, PROBES = 0.95, 16, 30
 POLICIES = {"round_robin": "round-robin", "cache_aware": "cache-aware", "kv_aware": "exact"}
-COSTS = FittedCosts(3e-3, 1e-6, 1e-5, 0.0)  # of a step of the fake engine, its process and its neighbours, roughly
 
 
 def shortened(path: str, limit: int, scale: float, divide: int) -> list[TraceRequest]:
@@ -128,24 +129,29 @@ def router(path: str, policy: str, servers: Sequence[tuple[str, str, str]], log:
             process.wait(20)
 
 
-async def ask(session: aiohttp.ClientSession, url: str, text: str, tokens: int) -> tuple[int, int]:
-    """(prompt tokens, those of them that were cached)."""
+async def ask(session: aiohttp.ClientSession, url: str, text: str, tokens: int) -> tuple[int, int, float]:
+    """(prompt tokens, those of them that were cached, seconds)."""
     body = {"model": "fake", "prompt": text, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    start = time.perf_counter()
     async with session.post(f"{url}/v1/completions", json=body) as response:
         answer = await response.json()
         if response.status != 200:
             raise RuntimeError(f"HTTP {response.status}: {answer}")
         usage = answer["usage"]
-        return usage["prompt_tokens"], (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return (
+            usage["prompt_tokens"],
+            (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            time.perf_counter() - start,
+        )
 
 
-async def serve(url: str, requests: Sequence[TraceRequest], words: Words, start_at: float) -> list[tuple[int, int]]:
+async def serve(url: str, requests: Sequence[TraceRequest], words: Words, start_at: float) -> list[tuple[int, int, float]]:
     """Send each request at its time."""
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         start = time.perf_counter()
 
-        async def one(request: TraceRequest) -> tuple[int, int]:
+        async def one(request: TraceRequest) -> tuple[int, int, float]:
             await asyncio.sleep(max(0.0, start + request.arrival - start_at - time.perf_counter()))
             return await ask(session, url, words.prompt(request), request.output)
 
@@ -157,7 +163,7 @@ async def probe(url: str, requests: Sequence[TraceRequest], words: Words) -> tup
     right, start = 0, time.perf_counter()
     async with aiohttp.ClientSession() as session:
         for request in requests:
-            prompt, cached = await ask(session, url, words.prompt(request), 1)
+            prompt, cached, _ = await ask(session, url, words.prompt(request), 1)
             right += cached >= 0.9 * ((prompt - 1) // PAGE * PAGE)
     return right / len(requests), time.perf_counter() - start
 
@@ -188,7 +194,8 @@ def measure(args: argparse.Namespace, policy: str, requests: list[TraceRequest],
         log = f"{args.log}.{policy}"
         with router(args.router, policy, servers, log) as url:
             answers = asyncio.run(serve(url, requests, words, 0.0))
-        row: dict[str, Any] = {"policy": policy, "hit_rate": sum(c for _, c in answers) / sum(p for p, _ in answers)}
+        row: dict[str, Any] = {"policy": policy, "hit_rate": sum(a[1] for a in answers) / sum(a[0] for a in answers)}
+        row["step_ms"] = statistics.median(a[2] / (r.output + 1) for a, r in zip(answers, requests, strict=True)) * 1e3
         row["per_replica"] = [requests_of(url) for url, _, _ in servers]
         if policy == "kv_aware":
             probes = newest(requests)
@@ -233,8 +240,9 @@ def main() -> int:
         if policy == "kv_aware" and not knows_events():
             left_out, ok = "kv_aware: these servers do not know --kv-events", False
             continue
-        done = simulate(requests, limits, COSTS, replicas=args.replicas, router=POLICIES[policy], request_level=True)
         row = measure(args, policy, requests, words)
+        costs = FittedCosts(row["step_ms"] / 1e3, 0.0, 0.0, 0.0)
+        done = simulate(requests, limits, costs, replicas=args.replicas, router=POLICIES[policy], request_level=True)
         row |= {"predicted": float(done.log.cached.sum()) / float(done.inputs.sum()), "one_cache": whole}
         row["predicted_per_replica"] = done.routed
         if policy == "kv_aware":

@@ -127,9 +127,9 @@ def test_exact_routing_finds_more_than_turns_and_no_more_than_one_cache_of_the_t
 @pytest.mark.parametrize(
     "trace",
     [
-        "synthetic:rate=40,input=10-600,output=1-80,shared=64,groups=3,n=100,seed=1",
-        "synthetic:rate=5,input=700,output=30,n=30",
-        "synthetic:rate=200,input=20-60,output=20-60,n=100,seed=4",
+        "synthetic:rate=40,input=10-600,output=1-80,shared=64,groups=3,n=60,seed=1",
+        "synthetic:rate=5,input=700,output=30,n=10",
+        "synthetic:rate=200,input=20-60,output=20-60,n=60,seed=4",
     ],
 )
 def test_the_model_of_a_replica_agrees_with_the_step_machine(trace: str) -> None:
