@@ -10,7 +10,7 @@ hit_rate                 share of the prompt tokens that the servers read from t
 predicted, one_cache     what `simulate` finds for this policy over the same pools, and for one cache of the total size
 step_ms                  of the simulated steps: the median time of a request here over its tokens, so that as many are open
 share                    hit_rate / predicted for exact routing (kv_aware alone: at least LEAST)
-random_ties              least, mean and most that exact routing finds where ties are broken by chance, in DRAWS simulations: how much
+random_ties              least, mean and most that exact routing finds where chance breaks ties, in DRAWS simulations: how much
                          of a difference is luck
 per_replica              requests by server
 restart_hits             after the router was stopped and started anew: the newest prompts, one after another, from the moment
