@@ -5,75 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
 
 from minisgl.bench.intervals import CONFIDENCE
 from minisgl.bench.report import METRICS, PER_USER, Metric, Point, Row
+from minisgl.simulation.svg import COLOURS, Axis, document, line, nice, text, tick
 
 _PANEL, _LEFT, _TOP, _ROW = 250, 150, 66, 26
-_STYLE = """
-:root { --ink: #1f2328; --soft: #6b7280; --line: #d0d7de; --page: #ffffff;
-  --a: #0969da; --b: #bc4c00; --c: #1a7f37; --d: #8250df; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117;
-    --a: #4493f8; --b: #f0883e; --c: #3fb950; --d: #ab7df8; }
-}
-text { font: 12px system-ui, sans-serif; fill: var(--ink); } .soft { fill: var(--soft); } .title { font-weight: 600; }
-.grid { stroke: var(--line); } .zero { stroke: var(--ink); } .whisker { stroke: var(--ink); stroke-width: 1.5; }
-.page { fill: var(--page); } .noise { fill: var(--line); opacity: .6; }
-.better { fill: var(--c); } .worse { fill: var(--b); } .same { fill: var(--soft); }
-"""
-_COLOURS = ("--a", "--b", "--c", "--d")
 _FACTORS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 4, 8, 16, 64)
-
-
-class Axis(NamedTuple):
-    """Values from `low` to `high` become pixels from `start` to `end`; by their logarithms if `log`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """The pixel of a value; values beyond the ends lie on them."""
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, min(max(value, self.low), self.high)))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 2)
-
-
-def nice(high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from 0 to at least `high`."""
-    raw = high / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * 0.999)
-    return [step * i for i in range(math.ceil(high / step * 0.999) + 1)]
-
-
-def _document(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-            'role="img">',
-            f"<title>{escape(title)}</title><style>{_STYLE}</style>",
-            f'<rect class="page" width="{width:g}" height="{height:g}"/>',
-            _text(12, 20, title, "title"),
-            *parts,
-            "</svg>\n",
-        ]
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
-
-
-def _tick(x: float, y: float, label: str, value: float, *, kind: str = "x", anchor: str = "middle") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="soft {kind}" text-anchor="{anchor}" data-value="{value!r}">{escape(label)}</text>'
 
 
 # ---------------- ablations
@@ -82,12 +20,12 @@ def ablations(found: Sequence[Row], title: str) -> str:
     variants, base = found[1:], found[0]
     metrics = [m for m in METRICS if m.key in base.values]
     height = _TOP + _ROW * len(variants) + 54
-    parts = [_text(_LEFT - 10, _TOP + _ROW * (i + 0.5) + 4, row.name, anchor="end") for i, row in enumerate(variants)]
+    parts = [text(_LEFT - 10, _TOP + _ROW * (i + 0.5) + 4, row.name, anchor="end") for i, row in enumerate(variants)]
     for number, metric in enumerate(metrics):
         parts += _bars(base, variants, metric, _LEFT + number * (_PANEL + 20), height - 50)
     legend = f"bars: variant / base; lines: {CONFIDENCE:.0%} intervals; band: base to base; grey: may be noise"
-    parts.append(_text(_LEFT, height - 10, legend, "soft"))
-    return _document(_LEFT + len(metrics) * (_PANEL + 20), height, title, parts)
+    parts.append(text(_LEFT, height - 10, legend, "soft"))
+    return document(_LEFT + len(metrics) * (_PANEL + 20), height, title, parts)
 
 
 def _bars(base: Row, variants: Sequence[Row], metric: Metric, x: float, bottom: float) -> list[str]:
@@ -96,7 +34,7 @@ def _bars(base: Row, variants: Sequence[Row], metric: Metric, x: float, bottom: 
     axis = Axis(min(factors) / 1.1, max(factors) * 1.1, x, x + _PANEL, log=True)
     low, high = axis.at(1 / noise), axis.at(noise)
     parts = [
-        _text(x, _TOP - 14, f"{metric.title} ({'more' if metric.more else 'less'} is better)", "title"),
+        text(x, _TOP - 14, f"{metric.title} ({'more' if metric.more else 'less'} is better)", "title"),
         f'<rect class="noise" x="{low:g}" y="{_TOP}" width="{high - low:g}" height="{bottom - _TOP:g}"/>',
     ]
     last = -math.inf
@@ -106,8 +44,8 @@ def _bars(base: Row, variants: Sequence[Row], metric: Metric, x: float, bottom: 
             continue
         last = at if factor != 1 else last
         parts += [
-            _line(at, _TOP, at, bottom, "zero" if factor == 1 else "grid"),
-            _tick(at, bottom + 16, f"x {factor:g}", factor),
+            line(at, _TOP, at, bottom, "zero" if factor == 1 else "grid"),
+            tick(at, bottom + 16, f"x {factor:g}", factor),
         ]
     for i, row in enumerate(variants):
         d, y = row.differences[metric.key], _TOP + _ROW * i
@@ -118,7 +56,7 @@ def _bars(base: Row, variants: Sequence[Row], metric: Metric, x: float, bottom: 
             f'<rect class="bar {kind}" data-name="{escape(row.name)}" data-metric="{metric.key}" x="{ends[0]:g}" y="{y + 6:g}" '
             f'width="{ends[1] - ends[0]:g}" height="{_ROW - 12}"><title>{escape(about)}</title></rect>'
         )
-        parts.append(_line(axis.at(d.low), middle, axis.at(d.high), middle, "whisker"))
+        parts.append(line(axis.at(d.low), middle, axis.at(d.high), middle, "whisker"))
     return parts
 
 
@@ -131,11 +69,9 @@ def sweep(name: str, found: Sequence[Point], title: str) -> str:
     for number, metric in enumerate(against):
         parts += _curves(found, series, metric, gap + number * (side + gap), side)
     for i, label in enumerate(series if len(series) > 1 else []):
-        parts.append(
-            f'<text x="{gap + i * 150}" y="40" style="fill: var({_COLOURS[i % len(_COLOURS)]})">{escape(label)}</text>'
-        )
-    parts.append(_text(gap, _TOP + side + 58, f"labels: {name}; filled: no other point of the series beats it", "soft"))
-    return _document(gap + len(against) * (side + gap), _TOP + side + 72, title, parts)
+        parts.append(f'<text x="{gap + i * 150}" y="40" style="fill: var({COLOURS[i % len(COLOURS)]})">{escape(label)}</text>')
+    parts.append(text(gap, _TOP + side + 58, f"labels: {name}; filled: no other point of the series beats it", "soft"))
+    return document(gap + len(against) * (side + gap), _TOP + side + 72, title, parts)
 
 
 def _curves(found: Sequence[Point], series: Sequence[str], metric: Metric, left: float, side: float) -> list[str]:
@@ -145,15 +81,15 @@ def _curves(found: Sequence[Point], series: Sequence[str], metric: Metric, left:
     y = Axis(0.0, ticks[y_key][-1], bottom, _TOP)
     for value in ticks[metric.key]:
         parts += [
-            _line(x.at(value), _TOP, x.at(value), bottom, "grid"),
-            _tick(x.at(value), bottom + 18, f"{value:g}", value),
+            line(x.at(value), _TOP, x.at(value), bottom, "grid"),
+            tick(x.at(value), bottom + 18, f"{value:g}", value),
         ]
     for value in ticks[y_key]:
-        parts += [_line(left, y.at(value), left + side, y.at(value), "grid")]
-        parts += [_tick(left - 6, y.at(value) + 4, f"{value:g}", value, kind="y", anchor="end")]
-    parts += [_text(left + side / 2, bottom + 36, metric.title, anchor="middle"), _text(left, _TOP - 6, METRICS[0].title)]
+        parts += [line(left, y.at(value), left + side, y.at(value), "grid")]
+        parts += [tick(left - 6, y.at(value) + 4, f"{value:g}", value, kind="y", anchor="end")]
+    parts += [text(left + side / 2, bottom + 36, metric.title, anchor="middle"), text(left, _TOP - 6, METRICS[0].title)]
     for i, label in enumerate(series):
-        colour = f"var({_COLOURS[i % len(_COLOURS)]})"
+        colour = f"var({COLOURS[i % len(COLOURS)]})"
         mine = [(p, x.at(p.figures[metric.key][0]), y.at(p.figures[y_key][0])) for p in found if p.series == label]
         path = " ".join(f"{px:g},{py:g}" for _, px, py in mine)
         parts.append(f'<polyline points="{path}" style="fill: none; stroke: {colour}; stroke-width: 1.5"/>')
@@ -163,5 +99,5 @@ def _curves(found: Sequence[Point], series: Sequence[str], metric: Metric, left:
                 f'<circle class="point" data-series="{escape(label)}" data-name="{escape(p.value)}" data-metric="{metric.key}" '
                 f'cx="{px:g}" cy="{py:g}" r="4.5" style="fill: {fill}; stroke: {colour}; stroke-width: 2"/>'
             )
-            parts.append(_text(px + 7, py - 6, p.value, "soft"))
+            parts.append(text(px + 7, py - 6, p.value, "soft"))
     return parts

@@ -40,12 +40,15 @@ class Log:
         self.cached: I64 = np.full(n, -1, np.int64)  # prompt tokens found in the cache; -1: never admitted
         self.finish: U8 = np.zeros(n, np.uint8)
         self.gaps: list[F64] = []  # seconds between consecutive tokens of a request
+        self.worst: F64 = np.zeros(n)  # the longest of these, by request
 
     def enter(self, rows: Tokens, now: float) -> tuple[list[int], list[int]]:
         """Enter one token for each row that has one.  Returns the uids that had their first token, and those that ended."""
         uids = rows.uids[rows.counts > 0]
         old = self.tokens[uids] > 0
-        self.gaps.append(now - self.last[uids[old]])
+        gaps = now - self.last[uids[old]]
+        self.gaps.append(gaps)
+        self.worst[uids[old]] = np.maximum(self.worst[uids[old]], gaps)
         fresh = uids[~old]
         self.first[fresh] = now
         self.last[uids] = now
@@ -101,6 +104,13 @@ class Replica:
             return self._scheduler_free
         due = [self._due, *(events[0][0] for events in (self._arrivals, self._results) if events)]
         return max(self._scheduler_free, min(due))
+
+    def check(self) -> None:
+        """At the end of a trace.  Raises RuntimeError if a request never ends, AssertionError if a page or slot is lost."""
+        self.machine.check()
+        if not self.machine.idle:
+            waiting, running = len(self.machine.waiting), len(self.machine.running)
+            raise RuntimeError(f"{waiting} requests never start and {running} never end")
 
     def call(self) -> list[tuple[list[int], list[int]]]:
         """One call of `StepMachine.step`, at `wake`.  Returns what `Log.enter` returns for the step's outputs."""

@@ -21,7 +21,7 @@ from minisgl.simulation.fleet import Run, simulate
 from minisgl.simulation.gpu import PRESETS, FittedCosts, Work, fit, read_costs
 from minisgl.simulation.policies import POLICIES
 from minisgl.simulation.report import gaps, summarise, ttft
-from minisgl.simulation.router import PrefixRouter
+from minisgl.simulation.router import Fleet, prefix
 from minisgl.simulation.trace import BLOCK, FIRST_PROMPT_TOKEN, TraceRequest, ideal_hits, load
 
 SIMPLE = FittedCosts(1e-3, 1e-5, 1e-5, 1e-8)
@@ -269,7 +269,7 @@ def test_the_prefix_router_finds_more_than_round_robin() -> None:
 
 
 def test_a_busy_replica_loses_to_an_idle_one_in_spite_of_its_prefix() -> None:
-    router = PrefixRouter(2, 1 << 20)
+    router = Fleet(prefix, 2, 1 << 20)
     prompt = np.arange(1000, dtype=np.int32)
     assert router.route(0, prompt) == 0
     router.started(0)
