@@ -368,9 +368,9 @@ def test_other_keys_give_the_reason_alone(tmp_path: Path, by_key: str) -> None:
             why = server.why("k", guess, key=key)
             assert "parsnip" not in json.dumps(why)
             assert why["theirs"] is None
-            assert why["reason"] in (("salt",) if by_key == "on" else ("new", "evicted"))
+            assert why["reason"] in (("new",) if by_key == "on" else ("new", "evicted"))
             server.flush_with("key-of-an-administrator")
         mine = server.why("k", guess, key="key-of-a-user-number-1")
-        assert mine["reason"] in ("new", "salt", "evicted")
+        assert mine["reason"] in ("new", "evicted")
         again = server.why("k", guess, key="key-of-a-user-number-2")
         assert again["reason"] in ("short", "evicted")

@@ -283,7 +283,7 @@ def test_the_memory_finds_what_a_list_of_all_prompts_finds(seed: int) -> None:
 
         assert found.proven == most([row for row in proven if row[0][0] == tag[0]])
         assert found.fresh == most([row for row in proven if row[0][0] == tag[0] and row[2] == life])
-        assert found.other == most([row for row in proven if row[0][0] != tag[0] and row[2] == life])
+        assert found.other == most([row for row in proven if row[0][0] != tag[0] and row[0][1] == tag[1] and row[2] == life])
         alike = [(p, s) for p, s in mine if common(ids, p) == found.common]
         if found.common:
             theirs = np.frombuffer(found.theirs, np.int32).tolist()
