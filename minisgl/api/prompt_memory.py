@@ -7,9 +7,9 @@ It is no copy of the prefix cache but what this process knows of it: of every ru
 how far it is *proven* to have been in the cache.  A prompt is proven by its first token of answer, because its pages are shared
 before they are computed; an answer by its end, but for its last token, which is not computed.
 
-A node is a run of tokens, up to where two sequences part: a conversation that goes on lengthens its node.  `enter` costs about
-a microsecond for a node on the way and a memcmp of the prompt, nothing for a token that is generated.  The memory is bounded: the
-least recently used leaves go first.  Pure; runs in the api process.
+A node is a run of tokens, up to where two sequences part: a conversation that goes on lengthens its node.  `enter` costs some
+microseconds, about one for a node on the way, and a memcmp of the prompt; a token that is generated costs nothing.  The memory
+is bounded: the least recently used leaves go first.  Pure; runs in the api process.
 """
 
 from __future__ import annotations
