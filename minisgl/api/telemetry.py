@@ -203,9 +203,10 @@ class Telemetry:
 
     def close(self) -> None:
         """Send what waits, for a moment."""
+        closing = threading.Thread(target=self._meters.close if self._meters is not None else int, daemon=True)
+        closing.start()
         self._provider.shutdown()
-        if self._meters is not None:
-            self._meters.close()
+        closing.join(_END_SECONDS)
 
 
 def _ns(seconds: float) -> int:
