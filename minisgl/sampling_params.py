@@ -72,6 +72,7 @@ class RequestOptions:
     with prompts of the same salt.
 
     `client` and `call`: whose request it is, as opaque numbers.  Clients share the engine equally, calls of a client its share.
+    `owner`: the tenant whose prompt it is, as such a number, 0 without keys.
 
     `explain_cache`: the answer says why no more of its prompt was cached.
 
@@ -88,6 +89,7 @@ class RequestOptions:
     call: int = 0
     began: float = 0.0
     explain_cache: bool = False
+    owner: int = 0
 
     def __post_init__(self) -> None:
         _check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)

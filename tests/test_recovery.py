@@ -119,9 +119,9 @@ def test_what_was_cached_outlives_a_scheduler_that_is_killed_under_load() -> Non
 
 @pytest.mark.timeout(400)
 def test_a_conversation_with_a_model_goes_on_with_its_prefix_after_the_scheduler_was_killed() -> None:
-    engine = EngineConfig(kv_tokens=4096, max_context=2048, device="cpu")
+    engine = EngineConfig(kv_tokens=1024, max_context=512, device="cpu")
     answers = Answers(config=Config(resolve(None), engine, ServerConfig(max_restarts=5)))
-    conversation = TextPrompt("".join(f"{i}: the river is {i * i % 17} metres deep.\n" for i in range(125)))
+    conversation = TextPrompt("".join(f"{i}: the river is {i * i % 17} metres deep.\n" for i in range(32)))
     for key in range(2):
         answers.ask(key, conversation, temperature=0.0, max_tokens=8)
         answers.until(lambda key=key: key in answers.ends)
@@ -129,7 +129,7 @@ def test_a_conversation_with_a_model_goes_on_with_its_prefix_after_the_scheduler
             answers.kill("scheduler")
     assert answers.said[0] == answers.said[1]
     assert answers.cached[0] == 0
-    assert answers.cached[1] > 1400
+    assert answers.cached[1] > 300
     answers.close()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minisgl.api.prompt_memory import Found, PromptMemory, Tag
+from minisgl.api.prompt_memory import Found, PromptMemory, Tag, common_bytes
 from minisgl.arrays import I32
 from minisgl.config import Config
 from minisgl.sampling_params import RequestOptions, SamplingParams
@@ -91,18 +91,16 @@ class CacheReasons:
     """
 
     def __init__(self, config: Config) -> None:
-        self.memory = PromptMemory()
+        self.memory = PromptMemory(apart=config.server.salt_by_key == "on")
         self.life = 0
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._page = config.engine.page_size
         self._off = config.engine.cache == "none"
-        server = config.server
-        self._apart = bool(server.api_keys or server.admin_api_keys) and server.salt_by_key != "on"
 
     def recall(self, ids: I32, params: SamplingParams, options: RequestOptions, shape: bytes) -> Recollection:
         """A prompt has come."""
-        tag = options.cache_salt, options.client if self._apart else 0
+        tag = options.cache_salt, options.owner
         found = self.memory.enter(ids.tobytes(), tag, self.life, shape, AFTER if options.explain_cache else 0)
         off = self._off or (params.echo and params.logprobs is not None and len(ids) > 1) or options.pooling == "mean"
         return Recollection(found, tag, self.life, off, shape)
@@ -124,31 +122,28 @@ class CacheReasons:
 
     def _judge(self, known: Recollection, n: int, cached: int) -> tuple[str, int, bool, int | None]:
         """(the reason, miss_at, whether it is a difference to an earlier prompt, the index of the message that differs)."""
-        found, page, most = known.found, self._page, self._pages(n, n)
         if known.off:
             return "off", cached, False, None
+        found, page, last = known.found, self._page, n - 1
+        most = last // page * page  # whole pages, and never the last token
         if cached >= most:
             return "short", cached, False, None
-        if cached < self._pages(found.proven, n):
+        if cached + page <= min(found.proven, last):
             fresh = found.fresh if known.life == self.life else 0
-            lost = cached >= self._pages(fresh, n) and known.evicted is None
+            lost = cached + page > min(fresh, last) and known.evicted is None
             return "restart" if lost else "evicted", cached, False, None
-        seen, elsewhere = self._pages(found.common, n), self._pages(found.other, n)
+        seen = min(found.common, last)
         if known.evicted is not None and cached + page <= seen:
             return "evicted", cached, False, None
         template, message = _place(known.shape, found.shape, found.common) if known.shape and found.shape else (False, None)
-        alike = template and message is None
-        if elsewhere > seen and 2 * (elsewhere - cached) > most - cached and not alike:
+        elsewhere = min(found.other, last) // page * page
+        if elsewhere > seen and 2 * (elsewhere - cached) > most - cached and not (template and message is None):
             return "salt", cached, False, None
         if known.evicted is not None and self.memory.forgotten:
             return "evicted", cached, False, None
-        if cached < self._pages(found.common - 1, n) or found.common < max(1, cached):
+        if cached + page < found.common or found.common < max(1, cached):
             return "new", cached, False, None  # not computed yet, but for the last token of an answer, or not remembered
         return ("template", found.common, True, None) if template else ("new", found.common, True, message)
-
-    def _pages(self, tokens: int, n: int) -> int:
-        """How many of the first `tokens` of a prompt of `n` can be cached: whole pages, and never the last token."""
-        return min(tokens, n - 1) // self._page * self._page
 
     def prove(self, known: Recollection) -> None:
         """The prompt is in the cache now."""
@@ -158,7 +153,7 @@ class CacheReasons:
     def end(self, known: Recollection, said: list[int]) -> None:
         """The answer has ended."""
         if known.found.end is not None:
-            self.memory.extend(known.found.end, array("i", said).tobytes(), known.tag, self.life)
+            self.memory.extend(known.found.end, array("I", said).tobytes(), known.tag, self.life)
 
     def lose(self) -> None:
         """The cache may be lost: from now on what is not in it has perhaps not been evicted."""
@@ -173,7 +168,7 @@ def _place(ours: bytes, theirs: bytes, common: int) -> tuple[bool, int | None]:
     differs, the template has made it: by its variables, by the tools, or by the clock.  A message that the other conversation
     does not have, or that has another role there, begins behind the one before it, which is the same.
     """
-    n, first = min(len(ours), len(theirs)) // _ROW, 0
+    n, first = min(len(ours), len(theirs)) // _ROW, common_bytes(ours, theirs) // _ROW
     while first < n and ours[_ROW * first : _ROW * first + 8] == theirs[_ROW * first : _ROW * first + 8]:
         first += 1
     if _ROW * first == len(ours) == len(theirs):

@@ -34,11 +34,12 @@ class Callers:
     def call(self, who: str, batch: bool = False, account: Account | None = None, tenant: str = "") -> Engine:
         """The engine for the next call of `who`, a tenant or an address.
 
-        `batch`: nobody waits for the answer.  `account`: where its tokens are counted.  `tenant`: whose cached prefixes it may
-        use, "" without keys (with --salt-by-key off there is no difference).
+        `batch`: nobody waits for the answer.  `account`: where its tokens are counted.  `tenant`: whose prompts it has,
+        and whose cached prefixes it may use, "" without keys (with --salt-by-key off all tenants use the same).
         """
+        owner = self.client(f"tenant {tenant}") if tenant else 0
         tenant = tenant if self._engine.config.server.salt_by_key == "on" else ""
-        return _Caller(self._engine, self.client(who), next(self._calls), batch, account, tenant)
+        return _Caller(self._engine, self.client(who), next(self._calls), batch, account, tenant, owner)
 
     def client(self, who: str) -> int:
         """The number of a client."""
@@ -50,14 +51,14 @@ class _Caller(WrappedEngine):
     """Marks the requests and questions of one call, whose time runs from here."""
 
     def __init__(  # noqa: PLR0917
-        self, engine: Engine, client: int, call: int, batch: bool, account: Account | None, tenant: str
+        self, engine: Engine, client: int, call: int, batch: bool, account: Account | None, tenant: str, owner: int
     ) -> None:
         super().__init__(engine)
         self._client, self._call, self._batch, self._account, self._tenant = client, call, batch, account, tenant
-        self._began = time.monotonic()
+        self._owner, self._began = owner, time.monotonic()
 
     def _marked(self, options: RequestOptions) -> RequestOptions:
-        return replace(options, client=self._client, call=self._call, began=self._began)
+        return replace(options, client=self._client, call=self._call, began=self._began, owner=self._owner)
 
     def check_open(self, client: int = 0, generates: bool = True) -> None:
         super().check_open(self._client, generates)

@@ -7,8 +7,9 @@ It is no copy of the prefix cache but what this process knows of it: of every ru
 how far it is *proven* to have been in the cache.  A prompt is proven by its first token of answer, because its pages are shared
 before they are computed; an answer by its end, but for its last token, which is not computed.
 
-A node is a run of tokens.  `enter` costs some microseconds for a node on the way and a memcmp of the prompt, nothing for a
-token that is generated.  The memory is bounded: the least recently used leaves go first.  Pure; runs in the api process.
+A node is a run of tokens, up to where two sequences part: a conversation that goes on lengthens its node.  `enter` costs some
+microseconds, about one for a node on the way, and a memcmp of the prompt; a token that is generated costs nothing.  The memory
+is bounded: the least recently used leaves go first.  Pure; runs in the api process.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-import numpy as np
-
-Tag = tuple[str, int]  # the salt of the cache, and whose prompts may be shown to each other under it
+Tag = tuple[str, int]  # the salt of the cache, and the owner of a prompt: nothing of it is shown to others
 MEGABYTES = 32
-NODE_BYTES, SEEN_BYTES = 320, 100  # of a node and of each `Seen`, without key and shape
+NODE_BYTES, SEEN_BYTES = 340, 100  # of a node and of each `Seen`, without key and shape
+LONGEST = 1 << 16  # bytes of a node that is lengthened: each time it is copied
+CROWD = 64  # of the tags that have sent a run, so many are asked whether it was in the cache
 
 
 class Seen:
@@ -39,16 +41,40 @@ class Seen:
 
 
 class Node:
-    """A run of tokens, `key` as i32 bytes, behind those of its parents.  `open`: prompts that end here and have no end yet."""
+    """A run of tokens, `key` as i32 bytes, behind those of its parents.  `open`: prompts that end here and have no end yet.
 
-    __slots__ = ("children", "key", "open", "parent", "seen")
+    `name`: what its parent knows it by.  `size`: the bytes of the key, whose last part is joined to it when somebody reads it.
+    """
 
-    def __init__(self, key: bytes, parent: Node | None) -> None:
-        self.key = key
+    __slots__ = ("_key", "_more", "children", "name", "open", "parent", "seen", "size")
+
+    def __init__(self, name: bytes, key: bytes, parent: Node | None) -> None:
+        self.name = name
+        self._key, self._more, self.size = key, b"", len(key)
         self.parent = parent  # None for the root, and for a node that is forgotten
         self.children: dict[bytes, Node] | None = None
         self.open = 0
         self.seen: dict[Tag, Seen] = {}
+
+    @property
+    def key(self) -> bytes:
+        if self._more:
+            self._key, self._more = self._key + self._more, b""
+        return self._key
+
+    def lengthen(self, data: bytes) -> None:
+        self._key, self._more = self.key, data
+        self.size += len(data)
+
+    def cut(self, at: int) -> bytes:
+        """Keep what follows the first `at` bytes, and return those."""
+        front, self._key = self.key[:at], self.key[at:]
+        self.name, self.size = self._key[:4], len(self._key)
+        return front
+
+    def is_end_of(self, tag: Tag) -> bool:
+        """Whether only sequences of a tag end here, and none goes on or is open: then its next one may lengthen the node."""
+        return self.children is None and not self.open and len(self.seen) == 1 and tag in self.seen and self.size < LONGEST
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +82,7 @@ class Found:
     """What was known of a prompt when it came, in tokens.
 
     `common`: the longest prefix that an earlier prompt of the same tag has, with its answer.  `proven`: the longest that was in
-    the cache under the same salt, `fresh`: in this life of the cache; `other`: the same under another salt.
+    the cache under the same salt, `fresh`: in this life of the cache; `other`: the same under another salt of the same owner.
     `shape`, `theirs`: of the latest prompt with that common prefix, its conversation and its next tokens.
     `end`: the node where the prompt itself ends.
     """
@@ -71,13 +97,17 @@ class Found:
 
 
 class PromptMemory:
-    """The tree.  `bytes` is an estimate of what it takes; `forgotten`: it has forgotten a run."""
+    """The tree.  `bytes` is an estimate of what it takes; `forgotten`: it has forgotten a run.
 
-    def __init__(self, megabytes: float = MEGABYTES) -> None:
-        self.root = Node(b"", None)
+    `apart`: each owner has a tree of its own, in which there is nothing of the others.
+    """
+
+    def __init__(self, megabytes: float = MEGABYTES, apart: bool = False) -> None:
+        self.root = Node(b"", b"", None)
         self.bytes = 0
         self.forgotten = False
         self._most = int(megabytes * (1 << 20))
+        self._apart = apart
         self._order: OrderedDict[Node, None] = OrderedDict()  # least recently used first, a node behind all below it
 
     def enter(self, data: bytes, tag: Tag, life: int, shape: bytes = b"", show: int = 0) -> Found:
@@ -86,12 +116,11 @@ class PromptMemory:
         node, inside, at = self.root, 0, 0  # `inside`: bytes of the last node that match
         last, last_inside = self.root, 0  # the same for the tag
         mine = in_proven = in_fresh = in_other = True  # so far
-        while at < len(data) and node.children is not None:
-            child = node.children.get(data[at : at + 4])
-            if child is None:
-                break
-            size = len(child.key)
-            same = size if data.startswith(child.key, at) else _common(child.key, data, at)
+        name = data[:4] if not (self._apart and tag[1]) else tag[1].to_bytes(8, "little") + data[:4]
+        while node.children is not None and (child := node.children.get(name)) is not None:
+            key = child.key
+            size = len(key)
+            same = size if data.startswith(key, at) else common_bytes(key, data, at)
             node, inside, at, n = child, same, at + same, same // 4
             known = child.seen.get(tag)
             if mine and known is not None:
@@ -100,14 +129,14 @@ class PromptMemory:
             else:
                 mine = False
             ever = now = elsewhere = 0
-            if known is not None and len(child.seen) == 1:  # nearly always
+            if known is not None:
                 ever, now = known.proven, known.fresh if known.life == life else 0
-            else:
-                for (salt, _), seen in child.seen.items():
+            if len(child.seen) > (known is not None):
+                for (salt, owner), seen in islice(child.seen.items(), CROWD):
                     fresh = seen.fresh if seen.life == life else 0
                     if salt == tag[0]:
                         ever, now = max(ever, seen.proven), max(now, fresh)
-                    else:
+                    elif owner == tag[1]:
                         elsewhere = max(elsewhere, fresh)
             if in_proven:
                 found.proven, in_proven = found.proven + min(n, ever), ever >= n
@@ -117,11 +146,12 @@ class PromptMemory:
                 found.other, in_other = found.other + min(n, elsewhere), elsewhere >= n
             if same < size:
                 break
+            name = data[at : at + 4]
         if found.common and (show or shape):
             found.shape, found.theirs = _rest(last, last_inside, tag, show)
-        if inside < len(node.key):
-            node = self._split(node, inside)
-        found.end = self._grow(node, data[at:], tag, shape)
+        if inside < node.size:
+            node, name = self._split(node, inside), data[at : at + 4]
+        found.end = self._grow(node, name, data[at:], tag, shape)
         found.end.open += 1
         return found
 
@@ -130,31 +160,30 @@ class PromptMemory:
         end.open -= 1
         if end.parent is None or tag not in end.seen or not data:
             return
-        if end.children is None and not end.open and len(end.seen) == 1:  # nearly always: no other sequence ends here
-            end.key += data
+        if end.is_end_of(tag):  # nearly always; the node was used when the prompt came, which is late enough
+            end.lengthen(data)
             self.bytes += len(data)
             self._shrink()
             self.prove(end, tag, life, but=1)
             return
-        shape, node, inside, at = end.seen[tag].shape, end, len(end.key), 0
-        while at < len(data) and node.children is not None:
-            child = node.children.get(data[at : at + 4])
-            if child is None:
-                break
-            same = len(child.key) if data.startswith(child.key, at) else _common(child.key, data, at)
+        shape, node, inside, at, name = end.seen[tag].shape, end, end.size, 0, data[:4]
+        while node.children is not None and (child := node.children.get(name)) is not None:
+            key = child.key
+            same = len(key) if data.startswith(key, at) else common_bytes(key, data, at)
             node, inside, at = child, same, at + same
-            if same < len(child.key):
+            name = data[at : at + 4]
+            if same < len(key):
                 break
-        if inside < len(node.key):
+        if inside < node.size:
             node = self._split(node, inside)
-        last = self._grow(node, data[at:], tag, shape)
+        last = self._grow(node, name, data[at:], tag, shape)
         self.prove(last, tag, life, but=1)
 
     def prove(self, end: Node, tag: Tag, life: int, but: int = 0) -> None:
         """All tokens up to the end of a node, `but` the last ones of it, are in the cache now."""
         node: Node | None = end
         while node is not None and node.parent is not None:
-            proven = len(node.key) // 4 - but
+            proven = node.size // 4 - but
             if (seen := node.seen.get(tag)) is not None:
                 if seen.life == life and seen.fresh >= proven and not but:
                     return  # and all above it
@@ -162,13 +191,16 @@ class PromptMemory:
                 seen.fresh, seen.life = max(seen.fresh, proven) if seen.life == life else proven, life
             node, but = node.parent, 0
 
-    def _grow(self, node: Node, rest: bytes, tag: Tag, shape: bytes) -> Node:
+    def _grow(self, node: Node, name: bytes, rest: bytes, tag: Tag, shape: bytes) -> Node:
         """Add what is left of a sequence below a node; all on its way is used now.  Returns its last node."""
-        if rest:
-            leaf = Node(rest, node)
+        if rest and node.is_end_of(tag):  # nearly always: a conversation goes on
+            node.lengthen(rest)
+            self.bytes += len(rest)
+        elif rest:
+            leaf = Node(name, rest, node)
             if node.children is None:
                 node.children = {}
-            node.children[rest[:4]] = leaf
+            node.children[name] = leaf
             self.bytes += NODE_BYTES + len(rest)
             self._order[leaf] = None
             node = leaf
@@ -182,8 +214,9 @@ class PromptMemory:
             order.move_to_end(walk)
             walk, below = walk.parent, walk
         if shape and node.parent is not None:
-            self.bytes += len(shape) - len(node.seen[tag].shape)
-            node.seen[tag].shape = shape
+            seen = node.seen[tag]
+            self.bytes += len(shape) - len(seen.shape)
+            seen.shape = shape
         self._shrink()
         return node
 
@@ -192,7 +225,7 @@ class PromptMemory:
         parent = node.parent
         assert parent is not None
         assert parent.children is not None
-        front = Node(node.key[:cut], parent)
+        front = Node(node.name, node.cut(cut), parent)
         for tag, seen in node.seen.items():
             half = front.seen[tag] = Seen()
             half.life, half.below = seen.life, node
@@ -200,9 +233,9 @@ class PromptMemory:
             if (above := parent.seen.get(tag)) is not None and above.below is node:
                 above.below = front
             seen.proven, seen.fresh = max(0, seen.proven - cut // 4), max(0, seen.fresh - cut // 4)
-        parent.children[front.key[:4]] = front
-        front.children = {node.key[cut : cut + 4]: node}
-        node.key, node.parent = node.key[cut:], front
+        parent.children[front.name] = front
+        front.children = {node.name: node}
+        node.parent = front
         self.bytes += NODE_BYTES + SEEN_BYTES * len(front.seen)
         self._order[front] = None  # behind the node; it is used at once
         return front
@@ -216,8 +249,8 @@ class PromptMemory:
         assert parent is not None
         assert parent.children is not None
         self.forgotten = True
-        self.bytes -= NODE_BYTES + len(leaf.key) + sum(SEEN_BYTES + len(s.shape) for s in leaf.seen.values())
-        del parent.children[leaf.key[:4]]
+        self.bytes -= NODE_BYTES + leaf.size + sum(SEEN_BYTES + len(s.shape) for s in leaf.seen.values())
+        del parent.children[leaf.name]
         del self._order[leaf]
         leaf.parent = None
         if not parent.children:
@@ -233,22 +266,29 @@ class PromptMemory:
             stack.extend((node.children or {}).values())
 
 
-def _common(key: bytes, data: bytes, at: int) -> int:
-    """How many bytes of `key`, in whole tokens, equal `data` from `at` on; not all of the key do."""
-    n = min(len(key), len(data) - at) // 4
-    same = np.frombuffer(key, np.int32, n) == np.frombuffer(data, np.int32, n, at)
-    return 4 * (n if same.all() else int(same.argmin()))
+def common_bytes(key: bytes, data: bytes, at: int = 0) -> int:
+    """How many bytes of `key`, in whole tokens of 4, equal `data` from `at` on."""
+    low, high = 0, min(len(key), len(data) - at) // 4
+    while low < high:  # halves: each byte is compared about once, by memcmp
+        middle = (low + high + 1) // 2
+        if data.startswith(key[4 * low : 4 * middle], at + 4 * low):
+            low = middle
+        else:
+            high = middle - 1
+    return 4 * low
 
 
 def _rest(node: Node, inside: int, tag: Tag, show: int) -> tuple[bytes, bytes]:
     """(shape, next tokens) of the latest prompt of a tag that goes on behind this place, or ends there."""
-    rest, below = node.key[inside:], _below(node, tag)
-    shape = node.seen[tag].shape if rest or below is None else b""
-    while below is not None and (not shape or len(rest) < 4 * show):
-        rest += below.key
+    need, below, seen = 4 * show, _below(node, tag), node.seen[tag]
+    rest = node.key[inside : inside + need]
+    shape = seen.shape if inside < node.size or below is None else b""
+    while below is not None and (not shape or len(rest) < need):
+        if len(rest) < need:
+            rest += below.key[: need - len(rest)]
         shape = shape or below.seen[tag].shape
         below = _below(below, tag)
-    return shape, rest[: 4 * show]
+    return shape, rest
 
 
 def _below(node: Node, tag: Tag) -> Node | None:

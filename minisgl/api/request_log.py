@@ -49,7 +49,7 @@ class Account:
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.finish: list[str] = []  # the different reasons, in the order of their coming
         self.params: SamplingParams | None = None  # of the first prompt
-        self.thought_tokens = 0
+        self.thought_tokens = self.answers = 0
         self.first = self.last = 0.0  # when the first token came, and the end of the answer that was the last to end
         self.queued_at = self.started_at = 0.0  # of its prompt: when it came to the scheduler, and its first step
         self._prompt: Prompt | None = None  # the latest
@@ -83,6 +83,7 @@ class Account:
                 if item.finish:
                     self.last = self._request_log.now()
                     self.thought_tokens += item.thought_tokens
+                    self.answers += 1
                     if (reason := item.finish.reason or "") not in self.finish:
                         self.finish.append(reason)
             on_chunk(item)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from minisgl.api.meters import Meters, metrics_url
 from minisgl.api.request_log import Account
 from minisgl.api.spans import OPERATIONS, attributes_of, failed, phases_of
 from minisgl.errors import UserError
@@ -53,6 +54,7 @@ def telemetry(flag: str, model: str, environ: Mapping[str, str] = os.environ) ->
     if flag and not _ADDRESS.fullmatch(flag):
         raise UserError(f"--otel-endpoint must be an address like http://127.0.0.1:4318, got {flag[:200]!r}")
     try:
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace import TracerProvider  # noqa: F401
     except ImportError as e:
@@ -65,7 +67,8 @@ def telemetry(flag: str, model: str, environ: Mapping[str, str] = os.environ) ->
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     specific = not flag and environ.get(_ENDPOINTS[0])
     exporter = OTLPSpanExporter(endpoint=endpoint if specific else traces_url(endpoint))
-    return Telemetry(exporter, endpoint, model, environ)
+    metrics = metrics_url(flag, environ)
+    return Telemetry(exporter, endpoint, model, environ, OTLPMetricExporter(endpoint=metrics) if metrics else None)
 
 
 class Outbox:
@@ -135,14 +138,18 @@ class Outbox:
 
 
 class Telemetry:
-    """Makes the spans.  `ended` is RequestLog.on_end.  `now`: the clock of the accounts."""
+    """Makes the spans.  `ended` is RequestLog.on_end.  `metrics`: exports metrics, None for none.
 
-    def __init__(
+    `now`: the clock of the accounts.
+    """
+
+    def __init__(  # noqa: PLR0917
         self,
         exporter: Any,
         endpoint: str,
         model: str,
         environ: Mapping[str, str] = os.environ,
+        metrics: Any = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         from opentelemetry import trace
@@ -155,10 +162,12 @@ class Telemetry:
             facts["service.name"] = "minisgl"
         self._model, self._now, self._trace = model, now, trace
         self.outbox = Outbox(exporter, endpoint)
-        self._provider = TracerProvider(resource=Resource.create(facts), shutdown_on_exit=False)
+        resource = Resource.create(facts)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(self.outbox)
         self._tracer = self._provider.get_tracer("minisgl", __version__)
         self._propagator = TraceContextTextMapPropagator()
+        self._meters = Meters(metrics, resource, model) if metrics is not None else None
 
     def counts(self) -> dict[str, int]:
         """Spans by what has become of them."""
@@ -169,6 +178,8 @@ class Telemetry:
         if account.route in OPERATIONS:
             try:
                 self._make_spans(account, now)
+                if self._meters is not None:
+                    self._meters.ended(account, now)
             except Exception:
                 self.outbox.unmade += 1
 
@@ -192,7 +203,10 @@ class Telemetry:
 
     def close(self) -> None:
         """Send what waits, for a moment."""
+        closing = threading.Thread(target=self._meters.close if self._meters is not None else int, daemon=True)
+        closing.start()
         self._provider.shutdown()
+        closing.join(_END_SECONDS)
 
 
 def _ns(seconds: float) -> int:

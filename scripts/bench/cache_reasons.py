@@ -21,11 +21,12 @@ from minisgl.model.checkpoint.presets import random_shape
 from minisgl.sampling_params import RequestOptions, SamplingParams
 
 MUST_US = 20.0
-CASES = ((100, 1), (1_000, 1), (1_000, 8), (8_000, 20))  # tokens of a prompt at its end, turns of its conversation
+# Tokens of a prompt at its end, turns of its conversation, and whether all conversations begin with half of these tokens.
+CASES = ((100, 1, True), (1_000, 1, True), (1_000, 8, True), (8_000, 20, True), (1_000, 1, False))
 
 
-def requests(tokens: int, turns: int) -> list[tuple[I32, list[int]]]:
-    """(prompt, answer) of conversations that share a system message of half their tokens."""
+def requests(tokens: int, turns: int, shared: bool) -> list[tuple[I32, list[int]]]:
+    """(prompt, answer) of conversations with a system message of half their tokens, shared by all or by none."""
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> I32:
@@ -33,7 +34,7 @@ def requests(tokens: int, turns: int) -> list[tuple[I32, list[int]]]:
 
     system, out = draw(tokens // 2), []
     for _ in range(2_000 // turns):
-        ids = system
+        ids = system if shared else draw(tokens // 2)
         for _ in range(turns):
             ids = np.append(ids, draw(max(1, tokens // 2 // turns - 60)))
             out.append((ids, draw(60).tolist()))
@@ -41,12 +42,12 @@ def requests(tokens: int, turns: int) -> list[tuple[I32, list[int]]]:
     return out
 
 
-def measure(tokens: int, turns: int) -> float:
+def measure(tokens: int, turns: int, shared: bool) -> float:
     """Microseconds a request."""
     reasons = CacheReasons(Config(random_shape("qwen3-0.6b"), EngineConfig()))
     params, options, times = SamplingParams(), RequestOptions(), []
     shape = np.arange(3 * 2 * turns, dtype="<u4").tobytes()
-    for ids, said in requests(tokens, turns):
+    for ids, said in requests(tokens, turns, shared):
         began = time.thread_time_ns()
         known = reasons.recall(ids, params, options, shape)
         reasons.begin(known, ids, len(ids) // 2 // 16 * 16, explain=False)
@@ -56,9 +57,9 @@ def measure(tokens: int, turns: int) -> float:
 
 
 def main() -> None:
-    for tokens, turns in CASES:
-        row = {"measure": "cache_reasons", "value": round(measure(tokens, turns), 1), "unit": "us/request", "must": MUST_US}
-        print(json.dumps(row | {"config": {"tokens": tokens, "turns": turns}}))
+    for case in CASES:
+        row = {"measure": "cache_reasons", "value": round(measure(*case), 1), "unit": "us/request", "must": MUST_US}
+        print(json.dumps(row | {"config": dict(zip(("tokens", "turns", "shared"), case, strict=True))}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Why a prompt was not cached: the reasons on a list of changes, with the embedded model behind a real server."""
+"""Why a prompt was not cached: the reasons on a list of changes, behind a real server with a real tokenizer, no model."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def serving(tmp: Path, *flags: str) -> Iterator[Server]:
     env = os.environ | {"XDG_RUNTIME_DIR": str(tmp), "PYTHONPATH": str(REPOSITORY)}
     small = ("--kv-tokens", "2048", "--max-context", "1024", "--max-running", "8", "--step-tokens", "256")
     template = ("--chat-template", str(tmp / "template"), "--reasoning-parser", "qwen3", "--tool-call-parser", "hermes")
-    command = minisgl_command("--port", "0", "--device", "cpu", *small, *template, *flags)
+    command = minisgl_command("--port", "0", "--model", "fake", *small, *template, *flags)
     with (tmp / "lines").open("w+") as lines, subprocess.Popen(command, stderr=lines, text=True, env=env) as process:
         try:
 
@@ -243,7 +243,7 @@ FIRST = ("new", "template")  # of a unit's first prompt: other tests may have se
 
 def chat(unit: str, text: str = QUESTION) -> dict[str, Any]:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-    return {"model": "SmolLM2-135M-Instruct", "messages": messages, "max_tokens": 3, "temperature": 0} | {
+    return {"model": "fake", "messages": messages, "max_tokens": 3, "temperature": 0} | {
         "extra_body": {"explain_cache": True, "chat_template_kwargs": {"unit": unit}}
     }
 
@@ -277,7 +277,7 @@ def test_a_chat_has_its_explanation_at_the_top_and_a_stream_in_its_last_event(cl
 
 def test_completions_have_one_for_each_prompt(client: openai.OpenAI) -> None:
     create = client.completions.create
-    extra: Any = {"extra_body": {"explain_cache": True}, "model": "SmolLM2-135M-Instruct", "max_tokens": 2}
+    extra: Any = {"extra_body": {"explain_cache": True}, "model": "fake", "max_tokens": 2}
     text = "The quick brown fox jumps over the lazy dog, and then it goes on and on over the hills. " * 2
     one = create(prompt=text + "one", **extra)
     assert (one.model_extra or {})["cache_explanation"]["theirs"] is None
@@ -290,7 +290,7 @@ def test_completions_have_one_for_each_prompt(client: openai.OpenAI) -> None:
 
 
 def test_responses_have_it_in_the_response(client: openai.OpenAI) -> None:
-    body: Any = {"model": "SmolLM2-135M-Instruct", "instructions": SYSTEM, "max_output_tokens": 3}
+    body: Any = {"model": "fake", "instructions": SYSTEM, "max_output_tokens": 3}
     body["extra_body"] = {"explain_cache": True, "chat_template_kwargs": {"unit": "responses"}}
     whole = client.responses.create(input=QUESTION, **body)
     assert (whole.model_extra or {})["cache_explanation"]["reason"] in FIRST
@@ -362,15 +362,15 @@ def test_other_keys_give_the_reason_alone(tmp_path: Path, by_key: str) -> None:
     flags = ("--api-key-file", str(tmp_path / "users"), "--admin-api-key-file", str(tmp_path / "admins"))
     secret = [{"role": "user", "content": f"{QUESTION} The word of the day is parsnip, and that is all that I can say."}]
     guess = [{"role": "user", "content": f"{QUESTION} The word of the day is turnip, and that is all that I can say."}]
-    with serving(tmp_path, "--model", "fake", "--salt-by-key", by_key, *flags) as server:
+    with serving(tmp_path, "--salt-by-key", by_key, *flags) as server:
         server.why("k", secret, key="key-of-a-user-number-1")
         for key in ("key-of-a-user-number-2", "key-of-an-administrator"):
             why = server.why("k", guess, key=key)
             assert "parsnip" not in json.dumps(why)
             assert why["theirs"] is None
-            assert why["reason"] in (("salt",) if by_key == "on" else ("new", "evicted"))
+            assert why["reason"] in (("new",) if by_key == "on" else ("new", "evicted"))
             server.flush_with("key-of-an-administrator")
         mine = server.why("k", guess, key="key-of-a-user-number-1")
-        assert mine["reason"] in ("new", "salt", "evicted")
+        assert mine["reason"] in ("new", "evicted")
         again = server.why("k", guess, key="key-of-a-user-number-2")
         assert again["reason"] in ("short", "evicted")

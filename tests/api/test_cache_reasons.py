@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,10 @@ def test_cached_tokens_reason_and_miss_at_are_those_of_a_slow_reference(seed: in
     counted = world.gateway.cache_reasons
     assert sum(counted.requests.values()) == 60
     assert sum(counted.tokens.values()) == world.machine.counters.prompt_tokens - world.machine.counters.cached_tokens
+    tree = Counter(world.machine.stats())
+    assert tree["tree_missed_whole_tokens"] + tree["tree_missed_short_tokens"] == counted.tokens["short"]
+    rest = tree["tree_missed_new_tokens"] + tree["tree_missed_evicted_tokens"]
+    assert rest == sum(counted.tokens.values()) - counted.tokens["short"]
     assert {"short", "new"} <= reasons
     assert ("evicted" in reasons) or pages > 18
     world.close()
@@ -283,7 +288,7 @@ def test_the_memory_finds_what_a_list_of_all_prompts_finds(seed: int) -> None:
 
         assert found.proven == most([row for row in proven if row[0][0] == tag[0]])
         assert found.fresh == most([row for row in proven if row[0][0] == tag[0] and row[2] == life])
-        assert found.other == most([row for row in proven if row[0][0] != tag[0] and row[2] == life])
+        assert found.other == most([row for row in proven if row[0][0] != tag[0] and row[0][1] == tag[1] and row[2] == life])
         alike = [(p, s) for p, s in mine if common(ids, p) == found.common]
         if found.common:
             theirs = np.frombuffer(found.theirs, np.int32).tolist()

@@ -19,7 +19,8 @@ from minisgl.api import telemetry as module
 from minisgl.api.engine import Chunk, TextPrompt
 from minisgl.api.http.exposition import Exposition
 from minisgl.api.http.metrics import Metered
-from minisgl.api.request_log import Account, RequestLog
+from minisgl.api.meters import measures, metrics_url
+from minisgl.api.request_log import LEFT, Account, RequestLog
 from minisgl.api.spans import OPERATIONS, Phase, attributes_of, failed, phases_of
 from minisgl.api.telemetry import Telemetry, endpoint_of, telemetry, traces_url
 from minisgl.commands.serve import parser
@@ -117,6 +118,32 @@ def test_a_request_that_is_refused_or_left_has_a_span_that_says_so() -> None:
     assert all(phases_of(account, 1.0) == [] for account in told)
 
 
+def test_the_measures_of_a_request_are_those_of_its_account() -> None:
+    account, now = finished(SamplingParams())  # opened at 100, three tokens from 105 to 109, over at 110
+    names = [f"gen_ai.server.{name}" for name in ("request.duration", "time_to_first_token", "time_per_output_token")]
+    assert measures(account, now) == dict(zip(names, (10.0, 5.0, 2.0), strict=True))
+    account.answers = 2  # of which nobody knows who has waited for which token
+    assert list(measures(account, now)) == names[:2]
+    account.fail(RequestError("it died", status=500, code="engine_error"))
+    assert list(measures(account, now)) == names[:1]
+    account, now = finished(SamplingParams())
+    account.status = LEFT
+    assert list(measures(account, now)) == names[:1]
+    assert list(measures(finished(SamplingParams(), "POST /v1/embeddings")[0], now)) == names[:1]
+
+
+def test_metrics_go_where_spans_go_unless_the_environment_says_otherwise() -> None:
+    general, own = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://b/"}, {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://m/x"}
+    for base in ("http://a:4318", "http://a:4318/", "http://a:4318/v1/traces"):
+        assert metrics_url(base, {}) == "http://a:4318/v1/metrics"
+    assert metrics_url("https://a/otlp", {}) == "https://a/otlp/v1/metrics"
+    assert metrics_url("", general) == "http://b/v1/metrics"
+    assert metrics_url("", general | own) == "http://m/x"
+    assert metrics_url("http://a", general | own) == "http://a/v1/metrics"
+    assert metrics_url("", {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/x"}) == "", "that address is for spans alone"
+    assert metrics_url("http://a", {"OTEL_METRICS_EXPORTER": "none"}) == ""
+
+
 def test_every_route_that_the_engine_works_for_has_an_operation() -> None:
     from minisgl.api.endpoints.table import ENDPOINTS
 
@@ -170,22 +197,26 @@ def test_nothing_is_imported_and_no_chunk_is_watched_where_nobody_wants_spans() 
 
 # ---------------- with the packages
 class Collector:
-    """An OTLP collector over HTTP that keeps the spans it gets; `status`: what it answers; `gate`: it waits for this before."""
+    """An OTLP collector over HTTP that keeps what it gets; `status`: what it answers; `gate`: it waits for this before."""
 
     def __init__(self) -> None:
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
         outer, self.status, self.gate = self, 200, threading.Event()
         self.gate.set()
         self.paths: list[str] = []
         self.requests: list[Any] = []
+        self.sums: list[Any] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.gate.wait(20)
                 outer.paths.append(self.path)
-                if outer.status == 200:
+                if outer.status == 200 and self.path == "/v1/metrics":
+                    outer.sums.append(ExportMetricsServiceRequest.FromString(raw))
+                elif outer.status == 200:
                     outer.requests.append(ExportTraceServiceRequest.FromString(raw))
                 self.send_response(outer.status)
                 self.send_header("Content-Length", "0")
@@ -263,7 +294,7 @@ def test_a_collector_gets_a_span_for_each_request_within_the_trace_of_its_client
     )
     assert statuses == [200, 200, 400, 200]
     spans.close()
-    assert set(collector.paths) == {"/v1/traces"}
+    assert set(collector.paths) == {"/v1/traces", "/v1/metrics"}
     found = collector.spans()
     roots = [s for s in found if s.kind == 2]
     assert [s.name for s in roots] == ["chat tiny", "chat tiny", "text_completion tiny"]
@@ -286,6 +317,40 @@ def test_a_collector_gets_a_span_for_each_request_within_the_trace_of_its_client
     resource = {a.key: a.value.string_value for a in collector.requests[0].resource_spans[0].resource.attributes}
     assert resource["service.name"] == "minisgl"
     assert SECRET.encode() not in b"".join(r.SerializeToString() for r in collector.requests)
+
+
+def test_a_collector_gets_the_metrics_of_the_conventions(collector: Collector) -> None:
+    spans = sender(collector.url)
+    body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 9}
+    asks = [
+        (CHAT, body, {}),
+        (CHAT, body | {"stream": True}, {}),
+        (CHAT, body | {"n": 2}, {}),
+        (COMPLETION, {"prompt": 3.5}, {}),
+    ]
+    assert served(spans, *asks, ("/tokenize", {"prompt": "a"}, {})) == [200, 200, 200, 400, 200]  # type: ignore[arg-type]
+    spans.close()
+    resource, last = (got := collector.sums[-1].resource_metrics[0]).resource, got.scope_metrics[0].metrics
+    found = {
+        m.name: {(told(p)["gen_ai.operation.name"], "error.type" in told(p)): p for p in m.histogram.data_points} for m in last
+    }
+    chat, refused = ("chat", False), ("text_completion", True)
+    assert {name: {key: p.count for key, p in points.items()} for name, points in found.items()} == {
+        "gen_ai.server.request.duration": {chat: 3, refused: 1},
+        "gen_ai.server.time_to_first_token": {chat: 3},
+        "gen_ai.server.time_per_output_token": {chat: 2},
+    }
+    assert {m.unit for m in last} == {"s"}
+    [point] = found["gen_ai.server.time_per_output_token"].values()
+    assert told(point) == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "minisgl",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.response.model": "tiny",
+    }
+    assert point.explicit_bounds[0] == 0.01
+    assert {a.key: a.value.string_value for a in resource.attributes}["service.name"] == "minisgl"
+    assert SECRET.encode() not in b"".join(r.SerializeToString() for r in collector.sums)
 
 
 def test_a_client_that_does_not_want_to_be_traced_is_not(collector: Collector) -> None:

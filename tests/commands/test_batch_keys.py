@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 from processes import minisgl_command
-from test_access import KEY, hang_up, server
+from test_access import KEY, access, hang_up, server
 from test_documented_commands import block, lines_of
 
+from minisgl.api.batches.curve import ClientKeys
+from minisgl.api.http.auth import Keys
 from minisgl.client import curve
 from minisgl.client.batch_client import BatchClient, BatchRequest
+from minisgl.commands import batch_keys
 from minisgl.errors import UserError
 
 LINE = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 4}}
@@ -77,8 +80,10 @@ def test_the_commands_of_the_readme_work_and_hup_takes_keys_in_and_out(tmp_path:
     assert list(run_dir.iterdir()) == []
 
 
-def test_without_api_keys_hup_reads_the_client_keys_alone(tmp_path: Path) -> None:
-    run(tmp_path, "batch-keys", "keys")
-    flags = ("--batch-socket", "tcp://127.0.0.1:0", "--batch-keys", str(tmp_path / "keys"))
-    with server(tmp_path, *flags) as (process, _, _):
-        assert "SIGHUP: 1 client key is in force on the batch socket" in hang_up(process)
+def test_without_api_keys_hup_reads_the_client_keys_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert batch_keys.run([str(tmp_path / "keys")]) == 0
+    mine, clients = access(f"--batch-socket tcp://127.0.0.1:0 --batch-keys {tmp_path / 'keys'}"), ClientKeys((), str)
+    with caplog.at_level("INFO", "minisgl"):
+        mine.reload(Keys(()), clients)
+    assert [record.message for record in caplog.records] == ["SIGHUP: 1 client key is in force on the batch socket"]
+    assert list(clients._tenants) == batch_keys.client_keys(str(tmp_path / "keys"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses as dc
 import json
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +268,56 @@ def test_keys_share_prefixes_where_the_operator_says_so() -> None:
     assert cached_by(world, by[BOB]) > 15
     assert cached_by(world, by[BOB], "salt") == 0
     assert cached_by(world, by[ALICE], "salt") > 15
+    world.close()
+
+
+def told_to_bob(seed: int, alice: bool) -> list[Any]:
+    """What Bob learns from a random series of his requests, with and without those of Alice in between.
+
+    It is the explanations, and by how much each has made the counts in /metrics grow.
+    """
+    config = dc.replace(fake_config(tp=1, kv_tokens=8192), server=ServerConfig(api_keys=(ALICE, BOB)))
+    rng, world = random.Random(seed), World(seed, config)
+    keys, callers, reasons = Keys((ALICE, BOB)), Callers(world.gateway), world.gateway.cache_reasons
+    callers._engine = world.gateway  # type: ignore[assignment]  # there is no tokenizer to give explanations their texts
+    prompts = [tuple(rng.randrange(1, 4) for _ in range(rng.randrange(1, 40))) for _ in range(8)]
+    learnt: list[Any] = []
+    for _ in range(40):
+        key, batch, salt = rng.choice((ALICE, BOB)), rng.random() < 0.3, rng.choice(("", "", "salt", "pepper"))
+        ids = rng.choice(prompts)[: rng.randrange(1, 40)] + rng.choice(prompts)[: rng.randrange(9)]
+        length = rng.randrange(1, 6)
+        if key == ALICE and not alice:
+            continue
+        told: list[Any] = []
+        before = reasons.requests.copy(), reasons.tokens.copy()
+        engine = callers.call("batches" if batch else keys.name(key), batch, tenant=keys.name(key))
+        options = RequestOptions(cache_salt=salt, explain_cache=True)
+        engine.open(TokenPrompt(ids), SamplingParams(max_tokens=length, temperature=0), told.append, options)
+        world.system.run()
+        if key == BOB:
+            found = told[-1].explanation
+            learnt.append((found.render(), found.windows, reasons.requests - before[0], reasons.tokens - before[1]))
+    world.close()
+    return learnt
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_other_tenants_send_changes_nothing_that_a_tenant_is_told(seed: int) -> None:
+    alone = told_to_bob(seed, alice=False)
+    assert told_to_bob(seed, alice=True) == alone
+    assert {"new", "short", "salt"} <= {why["reason"] for why, *_ in alone}, "his own salts he may know of"
+
+
+def test_where_keys_share_the_cache_their_batches_show_each_other_no_text() -> None:
+    world = World(None, dc.replace(fake_config(tp=1, kv_tokens=640), server=ServerConfig(salt_by_key="off")))
+    keys, callers, told = Keys((ALICE, BOB)), Callers(world.gateway), list[Any]()
+    callers._engine = world.gateway  # type: ignore[assignment]
+    for key, last in ((ALICE, 9), (BOB, 10)):
+        engine = callers.call("batches", batch=True, tenant=keys.name(key))
+        ids, options = (*range(1, 19), last, *range(1, 9)), RequestOptions(explain_cache=True)
+        engine.open(TokenPrompt(ids), SamplingParams(max_tokens=1), told.append, options)
+        world.system.run()
+    assert told[-1].explanation.windows.theirs is None
     world.close()
 
 

@@ -308,5 +308,4 @@ class StepMachine(Admission):
         pages = {"total_pages": self.limits.num_pages, "free_pages": self.pool.free, "cached_pages": self.cache.num_pages}
         pages |= {"evictable_pages": self.cache.evictable, "evicted_pages": self.cache.evicted_pages}
         counters = {name: value for name, value in asdict(self.counters).items() if isinstance(value, int)}
-        misses = {f"missed_{why}_tokens": n for why, n in self.counters.misses.items()}
-        return requests | pages | counters | misses
+        return requests | pages | counters | {f"tree_missed_{why}_tokens": n for why, n in self.counters.misses.items()}
