@@ -24,6 +24,11 @@ function place(name) {
 }
 
 export function draw(state) {
+  if (state.journal.steps !== undefined) {
+    graph.replaceChildren();
+    list.replaceChildren(el("p", { class: "nothing" }, "A journal is of the scheduler alone: it knows no other process. Choose live above to see those of this server."));
+    return;
+  }
   const facts = state.actors, known = Object.keys(facts?.processes ?? {});
   if (!facts) {
     graph.replaceChildren();
