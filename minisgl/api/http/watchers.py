@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from minisgl.api.engine import Engine
 from minisgl.api.http.process_facts import Processes, stat_of
+from minisgl.api.rings import Depth, Depths
 from minisgl.errors import RequestError
 from minisgl.view.process import JOURNAL_BYTES, MAX_BEHIND, ViewerProcess
 
@@ -61,6 +62,7 @@ class Watchers:
         self._again: asyncio.TimerHandle | None = None
         self._skipping = False
         self.processes: Processes = dict
+        self.rings: Depths = dict
         self._usage: tuple[float, dict[str, Any]] = (0.0, {})
         self._cpu: dict[str, tuple[float, float]] = {}  # by process: when, and its seconds
 
@@ -228,9 +230,15 @@ class Watchers:
             self._anew()
 
     # ---------------- the processes
+    def _depths(self) -> dict[str, Depth]:
+        try:
+            return dict(self.rings())
+        except OSError:  # a ring is being replaced
+            return {}
+
     def actors(self) -> dict[str, Any]:
-        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory]; and
-        what waits in this process.  At most a second old."""
+        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory]; the
+        rings between them, see rings.py; and what waits in this process.  At most a second old."""
         now = time.monotonic()
         if now - self._usage[0] >= 0.9:
             rows = {}
@@ -244,8 +252,6 @@ class Watchers:
                 share = None if now <= then else round((cpu - before) / (now - then), 3)
                 rows[name] = [pid, None if beat is None else round(beat, 2), share, memory]
             state = {"state": self._engine.state, "open": self._engine.open_requests, "down": self._engine.down}
-            self._usage = (
-                now,
-                {"processes": rows, "restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, **state},
-            )
+            more = {"restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, "rings": self._depths()}
+            self._usage = now, {"processes": rows, **more, **state}
         return self._usage[1]
