@@ -29,7 +29,7 @@ from minisgl.lifeline import die_with_parent
 
 MAX_BEHIND = 32 << 20  # bytes that wait for the child
 _HEAD = struct.Struct("<I")
-_NICE = 19
+_NICE, _JOURNAL_NICE = 19, 10  # somebody waits for the step of a journal
 JOURNAL_BYTES = 4 << 30  # of memory, for a child that opens journals
 
 OnMessage = Callable[[list[Any]], None]
@@ -104,11 +104,11 @@ def _main(connection: socket.socket, model: ModelSpec, parent: int, memory: int)
         signal.signal(number, signal.SIG_IGN)
     setproctitle.setproctitle("minisgl::viewer")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.nice(_NICE)
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     from minisgl.view.viewer import Viewer
 
+    os.nice(_JOURNAL_NICE if memory else _NICE)  # from now on: a reader waits for the imports
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     pieces = _Pieces(model)
     viewer = Viewer(pieces, loaded=pieces.loaded, model=model.name)
     data = bytearray()

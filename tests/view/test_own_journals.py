@@ -30,6 +30,14 @@ def joined(loop: Recorded, tokens: bool = True) -> bytes:
     return b"".join(map(bytes, loop.parts[tokens]))
 
 
+async def patiently(tab: Tab, condition: str) -> None:
+    """`until` with a minute: a process starts, which is nicer than all others."""
+    for _ in range(5):
+        with contextlib.suppress(AssertionError):
+            return await tab.until(condition)
+    await tab.until(condition)
+
+
 async def send(session: aiohttp.ClientSession, engine: Engine, watcher: str, data: Any, key: str = "") -> tuple[int, Any]:
     """Status and body of an upload."""
     url = engine.http.make_url(f"/debug/live/journal?watcher={watcher}")
@@ -66,7 +74,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
         chosen = [str(path) for path in reversed(files)]
         await tab.call("DOM.setFileInputFiles", files=chosen, objectId=found["result"]["objectId"])
         last = f"document.querySelector('#where').textContent === 'step {want[-1][0]:,} ({len(want)} of {len(want)})'"
-        await tab.until(f"!document.querySelector('#player').hidden && {last}")
+        await patiently(tab, f"!document.querySelector('#player').hidden && {last}")
         assert await tab.value("document.activeElement.id") == "slider"
         text = f"file case ({len(files)} parts)"
         assert await tab.value("document.querySelector('#journal').selectedOptions[0].textContent") == text
@@ -103,7 +111,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
         # what is no journal is refused, and the engine is shown again
         (mine / "poem").write_text("The sea is calm to-night.")
         await tab.call("DOM.setFileInputFiles", files=[str(mine / "poem")], objectId=found["result"]["objectId"])
-        await tab.until("document.querySelector('#banner').textContent.includes('no journal of minisgl')")
+        await patiently(tab, "document.querySelector('#banner').textContent.includes('no journal of minisgl')")
         engine.show()
         await tab.until("document.querySelector('#player').hidden && document.querySelector('#status').textContent === 'live'")
         assert "no journal of minisgl" in (await tab.text("#banner"))[0]
@@ -113,7 +121,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
             const dataTransfer = new DataTransfer(); dataTransfer.items.add(new File([bytes], 'dropped'));
             document.body.dispatchEvent(new DragEvent('drop', {{ dataTransfer, bubbles: true, cancelable: true }})); }})()"""
         await tab.value(drop)
-        await tab.until("document.querySelector('#journal').selectedOptions[0].textContent === 'file dropped'")
+        await patiently(tab, "document.querySelector('#journal').selectedOptions[0].textContent === 'file dropped'")
         await tab.until("!document.querySelector('#player').hidden")
         assert await tab.value("document.querySelector('#banner').hidden")
 

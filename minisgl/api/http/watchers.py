@@ -27,6 +27,7 @@ from minisgl.view.process import JOURNAL_BYTES, MAX_BEHIND, ViewerProcess
 MOST = 16  # watchers
 LINGER_SECONDS = 3.0  # the viewer stays after the last one
 ANSWER_SECONDS = 20.0  # of the viewer: it may load a tokenizer, or live through a journal
+OPEN_SECONDS = 120.0  # of a viewer that starts, and reads and replays a whole journal
 
 
 class Watcher:
@@ -176,7 +177,7 @@ class Watchers:
         """Show a journal without a name; returns {"steps": n}.  Raises RequestError (400, 503), and shows the live one."""
         path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         try:
-            answer = json.loads(await self._answer(lambda number: self.open(watcher, path, file, number)))
+            answer = json.loads(await self._answer(lambda number: self.open(watcher, path, file, number), OPEN_SECONDS))
             if answer["trouble"]:
                 raise RequestError(answer["trouble"], code="no_journal")
             return {"steps": answer["steps"]}
@@ -206,12 +207,12 @@ class Watchers:
         viewer = watcher.own or self._viewer
         return await self._answer(lambda n: viewer.send("ask", n, watcher.number, what, value) if viewer is not None else None)
 
-    async def _answer(self, ask: Callable[[int], object]) -> bytes:
+    async def _answer(self, ask: Callable[[int], object], seconds: float = ANSWER_SECONDS) -> bytes:
         number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         ask(number)
         try:
-            return await asyncio.wait_for(future, ANSWER_SECONDS)
+            return await asyncio.wait_for(future, seconds)
         except (asyncio.TimeoutError, asyncio.CancelledError) as e:
             if isinstance(e, asyncio.CancelledError) and not future.cancelled():
                 raise
