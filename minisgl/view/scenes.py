@@ -55,7 +55,9 @@ class Live(Scene):
     def take(self, data: bytes, begins: bool) -> None:
         """The next bytes; `begins`: of another journal.  Raises as Replay does."""
         if begins:
+            call = self.call
             self.__init__()  # type: ignore[misc]
+            self.call = call
         self.feed(data)
         while self.advance():
             pass

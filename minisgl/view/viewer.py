@@ -4,7 +4,7 @@ It takes messages and gives messages, lists of plain values (process.py carries 
 `ready` before the next one, so that nothing piles up before a slow reader.
 
     ["journal", bytes, begins]   ["watch", who, client, text]   ["choose", who, opened, closed, whole]   ["ready", who]
-    ["leave", who]   ["open", who, path, number]   ["seek", who, place]   ["ask", number, who, what, value]
+    ["explain", who]   ["leave", who]   ["open", who, path, number]   ["seek", who, place]   ["ask", number, who, what, value]
 
     ["view", who, json]   ["answer", number, json]   ["again"]: the live journal cannot be followed, it must begin anew
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ import numpy as np
 
 from minisgl.arrays import I32
 from minisgl.errors import UserError
-from minisgl.journal.replay import Divergence
+from minisgl.journal.replay import Divergence, Replay
+from minisgl.journal.witness import Watch, plain
 from minisgl.view.scenes import Live, Opened, Scene
 from minisgl.view.tree import Choice, tree
 from minisgl.view.views import Sight, View, delta, life_of, sections
@@ -31,6 +33,7 @@ SHARE = 10  # a view that takes a second is not made again for so many
 _NODE_TOKENS = 400  # whose text is shown
 _PREVIEW = 10  # tokens that name a node
 _BEFORE = 24  # tokens before a node, for context
+_UNTOLD = 20_000  # calls of the machine whose facts wait for somebody who asks why
 _AT_ONCE = 20_000  # steps of a journal that is opened at its last one; a longer one is opened at its first
 
 Pieces = Callable[[Iterable[int]], list[str]]
@@ -38,7 +41,7 @@ Pieces = Callable[[Iterable[int]], list[str]]
 
 @dataclass(slots=True)
 class Watcher:
-    """Somebody who looks on.  `shown`: the view that it has."""
+    """Somebody who looks on.  `shown`: the view that it has; `told`: it has facts of steps instead, these wait."""
 
     sight: Sight
     choice: Choice = field(default_factory=Choice)
@@ -52,6 +55,8 @@ class Watcher:
     next_tree: float = 0.0
     tree: dict[str, Any] = field(default_factory=dict)
     tree_calls: int = -1
+    told: deque[dict[str, Any]] | None = None
+    untold: int = 0  # calls that there was no room for
 
     def when(self, calls: int) -> float:
         """The time of the next view, of a history with so many calls: where the tree alone is old, it waits for the tree."""
@@ -75,6 +80,7 @@ class Viewer:
         self._pieces, self._now, self._loaded, self._model = pieces, now, loaded, model
         self._watchers: dict[int, Watcher] = {}
         self._trouble = ""
+        self._watch_calls, self._plain_call = Watch(), Replay().call
         self.out: list[list[Any]] = []
 
     # ---------------- messages
@@ -91,6 +97,7 @@ class Viewer:
         except (Divergence, UserError, ValueError, KeyError, IndexError) as e:
             self._trouble = f"{type(e).__name__}: {e}"
             self.out.append(["again"])
+        self._tell()
         if begins:
             for watcher in self._watchers.values():
                 if watcher.opened is None:
@@ -109,6 +116,23 @@ class Viewer:
 
     def _leave(self, who: int) -> None:
         self._watchers.pop(who, None)
+        if self.live.call is self._watch_calls and not any(w.told is not None for w in self._watchers.values()):
+            self.live.call = self._plain_call
+            self._watch_calls.leave()
+
+    def _explain(self, who: int) -> None:
+        """Tell somebody the facts of every call of the live machine from now on, with their reasons, instead of views."""
+        if (watcher := self._watchers.get(who)) is not None:
+            watcher.told = deque(maxlen=_UNTOLD)
+            self.live.call = self._watch_calls
+
+    def _tell(self) -> None:
+        facts, self._watch_calls.steps = self._watch_calls.steps, deque()
+        values = [plain(step) for step in facts]
+        for watcher in self._watchers.values():
+            if watcher.told is not None:
+                watcher.untold += max(0, len(watcher.told) + len(values) - _UNTOLD)
+                watcher.told.extend(values)
 
     def _open(self, who: int, path: str, number: int = 0) -> None:
         """Show a journal of a file.  `number`: answer with its steps, or with what is wrong, which else the stream says."""
@@ -171,6 +195,12 @@ class Viewer:
         """Make the views that are due; returns the seconds until the next may be."""
         wait = 60.0
         for who, watcher in self._watchers.items():
+            if watcher.told is not None:
+                if watcher.ready and watcher.told:
+                    self._say(who, watcher, {"told": list(watcher.told), "untold": watcher.untold, "began": _began(self.live)})
+                    watcher.told.clear()
+                    watcher.untold = 0
+                continue
             scene = self._scene(watcher)
             calls = scene.history.calls
             if not watcher.ready or (not watcher.stale and watcher.calls == watcher.tree_calls == calls):
@@ -276,6 +306,10 @@ class Viewer:
         if sight.client is None:
             return {str(name) for name in scene.names.by_name}
         return {key for w in self._watchers.values() if w.sight.client == sight.client for key in w.tree}
+
+
+def _began(scene: Scene) -> float:
+    return float(scene.head.get("time", 0.0))
 
 
 def _why(e: Exception) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -125,12 +126,13 @@ async def measure(s: Server, args: argparse.Namespace) -> None:
             shown = await page.shows(10)  # where processors are short the viewer may never come to that: the others pay as much
             pages.append(await window(s, load, args.seconds, page) | {"shown": shown})
             await page.close()
-            await asyncio.sleep(3.5)  # the viewer lingers
+            while "viewer" in Server(s.address[1], s.pids["api"]).pids:  # it lingers  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
             windows.append(await window(s, load, args.seconds, None))
         await load.close()
 
     def ratios(name: str) -> list[float]:
-        around = [(a[name] + b[name]) / 2 for a, b in zip(windows, windows[1:], strict=False)]
+        around = [(a[name] + b[name]) / 2 for a, b in itertools.pairwise(windows)]
         return [page[name] / base if base else 1.0 for page, base in zip(pages, around, strict=True)]
 
     def middle(rows: list[dict[str, Any]], name: str) -> float:
@@ -165,7 +167,7 @@ async def served(args: argparse.Namespace) -> int:
         try:
             port = await _port(process, log)
             ready = Server(port, process.pid)
-            while b"200" not in ready.get("/ready").split(b"\r\n", 1)[0]:
+            while b"200" not in ready.get("/ready").split(b"\r\n", 1)[0]:  # noqa: ASYNC110 - a process, not an event
                 await asyncio.sleep(0.1)
             await measure(Server(port, process.pid), args)
             return 0
@@ -191,7 +193,7 @@ async def _port(process: asyncio.subprocess.Process, log: Any) -> int:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description="What an open page costs.")
+    p = argparse.ArgumentParser(description="What an open page costs.", allow_abbrev=False)
     p.add_argument("--turns", type=int, default=4)
     p.add_argument("--seconds", type=float, default=5.0, help="of a window")
     p.add_argument("--clients", type=int, default=128)

@@ -39,6 +39,9 @@ def _integers(name: str, value: list[Any]) -> list[int]:
 
 WATCHER = required(string("watcher", "The name that the stream of GET /debug/live begins with."))
 _UPLOAD = Fields(WATCHER)
+_EXPLAINED = 50
+STEPS = integer("steps", f"End after so many steps; default: {_EXPLAINED}.", 1, 1_000_000)
+_EXPLAIN = Fields(STEPS)
 LIVE = Fields(
     WATCHER,
     array("opened", "Nodes of the radix tree to show with their children.", _INTEGERS, "an array of integers", _integers),
@@ -63,6 +66,7 @@ class LiveRoutes:
         router.add_post("/debug/live", self.choose)
         router.add_get("/debug/journals", self.list)
         router.add_post("/debug/live/journal", self.upload)
+        router.add_get("/debug/explain", self.explain)
 
     async def close(self, _: web.Application) -> None:
         self.watchers.close()
@@ -99,6 +103,51 @@ class LiveRoutes:
             return response
         finally:
             self.watchers.leave(watcher)
+
+    async def explain(self, request: web.Request) -> web.StreamResponse:
+        """What the scheduler decides in its next steps, and why: lines of JSON, one for each of its calls, as they happen."""
+        client = self._client(request)
+        self._keys.check_admin(request)
+        values, unknown = _EXPLAIN.read({name: int(text) if text.isdecimal() else text for name, text in request.query.items()})
+        if unknown:
+            raise InvalidParam(unknown[0], f"{unknown[0]} is not known here: write ?steps=N.")
+        watcher = self.watchers.enter(client)
+        try:
+            self.watchers.tell(watcher, "explain")
+            response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "application/x-ndjson"})
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
+            with contextlib.suppress(ConnectionResetError):
+                await response.prepare(request)
+                await response.write(b"\n")
+                await self._tell(watcher, response, values.get("steps", _EXPLAINED))
+                await response.write_eof()
+            return response
+        finally:
+            self.watchers.leave(watcher)
+
+    async def _tell(self, watcher: Watcher, response: web.StreamResponse, steps: int) -> None:
+        while self._engine.state not in ("draining", "stopped", "dead"):
+            try:
+                view = await asyncio.wait_for(watcher.views.get(), _SECONDS)
+            except asyncio.TimeoutError:
+                await response.write(b"\n")  # a sign of life
+                continue
+            if view is None:
+                return
+            message = json.loads(view)
+            if message.get("untold"):
+                await self._line(response, {"untold": message["untold"]})
+            for facts in message.get("told", ()):
+                await self._line(response, {**facts, "began": message["began"]})
+                steps -= facts["number"] is not None
+                if not steps:
+                    return
+            self.watchers.tell(watcher, "ready")
+
+    @staticmethod
+    async def _line(response: web.StreamResponse, value: Any) -> None:
+        await response.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
 
     async def _follow(self, watcher: Watcher, response: web.StreamResponse) -> None:
         loop = asyncio.get_running_loop()
