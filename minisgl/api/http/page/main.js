@@ -171,7 +171,7 @@ function drawTiles() {
   $("tiles").replaceChildren(
     tile("running", num(t.running_requests), `running of ${num(state.limits.slots)} slots`),
     tile("waiting", num(t.waiting_requests), "waiting"),
-    tile("rate", num(sum(1) / n), "tokens a second", "over the last five seconds of the engine's clock"),
+    tile("rate", over.length || !t.running_requests ? num(sum(1) / n) : "\u2013", "tokens a second", "over the last five seconds of the engine's clock"),
     tile("hits", percent(t.prompt_tokens ? t.cached_tokens / t.prompt_tokens : null), "of prompts cached", `${num(t.cached_tokens)} of ${num(t.prompt_tokens)} tokens`),
     tile("ttft", ms(last ? last[5] : null), "first token (p50)"),
     tile("busy", device ? percent(sum(11) / device) : "\u2013", "device busy", "of the time between the first and the last step: busy / (busy + idle)"),

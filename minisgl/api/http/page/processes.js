@@ -75,7 +75,7 @@ export function draw(state) {
     if (!seen.has(a) || !seen.has(b) || (a === "api" && b === "scheduler")) continue;
     const [ax, ay] = place(a), [bx, by] = place(b), back = a === "worker0", shift = back ? 14 : -14;
     if (b === "viewer") {
-      parts.push(svg("line", { x1: ax + 75, y1: ay + BOX[1], x2: bx + 75, y2: by, "stroke-dasharray": "4 4", "marker-end": "url(#tip)" }));
+      parts.push(svg("line", { x1: ax + 75, y1: ay + BOX[1], x2: bx + 75, y2: by, "stroke-dasharray": "4 4", "marker-end": "url(#tip)" }), write(bx + 112, (ay + BOX[1] + by) / 2 + 4, text));
       continue;
     }
     if (a === "api" || a === "tokenizer") {  // an elbow above or below the way of the answers
