@@ -291,6 +291,25 @@ def test_an_upload_leaves_nothing_and_needs_an_administrator(tmp_path: Path) -> 
     asyncio.run(main())
 
 
+def test_the_explanation_of_a_live_server_is_for_administrators_and_says_what_it_takes() -> None:
+    async def main() -> None:
+        async with served(api_keys=(A,), admin_api_keys=(ADMIN,)) as engine, aiohttp.ClientSession() as session:
+            url = str(engine.http.make_url("/debug/explain"))
+            for key, query, status, said in (
+                ("", "", 401, "API key"),
+                (A, "", 403, "administrator"),
+                (ADMIN, "?steps=0", 400, "steps"),
+                (ADMIN, "?steps=x", 400, "steps"),
+                (ADMIN, "?steps=" + "9" * 5000, 400, "steps"),
+                (ADMIN, "?step=5", 400, "?steps=N"),
+            ):
+                async with session.get(url + query, headers=as_(key)) as answer:
+                    assert answer.status == status, (key, query)
+                    assert said in (await answer.json())["error"]["message"]
+
+    asyncio.run(main())
+
+
 def test_an_upload_that_is_too_large_names_the_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("minisgl.api.http.journal_upload.MAX_BYTES", 5000)
 

@@ -108,7 +108,9 @@ class LiveRoutes:
         """What the scheduler decides in its next steps, and why: lines of JSON, one for each of its calls, as they happen."""
         client = self._client(request)
         self._keys.check_admin(request)
-        values, unknown = _EXPLAIN.read({name: int(text) if text.isdecimal() else text for name, text in request.query.items()})
+        values, unknown = _EXPLAIN.read(
+            {name: int(text[:20]) if text.isdecimal() else text for name, text in request.query.items()}
+        )
         if unknown:
             raise InvalidParam(unknown[0], f"{unknown[0]} is not known here: write ?steps=N.")
         watcher = self.watchers.enter(client)
