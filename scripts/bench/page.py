@@ -1,6 +1,6 @@
 """What an open page costs: throughput, CPU time of each process and bytes a second, with one page and without, in turns.
 
-    .venv/bin/python scripts/bench/page.py [--turns 4] [--seconds 6] [--clients 128]
+    .venv/bin/python scripts/bench/page.py [--turns 3] [--seconds 5] [--clients 128]
 
 One server with the fake engine, all processes real.  Clients in this process keep it busy in a closed loop: each sends its next
 request when it has its answer.  The page is a reader of GET /debug/live, as the real one is.  A turn is a window without a
@@ -8,7 +8,8 @@ page, one with it, and one without: the page is compared with the mean of the wi
 slower meanwhile does not count.
 
 On a machine with other work throughput says little.  CPU time for each generated token does: what api, scheduler and the others
-pay is what the engine loses where processors are short.  The viewer process is beside them: it has the lowest priority
+pay is what the engine loses where processors are short.  Both are only comparable at the same load: where throughput falls for
+another reason batches are smaller, and every process takes more for a token, worker0 too, which knows nothing of a page.  The viewer process is beside them: it has the lowest priority
 (nice 19) and a processor of its own where there is one.  One JSON line per measure.
 """
 
@@ -194,7 +195,7 @@ async def _port(process: asyncio.subprocess.Process, log: Any) -> int:
 
 def main() -> int:
     p = argparse.ArgumentParser(description="What an open page costs.", allow_abbrev=False)
-    p.add_argument("--turns", type=int, default=4)
+    p.add_argument("--turns", type=int, default=3)
     p.add_argument("--seconds", type=float, default=5.0, help="of a window")
     p.add_argument("--clients", type=int, default=128)
     args = p.parse_args()
