@@ -9,8 +9,9 @@ slower meanwhile does not count.
 
 On a machine with other work throughput says little.  CPU time for each generated token does: what api, scheduler and the others
 pay is what the engine loses where processors are short.  Both are only comparable at the same load: where throughput falls for
-another reason batches are smaller, and every process takes more for a token, worker0 too, which knows nothing of a page.  The viewer process is beside them: it has the lowest priority
-(nice 19) and a processor of its own where there is one.  One JSON line per measure.
+another reason batches are smaller, and every process takes more for a token, worker0 too, which knows nothing of a page.  The
+viewer process is beside them: it has the lowest priority (nice 19) and a processor of its own where there is one.
+One JSON line per measure.
 """
 
 from __future__ import annotations
