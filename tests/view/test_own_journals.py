@@ -69,7 +69,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
 
     async def scene(engine: Engine, tab: Tab) -> None:
         await engine.looked_on()
-        await tab.until("!document.querySelector('#openfile').hidden")
+        await patiently(tab, "!document.querySelector('#openfile').hidden")
         found = await tab.call("Runtime.evaluate", expression="document.querySelector('#file')")
         chosen = [str(path) for path in reversed(files)]
         await tab.call("DOM.setFileInputFiles", files=chosen, objectId=found["result"]["objectId"])
@@ -79,16 +79,18 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
         text = f"file case ({len(files)} parts)"
         assert await tab.value("document.querySelector('#journal').selectedOptions[0].textContent") == text
         await press(tab, "Home")
-        await tab.until(f"document.querySelector('#where').textContent === 'step {want[0][0]:,} (1 of {len(want)})'")
+        await patiently(tab, f"document.querySelector('#where').textContent === 'step {want[0][0]:,} (1 of {len(want)})'")
         for _ in range(3):
             await press(tab, "ArrowRight")
-        await tab.until(f"document.querySelector('#where').textContent === 'step {want[3][0]:,} (4 of {len(want)})'")
+        await patiently(tab, f"document.querySelector('#where').textContent === 'step {want[3][0]:,} (4 of {len(want)})'")
         for place in (len(want) // 2, len(want) - 3, len(want) // 5):
             await tab.value(
                 f"(s => {{ s.value = {place}; s.dispatchEvent(new Event('input')); }})(document.querySelector('#slider'))"
             )
             step, running, waiting, free, nodes = want[place]
-            await tab.until(f"document.querySelector('#where').textContent === 'step {step:,} ({place + 1} of {len(want)})'")
+            await patiently(
+                tab, f"document.querySelector('#where').textContent === 'step {step:,} ({place + 1} of {len(want)})'"
+            )
             assert (await tile(tab, "running"), await tile(tab, "waiting")) == (str(running), str(waiting))
             shown = await tab.value("import('/page/live.js').then((m) => JSON.stringify(m.state))")
             got = json.loads(shown)
@@ -104,7 +106,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
             assert len(await tab.text("#waiting tbody tr")) == waiting
             uid = next(iter(views[place]["requests"]))
             await tab.value(f"document.querySelector('#list tr[data-uid=\"{uid}\"] button').click()")
-            await tab.until("document.querySelector('#life .pieces, #life .error')")
+            await patiently(tab, "document.querySelector('#life .pieces, #life .error')")
             assert await tab.text("#life .error") == []
             await tab.click("#tab-processes")
             assert "knows no other process" in (await tab.text("#actors .nothing"))[0]
@@ -113,7 +115,9 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
         await tab.call("DOM.setFileInputFiles", files=[str(mine / "poem")], objectId=found["result"]["objectId"])
         await patiently(tab, "document.querySelector('#banner').textContent.includes('no journal of minisgl')")
         engine.show()
-        await tab.until("document.querySelector('#player').hidden && document.querySelector('#status').textContent === 'live'")
+        await patiently(
+            tab, "document.querySelector('#player').hidden && document.querySelector('#status').textContent === 'live'"
+        )
         assert "no journal of minisgl" in (await tab.text("#banner"))[0]
         # dropped on the page
         text = base64.b64encode(files[0].read_bytes()).decode()
@@ -122,7 +126,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
             document.body.dispatchEvent(new DragEvent('drop', {{ dataTransfer, bubbles: true, cancelable: true }})); }})()"""
         await tab.value(drop)
         await patiently(tab, "document.querySelector('#journal').selectedOptions[0].textContent === 'file dropped'")
-        await tab.until("!document.querySelector('#player').hidden")
+        await patiently(tab, "!document.querySelector('#player').hidden")
         assert await tab.value("document.querySelector('#banner').hidden")
 
     visit(tmp_path, scene, "/#batch")

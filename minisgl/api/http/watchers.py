@@ -26,7 +26,7 @@ from minisgl.view.process import JOURNAL_BYTES, MAX_BEHIND, ViewerProcess
 
 MOST = 16  # watchers
 LINGER_SECONDS = 3.0  # the viewer stays after the last one
-ANSWER_SECONDS = 20.0  # of the viewer: it may load a tokenizer, or live through a journal
+ANSWER_SECONDS = 60.0  # of the viewer: it may load a tokenizer, or live through a journal
 OPEN_SECONDS = 120.0  # of a viewer that starts, and reads and replays a whole journal
 
 
