@@ -75,6 +75,8 @@ NOT_RUN = {
     ("docs/walkthroughs.md", "minisgl --lag 1"): PLAYED,
     ("docs/walkthroughs.md", "for i in 0 1 2 3"): PLAYED,
     ("docs/walkthroughs.md", "minisgl --max-running 2"): PLAYED,
+    ("docs/walkthroughs.md", "minisgl explain http"): "tests/commands/test_explain.py explains a live server",
+    ("docs/walkthroughs.md", "step 41, 0.312 s"): "an example of its output; test_explain.py checks every number",
     ("docs/walkthroughs.md", "minisgl --data-dir state"): "tests/view/test_live_page.py walks through a journal",
     ("docs/tour.md", "# chunks.py"): TOUR,
     ("docs/tour.md", "$ .venv/bin/python chunks.py"): TOUR,

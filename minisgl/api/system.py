@@ -22,6 +22,7 @@ from minisgl.actors.runtime.shared_memory import Memory, actor_names
 from minisgl.actors.runtime.supervisor import Supervisor, make_run_dir
 from minisgl.api.gateway import Gateway
 from minisgl.api.recovery import Recovery
+from minisgl.api.rings import Rings
 from minisgl.config import RENDEZVOUS, Config
 from minisgl.errors import UserError
 
@@ -55,6 +56,7 @@ class System:
             self._memory = Memory(config)
             undo.callback(self._memory.close)
             self.gateway = Gateway(self.ctx, config, self._memory.arenas)
+            self.rings = Rings(lambda: self._memory.arenas)
             self.recovery = Recovery(config, self.gateway, self.ctx, self._memory, self)
             for name in reversed(actor_names(config.engine.tp, config.server.num_tokenizers)):  # the workers take longest
                 self.gateway.pids[name] = self.start(name)

@@ -72,6 +72,11 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"the server, with or without /v1 ({DEFAULT_URL})")
     where.add_argument("--port", type=_port, metavar="PORT", help="the server on this machine that listens there")
+    add_key_flags(parser)
+
+
+def add_key_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that bring the key of a server."""
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--api-key-file", metavar="FILE", help="its first line is the key of a server that wants one")
     key.add_argument("--api-key", metavar="KEY", help="the key itself; other users of this machine can see it (ps)")

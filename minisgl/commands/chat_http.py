@@ -90,6 +90,14 @@ class Server:
             except (OSError, http.client.HTTPException) as e:
                 raise ChatError(f"the connection to {self.url} was lost ({_why(e)})") from e
 
+    def lines(self, path: str, seconds: float) -> Generator[bytes, None, None]:
+        """The lines of an answer as they come, none of them after so long a silence.  Raises ChatError."""
+        with self._request("GET", path, seconds=seconds) as response:
+            try:
+                yield from response
+            except (OSError, http.client.HTTPException) as e:
+                raise ChatError(f"the connection to {self.url} was lost ({_why(e)})") from e
+
     def stream(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
         """The pieces of an answer.  Raises ChatError.
 

@@ -218,6 +218,7 @@ class _Server:
             engine.metrics.connections = connections.__len__
             engine.metrics.processes.processes = self.system.gateway.processes
             app[WATCHERS].processes = self.system.gateway.processes
+            app[WATCHERS].rings = self.system.rings.depths
             listener = Acceptor(
                 self.sock,
                 lambda: Connection(server, HEADER_SECONDS, request_log, connections, door),

@@ -70,7 +70,7 @@ class Parser:
     def torn(self) -> int:
         return len(self._data) - self._at
 
-    def feed(self, data: bytes) -> Iterator[Record]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Record]:
         """Take in the next bytes; yields the records that they complete.  Raises UserError if this is no journal."""
         self._data += data
         while not self._damaged and (record := self._next()) is not None:

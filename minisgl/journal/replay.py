@@ -89,7 +89,7 @@ class Replay:
         self._given = GivenCosts()
         self.feed(data)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take in the next bytes of the same part or stream.  Raises UserError if this is no journal."""
         self._records.extend(self._parser.feed(data))
 

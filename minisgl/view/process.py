@@ -1,7 +1,8 @@
 """The viewer process, as the api process has it: a plain child that is there while somebody looks on.
 
 Messages are msgpack, each behind its length, on a pair of sockets.  The child is nicer than the engine (`nice` 19), so that
-where processors are short it falls behind, and not the engine.  Runs in the api process; `_main` in the child.
+where processors are short it falls behind, and not the engine.  Whoever opens a journal has a child of their own, with a bound
+on its memory: whatever is in the file, it harms nobody else.  Runs in the api process; `_main` in the child.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import multiprocessing as mp
 import os
+import resource
 import select
 import signal
 import socket
@@ -27,7 +29,8 @@ from minisgl.lifeline import die_with_parent
 
 MAX_BEHIND = 32 << 20  # bytes that wait for the child
 _HEAD = struct.Struct("<I")
-_NICE = 19
+_NICE, _JOURNAL_NICE = 19, 10  # somebody waits for the step of a journal
+JOURNAL_BYTES = 4 << 30  # of memory, for a child that opens journals
 
 OnMessage = Callable[[list[Any]], None]
 
@@ -35,12 +38,12 @@ OnMessage = Callable[[list[Any]], None]
 class ViewerProcess:
     """The child, and the way to it.  `on_message` is called with what it says, `on_end` when it has ended by itself."""
 
-    def __init__(self, model: ModelSpec, on_message: OnMessage, on_end: Callable[[], None]) -> None:
-        """Start it; on the main thread, with which it ends.  Raises OSError."""
+    def __init__(self, model: ModelSpec, on_message: OnMessage, on_end: Callable[[], None], memory: int = 0) -> None:
+        """Start it; on the main thread, with which it ends.  `memory`: bytes that it may take, 0: any.  Raises OSError."""
         ours, theirs = socket.socketpair()
         context = mp.get_context("spawn")
         self._process: BaseProcess = context.Process(
-            target=_main, args=(theirs, model, os.getpid()), name="viewer", daemon=True
+            target=_main, args=(theirs, model, os.getpid(), memory), name="viewer", daemon=True
         )
         with quiet_spawn():
             self._process.start()
@@ -93,7 +96,7 @@ class ViewerProcess:
 
 
 # ---------------- in the child
-def _main(connection: socket.socket, model: ModelSpec, parent: int) -> None:
+def _main(connection: socket.socket, model: ModelSpec, parent: int, memory: int) -> None:
     import setproctitle
 
     die_with_parent(parent)
@@ -101,11 +104,13 @@ def _main(connection: socket.socket, model: ModelSpec, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     setproctitle.setproctitle("minisgl::viewer")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.nice(_NICE)
     from minisgl.view.viewer import Viewer
 
+    os.nice(_JOURNAL_NICE if memory else _NICE)  # from now on: a reader waits for the imports
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     pieces = _Pieces(model)
-    viewer = Viewer(pieces, loaded=pieces.loaded)
+    viewer = Viewer(pieces, loaded=pieces.loaded, model=model.name)
     data = bytearray()
     wait = 60.0
     with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ A scene is a replay with its History, and the names of the nodes of its tree.  R
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from typing import Any
 
 from minisgl.actors.scheduler.step_machine import StepMachine
@@ -54,7 +55,9 @@ class Live(Scene):
     def take(self, data: bytes, begins: bool) -> None:
         """The next bytes; `begins`: of another journal.  Raises as Replay does."""
         if begins:
+            call = self.call
             self.__init__()  # type: ignore[misc]
+            self.call = call
         self.feed(data)
         while self.advance():
             pass
@@ -85,21 +88,36 @@ class Opened:
         self.scene = Scene()
         self.at = -1
         self._here = (-1, 0)
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     def seek(self, at: int) -> None:
-        """Go to the state after a step, by its place in `steps`.  Backwards means from the beginning of the step's part."""
-        at = max(0, min(at, len(self.steps) - 1))
+        """Go to the state after a step, by its place in `steps`.  Backwards means from the beginning of the step's part.
+
+        Where a call on the way cannot be made again, what it raises is raised, and the state is the one before it.
+        """
+        try:
+            self._move(max(0, min(at, len(self.steps) - 1)))
+        except Exception:
+            (part, _), good = self._here, bisect_right(self._places, self._here) - 1
+            self._here = (-1, 0)
+            if good >= 0 and self._places[good][0] == part:
+                self._move(good)
+            else:
+                self.scene = Scene()
+            raise
+
+    def _move(self, at: int) -> None:
         part, calls = self._places[at]
         if self._here[0] != part or self._here[1] > calls:
             self.scene, self._here = Scene(), (part, 0)
             with open(self.parts[part], "rb") as file:
-                self._rest = file.read()
-        done = self._here[1]
-        while done < calls:
+                self._rest = memoryview(file.read())
+        while self._here[1] < calls:
             if self.scene.advance():
-                done += 1
-            else:
+                self._here = (part, self._here[1] + 1)
+            elif self._rest:
                 self.scene.feed(self._rest[:_CHUNK])
                 self._rest = self._rest[_CHUNK:]
-        self._here, self.at = (part, done), at
+            else:
+                raise UserError("the journal has become shorter")
+        self.at = at

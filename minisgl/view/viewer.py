@@ -4,7 +4,7 @@ It takes messages and gives messages, lists of plain values (process.py carries 
 `ready` before the next one, so that nothing piles up before a slow reader.
 
     ["journal", bytes, begins]   ["watch", who, client, text]   ["choose", who, opened, closed, whole]   ["ready", who]
-    ["leave", who]   ["open", who, path]   ["seek", who, place]   ["ask", number, who, what, value]
+    ["explain", who]   ["leave", who]   ["open", who, path, number]   ["seek", who, place]   ["ask", number, who, what, value]
 
     ["view", who, json]   ["answer", number, json]   ["again"]: the live journal cannot be followed, it must begin anew
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ import numpy as np
 
 from minisgl.arrays import I32
 from minisgl.errors import UserError
-from minisgl.journal.replay import Divergence
+from minisgl.journal.replay import Divergence, Replay
+from minisgl.journal.witness import Watch, plain
 from minisgl.view.scenes import Live, Opened, Scene
 from minisgl.view.tree import Choice, tree
 from minisgl.view.views import Sight, View, delta, life_of, sections
@@ -31,13 +33,15 @@ SHARE = 10  # a view that takes a second is not made again for so many
 _NODE_TOKENS = 400  # whose text is shown
 _PREVIEW = 10  # tokens that name a node
 _BEFORE = 24  # tokens before a node, for context
+_UNTOLD = 20_000  # calls of the machine whose facts wait for somebody who asks why
+_AT_ONCE = 20_000  # steps of a journal that is opened at its last one; a longer one is opened at its first
 
 Pieces = Callable[[Iterable[int]], list[str]]
 
 
 @dataclass(slots=True)
 class Watcher:
-    """Somebody who looks on.  `shown`: the view that it has."""
+    """Somebody who looks on.  `shown`: the view that it has; `told`: it has facts of steps instead, these wait."""
 
     sight: Sight
     choice: Choice = field(default_factory=Choice)
@@ -51,6 +55,8 @@ class Watcher:
     next_tree: float = 0.0
     tree: dict[str, Any] = field(default_factory=dict)
     tree_calls: int = -1
+    told: deque[dict[str, Any]] | None = None
+    untold: int = 0  # calls that there was no room for
 
     def when(self, calls: int) -> float:
         """The time of the next view, of a history with so many calls: where the tree alone is old, it waits for the tree."""
@@ -58,15 +64,23 @@ class Watcher:
 
 
 class Viewer:
-    """See above.  `pieces`: the texts of tokens, one by one; it waits for the tokenizer, `loaded` says whether it must."""
+    """See above.  `pieces`: the texts of tokens, one by one; it waits for the tokenizer, `loaded` says whether it must.
+
+    `model`: the name of the model that the tokenizer is of.
+    """
 
     def __init__(
-        self, pieces: Pieces, now: Callable[[], float] = time.monotonic, loaded: Callable[[], bool] = lambda: True
+        self,
+        pieces: Pieces,
+        now: Callable[[], float] = time.monotonic,
+        loaded: Callable[[], bool] = lambda: True,
+        model: str = "",
     ) -> None:
         self.live = Live()
-        self._pieces, self._now, self._loaded = pieces, now, loaded
+        self._pieces, self._now, self._loaded, self._model = pieces, now, loaded, model
         self._watchers: dict[int, Watcher] = {}
         self._trouble = ""
+        self._watch_calls, self._plain_call = Watch(), Replay().call
         self.out: list[list[Any]] = []
 
     # ---------------- messages
@@ -83,6 +97,7 @@ class Viewer:
         except (Divergence, UserError, ValueError, KeyError, IndexError) as e:
             self._trouble = f"{type(e).__name__}: {e}"
             self.out.append(["again"])
+        self._tell()
         if begins:
             for watcher in self._watchers.values():
                 if watcher.opened is None:
@@ -101,28 +116,58 @@ class Viewer:
 
     def _leave(self, who: int) -> None:
         self._watchers.pop(who, None)
+        if self.live.call is self._watch_calls and not any(w.told is not None for w in self._watchers.values()):
+            self.live.call = self._plain_call
+            self._watch_calls.leave()
 
-    def _open(self, who: int, path: str) -> None:
-        """Show a journal of a file; without a path the live one again."""
+    def _explain(self, who: int) -> None:
+        """Tell somebody the facts of every call of the live machine from now on, with their reasons, instead of views."""
+        if (watcher := self._watchers.get(who)) is not None:
+            watcher.told = deque(maxlen=_UNTOLD)
+            self.live.call = self._watch_calls
+
+    def _tell(self) -> None:
+        facts, self._watch_calls.steps = self._watch_calls.steps, deque()
+        values = [plain(step) for step in facts]
+        for watcher in self._watchers.values():
+            if watcher.told is not None:
+                watcher.untold += max(0, len(watcher.told) + len(values) - _UNTOLD)
+                watcher.told.extend(values)
+
+    def _open(self, who: int, path: str, number: int = 0) -> None:
+        """Show a journal of a file.  `number`: answer with its steps, or with what is wrong, which else the stream says."""
         if (watcher := self._watchers.get(who)) is None:
             return
         self._afresh(watcher)
-        watcher.opened = None
-        if path:
-            try:
-                watcher.opened = Opened(path)
-                watcher.opened.seek(len(watcher.opened.steps) - 1)
-            except (UserError, OSError, ValueError, Divergence) as e:
-                self._say(who, watcher, {"trouble": f"The journal cannot be shown: {e}"})
+        watcher.opened, trouble = None, ""
+        try:
+            watcher.opened = Opened(path)
+            n = len(watcher.opened.steps)
+            trouble = self._go(watcher, watcher.opened, n - 1 if n <= _AT_ONCE else 0)
+        except Exception as e:
+            trouble = _why(e)
+        if watcher.opened is not None and watcher.opened.scene.machine is None:
+            watcher.opened = None  # not even its first step
+        if number:
+            n = len(watcher.opened.steps) if watcher.opened is not None else 0
+            self.out.append(["answer", number, _json({"steps": n, "trouble": "" if n else trouble})])
+        if trouble and (watcher.opened is not None or not number):
+            self._say(who, watcher, {"trouble": trouble, "kept": True})
+
+    @staticmethod
+    def _go(watcher: Watcher, opened: Opened, place: int) -> str:
+        """Go to a step; returns what is wrong with it, if anything is.  A file may hold anything at all."""
+        watcher.stale, watcher.next_tree = True, 0.0
+        try:
+            opened.seek(place)
+            return ""
+        except Exception as e:
+            return _why(e)
 
     def _seek(self, who: int, place: int) -> None:
         watcher = self._watchers.get(who)
-        if watcher is not None and watcher.opened is not None:
-            watcher.stale, watcher.next_tree = True, 0.0
-            try:
-                watcher.opened.seek(place)
-            except (UserError, OSError, ValueError, Divergence) as e:
-                self._say(who, watcher, {"trouble": f"The journal cannot be shown: {e}"})
+        if watcher is not None and watcher.opened is not None and (trouble := self._go(watcher, watcher.opened, place)):
+            self._say(who, watcher, {"trouble": trouble, "kept": True})
 
     @staticmethod
     def _afresh(watcher: Watcher) -> None:
@@ -135,7 +180,11 @@ class Viewer:
         scene = self._scene(watcher) if watcher is not None else self.live
         answer: Any = None
         if watcher is not None and scene.machine is not None:
-            answer = (self._life if what == "life" else self._node)(scene, watcher.sight, value)
+            try:
+                answer = (self._life if what == "life" else self._node)(scene, watcher.sight, value)
+            except Exception:  # a file may hold anything at all
+                if watcher.opened is None:
+                    raise
         self.out.append(["answer", number, _json(answer)])
 
     # ---------------- views
@@ -146,13 +195,25 @@ class Viewer:
         """Make the views that are due; returns the seconds until the next may be."""
         wait = 60.0
         for who, watcher in self._watchers.items():
+            if watcher.told is not None:
+                if watcher.ready and watcher.told:
+                    self._say(who, watcher, {"told": list(watcher.told), "untold": watcher.untold, "began": _began(self.live)})
+                    watcher.told.clear()
+                    watcher.untold = 0
+                continue
             scene = self._scene(watcher)
             calls = scene.history.calls
             if not watcher.ready or (not watcher.stale and watcher.calls == watcher.tree_calls == calls):
                 continue
             now = self._now()
             if watcher.stale or now >= watcher.when(calls):
-                self._view(who, watcher, scene)
+                try:
+                    self._view(who, watcher, scene)
+                except Exception as e:
+                    if watcher.opened is None:
+                        raise
+                    watcher.opened, watcher.stale = None, True
+                    self._say(who, watcher, {"trouble": _why(e), "kept": True})
                 watcher.next = now + max(SECONDS, SHARE * (self._now() - now))
             wait = min(wait, max(0.0, watcher.when(calls) - now))
         return wait
@@ -168,7 +229,7 @@ class Viewer:
         began = self._now()
         if began >= watcher.next_tree:
             watcher.tree = tree(machine, history, scene.names, watcher.sight, watcher.choice)
-            wanted = watcher.sight.text and not scene.hashed
+            wanted = self._has_text(watcher.sight, scene)
             if wanted and (loaded := self._loaded()):
                 self._preview(scene, watcher.tree)
             watcher.next_tree = began + max(SECONDS, 2 * SHARE * (self._now() - began))
@@ -197,13 +258,17 @@ class Viewer:
             row.append(text)
 
     def _about(self, watcher: Watcher, scene: Scene) -> dict[str, Any]:
-        text = watcher.sight.text and not scene.hashed
-        out: dict[str, Any] = {"hashed": scene.hashed, "text": text, "model": scene.head.get("model", "")}
+        out: dict[str, Any] = {"hashed": scene.hashed, "text": self._has_text(watcher.sight, scene)}
+        out["model"] = str(scene.head.get("model", ""))[:200]
         out["everything"] = watcher.sight.client is None
         if watcher.opened is not None:
             steps = watcher.opened.steps
             out |= {"at": watcher.opened.at, "steps": len(steps), "step": steps[watcher.opened.at][0]}
         return out
+
+    def _has_text(self, sight: Sight, scene: Scene) -> bool:
+        """Whether its ids are tokens of the model whose tokenizer is here, and somebody may read them."""
+        return sight.text and not scene.hashed and scene.head.get("model", self._model) == self._model
 
     def _say(self, who: int, watcher: Watcher, message: dict[str, Any]) -> None:
         watcher.ready = False
@@ -215,7 +280,7 @@ class Viewer:
         if life is None or scene.machine is None or not sight.of(life):
             return None
         out = life_of(scene.machine, scene.history, life)
-        if sight.text and not scene.hashed:
+        if self._has_text(sight, scene):
             out["prompt_pieces"], out["said_pieces"] = self._pieces(life.prompt.tolist()), self._pieces(life.said)
         return out
 
@@ -230,7 +295,7 @@ class Viewer:
             above = np.concatenate([np.frombuffer(walk.key, np.int32), above])
             walk = walk.parent
         out: dict[str, Any] = {"name": name, "tokens": len(ids)}
-        if sight.text and not scene.hashed:
+        if self._has_text(sight, scene):
             out["before"] = "".join(self._pieces(above[-_BEFORE:].tolist()))
             out["pieces"] = self._pieces(ids[:_NODE_TOKENS].tolist())
             out["ids"] = ids[:_NODE_TOKENS].tolist()
@@ -241,6 +306,25 @@ class Viewer:
         if sight.client is None:
             return {str(name) for name in scene.names.by_name}
         return {key for w in self._watchers.values() if w.sight.client == sight.client for key in w.tree}
+
+
+def _began(scene: Scene) -> float:
+    return float(scene.head.get("time", 0.0))
+
+
+def _why(e: Exception) -> str:
+    """What is wrong with a journal, in words."""
+    if isinstance(e, OSError):
+        said = f"it cannot be read ({e.strerror})"
+    elif isinstance(e, MemoryError):
+        said = "it takes more memory than there is for journals"
+    elif isinstance(e, Divergence):
+        said = f"it can be followed no further: {e}"
+    elif type(e) is UserError:
+        said = str(e)
+    else:
+        said = f"it is damaged, or written by another version ({type(e).__name__}: {e})"
+    return f"The journal cannot be shown: {said[:500]}"
 
 
 def _json(value: Any) -> bytes:

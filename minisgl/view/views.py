@@ -256,9 +256,22 @@ def curves(history: History) -> dict[str, Any]:
 
 def curve_row(s: Second) -> list[Any]:
     """[tokens, prompt tokens computed, prompt tokens asked for, of these cached, TTFT p50, p95, ITL p50, p95 (ms), running,
-    waiting, busy us, idle us, steps]."""
+    waiting, busy us, idle us, steps, requests that started and that ended]."""
     shares = [*_percentiles(s.ttft), *_percentiles(s.itl)]
-    return [s.tokens, s.prefill, s.prompt, s.cached, *shares, s.running, s.waiting, s.busy_us, s.idle_us, s.steps]
+    return [
+        s.tokens,
+        s.prefill,
+        s.prompt,
+        s.cached,
+        *shares,
+        s.running,
+        s.waiting,
+        s.busy_us,
+        s.idle_us,
+        s.steps,
+        s.started,
+        s.ended,
+    ]
 
 
 def _percentiles(values: Iterable[float]) -> list[float | None]:

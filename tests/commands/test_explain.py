@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 from conftest import Loop, prompt
+from journal.loads import random_load
+from test_system import ServerProcess
 
 from minisgl.__main__ import main
 from minisgl.actors.scheduler.interface import Event, Output
-from minisgl.commands.explain.witness import Chunk, End, Join, Retraction, Step, Wait, Witness
 from minisgl.commands.explain.words import headline, narrate, sentences, waiting
 from minisgl.journal.recorder import Recorder, Writer
+from minisgl.journal.replay import Replay
+from minisgl.journal.witness import Chunk, End, Join, Retraction, Step, Wait, Watch, Witness, plain, step_of
 from minisgl.plan import DRAW, StepPlan
 from minisgl.sampling_params import Finish, RequestOptions
+from minisgl.view.viewer import Viewer
 
 ENDS = {Finish.STOP: "ends it", Finish.LENGTH: "no more", Finish.ABORT: "cancelled", Finish.NONE: "vector"}
 
@@ -343,8 +351,97 @@ def test_what_is_no_journal_is_refused_with_the_way_out(tmp_path: Path, capsys: 
     for words, named in (
         ([str(tmp_path / "none")], "there is no such journal"),
         ([str(tmp_path / "text")], "no journal of minisgl"),
-        (["http://127.0.0.1:8000"], "POST /debug/journal/start"),
+        ([str(tmp_path / "text"), "--next", "5"], "--next is of a live server"),
+        ([str(tmp_path / "text"), "--api-key", "k"], "--api-key is of a live server"),
+        (["http://127.0.0.1:1", "--steps", "5"], "--next N"),
+        (["http://127.0.0.1:1", "--next", "0"], "1 to 1000000"),
+        (["http://127.0.0.1:1", "--seconds", "nan"], "no number of seconds"),
         ([str(tmp_path / "text"), "--steps", "a"], "--steps a: write 7, 7-20 or 7-"),
     ):
-        assert main(["explain", *words]) == 2
+        try:
+            code = main(["explain", *words])
+        except SystemExit as e:
+            code = e.code  # type: ignore[assignment]
+        assert code == 2
         assert named in capsys.readouterr().err
+    assert main(["explain", "http://127.0.0.1:1"]) == 1
+    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err
+
+
+# ---------------- a live server
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_watches_is_told_what_a_witness_of_the_machine_has_seen(seed: int) -> None:
+    """Asked in the middle: every call from then on, with the same facts; and the replay goes on alike when nobody asks."""
+    recorded = random_load(seed, rotations=0.0)
+    data = bytes(recorded.parts[True][0])
+    whole, watch, want = Replay(data), Watch(), []
+    viewer, cut = Viewer(lambda ids: []), len(data) // 3
+    viewer.take("journal", data[:cut], True)
+    before = viewer.live.calls
+    whole.call = lambda machine, inbox, now, step: (watch if whole.calls > before else plain_call)(machine, inbox, now, step)
+    plain_call = Replay().call
+    while whole.advance():
+        want += [plain(watch.steps.popleft())] if watch.steps else []
+    viewer.take("watch", 1, None, True)
+    viewer.take("explain", 1)
+    told: list[dict[str, Any]] = []
+    for at in range(cut, len(data), 999):
+        viewer.take("journal", data[at : at + 999], False)
+        viewer.due()
+        for _, _, raw in viewer.out:
+            told += json.loads(raw)["told"]
+        viewer.out.clear()
+        viewer.take("ready", 1)
+    viewer.due()
+    told += [facts for _, _, raw in viewer.out for facts in json.loads(raw)["told"]]
+    assert len(want) > 20
+    assert told == json.loads(json.dumps(want))
+    assert [step_of(facts) for facts in told] == [step_of(facts) for facts in want]
+    viewer.take("leave", 1)
+    machine = viewer.live.machine
+    assert machine is not None
+    assert not {"_prefill", "_release"} & vars(machine).keys()
+
+
+def test_a_live_server_is_explained_in_the_words_of_its_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While requests come, with a journal beside: what was told is the same steps of the journal's story."""
+    server = ServerProcess(tmp_path, "--max-running", "2", "--journal", str(tmp_path / "j"), "--journal-tokens")
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            body = json.dumps({"prompt": "a ship, " * 60, "max_tokens": 7, "ignore_eos": True}).encode()
+            request = Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+            with urlopen(request) as answer:
+                answer.read()
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    try:
+        assert main(["explain", server.url, "--next", "40", "--json"]) == 0
+        live = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert main(["explain", server.url, "--next", "10"]) == 0
+        words = capsys.readouterr().out.splitlines()
+        assert main(["explain", server.url, "--next", "1000", "--seconds", "0.1"]) == 0
+        assert "--seconds" in capsys.readouterr().err
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
+    os.kill(server.proc.pid, signal.SIGTERM)
+    assert server.proc.wait(timeout=60) == 0
+    assert sum(facts["number"] is not None for facts in live) == 40
+    assert re.match(r"(between steps|steps? \d+)", words[0])
+    assert main(["explain", str(tmp_path / "j"), "--json"]) == 0
+    story = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    known = {facts["now"]: facts for facts in story}
+    for facts in live:
+        assert facts == known[facts["now"]]
+    assert sum(len(facts["joins"]) for facts in live) > 2
+    assert main(["explain", str(tmp_path / "j")]) == 0
+    said = set(capsys.readouterr().out.splitlines())
+    details = [line for line in words if line.startswith("  ") and "wait" not in line]
+    assert details
+    assert set(details) <= said
+    assert "ids" not in live[0], "no token of a prompt is told"

@@ -24,6 +24,7 @@ from minisgl.actors.scheduler.actor import SchedulerActor
 from minisgl.actors.wire import decode
 from minisgl.api.http.app import WATCHERS
 from minisgl.api.http.watchers import MOST
+from minisgl.api.rings import Rings
 from minisgl.config import Config, EngineConfig, ServerConfig
 from minisgl.journal.desk import Desk
 from minisgl.model.text.tokenizer import load_tokenizer
@@ -293,6 +294,48 @@ def test_nothing_is_wider_than_the_window_and_every_control_has_a_name(tmp_path:
         assert await tab.value(unnamed) == []
 
     visit(tmp_path, scene, width=width)
+
+
+@needs_chromium
+def test_what_waits_in_the_rings_is_on_the_edges_between_the_processes(tmp_path: Path) -> None:
+    """The workers stand still, then the scheduler: plans, then requests pile up in shared memory."""
+
+    async def scene(engine: Engine, tab: Tab) -> None:
+        await engine.looked_on()
+        watchers = engine.http._runner.app[WATCHERS]
+        names = ("api", "scheduler", "worker0", "tokenizer", "detokenizer")
+        watchers.processes = lambda: dict.fromkeys(names, (os.getpid(), 0.0))
+        watchers.rings = Rings(lambda: engine.arenas).depths
+        worker = engine.system.actors.pop("worker0")
+        for i in range(3):
+            engine.submit(prompt(9, i), 20, ignore_eos=True)
+        engine.run(10)
+        for i in range(2):  # the scheduler does not take them
+            engine.submit(prompt(9, 9 + i), 20, ignore_eos=True)
+        plans = len(engine.machine.inflight)
+        assert plans == 2
+
+        async def edge(name: str, said: str) -> None:
+            found = f"document.querySelector('[data-edge={name}]')?.textContent"
+            await tab.until(f"{found}?.endsWith('ring: {said} waiting')")
+
+        await edge("plans", str(plans))
+        await edge("results", "0")
+        await edge("requests", "2")
+        cells = "[...r.children].map((c) => c.textContent)"
+        rows = await tab.value(f"[...document.querySelectorAll('#rings tbody tr')].map((r) => [r.dataset.ring, {cells}])")
+        found = dict(rows)
+        assert set(found) == {"requests", "plans", "results", "tokenizer"}
+        assert found["plans"][:4] == ["scheduler", "workers", "step plans", str(plans)]
+        assert found["requests"][3] == "2"
+        assert int(found["requests"][4].replace(",", "")) >= 2 * 4 * 9
+        engine.system.actors["worker0"] = worker
+        engine.system._asleep.discard("worker0")
+        engine.run(10_000)
+        await edge("plans", "0")
+        await edge("requests", "0")
+
+    visit(tmp_path, scene, "/#processes")
 
 
 # ---------------- the connection

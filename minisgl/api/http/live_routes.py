@@ -20,6 +20,7 @@ from minisgl.api.engine import Engine
 from minisgl.api.http.auth import TENANT, Keys
 from minisgl.api.http.body import read_json
 from minisgl.api.http.journal_routes import NAME
+from minisgl.api.http.journal_upload import MAX_BYTES, receive
 from minisgl.api.http.watchers import Watcher, Watchers
 from minisgl.api.requests.fields import Fields, array, integer, required, string
 from minisgl.api.requests.unknown_fields import ignored_header
@@ -36,8 +37,13 @@ def _integers(name: str, value: list[Any]) -> list[int]:
     return value
 
 
+WATCHER = required(string("watcher", "The name that the stream of GET /debug/live begins with."))
+_UPLOAD = Fields(WATCHER)
+_EXPLAINED = 50
+STEPS = integer("steps", f"End after so many steps; default: {_EXPLAINED}.", 1, 1_000_000)
+_EXPLAIN = Fields(STEPS)
 LIVE = Fields(
-    required(string("watcher", "The name that the stream of GET /debug/live begins with.")),
+    WATCHER,
     array("opened", "Nodes of the radix tree to show with their children.", _INTEGERS, "an array of integers", _integers),
     array("closed", "Nodes to show without them.", _INTEGERS, "an array of integers", _integers),
     array("whole", "Nodes to show with all their children, not the largest alone.", _INTEGERS, "an array", _integers),
@@ -59,6 +65,8 @@ class LiveRoutes:
         router.add_get("/debug/live", self.stream)
         router.add_post("/debug/live", self.choose)
         router.add_get("/debug/journals", self.list)
+        router.add_post("/debug/live/journal", self.upload)
+        router.add_get("/debug/explain", self.explain)
 
     async def close(self, _: web.Application) -> None:
         self.watchers.close()
@@ -88,12 +96,60 @@ class LiveRoutes:
                 response.enable_chunked_encoding()
             with contextlib.suppress(ConnectionResetError):
                 await response.prepare(request)
-                await self._write(response, {"watcher": watcher.secret, "everything": watcher.client is None})
+                hello = {"watcher": watcher.secret, "everything": watcher.client is None, "journal_bytes": MAX_BYTES}
+                await self._write(response, hello)
                 await self._follow(watcher, response)
                 await response.write_eof()
             return response
         finally:
             self.watchers.leave(watcher)
+
+    async def explain(self, request: web.Request) -> web.StreamResponse:
+        """What the scheduler decides in its next steps, and why: lines of JSON, one for each of its calls, as they happen."""
+        client = self._client(request)
+        self._keys.check_admin(request)
+        values, unknown = _EXPLAIN.read(
+            {name: int(text[:20]) if text.isdecimal() else text for name, text in request.query.items()}
+        )
+        if unknown:
+            raise InvalidParam(unknown[0], f"{unknown[0]} is not known here: write ?steps=N.")
+        watcher = self.watchers.enter(client)
+        try:
+            self.watchers.tell(watcher, "explain")
+            response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "application/x-ndjson"})
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
+            with contextlib.suppress(ConnectionResetError):
+                await response.prepare(request)
+                await response.write(b"\n")
+                await self._tell(watcher, response, values.get("steps", _EXPLAINED))
+                await response.write_eof()
+            return response
+        finally:
+            self.watchers.leave(watcher)
+
+    async def _tell(self, watcher: Watcher, response: web.StreamResponse, steps: int) -> None:
+        while self._engine.state not in ("draining", "stopped", "dead"):
+            try:
+                view = await asyncio.wait_for(watcher.views.get(), _SECONDS)
+            except asyncio.TimeoutError:
+                await response.write(b"\n")  # a sign of life
+                continue
+            if view is None:
+                return
+            message = json.loads(view)
+            if message.get("untold"):
+                await self._line(response, {"untold": message["untold"]})
+            for facts in message.get("told", ()):
+                await self._line(response, {**facts, "began": message["began"]})
+                steps -= facts["number"] is not None
+                if not steps:
+                    return
+            self.watchers.tell(watcher, "ready")
+
+    @staticmethod
+    async def _line(response: web.StreamResponse, value: Any) -> None:
+        await response.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
 
     async def _follow(self, watcher: Watcher, response: web.StreamResponse) -> None:
         loop = asyncio.get_running_loop()
@@ -109,7 +165,7 @@ class LiveRoutes:
             if view is None:
                 return
             await response.write(b"data: " + view + b"\n\n")
-            self.watchers.send("ready", watcher.number)
+            self.watchers.tell(watcher, "ready")
 
     @staticmethod
     async def _write(response: web.StreamResponse, value: Any) -> None:
@@ -121,11 +177,11 @@ class LiveRoutes:
         watcher = self.watchers.find(values["watcher"], client)
         headers = ignored_header(self._engine.config, LIVE, unknown)
         if any(name in values for name in ("opened", "closed", "whole")):
-            self.watchers.send("choose", watcher.number, *(values.get(name, []) for name in ("opened", "closed", "whole")))
+            self.watchers.tell(watcher, "choose", *(values.get(name, []) for name in ("opened", "closed", "whole")))
         if "journal" in values:
-            self.watchers.send("open", watcher.number, self._path(request, values["journal"]))
+            self.watchers.open(watcher, self._path(request, values["journal"]))
         if "place" in values:
-            self.watchers.send("seek", watcher.number, values["place"])
+            self.watchers.tell(watcher, "seek", values["place"])
         for what in ("life", "node"):
             if what in values:
                 body = await self.watchers.ask(watcher, what, values[what])
@@ -139,6 +195,22 @@ class LiveRoutes:
         return web.json_response({"watcher": watcher.secret}, headers=headers)
 
     # ---------------- journals in files
+    async def upload(self, request: web.Request) -> web.Response:
+        """Show a journal of the reader's own: the body.  It is kept without a name, and goes with its reader."""
+        client = self._client(request)
+        self._keys.check_admin(request)
+        values, unknown = _UPLOAD.read(dict(request.query))
+        if unknown:
+            raise InvalidParam(unknown[0], f"{unknown[0]} is not known here: write ?watcher=NAME.")
+        self.watchers.find(values["watcher"], client)
+        file = await receive(request, self._engine.config.server.data_dir or None)
+        try:
+            watcher = self.watchers.find(values["watcher"], client)  # it may have left
+            return web.json_response(await self.watchers.open_file(watcher, file))
+        except BaseException:
+            file.close()
+            raise
+
     def _folder(self) -> Path | None:
         data_dir = self._engine.config.server.data_dir
         return Path(data_dir).absolute() / "journals" if data_dir else None

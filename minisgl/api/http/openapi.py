@@ -12,7 +12,7 @@ from minisgl.api.endpoints.table import ENDPOINTS
 from minisgl.api.http.auth import OPEN
 from minisgl.api.http.batch_routes import BATCH, MAX_PAGE, PURPOSES
 from minisgl.api.http.journal_routes import JOURNAL
-from minisgl.api.http.live_routes import LIVE
+from minisgl.api.http.live_routes import LIVE, STEPS, WATCHER
 from minisgl.api.http.openapi_examples import BODIES, PATH_VALUES, UPLOAD
 from minisgl.api.http.openapi_schemas import ANSWERS, ERROR, MESSAGE_ERROR
 from minisgl.api.http.trace_routes import TRACE
@@ -107,6 +107,21 @@ ROUTES = (
         gives=("text/event-stream",),
     ),
     Route("post", "/debug/live", "What such a stream shows.", LIVE, refusals=(401, 403, 404, 408, 413, 503)),
+    Route(
+        "get",
+        "/debug/explain",
+        "What the scheduler decides and why, a line of JSON for each of its calls; for administrators.",
+        query=(STEPS,),
+        refusals=(401, 403, 404, 429, 503),
+        gives=("application/x-ndjson",),
+    ),
+    Route(
+        "post",
+        "/debug/live/journal",
+        "Have a stream show a journal, which is the body (application/octet-stream); for administrators.",
+        query=(WATCHER,),
+        refusals=(401, 403, 404, 408, 413, 503, 507),
+    ),
     Route("get", "/debug/journals", "The journals in --data-dir; for administrators.", refusals=(401, 403, 404)),
     Route("get", "/page/{file}", "A file of the page at /.", refusals=(404,), gives=("text/javascript", "text/css")),
     Route("get", "/", _START, gives=_START_KINDS),

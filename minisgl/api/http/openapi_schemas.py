@@ -77,6 +77,7 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "post /debug/journal/start": _has(journal=_STRING),
     "post /debug/journal/stop": _has(journal=_STRING),
     "post /debug/live": _has(watcher=_STRING),
+    "post /debug/live/journal": _has(steps={"type": "integer"}),
     "get /debug/journals": _has("journals"),
     "get /debug/journal": _has("journal", failures={"type": "integer"}),
     "get /debug/trace": _has(running={"type": "boolean"}),

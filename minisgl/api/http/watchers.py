@@ -1,5 +1,7 @@
 """Those who look on: each has a stream of views, which the viewer process makes of the live journal.  Runs in the api process.
 
+Whoever opens a journal has a viewer of their own, as long as they look at it.
+
 The viewer and the journal begin with the first of them and end with the last (a little later: a page that is loaded again comes
 back at once).  Nothing is kept for a reader that is slow: its next view is made when it has taken the one before.
 """
@@ -8,26 +10,44 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import os
 import secrets
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import IO, Any
 
 from minisgl.api.engine import Engine
 from minisgl.api.http.process_facts import Processes, stat_of
+from minisgl.api.rings import Depth, Depths
 from minisgl.errors import RequestError
-from minisgl.view.process import MAX_BEHIND, ViewerProcess
+from minisgl.view.process import JOURNAL_BYTES, MAX_BEHIND, ViewerProcess
 
 MOST = 16  # watchers
 LINGER_SECONDS = 3.0  # the viewer stays after the last one
-ANSWER_SECONDS = 20.0  # of the viewer: it may load a tokenizer, or live through a journal
+ANSWER_SECONDS = 60.0  # of the viewer: it may load a tokenizer, or live through a journal
+OPEN_SECONDS = 120.0  # of a viewer that starts, and reads and replays a whole journal
 
 
 class Watcher:
-    """One of them.  `secret` names it in further requests; `client`: whose requests it may see, None: all."""
+    """One of them.  `secret` names it in further requests; `client`: whose requests it may see, None: all.
+
+    `own`: its viewer while it looks at a journal, and `file` that journal, where it came from its reader's own computer.
+    """
 
     def __init__(self, number: int, client: int | None) -> None:
         self.number, self.client, self.secret = number, client, secrets.token_hex(12)
         self.views: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: the end
+        self.own: ViewerProcess | None = None
+        self.file: IO[bytes] | None = None
+
+    def drop_journal(self) -> None:
+        """End its own viewer.  Idempotent."""
+        for thing in (self.own, self.file):
+            if thing is not None:
+                thing.close()
+        self.own = self.file = None
 
 
 class Watchers:
@@ -43,6 +63,7 @@ class Watchers:
         self._again: asyncio.TimerHandle | None = None
         self._skipping = False
         self.processes: Processes = dict
+        self.rings: Depths = dict
         self._usage: tuple[float, dict[str, Any]] = (0.0, {})
         self._cpu: dict[str, tuple[float, float]] = {}  # by process: when, and its seconds
 
@@ -70,6 +91,7 @@ class Watchers:
     def leave(self, watcher: Watcher) -> None:
         """It does not look on any longer."""
         self._watchers.pop(watcher.number, None)
+        watcher.drop_journal()
         self.send("leave", watcher.number)
         if not self._watchers and self._linger is None:
             self._linger = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.close)
@@ -82,12 +104,16 @@ class Watchers:
         raise RequestError("Nobody looks on under this name: GET /debug/live first.", status=404, code="no_watcher")
 
     def _start(self) -> None:
+        self._viewer = self._process(self._ended)
+        self._follow()
+
+    def _process(self, ended: Callable[[], None], memory: int = 0) -> ViewerProcess:
+        """Another viewer.  Raises RequestError (503)."""
         try:
-            self._viewer = ViewerProcess(self._engine.config.model, self._told, self._ended)
+            return ViewerProcess(self._engine.config.model, self._told, ended, memory)
         except OSError as e:
             text = f"The process that follows the engine cannot be started: {e.strerror}."
             raise RequestError(text, status=503, code="no_viewer", retry_after=5) from None
-        self._follow()
 
     def _follow(self) -> None:
         """Have the journal sent, from its beginning."""
@@ -124,24 +150,69 @@ class Watchers:
             self._engine.journals.unwatch()
             viewer.close()
         for watcher in self._watchers.values():
+            watcher.drop_journal()
             watcher.views.put_nowait(None)
         for future in self._answers.values():
             future.cancel()
         self._answers = {}
 
+    # ---------------- journals
+    def open(self, watcher: Watcher, path: str, file: IO[bytes] | None = None, number: int = 0) -> None:
+        """Show the journal of a file; without a path the live one again.  `file` is closed when it is not shown any longer.
+
+        `number`: of an answer that says what became of it.  Raises RequestError (503).
+        """
+        watcher.drop_journal()
+        if not path:
+            self.send("watch", watcher.number, watcher.client, True)
+            return
+        self.send("leave", watcher.number)
+        watcher.file = file
+        ended = partial(self._journal_ended, watcher)
+        watcher.own = self._process(ended, JOURNAL_BYTES)
+        watcher.own.send("watch", watcher.number, watcher.client, True)
+        watcher.own.send("open", watcher.number, path, number)
+
+    async def open_file(self, watcher: Watcher, file: IO[bytes]) -> dict[str, Any]:
+        """Show a journal without a name; returns {"steps": n}.  Raises RequestError (400, 503), and shows the live one."""
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        try:
+            answer = json.loads(await self._answer(lambda number: self.open(watcher, path, file, number), OPEN_SECONDS))
+            if answer["trouble"]:
+                raise RequestError(answer["trouble"], code="no_journal")
+            return {"steps": answer["steps"]}
+        except BaseException:
+            if watcher.file is file and watcher.number in self._watchers:
+                self.open(watcher, "")
+            raise
+
+    def _journal_ended(self, watcher: Watcher) -> None:
+        """The viewer of a journal has died: its reader is told, and sees the engine again."""
+        text = "The process that replayed the journal has ended: the file is damaged, or takes too much memory."
+        watcher.views.put_nowait(json.dumps({"trouble": text, "kept": True}).encode())
+        self.open(watcher, "")
+
     # ---------------- to and from the viewer
     def send(self, *message: Any) -> None:
-        """Tell the viewer."""
+        """Tell the viewer of the live journal."""
         if self._viewer is not None:
             self._viewer.send(*message)
 
+    def tell(self, watcher: Watcher, kind: str, *values: Any) -> None:
+        """Tell the viewer that somebody looks at."""
+        (watcher.own.send if watcher.own is not None else self.send)(kind, watcher.number, *values)
+
     async def ask(self, watcher: Watcher, what: str, value: int) -> bytes:
         """The viewer's answer, JSON.  Raises RequestError (503) if there is none."""
+        viewer = watcher.own or self._viewer
+        return await self._answer(lambda n: viewer.send("ask", n, watcher.number, what, value) if viewer is not None else None)
+
+    async def _answer(self, ask: Callable[[int], object], seconds: float = ANSWER_SECONDS) -> bytes:
         number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
-        self.send("ask", number, watcher.number, what, value)
+        ask(number)
         try:
-            return await asyncio.wait_for(future, ANSWER_SECONDS)
+            return await asyncio.wait_for(future, seconds)
         except (asyncio.TimeoutError, asyncio.CancelledError) as e:
             if isinstance(e, asyncio.CancelledError) and not future.cancelled():
                 raise
@@ -160,9 +231,15 @@ class Watchers:
             self._anew()
 
     # ---------------- the processes
+    def _depths(self) -> dict[str, Depth]:
+        try:
+            return dict(self.rings())
+        except OSError:  # a ring is being replaced
+            return {}
+
     def actors(self) -> dict[str, Any]:
-        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory]; and
-        what waits in this process.  At most a second old."""
+        """The processes of the server by name: [pid, seconds since the last sign of life, CPU share, bytes of memory]; the
+        rings between them, see rings.py; and what waits in this process.  At most a second old."""
         now = time.monotonic()
         if now - self._usage[0] >= 0.9:
             rows = {}
@@ -176,8 +253,6 @@ class Watchers:
                 share = None if now <= then else round((cpu - before) / (now - then), 3)
                 rows[name] = [pid, None if beat is None else round(beat, 2), share, memory]
             state = {"state": self._engine.state, "open": self._engine.open_requests, "down": self._engine.down}
-            self._usage = (
-                now,
-                {"processes": rows, "restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, **state},
-            )
+            more = {"restarts": dict(self._engine.restarts), "kept": self._engine.kept.bytes, "rings": self._depths()}
+            self._usage = now, {"processes": rows, **more, **state}
         return self._usage[1]

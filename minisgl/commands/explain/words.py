@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from minisgl.commands.explain.witness import Chunk, End, Join, Step, Wait
+from minisgl.journal.witness import Chunk, End, Join, Step, Wait
 from minisgl.sampling_params import Finish
 
 _MISSED = {

@@ -19,7 +19,7 @@ export function build(root, page) {
   slotsBody.append(slots);
   const [list_, listBody] = card("Steps in numbers");
   list = el("div", { id: "steps", class: "scroll tall" });
-  listBody.append(list);
+  listBody.append(list, el("p", { class: "less" }, "Busy: the device computed; idle: it had waited before that; launch: the processor's time to launch the step; ahead: how long the plan lay ready before the device began."));
   root.append(steps_, pages, el("div", { class: "two" }, slots_, list_));
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

@@ -49,6 +49,12 @@ export function draw() {
     });
     plot.replaceChildren(...parts);
     const at = pointed === null ? rows.findLast((r) => r[0] < last) ?? rows.at(-1) : rows.reduce((best, r) => (Math.abs((r[0] - from) / span - pointed) < Math.abs(((best?.[0] ?? -1e9) - from) / span - pointed) ? r : best), null);
+    if (!rows.length) {
+      figures.replaceChildren("Nothing has run since the page looks on.");
+      plot.setAttribute("aria-label", `${title}: nothing has run yet`);
+      scale.textContent = "";
+      return;
+    }
     figures.replaceChildren(...lines.flatMap(([name, cls, value]) => [el("i", { class: "key " + cls }), `${name} ${write(at ? value(at) : null)}  `]));
     figures.title = `scale up to ${write(most)}; ${at ? `${last - at[0]} s before the last second` : "nothing yet"}`;
     plot.setAttribute("aria-label", `${title}: ${figures.textContent}`);

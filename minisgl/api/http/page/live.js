@@ -1,4 +1,5 @@
 // The state of the engine, or of a journal, as GET /debug/live tells it: sections of rows, kept up to date by changes.
+import { bytes } from "./dom.js";
 import { base, events, headers, refusal } from "./server.js";
 
 const SECTIONS = ["totals", "limits", "slots", "waiting", "steps", "requests", "curve", "tree", "journal"];
@@ -16,6 +17,12 @@ export const onchange = (call) => listeners.add(call);
 
 function tell() {  // once a frame at most
   if (!frame) frame = requestAnimationFrame(() => { frame = 0; for (const call of listeners) call(); });
+}
+
+// Say something above the panels.  `kept`: until the reader does something else; otherwise until the next whole view.
+export function note(said, kept = true) {
+  Object.assign(state, { said, kept: Boolean(said && kept) });
+  tell();
 }
 
 function say(status, said = "") {
@@ -65,12 +72,13 @@ export function take(message) {
     watcher = message.watcher;
     wait = 500;
     state.everything = message.everything;
+    state.most = message.journal_bytes;
     forget();
     say("live");
   }
-  if (message.trouble) state.said = message.trouble;
+  if (message.trouble) note(message.trouble, message.kept);
   if (message.actors) state.actors = message.actors;
-  if (message.view) { forget(); state.said = ""; }
+  if (message.view) { forget(); if (!state.kept) state.said = ""; }
   const changes = message.view ?? message.change;
   for (const [name, rows] of Object.entries(changes ?? {})) {
     const mine = state[name];
@@ -83,6 +91,17 @@ export function take(message) {
 export async function ask(what) {
   const request = { method: "POST", headers: headers({ "Content-Type": "application/json" }), body: JSON.stringify({ watcher, ...what }) };
   const response = await fetch(base + "/debug/live", request);
+  if (!response.ok) throw new Error((await refusal(response)).message);
+  return response.json();
+}
+
+// Have a journal of this computer shown: its file, or all its parts in order.
+export async function upload(files) {
+  const part = (file) => Number(/\.part(\d+)$/.exec(file.name)?.[1] ?? 0);
+  const body = new Blob([...files].sort((a, b) => part(a) - part(b)));
+  if (body.size > state.most) throw new Error(`The journal has ${bytes(body.size)}; at most ${bytes(state.most)} can be shown here. On the server's machine, put it into journals/ of --data-dir.`);
+  const request = { method: "POST", headers: headers({ "Content-Type": "application/octet-stream" }), body };
+  const response = await fetch(`${base}/debug/live/journal?watcher=${watcher}`, request);
   if (!response.ok) throw new Error((await refusal(response)).message);
   return response.json();
 }

@@ -76,17 +76,52 @@ async function journals() {
     const response = await fetch(base + "/debug/journals", { headers: headers() });
     const found = response.ok ? (await response.json()).journals : [];
     $("journal").replaceChildren(el("option", { value: "" }, "live"), ...found.map((j) => el("option", { value: j.name }, "journal " + j.name)));
-    $("sourcebox").hidden = !found.length;
-  } catch { $("sourcebox").hidden = true; }
+  } catch {}
+  offer();
 }
-$("journal").addEventListener("change", () => live.ask({ journal: $("journal").value }).catch((error) => { state.said = error.message; draw(); }));
+const trouble = (error) => live.note(error.message);
+let file = "", opening = "", had = false;  // the journal of this computer that is shown, and the one on its way; whether one was shown
+function offer() {  // what can be shown
+  const mine = $("journal").querySelector("[value='/']");
+  if (!file) mine?.remove();
+  else if (!mine) $("journal").append(el("option", { value: "/" }, "file " + file));
+  else mine.textContent = "file " + file;
+  $("journal").value = file ? "/" : "";
+  $("sourcebox").hidden = $("journal").options.length < 2;
+}
+async function openFiles(files) {
+  if (!files.length || opening) return;
+  opening = files[0].name.replace(/\.part\d+$/, "") + (files.length > 1 ? ` (${files.length} parts)` : "");
+  live.note("");
+  draw();
+  try { await live.upload(files); file = opening; place = null; had = false; } catch (error) { file = ""; trouble(error); }
+  opening = "";
+  offer();
+  draw();
+}
+$("openfile").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", async () => { await openFiles([...$("file").files]); $("file").value = ""; });
+const carries = (event) => state.everything && state.status === "live" && event.dataTransfer?.types.includes("Files");
+addEventListener("dragover", (event) => { if (carries(event)) { event.preventDefault(); document.body.classList.add("drop"); } });
+for (const kind of ["dragleave", "drop"]) addEventListener(kind, (event) => { if (kind === "drop" || !event.relatedTarget) document.body.classList.remove("drop"); });
+addEventListener("drop", (event) => { if (carries(event)) { event.preventDefault(); if (shown === "chat") show("batch"); openFiles([...event.dataTransfer.files]); } });
+$("journal").addEventListener("change", () => {
+  if ($("journal").value === "/") return;
+  file = "";
+  const name = $("journal").value;
+  live.note("");
+  offer();
+  $("journal").value = name;
+  live.ask({ journal: name }).catch(trouble);
+});
 let place = null, asking = false;
 async function seek(to) {  // the last place that was asked for; one request at a time
   place = Math.max(0, Math.min(to, Number($("slider").max)));
   $("slider").value = place;
   if (asking) return;
   asking = true;
-  try { while (place !== null) { const now = place; place = null; await live.ask({ place: now }); } } catch (error) { state.said = error.message; draw(); }
+  live.note("");
+  try { while (place !== null) { const now = place; place = null; await live.ask({ place: now }); } } catch (error) { trouble(error); }
   asking = false;
 }
 $("slider").addEventListener("input", () => seek(Number($("slider").value)));
@@ -96,7 +131,17 @@ $("on").addEventListener("click", () => seek(Number($("slider").value) + 1));
 function drawSource() {
   const j = state.journal, said = { off: "not connected", connecting: "connecting...", live: "live", refused: "not shown", lost: "connection lost, trying again..." };
   const opened = j.steps !== undefined;
-  $("status").textContent = opened ? "journal" : state.status === "live" && !Object.keys(state.totals).length ? "live, waiting for the first view..." : said[state.status];
+  if (opened && !had) {
+    had = true;
+    $("player").hidden = false;
+    $("slider").max = j.steps - 1;
+    $("slider").value = j.at;
+    if (file) $("slider").focus();  // the arrow keys walk through its steps
+  }
+  if (!opened && had) { had = false; file = ""; offer(); }  // it has gone: with the connection, or with its viewer
+  $("openfile").hidden = !state.everything || state.status !== "live";
+  $("openfile").disabled = Boolean(opening);
+  $("status").textContent = opening ? `reading ${opening}...` : opened ? "journal" : state.status === "live" && !Object.keys(state.totals).length ? "live, waiting for the first view..." : said[state.status];
   $("status").className = state.status === "live" ? "live" : state.status === "lost" ? "lost" : "";
   $("player").hidden = !opened;
   if (opened) {
@@ -106,6 +151,7 @@ function drawSource() {
   }
   const notes = [];
   if (state.said) notes.push(state.said);
+  if (opened && j.text === false && j.hashed === false) notes.push(`This journal is of another model (${j.model}), whose tokenizer is not here: there is no text.`);
   if (j.hashed === true && opened) notes.push("This journal has hashes instead of tokens (it was kept without --journal-tokens): there is no text.");
   if (state.status === "live" && !state.everything) notes.push("With this API key you see its own requests alone.");
   if (state.actors?.down?.length) notes.push(`Being started again: ${state.actors.down.join(", ")}.`);
@@ -125,7 +171,7 @@ function drawTiles() {
   $("tiles").replaceChildren(
     tile("running", num(t.running_requests), `running of ${num(state.limits.slots)} slots`),
     tile("waiting", num(t.waiting_requests), "waiting"),
-    tile("rate", num(sum(1) / n), "tokens a second", "over the last five seconds of the engine's clock"),
+    tile("rate", over.length || !t.running_requests ? num(sum(1) / n) : "\u2013", "tokens a second", "over the last five seconds of the engine's clock"),
     tile("hits", percent(t.prompt_tokens ? t.cached_tokens / t.prompt_tokens : null), "of prompts cached", `${num(t.cached_tokens)} of ${num(t.prompt_tokens)} tokens`),
     tile("ttft", ms(last ? last[5] : null), "first token (p50)"),
     tile("busy", device ? percent(sum(11) / device) : "\u2013", "device busy", "of the time between the first and the last step: busy / (busy + idle)"),

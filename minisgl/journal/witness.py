@@ -6,8 +6,9 @@ noted is what the machine itself looked at, so that no reason is guessed afterwa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,20 @@ class Step:
     step_tokens: int = 0
 
 
+def plain(step: Step) -> dict[str, Any]:
+    """The facts as values for JSON."""
+    return asdict(step) | {"ends": [asdict(e) | {"finish": e.finish.name} for e in step.ends]}
+
+
+def step_of(values: dict[str, Any]) -> Step:
+    """The inverse of `plain`.  Raises KeyError, TypeError or ValueError for what is none."""
+    kinds: dict[str, Any] = {"joins": Join, "chunks": Chunk, "retractions": Retraction, "waits": Wait}
+    facts = {name: [kind(**fact) for fact in values[name]] for name, kind in kinds.items()}
+    facts["ends"] = [End(**{**end, "finish": Finish[end["finish"]]}) for end in values["ends"]]
+    facts["arrived"] = [(int(uid), int(tokens)) for uid, tokens in values["arrived"]]
+    return Step(**{**values, **facts})
+
+
 _WRAPPED = (
     *("_prefill", "_cut_chunk", "_try_admit", "_is_being_computed", "_plan_decode"),
     *("_make_way", "_retract", "_release", "_fail"),
@@ -125,6 +140,12 @@ class Witness:
         for name in _WRAPPED:
             setattr(m, name, self._around(getattr(self, name), getattr(m, name)))
         m.cache.why_missed = self._around(self._why_missed, m.cache.why_missed)
+
+    def leave(self) -> None:
+        """The machine is as it was, and is seen no longer."""
+        for name in _WRAPPED:
+            delattr(self.machine, name)
+        del self.machine.cache.why_missed
 
     @staticmethod
     def _around(mine: Any, inner: Any) -> Any:
@@ -290,3 +311,28 @@ class Witness:
     _withheld = 0
     _evicted = 0
     _dropped: dict[int, Request]
+
+
+class Watch:
+    """Calls the machine of a replay with a Witness beside it, another one for each machine: see `Replay.call`.
+
+    `steps`: the facts of its calls, the latest last, until somebody takes them away.
+    """
+
+    def __init__(self) -> None:
+        self.steps: deque[Step] = deque()
+        self._witness: Witness | None = None
+
+    def __call__(self, machine: StepMachine, inbox: list[Event], now: float, step: int | None) -> Output:
+        if self._witness is None or self._witness.machine is not machine:
+            self._witness = Witness(machine)
+        output, facts = self._witness.step(inbox, now)
+        self.steps.append(facts)
+        return output
+
+    def leave(self) -> None:
+        """Nobody asks any longer.  Idempotent."""
+        if self._witness is not None:
+            self._witness.leave()
+        self._witness = None
+        self.steps.clear()
