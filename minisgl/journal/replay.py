@@ -26,7 +26,7 @@ from minisgl.journal.decisions import GivenCosts, Unasked
 from minisgl.journal.files import parts_of
 from minisgl.journal.format import VERSION, Kind, Parser, Record
 from minisgl.journal.identity import PlainIds
-from minisgl.journal.recorder import outcome
+from minisgl.journal.recorder import ended, outcome
 from minisgl.journal.requests import make_limits, make_request, unpack
 from minisgl.journal.snapshot import freeze, thaw
 from minisgl.plan import StepLogprobs, StepResult
@@ -153,7 +153,7 @@ class Replay:
             raise Divergence(self._where(want) + "more was asked of the cost model than when it was recorded") from None
         except _FAULTS as e:
             raise Divergence(self._where(want) + f"it went on when it was recorded; now {type(e).__name__}: {e}") from e
-        got = outcome(self.output, self.head["hashed"])
+        got = outcome(self.output, self.head["hashed"], ended(self.output))
         if got != want:
             raise Divergence(self._where(want) + _difference(want, got))
         self.steps += want[1] is not None
@@ -210,6 +210,7 @@ def _short(value: Any) -> str:
 
 
 _PARTS = (
+    "step",
     "joins (slot, cached tokens)",
     "prompt chunks (slot, flags, tokens)",
     "decoding slots",
@@ -222,8 +223,8 @@ def _difference(want: list[Any], got: list[Any]) -> str:
     if want[1] is None or got[1] is None:
         if want[1] != got[1]:
             return "a plan was recorded, none came now" if want[1] else "no plan was recorded, one came now"
-    elif want[0] != got[0]:
-        for name, a, b in zip(_PARTS, want[1][1:], got[1][1:], strict=True):
+    elif want[:2] != got[:2]:
+        for name, a, b in zip(_PARTS, want[1], got[1], strict=True):
             if a != b:
                 return f"{name}: recorded {_plain(a)}, now {_plain(b)}"
         return "the plan has other parameters of its new requests than those recorded"
