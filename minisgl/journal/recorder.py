@@ -33,7 +33,8 @@ from minisgl.journal.snapshot import capture, request_values
 from minisgl.plan import StepPlan, StepResult
 
 BATCH = 16  # calls of the machine that are written together,
-BATCH_SECONDS = 0.05  # unless the first of them is older
+BATCH_SECONDS = 0.07  # unless the first of them is older;
+LATEST_SECONDS = 0.095  # then the scheduler is woken for it, where no step has done that
 SLICE_SECONDS = 0.001  # of work on the beginning of a part, between two looks at the mail
 MAX_HELD = 1024  # calls that wait for it
 
@@ -277,7 +278,7 @@ class Recorder:
         if not self._calls:
             return math.inf
         if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
-            return self._first + BATCH_SECONDS
+            return self._first + LATEST_SECONDS
         self._write(math.inf)
         return math.inf
 
