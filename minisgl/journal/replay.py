@@ -85,6 +85,7 @@ class Replay:
         self.events: list[Event] = []
         self.calls = self.steps = self.requests = 0  # so far: calls of the machine, their plans, new requests
         self.record: Record | None = None
+        self.fed = 0  # bytes
         self.call: Call = lambda machine, inbox, now, step: machine.step(inbox, now)
         self._given = GivenCosts()
         self.feed(data)
@@ -92,6 +93,7 @@ class Replay:
     def feed(self, data: bytes) -> None:
         """Take in the next bytes of the same part or stream.  Raises UserError if this is no journal."""
         self._records.extend(self._parser.feed(data))
+        self.fed += len(data)
 
     def next_part(self, data: bytes = b"") -> None:
         """The next bytes begin another part.  One that was torn is not continued: the next begins with its snapshot."""
