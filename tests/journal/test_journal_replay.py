@@ -7,6 +7,7 @@ from conftest import cases
 from journal.loads import random_load, replayed
 
 from minisgl.journal import recorder
+from minisgl.journal.identity import HashedIds
 
 
 @pytest.mark.parametrize("seed", range(100, 104))
@@ -22,6 +23,9 @@ def test_the_machine_goes_on_while_a_part_begins(seed: int, monkeypatch: pytest.
 @pytest.mark.parametrize("seed", range(cases(8)))
 def test_a_random_load_replays_to_the_same_plans_from_every_part(seed: int) -> None:
     loop = random_load(seed)
+    ids = loop.writers[False]._ids
+    assert isinstance(ids, HashedIds)
+    assert len(ids._free) == len(ids._uids) > 0, "a place for a request that has left"
     for parts in loop.parts.values():
         for first in {0, len(parts) // 2, len(parts) - 1}:
             replay = replayed(parts[first:])
