@@ -11,6 +11,7 @@ import json
 import os
 import pdb  # noqa: T100 (what --pdb is for)
 import time
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -93,14 +94,16 @@ def _live_again(args: argparse.Namespace) -> int:
     replay = Replay()
     if args.pdb:
         replay.call = _Debugged(args.step)
-    first = None
+    first, size = None, sum(map(os.path.getsize, parts_of(args.file)))
+    shown = _shown(steps(args.file, replay), replay, size, hidden=args.pdb)
     try:
-        for _ in steps(args.file, replay):
+        for _ in shown:
             plan = replay.output.plan
             if plan is not None:
                 first = plan.step if first is None else first
                 if plan.step == args.step:
                     state = state_of(replay)
+                    shown.close()
                     print(json.dumps(state) if args.json else "\n".join(lines(state)))
                     return 0
     except bdb.BdbQuit:
@@ -111,6 +114,18 @@ def _live_again(args: argparse.Namespace) -> int:
     torn = f"; the last {replay.torn} bytes are torn and left out" if replay.torn else ""
     print(f"{replay.steps} steps, {replay.requests} requests, all plans equal{torn}")
     return 0
+
+
+def _shown(calls: Iterator[Replay], replay: Replay, size: int, hidden: bool) -> Generator[Replay]:
+    """The same calls, with a bar on a terminal: how much of the `size` bytes has been lived through."""
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, leave=False, disable=True if hidden else None) as bar:
+        for call in calls:
+            if replay.fed != bar.n:
+                bar.n = replay.fed
+                bar.set_postfix_str(f"{replay.steps:,} steps")
+            yield call
 
 
 class _Debugged:

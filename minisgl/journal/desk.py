@@ -18,6 +18,7 @@ from minisgl.journal.recorder import Recorder, Sink, Writer
 from minisgl.version import __version__
 
 STREAM_SECONDS = 0.1  # between two messages of the stream
+_EARLY = 0.001  # an actor that is woken for something may come so much too early, and then looks all the time
 _PIECE = 1 << 20  # bytes of a message
 
 
@@ -41,7 +42,7 @@ class _Stream:
 
     def flush(self, now: float) -> float:
         """Send what there is, unless something was sent just now; returns when that may be done."""
-        if now < self._next:
+        if now < self._next - _EARLY:
             return self._next if self._waiting else math.inf
         while self._waiting:
             self._ctx.send("api", msg.JournalBytes(bytes(self._waiting[:_PIECE]), self._begins))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import msgpack
 from minisgl.errors import UserError
 
 MAGIC = b"minisgl journal\n"
-VERSION = 1
+VERSION = 2
 _HEAD = struct.Struct("<IIB")
 MAX_RECORD = 1 << 30  # bytes; a longer one is damage
 
@@ -47,9 +47,9 @@ class Record:
     offset: int = 0
 
 
-def frame(kind: Kind, values: Any) -> bytes:
-    """The bytes of a record."""
-    payload: bytes = msgpack.packb(values)
+def frame(kind: Kind, values: Any, pack: Callable[[Any], bytes] = msgpack.packb) -> bytes:
+    """The bytes of a record.  `pack`: of a Packer, where there are many records."""
+    payload = pack(values)
     crc = zlib.crc32(payload, kind)
     return _HEAD.pack(len(payload), crc, kind) + payload
 

@@ -7,9 +7,10 @@ radix tree of a replay has the shape of the real one, without a word of anybody'
     bits 29..1   the hash
     bit 0        1: the token ends answers (EOS)
 
-Two polynomials over the tokens, modulo the prime 2^31 - 1 and at secret points, take in the sequence (the universal hash of
-Carter and Wegman, 1979, with secret tables for the tokens); SipHash (Aumasson and Bernstein, 2012) with one and three rounds
-makes the output of them.  A polynomial is a scan, so a prompt, and the rows of a step, are a few numpy calls.
+Two sums modulo 2^64 of each token times a secret number for its place take in the sequence, and of each sum the upper half
+counts (multilinear hashing: Dietzfelbinger, 1996; Lemire and Kaser, 2014): two given sequences have the same halves with
+probability 2^-64, whatever their length.  SipHash (Aumasson and Bernstein, 2012) with one and three rounds makes the number of
+them.  A sum is a scan, so a prompt, and the rows of many steps, are a few numpy calls.
 """
 
 from __future__ import annotations
@@ -24,27 +25,20 @@ import numpy.typing as npt
 from minisgl.arrays import I32
 
 U64 = npt.NDArray[np.uint64]
-_P = np.uint64((1 << 31) - 1)
 _MARK = 1 << 30
-_LOW = 18  # bits of a token id that have a table of their own
+_HALF = np.uint64(32)
 NOTHING = np.zeros(0, np.int32)
 
 
 class Key:
-    """A random key, and the functions that it makes.  A state is u64[2, ...]: the two polynomials so far."""
+    """A random key, and the functions that it makes.  A state is u64[2, ...]: the two sums so far."""
 
     def __init__(self, eos_ids: tuple[int, ...]) -> None:
-        rng = np.random.Generator(np.random.PCG64(secrets.randbits(256)))
-        self._low: U64 = rng.integers(1, int(_P), (2, 1 << _LOW), np.uint64)  # by the low bits of a token id
-        self._high: U64 = rng.integers(1, int(_P), (2, 1 << (31 - _LOW)), np.uint64)
-        self._high[:, 0] = 0
-        points = [secrets.randbelow(int(_P) - 3) + 2 for _ in range(2)]
-        self._point: U64 = np.array(points, np.uint64)
-        self._inverse: U64 = np.array([pow(x, -1, int(_P)) for x in points], np.uint64)
-        self._powers, self._inverses = self._point[:, None] ** np.uint64(0), self._point[:, None] ** np.uint64(0)
+        self._random = np.random.Generator(np.random.PCG64(secrets.randbits(256)))
+        self._factors: U64 = np.zeros((2, 0), np.uint64)  # by place in the sequence
         self._sip = [np.uint64(secrets.randbits(64)) for _ in range(2)]
         self._salt_key = secrets.token_bytes(32)
-        self._eos = np.array(sorted(eos_ids), np.int64)
+        self._eos = sorted(eos_ids)
 
     def salt(self, salt: str) -> str:
         """A name for a salt; none for none."""
@@ -53,46 +47,34 @@ class Key:
     def start(self, salt: str) -> U64:
         """The state u64[2] before the first token."""
         raw = hashlib.blake2b(salt.encode(), key=self._salt_key, digest_size=16, person=b"start").digest()
-        state: U64 = np.frombuffer(raw, np.uint64) % _P
-        return state
+        return np.frombuffer(raw, np.uint64)
 
-    def scan(self, state: U64, ids: npt.NDArray[Any]) -> U64:
-        """The states u64[2, n] after each of the tokens i32[n], which follow `state` u64[2]."""
-        n = len(ids)
-        if n == 0:
-            return np.zeros((2, 0), np.uint64)
-        while self._powers.shape[1] < n:
-            self._powers, self._inverses = _doubled(self._powers, self._point), _doubled(self._inverses, self._inverse)
-        terms = self._terms(ids) * self._inverses[:, :n] % _P
-        sums = np.cumsum(terms, axis=1) + (self._point * state % _P)[:, None]
-        found: U64 = sums % _P * self._powers[:, :n] % _P
+    def scan(self, state: U64, ids: npt.NDArray[Any], first: int = 0) -> U64:
+        """The states u64[2, n] after each of the tokens i32[n], which follow `first` others and `state` u64[2]."""
+        found = self.terms(ids, np.arange(first, first + len(ids)))
+        np.cumsum(found, axis=1, out=found)
+        found += state[:, None]
         return found
 
-    def advance(self, states: U64, ids: npt.NDArray[Any]) -> U64:
-        """The states u64[2, n] after one more token each."""
-        found: U64 = (states * self._point[:, None] + self._terms(ids)) % _P
-        return found
-
-    def _terms(self, ids: npt.NDArray[Any]) -> U64:
-        high = ids >> _LOW
-        if not high.any():  # but for vocabularies that do not exist
-            return self._low.take(ids, axis=1)
-        found: U64 = (self._low[:, ids & ((1 << _LOW) - 1)] + self._high[:, high]) % _P
+    def terms(self, ids: npt.NDArray[Any], places: npt.NDArray[Any]) -> U64:
+        """What each of the tokens i32[n], at its place in its sequence, adds to the state: u64[2, n]."""
+        if len(places) and (last := int(places.max())) >= self._factors.shape[1]:
+            more = self._random.integers(0, 1 << 64, (2, max(4096, last + 1)), np.uint64)  # at least as many again
+            self._factors = np.concatenate((self._factors, more), axis=1)
+        found: U64 = self._factors.take(places, axis=1)
+        found *= ids.astype(np.uint64) + np.uint64(1)  # nothing adds nothing
         return found
 
     def hashes(self, states: U64, ids: npt.NDArray[Any]) -> I32:
         """The numbers i32[n] for the tokens i32[n] that ended in `states` u64[2, n]."""
-        mixed = _siphash(self._sip, states[0] << np.uint64(31) | states[1])
-        ends = np.isin(ids, self._eos)
-        found: I32 = (_MARK | (mixed >> np.uint64(35)).astype(np.int64) << 1 | ends).astype(np.int32)
+        mixed = _siphash(self._sip, states[0] >> _HALF << _HALF | states[1] >> _HALF)
+        found: I32 = (mixed >> np.uint64(34)).astype(np.int32)
+        found |= _MARK | 1
+        ends = np.zeros(len(ids), np.bool_)
+        for eos in self._eos:
+            ends |= ids == eos
+        found ^= ~ends
         return found
-
-
-def _doubled(powers: U64, point: U64) -> U64:
-    """x^0 .. x^(2n-1) from x^0 .. x^(n-1)."""
-    n = powers.shape[1]
-    top = np.array([pow(int(x), n, int(_P)) for x in point], np.uint64)
-    return np.concatenate((powers, powers * top[:, None] % _P), axis=1)
 
 
 _SIP = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
 import numpy as np
 
 from minisgl.actors.scheduler.interface import Add, Drop, Event, Output
@@ -32,7 +33,8 @@ from minisgl.journal.snapshot import capture, request_values
 from minisgl.plan import StepPlan, StepResult
 
 BATCH = 16  # calls of the machine that are written together,
-BATCH_SECONDS = 0.05  # unless the first of them is older
+BATCH_SECONDS = 0.07  # unless the first of them is older;
+LATEST_SECONDS = 0.095  # then the scheduler is woken for it, where no step has done that
 SLICE_SECONDS = 0.001  # of work on the beginning of a part, between two looks at the mail
 MAX_HELD = 1024  # calls that wait for it
 
@@ -45,9 +47,9 @@ class Call(NamedTuple):
     output: Output
     decisions: list[float]
     sent: InFlight | None  # its plan
+    joined: I64 | None  # the owners of the plan's new slots
     ids: list[tuple[I32, int]]  # of the requests in the inbox, with `scored`
     epochs: I64  # by slot, after the call
-    uids: I64
 
 
 class Sink(Protocol):
@@ -79,6 +81,7 @@ class Writer:
         self.part = -1
         self._key: Key | None = None
         self._ids = PlainIds()
+        self._pack = msgpack.Packer().pack
         self._beginning: Iterator[None] | None = None
         self._epochs: I64 = np.zeros(0, np.int64)
 
@@ -114,28 +117,24 @@ class Writer:
 
     def write(self, calls: list[Call]) -> None:
         """Write a record for each of these calls."""
-        steps = [self._events(call) for call in calls]
+        steps = [self._step(call) for call in calls]
         self._ids.settle()
         for _, later in steps:
             for event, at, tokens in later:
                 event[at] = pack(tokens.ids)
                 if tokens.stops:
                     event.append(tokens.stops)
-        records = [
-            frame(Kind.STEP, [call.now, events, call.decisions, outcome(call.output, self._ids.hashed)])
-            for call, (events, _) in zip(calls, steps, strict=True)
-        ]
-        self.sink.write(b"".join(records))
+        self.sink.write(b"".join([frame(Kind.STEP, values, self._pack) for values, _ in steps]))
 
-    def _events(self, call: Call) -> tuple[list[Any], list[tuple[list[Any], int, Tokens]]]:
-        """What came in, and the ids that are not settled yet, with their places."""
+    def _step(self, call: Call) -> tuple[list[Any], list[tuple[list[Any], int, Tokens]]]:
+        """The values of a STEP, and the ids that are not settled yet, with their places."""
         events: list[Any] = []
         later: list[tuple[list[Any], int, Tokens]] = []
         said: Said | None = None
         arrivals = iter(call.ids)
         for event in call.inbox:
             if isinstance(event, StepResult):
-                said = said or Said(call.output, sum(isinstance(e, StepResult) for e in call.inbox))
+                said = said or Said(call.output, _results(call.inbox))
                 row, at, tokens = result_values(event), 2, self._ids.result(event, self._epochs, said)
             elif isinstance(event, Add):
                 ids, scored = next(arrivals)
@@ -147,12 +146,19 @@ class Writer:
                 continue
             events.append(row)
             later.append((row, at, tokens))
-        if call.sent is not None:
-            self._ids.sent(call.sent, call.uids)
-        for uid in [*(uid for uid, _ in ended(call.output)), *(uid for uid, _ in call.output.vectors)]:
+        if call.sent is not None and call.output.plan is not None:
+            if call.joined is not None:
+                self._ids.joined(call.output.plan.new_slots["slot"].tolist(), call.joined.tolist())
+            self._ids.sent(call.sent)
+        gone = ended(call.output)
+        for uid in (*(uid for uid, _ in gone), *(uid for uid, _ in call.output.vectors)):
             self._ids.ended(uid)
         self._epochs = call.epochs
-        return events, later
+        return [call.now, events, call.decisions, outcome(call.output, self._ids.hashed, gone)], later
+
+
+def _results(inbox: list[Event]) -> int:
+    return 1 if len(inbox) == 1 else sum(isinstance(event, StepResult) for event in inbox)
 
 
 def result_values(result: StepResult) -> list[Any]:
@@ -170,36 +176,38 @@ def ended(output: Output) -> list[list[int]]:
     return [
         [uid, why]
         for rows in output.outputs
-        if rows.finish.any()
+        if np.count_nonzero(rows.finish)
         for uid, why in zip(rows.uids.tolist(), rows.finish.tolist(), strict=True)
         if why
     ]
 
 
-def outcome(output: Output, hashed: bool) -> list[Any]:
-    """What a call decided, short: a digest of its plan, the plan's outline, who started and who ended."""
-    plan = output.plan
-    if plan is None:
-        return [b"", None, [list(pair) for pair in output.started], ended(output)]
-    return [digest(plan, hashed), outline(plan), [list(pair) for pair in output.started], ended(output)]
+def outcome(output: Output, hashed: bool, gone: list[list[int]]) -> list[Any]:
+    """What a call decided, short: a digest of its plan, the plan's outline, who started and who has `gone`, see `ended`."""
+    plan, started = output.plan, [list(pair) for pair in output.started]
+    return [b"", None, started, gone] if plan is None else [digest(plan, hashed), outline(plan), started, gone]
 
 
 def digest(plan: StepPlan, hashed: bool) -> bytes:
-    """Equal for equal plans; with hashed ids up to tokens and texts."""
+    """Equal for equal plans of the same outline; with hashed ids up to tokens and texts.  Nothing if the outline has it all."""
+    more = (plan.new_slots, plan.ids, plan.extras, plan.bias, plan.history, plan.targets, plan.grammars, plan.said)
+    if not any(map(len, more)):
+        return b""
     if not hashed:
         return blake2b(plan.pack(), digest_size=8).digest()
-    decode = b"same" if plan.decode is None else pack(plan.decode)
-    sizes = f"{plan.step} {len(plan.ids)} {len(plan.history)} {len(plan.targets)} {len(plan.said)} {len(decode)} "
-    rows = (plan.new_slots, plan.page_grants, plan.prefill, plan.extras["slot"], plan.grammars)
-    return blake2b(sizes.encode() + decode + b"".join(r.tobytes() for r in rows), digest_size=8).digest()
+    sizes = f"{len(plan.ids)} {len(plan.history)} {len(plan.targets)} {len(plan.said)} ".encode()
+    rows = (plan.new_slots, plan.extras["slot"], plan.grammars)
+    return blake2b(sizes + b"".join(r.tobytes() for r in rows), digest_size=8).digest()
 
 
 def outline(plan: StepPlan) -> list[Any]:
     """The plan for people: step, joins [slot, cached tokens], chunks [slot, flags, tokens], decode slots i32[n] (None: as in
     the plan before), page grants i32[3 n] (slot, place, page)."""
-    joins = [list(pair) for pair in zip(plan.new_slots["slot"].tolist(), plan.new_slots["kv_len"].tolist(), strict=True)]
+    new = plan.new_slots
+    joins = [list(pair) for pair in zip(new["slot"].tolist(), new["kv_len"].tolist(), strict=True)] if len(new) else []
     decode = None if plan.decode is None else pack(plan.decode)
-    return [plan.step, joins, [list(row) for row in plan.prefill.tolist()], decode, plan.page_grants.tobytes()]
+    chunks = [list(row) for row in plan.prefill.tolist()]
+    return [plan.step, joins, chunks, decode, plan.page_grants.tobytes()]
 
 
 class Recorder:
@@ -253,8 +261,12 @@ class Recorder:
         table, calls = machine.table, self._calls
         if not calls:
             self._first = now
-        sent = machine.inflight[-1] if plan is not None else None
-        calls.append((inbox, now, output, decisions, sent, ids, table.epoch.copy(), table.uid.copy()))
+        sent = joined = None
+        if plan is not None:
+            sent = machine.inflight[-1]
+            if len(plan.new_slots):
+                joined = table.uid[plan.new_slots["slot"]]
+        calls.append((inbox, now, output, decisions, sent, joined, ids, table.epoch.copy()))
         if len(calls) >= 2 * BATCH:
             self._write(SLICE_SECONDS if len(calls) < MAX_HELD else math.inf)
             self.wrote = True
@@ -266,7 +278,7 @@ class Recorder:
         if not self._calls:
             return math.inf
         if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
-            return self._first + BATCH_SECONDS
+            return self._first + LATEST_SECONDS
         self._write(math.inf)
         return math.inf
 

@@ -26,7 +26,7 @@ from minisgl.journal.decisions import GivenCosts, Unasked
 from minisgl.journal.files import parts_of
 from minisgl.journal.format import VERSION, Kind, Parser, Record
 from minisgl.journal.identity import PlainIds
-from minisgl.journal.recorder import outcome
+from minisgl.journal.recorder import ended, outcome
 from minisgl.journal.requests import make_limits, make_request, unpack
 from minisgl.journal.snapshot import freeze, thaw
 from minisgl.plan import StepLogprobs, StepResult
@@ -85,6 +85,7 @@ class Replay:
         self.events: list[Event] = []
         self.calls = self.steps = self.requests = 0  # so far: calls of the machine, their plans, new requests
         self.record: Record | None = None
+        self.fed = 0  # bytes
         self.call: Call = lambda machine, inbox, now, step: machine.step(inbox, now)
         self._given = GivenCosts()
         self.feed(data)
@@ -92,6 +93,7 @@ class Replay:
     def feed(self, data: bytes | memoryview) -> None:
         """Take in the next bytes of the same part or stream.  Raises UserError if this is no journal."""
         self._records.extend(self._parser.feed(data))
+        self.fed += len(data)
 
     def next_part(self, data: bytes = b"") -> None:
         """The next bytes begin another part.  One that was torn is not continued: the next begins with its snapshot."""
@@ -153,7 +155,7 @@ class Replay:
             raise Divergence(self._where(want) + "more was asked of the cost model than when it was recorded") from None
         except _FAULTS as e:
             raise Divergence(self._where(want) + f"it went on when it was recorded; now {type(e).__name__}: {e}") from e
-        got = outcome(self.output, self.head["hashed"])
+        got = outcome(self.output, self.head["hashed"], ended(self.output))
         if got != want:
             raise Divergence(self._where(want) + _difference(want, got))
         self.steps += want[1] is not None
@@ -210,6 +212,7 @@ def _short(value: Any) -> str:
 
 
 _PARTS = (
+    "step",
     "joins (slot, cached tokens)",
     "prompt chunks (slot, flags, tokens)",
     "decoding slots",
@@ -222,8 +225,8 @@ def _difference(want: list[Any], got: list[Any]) -> str:
     if want[1] is None or got[1] is None:
         if want[1] != got[1]:
             return "a plan was recorded, none came now" if want[1] else "no plan was recorded, one came now"
-    elif want[0] != got[0]:
-        for name, a, b in zip(_PARTS, want[1][1:], got[1][1:], strict=True):
+    elif want[:2] != got[:2]:
+        for name, a, b in zip(_PARTS, want[1], got[1], strict=True):
             if a != b:
                 return f"{name}: recorded {_plain(a)}, now {_plain(b)}"
         return "the plan has other parameters of its new requests than those recorded"

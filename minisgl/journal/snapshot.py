@@ -50,7 +50,8 @@ def capture(machine: StepMachine, ids: PlainIds) -> tuple[dict[str, Any], Iterat
     for request in known:
         slot = machine.running[request.uid][0] if request.uid in machine.running else None
         requests.append(row := [*request_values(request, ids), len(request.ids), state_of(request)])
-        coming.append((row, request, _tokens(machine, request), () if slot is None else _path(table.handle[slot], number)))
+        path = () if slot is None else _path(table.handle[slot], number)
+        coming.append((row, request, _tokens(machine, request), path, slot))
     uids = {r.uid for r in known}
     live = [slot for slot, _ in machine.running.values()]
     state = {
@@ -85,22 +86,23 @@ def capture(machine: StepMachine, ids: PlainIds) -> tuple[dict[str, Any], Iterat
         "since": machine._since,
         "inflight": [_sent(plan, ids) for plan in machine.inflight],
     }
-    sent = [(plan, table.uid.copy()) for plan in machine.inflight]
-    return state, _fill(ids, coming, sent, nodes, tree)
+    return state, _fill(ids, coming, list(machine.inflight), nodes, tree)
 
 
-def _fill(ids: PlainIds, coming: list[Any], sent: list[Any], nodes: list[Any], tree: dict[str, Any]) -> Iterator[None]:
+def _fill(ids: PlainIds, coming: list[Any], sent: list[InFlight], nodes: list[Any], tree: dict[str, Any]) -> Iterator[None]:
     """Fill in the ids of requests and nodes."""
     rows, keys = [], []
-    for row, request, raw, path in coming:
+    for row, request, raw, path, slot in coming:
         rows.append((row, ids.request(request, raw, path)))
+        if slot is not None:
+            ids.joined([slot], [request.uid])
         yield
     for i, (parent, key, salt) in enumerate(nodes):
         keys.append(ids.node(i, parent, key, salt))
         if i % 16 == 0:
             yield
-    for plan, uids in sent:
-        ids.sent(plan, uids)
+    for plan in sent:
+        ids.sent(plan)
     yield from ids.settling()
     for row, tokens in rows:
         row[1] = pack(tokens.ids)

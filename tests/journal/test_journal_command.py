@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from journal.loads import random_load
+from journal.test_mutations import mutate
 
 from minisgl.__main__ import main
+from minisgl.actors.scheduler.admission import Admission
+from minisgl.actors.scheduler.slot_table import SlotTable
 from minisgl.actors.scheduler.step_machine import StepMachine
 
 
@@ -48,6 +52,46 @@ def test_a_changed_machine_ends_the_replay_with_code_1_and_the_step(
     assert "the replay differs: call " in out
     assert "(step " in out
     assert "recorded" in out
+
+
+@pytest.mark.parametrize(
+    ("mutation", "says"),
+    [
+        (
+            (Admission, "_next_candidate", "(found[r.uid], -r.finish", "(-found[r.uid], -r.finish"),
+            "joins (slot, cached tokens)",
+        ),
+        ((StepMachine, "_cut_chunk", "min(budget, ", "min(budget // 2 + 1, "), "prompt chunks (slot, flags, tokens)"),
+        ((Admission, "_retract", "victim or max(", "victim or min("), "recorded"),
+        ((SlotTable, "grant_decode", "grant(slots, ", "grant(slots[::-1], "), "page grants (slot, place, page)"),
+    ],
+    ids=["admission order", "prefill chunk size", "retraction choice", "page grant"],
+)
+def test_one_changed_line_of_the_policy_is_named_with_the_first_step_that_it_changes(
+    journal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mutation: Any, says: str
+) -> None:
+    mutate(monkeypatch, *mutation)
+    code, out, _ = say(capsys, "replay", str(journal))
+    assert code == 1
+    found = re.search(r"the replay differs: call \d+ of the machine \(step (\d+), time [\d.]+\): (.*)", out)
+    assert found is not None, out
+    assert says in found[2]
+    before = int(found[1]) - 1  # all steps before are those that were recorded
+    assert say(capsys, "replay", str(journal), "--step", str(before))[0] == 0
+
+
+def test_a_terminal_shows_how_far_a_replay_is(
+    journal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert say(capsys, "replay", str(journal))[2] == ""
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert say(capsys, "replay", str(journal))[0] == 0
+    assert "steps" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 def test_the_state_at_a_step_is_that_of_the_machine(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
