@@ -138,7 +138,7 @@ async def measure(s: Server, args: argparse.Namespace) -> None:
         return [page[name] / base if base else 1.0 for page, base in zip(pages, around, strict=True)]
 
     def middle(rows: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(row.get(name, 0.0) for row in rows)
+        return float(statistics.median(row.get(name, 0.0) for row in rows))
 
     config = {"clients": args.clients, "turns": args.turns, "seconds": args.seconds}
     rate = round(middle(windows, "rate"))
