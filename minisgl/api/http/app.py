@@ -44,6 +44,7 @@ from minisgl.api.requests.unknown_fields import approximated_header, ignored_hea
 from minisgl.api.spans import TRACE_HEADERS
 from minisgl.config import Config
 from minisgl.errors import model_loading
+from minisgl.events.addresses import described
 from minisgl.version import __version__
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
@@ -224,7 +225,7 @@ class _Routes:
     def server_info(self, request: web.Request) -> Any:
         """What an administrator may have goes beyond what everybody with a key may."""
         more = {"pid": os.getpid(), "batch_socket": self._batch_socket} if self._keys.may_administer(request) else {}
-        return {**serving.server_info(self._engine), **more}
+        return {**serving.server_info(self._engine), "kv_events": described(self._config), **more}
 
     def flush_cache(self, request: web.Request) -> Any:
         self._keys.check_admin(request)
