@@ -40,14 +40,14 @@ def address_of(flag: str, given: str) -> tuple[str, int]:
         )
     if not 0 < (port := int(found[2])) < 65536:
         raise UserError(f"{flag} {given}: routers must know the port: it is between 1 and 65535")
-    return found[1], port
+    return found[1].strip("[]"), port
 
 
 def exposed(given: str) -> bool:
     """Whether other machines may reach an address of these flags."""
     host, _ = address_of("--kv-events", given)
     try:
-        return not ipaddress.ip_address(host.strip("[]")).is_loopback
+        return not ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host != "localhost"
 

@@ -11,10 +11,10 @@ the scheduler process, in its thread.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any
+
+import numpy as np
 
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.arrays import I32
@@ -58,7 +58,9 @@ class Blocks:
                 root = not len(node.parent.pages)
                 parent = None if root else hashes[node.parent.pages[-1]]
                 of = [hashes[page] for page in node.pages.tolist()]
-                events.append(self._form.stored(of, parent, _ids(node.key), node.salt if root else ""))
+                events.append(
+                    self._form.stored(of, parent, np.frombuffer(node.key, np.int32).tolist(), node.salt if root else "")
+                )
         return events
 
     def take(self) -> list[Event]:
@@ -74,9 +76,9 @@ class Blocks:
         parent = chained = _root(salt) if root else hashes[before]
         if not parent and not root:
             return  # below what no match finds any more
-        tokens, found, at = _ids(self._kept.ids[pages].tobytes()), [], 0
+        tokens, found, at = self._kept.ids.take(pages, 0).ravel().tolist(), [], 0
         for page in pages.tolist():
-            chained = hash((chained, *tokens[at : at + size])) & _BITS or 1
+            chained = hash((chained, tuple(tokens[at : at + size]))) & _BITS or 1
             hashes[page] = chained
             found.append(chained)
             at += size
@@ -146,11 +148,6 @@ def _unreachable(handle: Node, hashes: list[int]) -> list[int]:
     return pages
 
 
-def _ids(data: bytes) -> tuple[Any, ...]:
-    """Token ids as numbers of Python."""
-    return struct.unpack(f"={len(data) // 4}i", data)
-
-
 def _root(salt: str) -> int:
     """What the chain of a prompt begins with."""
     return int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "big") if salt else 0
@@ -160,6 +157,6 @@ def chain(tokens: Sequence[int], size: int, salt: str = "") -> list[int]:
     """The hashes of all whole blocks of a prompt, for tests and checks."""
     found, chained = [], _root(salt)
     for at in range(0, len(tokens) - size + 1, size):
-        chained = hash((chained, *tokens[at : at + size])) & _BITS or 1
+        chained = hash((chained, tuple(tokens[at : at + size]))) & _BITS or 1
         found.append(chained)
     return found

