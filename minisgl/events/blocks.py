@@ -76,9 +76,9 @@ class Blocks:
         parent = chained = _root(salt) if root else hashes[before]
         if not parent and not root:
             return  # below what no match finds any more
-        tokens, found, at = self._kept.ids.take(pages, 0).ravel().tolist(), [], 0
+        tokens, found, at = tuple(self._kept.ids.take(pages, 0).ravel().tolist()), [], 0
         for page in pages.tolist():
-            chained = hash((chained, tuple(tokens[at : at + size]))) & _BITS or 1
+            chained = hash((chained, tokens[at : at + size])) & _BITS or 1
             hashes[page] = chained
             found.append(chained)
             at += size
