@@ -1,4 +1,4 @@
-"""The wire format of KV events, as vLLM and SGLang publish them: msgpack of [time, [event, ...]].
+"""The wire format of KV events, as vLLM and SGLang publish them: msgpack of [time, [event, ...], rank].
 
 An event is a map with its type (`map`, of releases since the middle of 2026), or the values alone (`array`, of older ones).
 `medium` is "GPU" for the memory that the model computes in, on a CPU as well: routers tell it from slower tiers by that name.
@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 
 MEDIUM = "GPU"
+RANK = 0  # of data parallelism, of which there is none; Dynamo reads no message without one
 Event = dict[str, Any] | list[Any]
 END = (struct.pack(">q", -1), b"")  # sequence number and payload that end a replay
 
@@ -70,7 +71,7 @@ def _keys(salt: str, blocks: int) -> list[list[str] | None]:
 
 def packed(events: list[Event], unix_time: float) -> bytes:
     """The payload of a message."""
-    data: bytes = msgpack.packb((unix_time, events))
+    data: bytes = msgpack.packb((unix_time, events, RANK))
     return data
 
 

@@ -37,9 +37,9 @@ class Subscriber:
 
     def read(self, payload: bytes) -> None:
         self.messages += 1
-        when, events, *rank = msgpack.unpackb(payload)
+        when, events, rank = msgpack.unpackb(payload)
         assert isinstance(when, float)
-        assert not rank
+        assert rank == 0
         for event in events:
             self.apply(named(event))
 

@@ -129,17 +129,17 @@ def test_a_message_has_the_bytes_of_other_engines_in_both_forms() -> None:
     h, parent, when = 0xFEDCBA9876543210, 7, b"\xcb" + struct.pack(">d", 1.5)
     number, tokens = b"\xcf" + h.to_bytes(8, "big"), b"\x94\x01\xcc\x80\xcd\x03\xe8\xce\x00\x01\x86\xa0"
     ids = (1, 128, 1000, 100_000)
-    by_name = b"\x92" + when + b"\x93"
+    by_name = b"\x93" + when + b"\x93"
     by_name += b"\x87" + text("type") + text("BlockStored") + text("block_hashes") + b"\x91" + number
     by_name += text("parent_block_hash") + b"\x07" + text("token_ids") + tokens + text("block_size") + b"\x04"
     by_name += text("lora_id") + b"\xc0" + text("medium") + text("GPU")
     by_name += b"\x84" + text("type") + text("BlockRemoved") + text("block_hashes") + b"\x91" + number
     by_name += text("medium") + text("GPU") + text("reason") + text("evicted")
-    by_name += b"\x81" + text("type") + text("AllBlocksCleared")
-    by_place = b"\x92" + when + b"\x93"
+    by_name += b"\x81" + text("type") + text("AllBlocksCleared") + b"\x00"
+    by_place = b"\x93" + when + b"\x93"
     by_place += b"\x98" + text("BlockStored") + b"\x91" + number + b"\x07" + tokens + b"\x04\xc0" + text("GPU") + b"\xc0"
     by_place += b"\x93" + text("BlockRemoved") + b"\x91" + number + text("GPU")
-    by_place += b"\x91" + text("AllBlocksCleared")
+    by_place += b"\x91" + text("AllBlocksCleared") + b"\x00"
     for name, want in (("map", by_name), ("array", by_place)):
         form = FORMS[name](4)
         assert packed([form.stored([h], parent, ids), form.removed([h], "evicted"), form.cleared()], 1.5) == want
