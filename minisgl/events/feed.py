@@ -16,10 +16,14 @@ Message = tuple[int, bytes]  # sequence number, payload
 
 
 class Feed:
-    """The stream of one publisher.  `everything`: the payload that tells the present tree, whatever was told before."""
+    """The stream of one publisher.
 
-    def __init__(self, first: int, everything: Callable[[], bytes], max_messages: int = MAX_MESSAGES) -> None:
+    `everything`: the payload that tells the present tree, whatever was told before.  `nothing`: one without events.
+    """
+
+    def __init__(self, first: int, everything: Callable[[], bytes], nothing: bytes, max_messages: int = MAX_MESSAGES) -> None:
         self.next = first
+        self._nothing = nothing
         self._everything = everything
         self._most = max_messages
         self._kept: deque[Message] = deque()
@@ -47,13 +51,18 @@ class Feed:
     def since(self, start: int) -> list[Message]:
         """What brings a reader up to date that has everything before `start`.
 
-        Where that is not kept: one message that tells everything, under the last number that was given.
+        Where that is not kept: a message that tells everything, under the number that is asked for, as some readers take no
+        other, and one that tells nothing under the last, so that none believes it still lacks what is between them.
         """
         if start >= self.next:
             return []
-        if self._kept and self._kept[0][0] <= start:
+        if self.keeps(start):
             return [message for message in self._kept if message[0] >= start]
         last = self.next - 1
         if self._present is None or self._present[0] != last:
             self._present = last, self._everything()
-        return [self._present]
+        return [(start, self._present[1]), *([(last, self._nothing)] if start < last else [])]
+
+    def keeps(self, start: int) -> bool:
+        """Whether `since` has the messages themselves."""
+        return start >= self.next or bool(self._kept and self._kept[0][0] <= start)

@@ -57,7 +57,7 @@ class Publisher:
         self._blocks = blocks = Blocks(
             machine, FORMS[server.kv_events_format](machine.limits.page_size), server.kv_events_salted
         )
-        self._feed = Feed(int(time.time() * 1e6), lambda: packed(blocks.all(), time.time()))
+        self._feed = Feed(int(time.time() * 1e6), lambda: packed(blocks.all(), time.time()), packed([], time.time()))
 
     # ---------------- the Watcher
     def saw(self, inbox: list[Event], now: float, output: Output) -> None:
@@ -101,7 +101,9 @@ class Publisher:
             if self._odd == 1:
                 logging.getLogger("minisgl").warning("--kv-events-replay: dropped what is no request for a replay")
             return
-        for seq, payload in self._feed.since(int.from_bytes(frames[2], "big")):
+        start = int.from_bytes(frames[2], "big")
+        self._joined |= not self._feed.keeps(start)  # in the stream, too: some take no replay that leaves numbers out
+        for seq, payload in self._feed.since(start):
             replay.send_multipart((frames[0], b"", self._topic, number(seq), payload), zmq.NOBLOCK)
         replay.send_multipart((frames[0], b"", b"", *END), zmq.NOBLOCK)
 

@@ -35,6 +35,7 @@ class MapForm:
             "block_size": self.block_size,
             "lora_id": None,
             "medium": MEDIUM,
+            "lora_name": None,  # vllm-router reads no event without it
         }
         if salt:
             event["extra_keys"] = _keys(salt, len(hashes))

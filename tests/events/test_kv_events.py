@@ -130,9 +130,9 @@ def test_a_message_has_the_bytes_of_other_engines_in_both_forms() -> None:
     number, tokens = b"\xcf" + h.to_bytes(8, "big"), b"\x94\x01\xcc\x80\xcd\x03\xe8\xce\x00\x01\x86\xa0"
     ids = (1, 128, 1000, 100_000)
     by_name = b"\x93" + when + b"\x93"
-    by_name += b"\x87" + text("type") + text("BlockStored") + text("block_hashes") + b"\x91" + number
+    by_name += b"\x88" + text("type") + text("BlockStored") + text("block_hashes") + b"\x91" + number
     by_name += text("parent_block_hash") + b"\x07" + text("token_ids") + tokens + text("block_size") + b"\x04"
-    by_name += text("lora_id") + b"\xc0" + text("medium") + text("GPU")
+    by_name += text("lora_id") + b"\xc0" + text("medium") + text("GPU") + text("lora_name") + b"\xc0"
     by_name += b"\x84" + text("type") + text("BlockRemoved") + text("block_hashes") + b"\x91" + number
     by_name += text("medium") + text("GPU") + text("reason") + text("evicted")
     by_name += b"\x81" + text("type") + text("AllBlocksCleared") + b"\x00"
@@ -156,7 +156,7 @@ class Fed(Told):
 
     def __init__(self, **limits: Any) -> None:
         super().__init__(**limits)
-        self.feed = Feed(1000, lambda: packed(self.told.all(), 1.0), self.most)
+        self.feed = Feed(1000, lambda: packed(self.told.all(), 1.0), packed([], 1.0), self.most)
         self.subscriber = Subscriber(strict=False)
         self.last, self.calls, self.dice, self.dumps = -1, 0, random.Random(len(limits)), 0
 
@@ -199,23 +199,26 @@ def test_a_router_that_loses_messages_or_comes_late_is_right_once_it_has_asked(m
 
 
 def test_the_memory_for_replays_is_bounded_in_messages_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = Feed(10, lambda: b"all", 3)
-    assert feed.since(0) == [(9, b"all")]
+    feed = Feed(10, lambda: b"all", b"no", 3)
+    assert feed.since(0) == [(0, b"all"), (9, b"no")]
     sent = [feed.add(b"%d" % i) for i in range(5)]
     assert [seq for seq, _ in sent] == [10, 11, 12, 13, 14]
     assert feed.since(15) == feed.since(1 << 60) == []
     assert feed.since(12) == sent[2:]
     assert feed.since(14) == sent[4:]
-    assert feed.since(11) == feed.since(0) == [(14, b"all")]
+    assert feed.since(11) == [(11, b"all"), (14, b"no")]
+    assert feed.since(0) == [(0, b"all"), (14, b"no")]
+    assert [feed.keeps(n) for n in (0, 11, 12, 14, 15)] == [False, False, True, True, True]
     assert feed.renew() == (15, b"all")
-    assert feed.since(14) == feed.since(15) == [(15, b"all")]
+    assert feed.since(14) == [(14, b"all"), (15, b"no")]
+    assert feed.since(15) == [(15, b"all")]
     assert feed.since(16) == []
     assert feed.add(b"x") == (16, b"x")
     assert feed.since(16) == [(16, b"x")]
     monkeypatch.setattr(feeds, "MAX_BYTES", 10)
     for _ in range(3):
         feed.add(b"xxxxxx")
-    assert feed.since(18) == [(19, b"all")]
+    assert feed.since(18) == [(18, b"all"), (19, b"no")]
     assert len(feed.since(19)) == 1
 
 
