@@ -118,11 +118,21 @@ class Access:
         if not self.config.server.api_keys and not is_loopback(host):
             text = f"minisgl: whoever reaches {host} may use this server: --api-key-file FILE (or --api-key) asks for a key"
             logs.say("unprotected", text, logging.WARNING, host=host)
+        self._warn_of_events()
+
+    def _warn_of_events(self) -> None:
+        """Say what KV events show to whom, and where they show nothing."""
         server = self.config.server
         for name, address in (("--kv-events", server.kv_events), ("--kv-events-replay", server.kv_events_replay)):
             if address and exposed(address):
-                text = f"minisgl: {name} {address}: whoever reaches it reads the token ids of all prompts without a salt"
+                which = "all prompts" if server.kv_events_salted else "all prompts without a salt"
+                text = f"minisgl: {name} {address}: whoever reaches it reads the token ids of {which}"
                 logs.say("unprotected", text, logging.WARNING, host=address)
+        keys = server.api_keys or server.admin_api_keys
+        if server.kv_events and keys and server.salt_by_key == "on" and not server.kv_events_salted:
+            text = "minisgl: --kv-events: the prompts of keys have salts, and are not published"
+            text += ": --kv-events-salted publishes them, and --salt-by-key off has keys share prefixes"
+            logs.say("kv_events", text, logging.WARNING)
 
     def reload(self, keys: Keys, clients: ClientKeys | None = None) -> None:
         """Read the files of keys and certificate again.  What cannot be used changes nothing, and is said.
