@@ -199,7 +199,7 @@ def throughput(turns: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--turns", type=int, default=5)
     turns = parser.parse_args().turns
     print(json.dumps({"bench": "kv_events", **provenance()}))
