@@ -154,7 +154,7 @@ def difference(server: Server, indexer: Dynamo, prompts: list[np.ndarray]) -> st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--indexer", choices=("dynamo",), default="dynamo")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--changes", type=int, default=10_000)

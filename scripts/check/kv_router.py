@@ -72,7 +72,7 @@ def start_router(router: str, replicas: list[Replica]) -> tuple[subprocess.Popen
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--router", required=True)
     processes: list[subprocess.Popen[Any]] = []
     path = parser.parse_args().router
