@@ -59,6 +59,7 @@ NOT_RUN = {
         "docs/simulator.md",
         "python -m minisgl simulate TRACE.jsonl --limit 1500",
     ): "recorded traces, which are not in the repository",
+    ("docs/kv_events.md", "minisgl --port 8001"): "needs vllm-router (scripts/check/kv_router.py runs it)",
     ("docs/simulator.md", "from minisgl.cache.radix"): "runs in the test of the next block",
     ("docs/simulator.md", "python scripts/tune/fit_costs.py"): "minutes of measuring",
     ("docs/simulator.md", "python -m minisgl simulate TRACE --gpu"): "a recorded trace",

@@ -67,10 +67,15 @@ def make_detokenizer(ctx: Context, config: Config) -> Actor:
 
 def make_scheduler(ctx: Context, config: Config, arenas: Arenas, takes_over: int = 0) -> Actor:
     """Runs in the scheduler process, which never imports torch.  `takes_over`: see SchedulerActor."""
-    from minisgl.actors.scheduler.actor import SchedulerActor
+    from minisgl.actors.scheduler.actor import SchedulerActor, Watching
     from minisgl.journal.desk import Desk
 
-    return SchedulerActor(ctx, config, arenas, takes_over, Desk(ctx, config))
+    watching: Watching = Desk(ctx, config)
+    if config.server.kv_events and isinstance(ctx, ZmqContext):
+        from minisgl.events.publisher import Beside, Publisher
+
+        watching = Beside(Publisher(ctx, config.server), watching)
+    return SchedulerActor(ctx, config, arenas, takes_over, watching)
 
 
 def make_worker(ctx: Context, config: Config, arenas: Arenas, rank: int, run_dir: str) -> Actor:

@@ -18,6 +18,7 @@ from minisgl.commands.batch_keys import check_flags, client_keys, server_secret
 from minisgl.commands.flags import keys_from
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.events.addresses import check_events, exposed
 
 if TYPE_CHECKING:
     from minisgl.api.batches.curve import ClientKeys
@@ -99,6 +100,7 @@ class Access:
         self.config = config
         self.tls = tls(server.ssl_certfile, server.ssl_keyfile)
         check_flags(server.batch_socket, server.batch_keys)
+        check_events(config)
         self.batch_listener: socket.socket | None = None  # on --batch-socket
         self.batch_secret = server_secret(server.batch_keys) if server.batch_keys else b""
         self.batch_clients = client_keys(server.batch_keys) if server.batch_keys else []
@@ -116,6 +118,21 @@ class Access:
         if not self.config.server.api_keys and not is_loopback(host):
             text = f"minisgl: whoever reaches {host} may use this server: --api-key-file FILE (or --api-key) asks for a key"
             logs.say("unprotected", text, logging.WARNING, host=host)
+        self._warn_of_events()
+
+    def _warn_of_events(self) -> None:
+        """Say what KV events show to whom, and where they show nothing."""
+        server = self.config.server
+        for name, address in (("--kv-events", server.kv_events), ("--kv-events-replay", server.kv_events_replay)):
+            if address and exposed(address):
+                which = "all prompts" if server.kv_events_salted else "all prompts without a salt"
+                text = f"minisgl: {name} {address}: whoever reaches it reads the token ids of {which}"
+                logs.say("unprotected", text, logging.WARNING, host=address)
+        keys = server.api_keys or server.admin_api_keys
+        if server.kv_events and keys and server.salt_by_key == "on" and not server.kv_events_salted:
+            text = "minisgl: --kv-events: the prompts of keys have salts, and are not published"
+            text += ": --kv-events-salted publishes them, and --salt-by-key off has keys share prefixes"
+            logs.say("kv_events", text, logging.WARNING)
 
     def reload(self, keys: Keys, clients: ClientKeys | None = None) -> None:
         """Read the files of keys and certificate again.  What cannot be used changes nothing, and is said.

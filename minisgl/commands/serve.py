@@ -31,6 +31,7 @@ from minisgl.commands.flags import add_engine_flags, add_server_flags, config_fr
 from minisgl.commands.parser import Parser
 from minisgl.config import Config
 from minisgl.errors import UserError
+from minisgl.events.addresses import address_of as events_address
 from minisgl.version import __version__
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ def _serve(args: argparse.Namespace, start: float) -> int:
         access = Access(config, args)
         if address := config.server.batch_socket:
             access.batch_listener = stack.enter_context(bind(*address_of(address), f"--batch-socket {address}"))
+        for name, given in (("--kv-events", config.server.kv_events), ("--kv-events-replay", config.server.kv_events_replay)):
+            if given:  # the scheduler listens there, when the model has been looked at
+                host, port = events_address(name, given)
+                bind("0.0.0.0" if host == "*" else host, port, f"{name} {given}").close()
         return run_fair(_Server(config, sock, start, given=given_of(args), access=access).main())
 
 

@@ -63,7 +63,9 @@ class Desk:
         self._recorder: Recorder | None = None
         self._open: dict[str, Writer] = {}  # by path
 
-    def __call__(self, machine: StepMachine, m: msg.Journal) -> Desk | None:
+    def __call__(self, machine: StepMachine, m: msg.Journal | None) -> Desk | None:
+        if m is None:
+            return None
         self._recorder = self._recorder or Recorder(machine)
         if m.on and m.path not in self._open:
             self._begin(self._recorder, m)

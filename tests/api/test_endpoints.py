@@ -803,6 +803,8 @@ MORE_BODIES: dict[str, Any] = {
     "/v1/embeddings": {"input": "a"},
     "/debug/journal/start": {"name": "morning"},
     "/debug/live": {"watcher": "nobody"},
+    f"{CHAT}/render": {"messages": USER},
+    f"{COMPLETION}/render": {"prompt": "a"},
 }
 OTHERWISE: dict[tuple[str, str], Any] = {  # fields that exclude each other
     ("/generate", "input_ids"): {"stream": False},

@@ -213,6 +213,22 @@ def test_an_address_of_this_machine_is_not_warned_of(host: str, said: list[str])
     assert not said
 
 
+def test_events_that_others_may_read_and_events_that_tell_nothing_are_warned_of(said: list[str]) -> None:
+    events = "--kv-events tcp://{}:5557 --kv-events-replay tcp://127.0.0.1:5558"
+    access(events.format("*")).warn("127.0.0.1")
+    assert "--kv-events tcp://*:5557: whoever reaches it reads the token ids of all prompts without a salt" in said.pop()
+    access(events.format("127.0.0.1")).warn("127.0.0.1")
+    assert not said
+    keyed = f"--api-key {KEY} {events.format('127.0.0.1')}"
+    access(keyed).warn("127.0.0.1")
+    assert "the prompts of keys have salts, and are not published" in said.pop()
+    for more in ("--kv-events-salted", "--salt-by-key off"):
+        access(f"{keyed} {more}").warn("127.0.0.1")
+        assert not said
+    with pytest.raises(UserError, match="--kv-events-topic needs"):
+        access("--kv-events-topic kv@a")
+
+
 # ---------------- certificates
 def test_addresses_are_announced_with_the_scheme_that_is_served() -> None:
     assert url_of("127.0.0.1", 5, "https") == "https://127.0.0.1:5"

@@ -30,7 +30,8 @@ from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
 STATS_SECONDS = 1.0
-Watching = Callable[[StepMachine, msg.Journal], Watcher | None]  # begins or ends a journal; returns who watches from now on
+# Begins or ends a journal, or is told that the machine is there (None); returns who watches from now on.
+Watching = Callable[[StepMachine, msg.Journal | None], Watcher | None]
 
 
 class SchedulerActor(Actor):
@@ -100,6 +101,8 @@ class SchedulerActor(Actor):
         size = KeptPages.size(num_pages, engine.page_size)
         self.machine = StepMachine(limits, KeptPages(num_pages, engine.page_size, memoryview(attach(self._pages, size))))
         self.machine.counters.steps = self._first_step
+        if self._watching is not None:
+            self.watcher = self._watching(self.machine, None)
 
     @on(msg.WorkerArmed)
     def worker_armed(self, m: msg.WorkerArmed) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from minisgl.api.endpoints import anthropic, embeddings, responses, sglang, tokenize
+from minisgl.api.endpoints import anthropic, embeddings, render, responses, sglang, tokenize
 from minisgl.api.endpoints.anthropic_blocks import Message
 from minisgl.api.endpoints.openai_answers import OpenAIAnswer
 from minisgl.api.endpoints.responses_items import Response
@@ -104,6 +104,12 @@ def _generating(
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     "/v1/chat/completions": _generating("Answer a conversation.", CHAT, parse_chat, OpenAIAnswer),
     "/v1/completions": _generating("Continue texts.", COMPLETION, parse_completion, OpenAIAnswer),
+    "/v1/chat/completions/render": Endpoint(
+        "The tokens of a conversation, for routers.", CHAT, parse_chat, render.render_chat, generates=False
+    ),
+    "/v1/completions/render": Endpoint(
+        "The tokens of such texts, for routers.", COMPLETION, parse_completion, render.render_completion, generates=False
+    ),
     "/v1/responses": _generating(
         "Answer, in the shape of the Responses API; stateless.", responses.RESPONSE, responses.parse_responses, Response
     ),

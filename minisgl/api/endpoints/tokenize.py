@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -77,14 +77,20 @@ def parse_tokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[
 async def tokenize(engine: Engine, request: TokenizerRequest[Prompts]) -> dict[str, Any]:
     """The answer to POST /tokenize.  Raises RequestError."""
     prompts, several = request.value
-    limit = MAX_TIMES_CONTEXT * CHARS_PER_TOKEN * engine.config.max_context
-    if (chars := sum(len(p.text if isinstance(p, TextPrompt) else p.payload) for p in prompts)) > limit:
-        raise InvalidParam("prompt", f"prompt holds {chars} characters in all; one request may have {limit}.")
+    check_chars(engine.config, prompts)
     lists = [await ids_of(engine, prompt) for prompt in prompts]
     turns = Turns()
     written = [await rendered_numbers(ids, turns) if len(ids) > SLICE else ids for ids in lists]
     tokens = await rendered_list(written, turns, 20) if several else written[0]
     return {"tokens": tokens, "count": sum(map(len, lists)), "max_model_len": engine.config.max_context}
+
+
+def check_chars(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Raises InvalidParam for more text than one request may have tokenized."""
+    limit = MAX_TIMES_CONTEXT * CHARS_PER_TOKEN * config.max_context
+    chars = sum(len(p.text) if isinstance(p, TextPrompt) else len(p.payload) for p in prompts if not isinstance(p, TokenPrompt))
+    if chars > limit:
+        raise InvalidParam("prompt", f"prompt holds {chars} characters in all; one request may have {limit}.")
 
 
 def parse_detokenize(config: Config, body: Mapping[str, Any]) -> TokenizerRequest[tuple[tuple[int, ...], bool]]:

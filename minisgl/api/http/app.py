@@ -34,6 +34,7 @@ from minisgl.api.http.keep_alive import KEEP_ALIVE, KeepAlive
 from minisgl.api.http.live_routes import LiveRoutes, page_off
 from minisgl.api.http.metrics import Metered
 from minisgl.api.http.pages import Page, about, chat_values, page_file, page_files, wants_page
+from minisgl.api.http.router_routes import RouterRoutes, sizes
 from minisgl.api.http.stream_writer import TURN, Turn
 from minisgl.api.http.trace_routes import TraceRoutes
 from minisgl.api.http.watchers import Watchers
@@ -44,6 +45,7 @@ from minisgl.api.requests.unknown_fields import approximated_header, ignored_hea
 from minisgl.api.spans import TRACE_HEADERS
 from minisgl.config import Config
 from minisgl.errors import model_loading
+from minisgl.events.addresses import described
 from minisgl.version import __version__
 
 # For web.AppRunner.  A client that leaves cancels its handler, and with it its request in the engine.  Compressed bodies are
@@ -83,6 +85,7 @@ def build_app(
     routes.add_to(app.router)
     app.on_cleanup.append(routes.close)
     app[DOOR] = Door(metered, keys, routes.callers, request_log)
+    RouterRoutes(metered).add_to(app.router)
     JournalRoutes(metered, keys).add_to(app.router)
     TraceRoutes(metered, keys).add_to(app)
     live = LiveRoutes(metered, keys, routes.callers)
@@ -224,7 +227,8 @@ class _Routes:
     def server_info(self, request: web.Request) -> Any:
         """What an administrator may have goes beyond what everybody with a key may."""
         more = {"pid": os.getpid(), "batch_socket": self._batch_socket} if self._keys.may_administer(request) else {}
-        return {**serving.server_info(self._engine), **more}
+        facts = {**serving.server_info(self._engine), **sizes(self._config, self._engine.stats)}
+        return {**facts, "kv_events": described(self._config), **more}
 
     def flush_cache(self, request: web.Request) -> Any:
         self._keys.check_admin(request)

@@ -80,6 +80,14 @@ ROUTES = (
     Route("get", "/ready", "200 when requests are served, 503 otherwise.", refusals=(503,)),
     Route("get", "/metrics", "Prometheus text.", gives=("text/plain",)),
     Route("get", "/server_info", "What runs here, and the scheduler's statistics; more for administrators."),
+    Route(
+        "get",
+        "/v1/loads",
+        "How much this server has to do, by SGLang's names, for routers.",
+        query=(string("include", "Has no effect: everything is there."),),
+    ),
+    Route("get", "/model_info", "The model by SGLang's names, for routers."),
+    Route("get", "/get_model_info", "The same as /model_info."),
     Route("post", "/flush_cache", "Empty the prefix cache; for administrators.", refusals=(401, 403)),
     Route(
         "post",

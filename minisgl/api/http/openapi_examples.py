@@ -11,6 +11,8 @@ _FORMED = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens"
 BODIES: Mapping[str, Mapping[str, Any]] = {  # path -> a body, without the model
     "/v1/chat/completions": {**_QUESTION, "temperature": 0.2, "max_tokens": 64, "stream": False},
     "/v1/completions": {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8},
+    "/v1/chat/completions/render": _QUESTION,
+    "/v1/completions/render": {"prompt": "The capital of France is"},
     "/v1/responses": {"input": "What is the capital of Italy?", "max_output_tokens": 64},
     "/v1/responses/input_tokens": {"input": "What is the capital of Italy?"},
     "/v1/messages": {**_QUESTION, "max_tokens": 64},

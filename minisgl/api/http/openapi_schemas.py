@@ -33,9 +33,13 @@ _STATES: Schema = {"enum": ["starting", "ready", "recovering", "draining", "stop
 _STATE = _has(status=_STATES)
 _NAMES: Schema = {"type": "array", "items": _STRING}
 _HEALTH = _has(status=_STATES, down=_NAMES, still=_NAMES)
+_RENDERED = _has("sampling_params", request_id=_STRING, token_ids={"type": "array"}, model=_STRING)
+_LOAD = _has(dp_rank=_COUNT, num_running_reqs=_COUNT, num_waiting_reqs=_COUNT, num_used_tokens=_COUNT)
 ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any object where there is none here
     "post /v1/chat/completions": _has(object={"const": "chat.completion"}, choices=_CHOICES, usage=_USAGE, **_HEAD),
     "post /v1/completions": _has(object={"const": "text_completion"}, choices=_CHOICES, usage=_USAGE, **_HEAD),
+    "post /v1/chat/completions/render": _RENDERED,
+    "post /v1/completions/render": {"type": "array", "items": _RENDERED},
     "post /v1/responses": _has(
         "usage",
         id=_STRING,
@@ -72,6 +76,8 @@ ANSWERS: Mapping[str, Schema] = {  # "method path" -> the body of a 200; any obj
     "get /ping": _HEALTH,
     "post /ping": _HEALTH,
     **dict.fromkeys(("get /", "get /v1"), _has("routes", model=_STRING, state=_STRING)),
+    "get /v1/loads": _has(timestamp=_STRING, version=_STRING, loads={"type": "array", "items": _LOAD}),
+    **dict.fromkeys(("get /model_info", "get /get_model_info"), _has("model_path", is_generation={"const": True})),
     "get /version": _has(version=_STRING),
     "post /flush_cache": _has(flushed={"const": True}),
     "post /debug/journal/start": _has(journal=_STRING),
