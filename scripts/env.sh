@@ -3,11 +3,12 @@
 #   ensure_env [EXTRA...]   makes .venv in the repository root if there is none, and installs what setup.cfg asks for at the
 #                           versions of constraints.txt, plus the named extras.  Done once: a stamp makes later calls instant.
 #                           An environment that was moved with its checkout is repaired.
+#   ensure_env_here         the same with the extras for a GPU, where there is one.
 #   ensure_router           makes .venv-router, with the router of `minisgl cluster` alone: what it needs is not what we need.
 #   run_minisgl [ARG...]    becomes `minisgl ARG...` of this checkout, whatever the current folder holds.
 #
 # MINISGL_PIP_ARGS is passed to every pip call (for an index of your own).  MINISGL_TORCH_INDEX replaces PyTorch's index of CPU
-# builds, which is used where there is no NVIDIA GPU.
+# builds, which is used where there is no NVIDIA GPU.  MINISGL_GPU=0 or 1 says whether there is one.
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 root=${here%/*}
@@ -37,7 +38,14 @@ _find_python() {
     _die "Python 3.10 or newer is needed; install it, or set PYTHON=/path/to/python3"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+has_gpu() {
+    case "${MINISGL_GPU:-}" in
+        0) return 1 ;;
+        1) return 0 ;;
+        "") command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU ;;
+        *) _die "MINISGL_GPU=$MINISGL_GPU: 0 or 1 is expected" ;;
+    esac
+}
 
 # The requirements of setup.cfg: install_requires, then those of the extras given as arguments, one per line.
 _requirements() {
@@ -260,6 +268,15 @@ _ensure() {
 
 ensure_env() {
     _ensure "$(cat "$root/setup.cfg" "$root/constraints.txt" "$root/scripts/env.sh" | cksum) $*" _make_env "$@"
+}
+
+# What `minisgl serve` needs on this machine.
+ensure_env_here() {
+    if has_gpu; then
+        ensure_env gpu-lean
+    else
+        ensure_env
+    fi
 }
 
 ensure_router() {

@@ -73,7 +73,7 @@ class Checkout:
         for path in (
             "setup.cfg",
             "constraints.txt",
-            *(f"scripts/{n}.sh" for n in ("env", "launch", "test", "chat", "cluster")),
+            *(f"scripts/{n}.sh" for n in ("env", "install", "launch", "test", "chat", "cluster")),
         ):
             put(self.root / path, (ROOT / path).read_text(), 0o755)
         env = self.root / "scripts/env.sh"
@@ -351,6 +351,23 @@ def test_a_torch_that_is_there_stays_unless_a_gpu_came_and_it_is_for_cpus(ready:
     else:
         assert f"torch {VERSION} is there" in said
         assert len(calls) == 2
+
+
+# ---------------- an image
+@pytest.mark.parametrize(("said", "seen"), [("1", False), ("0", True)])
+def test_while_an_image_is_built_a_variable_says_whether_there_is_a_gpu(checkout: Checkout, said: str, seen: bool) -> None:
+    if seen:
+        checkout.smi.write_text("#!/bin/sh\necho GPU 0: NVIDIA H200\n")
+    done = checkout.run("sh", checkout.root / "scripts/install.sh", MINISGL_GPU=said)
+    assert done.stdout == ""
+    assert (checkout.root / ".venv/bin/minisgl").exists()
+    assert any("flashinfer-python" in call for call in checkout.calls()) == (said == "1")
+
+
+def test_a_variable_for_the_gpu_that_says_neither_is_refused(checkout: Checkout) -> None:
+    done = checkout.run("bash", checkout.root / "scripts/install.sh", code=1, MINISGL_GPU="yes")
+    assert "MINISGL_GPU=yes: 0 or 1 is expected" in done.stderr
+    assert not checkout.calls()
 
 
 # ---------------- a cluster
