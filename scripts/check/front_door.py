@@ -139,6 +139,10 @@ def until(what: str, done: Callable[[], bool], seconds: float = 120.0) -> float:
 def running(programs: list[Program]) -> Iterator[None]:
     try:
         yield
+    except TimeoutError:
+        for program in programs:
+            print(f"{program.name} {program.ended() or 'runs'}:", *program.lines, sep="\n    ")
+        raise
     finally:
         for program in programs:
             program.kill()

@@ -324,11 +324,12 @@ def test_nginx_finds_no_mistake_in_its_configuration() -> None:
 
 def test_litellm_sends_to_the_server_under_the_name_that_it_serves() -> None:
     config = yaml.safe_load((DEPLOY / "litellm.yaml").read_text())
-    assert set(config) == {"model_list", "router_settings", "litellm_settings"}
+    assert set(config) == {"model_list", "general_settings", "router_settings", "litellm_settings"}
     (model,) = config["model_list"]
     assert model["litellm_params"]["model"] == "openai/SmolLM2-135M-Instruct"
     assert model["litellm_params"]["api_base"] == "http://127.0.0.1:8000/v1"
     assert config["router_settings"]["num_retries"] >= 1
+    assert config["general_settings"]["master_key"].startswith("os.environ/")
 
 
 def test_the_tools_of_these_checks_are_in_the_dev_extra() -> None:
