@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minisgl.commands.flags import keys_from
 from minisgl.commands.parser import Parser
 from minisgl.config import EngineConfig, ServerConfig
 from minisgl.deploy import plan_cluster
@@ -53,7 +54,7 @@ def parser() -> Parser:
         choices=("auto", *_POLICIES),
         default="auto",
         metavar="KIND",
-        help="of the router: auto is kv_aware where the server has --kv-events, else cache_aware",
+        help="of the router: auto is kv_aware where the server has --kv-events and no API keys, else cache_aware",
     )
     p.add_argument("--router", default="", metavar="PROGRAM", help="the router's program; default: vllm-router")
     p.add_argument("--router-flags", default="", metavar="TEXT", help="more flags for the router, in one word")
@@ -71,7 +72,10 @@ def run(argv: list[str]) -> int:
         raise UserError(
             f"--port {args.port}: between 1 and {65535 - args.replicas - 2 * _EVENTS}, as replicas take ports above"
         )
-    policy = plan_cluster.best_policy() if args.policy == "auto" else args.policy
+    keys = bool(keys_from(plan_cluster.checked(flags, args.replicas))[0])
+    policy = plan_cluster.best_policy(keys=keys) if args.policy == "auto" else args.policy
+    if policy == plan_cluster.EXACT and keys:
+        raise UserError("--policy kv_aware: what is cached for the owner of an API key is not published; choose cache_aware")
     if policy == plan_cluster.EXACT and not plan_cluster.publishes_kv_events():
         raise UserError("--policy kv_aware: this version's server has no --kv-events; choose cache_aware")
     exact = policy == plan_cluster.EXACT
@@ -138,7 +142,7 @@ class _Cluster:
         handlers = {n: signal.signal(n, self._signalled) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             begin = time.monotonic()
-            say(f"starting {len(self.replicas)} replicas at ports {self.replicas[0].port} to {self.replicas[-1].port}")
+            say(f"starting {self._count()} from port {self.replicas[0].port}")
             for replica in self.replicas:
                 replica.start()
             if not self._await(self.replicas, begin):
@@ -149,13 +153,16 @@ class _Cluster:
                 return 0 if self.signals else 1
             url = f"http://{f'[{self.args.host}]' if ':' in self.args.host else self.args.host}:{self.args.port}"
             seconds = time.monotonic() - begin
-            say(f"ready in {seconds:.1f} s: {url}/v1   ({len(self.replicas)} replicas, policy {self.policy})")
+            say(f"ready in {seconds:.1f} s: {url}/v1   ({self._count()}, policy {self.policy})")
             say("^C stops everything")
             return self._watch()
         finally:
             self._end()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _count(self) -> str:
+        return "1 replica" if len(self.replicas) == 1 else f"{len(self.replicas)} replicas"
 
     def _signalled(self, *_: object) -> None:
         self.signals += 1

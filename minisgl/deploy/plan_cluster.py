@@ -46,9 +46,9 @@ def publishes_kv_events() -> bool:
     return KV_EVENTS in serve_parser()._option_string_actions
 
 
-def best_policy() -> str:
-    """The router's policy where the user names none."""
-    return EXACT if publishes_kv_events() else APPROXIMATE
+def best_policy(*, keys: bool = False) -> str:
+    """The router's policy where the user names none.  `keys`: replicas ask for API keys, so prefixes are salted, and private."""
+    return EXACT if publishes_kv_events() and not keys else APPROXIMATE
 
 
 def checked(flags: Sequence[str], replicas: int) -> argparse.Namespace:

@@ -114,6 +114,7 @@ def test_the_router_asks_every_second_whether_replicas_are_ready() -> None:
 def test_the_policy_follows_what_the_server_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_cluster, "publishes_kv_events", lambda: True)
     assert plan_cluster.best_policy() == "kv_aware"
+    assert plan_cluster.best_policy(keys=True) == "cache_aware"
     monkeypatch.setattr(plan_cluster, "publishes_kv_events", lambda: False)
     assert plan_cluster.best_policy() == "cache_aware"
 
@@ -124,6 +125,7 @@ def test_the_policy_follows_what_the_server_can_do(monkeypatch: pytest.MonkeyPat
         (["0"], "N must be between 1 and 64"),
         (["2", "--port", "70000"], "--port 70000: between 1 and"),
         (["2", "--router", "/no/such"], "--router /no/such: there is no such program"),
+        (["2", "--", "--api-key", "short"], "--api-key: it must hold keys of at least"),
         (["2", "--", "--port", "8001"], "--port 8001 behind --: replicas listen on this host alone"),
     ],
 )
@@ -133,6 +135,14 @@ def test_a_mistake_is_one_line_before_anything_starts(
     monkeypatch.setattr("minisgl.deploy.cluster._gpus", list)
     assert main(["cluster", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_api_keys_keep_prefixes_private_so_that_no_router_can_know_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cluster, "publishes_kv_events", lambda: True)
+    assert main(["cluster", "2", "--policy", "kv_aware", "--", "--api-key", "k" * 40]) == 2
+    assert "what is cached for the owner of an API key is not published; choose cache_aware" in capsys.readouterr().err
 
 
 # ---------------- what runs
