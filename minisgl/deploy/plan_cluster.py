@@ -47,7 +47,7 @@ def publishes_kv_events() -> bool:
 
 
 def best_policy(*, keys: bool = False) -> str:
-    """The router's policy where the user names none.  `keys`: replicas ask for API keys, so prefixes are salted, and private."""
+    """The router's policy where the user names none.  `keys`: replicas ask for API keys: prefixes are salted, and private."""
     return EXACT if publishes_kv_events() and not keys else APPROXIMATE
 
 
