@@ -22,6 +22,7 @@ COMMANDS = {
     "fit": "minisgl.commands.fit.command",
     "explain": "minisgl.commands.explain.command",
     "top": "minisgl.commands.top",
+    "cluster": "minisgl.deploy.cluster",
     "simulate": "minisgl.commands.simulate",
     "journal": "minisgl.commands.journal",
     "bench": "minisgl.bench.command",

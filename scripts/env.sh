@@ -3,10 +3,12 @@
 #   ensure_env [EXTRA...]   makes .venv in the repository root if there is none, and installs what setup.cfg asks for at the
 #                           versions of constraints.txt, plus the named extras.  Done once: a stamp makes later calls instant.
 #                           An environment that was moved with its checkout is repaired.
+#   ensure_env_here         the same with the extras for a GPU, where there is one.
+#   ensure_router           makes .venv-router, with the router of `minisgl cluster` alone: what it needs is not what we need.
 #   run_minisgl [ARG...]    becomes `minisgl ARG...` of this checkout, whatever the current folder holds.
 #
 # MINISGL_PIP_ARGS is passed to every pip call (for an index of your own).  MINISGL_TORCH_INDEX replaces PyTorch's index of CPU
-# builds, which is used where there is no NVIDIA GPU.
+# builds, which is used where there is no NVIDIA GPU.  MINISGL_GPU=0 or 1 says whether there is one.
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 root=${here%/*}
@@ -36,7 +38,14 @@ _find_python() {
     _die "Python 3.10 or newer is needed; install it, or set PYTHON=/path/to/python3"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+has_gpu() {
+    case "${MINISGL_GPU:-}" in
+        0) return 1 ;;
+        1) return 0 ;;
+        "") command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU ;;
+        *) _die "MINISGL_GPU=$MINISGL_GPU: 0 or 1 is expected" ;;
+    esac
+}
 
 # The requirements of setup.cfg: install_requires, then those of the extras given as arguments, one per line.
 _requirements() {
@@ -246,14 +255,39 @@ _write_stamp() {
 
 _is_ready() { [ -x "$venv/bin/python" ] && grep -qsxF "$1" "$stamp_file" && [ "$(_old_place)" = "$(_place)" ]; }
 
-ensure_env() {
-    local stamp_file="$venv/.minisgl-stamp" stamp
-    stamp="$(cat "$root/setup.cfg" "$root/constraints.txt" "$root/scripts/env.sh" | cksum) $*"
+# _ensure STAMP MAKE...: calls MAKE unless $venv has the stamp.  Two first starts at once would install over each other.
+_ensure() {
+    local stamp_file="$venv/.minisgl-stamp" stamp=$1
+    shift
     ! _is_ready "$stamp" || return 0
-    exec 9>"$root/.venv.lock" # two first starts at once would install over each other
+    exec 9>"$venv.lock"
     flock -n 9 || { _say "another installation is at work here: waiting for it" && flock 9; }
-    _is_ready "$stamp" || _make_env "$@"
+    _is_ready "$stamp" || "$@"
     exec 9>&-
+}
+
+ensure_env() {
+    _ensure "$(cat "$root/setup.cfg" "$root/constraints.txt" "$root/scripts/env.sh" | cksum) $*" _make_env "$@"
+}
+
+# What `minisgl serve` needs on this machine.
+ensure_env_here() {
+    if has_gpu; then
+        ensure_env gpu-lean
+    else
+        ensure_env
+    fi
+}
+
+ensure_router() {
+    local venv="$root/.venv-router" _steps=1 _step=1
+    _ensure "$(cksum <"$root/constraints.txt")" _make_router
+}
+
+_make_router() {
+    "$(_find_python)" -m venv --clear "$venv" || _die "cannot create a virtual environment (on Debian: apt install python3-venv)"
+    _pip "router" -c "$root/constraints.txt" vllm-router || _die "pip could not install vllm-router; see its message above"
+    _write_stamp "$stamp"
 }
 
 _make_env() {

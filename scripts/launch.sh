@@ -7,10 +7,6 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 
-extras=()
-if has_gpu; then
-    extras+=(gpu-lean)
-fi
-ensure_env ${extras[@]+"${extras[@]}"}
+ensure_env_here
 export PATH="$venv/bin:$PATH" # ninja, for kernels that are compiled at the first start
 run_minisgl "$@"

@@ -41,6 +41,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRANSCRIPT = "a transcript: its command is parsed"
 PICTURE = "a picture"
 TOUR = "tests/test_tour.py"
+FRONT = "a program of others; tests/deploy checks its configuration, scripts/check/front_door.py runs vllm-router"
 PLAYED = "scripts/pictures.py plays it, for the pictures"
 # Document and first line -> why the block is not run here, or which test runs it.  Its commands are parsed all the same.
 NOT_RUN = {
@@ -67,6 +68,17 @@ NOT_RUN = {
     ("docs/simulator.md", "python -m minisgl simulate TRACE --limit 4000"): "a recorded trace",
     ("docs/journal.md", "minisgl --journal"): "a server; tests/journal runs one, and these commands",
     ("docs/journal.md", "from minisgl.journal.replay"): "a journal of hours; tests/journal reads smaller ones",
+    ("docs/deployment.md", "scripts/cluster.sh 3"): "installs packages and serves until ^C",
+    ("docs/deployment.md", "scripts/cluster.sh 2"): "a model from the hub",
+    ("docs/deployment.md", "mkdir -p front"): FRONT,
+    ("docs/deployment.md", "pip install 'litellm[proxy]'"): FRONT,
+    ("docs/deployment.md", "minisgl --host 0.0.0.0"): FRONT,
+    ("docs/deployment.md", "vllm-router --host"): FRONT,
+    ("docs/deployment.md", "pip install smg"): FRONT,
+    ("docs/deployment.md", "pip install ai-dynamo-runtime"): FRONT,
+    ("docs/deployment.md", "docker build"): "scripts/check/dockerfile.py runs what is in it",
+    ("docs/deployment.md", "pip install '.[ray]'"): "scripts/check/ray_cluster.py serves it",
+    ("docs/deployment.md", "kubectl apply"): "takes a cluster; tests/deploy validates what is applied",
     ("docs/reliability.md", "a client's stream"): PICTURE,
     ("docs/structures.md", "HTTP, SSE"): PICTURE,
     ("docs/structures.md", "scheduler   | plan k"): PICTURE,
@@ -95,8 +107,20 @@ RUN = {
     ("docs/simulator.md", "python -m minisgl simulate synthetic:rate=0"),
 }
 
-FOREIGN: set[tuple[str, str]] = set()  # documents and flags of other programs
-NO_ROUTES = {"/reset", "/exit", "/system", "/help", "/tokens", "/proc", "/dev/shm"}  # commands of the chat; a folder
+# Documents and flags of other programs: openssl, docker, curl, litellm, vllm-router, smg.
+_OF_OTHERS = "build-arg cacert disable-tokenizer-autoload kv-events-format kv-events-replay rm shm-size"
+FOREIGN = {("deployment.md", f"--{flag}") for flag in _OF_OTHERS.split()}
+NO_ROUTES = {
+    "/reset",
+    "/exit",
+    "/system",
+    "/help",
+    "/tokens",
+    "/proc",
+    "/dev/shm",
+    "/cache",
+    "/tmp",
+}  # commands of the chat; folders
 
 
 # ---------------- what the documents show
@@ -141,7 +165,8 @@ def test_every_block_is_run_or_has_a_reason_why_not() -> None:
 
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(?:python (?:-m minisgl|scripts/)"
-    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|top|doctor|fit|explain|selfcheck|prebuild|simulate|journal)\b[^:])))"
+    r"|minisgl(?= (?:-|(?:serve|chat|batch|batch-keys|top|doctor|fit|explain|selfcheck|prebuild|simulate|journal|cluster)"
+    r"\b[^:])))"
     r"|scripts/[\w/]+\.(?:sh|py)(?: |$)"
 )
 
@@ -211,6 +236,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         "minisgl": lambda: main(words[1:]),
         ".venv/bin/minisgl": lambda: main(words[1:]),
         "scripts/launch.sh": lambda: main(words[1:]),
+        "scripts/cluster.sh": lambda: main(["cluster", *words[1:]]),
         "scripts/chat.sh": lambda: main(["chat", *words[1:]]),
     }
     if words[0].endswith(".py") and "ArgumentParser" not in (ROOT / words[0]).read_text():
@@ -268,6 +294,8 @@ def test_every_extra_that_is_named_exists() -> None:
     setup.read(ROOT / "setup.cfg")
     for path in DOCUMENTS:
         for what, extra in re.findall(r"pip install '?([\w.]+)\[([\w-]+)\]", path.read_text()):
+            if (path.name, what) == ("deployment.md", "litellm"):
+                continue
             assert what == ".", f"{path.name}: minisgl is installed from its repository, not from an index"
             assert extra in setup["options.extras_require"], f"{path.name} names the extra {extra}"
 

@@ -52,7 +52,7 @@ def parser() -> Parser:
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible API: `minisgl serve MODEL`, or `minisgl` for the "
         "embedded one.  Other commands, each with --help: chat, batch, batch-keys, top, bench, doctor, fit, explain, journal, "
-        "selfcheck, prebuild, simulate.",
+        "selfcheck, prebuild, simulate, cluster.",
         epilog="Flags of vLLM, SGLang and llama.cpp are understood where minisgl has the same.",
         engine=True,
     )

@@ -70,7 +70,11 @@ class Checkout:
 
     def __init__(self, tmp: Path, name: str = "checkout") -> None:
         self.root, self.log, tools = tmp / name, tmp / "pip.log", tmp / "tools"
-        for path in ("setup.cfg", "constraints.txt", *(f"scripts/{n}.sh" for n in ("env", "launch", "test", "chat"))):
+        for path in (
+            "setup.cfg",
+            "constraints.txt",
+            *(f"scripts/{n}.sh" for n in ("env", "install", "launch", "test", "chat", "cluster")),
+        ):
             put(self.root / path, (ROOT / path).read_text(), 0o755)
         env = self.root / "scripts/env.sh"
         env.write_text(env.read_text().replace("\n_tick=5 ", "\n_tick=0 "))
@@ -347,6 +351,42 @@ def test_a_torch_that_is_there_stays_unless_a_gpu_came_and_it_is_for_cpus(ready:
     else:
         assert f"torch {VERSION} is there" in said
         assert len(calls) == 2
+
+
+# ---------------- an image
+@pytest.mark.parametrize(("said", "seen"), [("1", False), ("0", True)])
+def test_while_an_image_is_built_a_variable_says_whether_there_is_a_gpu(checkout: Checkout, said: str, seen: bool) -> None:
+    if seen:
+        checkout.smi.write_text("#!/bin/sh\necho GPU 0: NVIDIA H200\n")
+    done = checkout.run("sh", checkout.root / "scripts/install.sh", MINISGL_GPU=said)
+    assert done.stdout == ""
+    assert (checkout.root / ".venv/bin/minisgl").exists()
+    assert any("flashinfer-python" in call for call in checkout.calls()) == (said == "1")
+
+
+def test_a_variable_for_the_gpu_that_says_neither_is_refused(checkout: Checkout) -> None:
+    done = checkout.run("bash", checkout.root / "scripts/install.sh", code=1, MINISGL_GPU="yes")
+    assert "MINISGL_GPU=yes: 0 or 1 is expected" in done.stderr
+    assert not checkout.calls()
+
+
+# ---------------- a cluster
+def test_the_router_of_a_cluster_is_installed_once_and_in_an_environment_of_its_own(ready: Checkout) -> None:
+    before = ready.calls()
+    done = ready.run("bash", ready.root / "scripts/cluster.sh", "3", "--", "--model", "m")
+    assert done.stdout == f"minisgl of {ready.root} with cluster 3 -- --model m sees False\n"
+    assert [call.rpartition(" ")[2] for call in ready.calls()[len(before) :]] == ["vllm-router"]
+    assert (ready.root / ".venv-router/bin/python").exists()
+    assert "router: done" in done.stderr
+    again = ready.run("sh", ready.root / "scripts/cluster.sh", "2")
+    assert (len(ready.calls()), again.stderr) == (len(before) + 1, "")
+
+
+def test_a_router_that_cannot_be_installed_ends_the_start_with_pips_words(ready: Checkout) -> None:
+    done = ready.run("bash", ready.root / "scripts/cluster.sh", "3", code=1, PIP_FAILS="vllm-router")
+    assert "because of the weather" in done.stderr
+    assert done.stderr.endswith("minisgl: pip could not install vllm-router; see its message above\n")
+    assert not done.stdout
 
 
 # ---------------- from wherever it is called
