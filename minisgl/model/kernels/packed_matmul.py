@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 
 from minisgl.model.common.activations import PartialSums
-from minisgl.model.kernels.norm_activation import gate
+from minisgl.model.kernels.norm_activation import gate, silu_mul
 from minisgl.model.kernels.pdl import INTERPRETED, begin, launch_options, prefetch, release, wait
+
 
 def instructions(bits: int, dtype: torch.dtype, real_zeros: bool) -> str:
     """PTX that makes pairs of `dtype` of the fields of two units, with the zeros of the two, once for each field."""
@@ -115,9 +116,9 @@ def _words(at, N, block, FIELD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
-def _rows(at, k, inside, K: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr):
+def _rows(at, k, inside, K, EVEN: tl.constexpr, ASM: tl.constexpr):
     """x of LANES inputs, transposed."""
-    if K % BLOCK:
+    if not EVEN:
         inside = inside & (k < K)[None, :]
     xs = tl.load(at + k[None, :], mask=inside, other=0.0)
     if ASM == "":
@@ -125,20 +126,21 @@ def _rows(at, k, inside, K: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr
     return tl.trans(xs)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "blocks", "each"])
 def _product(
-    x, units, words, y, rows, N,
-    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, F16: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    x, units, words, y, rows, N, K, blocks, each,
+    BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, F16: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program per (block of outputs, part of K, block of rows); y [SPLITS, rows, N], or [rows, N / 2] if GATED."""
+    """A program per (block of outputs, part of K, block of rows); y [parts, rows, N], or [rows, N / 2] if GATED.
+
+    A part is `each` of the `blocks` of K.  Sizes are no constants, so that few kernels serve all layers.
+    """
     release(PDL)
     BLOCK: tl.constexpr = LANES * (16 // BITS)
-    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    EACH: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     part = tl.program_id(1)
-    first = part * EACH
+    first = part * each
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     known = tl.minimum(n, N - 1)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,15 +156,15 @@ def _product(
     at_x = x + m.to(tl.int64)[:, None] * K
     in_x = (m < rows)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for block in tl.range(first, tl.minimum(first + EACH, BLOCKS), num_stages=STAGES):
+    for block in tl.range(first, tl.minimum(first + each, blocks), num_stages=STAGES):
         u = tl.load(at_u + block * N * LANES)
         k = block * BLOCK + lane
-        x0 = _rows(at_x, k, in_x, K, BLOCK, ASM)
-        x1 = _rows(at_x, k + LANES, in_x, K, BLOCK, ASM)
+        x0 = _rows(at_x, k, in_x, K, EVEN, ASM)
+        x1 = _rows(at_x, k + LANES, in_x, K, EVEN, ASM)
         w0 = _words(at_w, N, block, 0, BLOCK, LANES, GROUP)
         if BITS == 4:
-            x2 = _rows(at_x, k + 2 * LANES, in_x, K, BLOCK, ASM)
-            x3 = _rows(at_x, k + 3 * LANES, in_x, K, BLOCK, ASM)
+            x2 = _rows(at_x, k + 2 * LANES, in_x, K, EVEN, ASM)
+            x3 = _rows(at_x, k + 3 * LANES, in_x, K, EVEN, ASM)
             w1, w2 = w0, w0
             if GROUP <= LANES:
                 w1 = _words(at_w, N, block, 1, BLOCK, LANES, GROUP)
@@ -216,15 +218,15 @@ def _product(
 
 
 @triton.jit
-def _put(at, tile, words, k, inside, K: tl.constexpr, F16: tl.constexpr):
+def _put(at, tile, words, k, inside, K, F16: tl.constexpr):
     value = tile.to(tl.float32) * _scales(words, F16)[:, None]
     tl.store(at + k[None, :], value.to(at.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "rows"])
 def _dequantize(
-    units, words, out, ids, first, rows, N,
-    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, F16: tl.constexpr,
+    units, words, out, ids, first, rows, N, K,
+    BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, REAL: tl.constexpr, F16: tl.constexpr,
     BLOCK_N: tl.constexpr, GATED: tl.constexpr, IDS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of rows, block of inputs): rows first, first + 1, ... of the weight, or those that `ids` names."""
@@ -283,7 +285,7 @@ class Packed:
     def options(self) -> dict[str, object]:
         """Arguments of the kernels."""
         asm = "" if INTERPRETED else instructions(self.bits, self.dtype, self.real_zeros)
-        sizes = {"K": self.k, "BITS": self.bits, "GROUP": self.group, "LANES": self.units.shape[2]}
+        sizes = {"BITS": self.bits, "GROUP": self.group, "LANES": self.units.shape[2]}
         return {**sizes, "REAL": self.real_zeros, "F16": self.f16, "ASM": asm}
 
 
@@ -338,7 +340,7 @@ def dequantize(w: Packed, rows: tuple[int, int] | None = None, *, ids: torch.Ten
     out = torch.empty(count, w.k, dtype=w.dtype, device=w.units.device)
     block_n = 64 if ids is None else 16
     _dequantize[(triton.cdiv(count, block_n), len(w.units))](
-        w.units, w.words, out, w.words if ids is None else ids, first, count, w.n, BLOCK_N=block_n, GATED=w.gated,
+        w.units, w.words, out, w.words if ids is None else ids, first, count, w.n, w.k, BLOCK_N=block_n, GATED=w.gated,
         IDS=ids is not None, num_warps=4, **w.options, **launch_options(out),
     )  # fmt: skip
     return out
@@ -354,8 +356,46 @@ def product(
     """
     rows, width = len(x), w.n // 2 if w.gated else w.n
     y = torch.empty(splits, rows, width, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    blocks, lanes = len(w.units), w.units.shape[2]
     _product[(triton.cdiv(w.n, block_n), splits, triton.cdiv(rows, block_m))](
-        x, w.units, w.words, y, rows, w.n, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, STAGES=stages, PREFETCH=prefetch,
-        GATED=w.gated, num_warps=warps, **w.options, **launch_options(x),
+        x, w.units, w.words, y, rows, w.n, w.k, blocks, triton.cdiv(blocks, splits), EVEN=w.k % (lanes * 16 // w.bits) == 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PREFETCH=prefetch, GATED=w.gated, num_warps=warps, **w.options,
+        **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else PartialSums(y)
+
+
+# ---------------- which path
+PROCESSORS = 132  # of an H100 or H200
+MOST_ROWS = 64  # up to here our product; above, it is faster to dequantise, and to multiply by the library
+SCRATCH = 1 << 26  # weights that are dequantised at a time
+
+
+def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated: bool = False) -> dict[str, int]:
+    """The settings of `product`, from scripts/bench/packed.py."""
+    block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
+    tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
+    splits, blocks = 1, triton.cdiv(k, 128)
+    while not (no_partial_sums or gated) and splits < 8 and 2 * splits * tiles <= 5 * PROCESSORS and blocks >= 8 * splits:
+        splits *= 2
+    return {"splits": splits, "block_m": block_m, "block_n": 64, "warps": 4, "stages": 4}
+
+
+def many_rows(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """x [R, K] @ w.T -> [R, N] through the library; gate stands before up."""
+    step = min(w.n, max(1, SCRATCH // w.k // 128) * 128)
+    if step == w.n:
+        return F.linear(x, dequantize(w))
+    y = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
+    for first in range(0, w.n, step):
+        end = min(first + step, w.n)
+        torch.mm(x, dequantize(w, (first, end)).t(), out=y[:, first:end])
+    return y
+
+
+def matmul(x: torch.Tensor, w: Packed, *, no_partial_sums: bool = False) -> torch.Tensor | PartialSums:
+    """x @ w.T, of gated weights silu(gate) * up, by the faster path."""
+    if len(x) <= MOST_ROWS:
+        return product(x, w, **settings(len(x), w.n, w.k, no_partial_sums=no_partial_sums, gated=w.gated))
+    y = many_rows(x, w)
+    return silu_mul(y) if w.gated else y
