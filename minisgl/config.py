@@ -403,6 +403,8 @@ def engine_config(values: Mapping[str, Any], model_format: str = "") -> EngineCo
     MINISGL_DISABLE_OVERLAP_SCHEDULING is the one environment variable of the interface.  Raises UserError.
     """
     chosen = {name: values[name] for name, _, _ in settings_of(EngineConfig) if values.get(name) is not None}
+    if (form := chosen.get("weight_format", "auto")) != "auto" and model_format not in ("", "random"):
+        raise UserError(f"--weight-format {form} makes random weights, and is for --model random:SHAPE only. Leave it out.")
     device = chosen.get("device", "auto")
     if device == "auto" and model_format == "fake":
         chosen["device"] = device = "cpu"

@@ -1,6 +1,6 @@
 """A decode step for every number of rows, and a prefill step on every path: no step may be slower than a larger one.
 
-    python scripts/bench/row_counts.py [--shape S] [--quantization fp8] [--rows N ...] [--variants [WORD ...]]
+    python scripts/bench/row_counts.py [--shape S] [--quantization fp8 | --weight-format awq] [--rows N ...] [--variants [W ...]]
     python scripts/bench/row_counts.py --prefill 1024 2048 ... [--shape S]
 
 One worker, no other processes; GPU time of a step by events, median of 50, as one JSON line for each number of rows.  The rows
@@ -97,10 +97,11 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", metavar="WORD", help="; ".join({**FP8_VARIANTS, **VARIANTS}))
     parser.add_argument("--prefill", type=int, nargs="*", default=[], metavar="TOKENS")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--weight-format", default="auto", help="awq, gptq, q4_k or q8_0: packed weights")
     parser.add_argument("--attention-backend", default="auto")
     args = parser.parse_args()
-    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "weight_format", "attention_backend")}
     about = {"shape": args.shape, **engine}
     print(json.dumps({**about, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
     if args.prefill:
@@ -109,6 +110,7 @@ def main() -> int:
         return 0
     rows = sorted(set(args.rows))
     bench = Bench(args.shape, [(n, args.context) for n in (*rows, *FEW, 64)], 0, **engine)
+    print(json.dumps({"bench": "row_counts", **about, "weights_gb": round(bench.runner._weights / 1e9, 2)}), flush=True)
     ms = {n: measure(bench, n, args.context, variant="default", **about) for n in rows}
     for name, (variant_rows, patches) in (FP8_VARIANTS if args.quantization == "fp8" else VARIANTS).items():
         if args.variants is None or (args.variants and not any(word in name for word in args.variants)):

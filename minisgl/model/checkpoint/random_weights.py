@@ -53,8 +53,9 @@ class RandomWeights:
     def _quants(self, shape: tuple[int, int], seed: int) -> Quants:
         assert self._packed is not None
         bits, group, zero = self._packed
+        least = int(2 * zero + 1 - (1 << bits))  # as far below the zero as the largest is above it
         generator = torch.Generator(self._device).manual_seed(seed)
-        numbers = torch.empty(shape, dtype=torch.uint8, device=self._device).random_(0, 1 << bits, generator=generator)
+        numbers = torch.empty(shape, dtype=torch.uint8, device=self._device).random_(least, 1 << bits, generator=generator)
         scales = torch.full((shape[0], -(-shape[1] // group)), STD * 12**0.5 / (1 << bits), device=self._device)
         return Quants(numbers, scales.half().float(), torch.full_like(scales, zero), bits, group)
 
