@@ -58,16 +58,26 @@ def copies(w: pm.Packed) -> list[pm.Packed]:
 
 
 def grid(rows: int, n: int, k: int, gated: bool) -> Iterator[dict[str, Any]]:
-    heights = (8, 16) if rows <= 8 else (16,) if rows <= 16 else (32,) if rows <= 32 else (64,) if rows <= 64 else (64, 128)
-    shapes = ((32, 4), (64, 2), (64, 4), (128, 4), (128, 8))
-    for block_m, (block_n, warps), stages in itertools.product(heights, shapes, (3, 5)):
-        if block_m >= 64 and (warps == 2 or block_n == 32 or (block_m == 128 and (warps < 8 or stages > 3))):
+    blocks = k // 128
+    if rows <= 16:
+        shapes, stages = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4)), (3, 4, 6)
+        options = list(itertools.product((8, 16) if rows <= 8 else (16,), shapes, stages, (0, 4), (1, 2), (1, 2)))
+    else:
+        heights = (32,) if rows <= 32 else (64,) if rows <= 64 else (64, 128)
+        options = list(itertools.product(heights, ((64, 2), (64, 4), (128, 4), (128, 8)), (3, 5), (0,), (1,), (1,)))
+    for block_m, (block_n, warps), depth, prefetch, chains, unroll in options:
+        if block_m >= 64 and (warps == 2 or (block_m == 128 and (warps < 8 or depth > 3))):
+            continue
+        if block_m == 16 and rows <= 8 and (chains == 1 or warps == 1):
             continue
         tiles = -(-n // block_n) * -(-rows // block_m)
-        for splits in (1,) if gated else (1, 2, 4, 8):
-            if (splits > 1 and tiles * splits > 132 * 16 * 64 // block_n) or tiles * splits < 100:
+        for splits in (1,) if gated else (2, 4, 8) if rows <= 16 else (1, 2, 4, 8):
+            if tiles * splits < 100 or tiles * splits * block_n > 132 * 16 * 64 or (unroll > 1 and blocks // splits % unroll):
                 continue
-            yield {"splits": splits, "block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
+            yield {
+                "splits": splits, "block_m": block_m, "block_n": block_n, "warps": warps, "stages": depth,
+                "prefetch": prefetch, "chains": chains, "unroll": unroll,
+            }  # fmt: skip
 
 
 def compile_share(job: tuple[int, int, list[str], list[str], bool, float]) -> None:
@@ -78,7 +88,7 @@ def compile_share(job: tuple[int, int, list[str], list[str], bool, float]) -> No
         gated = name == "gate_up"
         found = [pm.settings(rows, *s[name], gated=gated) for m, s in SHAPES.items() if m in models]
         if with_grid:
-            found += list(grid(rows, n, k, gated)) if form == "awq" or rows in (1, 16) else []
+            found += list(grid(rows, n, k, gated)) if form == "awq" or rows == 1 else []
         for setting in found:
             wanted[form, gated, tuple((setting | {"splits": min(2, setting["splits"])}).items())] = None
     made = {(form, gated): weight(1024, 1024, form, gated)[0] for form in formats for gated in (False, True)}
@@ -125,7 +135,7 @@ def measure(model: str, name: str, form: str, args: argparse.Namespace, deadline
             if rows >= 32:
                 line["dequantize"] = round(graph_us([partial(pm.many_rows, x, c) for c in all_copies[:4]], replays=9), 2)
         best: list[tuple[float, Any]] = []
-        if args.grid and model == "14b" and (form == "awq" or rows in (1, 16)) and rows not in (2, 4, 33):
+        if args.grid and model == "14b" and (form == "awq" or rows == 1) and rows not in (2, 4, 8, 33):
             for other in grid(rows, n, k, gated):
                 if time.time() > deadline:
                     break
@@ -133,7 +143,7 @@ def measure(model: str, name: str, form: str, args: argparse.Namespace, deadline
                     best.append((round(run(other), 2), tuple(other.values())))
                 except Exception as e:  # more shared memory than there is
                     print(other, repr(e)[:80], file=sys.stderr, flush=True)
-        say(**line, best=sorted(best)[:4])
+        say(**line, best=sorted(best)[:8])
     return wrong
 
 
@@ -161,7 +171,11 @@ def main() -> int:
                 say(left_out=[form, model, name])
             elif measure(model, name, form, args, deadline):
                 wrong.append((form, model, name))
-    say(wrong=wrong, seconds=round(time.time() - began, 1), order="splits, block_m, block_n, warps, stages")
+    say(
+        wrong=wrong,
+        seconds=round(time.time() - began, 1),
+        order="splits, block_m, block_n, warps, stages, prefetch, chains, unroll",
+    )
     return 1 if wrong else 0
 
 

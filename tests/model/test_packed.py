@@ -19,7 +19,7 @@ import interpreter  # noqa: F401  before the kernels
 import torch.nn.functional as F
 
 from minisgl.model.common.activations import PartialSums
-from minisgl.model.common.weights import Quants, QuantizedWeight, dequantized
+from minisgl.model.common.weights import QuantizedWeight, Quants, dequantized
 from minisgl.model.cuda import packed_layers
 from minisgl.model.cuda.layers import CudaLayers, Linear
 from minisgl.model.kernels import packed_matmul as pm

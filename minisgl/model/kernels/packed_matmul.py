@@ -130,8 +130,8 @@ def _rows(at, k, inside, K, EVEN: tl.constexpr, ASM: tl.constexpr):
 def _product(
     x, units, words, y, rows, N, K, blocks, each,
     BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, F16: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, CHAINS: tl.constexpr,
+    UNROLL: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per (block of outputs, part of K, block of rows); y [parts, rows, N], or [rows, N / 2] if GATED.
 
@@ -149,14 +149,14 @@ def _product(
     at_w = words + known
     if PDL and PREFETCH > 0:
         line = tl.arange(0, BLOCK_N * LANES // 64)  # 64 units are one line of 128 bytes
-        ahead = first + tl.arange(0, PREFETCH)
-        at = (ahead * N + tl.program_id(0) * BLOCK_N)[:, None] * LANES + line[None, :] * 64
+        ahead = tl.minimum(first + tl.arange(0, PREFETCH), tl.minimum(first + each, blocks) - 1)
+        at = (ahead * N + tl.minimum(tl.program_id(0) * BLOCK_N, N - BLOCK_N))[:, None] * LANES + line[None, :] * 64
         prefetch((units + at).to(tl.int64))
     wait(PDL)
     at_x = x + m.to(tl.int64)[:, None] * K
     in_x = (m < rows)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for block in tl.range(first, tl.minimum(first + each, blocks), num_stages=STAGES):
+    for block in tl.range(first, tl.minimum(first + each, blocks), num_stages=STAGES, loop_unroll_factor=UNROLL):
         u = tl.load(at_u + block * N * LANES)
         k = block * BLOCK + lane
         x0 = _rows(at_x, k, in_x, K, EVEN, ASM)
@@ -185,13 +185,18 @@ def _product(
             if GROUP < BLOCK:
                 acc += sums * _scales(w1, F16)[:, None]
                 sums = tl.dot(t2, x2)
-            else:
+            elif CHAINS == 1:
                 sums = tl.dot(t2, x2, sums)
+            else:
+                other = sums
+                sums = tl.dot(t2, x2)
             if GROUP <= LANES:
                 acc += sums * _scales(w2, F16)[:, None]
                 sums = tl.dot(t3, x3)
             else:
                 sums = tl.dot(t3, x3, sums)
+            if CHAINS == 2 and GROUP >= BLOCK:
+                sums += other
             acc += sums * _scales(w3, F16)[:, None]
         else:
             w1 = w0
@@ -348,18 +353,20 @@ def dequantize(w: Packed, rows: tuple[int, int] | None = None, *, ids: torch.Ten
 
 def product(
     x: torch.Tensor, w: Packed, *, splits: int = 1, block_m: int = 16, block_n: int = 64, warps: int = 4, stages: int = 4,
-    prefetch: int = 0,
+    prefetch: int = 0, chains: int = 1, unroll: int = 1,
 ) -> torch.Tensor | PartialSums:  # fmt: skip
     """x [R, K] @ w.T -> [R, N] of x's dtype, or with splits f32 partial sums; of gated weights silu(gate) * up [R, N / 2].
 
-    prefetch: blocks that a program asks for before it waits for its predecessor.
+    prefetch: blocks that a program asks for before it waits for its predecessor (a power of two, or 0).  chains: sums within
+    a group that do not wait for each other.
     """
     rows, width = len(x), w.n // 2 if w.gated else w.n
     y = torch.empty(splits, rows, width, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     blocks, lanes = len(w.units), w.units.shape[2]
     _product[(triton.cdiv(w.n, block_n), splits, triton.cdiv(rows, block_m))](
         x, w.units, w.words, y, rows, w.n, w.k, blocks, triton.cdiv(blocks, splits), EVEN=w.k % (lanes * 16 // w.bits) == 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PREFETCH=prefetch, GATED=w.gated, num_warps=warps, **w.options,
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PREFETCH=prefetch if w.n >= block_n else 0,
+        CHAINS=chains, UNROLL=unroll, GATED=w.gated, num_warps=warps, **w.options,
         **launch_options(x),
     )  # fmt: skip
     return y[0] if splits == 1 else PartialSums(y)
@@ -367,18 +374,24 @@ def product(
 
 # ---------------- which path
 PROCESSORS = 132  # of an H100 or H200
-MOST_ROWS = 64  # up to here our product; above, it is faster to dequantise, and to multiply by the library
+MOST_ROWS = 256  # up to here our product; above, it is faster to dequantise, and to multiply by the library
 SCRATCH = 1 << 26  # weights that are dequantised at a time
 
 
 def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated: bool = False) -> dict[str, int]:
-    """The settings of `product`, from scripts/bench/packed.py."""
+    """The settings of `product`, from scripts/bench/packed.py on an H200.
+
+    Small programs, many for each processor, hide the steps from a load to the matrix unit behind each other's.
+    """
     block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
-    tiles = triton.cdiv(n, 64) * triton.cdiv(rows, block_m)
+    few = rows <= 8 or (rows <= 16 and not gated)
+    shape = {"block_m": block_m, "block_n": 64 if few else 128, "warps": 2 if few else 4, "stages": 5 if rows <= 8 else 3}
+    tiles = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, block_m)
     splits, blocks = 1, triton.cdiv(k, 128)
-    while not (no_partial_sums or gated) and splits < 8 and 2 * splits * tiles <= 5 * PROCESSORS and blocks >= 8 * splits:
+    most = 8 if rows <= 16 else 4  # the next kernel reads as many sums
+    while not (no_partial_sums or gated) and splits < most and splits * tiles <= 4 * PROCESSORS and blocks >= 8 * splits:
         splits *= 2
-    return {"splits": splits, "block_m": block_m, "block_n": 64, "warps": 4, "stages": 4}
+    return {"splits": splits, **shape}
 
 
 def many_rows(x: torch.Tensor, w: Packed) -> torch.Tensor:
