@@ -91,7 +91,7 @@ def test_whole_numbers_of_a_block_type_are_its_weights(kind: Kind, file_of: Any)
 def test_a_group_without_a_scale_is_minus_its_minimum(file_of: Any) -> None:  # noqa: F811
     from minisgl.model.checkpoint.gguf_quants import QUANTS
 
-    spec, raw = file_of(Kind.Q4_K)
+    _, raw = file_of(Kind.Q4_K)
     blocks = torch.from_numpy(raw.copy()).view(-1, 144)
     blocks[:, 4:16] = 0
     blocks[:, 8:12] = 5  # minima of the first four groups
@@ -155,7 +155,7 @@ def test_random_weights_are_packed_as_asked_with_the_deviation_of_dense_ones(for
 def test_packed_random_weights_are_asked_for_in_vain_elsewhere() -> None:
     with pytest.raises(UserError, match="--weight-format awq needs a GPU"):
         EngineConfig(device="cpu", weight_format="awq")
-    with pytest.raises(UserError, match="--weight-format awq .*leave out --quantization"):
+    with pytest.raises(UserError, match=r"--weight-format awq .*leave out --quantization"):
         EngineConfig(device="cuda", weight_format="awq", quantization="none")
     with pytest.raises(UserError, match=r"--weight-format awq .*--model random:SHAPE"):
         engine_config({"device": "cpu", "weight_format": "awq"}, "gguf")

@@ -388,8 +388,8 @@ def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated:
     shape = {"block_m": block_m, "block_n": 64 if few else 128, "warps": 2 if few else 4, "stages": 5 if rows <= 8 else 3}
     tiles = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, block_m)
     splits, blocks = 1, triton.cdiv(k, 128)
-    most = 8 if rows <= 16 else 4  # the next kernel reads as many sums
-    while not (no_partial_sums or gated) and splits < most and splits * tiles <= 4 * PROCESSORS and blocks >= 8 * splits:
+    most, programs = (8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)  # the next kernel reads as many sums
+    while not (no_partial_sums or gated) and splits < most and splits * tiles <= programs and blocks >= 8 * splits:
         splits *= 2
     return {"splits": splits, **shape}
 
