@@ -22,6 +22,7 @@ from test_gguf_quants import file_of  # noqa: F401  a fixture
 from test_quantized import AWQ_ORDER_MAP, FORMATS, packed
 from tiny_models import config_for, save_llama
 
+from minisgl.commands.fit.predict import in_packed, matrices
 from minisgl.config import Config, EngineConfig, engine_config
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.loader import open_weights
@@ -140,6 +141,9 @@ def test_a_model_gives_the_same_logits_packed_and_dequantised(method: str, tmp_p
     assert isinstance(model.layers[0].attn.qkv, PackedLinear)
     assert not isinstance(dense.layers[0].attn.qkv, PackedLinear)
     assert float((got - want).norm() / want.norm()) < 4e-3
+    found = [p.weight for la in model.layers for p in (la.attn.qkv, la.attn.o, la.mlp.gated, la.mlp.down)]
+    size = in_packed(2, spec, lambda *_: -1)
+    assert sum(w.units.nbytes + w.words.nbytes for w in found) == sum(map(size, matrices(spec, Shard.of(spec))))
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq", "q4_k", "q8_0"])
