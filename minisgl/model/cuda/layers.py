@@ -170,7 +170,7 @@ class CudaLayers:
             product = self.linear(gate, up, no_partial_sums=True)
             return lambda x: norm_activation.silu_mul(plain(product(x)), gelu=True)
         if (found := packed((gate, up), self._dtype, self._device, gated=True)) is not None:
-            return found
+            return found  # type: ignore[return-value]  # never in parts
         weight = stacked((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 
