@@ -385,7 +385,9 @@ def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated:
     """
     block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
     few = rows <= 8 or (rows <= 16 and not gated)
-    shape = {"block_m": block_m, "block_n": 64 if few else 128, "warps": 2 if few else 4, "stages": 5 if rows <= 8 else 3}
+    at_once = rows <= 8 and not gated and k >= 4096 and 8 * triton.cdiv(n, 128) <= 3 * PROCESSORS
+    wide = at_once or not few
+    shape = {"block_m": block_m, "block_n": 128 if wide else 64, "warps": 4 if wide else 2, "stages": 5 if rows <= 8 else 3}
     tiles = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, block_m)
     splits, blocks = 1, triton.cdiv(k, 128)
     most, programs = (8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)  # the next kernel reads as many sums
