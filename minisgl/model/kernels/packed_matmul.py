@@ -309,7 +309,7 @@ def pack(
     """
     if gated:
         numbers, scales, zeros = (
-            x.view(2, -1, 8, x.shape[1]).transpose(0, 1).reshape(len(x), -1) for x in (numbers, scales, zeros)
+            x.reshape(2, -1, 8, x.shape[1]).transpose(0, 1).reshape(len(x), -1) for x in (numbers, scales, zeros)
         )
     n, k = numbers.shape
     fields = 16 // bits
@@ -325,7 +325,7 @@ def pack(
         group = smaller
     groups = -(-blocks * block // group)
     scales, zeros = (F.pad(x[:, :groups], (0, max(0, groups - x.shape[1]))) for x in (scales.float(), zeros.float()))
-    tiles = F.pad(numbers, (0, blocks * block - k)).view(n, blocks, fields, lanes)
+    tiles = F.pad(numbers, (0, blocks * block - k)).reshape(n, blocks, fields, lanes)
     units = tiles[:, :, 0].short()
     for j in range(1, fields):
         units |= tiles[:, :, j].short() << bits * j
