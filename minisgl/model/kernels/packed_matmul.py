@@ -384,15 +384,19 @@ def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated:
     Small programs, many for each processor, hide the steps from a load to the matrix unit behind each other's.
     """
     block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
-    few = rows <= 8 or (rows <= 16 and not gated)
-    at_once = rows <= 8 and not gated and k >= 4096 and 8 * triton.cdiv(n, 128) <= 3 * PROCESSORS
-    wide = at_once or not few
-    shape = {"block_m": block_m, "block_n": 128 if wide else 64, "warps": 4 if wide else 2, "stages": 5 if rows <= 8 else 3}
+    few, blocks = rows <= 8 or (rows <= 16 and not gated), triton.cdiv(k, 128)
+    short = rows <= 8 and not gated and k <= 8192
+    wide = not few or (rows <= 8 and not gated and not short)
+    shape = {"block_m": block_m, "block_n": 128 if wide else 64, "warps": 4 if wide else 2, "stages": 5 if wide and few else 3}
+    if short:
+        shape |= {"block_n": 32, "warps": 1, "stages": 6, "prefetch": 4}
     tiles = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, block_m)
-    splits, blocks = 1, triton.cdiv(k, 128)
-    most, programs = (8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)  # the next kernel reads as many sums
+    most, programs = (4 if short else 8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)  # the next kernel adds them up
+    splits = 1
     while not (no_partial_sums or gated) and splits < most and splits * tiles <= programs and blocks >= 8 * splits:
         splits *= 2
+    if rows <= 8 and blocks % (2 * splits) == 0 and (gated or (short and n >= 6144)):
+        shape |= {"unroll": 2, "chains": 2, "stages": 4 if short else 3}
     return {"splits": splits, **shape}
 
 
