@@ -223,10 +223,17 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "of the linear layers: none; fp8 (GPU); int8 or q4, on weights of 8 or 4 bits (CPU); auto: on a CPU, without --dtype, "
-        "4 bits where a GGUF file has them and 8 for the rest, elsewhere none",
+        "of the linear layers: none; fp8 (GPU); int8 or q4, on weights of 8 or 4 bits (CPU); auto: on a GPU, 4 and 8 bits "
+        "where the checkpoint has them; on a CPU, without --dtype, 4 bits where a GGUF file has them and 8 for the rest",
         "KIND",
         choices=("auto", "none", "fp8", "int8", "q4"),
+    )
+    weight_format: str = setting(
+        "auto",
+        "of the layers of --model random:SHAPE: auto (16 bits), or packed as awq, gptq, q4_k or q8_0 checkpoints are (GPU)",
+        "KIND",
+        choices=("auto", "awq", "gptq", "q4_k", "q8_0"),
+        needs_gpu=True,
     )
     kv_cache_dtype: str = setting("auto", "auto (the model's), or fp8 (GPU)", "TYPE", choices=("auto", "fp8"), needs_gpu=True)
     graphs: str = setting(
@@ -248,6 +255,11 @@ class EngineConfig:
             return self.device == "cpu" and self.dtype == "auto"
         return self.quantization != "none"
 
+    @property
+    def packed(self) -> str:
+        """How a GPU opens weights, see `open_weights`: the format of random ones, "auto", or "" to dequantise them."""
+        return self.weight_format if self.quantization == "auto" else ""
+
     def __post_init__(self) -> None:
         """Raises UserError naming the flag (the LLM class takes the same names as keywords)."""
         check_settings(self)
@@ -257,6 +269,8 @@ class EngineConfig:
     def _check_device(self) -> None:
         """What only a GPU or only a CPU can do."""
         if self.device == "cuda":
+            if self.weight_format != "auto" and self.quantization != "auto":
+                raise UserError(f"--weight-format {self.weight_format} is for packed weights: leave out --quantization")
             if self.quantization in ("int8", "q4"):
                 raise UserError(f"--quantization {self.quantization} needs --device cpu: on a GPU choose fp8, none or auto")
             return
@@ -398,6 +412,8 @@ def engine_config(values: Mapping[str, Any], model_format: str = "") -> EngineCo
     MINISGL_DISABLE_OVERLAP_SCHEDULING is the one environment variable of the interface.  Raises UserError.
     """
     chosen = {name: values[name] for name, _, _ in settings_of(EngineConfig) if values.get(name) is not None}
+    if (form := chosen.get("weight_format", "auto")) != "auto" and model_format not in ("", "random"):
+        raise UserError(f"--weight-format {form} makes random weights, and is for --model random:SHAPE only. Leave it out.")
     device = chosen.get("device", "auto")
     if device == "auto" and model_format == "fake":
         chosen["device"] = device = "cpu"

@@ -187,7 +187,8 @@ class _Server:
         clients = ClientKeys(self.access.batch_clients, keys.name) if self.access.batch_listener else None
         loop.add_signal_handler(signal.SIGHUP, self.hang_up, keys, clients)
         stored = self.config.model.weight_format
-        how = f" ({stored.method} weights, dequantised as they load)" if stored else ""
+        packed = stored and stored.bits in (4, 8) and self.config.engine.device == "cuda" and self.config.engine.packed
+        how = f" ({stored.method} weights, {'packed' if packed else 'dequantised as they load'})" if stored else ""
         if self.config.model.format == "fake":
             how = " engine (no model: tokens are hashes of their context)"
         text = f"minisgl {__version__}: loading {self.config.model.name}{how}"

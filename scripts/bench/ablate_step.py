@@ -256,11 +256,12 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--tries", choices=("products", "attention"))
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--weight-format", default="auto", help="awq, gptq, q4_k or q8_0: packed weights")
     parser.add_argument("--attention-backend", default="auto")
     args = parser.parse_args()
     points = [(int(rows), int(context)) for rows, context in (p.split("x") for p in args.points)]
-    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "weight_format", "attention_backend")}
     if args.tries == "products":
         jobs = [(args.shape, [rows for rows, _ in points], i, 16) for i in range(16)]
         with multiprocessing.get_context("spawn").Pool(16) as pool:

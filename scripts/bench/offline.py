@@ -223,7 +223,8 @@ def main() -> int:
     parser.add_argument(
         "--ablate", nargs="?", const=ABLATIONS, metavar="NAMES", help=f"as in `minisgl bench`; alone: {ABLATIONS}"
     )
-    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--weight-format", default="auto", help="awq, gptq, q4_k or q8_0: packed weights")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks, each with its GPU")
@@ -238,7 +239,7 @@ def main() -> int:
     if args.tp == 1 and args.sums:
         parser.error("--sums needs --tp 2 or more: one rank has nothing to add up")
     print(json.dumps({"provenance": provenance()}), flush=True)
-    base = {k: getattr(args, k) for k in ("quantization", "kv_cache_dtype", "attention_backend", "lag")}
+    base = {k: getattr(args, k) for k in ("quantization", "weight_format", "kv_cache_dtype", "attention_backend", "lag")}
     for name in args.shape:
         spec = random_shape(name)
         of_peers = {"device": "cuda", "tp": args.tp, "max_running": 256, "step_tokens": 16_384, "cache": "none"}

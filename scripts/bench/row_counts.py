@@ -1,6 +1,6 @@
 """A decode step for every number of rows, and a prefill step on every path: no step may be slower than a larger one.
 
-    python scripts/bench/row_counts.py [--shape S] [--quantization fp8] [--rows N ...] [--variants [WORD ...]]
+    python scripts/bench/row_counts.py [--shape S] [--quantization fp8 | --weight-format awq] [--rows N ...] [--variants W ...]
     python scripts/bench/row_counts.py --prefill 1024 2048 ... [--shape S]
 
 One worker, no other processes; GPU time of a step by events, median of 50, as one JSON line for each number of rows.  The rows
@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 from minisgl.model.cuda import layers, step
-from minisgl.model.kernels import decode_attention
+from minisgl.model.kernels import decode_attention, packed_matmul
 from minisgl.model.kernels.compilations import compiled
 from minisgl.model.kernels.small_batch_matmul import choose
 from scripts.bench.ablate_step import Bench
@@ -45,10 +45,34 @@ def constants(module: Any = layers, **values: int) -> list[Any]:
     return [mock.patch.object(module, name, value) for name, value in values.items()]
 
 
+def with_settings(few: dict[str, int], early: int) -> Callable[..., dict[str, int]]:
+    """Packed products of up to 16 rows in tiles of another shape, which ask early for some blocks of their weights."""
+    inner = packed_matmul.settings
+
+    def found(rows: int, *sizes: int, **options: bool) -> dict[str, int]:
+        setting = inner(rows, *sizes, **options)
+        return setting | few | {"prefetch": early, "chains": 2} if rows <= 16 else setting
+
+    return found
+
+
 FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "library": (FEW, lambda: constants(OUR_ROWS=0)),
     "library, rows as they are": (FEW[1:6], lambda: constants(OUR_ROWS=0, LIBRARY_ROWS=1)),
     "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
+}
+PACKED_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
+    f"{name}, {early} blocks early": (
+        (1, 8, 16),
+        lambda few=few, early=early: [mock.patch.object(packed_matmul, "settings", with_settings(few, early))],
+    )
+    for name, few in {
+        "64 x 2": {"block_n": 64, "warps": 2},
+        "128 x 4": {"block_n": 128, "warps": 4},
+        "32 x 2": {"block_n": 32, "warps": 2, "stages": 4},
+        "16 x 1": {"block_n": 16, "warps": 1, "stages": 4},
+    }.items()
+    for early in (0, 4)
 }
 VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "parts joined head by head": (FEW, lambda: constants(decode_attention, TOGETHER_FROM=1 << 20)),
@@ -97,10 +121,11 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", metavar="WORD", help="; ".join({**FP8_VARIANTS, **VARIANTS}))
     parser.add_argument("--prefill", type=int, nargs="*", default=[], metavar="TOKENS")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--weight-format", default="auto", help="awq, gptq, q4_k or q8_0: packed weights")
     parser.add_argument("--attention-backend", default="auto")
     args = parser.parse_args()
-    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "attention_backend")}
+    engine = {k: getattr(args, k) for k in ("kv_cache_dtype", "quantization", "weight_format", "attention_backend")}
     about = {"shape": args.shape, **engine}
     print(json.dumps({**about, "gpu": torch.cuda.get_device_name(), **provenance()}), flush=True)
     if args.prefill:
@@ -109,8 +134,10 @@ def main() -> int:
         return 0
     rows = sorted(set(args.rows))
     bench = Bench(args.shape, [(n, args.context) for n in (*rows, *FEW, 64)], 0, **engine)
+    print(json.dumps({"bench": "row_counts", **about, "weights_gb": round(bench.runner._weights / 1e9, 2)}), flush=True)
     ms = {n: measure(bench, n, args.context, variant="default", **about) for n in rows}
-    for name, (variant_rows, patches) in (FP8_VARIANTS if args.quantization == "fp8" else VARIANTS).items():
+    variants = FP8_VARIANTS if args.quantization == "fp8" else PACKED_VARIANTS if args.weight_format != "auto" else VARIANTS
+    for name, (variant_rows, patches) in variants.items():
         if args.variants is None or (args.variants and not any(word in name for word in args.variants)):
             continue
         with ExitStack() as stack:

@@ -21,6 +21,7 @@ OUT, IN, GROUP = 48, 64, 16
 LAYER = "model.layers.0.mlp.up_proj"
 NAME = LAYER + ".weight"
 FP8 = torch.float8_e4m3fn
+AWQ_ORDER_MAP = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's order_map: which column goes into each nibble
 
 
 def words_of(values: list[int], bits: int) -> int:
@@ -77,7 +78,7 @@ def gptq(bits=4, desc_act=False, v2=False, group=GROUP):
 def awq():
     q, zeros = random_ints(OUT, IN, 4, 3), random_ints(IN // GROUP, OUT, 4, 4)
     scales = random_scales(IN // GROUP, OUT).half()
-    order = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's order_map: which column goes into each nibble
+    order = AWQ_ORDER_MAP
     tensors = {"qweight": packed(transposed(q), 4, order), "qzeros": packed(zeros, 4, order), "scales": scales}
     config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
     return config, tensors, lambda o, i: (q[o][i] - zeros[i // GROUP][o]) * float(scales[i // GROUP, o])

@@ -63,7 +63,7 @@ def numbers(plan: Plan) -> Fact:
     if plan.driver.gpus:
         how = f"{plan.dtype}"
         if stored is not None or s.format == "gguf" or s.expert_format:
-            means = "the checkpoint is quantised, and dequantised as it loads: no kernel on a GPU computes with its blocks"
+            means = "matrices that the checkpoint has in 4 or 8 bits by groups stay packed; the rest is dequantised as it loads"
         else:
             means = "as the checkpoint has it"
         fp8 = plan.driver.gpus[0].capability >= 89 and not s.num_experts and plan.dtype == "bfloat16"

@@ -12,6 +12,7 @@ from minisgl.commands.fit.predict import (
     in_blocks,
     in_dtype,
     in_fp8,
+    in_packed,
     largest_step,
     state_bytes,
     weight_bytes,
@@ -71,6 +72,8 @@ class Estimate:
 def matrix_bytes(spec: ModelSpec, engine: EngineConfig, item: int, *, kernels: bool) -> MatrixBytes:
     """How the engine keeps the weights of products.  kernels: whether a CPU has its C kernels."""
     if engine.device == "cuda":
+        if engine.packed and item == 2:
+            return in_packed(item, spec, stored_types(spec))
         return in_fp8(item) if engine.quantization == "fp8" else in_dtype(item)
     if engine.eight_bits and (kernels or engine.quantization != "auto"):
         return in_blocks(engine.quantization, stored_types(spec))

@@ -6,6 +6,7 @@ steps with what GPUs have measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -84,6 +85,34 @@ def in_blocks(kind: str, stored: Callable[[int, str], int]) -> MatrixBytes:
         found = [0 if m.cut else STORED_BITS.get(stored(m.layer, part), 0) for part in m.parts]
         bits = bits_of(kind, found)
         return -(-m.outputs // LANES) * -(-m.inputs // GROUP) * BLOCK_BYTES[bits]
+
+    return size
+
+
+_PACKED = {2: (4, 32), 3: (4, 32), 8: (8, 32), 12: (4, 32), 13: (8, 32), 14: (8, 16)}  # ggml's type -> bits, inputs of a scale
+
+
+def in_packed(item: int, spec: ModelSpec, stored: Callable[[int, str], int]) -> MatrixBytes:
+    """Numbers of 4 or 8 bits, and four bytes for each output and group of inputs, where all parts of a product have them.
+
+    stored: as for `in_blocks`.
+    """
+    form = spec.weight_format
+
+    def kind(layer: int, part: str) -> tuple[int, int]:
+        if form is not None and form.bits in (4, 8) and layer >= 0:
+            return form.bits, form.group_size
+        return _PACKED.get(stored(layer, part), (0, 0))
+
+    def size(m: Matrix) -> int:
+        found = [kind(m.layer, part) for part in m.parts] if m.kind != "experts" and not m.cut else [(0, 0)]
+        if any(bits == 0 for bits, _ in found):
+            return in_dtype(item)(m)
+        bits, group = max(bits for bits, _ in found), min(group for _, group in found)
+        block = (32 if group <= 0 or group % 32 == 0 else 16) * 16 // bits
+        inputs = -(-m.inputs // block) * block
+        group = inputs if group <= 0 or group >= m.inputs else group if group % block == 0 else math.gcd(group, block)
+        return m.outputs * (inputs * bits // 8 + 4 * -(-inputs // group))
 
     return size
 

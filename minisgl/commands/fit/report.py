@@ -102,8 +102,6 @@ def _remedies(found: Estimate, said: dict[str, Any]) -> list[str]:
     for r in said["remedies"]:
         taken = f"{r['users']} x {r['context']} tokens take {r['kv_load'] / GIB:.2f} GiB"
         out.append(f"  {r['flags']:<44} {taken} of a cache of {r['kv_tokens']} tokens, weights {r['weights'] / GIB:.2f}")
-    if found.engine.device == "cuda":
-        out.append("  (4-bit checkpoints take no less: on a GPU they are dequantised as they load)")
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from gguf.constants import MODEL_ARCH_NAMES
@@ -11,10 +12,11 @@ from gguf.tensor_mapping import get_tensor_name_map
 from minisgl.config import ModelSpec
 from minisgl.model.checkpoint.files import check_shape, missing, unexpected
 from minisgl.model.checkpoint.gguf_file import GGUFFile
+from minisgl.model.checkpoint.gguf_quants import QUANTS
 from minisgl.model.checkpoint.weights import in_pieces, own
 from minisgl.model.common.gguf_blocks import BITS, GROUP
 from minisgl.model.common.shard import Range
-from minisgl.model.common.weights import StoredWeight, Weight
+from minisgl.model.common.weights import QuantizedWeight, Quants, StoredWeight, Weight
 
 
 class GGUFWeights:
@@ -22,8 +24,8 @@ class GGUFWeights:
 
     _IGNORE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # the first is part of the ModelSpec
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
-        """`lazy`: see `open_weights`."""
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False, *, packed: bool = False) -> None:
+        """`lazy`, `packed`: see `open_weights`."""
         self._file = GGUFFile(spec.path)
         architecture = self._file.fields["general.architecture"]
         kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
@@ -31,7 +33,7 @@ class GGUFWeights:
         # Only llama.cpp's files of this architecture rotate neighbours; see `halves_from_pairs`.
         self._in_pairs = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)" if architecture == "llama" else r"(?!)")
         self._head_dim = spec.head_dim
-        self._dtype, self._lazy = dtype, lazy
+        self._dtype, self._lazy, self._packed = dtype, lazy, packed
         self._taken: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
@@ -59,6 +61,15 @@ class GGUFWeights:
         kind = self._file.tensors[stored].kind
         if self._lazy and kind in BITS and start % GROUP == end % GROUP == 0:
             return StoredWeight((last - first, end - start), kind, lambda: self._stored(stored, rows, cols, pairs), dequantize)
+        if self._packed and kind in QUANTS and all(end % QUANTS[kind].group == 0 for end in (start, end)):
+
+            def quants(device: torch.device) -> Quants:
+                raw = self._stored(stored, rows, None, pairs).to(device)
+                found, size = QUANTS[kind].read(raw), QUANTS[kind].group
+                scales, zeros = (x[:, start // size : end // size] for x in (found.scales, found.zeros))
+                return replace(found, numbers=found.numbers[:, start:end], scales=scales, zeros=zeros)
+
+            return QuantizedWeight((last - first, end - start), quants, dequantize)
         return dequantize()
 
     def _stored(self, stored: str, rows: Range | None, cols: Range | None, pairs: bool) -> torch.Tensor:

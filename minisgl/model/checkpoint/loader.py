@@ -17,17 +17,20 @@ from minisgl.model.checkpoint.random_weights import RandomWeights
 from minisgl.model.checkpoint.safetensors_weights import SafetensorsWeights
 from minisgl.model.common.gguf_blocks import scales
 from minisgl.model.common.shard import Range
-from minisgl.model.common.weights import Checkpoint, StoredWeight, Weight, dense
+from minisgl.model.common.weights import Checkpoint, QuantizedWeight, StoredWeight, Weight, dense
 
 
 class OnDevice:
-    """A checkpoint whose tensors are copied to a device, one by one."""
+    """A checkpoint whose tensors are copied to a device, one by one; QuantizedWeights when they are read."""
 
     def __init__(self, weights: Checkpoint, device: torch.device) -> None:
         self._weights, self._device = weights, device
 
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
-        return dense(self._weights.take(name, shape, rows=rows, cols=cols)).to(self._device)
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
+        weight = self._weights.take(name, shape, rows=rows, cols=cols)
+        if isinstance(weight, QuantizedWeight):
+            return replace(weight, dequantize=lambda: weight.dequantize().to(self._device))
+        return dense(weight).to(self._device)
 
     def finish(self) -> None:
         self._weights.finish()
@@ -46,6 +49,7 @@ class Finite:
         if isinstance(weight, torch.Tensor):
             _check(name, weight)
             return weight
+        assert isinstance(weight, StoredWeight)
         return replace(weight, read=lambda: _checked_rows(name, weight))
 
 
@@ -60,17 +64,23 @@ def _check(name: str, numbers: torch.Tensor) -> None:
         raise UserError(f"tensor {name} has NaN or infinity, which cannot be quantised. Is the file damaged?")
 
 
-def open_weights(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Checkpoint:
+def open_weights(
+    spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False, packed: str = ""
+) -> Checkpoint:
     """Open the checkpoint that `spec` was read from; its tensors are of `dtype` and on `device`, by default the CPU.
 
     Quantised tensors are dequantised to float32, then rounded to `dtype`.
 
     lazy: the matrices of the linear layers keep their stored form.  Floating-point ones keep their dtype; those in a block type
     of minisgl.model.common.gguf_blocks are StoredWeights.
+
+    packed: matrices of 4 and 8 bits, which have scales for groups of inputs, are QuantizedWeights.  "auto", or for random
+    weights the format to make them in.
     """
     if spec.format == "random":
-        return RandomWeights(dtype, device or torch.device("cpu"))
-    weights = GGUFWeights(spec, dtype, lazy) if spec.format == "gguf" else SafetensorsWeights(spec, dtype, lazy)
+        return RandomWeights(dtype, device or torch.device("cpu"), packed)
+    kind = GGUFWeights if spec.format == "gguf" else SafetensorsWeights
+    weights = kind(spec, dtype, lazy, packed=packed != "")
     if lazy:
         return Finite(weights)
     return weights if device is None else OnDevice(weights, device)

@@ -38,8 +38,10 @@ class Observed:
 def observed(open_weights: OpenWeights, observer: Observer) -> OpenWeights:
     """`open_weights`, with its checkpoints observed."""
 
-    def opened(spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False) -> Observed:
+    def opened(
+        spec: ModelSpec, dtype: torch.dtype, *, device: torch.device | None = None, lazy: bool = False, packed: str = ""
+    ) -> Observed:
         observer(0)
-        return Observed(open_weights(spec, dtype, device=device, lazy=lazy), spec.num_layers, observer)
+        return Observed(open_weights(spec, dtype, device=device, lazy=lazy, packed=packed), spec.num_layers, observer)
 
     return opened

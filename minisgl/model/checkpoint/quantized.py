@@ -6,6 +6,8 @@ memory map, so only the bytes of a rectangle are touched; one that begins or end
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from minisgl.config import WeightFormat
 from minisgl.errors import UserError
 from minisgl.model.checkpoint.files import SafetensorsFiles
 from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import Quants
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble of a word holds column 0, 1, ... of its eight (AutoAWQ, "gemm")
 
@@ -25,6 +28,9 @@ class Layer(Protocol):
 
     def read(self, rows: Range, cols: Range) -> torch.Tensor:
         """f32[rows, cols] of the weight."""
+
+    def quants(self, rows: Range, cols: Range) -> Callable[[torch.device], Quants] | None:
+        """What reads the same as whole numbers on a device; None where inputs that share a scale are no neighbours."""
 
 
 def layer_of(files: SafetensorsFiles, name: str, stored: WeightFormat | None) -> Layer | None:
@@ -42,13 +48,15 @@ def layer_of(files: SafetensorsFiles, name: str, stored: WeightFormat | None) ->
     return None
 
 
-def unpack(stored: Any, dim: int, shifts: tuple[int, ...], rows: Range, cols: Range) -> torch.Tensor:
+def unpack(  # noqa: PLR0917
+    stored: Any, dim: int, shifts: tuple[int, ...], rows: Range, cols: Range, device: torch.device | None = None
+) -> torch.Tensor:
     """`rows` and `cols` of a matrix of fields of 32 / len(shifts) bits, in the order of `shifts` in i32 words along `dim`.
 
-    Only the words that hold them are read.
+    Only the words that hold them are read; they are taken apart on `device`.
     """
     words, span = _words((rows, cols)[dim], len(shifts))
-    part = stored[words, slice(*cols)] if dim == 0 else stored[slice(*rows), words]
+    part = (stored[words, slice(*cols)] if dim == 0 else stored[slice(*rows), words]).to(device)
     bits = 32 // len(shifts)
     fields = [(part >> s) & ((1 << bits) - 1) for s in shifts]
     return torch.stack(fields, dim + 1).flatten(dim, dim + 1).narrow(dim, span[0], span[1] - span[0])
@@ -79,6 +87,20 @@ def _groups(files: SafetensorsFiles, index: str, inputs: int, size: int) -> tupl
     return groups, group
 
 
+def _order(group: torch.Tensor, size: int, cols: Range) -> tuple[int, torch.Tensor | None] | None:
+    """(inputs of a group within `cols`, their order if they are no neighbours, see Quants); None: groups of several sizes.
+
+    A cut through a group makes smaller ones, that share its scale.
+    """
+    inputs = len(group)
+    size = size if 0 < size < inputs else inputs
+    if torch.equal(group, torch.arange(inputs) // size):
+        ends = [end for end in cols if end != inputs]
+        return math.gcd(size, *ends), None
+    whole = cols == (0, inputs) and bool((torch.bincount(group) == size).all())
+    return (size, torch.argsort(group, stable=True)) if whole else None
+
+
 class Scaled:
     """8-bit floats or integers and a scale for each block of `block` rows and columns: [out / rows, in / columns].
 
@@ -106,6 +128,9 @@ class Scaled:
         col_blocks = torch.arange(*cols) // self._block[1]
         return values.mul_(self._scales[row_blocks][:, col_blocks])
 
+    def quants(self, rows: Range, cols: Range) -> None:
+        return None
+
 
 class Transposed:
     """GPTQ and AWQ: the weight is stored as [in, out], (q - zero) * scale, with a zero and a scale for each group of inputs.
@@ -118,7 +143,7 @@ class Transposed:
     """
 
     def __init__(self, files: SafetensorsFiles, stem: str, stored: WeightFormat) -> None:
-        self._offset, per = stored.zero_offset, 32 // stored.bits
+        self._offset, self._bits, self._size, per = stored.zero_offset, stored.bits, stored.group_size, 32 // stored.bits
         self._shifts = tuple(4 * nibble for nibble in AWQ_ORDER) if stored.method == "awq" else _in_order(stored.bits)
         self._packed_dim = 1 if stored.method == "awq" else 0
         self._q = files.get(f"{stem}.qweight")
@@ -138,6 +163,23 @@ class Transposed:
         values: torch.Tensor = (q - zeros[group]).float() * scales[group]
         return values.T
 
+    def quants(self, rows: Range, cols: Range) -> Callable[[torch.device], Quants] | None:
+        found = _order(self._group, self._size, cols)
+        if found is None:
+            return None
+        size, order = found
+
+        def read(device: torch.device) -> Quants:
+            q = unpack(self._q, self._packed_dim, self._shifts, cols, rows, device).to(torch.uint8).T
+            zeros = unpack(self._zeros, 1, self._shifts, (0, self._groups), rows, device) + self._offset
+            zeros &= (1 << self._bits) - 1
+            group = (self._group[slice(*cols)] if order is None else self._group[order])[::size].to(device)
+            scales = self._scales[:, slice(*rows)].to(device).float()
+            at = None if order is None else order.to(device)
+            return Quants(q if at is None else q[:, at], scales[group].T, zeros[group].float().T, self._bits, size, at)
+
+        return read
+
 
 class Packed:
     """compressed-tensors' pack-quantized: i32[out, in / per], lowest bits first, each value plus half the range.
@@ -146,7 +188,7 @@ class Packed:
     """
 
     def __init__(self, files: SafetensorsFiles, stem: str, stored: WeightFormat) -> None:
-        self._bits = stored.bits
+        self._bits, self._size = stored.bits, stored.group_size
         self._q = files.get(f"{stem}.weight_packed")
         out, inputs = map(int, files.get(f"{stem}.weight_shape", (2,))[:].tolist())
         self.shape = (out, inputs)
@@ -158,3 +200,19 @@ class Packed:
         q = unpack(self._q, 1, _in_order(self._bits), rows, cols) - (1 << (self._bits - 1))
         scales: torch.Tensor = self._scales[slice(*rows)].float()
         return q.float() * scales[:, self._group[slice(*cols)]]
+
+    def quants(self, rows: Range, cols: Range) -> Callable[[torch.device], Quants] | None:
+        found = _order(self._group, self._size, cols)
+        if found is None:
+            return None
+        size, order = found
+
+        def read(device: torch.device) -> Quants:
+            q = unpack(self._q, 1, _in_order(self._bits), rows, cols, device).to(torch.uint8)
+            group = (self._group[slice(*cols)] if order is None else self._group[order])[::size].to(device)
+            scales = self._scales[slice(*rows)].to(device).float()[:, group]
+            at = None if order is None else order.to(device)
+            zeros = torch.full_like(scales, float(1 << (self._bits - 1)))
+            return Quants(q if at is None else q[:, at], scales, zeros, self._bits, size, at)
+
+        return read

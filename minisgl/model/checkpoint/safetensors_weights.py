@@ -12,6 +12,7 @@ from minisgl.model.checkpoint.files import SafetensorsFiles, check_shape, unexpe
 from minisgl.model.checkpoint.quantized import layer_of
 from minisgl.model.checkpoint.weights import in_pieces, own
 from minisgl.model.common.shard import Range
+from minisgl.model.common.weights import QuantizedWeight, Weight
 
 DTYPES = ("F32", "F16", "BF16", "U8")  # U8: MXFP4 blocks and scales
 # Scales of activations and of the KV cache: the engine quantises neither by them.
@@ -23,19 +24,25 @@ PRODUCT = re.compile(r".*\.self_attn\.\w+_proj\.weight|.*\.mlp\.\w+_proj\.weight
 class SafetensorsWeights:
     """One *.safetensors file, or several with an index; see `Weights`."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False) -> None:
-        """`lazy`: see `open_weights`."""
-        self._dtype, self._lazy = dtype, lazy
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, lazy: bool = False, *, packed: bool = False) -> None:
+        """`lazy`, `packed`: see `open_weights`."""
+        self._dtype, self._lazy, self._packed = dtype, lazy, packed
         self._files = SafetensorsFiles(spec.path)
         self._format = spec.weight_format
         self._ignore = re.compile(r".*rotary_emb\.inv_freq" + (_OTHER_SCALES if self._format else ""))
 
-    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], *, rows: Range | None = None, cols: Range | None = None) -> Weight:
         layer = layer_of(self._files, name, self._format) if name.endswith(".weight") else None
         if layer is not None:
             check_shape(self._files.path, name, layer.shape, shape)
-            span = cols or (0, shape[1])
-            return in_pieces(lambda some: layer.read(some, span), rows or (0, shape[0]), span[1] - span[0], self._dtype)
+            lines, span = rows or (0, shape[0]), cols or (0, shape[1])
+
+            def dequantize() -> torch.Tensor:
+                return in_pieces(lambda some: layer.read(some, span), lines, span[1] - span[0], self._dtype)
+
+            if self._packed and (quants := layer.quants(lines, span)) is not None:
+                return QuantizedWeight((lines[1] - lines[0], span[1] - span[0]), quants, dequantize)
+            return dequantize()
         tensor = self._files.get(name, shape)
         found = tensor.get_dtype()
         if found not in DTYPES:

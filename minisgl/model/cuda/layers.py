@@ -14,6 +14,7 @@ from minisgl.model.common.activations import Activations, PartialSums, Product, 
 from minisgl.model.common.interfaces import ExpertWeights, GatedLayer, LinearLayer, NormLayer, RopeLayer
 from minisgl.model.common.rope import frequencies
 from minisgl.model.common.weights import Weight, stacked
+from minisgl.model.cuda.packed_layers import packed
 from minisgl.model.kernels import moe, norm_activation, qk_norm_rope
 from minisgl.model.kernels.small_batch_matmul import choose, few_rows, settings, skinny
 
@@ -156,8 +157,10 @@ class CudaLayers:
     def linear(
         self, *weights: Weight, bias: torch.Tensor | None = None, is_lm_head: bool = False, no_partial_sums: bool = False
     ) -> LinearLayer:
-        weight = stacked(weights)
         no_partial_sums |= self._no_partial_sums or bias is not None or is_lm_head
+        if (found := packed(weights, self._dtype, self._device, no_partial_sums=no_partial_sums)) is not None:
+            return biased(found, bias)
+        weight = stacked(weights)
         fp8 = self._fp8 and not is_lm_head
         product: LinearLayer = Fp8Linear(weight, no_partial_sums) if fp8 else Linear(weight, no_partial_sums)
         return biased(product, bias)
@@ -169,6 +172,8 @@ class CudaLayers:
         if activation == "gelu_tanh":
             product = self.linear(gate, up, no_partial_sums=True)
             return lambda x: norm_activation.silu_mul(plain(product(x)), gelu=True)
+        if (found := packed((gate, up), self._dtype, self._device, gated=True)) is not None:
+            return found  # type: ignore[return-value]  # never in parts
         weight = stacked((gate, up))
         return Fp8Gated(weight) if self._fp8 else Gated(weight)
 

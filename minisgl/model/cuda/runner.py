@@ -110,7 +110,7 @@ class CudaRunner:
         )
         try:
             with torch.inference_mode():
-                weights = open_weights(spec, self._dtype, device=self._device)
+                weights = open_weights(spec, self._dtype, device=self._device, packed=engine.packed)
                 served = replace(spec, max_context=config.max_context)
                 build = Build(served, self._shard, weights, self._parallel, layers)
                 self._model = model_class(spec.architecture)(build)
