@@ -108,7 +108,7 @@ RUN = {
 }
 
 # Documents and flags of other programs: openssl, docker, curl, litellm, vllm-router, smg.
-_OF_OTHERS = "build-arg cacert disable-tokenizer-autoload kv-events-format kv-events-replay rm shm-size"
+_OF_OTHERS = "build-arg cacert disable-tokenizer-autoload rm shm-size"
 FOREIGN = {("deployment.md", f"--{flag}") for flag in _OF_OTHERS.split()}
 NO_ROUTES = {
     "/reset",

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.model.kernels import packed_matmul as pm
+from minisgl.model.kernels.norm_activation import silu_mul
 from scripts.lib.reference import provenance
 from scripts.tune.kernels import graph_us, say
 
@@ -126,7 +127,7 @@ def measure(model: str, name: str, form: str, args: argparse.Namespace, deadline
         setting = pm.settings(rows, n, k, gated=gated)
         line: dict[str, Any] = {"model": model, "product": name, "format": form, "rows": rows, "setting": setting}
         line["error"] = error(pm.product(x, w, **setting))
-        line["many_rows_error"] = error(pm.silu_mul(pm.many_rows(x, w)) if gated else pm.many_rows(x, w))
+        line["many_rows_error"] = error(silu_mul(pm.many_rows(x, w)) if gated else pm.many_rows(x, w))
         wrong |= not max(line["error"], line["many_rows_error"], restored) < ERROR * (3 if gated else 1)
         us = run(setting)
         line |= {"us": round(us, 2), "tb_s": round(limit * 4.3 / us, 2), "of_bytes": round(us / limit, 2)}

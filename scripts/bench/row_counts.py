@@ -45,15 +45,24 @@ def constants(module: Any = layers, **values: int) -> list[Any]:
     return [mock.patch.object(module, name, value) for name, value in values.items()]
 
 
-def with_settings(few: dict[str, int], early: int) -> Callable[..., dict[str, int]]:
-    """Packed products of up to 16 rows in tiles of another shape, which ask early for some blocks of their weights."""
-    inner = packed_matmul.settings
+Change = Callable[[int, int, int, bool], dict[str, int]]  # (rows, outputs, inputs, gated) -> what is set instead
 
-    def found(rows: int, *sizes: int, **options: bool) -> dict[str, int]:
-        setting = inner(rows, *sizes, **options)
-        return setting | few | {"prefetch": early, "chains": 2} if rows <= 16 else setting
 
-    return found
+def packed_settings(change: Change) -> Callable[[], list[Any]]:
+    """Other settings for some packed products."""
+
+    def patches() -> list[Any]:
+        inner = packed_matmul.settings
+
+        def found(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated: bool = False) -> dict[str, int]:
+            changed = change(rows, n, k, gated)
+            if no_partial_sums:
+                changed.pop("splits", None)
+            return inner(rows, n, k, no_partial_sums=no_partial_sums, gated=gated) | changed
+
+        return [mock.patch.object(packed_matmul, "settings", found)]
+
+    return patches
 
 
 FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
@@ -61,18 +70,25 @@ FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "library, rows as they are": (FEW[1:6], lambda: constants(OUR_ROWS=0, LIBRARY_ROWS=1)),
     "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
 }
+MANY = (65, 128, 256)
+_WIDE = {"block_n": 128, "warps": 4, "stages": 5, "prefetch": 0, "unroll": 1, "chains": 1, "splits": 8}
+PACKED_CHANGES: dict[str, tuple[Sequence[int], Change]] = {
+    "down in 4 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 4} if k > 8192 and not gated else {}),
+    "down in 2 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 2} if k > 8192 and not gated else {}),
+    "output in 2 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 2} if n < 6144 and k <= 8192 and not gated else {}),
+    "QKV and output in 128 x 4": ((1, 8), lambda rows, n, k, gated: _WIDE if k <= 8192 and not gated else {}),
+    "gate and up in one piece": ((1, 8), lambda rows, n, k, gated: {"unroll": 1, "chains": 1} if gated else {}),
+    "gate and up in 32 x 1": ((1, 8), lambda rows, n, k, gated: {"block_n": 32, "warps": 1, "stages": 5} if gated else {}),
+    "gate and up in 128 x 4": ((1, 8), lambda rows, n, k, gated: {"block_n": 128, "warps": 4, "unroll": 1} if gated else {}),
+    "down in 32 x 1": ((1, 8), lambda rows, n, k, gated: {"block_n": 32, "warps": 1, "stages": 6, "splits": 4, "prefetch": 4}
+                       if k > 8192 and not gated else {}),
+    "blocks of 128 rows, 128 x 8": (MANY, lambda *_: {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3, "splits": 1}),
+    "blocks of 128 rows, 64 x 4": (MANY, lambda *_: {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3, "splits": 1}),
+    "blocks of 128 rows, 128 x 4": (MANY, lambda *_: {"block_m": 128, "block_n": 128, "warps": 4, "stages": 3, "splits": 1}),
+    "blocks of 256 rows, 64 x 8": (MANY[1:], lambda *_: {"block_m": 256, "block_n": 64, "warps": 8, "stages": 3, "splits": 1}),
+}  # fmt: skip
 PACKED_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
-    f"{name}, {early} blocks early": (
-        (1, 8, 16),
-        lambda few=few, early=early: [mock.patch.object(packed_matmul, "settings", with_settings(few, early))],
-    )
-    for name, few in {
-        "64 x 2": {"block_n": 64, "warps": 2},
-        "128 x 4": {"block_n": 128, "warps": 4},
-        "32 x 2": {"block_n": 32, "warps": 2, "stages": 4},
-        "16 x 1": {"block_n": 16, "warps": 1, "stages": 4},
-    }.items()
-    for early in (0, 4)
+    name: (rows, packed_settings(change)) for name, (rows, change) in PACKED_CHANGES.items()
 }
 VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "parts joined head by head": (FEW, lambda: constants(decode_attention, TOGETHER_FROM=1 << 20)),

@@ -277,7 +277,7 @@ def eviction(leaves: int) -> float:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--journal", action="store_true", help="measure only what a journal costs: less than a minute")
     only = p.parse_args().journal
     print(json.dumps({"bench": "scheduler", **provenance()}))

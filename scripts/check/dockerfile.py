@@ -99,7 +99,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").split("\n", maxsplit=1)[0])
     p.add_argument("--file", default="docs/deploy/Dockerfile", help="which (%(default)s)")
     p.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="as docker's --build-arg")
     p.add_argument("--keep", action="store_true", help="keep the folder")

@@ -157,7 +157,7 @@ def free_ports(n: int) -> list[Ports]:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").split("\n", maxsplit=1)[0])
     p.add_argument("--replicas", type=int, default=3)
     p.add_argument("--clients", type=int, default=8)
     p.add_argument("--seconds", type=float, default=10.0, help="of load around each fault")

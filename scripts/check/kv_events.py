@@ -54,7 +54,7 @@ class Server:
     def __init__(self, server: ServerConfig, memory: bytearray) -> None:
         self.sockets = Sockets()
         self.kept = KeptPages(PAGES, PAGE, memoryview(memory))
-        sizes = {"slots": 4, "num_pages": PAGES, "page_size": PAGE, "max_context": 4096, "step_tokens": 512}
+        sizes: dict[str, Any] = {"slots": 4, "num_pages": PAGES, "page_size": PAGE, "max_context": 4096, "step_tokens": 512}
         self.machine = StepMachine(SchedulerLimits(**sizes, max_steps_in_flight=2, vocab_size=50_000), self.kept)
         self.publisher = Publisher(self.sockets, server)  # type: ignore[arg-type]
         self.publisher.begin(self.machine)
@@ -161,11 +161,11 @@ def main() -> int:
     parser.add_argument("--format", choices=("map", "array"), default="map")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    addresses = {name: f"tcp://127.0.0.1:{free_port()}" for name in ("kv_events", "kv_events_replay")}
+    addresses: dict[str, Any] = {name: f"tcp://127.0.0.1:{free_port()}" for name in ("kv_events", "kv_events_replay")}
     config, memory = ServerConfig(**addresses, kv_events_format=args.format), bytearray(KeptPages.size(PAGES, PAGE))
     server, traffic, fault, looked = Server(config, memory), Traffic(args.seed), "", 0
     done = dict.fromkeys(("insert", "evict", "flush"), 0)
-    indexer, late = Dynamo(args.python, config), {}
+    indexer, late = Dynamo(args.python, config), dict[str, Any]()
     try:
         for i in range(1, args.changes + 1):
             draw = traffic.rng.random()

@@ -51,7 +51,7 @@ def serve_on(cluster: Any, port: int, model: str) -> None:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    p = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").split("\n", maxsplit=1)[0])
     p.add_argument("--clients", type=int, default=4)
     p.add_argument("--seconds", type=float, default=10.0, help="of load before and after the node is lost")
     p.add_argument("--tokens", type=int, default=40, help="of each answer")
