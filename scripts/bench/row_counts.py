@@ -70,22 +70,40 @@ FP8_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     "library, rows as they are": (FEW[1:6], lambda: constants(OUR_ROWS=0, LIBRARY_ROWS=1)),
     "our float8 kernel up to 64 rows": ((*FEW, 48, 64), lambda: constants(OUR_ROWS=64)),
 }
-MANY = (65, 128, 256)
-_WIDE = {"block_n": 128, "warps": 4, "stages": 5, "prefetch": 0, "unroll": 1, "chains": 1, "splits": 8}
+ONE = (1, 8)
+
+
+def of(product: str, **setting: int) -> Change:
+    """A setting for one product of a layer of 14B."""
+
+    def change(rows: int, n: int, k: int, gated: bool) -> dict[str, int]:
+        found = "gate and up" if gated else "down" if k > 8192 else "output" if n < 6144 else "QKV"
+        return setting if found == product else {}
+
+    return change
+
+
 PACKED_CHANGES: dict[str, tuple[Sequence[int], Change]] = {
-    "down in 4 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 4} if k > 8192 and not gated else {}),
-    "down in 2 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 2} if k > 8192 and not gated else {}),
-    "output in 2 parts": ((1, 8), lambda rows, n, k, gated: {"splits": 2} if n < 6144 and k <= 8192 and not gated else {}),
-    "QKV and output in 128 x 4": ((1, 8), lambda rows, n, k, gated: _WIDE if k <= 8192 and not gated else {}),
-    "gate and up in one piece": ((1, 8), lambda rows, n, k, gated: {"unroll": 1, "chains": 1} if gated else {}),
-    "gate and up in 32 x 1": ((1, 8), lambda rows, n, k, gated: {"block_n": 32, "warps": 1, "stages": 5} if gated else {}),
-    "gate and up in 128 x 4": ((1, 8), lambda rows, n, k, gated: {"block_n": 128, "warps": 4, "unroll": 1} if gated else {}),
-    "down in 32 x 1": ((1, 8), lambda rows, n, k, gated: {"block_n": 32, "warps": 1, "stages": 6, "splits": 4, "prefetch": 4}
-                       if k > 8192 and not gated else {}),
-    "blocks of 128 rows, 128 x 8": (MANY, lambda *_: {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3, "splits": 1}),
-    "blocks of 128 rows, 64 x 4": (MANY, lambda *_: {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3, "splits": 1}),
-    "blocks of 128 rows, 128 x 4": (MANY, lambda *_: {"block_m": 128, "block_n": 128, "warps": 4, "stages": 3, "splits": 1}),
-    "blocks of 256 rows, 64 x 8": (MANY[1:], lambda *_: {"block_m": 256, "block_n": 64, "warps": 8, "stages": 3, "splits": 1}),
+    f"{product} {setting}": (ONE, of(product, **setting))
+    for product, settings in {
+        "gate and up": (
+            {"block_n": 64, "warps": 2, "stages": 3},
+            {"stages": 6}, {"stages": 8}, {"prefetch": 4}, {"prefetch": 8}, {"unroll": 1, "chains": 1}, {"unroll": 4},
+            {"block_n": 16, "warps": 1}, {"unroll": 4, "stages": 3},
+        ),
+        "down": (
+            {"block_n": 64, "warps": 2, "stages": 4}, {"block_n": 64, "warps": 2, "stages": 4, "prefetch": 4},
+            {"block_n": 32, "warps": 1, "stages": 6},
+            {"block_n": 32, "warps": 1, "stages": 5, "unroll": 2, "chains": 2, "splits": 4},
+            {"prefetch": 4}, {"unroll": 2, "chains": 2},
+        ),
+        "output": (
+            {"splits": 2}, {"splits": 2, "unroll": 2, "chains": 2}, {"unroll": 2, "chains": 2}, {"prefetch": 0},
+            {"splits": 1, "unroll": 2, "chains": 2}, {"block_n": 16, "splits": 2},
+        ),
+        "QKV": ({"splits": 2}, {"splits": 1}, {"prefetch": 0}, {"unroll": 1, "chains": 1}, {"block_n": 64, "warps": 2}),
+    }.items()
+    for setting in settings
 }  # fmt: skip
 PACKED_VARIANTS: dict[str, tuple[Sequence[int], Callable[[], list[Any]]]] = {
     name: (rows, packed_settings(change)) for name, (rows, change) in PACKED_CHANGES.items()

@@ -395,8 +395,10 @@ def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated:
     splits = 1
     while not (no_partial_sums or gated) and splits < most and splits * tiles <= programs and blocks >= 8 * splits:
         splits *= 2
+    if rows <= 8 and gated:
+        shape |= {"block_n": 32, "warps": 1, "stages": 5}
     if rows <= 8 and blocks % (2 * splits) == 0 and (gated or (short and n >= 6144)):
-        shape |= {"unroll": 2, "chains": 2, "stages": 4 if short else 3}
+        shape |= {"unroll": 2, "chains": 2, "stages": 4 if short else 5}
     return {"splits": splits, **shape}
 
 
