@@ -26,7 +26,7 @@ from minisgl.arrays import I32
 
 U64 = npt.NDArray[np.uint64]
 _MARK = 1 << 30
-_HALF = np.uint64(32)
+_HALF, _ONE = np.uint64(32), np.uint64(1)  # one more than the token: nothing adds nothing
 NOTHING = np.zeros(0, np.int32)
 
 
@@ -51,19 +51,24 @@ class Key:
 
     def scan(self, state: U64, ids: npt.NDArray[Any], first: int = 0) -> U64:
         """The states u64[2, n] after each of the tokens i32[n], which follow `first` others and `state` u64[2]."""
-        found = self.terms(ids, np.arange(first, first + len(ids)))
+        self._reach(first + len(ids))
+        found: U64 = self._factors[:, first : first + len(ids)] * (ids.astype(np.uint64) + _ONE)
         np.cumsum(found, axis=1, out=found)
         found += state[:, None]
         return found
 
     def terms(self, ids: npt.NDArray[Any], places: npt.NDArray[Any]) -> U64:
         """What each of the tokens i32[n], at its place in its sequence, adds to the state: u64[2, n]."""
-        if len(places) and (last := int(places.max())) >= self._factors.shape[1]:
-            more = self._random.integers(0, 1 << 64, (2, max(4096, last + 1)), np.uint64)  # at least as many again
-            self._factors = np.concatenate((self._factors, more), axis=1)
+        self._reach(int(places.max(initial=-1)) + 1)
         found: U64 = self._factors.take(places, axis=1)
-        found *= ids.astype(np.uint64) + np.uint64(1)  # nothing adds nothing
+        found *= ids.astype(np.uint64) + _ONE
         return found
+
+    def _reach(self, end: int) -> None:
+        """Have numbers for all places before `end`."""
+        if end > self._factors.shape[1]:
+            more = self._random.integers(0, 1 << 64, (2, max(4096, end)), np.uint64)  # at least as many again
+            self._factors = np.concatenate((self._factors, more), axis=1)
 
     def hashes(self, states: U64, ids: npt.NDArray[Any]) -> I32:
         """The numbers i32[n] for the tokens i32[n] that ended in `states` u64[2, n]."""

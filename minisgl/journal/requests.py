@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,30 @@ def _veiled(text: str) -> str:
     return "😀" * wide + ("", "é", "€")[rest] + "x" * (len(text) - wide - (rest > 0))
 
 
+def _changes(default: Any) -> Callable[[Any], dict[str, Any]]:
+    """What tells the fields in which another of its kind differs from `default`, without asking for their names again."""
+    names = tuple(f.name for f in fields(default))
+    values = attrgetter(*names)
+    plain = values(default)
+
+    def found(other: Any) -> dict[str, Any]:
+        mine = values(other)
+        return {} if mine == plain else {n: v for n, v, d in zip(names, mine, plain, strict=True) if v != d}
+
+    return found
+
+
+_params, _options = _changes(_PLAIN), _changes(DEFAULT_OPTIONS)
+
+
 def params_of(params: SamplingParams) -> dict[str, Any]:
     """The fields that are not the default."""
-    return {f.name: v for f in fields(params) if (v := getattr(params, f.name)) != getattr(_PLAIN, f.name)}
+    return _params(params)
 
 
 def options_of(options: RequestOptions, salt: str) -> dict[str, Any]:
     """The fields that are not the default, with another salt."""
-    found = {f.name: v for f in fields(options) if (v := getattr(options, f.name)) != getattr(DEFAULT_OPTIONS, f.name)}
+    found = _options(options)
     return found | {"cache_salt": salt} if salt else found
 
 
