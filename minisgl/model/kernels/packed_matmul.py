@@ -383,22 +383,21 @@ def settings(rows: int, n: int, k: int, *, no_partial_sums: bool = False, gated:
 
     Small programs, many for each processor, hide the steps from a load to the matrix unit behind each other's.
     """
-    block_m = 8 if rows <= 8 else min(64, triton.next_power_of_2(rows))
-    few, blocks = rows <= 8 or (rows <= 16 and not gated), triton.cdiv(k, 128)
-    short = rows <= 8 and not gated and k <= 8192
-    wide = not few or (rows <= 8 and not gated and not short)
-    shape = {"block_m": block_m, "block_n": 128 if wide else 64, "warps": 4 if wide else 2, "stages": 5 if wide and few else 3}
-    if short:
-        shape |= {"block_n": 32, "warps": 1, "stages": 6, "prefetch": 4}
-    tiles = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, block_m)
-    most, programs = (4 if short else 8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)  # the next kernel adds them up
-    splits = 1
+    blocks = triton.cdiv(k, 128)
+    if rows <= 8:
+        shape = {"block_m": 8, "block_n": 32, "warps": 1, "stages": 5, "prefetch": 8 if gated else 4}
+        most, programs = 2 if rows == 1 and n <= k <= 8192 else 4, 4 * PROCESSORS  # the next kernel adds them up
+    else:
+        block_m, few = min(64, triton.next_power_of_2(rows)), rows <= 16 and not gated
+        shape = {"block_m": block_m, "block_n": 64, "warps": 2, "stages": 3}
+        if not few:
+            shape |= {"block_n": 128, "warps": 4}
+        most, programs = (8, 4 * PROCESSORS) if few else (4, 3 * PROCESSORS // 2)
+    tiles, splits = triton.cdiv(n, shape["block_n"]) * triton.cdiv(rows, shape["block_m"]), 1
     while not (no_partial_sums or gated) and splits < most and splits * tiles <= programs and blocks >= 8 * splits:
         splits *= 2
-    if rows <= 8 and gated:
-        shape |= {"block_n": 32, "warps": 1, "stages": 5}
-    if rows <= 8 and blocks % (2 * splits) == 0 and (gated or (short and n >= 6144)):
-        shape |= {"unroll": 2, "chains": 2, "stages": 4 if short else 5}
+    if rows <= 8 and blocks % (2 * splits) == 0:
+        shape |= {"unroll": 2, "chains": 2}
     return {"splits": splits, **shape}
 
 
