@@ -32,7 +32,7 @@ from minisgl.journal.requests import limits_of, pack
 from minisgl.journal.snapshot import capture, request_values
 from minisgl.plan import StepPlan, StepResult
 
-BATCH = 16  # calls of the machine that are written together,
+BATCH = 64  # calls of the machine that are written together,
 BATCH_SECONDS = 0.07  # unless the first of them is older;
 LATEST_SECONDS = 0.095  # then the scheduler is woken for it, where no step has done that
 SLICE_SECONDS = 0.001  # of work on the beginning of a part, between two looks at the mail
