@@ -211,10 +211,10 @@ def outline(plan: StepPlan) -> list[Any]:
 
 
 class Recorder:
-    """Watches one machine for some writers, which are told when to begin a part."""
+    """Watches one machine for some writers, which are told when to begin a part.  `batch`: calls that are written together."""
 
-    def __init__(self, machine: StepMachine) -> None:
-        self._machine = machine
+    def __init__(self, machine: StepMachine, batch: int = BATCH) -> None:
+        self._machine, self._batch = machine, batch
         self._inner = machine.costs
         self._costs = machine.costs = RecordedCosts(machine.costs)
         self._most = machine.limits.max_steps_in_flight
@@ -267,7 +267,7 @@ class Recorder:
             if len(plan.new_slots):
                 joined = table.uid[plan.new_slots["slot"]]
         calls.append((inbox, now, output, decisions, sent, joined, ids, table.epoch.copy()))
-        if len(calls) >= 2 * BATCH:
+        if len(calls) >= 2 * self._batch:
             self._write(SLICE_SECONDS if len(calls) < MAX_HELD else math.inf)
             self.wrote = True
 
@@ -277,7 +277,7 @@ class Recorder:
             return now
         if not self._calls:
             return math.inf
-        if len(self._calls) < BATCH and now < self._first + BATCH_SECONDS:
+        if len(self._calls) < self._batch and now < self._first + BATCH_SECONDS:
             return self._first + LATEST_SECONDS
         self._write(math.inf)
         return math.inf

@@ -43,7 +43,7 @@ class Recorded(Loop):
         super().__init__(**limits)
         self.parts: dict[bool, list[bytearray]] = {kind: [] for kind in tokens}
         self.writers = {kind: Writer(Kept(self.parts[kind]), {"run": "test"}, kind) for kind in tokens}
-        self.recorder = Recorder(self.machine)
+        self.recorder = Recorder(self.machine, batch=16)  # loads are short
         self.plain_step = self.machine.step
         self.machine.step = self._watched  # type: ignore[method-assign]
         self.times, self.decided, self.broken = random.Random(0), 0, broken

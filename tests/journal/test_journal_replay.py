@@ -13,7 +13,6 @@ from minisgl.journal.identity import HashedIds
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_the_machine_goes_on_while_a_part_begins(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(recorder, "BATCH", 16)
     loop = random_load(seed, rotations=0.5)
     for parts in loop.parts.values():
         assert len(parts) > 1
