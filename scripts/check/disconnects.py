@@ -5,8 +5,9 @@
 Starts a server that runs one request at a time (fake engine; embedded model on the CPU).  For streamed and plain requests,
 closes the connection of one that is decoding, of one whose prompt is being computed, and of one that is queued behind another,
 which leaves with it, so many times each.  One JSON line a case: p50_ms and max_ms, which include the way of the statistics to
-the api process, and that of the question, and the rest of the steps in flight, which use the pages.  The last line says
-whether all were below the limit (100 ms).  The time of this machine is measured, so nothing else should run on it.
+the api process, and that of the question.  The steps in flight that use the pages need not end for it: workers run plans in
+order, so a new owner writes later.  The last line says whether all were below the limit (100 ms).  The time of this machine is
+measured, so nothing else should run on it.
 """
 
 from __future__ import annotations

@@ -208,3 +208,25 @@ def test_the_heap_agrees_with_a_list_and_does_not_grow(seed: int) -> None:
         assert len(deadlines) == len(want)
         most, entries = max(most, len(want)), max(entries, len(deadlines._heap))
     assert entries <= 66 + 2 * most
+
+
+# ---------------- whoever leaves
+def test_the_pages_of_a_client_that_leaves_are_seen_to_be_free_while_the_step_still_runs() -> None:
+    w = World(1, fake_config(tp=1))
+    first, second = w.submit(talker(6, 40), 40), w.submit(prompt(6, 5), 4)
+    while not w.answers[first]:
+        w.system.step()
+    w.system.actors["worker0"].idle = lambda: False  # type: ignore[method-assign]  # a step that takes very long
+    w.system.clock = 2.0
+    third = w.submit(prompt(6, 7), 4)  # its arrival has the scheduler look at the clock
+    w.system.run()
+    assert w.machine.inflight
+    assert w.gateway.stats["running_requests"] + w.gateway.stats["waiting_requests"] == 3
+    for uid in (first, second, third):
+        w.gateway.close(uid)
+    w.system.run()
+    stats = w.gateway.stats
+    assert w.machine.inflight
+    assert stats["running_requests"] == stats["waiting_requests"] == 0
+    assert stats["free_pages"] + stats["cached_pages"] == stats["total_pages"]
+    assert w.system.clock < 2.1

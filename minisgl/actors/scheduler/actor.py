@@ -29,7 +29,8 @@ from minisgl.cache.no_cache import CACHES
 from minisgl.config import Config
 from minisgl.plan import PlanKind, StepPlan, StepResult
 
-STATS_SECONDS = 1.0
+STATS_SECONDS = 1.0  # between two statistics while steps run,
+SOON = 0.01  # where a request was cancelled: its pages are free at once
 # Begins or ends a journal, or is told that the machine is there (None); returns who watches from now on.
 Watching = Callable[[StepMachine, msg.Journal | None], Watcher | None]
 
@@ -58,7 +59,7 @@ class SchedulerActor(Actor):
         self._armed: set[int] = set()
         self._stopping = self._may_capture = False
         self._flags_up = False
-        self._reported = -STATS_SECONDS
+        self._reported, self._cancelled = -STATS_SECONDS, False
         self._stats: dict[str, int] = {}
         self._first_step = 0  # results of earlier steps belong to requests of the scheduler before
         if takes_over:
@@ -177,6 +178,7 @@ class SchedulerActor(Actor):
     def cancel(self, m: msg.Cancel) -> None:
         self._compiling.pop(m.uid, None)
         self._inbox.append(Drop(m.uid))
+        self._cancelled = True
 
     @on(msg.FlushCache)
     def flush_cache(self, m: msg.FlushCache) -> None:
@@ -236,11 +238,13 @@ class SchedulerActor(Actor):
                 self.watcher.saw(inbox, now, output)
         if worked:
             self._arm(False)
-            self._report(STATS_SECONDS)
+            self._report()
             return True
         if self._look_again():
             return True
-        self._report(STATS_SECONDS if self.machine.inflight else 0.0)  # at once, unless a step is running
+        self._report()
+        if self._cancelled:
+            self.wake_at = min(self.wake_at, self._reported + SOON)
         if self.watcher is not None:
             self.wake_at = min(self.wake_at, self.watcher.rest(self.ctx.now()))
         return False
@@ -249,11 +253,13 @@ class SchedulerActor(Actor):
         if self.watcher is not None:
             self.watcher.close()
 
-    def _report(self, seconds: float) -> None:
-        """Send the statistics to api, unless they have not changed or were sent less than `seconds` ago."""
+    def _report(self) -> None:
+        """Send the statistics to api, unless they have not changed, or were sent just now and a step is running."""
         now = self.ctx.now()
-        if now - self._reported < seconds:
+        running = SOON if self._cancelled else STATS_SECONDS
+        if now < self._reported + (running if self._machine().inflight else 0.0):
             return
+        self._cancelled = False
         self._reported, stats = now, self._machine().stats() | {"compiling_requests": len(self._compiling)}
         if stats != self._stats:
             self._stats = stats
