@@ -203,7 +203,8 @@ class Viewer:
         for who, watcher in self._watchers.items():
             if watcher.told is not None:
                 if watcher.ready and watcher.told:
-                    some, left = [], _TOLD
+                    some: list[dict[str, Any]] = []
+                    left = _TOLD
                     while watcher.told and (not some or _facts(watcher.told[0]) <= left):
                         some.append(watcher.told.popleft())
                         left -= _facts(some[-1])

@@ -160,6 +160,9 @@ def test_what_cannot_stay_packed_is_dequantised() -> None:
         product = make.linear(*(stored(q) for q in parts))
         assert not isinstance(product, packed_layers.PackedLinear)
         assert error(product(x), torch.cat([x.float() @ dequantized(q).T for q in parts], 1)) < 2e-3
+    thin = stored(quants(12, 64, 4, 32))
+    assert packed_layers.packed((thin, thin), torch.float16, CPU) is not None
+    assert packed_layers.packed((thin, thin), torch.float16, CPU, gated=True) is None, "gate and up take turns by eights"
     mixed = make.linear(stored(fine), torch.randn(8, 64).half())
     assert not isinstance(mixed, packed_layers.PackedLinear)
     assert isinstance(CudaLayers(torch.float32, CPU).linear(stored(fine)), Linear)
