@@ -22,6 +22,7 @@ from test_gguf_quants import file_of  # noqa: F401  a fixture
 from test_quantized import AWQ_ORDER_MAP, FORMATS, packed
 from tiny_models import config_for, save_llama
 
+from minisgl.commands.fit.predict import _PACKED as PREDICTED
 from minisgl.commands.fit.predict import in_packed, matrices
 from minisgl.config import Config, EngineConfig, engine_config
 from minisgl.errors import UserError
@@ -80,8 +81,10 @@ def test_whole_numbers_of_a_block_type_are_its_weights(kind: Kind, file_of: Any)
     weights = open_weights(spec, torch.float32, packed="auto")
     found = weights.take(test_gguf_quants.NAME, shape)
     stays = kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
-    assert isinstance(found, QuantizedWeight) == stays
+    assert isinstance(found, QuantizedWeight) == stays == (int(kind) in PREDICTED)
     if stays:
+        numbers = found.quants(CPU)
+        assert PREDICTED[int(kind)] == (numbers.bits, numbers.group)
         bound = 1e-5 * float(whole.abs().max())
         assert torch.allclose(values(found), whole, atol=bound)
         assert torch.allclose(values(weights.take(test_gguf_quants.NAME, shape, rows=(5, 18))), whole[5:18], atol=bound)
