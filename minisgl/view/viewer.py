@@ -33,7 +33,8 @@ SHARE = 10  # a view that takes a second is not made again for so many
 _NODE_TOKENS = 400  # whose text is shown
 _PREVIEW = 10  # tokens that name a node
 _BEFORE = 24  # tokens before a node, for context
-_UNTOLD = 20_000  # calls of the machine whose facts wait for somebody who asks why
+_UNTOLD = 20_000  # facts of calls of the machine that wait for somebody who asks why
+_TOLD = 1_000  # of a message: the api process reads it between two pieces of everybody's answers
 _AT_ONCE = 20_000  # steps of a journal that is opened at its last one; a longer one is opened at its first
 
 Pieces = Callable[[Iterable[int]], list[str]]
@@ -56,6 +57,7 @@ class Watcher:
     tree: dict[str, Any] = field(default_factory=dict)
     tree_calls: int = -1
     told: deque[dict[str, Any]] | None = None
+    facts: int = 0  # in all that waits
     untold: int = 0  # calls that there was no room for
 
     def when(self, calls: int) -> float:
@@ -123,7 +125,7 @@ class Viewer:
     def _explain(self, who: int) -> None:
         """Tell somebody the facts of every call of the live machine from now on, with their reasons, instead of views."""
         if (watcher := self._watchers.get(who)) is not None:
-            watcher.told = deque(maxlen=_UNTOLD)
+            watcher.told = deque()
             self.live.call = self._watch_calls
 
     def _tell(self) -> None:
@@ -131,8 +133,11 @@ class Viewer:
         values = [plain(step) for step in facts]
         for watcher in self._watchers.values():
             if watcher.told is not None:
-                watcher.untold += max(0, len(watcher.told) + len(values) - _UNTOLD)
                 watcher.told.extend(values)
+                watcher.facts += sum(map(_facts, values))
+                while watcher.facts > _UNTOLD and len(watcher.told) > 1:
+                    watcher.facts -= _facts(watcher.told.popleft())
+                    watcher.untold += 1
 
     def _open(self, who: int, path: str, number: int = 0) -> None:
         """Show a journal of a file.  `number`: answer with its steps, or with what is wrong, which else the stream says."""
@@ -178,14 +183,15 @@ class Viewer:
     def _ask(self, number: int, who: int, what: str, value: int) -> None:
         watcher = self._watchers.get(who)
         scene = self._scene(watcher) if watcher is not None else self.live
-        answer: Any = None
+        answer = b"null"
         if watcher is not None and scene.machine is not None:
             try:
-                answer = (self._life if what == "life" else self._node)(scene, watcher.sight, value)
+                found = (self._life if what == "life" else self._node)(scene, watcher.sight, value)
+                answer = _json(found, strict=watcher.opened is not None)
             except Exception:  # a file may hold anything at all
                 if watcher.opened is None:
                     raise
-        self.out.append(["answer", number, _json(answer)])
+        self.out.append(["answer", number, answer])
 
     # ---------------- views
     def _scene(self, watcher: Watcher) -> Scene:
@@ -197,8 +203,13 @@ class Viewer:
         for who, watcher in self._watchers.items():
             if watcher.told is not None:
                 if watcher.ready and watcher.told:
-                    self._say(who, watcher, {"told": list(watcher.told), "untold": watcher.untold, "began": _began(self.live)})
-                    watcher.told.clear()
+                    some: list[dict[str, Any]] = []
+                    left = _TOLD
+                    while watcher.told and (not some or _facts(watcher.told[0]) <= left):
+                        some.append(watcher.told.popleft())
+                        left -= _facts(some[-1])
+                    watcher.facts -= _TOLD - left
+                    self._say(who, watcher, {"told": some, "untold": watcher.untold, "began": _began(self.live)})
                     watcher.untold = 0
                 continue
             scene = self._scene(watcher)
@@ -272,7 +283,7 @@ class Viewer:
 
     def _say(self, who: int, watcher: Watcher, message: dict[str, Any]) -> None:
         watcher.ready = False
-        self.out.append(["view", who, _json(message)])
+        self.out.append(["view", who, _json(message, strict=watcher.opened is not None)])
 
     # ---------------- questions
     def _life(self, scene: Scene, sight: Sight, uid: int) -> Any:
@@ -308,6 +319,11 @@ class Viewer:
         return {key for w in self._watchers.values() if w.sight.client == sight.client for key in w.tree}
 
 
+def _facts(told: dict[str, Any]) -> int:
+    """How many facts there are of a call, about: every request in the queue is one."""
+    return 1 + len(told["waits"])
+
+
 def _began(scene: Scene) -> float:
     return float(scene.head.get("time", 0.0))
 
@@ -327,5 +343,6 @@ def _why(e: Exception) -> str:
     return f"The journal cannot be shown: {said[:500]}"
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+def _json(value: Any, *, strict: bool = False) -> bytes:
+    """strict: raise ValueError for NaN and infinity, which no page can read."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=not strict).encode("utf-8", "replace")

@@ -403,6 +403,41 @@ def test_whoever_watches_is_told_what_a_witness_of_the_machine_has_seen(seed: in
     assert not {"_prefill", "_release"} & vars(machine).keys()
 
 
+def test_what_waits_for_a_slow_reader_is_bounded_by_its_facts_and_comes_in_small_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call of a scheduler with a long queue has a fact for each request in it."""
+    data = bytes(random_load(1, rotations=0.0).parts[True][0])
+    cut = len(data) // 3
+    everything: list[dict[str, Any]] = []
+    for untold_, told_ in ((10**9, 10**9), (60, 12)):
+        monkeypatch.setattr("minisgl.view.viewer._UNTOLD", untold_)
+        monkeypatch.setattr("minisgl.view.viewer._TOLD", told_)
+        viewer, told, untold = Viewer(lambda ids: []), [], 0
+        viewer.take("journal", data[:cut], True)
+        viewer.take("watch", 1, None, True)
+        viewer.take("explain", 1)
+        for at in range(cut, len(data), 9999):
+            viewer.take("journal", data[at : at + 9999], False)
+        for _ in range(10_000):
+            viewer.due()
+            if not viewer.out:
+                break
+            (_, _, raw), *_ = viewer.out
+            viewer.out.clear()
+            message = json.loads(raw)
+            assert len(message["told"]) == 1 or sum(1 + len(f["waits"]) for f in message["told"]) <= told_
+            told += message["told"]
+            untold += message["untold"]
+            viewer.take("ready", 1)
+        everything = everything or told
+        assert told == everything[len(everything) - len(told) :]
+        assert len(told) + untold == len(everything)
+        assert sum(1 + len(f["waits"]) for f in told) <= untold_
+    assert untold > 20
+    assert any(facts["waits"] for facts in told)
+
+
 def test_a_live_server_is_explained_in_the_words_of_its_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While requests come, with a journal beside: what was told is the same steps of the journal's story."""
     server = ServerProcess(tmp_path, "--max-running", "2", "--journal", str(tmp_path / "j"), "--journal-tokens")

@@ -96,6 +96,18 @@ def test_scales_that_half_precision_cannot_hold_are_kept_in_bfloat16() -> None:
     assert error(pm.product(x, w, splits=2), reference(x, tiny)) < 6e-3
 
 
+def test_zeros_that_half_precision_cannot_hold_make_no_infinity() -> None:
+    """A block with a minimum far larger than its scale: the weights are nearly all minus the minimum."""
+    q = quants(16, 64, 4, 32)
+    zeros = torch.full_like(q.zeros, -250_000.0)
+    zeros[:, 1] = 250_000.0
+    flat = Quants(q.numbers, q.scales * 1e-4, zeros, 4, 32)
+    w = packed(flat)
+    assert error(pm.dequantize(w), dequantized(flat)) < 4e-3  # the scales are in bfloat16
+    x = torch.randn(2, 64).half()
+    assert error(pm.product(x, w, splits=2), reference(x, flat)) < 1e-2
+
+
 def test_rows_of_a_packed_table_are_found_by_id_and_in_parts() -> None:
     w = packed(quants(40, 96, 4, 32))
     whole, ids = pm.dequantize(w), torch.tensor([3, 39, 0, 3])
@@ -148,6 +160,9 @@ def test_what_cannot_stay_packed_is_dequantised() -> None:
         product = make.linear(*(stored(q) for q in parts))
         assert not isinstance(product, packed_layers.PackedLinear)
         assert error(product(x), torch.cat([x.float() @ dequantized(q).T for q in parts], 1)) < 2e-3
+    thin = stored(quants(12, 64, 4, 32))
+    assert packed_layers.packed((thin, thin), torch.float16, CPU) is not None
+    assert packed_layers.packed((thin, thin), torch.float16, CPU, gated=True) is None, "gate and up take turns by eights"
     mixed = make.linear(stored(fine), torch.randn(8, 64).half())
     assert not isinstance(mixed, packed_layers.PackedLinear)
     assert isinstance(CudaLayers(torch.float32, CPU).linear(stored(fine)), Linear)

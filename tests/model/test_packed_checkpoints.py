@@ -22,6 +22,7 @@ from test_gguf_quants import file_of  # noqa: F401  a fixture
 from test_quantized import AWQ_ORDER_MAP, FORMATS, packed
 from tiny_models import config_for, save_llama
 
+from minisgl.commands.fit.predict import _PACKED as PREDICTED
 from minisgl.commands.fit.predict import in_packed, matrices
 from minisgl.config import Config, EngineConfig, engine_config
 from minisgl.errors import UserError
@@ -80,8 +81,10 @@ def test_whole_numbers_of_a_block_type_are_its_weights(kind: Kind, file_of: Any)
     weights = open_weights(spec, torch.float32, packed="auto")
     found = weights.take(test_gguf_quants.NAME, shape)
     stays = kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
-    assert isinstance(found, QuantizedWeight) == stays
+    assert isinstance(found, QuantizedWeight) == stays == (int(kind) in PREDICTED)
     if stays:
+        numbers = found.quants(CPU)
+        assert PREDICTED[int(kind)] == (numbers.bits, numbers.group)
         bound = 1e-5 * float(whole.abs().max())
         assert torch.allclose(values(found), whole, atol=bound)
         assert torch.allclose(values(weights.take(test_gguf_quants.NAME, shape, rows=(5, 18))), whole[5:18], atol=bound)
@@ -102,16 +105,18 @@ def test_a_group_without_a_scale_is_minus_its_minimum(file_of: Any) -> None:  # 
     assert not found[:, 4:].any()
 
 
-def attend(_: int, qkv: Any, *__: Any, **___: Any) -> torch.Tensor:
-    """Stands in for attention: the queries."""
-    rows = plain(qkv) if not hasattr(qkv, "parts") else qkv.float().half()
-    return rows[:, :64].contiguous()
-
-
 def logits(spec: Any, how: str, shard: Shard | None = None) -> tuple[torch.Tensor, Any]:
+    """Logits of a rank that sums over no other, with the queries in the place of attention; and the model."""
+    shard = shard or Shard.of(spec)
+    queries = shard.q_rows[1] - shard.q_rows[0]
+
+    def attend(_: int, qkv: Any, *__: Any, **___: Any) -> torch.Tensor:
+        rows = plain(qkv) if not hasattr(qkv, "parts") else qkv.float().half()
+        return rows[:, :queries].contiguous()
+
     weights = open_weights(spec, torch.float16, device=CPU, packed=how)
     model = model_class(spec.architecture)(
-        Build(spec, shard or Shard.of(spec), weights, Parallel(), CudaLayers(torch.float16, CPU, no_partial_sums=True))
+        Build(spec, shard, weights, Parallel(), CudaLayers(torch.float16, CPU, no_partial_sums=True))
     )
     weights.finish()
     ids = torch.arange(5)
@@ -144,6 +149,36 @@ def test_a_model_gives_the_same_logits_packed_and_dequantised(method: str, tmp_p
     found = [p.weight for la in model.layers for p in (la.attn.qkv, la.attn.o, la.mlp.gated, la.mlp.down)]
     size = in_packed(2, spec, lambda *_: -1)
     assert sum(w.units.nbytes + w.words.nbytes for w in found) == sum(map(size, matrices(spec, Shard.of(spec))))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_each_of_two_ranks_gives_the_same_logits_packed_and_dequantised(desc_act: bool, rank: int, tmp_path: Path) -> None:
+    """The inner columns are cut within a group of 64; inputs in another order stay packed where a rank has all of them."""
+    group = 64
+    save_llama(tmp_path, heads=4, kv_heads=2, hidden=64, inner=192)
+
+    def layer(w: torch.Tensor) -> dict[str, torch.Tensor]:
+        out, inputs = w.shape
+        random = torch.Generator().manual_seed(inputs)
+        order = torch.randperm(inputs, generator=random) if desc_act else torch.arange(inputs)
+        g_idx = torch.empty(inputs, dtype=torch.int32).index_copy_(0, order, (torch.arange(inputs) // group).int())
+        zeros = torch.randint(0, 16, (inputs // group, out), generator=random)
+        scales = (torch.rand(inputs // group, out, generator=random) * 0.004 + 0.004).half()
+        q = (w.T / scales[g_idx] + zeros[g_idx]).round().int().clamp(0, 15).T.tolist()
+        tensors = {"qweight": packed(q, 4).T, "qzeros": packed(((zeros - 1) % 16).tolist(), 4), "scales": scales}
+        return tensors | ({"g_idx": g_idx} if desc_act else {})
+
+    config = test_quantized.gptq(desc_act=desc_act, group=group)[0]
+    test_quantized.quantise(tmp_path, load_file(tmp_path / "model.safetensors"), config, layer)
+    spec = config_for(tmp_path).model
+    shard = Shard.of(spec, rank, 2)
+    assert shard.mlp[rank - 1] % group == 32
+    want, _ = logits(spec, "", shard)
+    got, model = logits(spec, "auto", shard)
+    attn, mlp = model.layers[0].attn, model.layers[0].mlp
+    assert [isinstance(p, PackedLinear) for p in (attn.qkv, mlp.gated, mlp.down)] == [True, True, not desc_act]
+    assert float((got - want).norm() / want.norm()) < 4e-3
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq", "q4_k", "q8_0"])

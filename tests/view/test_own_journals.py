@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,8 @@ from browser import Tab, needs_chromium
 from journal.loads import Recorded, random_load
 from test_live_page import ADMIN, A, Engine, Reader, as_, press, served, states, tile, visit
 
+from minisgl.api.http import watchers as watchers_
+from minisgl.errors import RequestError
 from minisgl.journal.format import MAGIC, Kind, frame
 from minisgl.journal.replay import records
 from minisgl.view.scenes import Scene
@@ -75,7 +78,7 @@ def test_a_journal_of_the_readers_own_computer_is_walked_through(tmp_path: Path)
         await tab.call("DOM.setFileInputFiles", files=chosen, objectId=found["result"]["objectId"])
         last = f"document.querySelector('#where').textContent === 'step {want[-1][0]:,} ({len(want)} of {len(want)})'"
         await patiently(tab, f"!document.querySelector('#player').hidden && {last}")
-        assert await tab.value("document.activeElement.id") == "slider"
+        await patiently(tab, "document.activeElement.id === 'slider'")  # once the upload is answered, perhaps after its view
         text = f"file case ({len(files)} parts)"
         assert await tab.value("document.querySelector('#journal').selectedOptions[0].textContent") == text
         await press(tab, "Home")
@@ -210,8 +213,77 @@ def test_whatever_is_in_a_journal_it_is_shown_or_what_is_wrong_is_said(seed: int
             viewer.take("ask", 9, 1, "node", rng.randrange(1, 9))
         for kind, _, raw in viewer.out:
             assert kind in ("view", "answer")
-            json.loads(raw)
+            json.loads(raw, parse_constant=no_number)
     assert len(said) > 1
+
+
+def no_number(name: str) -> None:
+    """NaN and infinity: Python reads them, a page does not."""
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf")])
+def test_times_that_are_no_numbers_are_damage_and_no_page_gets_them(time: float, tmp_path: Path) -> None:
+    first, snapshot, *steps = records(io.BytesIO(bytes(random_load(4, rotations=0.0).parts[True][0])))
+    at = [r for r in steps if any(event[0] == "result" for event in r.values[1])]
+    for event in at[len(at) // 2].values[1]:
+        if event[0] == "result":
+            event[3] = time  # its busy microseconds
+    data = MAGIC + b"".join(frame(r.kind, r.values) for r in (first, snapshot, *steps))
+    (tmp_path / "journal").write_bytes(data)
+    viewer = Viewer(lambda ids: [])
+    viewer.take("watch", 1, None, True)
+    viewer.take("open", 1, str(tmp_path / "journal"), 7)
+    viewer.take("ready", 1)
+    viewer.due()
+    for _, _, raw in viewer.out:
+        json.loads(raw, parse_constant=no_number)
+    assert any("damaged" in json.loads(raw).get("trouble", "") for kind, _, raw in viewer.out if kind == "view")
+
+
+class Deaf:
+    """A viewer process that never says a word."""
+
+    pid = behind = 0
+
+    def __init__(self, _: Any, __: Any, ended: Callable[[], None], ___: int = 0) -> None:
+        self.ended, self.closed = ended, False
+
+    def send(self, *_: Any) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("how", ["dies", "leaves", "opens another"])
+def test_who_uploads_is_answered_at_once_if_the_viewer_dies_or_its_reader_turns_away(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchers_, "ViewerProcess", Deaf)
+    journals = SimpleNamespace(watch=lambda *_, **__: None, unwatch=lambda: None)
+
+    async def main() -> None:
+        watchers = watchers_.Watchers(SimpleNamespace(config=SimpleNamespace(model=None), journals=journals))  # type: ignore[arg-type]
+        watcher, file = watchers.enter(None), io.BytesIO()
+        file.fileno = lambda: 0  # type: ignore[method-assign]
+        upload = asyncio.create_task(watchers.open_file(watcher, file))
+        await asyncio.sleep(0)
+        own: Any = watcher.own
+        assert own is not None
+        if how == "dies":
+            own.ended()
+        elif how == "leaves":
+            watchers.leave(watcher)
+        else:
+            watchers.open(watcher, "/another")
+        with pytest.raises(RequestError, match="has ended" if how == "dies" else "has left, or has opened another"):
+            await asyncio.wait_for(upload, 5)
+        assert own.closed
+        assert file.closed
+        assert (watcher.own is not None) == (how == "opens another")
+        watchers.close()
+
+    asyncio.run(main())
 
 
 def test_a_step_that_cannot_be_made_again_leaves_the_state_before_it(tmp_path: Path) -> None:

@@ -28,12 +28,15 @@ MOST = 16  # watchers
 LINGER_SECONDS = 3.0  # the viewer stays after the last one
 ANSWER_SECONDS = 60.0  # of the viewer: it may load a tokenizer, or live through a journal
 OPEN_SECONDS = 120.0  # of a viewer that starts, and reads and replays a whole journal
+_DIED = "The process that replayed the journal has ended: the file is damaged, or takes too much memory."
+_GONE = "The journal is not shown: its reader has left, or has opened another."
 
 
 class Watcher:
     """One of them.  `secret` names it in further requests; `client`: whose requests it may see, None: all.
 
-    `own`: its viewer while it looks at a journal, and `file` that journal, where it came from its reader's own computer.
+    `own`: its viewer while it looks at a journal, and `file` that journal, where it came from its reader's own computer;
+    `asked`: who waits for what becomes of it.
     """
 
     def __init__(self, number: int, client: int | None) -> None:
@@ -41,13 +44,16 @@ class Watcher:
         self.views: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: the end
         self.own: ViewerProcess | None = None
         self.file: IO[bytes] | None = None
+        self.asked: asyncio.Future[bytes] | None = None
 
-    def drop_journal(self) -> None:
-        """End its own viewer.  Idempotent."""
+    def drop_journal(self, why: str = _GONE) -> None:
+        """End its own viewer, and tell who still waits for the journal why.  Idempotent."""
+        if self.asked is not None and not self.asked.done():
+            self.asked.set_result(json.dumps({"steps": 0, "trouble": why}).encode())
         for thing in (self.own, self.file):
             if thing is not None:
                 thing.close()
-        self.own = self.file = None
+        self.own = self.file = self.asked = None
 
 
 class Watchers:
@@ -167,7 +173,7 @@ class Watchers:
             self.send("watch", watcher.number, watcher.client, True)
             return
         self.send("leave", watcher.number)
-        watcher.file = file
+        watcher.file, watcher.asked = file, self._answers.get(number)
         ended = partial(self._journal_ended, watcher)
         watcher.own = self._process(ended, JOURNAL_BYTES)
         watcher.own.send("watch", watcher.number, watcher.client, True)
@@ -188,8 +194,8 @@ class Watchers:
 
     def _journal_ended(self, watcher: Watcher) -> None:
         """The viewer of a journal has died: its reader is told, and sees the engine again."""
-        text = "The process that replayed the journal has ended: the file is damaged, or takes too much memory."
-        watcher.views.put_nowait(json.dumps({"trouble": text, "kept": True}).encode())
+        watcher.drop_journal(_DIED)
+        watcher.views.put_nowait(json.dumps({"trouble": _DIED, "kept": True}).encode())
         self.open(watcher, "")
 
     # ---------------- to and from the viewer
@@ -210,8 +216,8 @@ class Watchers:
     async def _answer(self, ask: Callable[[int], object], seconds: float = ANSWER_SECONDS) -> bytes:
         number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
-        ask(number)
         try:
+            ask(number)
             return await asyncio.wait_for(future, seconds)
         except (asyncio.TimeoutError, asyncio.CancelledError) as e:
             if isinstance(e, asyncio.CancelledError) and not future.cancelled():

@@ -35,13 +35,11 @@ def packed(
     """The layer of matrices on top of each other; None where they cannot stay as they are."""
     if dtype not in (torch.bfloat16, torch.float16) or not all(isinstance(w, QuantizedWeight) for w in weights):
         return None
-    if gated and weights[0].shape[0] % 8:
-        return None
     parts = [w.quants(device) for w in weights if isinstance(w, QuantizedWeight)]
     bits, group = max(p.bits for p in parts), math.gcd(*(p.group for p in parts))
     order, inputs = parts[0].order, parts[0].numbers.shape[1]
     same = all((p.order is None) if order is None else (p.order is not None and torch.equal(p.order, order)) for p in parts)
-    if not same or not packs(bits, group, inputs):
+    if not same or not packs(bits, group, inputs) or (gated and len(parts[0].numbers) % 8):
         return None
 
     def joined(name: str) -> torch.Tensor:

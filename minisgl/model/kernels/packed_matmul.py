@@ -325,6 +325,8 @@ def pack(
         group = smaller
     groups = -(-blocks * block // group)
     scales, zeros = (F.pad(x[:, :groups], (0, max(0, groups - x.shape[1]))) for x in (scales.float(), zeros.float()))
+    # Beyond 2^15 the numbers are less than float16 keeps of the zero, which it could not hold.
+    scales, zeros = scales * (huge := (zeros.abs() / 2**15).clamp(min=1)), zeros / huge
     tiles = F.pad(numbers, (0, blocks * block - k)).reshape(n, blocks, fields, lanes)
     units = tiles[:, :, 0].short()
     for j in range(1, fields):
