@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,9 +47,20 @@ def publishes_kv_events() -> bool:
     return KV_EVENTS in serve_parser()._option_string_actions
 
 
-def best_policy(*, keys: bool = False) -> str:
-    """The router's policy where the user names none.  `keys`: replicas ask for API keys: prefixes are salted, and private."""
-    return EXACT if publishes_kv_events() and not keys else APPROXIMATE
+def best_policy(*, keys: bool = False, cache: str | None = None) -> str:
+    """The router's policy where the user names none.
+
+    `keys`: replicas ask for API keys: prefixes are salted, and private.  `cache`: their --cache, of which "none" tells nothing.
+    """
+    return EXACT if publishes_kv_events() and not keys and cache != "none" else APPROXIMATE
+
+
+def split(name: str, text: str) -> list[str]:
+    """The words of flags that were given as one text, as a shell reads them.  Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{name} {text!r:.200}: no flags as a shell would read them ({e})") from e
 
 
 def checked(flags: Sequence[str], replicas: int) -> argparse.Namespace:
@@ -82,6 +94,12 @@ def launches(flags: Sequence[str], ports: Sequence[Ports], *, cores: int, gpus: 
     n = len(ports)
     args = checked(flags, n)
     given = given_of(args)
+    if exact:
+        for name in ("kv_events", "kv_events_replay"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')}: with --policy {EXACT} each replica has its own; leave it out")
+        if args.kv_events_format != "map":
+            raise UserError(f"--kv-events-format {args.kv_events_format}: the router reads map alone; leave it out")
     on_gpu = bool(gpus) and args.device != "cpu" and "fake" not in (args.model, args.model_word)
     tp = given.get("tp", EngineConfig().tp)
     if on_gpu and n * tp > len(gpus):
