@@ -310,7 +310,8 @@ def test_nginx_streams_waits_and_marks_what_it_forwards() -> None:
         "proxy_next_upstream error timeout http_503 non_idempotent",
     ):
         assert re.search(rf"^\s*{re.escape(directive)};", text, re.MULTILINE), directive
-    (inside,) = re.findall(r"location ~ \^/\((.*)\) {\s*return 403;", text)
+    inside, of_routers = re.findall(r"location ~ \^/\((.*)\) {\s*return 403;", text)
+    assert set(of_routers.split("|")) == {"add_worker", "remove_worker", "list_workers", "workers", "get_loads"}
     routes = {resource.canonical for resource in build_app(ScriptedEngine()).router.resources()}
     for name in inside.split("|"):
         assert any(route.startswith(f"/{name}") for route in routes), name
