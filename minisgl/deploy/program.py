@@ -51,6 +51,12 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port of this host at which nothing listens now; another program may be faster to take it."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
 def server_command(*flags: str) -> list[str]:
     """The command line of an ordinary server, by the Python that runs now."""
     return [sys.executable, "-m", "minisgl", "serve", *flags]

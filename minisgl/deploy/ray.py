@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import threading
 import time
 from collections import OrderedDict
@@ -27,7 +26,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from minisgl.deploy.program import Program, server_command
+from minisgl.deploy.program import Program, free_port, server_command
 from minisgl.deploy.ray_settings import flags_of, settings
 
 CHUNK_CHARS = 256  # of the text of a prompt, in which its beginning is compared
@@ -122,12 +121,6 @@ def prompt_text(body: bytes) -> str:
 
 
 # ---------------- a replica
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class Server:
     """One replica: an ordinary server in a process of its own, on the node where Ray has placed this actor."""
 
