@@ -34,7 +34,7 @@ EXIT_DIED = 70  # as the server's own, when nothing is left to serve
 _LOOK_SECONDS = 0.2
 _SAY_SECONDS = 5.0  # between two lines of progress where no terminal shows them
 _ROUTER_SECONDS = 5.0  # for the router to end; its streams have ended with the replicas
-_EVENTS = 1000  # KV events and replay of replica i: its port + 1000 and + 2000
+_EVENTS = 1000  # KV events and replay of replica i: its port + 1000 and + 2000; metrics of the router: its port + 1000
 _ROOT = Path(__file__).parents[2]
 _POLICIES = ("random", "round_robin", "cache_aware", "kv_aware", "power_of_two", "consistent_hash", "sticky_least_loaded")
 
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
     plan = plan_cluster.launches(flags, ports, cores=len(os.sched_getaffinity(0)), gpus=_gpus(), exact=exact)
     program = router_program(args.router)
     bind(args.host, args.port).close()
-    for port in (p for own in ports for p in (vars(own).values() if exact else [own.http])):
+    for port in (args.port + _EVENTS, *(p for own in ports for p in (vars(own).values() if exact else [own.http]))):
         if not is_free(port):
             raise UserError(f"port {port} of 127.0.0.1 is taken: stop what listens there, or choose another --port")
     return _Cluster(args, plan, served, policy=policy, program=program, router_flags=router_flags, secret=secret).run()
@@ -202,6 +202,7 @@ class _Cluster:
             policy=self.policy,
             page_size=self.page_size,
             model=served_model(self.plan[0].ports.http),
+            metrics_port=self.args.port + _EVENTS,
             extra=self.router_flags,
         )
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.args.host, self.args.host)

@@ -141,20 +141,21 @@ def router_command(
     policy: str,
     page_size: int,
     model: str,
+    metrics_port: int,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line of vllm-router 0.1.17.
 
     /ready is 503 from the moment a replica drains, or recovers; it is asked every second, since by default the router learns of
     that after three minutes.  Tries are spread over three seconds, since the five of the default all go to the dead replica, in
-    less time than its death is noticed in.  `model`: the name that replicas serve.  `extra`: more of the router's own flags,
-    which win.
+    less time than its death is noticed in.  `model`: the name that replicas serve.  `metrics_port`: without one, all routers of
+    a host want 29000.  `extra`: more of the router's own flags, which win.
     """
     words = [*program, "--host", host, "--port", str(port), "--worker-urls", *(r.url for r in replicas), "--policy", policy]
     words += ["--health-check-endpoint", "/ready", "--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
     words += ["--health-success-threshold", "1", "--cb-timeout-duration-secs", "2"]  # back again as soon as it is ready
     words += ["--retry-max-retries", "8", "--retry-initial-backoff-ms", "100", "--retry-max-backoff-ms", "1000"]
-    words += ["--worker-startup-check-interval", "1", "--log-level", "warning"]
+    words += ["--worker-startup-check-interval", "1", "--log-level", "warning", "--prometheus-port", str(metrics_port)]
     if policy == EXACT:
         for r in replicas:
             words += ["--kv-event-source", f"{r.url}=tcp://127.0.0.1:{r.ports.events}"]

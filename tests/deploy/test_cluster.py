@@ -113,7 +113,7 @@ def test_with_kv_events_the_router_hears_every_replica(monkeypatch: pytest.Monke
     found = plan("fake", exact=True)
     assert value(found[1].flags, "--kv-events") == "tcp://127.0.0.1:9102"
     assert value(found[1].flags, "--kv-events-replay") == "tcp://127.0.0.1:9202"
-    words = router_command(["r"], "h", 1, found, policy="kv_aware", page_size=16, model="m")
+    words = router_command(["r"], "h", 1, found, policy="kv_aware", page_size=16, model="m", metrics_port=5)
     sources = [words[i + 1] for i, word in enumerate(words) if word == "--kv-event-source"]
     assert sources == [f"http://127.0.0.1:900{i}=tcp://127.0.0.1:910{i}" for i in (1, 2, 3)]
     assert "http://127.0.0.1:9003=tcp://127.0.0.1:9203" in words
@@ -121,10 +121,13 @@ def test_with_kv_events_the_router_hears_every_replica(monkeypatch: pytest.Monke
 
 
 def test_the_router_asks_every_second_whether_replicas_are_ready() -> None:
-    words = router_command(["r"], "h", 1, plan("fake"), policy="cache_aware", page_size=16, model="m", extra=["--x", "1"])
+    words = router_command(
+        ["r"], "h", 1, plan("fake"), policy="cache_aware", page_size=16, model="m", metrics_port=5, extra=["--x", "1"]
+    )
     assert (value(words, "--health-check-endpoint"), value(words, "--health-check-interval-secs")) == ("/ready", "1")
     assert words[words.index("--worker-urls") + 1 :][:3] == [f"http://127.0.0.1:900{i}" for i in (1, 2, 3)]
     assert "--kv-event-source" not in words
+    assert value(words, "--prometheus-port") == "5"  # two clusters on one host would want the same one
     assert words[-2:] == ["--x", "1"]
 
 
