@@ -60,6 +60,7 @@ NOT_RUN = {
         "docs/simulator.md",
         "python -m minisgl simulate TRACE.jsonl --limit 1500",
     ): "recorded traces, which are not in the repository",
+    ("docs/capacity.md", "python -m minisgl simulate TRACE.jsonl --slo"): "recorded traces, which are not in the repository",
     ("docs/kv_events.md", "minisgl --port 8001"): "needs vllm-router (scripts/check/kv_router.py runs it)",
     ("docs/simulator.md", "from minisgl.cache.radix"): "runs in the test of the next block",
     ("docs/simulator.md", "python scripts/tune/fit_costs.py"): "minutes of measuring",
@@ -108,7 +109,7 @@ RUN = {
 }
 
 # Documents and flags of other programs: openssl, docker, curl, litellm, vllm-router, smg.
-_OF_OTHERS = "build-arg cacert disable-tokenizer-autoload rm shm-size"
+_OF_OTHERS = "build-arg cacert disable-tokenizer-autoload rm shm-size stop-timeout"
 FOREIGN = {("deployment.md", f"--{flag}") for flag in _OF_OTHERS.split()}
 NO_ROUTES = {
     "/reset",
@@ -120,7 +121,10 @@ NO_ROUTES = {
     "/dev/shm",
     "/cache",
     "/tmp",
-}  # commands of the chat; folders
+    "/add_worker",
+    "/remove_worker",
+    "/workers",
+}  # commands of the chat; folders; routes of routers
 
 
 # ---------------- what the documents show

@@ -25,21 +25,24 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     """The flags of a plan that are no numbers."""
     text = "find the replicas that meet it: ttft=500ms,itl=50ms,share=0.9; also gap=..., the longest time between two tokens"
     group.add_argument("--slo", metavar="LIST", help=text)
-    group.add_argument("--routers", metavar="NAMES", default=DEFAULT_ROUTERS, help=f"of {', '.join(ROUTERS)} (%(default)s)")
+    group.add_argument("--routers", metavar="NAMES", help=f"of {', '.join(ROUTERS)} ({DEFAULT_ROUTERS})")
     text = "run the real step machine instead of its model at the level of requests: a hundred times as slow"
     group.add_argument("--step-level", action="store_true", help=text)
 
 
 def check(args: argparse.Namespace) -> list[str]:
     """The routers to compare.  Raises UserError naming the flag."""
-    names: list[str] = list(dict.fromkeys(args.routers.split(",")))
+    names: list[str] = list(dict.fromkeys((DEFAULT_ROUTERS if args.routers is None else args.routers).split(",")))
     if unknown := [n for n in names if n not in ROUTERS]:
         raise UserError(f"--routers: unknown router {unknown[0]!r}; there are {', '.join(ROUTERS)}")
     if args.slo is None:
-        for flag, given in (("--price-per-hour", args.price_per_hour), ("--step-level", args.step_level)):
-            if given:
+        flags = ("--price-per-hour", "--step-level", "--routers")
+        for flag in flags:
+            if getattr(args, flag[2:].replace("-", "_")):
                 raise UserError(f"{flag} belongs to a capacity plan: give --slo, as in --slo ttft=500ms,itl=50ms,share=0.9")
         return names
+    if args.router:
+        raise UserError(f"--router {args.router} is that of one fleet: with --slo write --routers {args.router}")
     if args.compare:
         raise UserError("--compare runs policies of the scheduler on one fleet: use it without --slo")
     if args.itl_target_ms and not args.step_level:

@@ -26,6 +26,7 @@ from minisgl.simulation.report import Summary, comparison, summarise, table
 from minisgl.simulation.router import ROUTERS
 from minisgl.simulation.trace import FIRST_PROMPT_TOKEN, load
 
+_ROUTER = "prefix"
 # Flags with a number: group, flag, metavar, default (which has the type), lowest, highest, help.
 _NUMBERS: tuple[tuple[str, str, str, int | float, float, float, str], ...] = (
     ("trace", "--limit", "N", 0, 0, 1 << 31, "only the first N requests; 0: all"),
@@ -64,7 +65,7 @@ def _parser() -> Parser:
     fleet.add_argument(
         "--replicas", type=int, metavar="N", help="engines behind one router (1; with --slo: as many as it takes)"
     )
-    fleet.add_argument("--router", choices=tuple(ROUTERS), default="prefix", help="(%(default)s)")
+    fleet.add_argument("--router", choices=tuple(ROUTERS), help=f"({_ROUTER})")
     capacity.add_flags(groups["plan"])
     out.add_argument(
         "--compare", nargs="?", const="all", metavar="NAMES", help="run several policies; all, or names with commas"
@@ -154,7 +155,8 @@ def run(argv: list[str]) -> int:
         changed = POLICIES[name](limits)
         if changed not in known:
             start = time.perf_counter()
-            done = simulate(requests, changed, costs, replicas=replicas, router=args.router, latency=args.latency_us * 1e-6)
+            router, latency = args.router or _ROUTER, args.latency_us * 1e-6
+            done = simulate(requests, changed, costs, replicas=replicas, router=router, latency=latency)
             known[changed] = summarise(done) | {"wall_seconds": time.perf_counter() - start}
             if args.plot:
                 gpu = args.cost_json or args.gpu

@@ -9,20 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minisgl.commands.flags import keys_from
+from minisgl.commands.flags import ADMIN_KEY_VARIABLE, keys_from
 from minisgl.commands.parser import Parser
+from minisgl.commands.serve import bind
 from minisgl.config import EngineConfig, ServerConfig
 from minisgl.deploy import plan_cluster
 from minisgl.deploy.plan_cluster import Launch, Ports
@@ -33,7 +34,7 @@ EXIT_DIED = 70  # as the server's own, when nothing is left to serve
 _LOOK_SECONDS = 0.2
 _SAY_SECONDS = 5.0  # between two lines of progress where no terminal shows them
 _ROUTER_SECONDS = 5.0  # for the router to end; its streams have ended with the replicas
-_EVENTS = 1000  # KV events and replay of replica i: its port + 1000 and + 2000
+_EVENTS = 1000  # KV events and replay of replica i: its port + 1000 and + 2000; metrics of the router: its port + 1000
 _ROOT = Path(__file__).parents[2]
 _POLICIES = ("random", "round_robin", "cache_aware", "kv_aware", "power_of_two", "consistent_hash", "sticky_least_loaded")
 
@@ -72,8 +73,12 @@ def run(argv: list[str]) -> int:
         raise UserError(
             f"--port {args.port}: between 1 and {65535 - args.replicas - 2 * _EVENTS}, as replicas take ports above"
         )
-    keys = bool(keys_from(plan_cluster.checked(flags, args.replicas))[0])
-    policy = plan_cluster.best_policy(keys=keys) if args.policy == "auto" else args.policy
+    served = plan_cluster.checked(flags, args.replicas)
+    keys, admins = map(bool, keys_from(served))
+    # A request through the router comes from this host; without a key that nobody knows it would be its administrator's.
+    secret = {} if keys or admins else {ADMIN_KEY_VARIABLE: secrets.token_hex(32)}
+    router_flags = plan_cluster.split("--router-flags", args.router_flags)
+    policy = plan_cluster.best_policy(keys=keys, cache=served.cache) if args.policy == "auto" else args.policy
     if policy == plan_cluster.EXACT and keys:
         raise UserError("--policy kv_aware: what is cached for the owner of an API key is not published; choose cache_aware")
     if policy == plan_cluster.EXACT and not plan_cluster.publishes_kv_events():
@@ -82,12 +87,11 @@ def run(argv: list[str]) -> int:
     ports = [Ports(args.port + i, args.port + i + _EVENTS, args.port + i + 2 * _EVENTS) for i in range(1, args.replicas + 1)]
     plan = plan_cluster.launches(flags, ports, cores=len(os.sched_getaffinity(0)), gpus=_gpus(), exact=exact)
     program = router_program(args.router)
-    taken = [(args.host, args.port)]
-    taken += [("127.0.0.1", p) for own in ports for p in (vars(own).values() if exact else [own.http])]
-    for host, port in taken:
-        if not is_free(port, host):
-            raise UserError(f"port {port} of {host} is taken: stop what listens there, or choose another --port")
-    return _Cluster(args, plan, flags, policy, program).run()
+    bind(args.host, args.port).close()
+    for port in (args.port + _EVENTS, *(p for own in ports for p in (vars(own).values() if exact else [own.http]))):
+        if not is_free(port):
+            raise UserError(f"port {port} of 127.0.0.1 is taken: stop what listens there, or choose another --port")
+    return _Cluster(args, plan, served, policy=policy, program=program, router_flags=router_flags, secret=secret).run()
 
 
 def _gpus() -> list[str]:
@@ -113,10 +117,18 @@ class _Cluster:
     """The programs of one run, and what is said about them."""
 
     def __init__(
-        self, args: argparse.Namespace, plan: Sequence[Launch], flags: Sequence[str], policy: str, program: Sequence[str]
+        self,
+        args: argparse.Namespace,
+        plan: Sequence[Launch],
+        served: argparse.Namespace,
+        *,
+        policy: str,
+        program: Sequence[str],
+        router_flags: Sequence[str],
+        secret: Mapping[str, str],
     ) -> None:
-        served = plan_cluster.checked(flags, len(plan))
-        self.args, self.plan, self.policy, self.program = args, plan, policy, program
+        """`served`: the flags of a replica.  `secret`: for the environment of the replicas alone.  Raises UserError."""
+        self.args, self.plan, self.policy, self.program, self.router_flags = args, plan, policy, program, router_flags
         self.page_size = getattr(served, "page_size", None) or EngineConfig().page_size
         self.drain_seconds = float(served.drain_seconds)
         self.log_dir = Path(args.log_dir) if args.log_dir else None
@@ -128,15 +140,23 @@ class _Cluster:
         self.replicas = []
         for i, r in enumerate(plan, 1):
             command, log = server_command(*r.flags), self._log(f"replica{i}")
-            self.replicas.append(Program(f"replica {i}", command, r.ports.http, environment=r.environment, log=log))
+            self.replicas.append(
+                Program(f"replica {i}", command, r.ports.http, environment={**r.environment, **secret}, log=log)
+            )
         self.router: Program | None = None
         self.deaths: dict[str, deque[float]] = {}
         self.given_up: set[str] = set()
         self.signals = 0
-        self.stop = threading.Event()
 
     def _log(self, name: str) -> Path | None:
-        return self.log_dir / f"{name}.log" if self.log_dir else None
+        """The file that a program's output is appended to.  Raises UserError where it cannot be written."""
+        if self.log_dir is None:
+            return None
+        try:
+            (path := self.log_dir / f"{name}.log").open("ab").close()
+        except OSError as e:
+            raise UserError(f"--log-dir {self.log_dir}: {path.name} cannot be written ({e.strerror})") from e
+        return path
 
     def run(self) -> int:
         handlers = {n: signal.signal(n, self._signalled) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -165,8 +185,13 @@ class _Cluster:
         return "1 replica" if len(self.replicas) == 1 else f"{len(self.replicas)} replicas"
 
     def _signalled(self, *_: object) -> None:
-        self.signals += 1
-        self.stop.set()
+        self.signals += 1  # and no more: a lock that the interrupted code holds would never be free
+
+    def _stopped(self) -> bool:
+        """Wait a little.  Whether a signal has come."""
+        if not self.signals:
+            time.sleep(_LOOK_SECONDS)
+        return self.signals > 0
 
     def _make_router(self) -> Program:
         command = plan_cluster.router_command(
@@ -177,9 +202,11 @@ class _Cluster:
             policy=self.policy,
             page_size=self.page_size,
             model=served_model(self.plan[0].ports.http),
-            extra=shlex.split(self.args.router_flags),
+            metrics_port=self.args.port + _EVENTS,
+            extra=self.router_flags,
         )
-        return Program("router", command, self.args.port, "/readiness", log=self._log("router"))
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.args.host, self.args.host)
+        return Program("router", command, self.args.port, "/readiness", host=here, log=self._log("router"))
 
     def _await(self, programs: Sequence[Program], begin: float) -> bool:
         """Wait until all are ready, with progress; False where one has ended before, or after a signal."""
@@ -196,14 +223,14 @@ class _Cluster:
             elif time.monotonic() - said > _SAY_SECONDS and waiting:
                 said = time.monotonic()
                 say(f"{text}: waiting for {', '.join(p.name for p in waiting)}")
-            if waiting and self.stop.wait(_LOOK_SECONDS):
+            if waiting and self._stopped():
                 return False
         return True
 
     def _watch(self) -> int:
         """Report what dies and start it again, until a signal, or until nothing is left that could serve."""
         assert self.router is not None
-        while not self.stop.wait(_LOOK_SECONDS):
+        while not self._stopped():
             for program in (*self.replicas, self.router):
                 if program.name not in self.given_up and (how := program.ended()):
                     self._died(program, how)
@@ -254,6 +281,6 @@ def served_model(port: int) -> str:
 
 def say(text: str, program: Program | None = None) -> None:
     """One line on stderr; with `program`, its last lines below."""
-    print(f"minisgl: {text}", file=sys.stderr, flush=True)
-    if program is not None and program.lines:
-        print("\n".join(f"    {line}" for line in program.lines), file=sys.stderr, flush=True)
+    lines = [f"minisgl: {text}", *(f"    {line}" for line in (list(program.lines) if program is not None else []))]
+    with suppress(OSError):  # of a terminal that is no more: what runs has to be stopped all the same
+        print("\n".join(lines), file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,9 +47,20 @@ def publishes_kv_events() -> bool:
     return KV_EVENTS in serve_parser()._option_string_actions
 
 
-def best_policy(*, keys: bool = False) -> str:
-    """The router's policy where the user names none.  `keys`: replicas ask for API keys: prefixes are salted, and private."""
-    return EXACT if publishes_kv_events() and not keys else APPROXIMATE
+def best_policy(*, keys: bool = False, cache: str | None = None) -> str:
+    """The router's policy where the user names none.
+
+    `keys`: replicas ask for API keys: prefixes are salted, and private.  `cache`: their --cache, of which "none" tells nothing.
+    """
+    return EXACT if publishes_kv_events() and not keys and cache != "none" else APPROXIMATE
+
+
+def split(name: str, text: str) -> list[str]:
+    """The words of flags that were given as one text, as a shell reads them.  Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{name} {text!r:.200}: no flags as a shell would read them ({e})") from e
 
 
 def checked(flags: Sequence[str], replicas: int) -> argparse.Namespace:
@@ -82,6 +94,12 @@ def launches(flags: Sequence[str], ports: Sequence[Ports], *, cores: int, gpus: 
     n = len(ports)
     args = checked(flags, n)
     given = given_of(args)
+    if exact:
+        for name in ("kv_events", "kv_events_replay"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')}: with --policy {EXACT} each replica has its own; leave it out")
+        if args.kv_events_format != "map":
+            raise UserError(f"--kv-events-format {args.kv_events_format}: the router reads map alone; leave it out")
     on_gpu = bool(gpus) and args.device != "cpu" and "fake" not in (args.model, args.model_word)
     tp = given.get("tp", EngineConfig().tp)
     if on_gpu and n * tp > len(gpus):
@@ -123,20 +141,21 @@ def router_command(
     policy: str,
     page_size: int,
     model: str,
+    metrics_port: int,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line of vllm-router 0.1.17.
 
     /ready is 503 from the moment a replica drains, or recovers; it is asked every second, since by default the router learns of
     that after three minutes.  Tries are spread over three seconds, since the five of the default all go to the dead replica, in
-    less time than its death is noticed in.  `model`: the name that replicas serve.  `extra`: more of the router's own flags,
-    which win.
+    less time than its death is noticed in.  `model`: the name that replicas serve.  `metrics_port`: without one, all routers of
+    a host want 29000.  `extra`: more of the router's own flags, which win.
     """
     words = [*program, "--host", host, "--port", str(port), "--worker-urls", *(r.url for r in replicas), "--policy", policy]
     words += ["--health-check-endpoint", "/ready", "--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
     words += ["--health-success-threshold", "1", "--cb-timeout-duration-secs", "2"]  # back again as soon as it is ready
     words += ["--retry-max-retries", "8", "--retry-initial-backoff-ms", "100", "--retry-max-backoff-ms", "1000"]
-    words += ["--worker-startup-check-interval", "1", "--log-level", "warning"]
+    words += ["--worker-startup-check-interval", "1", "--log-level", "warning", "--prometheus-port", str(metrics_port)]
     if policy == EXACT:
         for r in replicas:
             words += ["--kv-event-source", f"{r.url}=tcp://127.0.0.1:{r.ports.events}"]

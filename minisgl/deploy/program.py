@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 LAST_LINES = 20  # of a program's output that are kept, to be shown when it dies
@@ -50,13 +51,19 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port of this host at which nothing listens now; another program may be faster to take it."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
 def server_command(*flags: str) -> list[str]:
     """The command line of an ordinary server, by the Python that runs now."""
     return [sys.executable, "-m", "minisgl", "serve", *flags]
 
 
 class Program:
-    """One child that listens on `port` of this host and answers 200 at `path` when it is ready.
+    """One child that listens on `port` and answers 200 at `path` when it is ready.
 
     It is in a session of its own, so that ^C in a terminal reaches only its parent, and dies with its parent.
     """
@@ -68,11 +75,13 @@ class Program:
         port: int,
         path: str = "/ready",
         *,
+        host: str = "127.0.0.1",
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
     ) -> None:
-        """`environment`: beside ours.  `log`: a file that its output is appended to, as well."""
+        """`host`: where this host reaches it.  `environment`: beside ours.  `log`: a file for its output."""
         self.name, self.command, self.port, self.path = name, list(command), port, path
+        self._host = host
         self.lines: deque[str] = deque(maxlen=LAST_LINES)
         self._log = log
         self._environment = dict(environment or {})
@@ -98,7 +107,8 @@ class Program:
         assert child.stdout is not None
         with child.stdout, open(self._log or os.devnull, "ab", buffering=0) as log:
             for line in child.stdout:
-                log.write(line)
+                with suppress(OSError):  # of a full disk: a program whose output nobody reads would stand still
+                    log.write(line)
                 self.lines.append(line.decode(errors="replace").rstrip())
 
     @property
@@ -120,7 +130,7 @@ class Program:
         return self._child.poll() if self._child else None
 
     def is_ready(self) -> bool:
-        return not self.ended() and get(self.port, self.path)[0] == 200
+        return not self.ended() and get(self.port, self.path, host=self._host)[0] == 200
 
     def signal(self, number: int) -> None:
         """To the program itself; a server passes it on to its own processes."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shlex
 import signal
-import socket
 import threading
 import time
 from collections import OrderedDict
@@ -28,8 +26,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from minisgl.deploy.program import Program, server_command
-from minisgl.errors import UserError
+from minisgl.deploy.program import Program, free_port, server_command
+from minisgl.deploy.ray_settings import flags_of, settings
 
 CHUNK_CHARS = 256  # of the text of a prompt, in which its beginning is compared
 MAX_CHUNKS = 64  # that are looked at: the first 16 KiB
@@ -39,42 +37,6 @@ TRIES = 3  # for a request whose answer has not begun
 START_SECONDS = 1800.0  # for a model to load
 # Headers that belong to one connection, and not to what is passed on.
 _HOP = {"host", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"}
-DEFAULTS: dict[str, Any] = {
-    "model": "",  # as --model; "": the embedded one
-    "replicas": 1,
-    "max_replicas": 0,  # above `replicas`: as many are started when much is waiting
-    "target_requests": 32,  # open requests of a replica, beyond which another one is started
-    "max_requests": 1024,  # open requests of a replica, beyond which they wait at the ingress
-    "cpus": 1.0,  # of a replica: what Ray reserves, and --threads
-    "gpus": 0.0,  # of a replica: what Ray reserves
-    "drain_seconds": 30.0,
-    "flags": "",  # more flags of `minisgl serve`, in one word
-}
-
-
-def settings(args: dict[str, Any]) -> dict[str, Any]:
-    """What `serve run` was given, over DEFAULTS, with their types.  Raises UserError."""
-    found = dict(DEFAULTS)
-    for name, given in args.items():
-        if name not in DEFAULTS:
-            raise UserError(f"{name}: unknown; there are {', '.join(DEFAULTS)}")
-        kind = type(DEFAULTS[name])
-        try:
-            found[name] = kind(given)
-        except ValueError:
-            raise UserError(f"{name}={given}: a number is expected") from None
-    if found["replicas"] < 1 or found["cpus"] <= 0 or found["target_requests"] < 1:
-        raise UserError("replicas and target_requests must be at least 1, and cpus above 0")
-    return found
-
-
-def flags_of(found: dict[str, Any]) -> list[str]:
-    """The flags of each server, without its port."""
-    words = ["--model", found["model"]] if found["model"] else []
-    words += ["--drain-seconds", f"{found['drain_seconds']:g}", *shlex.split(found["flags"])]
-    if not found["gpus"] and "--threads" not in words:
-        words += ["--threads", str(max(1, int(found["cpus"])))]
-    return words
 
 
 # ---------------- which replica
@@ -159,12 +121,6 @@ def prompt_text(body: bytes) -> str:
 
 
 # ---------------- a replica
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class Server:
     """One replica: an ordinary server in a process of its own, on the node where Ray has placed this actor."""
 
@@ -178,6 +134,8 @@ class Server:
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()  # the server dies with the thread that starts it
         self._started.wait()
+        if not self._program.pid:
+            raise RuntimeError("the server's process could not be started; Ray's log of this actor says why")
         end = time.monotonic() + START_SECONDS
         while not self._program.is_ready():
             if (how := self._program.ended()) or time.monotonic() > end:
@@ -188,14 +146,21 @@ class Server:
         self._session: aiohttp.ClientSession | None = None
 
     def _keep(self) -> None:
-        self._program.start()
-        self._started.set()
+        try:
+            self._program.start()
+        finally:
+            self._started.set()
         self._leave.wait()
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:  # on the loop that runs requests
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-            self._session = aiohttp.ClientSession(self._url, timeout=timeout, auto_decompress=False)
+            self._session = aiohttp.ClientSession(
+                self._url,
+                connector=aiohttp.TCPConnector(limit=0),  # by default the 101st request would wait, and so the health check
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+                auto_decompress=False,
+                skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),  # the client's own, or none
+            )
         return self._session
 
     async def answer(
@@ -241,8 +206,8 @@ class Ingress:
         body = await request.body()
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = [(k, v) for k, v in request.headers.items() if k not in _HOP]
-        if not any(k == "x-forwarded-for" for k, _ in headers) and request.client:
-            headers.append(("x-forwarded-for", request.client.host))  # who comes through here is no administrator
+        if not any(k == "x-forwarded-for" for k, _ in headers):  # who comes through here is no administrator
+            headers.append(("x-forwarded-for", request.client.host if request.client else "unknown"))
         last: Exception | None = None
         for _ in range(TRIES):
             parts = self._servers.answer.remote(prompt_text(body), request.method, path, headers, body)
@@ -272,7 +237,7 @@ class Ingress:
 
 
 def app(args: dict[str, Any]) -> Any:
-    """The application, for `serve run minisgl.deploy.ray:app NAME=VALUE ...`; DEFAULTS has the names.  Raises UserError."""
+    """The application, for `serve run minisgl.deploy.ray:app NAME=VALUE ...`; ray_settings.py has them.  Raises UserError."""
     found = settings(args)
     most = max(found["max_replicas"], found["replicas"])
     scaling: dict[str, Any] = {"num_replicas": found["replicas"]}

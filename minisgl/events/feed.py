@@ -66,3 +66,7 @@ class Feed:
     def keeps(self, start: int) -> bool:
         """Whether `since` has the messages themselves."""
         return start >= self.next or bool(self._kept and self._kept[0][0] <= start)
+
+    def has(self, start: int) -> bool:
+        """Whether `since` need not write the whole tree anew."""
+        return self.keeps(start) or (self._present is not None and self._present[0] == self.next - 1)

@@ -29,9 +29,10 @@ from minisgl.events.feed import Feed
 from minisgl.events.wire import END, FORMS, number, packed
 
 LOOK_SECONDS = 0.05  # between two looks for subscribers and for requests
-RENEW_SECONDS = 0.5  # between two messages of the whole tree in the stream
+RENEW_SECONDS = 0.5  # between two messages of the whole tree in the stream, and between two that are written for replays
 HIGH_WATER = 100_000  # messages that may wait for one subscriber, as vLLM has it
-MAX_REQUESTS = 8  # answered at one look
+MAX_NEWS = 256  # subscriptions that are read at one look
+MAX_REQUESTS = 8  # for a replay, answered at one look
 MAX_HEARD = 4096  # bytes of what comes from outside
 
 
@@ -47,8 +48,9 @@ class Publisher:
         if server.kv_events_replay:
             self._replay = _bound(ctx, zmq.ROUTER, "--kv-events-replay", server.kv_events_replay)
         self._blocks: Blocks | None = None
-        self._look = self._renew = 0.0  # when to do so next
+        self._look = self._renew = self._whole = 0.0  # when to do so next
         self._joined = False  # somebody has subscribed, and not been told the tree
+        self._later: list[bytes] | None = None  # a request for a replay of the whole tree, too soon after another one
         self._odd = 0  # requests that were none
 
     def begin(self, machine: StepMachine) -> None:
@@ -84,28 +86,40 @@ class Publisher:
     def _hear(self, now: float) -> None:
         """Look who has subscribed, and who asks."""
         self._look = now + LOOK_SECONDS
-        while self._stream.poll(0):
+        for _ in range(MAX_NEWS):
+            if not self._stream.poll(0):
+                break
             heard = self._stream.recv(zmq.NOBLOCK)
             self._joined |= heard[:1] == b"\x01" and self._topic.startswith(heard[1:])
         if self._joined and now >= self._renew:
             self._joined, self._renew = False, now + RENEW_SECONDS
             self._send(*self._feed.renew())
         for _ in range(MAX_REQUESTS):
-            if self._replay is None or not self._replay.poll(0):
+            if self._later is None and (self._replay is None or not self._replay.poll(0)):
                 return
-            self._answer(self._replay, self._replay.recv_multipart(zmq.NOBLOCK))
+            assert self._replay is not None
+            frames, self._later = self._later or self._replay.recv_multipart(zmq.NOBLOCK), None
+            if not self._answer(self._replay, frames, now):
+                self._later = frames
+                return
 
-    def _answer(self, replay: zmq.Socket[bytes], frames: list[bytes]) -> None:
+    def _answer(self, replay: zmq.Socket[bytes], frames: list[bytes], now: float) -> bool:
+        """Answer a request for a replay; False where it has to wait, so that whole trees leave time for steps."""
         if len(frames) != 3 or frames[1] or len(frames[2]) != 8:
             self._odd += 1
             if self._odd == 1:
                 logging.getLogger("minisgl").warning("--kv-events-replay: dropped what is no request for a replay")
-            return
-        start = int.from_bytes(frames[2], "big")
-        self._joined |= not self._feed.keeps(start)  # in the stream, too: some take no replay that leaves numbers out
-        for seq, payload in self._feed.since(start):
+            return True
+        start, feed = int.from_bytes(frames[2], "big"), self._feed
+        if not feed.has(start):
+            if now < self._whole:
+                return False
+            self._whole = now + RENEW_SECONDS
+        self._joined |= not feed.keeps(start)  # in the stream, too: some take no replay that leaves numbers out
+        for seq, payload in feed.since(start):
             replay.send_multipart((frames[0], b"", self._topic, number(seq), payload), zmq.NOBLOCK)
         replay.send_multipart((frames[0], b"", b"", *END), zmq.NOBLOCK)
+        return True
 
 
 class Beside:

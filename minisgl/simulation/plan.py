@@ -46,6 +46,8 @@ def parse_slo(text: str) -> Slo:
         names = [f.name for f in fields(Slo)]
         if name not in names:
             raise UserError(f"--slo {text}: unknown part {name!r}; write ttft=500ms,itl=50ms,share=0.9 ({', '.join(names)})")
+        if name in found:
+            raise UserError(f"--slo {text}: {name} is there twice")
         number = value.rstrip("smu")
         unit = value[len(number) :]
         try:

@@ -175,7 +175,14 @@ def main() -> int:
         until("replicas", lambda: all(replica.is_ready() for replica in replicas))
         model = served_model(replicas[0].port)
         command = plan_cluster.router_command(
-            router_program(args.router), "127.0.0.1", door.http, plan, policy=args.policy, page_size=16, model=model
+            router_program(args.router),
+            "127.0.0.1",
+            door.http,
+            plan,
+            policy=args.policy,
+            page_size=16,
+            model=model,
+            metrics_port=door.events,
         )
         router = Program("router", command, door.http, "/readiness")
         with running([router]):

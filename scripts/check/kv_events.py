@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -28,14 +27,10 @@ from minisgl.actors.scheduler.interface import Output, SchedulerLimits
 from minisgl.actors.scheduler.step_machine import StepMachine
 from minisgl.cache.kept import KeptPages
 from minisgl.config import ServerConfig
+from minisgl.deploy.program import free_port
 from minisgl.events.publisher import Publisher
 
 PAGE, PAGES, EVERY, SECONDS = 16, 600, 50, 1.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 class Sockets:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,13 +20,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from minisgl.deploy.program import free_port
+
 ROOT = Path(__file__).parents[2]
 CONVERSATIONS, LATE_SECONDS = 8, 1.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:

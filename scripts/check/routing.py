@@ -27,7 +27,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ import numpy as np
 
 from minisgl.actors.scheduler.interface import SchedulerLimits
 from minisgl.arrays import I32, I64
+from minisgl.deploy.program import free_port
 from minisgl.model.checkpoint.resolve import fake_model
 from minisgl.model.text.tokenizer import load_tokenizer
 from minisgl.simulation.fleet import simulate
@@ -87,12 +87,6 @@ class Words:
     def prompt(self, request: TraceRequest) -> str:
         """Each block's words depend on its id alone."""
         return "".join(self._text(int(t), int(n)) for t, n in zip(request.tokens, request.counts, strict=True))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def get(url: str) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from processes import alive, eventually
 from minisgl.__main__ import main
 from minisgl.deploy import plan_cluster
 from minisgl.deploy.plan_cluster import Launch, Ports, launches, router_command, visible_gpus
-from minisgl.deploy.program import get, is_free
+from minisgl.deploy.program import Program, get, is_free
 from minisgl.errors import UserError
 from scripts.check.front_door import CUT, EVENT, OK, SILENT, free_ports, outcome_of_stream
 
@@ -85,6 +88,20 @@ def test_a_flag_that_replicas_cannot_share_is_refused(flags: list[str], said: st
         plan(*flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv-events", "tcp://*:1"], "--kv-events: with --policy kv_aware each replica has its own"),
+        (["--kv-events-replay=tcp://*:1"], "--kv-events-replay: with --policy kv_aware each replica has its own"),
+        (["--kv-events-format", "array"], "--kv-events-format array: the router reads map alone"),
+    ],
+)
+def test_flags_of_kv_events_that_the_router_would_not_follow_are_refused(flags: list[str], said: str) -> None:
+    assert plan(*flags)
+    with pytest.raises(UserError, match=said):
+        plan(*flags, exact=True)
+
+
 def test_the_number_of_a_replica_can_stand_in_its_flags() -> None:
     found = plan("--data-dir", "state{replica}", "--journal=j{replica}")
     assert [value(r.flags, "--data-dir") for r in found] == ["state1", "state2", "state3"]
@@ -96,7 +113,7 @@ def test_with_kv_events_the_router_hears_every_replica(monkeypatch: pytest.Monke
     found = plan("fake", exact=True)
     assert value(found[1].flags, "--kv-events") == "tcp://127.0.0.1:9102"
     assert value(found[1].flags, "--kv-events-replay") == "tcp://127.0.0.1:9202"
-    words = router_command(["r"], "h", 1, found, policy="kv_aware", page_size=16, model="m")
+    words = router_command(["r"], "h", 1, found, policy="kv_aware", page_size=16, model="m", metrics_port=5)
     sources = [words[i + 1] for i, word in enumerate(words) if word == "--kv-event-source"]
     assert sources == [f"http://127.0.0.1:900{i}=tcp://127.0.0.1:910{i}" for i in (1, 2, 3)]
     assert "http://127.0.0.1:9003=tcp://127.0.0.1:9203" in words
@@ -104,10 +121,13 @@ def test_with_kv_events_the_router_hears_every_replica(monkeypatch: pytest.Monke
 
 
 def test_the_router_asks_every_second_whether_replicas_are_ready() -> None:
-    words = router_command(["r"], "h", 1, plan("fake"), policy="cache_aware", page_size=16, model="m", extra=["--x", "1"])
+    words = router_command(
+        ["r"], "h", 1, plan("fake"), policy="cache_aware", page_size=16, model="m", metrics_port=5, extra=["--x", "1"]
+    )
     assert (value(words, "--health-check-endpoint"), value(words, "--health-check-interval-secs")) == ("/ready", "1")
     assert words[words.index("--worker-urls") + 1 :][:3] == [f"http://127.0.0.1:900{i}" for i in (1, 2, 3)]
     assert "--kv-event-source" not in words
+    assert value(words, "--prometheus-port") == "5"  # two clusters on one host would want the same one
     assert words[-2:] == ["--x", "1"]
 
 
@@ -115,6 +135,7 @@ def test_the_policy_follows_what_the_server_can_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(plan_cluster, "publishes_kv_events", lambda: True)
     assert plan_cluster.best_policy() == "kv_aware"
     assert plan_cluster.best_policy(keys=True) == "cache_aware"
+    assert plan_cluster.best_policy(cache="none") == "cache_aware"
     monkeypatch.setattr(plan_cluster, "publishes_kv_events", lambda: False)
     assert plan_cluster.best_policy() == "cache_aware"
 
@@ -125,6 +146,12 @@ def test_the_policy_follows_what_the_server_can_do(monkeypatch: pytest.MonkeyPat
         (["0"], "N must be between 1 and 64"),
         (["2", "--port", "70000"], "--port 70000: between 1 and"),
         (["2", "--router", "/no/such"], "--router /no/such: there is no such program"),
+        (["2", "--router", sys.executable, "--host", "no.such.host.invalid"], "--host no.such.host.invalid: "),
+        (
+            ["2", "--router", sys.executable, "--log-dir", "/proc/self/fdinfo"],
+            "--log-dir /proc/self/fdinfo: replica1.log cannot",
+        ),
+        (["2", "--router", sys.executable, "--router-flags", "--x '"], '--router-flags "--x \'": no flags as a shell'),
         (["2", "--", "--api-key", "short"], "--api-key: it must hold keys of at least"),
         (["2", "--", "--port", "8001"], "--port 8001 behind --: replicas listen on this host alone"),
     ],
@@ -147,13 +174,15 @@ def test_api_keys_keep_prefixes_private_so_that_no_router_can_know_them(
 
 # ---------------- what runs
 STAND_IN = """#!{python}
-import http.server, json, signal, sys
+import http.server, json, os, signal, sys
 words = sys.argv[1:]
 port = int(words[len(words) - 1 - words[::-1].index("--port") + 1])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/words":
             body = json.dumps(words).encode()
+        elif self.path == "/secret":
+            body = os.environ.get("MINISGL_ADMIN_API_KEY", "").encode()
         else:
             body = json.dumps({{"data": [{{"id": "model"}}]}}).encode()
         self.send_response(200)
@@ -207,10 +236,16 @@ class Running:
         return sorted(found)
 
     def pid_at(self, port: int) -> int:
-        for pid in self.pids():
-            if f"\0--port\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text():
-                return pid
-        raise AssertionError(f"nothing of ours is at {port}")
+        """Of the stand-in for a port, when it is more than a copy of the supervisor."""
+
+        def found() -> int:
+            for pid in self.pids():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    if f"\0--port\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text():
+                        return pid
+            return 0
+
+        return int(eventually(found))
 
 
 @contextmanager
@@ -246,6 +281,42 @@ def test_a_replica_that_dies_is_reported_and_started_again_and_the_signal_leaves
         assert is_free(cluster.port)
 
 
+def test_who_comes_through_the_router_is_no_administrator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request through the router comes from this host, so the replicas have a key for administrators, and no one else."""
+    monkeypatch.delenv("MINISGL_ADMIN_API_KEY", raising=False)
+    with running(tmp_path) as cluster:
+        eventually(lambda: "ready in" in cluster.said())
+        secrets = [get(cluster.port + i, "/secret")[1] for i in range(3)]
+        assert len(secrets[1]) == 64
+        assert secrets == [b"", secrets[1], secrets[1]]
+
+
+def test_the_router_is_asked_where_it_listens() -> None:
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socketserver.TCPServer(("127.0.0.2", 0), Ready) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+        program = Program("router", sleeper, server.server_address[1], host="127.0.0.2")
+        program.start()
+        assert program.is_ready()
+        program.kill()
+
+
+def test_output_that_cannot_be_written_down_is_read_all_the_same() -> None:
+    program = Program("loud", [sys.executable, "-c", "print('x\\n' * 200_000)"], 1, log=Path("/dev/full"))
+    program.start()
+    assert program.wait(30)
+    assert program.ended() == "ended with exit code 0"
+    assert program.lines
+
+
 def test_nothing_outlives_a_cluster_that_is_killed(tmp_path: Path) -> None:
     with running(tmp_path) as cluster:
         eventually(lambda: "ready in" in cluster.said())
@@ -258,7 +329,7 @@ def test_what_dies_again_and_again_stays_down_and_without_a_router_all_ends(tmp_
     with running(tmp_path) as cluster:
         eventually(lambda: "ready in" in cluster.said())
         for n in range(6):
-            os.kill(eventually(lambda: cluster.pids() and cluster.pid_at(cluster.port)), signal.SIGKILL)
+            os.kill(cluster.pid_at(cluster.port), signal.SIGKILL)
             eventually(lambda n=n: len(re.findall(r"router .*was killed", cluster.said())) == n + 1)
             if n < 5:
                 eventually(lambda: len(cluster.pids()) == 3)

@@ -218,7 +218,7 @@ def test_the_flags_of_a_replica_are_flags_of_the_server(path: Path) -> None:
 
 def test_routers_have_the_flags_that_a_cluster_on_one_host_has() -> None:
     plan = launches(["fake"], [Ports(1, 2, 3)], cores=1, gpus=[], exact=True)
-    usual = router_command(["r"], "h", 1, plan, policy="round_robin", page_size=16, model="m")
+    usual = router_command(["r"], "h", 1, plan, policy="round_robin", page_size=16, model="m", metrics_port=5)
     expected = [word for word in usual if re.match(r"--(health|cb|retry)-", word)]
     assert len(expected) == 8
     for name in ("router.yaml", "kv-aware.yaml"):
@@ -310,7 +310,8 @@ def test_nginx_streams_waits_and_marks_what_it_forwards() -> None:
         "proxy_next_upstream error timeout http_503 non_idempotent",
     ):
         assert re.search(rf"^\s*{re.escape(directive)};", text, re.MULTILINE), directive
-    (inside,) = re.findall(r"location ~ \^/\((.*)\) {\s*return 403;", text)
+    inside, of_routers = re.findall(r"location ~ \^/\((.*)\) {\s*return 403;", text)
+    assert set(of_routers.split("|")) == {"add_worker", "remove_worker", "list_workers", "workers", "get_loads"}
     routes = {resource.canonical for resource in build_app(ScriptedEngine()).router.resources()}
     for name in inside.split("|"):
         assert any(route.startswith(f"/{name}") for route in routes), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,25 +12,6 @@ import pytest
 pytest.importorskip("ray.serve", reason="not run: ray is not installed (pip install 'minisgl[ray]')")
 
 from minisgl.deploy import ray as on_ray
-from minisgl.errors import UserError
-
-
-def test_settings_have_the_types_of_their_defaults_and_unknown_ones_are_refused() -> None:
-    found = on_ray.settings({"model": "m", "replicas": "3", "cpus": "2"})
-    assert (found["replicas"], found["cpus"], found["max_replicas"]) == (3, 2.0, 0)
-    with pytest.raises(UserError, match="replica: unknown; there are model, replicas"):
-        on_ray.settings({"replica": "3"})
-    with pytest.raises(UserError, match="replicas=three: a number is expected"):
-        on_ray.settings({"replicas": "three"})
-    with pytest.raises(UserError, match="at least 1"):
-        on_ray.settings({"replicas": "0"})
-
-
-def test_a_server_on_cpus_has_as_many_threads_as_ray_reserves_for_it() -> None:
-    flags = on_ray.flags_of(on_ray.settings({"model": "m", "cpus": "4", "flags": "--kv-tokens 512"}))
-    assert flags == ["--model", "m", "--drain-seconds", "30", "--kv-tokens", "512", "--threads", "4"]
-    assert "--threads" not in on_ray.flags_of(on_ray.settings({"gpus": "1"}))
-    assert on_ray.flags_of(on_ray.settings({"flags": "--threads 3"})).count("--threads") == 1
 
 
 def test_the_table_finds_the_replica_with_the_longest_common_beginning() -> None:
@@ -69,6 +51,15 @@ def test_requests_that_share_a_prefix_have_texts_that_begin_alike() -> None:
     assert text(model="m") == ""
     for body in (b"", b"[1]", b"{", b"\xff"):
         assert on_ray.prompt_text(body) == ""
+
+
+def test_as_many_requests_as_ray_sends_are_open_at_a_server_at_once() -> None:
+    async def limits() -> tuple[int, int]:
+        server = SimpleNamespace(_url="http://127.0.0.1:1", _session=None)
+        async with on_ray.Server._client(server) as session:
+            return session.connector.limit, session.connector.limit_per_host
+
+    assert asyncio.run(limits()) == (0, 0)  # no bound: the health check must not wait behind streams
 
 
 class Handle:
