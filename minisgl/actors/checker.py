@@ -16,12 +16,12 @@ import hashlib
 import json
 import os
 import resource
-import select
 import signal
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,8 +86,8 @@ class CheckerActor(Actor):
                 self._start(request)
         if not self._running:
             return False
-        ready, _, _ = select.select(list(self._running), [], [], 0.005)
-        for fd in ready:
+        for fd in wait(list(self._running), 0.005):
+            assert isinstance(fd, int)
             if piece := os.read(fd, 1 << 16):
                 self._running[fd].answer.append(piece)
             else:

@@ -12,12 +12,12 @@ import contextlib
 import multiprocessing as mp
 import os
 import resource
-import select
 import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import wait as ready
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -115,7 +115,7 @@ def _main(connection: socket.socket, model: ModelSpec, parent: int, memory: int)
     wait = 60.0
     with contextlib.suppress(OSError):
         while True:
-            if select.select([connection], [], [], wait)[0]:
+            if ready([connection], wait):  # not select, which knows no descriptor above 1023
                 more = connection.recv(1 << 20)
                 if not more:
                     break

@@ -1029,9 +1029,9 @@ def test_flush_cache_reaches_the_engine_and_server_info_has_its_statistics() -> 
     play(scene)
 
 
-def test_only_the_http_room_and_its_command_import_aiohttp() -> None:
+def test_only_the_http_room_its_command_and_ray_import_aiohttp() -> None:
     package = Path(minisgl.__file__).parent
     users = {
         path for path in package.rglob("*.py") if re.search(r"^\s*(from|import) aiohttp\b", path.read_text(), re.MULTILINE)
     }
-    assert {str(path.relative_to(package).parent) for path in users} == {"api/http", "commands"}
+    assert {str(path.relative_to(package).parent) for path in users} == {"api/http", "commands", "deploy"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -574,3 +575,27 @@ def test_journals_that_cannot_be_shown_are_refused_with_a_reason(tmp_path: Path)
             answer.close()
 
     asyncio.run(main())
+
+
+def test_the_engine_is_shown_by_a_server_with_more_than_a_thousand_descriptors() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+
+    async def main() -> None:
+        async with served() as engine, aiohttp.ClientSession() as session:
+            answer = await session.get(engine.http.make_url("/debug/live"))
+            reader = Reader(answer)
+            await engine.looked_on()
+            engine.show()
+            await reader.until(lambda r: "totals" in r.view)
+            answer.close()
+
+    try:
+        assert max(taken) > 1024
+        asyncio.run(main())
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
