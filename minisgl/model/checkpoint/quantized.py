@@ -87,6 +87,14 @@ def _groups(files: SafetensorsFiles, index: str, inputs: int, size: int) -> tupl
     return groups, group
 
 
+def _placed(
+    group: torch.Tensor, size: int, order: torch.Tensor | None, cols: Range, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The number of the group that each `size` inputs share, and the order of the inputs, on a device; see `_order`."""
+    groups = (group[slice(*cols)] if order is None else group[order])[::size]
+    return groups.to(device), None if order is None else order.to(device)
+
+
 def _order(group: torch.Tensor, size: int, cols: Range) -> tuple[int, torch.Tensor | None] | None:
     """(inputs of a group within `cols`, their order if they are no neighbours, see Quants); None: groups of several sizes.
 
@@ -173,9 +181,8 @@ class Transposed:
             q = unpack(self._q, self._packed_dim, self._shifts, cols, rows, device).to(torch.uint8).T
             zeros = unpack(self._zeros, 1, self._shifts, (0, self._groups), rows, device) + self._offset
             zeros &= (1 << self._bits) - 1
-            group = (self._group[slice(*cols)] if order is None else self._group[order])[::size].to(device)
+            group, at = _placed(self._group, size, order, cols, device)
             scales = self._scales[:, slice(*rows)].to(device).float()
-            at = None if order is None else order.to(device)
             return Quants(q if at is None else q[:, at], scales[group].T, zeros[group].float().T, self._bits, size, at)
 
         return read
@@ -209,9 +216,8 @@ class Packed:
 
         def read(device: torch.device) -> Quants:
             q = unpack(self._q, 1, _in_order(self._bits), rows, cols, device).to(torch.uint8)
-            group = (self._group[slice(*cols)] if order is None else self._group[order])[::size].to(device)
+            group, at = _placed(self._group, size, order, cols, device)
             scales = self._scales[slice(*rows)].to(device).float()[:, group]
-            at = None if order is None else order.to(device)
             zeros = torch.full_like(scales, float(1 << (self._bits - 1)))
             return Quants(q if at is None else q[:, at], scales, zeros, self._bits, size, at)
 
